@@ -1,0 +1,255 @@
+"""Settings of the four kinds of process: a frozen dataclass each, checked before anything starts.
+
+A setting comes from, later ones winning: the default here, a TOML file with one section per
+process (`[training]`, `[trainer]`, `[sampler]`, `[checkpoint]`), the environment
+(`TINSMITH_TRAINING_LISTEN_ADDRESS`), the command line (`--listen-address`). A key that no
+dataclass knows stops the process: a typo must not run with a default.
+"""
+
+import argparse
+import dataclasses
+import ipaddress
+import logging
+import os
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+MIB = 1024 * 1024
+_log = logging.getLogger(__name__)
+
+
+class ConfigError(Exception):
+    """A setting is unknown or impossible; the message names the key and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every process has; subclasses add their own settings."""
+
+    section: ClassVar[str] = ""
+
+    log_level: str = "INFO"
+    """One of DEBUG, INFO, WARNING, ERROR."""
+
+    def check(self) -> None:
+        """Raise ConfigError for the first setting that is out of range."""
+        if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(f"{self.section}.log_level: expected DEBUG, INFO, WARNING or ERROR")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+                raise ConfigError(f"{self.section}.{name}: {value} is below 0")
+
+    @classmethod
+    def load(cls, argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> Self:
+        """Read the settings of this process.
+
+        Args:
+            argv: Command line without the program name; None means `sys.argv[1:]`.
+            env: Environment; None means `os.environ`.
+
+        Raises:
+            ConfigError: A key is unknown or a value impossible.
+        """
+        env = os.environ if env is None else env
+        parser = argparse.ArgumentParser(
+            prog=f"python -m tinsmithd.{cls.section}", description=cls.__doc__
+        )
+        parser.add_argument("--config", metavar="FILE", help="TOML file")
+        kinds = typing.get_type_hints(cls)
+        keys = [f.name for f in dataclasses.fields(cls)]
+        for key in keys:
+            parser.add_argument(f"--{key.replace('_', '-')}", metavar=key.rpartition("_")[2].upper())
+        args = vars(parser.parse_args(argv))
+        prefix = f"TINSMITH_{cls.section.upper()}_"
+        file = args["config"] or env.get("TINSMITH_CONFIG")
+        values: dict[str, Any] = {}
+        if file:
+            values.update(_read_section(Path(file), cls.section, keys))
+        for variable in env:
+            if variable.startswith(prefix):
+                key = variable.removeprefix(prefix).lower()
+                if key not in keys:
+                    raise ConfigError(f"{variable}: unknown key; known are {', '.join(keys)}")
+                values[key] = env[variable]
+        values.update({key: args[key] for key in keys if args[key] is not None})
+        config = cls(**{k: _typed(f"{cls.section}.{k}", v, kinds[k]) for k, v in values.items()})
+        config.check()
+        return config
+
+
+def _read_section(file: Path, section: str, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    for name in document:
+        if name not in SECTIONS:
+            raise ConfigError(f"{file}: unknown section [{name}]; known are {', '.join(SECTIONS)}")
+    values: dict[str, Any] = document.get(section, {})
+    for key in values:
+        if key not in keys:
+            raise ConfigError(f"{file}: unknown key {section}.{key}; known are {', '.join(keys)}")
+    return values
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if kind in (int, float, str):
+            return kind(value)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{key}: {value!r} is not a {kind.__name__}") from None
+    raise ConfigError(f"{key}: settings of type {kind} are not supported")
+
+
+@dataclass(frozen=True)
+class ServerConfig(Config):
+    """What every gRPC server has."""
+
+    listen_address: str = "127.0.0.1:0"
+    """host:port to bind; port 0 takes a free one and logs it."""
+    message_bytes_max: int = 32 * MIB
+    """Largest message received."""
+    concurrent_calls_max: int = 1024
+    """Calls worked on at once; more are RESOURCE_EXHAUSTED."""
+    stop_grace_s: float = 20.0
+    """How long SIGTERM lets calls finish."""
+
+    def check(self) -> None:
+        """Also warn when the address is reachable from other machines."""
+        super().check()
+        host, separator, port = self.listen_address.rpartition(":")
+        if not separator or not port.isdigit():
+            raise ConfigError(f"{self.section}.listen_address: expected host:port")
+        try:
+            loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+        except ValueError:
+            loopback = host == "localhost"
+        if not loopback:
+            _log.warning("listening on %s without keys or TLS: keep the network private", host)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(ServerConfig):
+    """The Training server: order, answers and models; no torch."""
+
+    section: ClassVar[str] = "training"
+
+    listen_address: str = "127.0.0.1:50051"
+    sampler_address: str = ":50052"
+    """What clients are told: `host:port`, `:port` (this host), or empty (same address)."""
+    checkpoint_address: str = ":50053"
+    """What clients are told, as `sampler_address`."""
+    checkpoint_target: str = "127.0.0.1:50053"
+    """Where this server itself reaches the Checkpoint server."""
+    data_per_call_max: int = 1024
+    call_bytes_max: int = 256 * MIB
+    targets_per_position_max: int = 64
+    models_max: int = 64
+    rank_max: int = 256
+    lane_calls_max: int = 256
+    lane_bytes_max: int = 1024 * MIB
+    gap_wait_s_max: float = 60.0
+    answers_kept_max: int = 256
+    ephemeral_ttl_s: int = 86_400
+    """Life of sampler weights that were saved without a name."""
+    spawn_ranks: int = 0
+    """Start this many ranks on this machine; 0 waits for a rank group to attach."""
+    spawn_base_model: str = ""
+    """Base model for spawned ranks."""
+    spawn_dtype: str = "float32"
+    spawn_engine: str = "deepspeed"
+    spawn_zero_stage: int = 1
+
+    def check(self) -> None:
+        """Also: spawned ranks need a base model."""
+        super().check()
+        if self.spawn_ranks and not self.spawn_base_model:
+            raise ConfigError("training.spawn_base_model: needed with spawn_ranks")
+
+
+@dataclass(frozen=True)
+class TrainerConfig(Config):
+    """One rank of the rank group; `torchrun` starts as many as there are devices."""
+
+    section: ClassVar[str] = "trainer"
+
+    training_target: str = "127.0.0.1:50051"
+    """Training server that rank 0 attaches to."""
+    base_model: str = ""
+    """Hugging Face name or folder."""
+    dtype: str = "float32"
+    """Element type of the frozen weights: float32 or bfloat16."""
+    engine: str = "deepspeed"
+    """deepspeed, or reference: the plain single-process one."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage; 3 also partitions the frozen base."""
+    threads: int = 0
+    """CPU threads per rank; 0 leaves it to torch."""
+
+    def check(self) -> None:
+        """Also: names and ranges."""
+        super().check()
+        if not self.base_model:
+            raise ConfigError("trainer.base_model: must be set")
+        _one_of("trainer.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("trainer.engine", self.engine, ("deepspeed", "reference"))
+        _one_of("trainer.zero_stage", self.zero_stage, (0, 1, 2, 3))
+
+
+@dataclass(frozen=True)
+class SamplerConfig(ServerConfig):
+    """A Sampler server."""
+
+    section: ClassVar[str] = "sampler"
+
+    listen_address: str = "127.0.0.1:50052"
+    base_model: str = ""
+    """Hugging Face name or folder."""
+    dtype: str = "float32"
+    """Element type of the frozen weights: float32 or bfloat16."""
+    checkpoint_target: str = "127.0.0.1:50053"
+    num_samples_max: int = 256
+    stops_max: int = 64
+    topk_max: int = 64
+    running_max: int = 8
+    waiting_max: int = 256
+    adapters_max: int = 16
+    threads: int = 0
+    """CPU threads; 0 leaves it to torch."""
+
+    def check(self) -> None:
+        """Also: names and ranges."""
+        super().check()
+        if not self.base_model:
+            raise ConfigError("sampler.base_model: must be set")
+        _one_of("sampler.dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(ServerConfig):
+    """The Checkpoint server."""
+
+    section: ClassVar[str] = "checkpoint"
+
+    listen_address: str = "127.0.0.1:50053"
+    data_folder: str = "tinsmith-data/checkpoints"
+    """Where checkpoints are kept; this server is its only writer."""
+    checkpoint_bytes_max: int = 64 * 1024 * MIB
+    sweep_interval_s: float = 60.0
+    """How often expired checkpoints are reclaimed."""
+
+
+SECTIONS: Mapping[str, type[Config]] = {
+    cls.section: cls for cls in (TrainingConfig, TrainerConfig, SamplerConfig, CheckpointConfig)
+}
+
+
+def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(map(str, allowed))}")

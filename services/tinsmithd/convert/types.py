@@ -1,0 +1,223 @@
+"""Messages of `types.proto` to domain values and back."""
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinsmith.v1 import types_pb2 as pb
+from tinsmithd import domain
+from tinsmithd.convert.tensors import array_from_pb, array_to_pb
+from tinsmithd.domain import (
+    NAME_PATTERN,
+    AdamParams,
+    BaseModelInfo,
+    CheckpointKind,
+    CheckpointPath,
+    Datum,
+    LoraConfig,
+    LossFn,
+)
+from tinsmithd.errors import InvalidArgument, Reason
+
+METADATA_ENTRIES_MAX = 64
+METADATA_KEY_CHARS_MAX = 128
+METADATA_VALUE_CHARS_MAX = 1024
+TTL_SECONDS_MAX = 315_360_000
+
+_KINDS = {
+    pb.CHECKPOINT_KIND_TRAINING: CheckpointKind.TRAINING,
+    pb.CHECKPOINT_KIND_SAMPLER: CheckpointKind.SAMPLER,
+}
+
+
+def tokens_from_pb(message: pb.ModelInput, field: str) -> NDArray[np.int64]:
+    """Read a model input as int64 `(N,)` with N at least 1."""
+    if not message.chunks:
+        raise InvalidArgument(f"{field}.chunks", "must not be empty", Reason.MISSING_FIELD)
+    parts = []
+    for index, chunk in enumerate(message.chunks):
+        where = f"{field}.chunks[{index}]"
+        if chunk.WhichOneof("content") != "tokens":
+            raise InvalidArgument(where, "content is unset or unknown", Reason.MISSING_FIELD)
+        part = array_from_pb(chunk.tokens, f"{where}.tokens", "int")
+        if part.ndim != 1:
+            raise InvalidArgument(
+                f"{where}.tokens", f"shape {list(part.shape)}, expected (n,)", Reason.INVALID_SHAPE
+            )
+        parts.append(part)
+    tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if not tokens.size:
+        raise InvalidArgument(f"{field}.chunks", "has no token", Reason.MISSING_FIELD)
+    return tokens
+
+
+def tokens_to_pb(tokens: NDArray[np.int64]) -> pb.ModelInput:
+    """Write tokens as a model input of one chunk."""
+    chunk = pb.ModelInputChunk(tokens=array_to_pb(tokens, pb.TENSOR_FORMAT_PACKED))
+    return pb.ModelInput(chunks=[chunk])
+
+
+def datum_from_pb(message: pb.Datum, field: str) -> Datum:
+    """Read one datum; shapes and names are checked against the loss elsewhere."""
+    inputs = {
+        name: array_from_pb(
+            message.loss_fn_inputs[name],
+            f'{field}.loss_fn_inputs["{name}"]',
+            "int" if name == "target_tokens" else "float",
+        )
+        for name in sorted(message.loss_fn_inputs)
+    }
+    return Datum(tokens_from_pb(message.model_input, f"{field}.model_input"), inputs)
+
+
+def datum_to_pb(datum: Datum) -> pb.Datum:
+    """Write one datum, packed."""
+    inputs = {k: array_to_pb(v, pb.TENSOR_FORMAT_PACKED) for k, v in datum.loss_fn_inputs.items()}
+    return pb.Datum(model_input=tokens_to_pb(datum.tokens), loss_fn_inputs=inputs)
+
+
+def loss_fn_from_pb(message: pb.LossFn, field: str) -> LossFn:
+    """Read a loss with its defaults filled in."""
+    case = message.WhichOneof("loss_fn")
+    if case is None:
+        raise InvalidArgument(field, f"set one of {', '.join(domain.LOSSES)}", Reason.MISSING_FIELD)
+    config = getattr(message, case)
+    values = {}
+    for descriptor, value in config.ListFields():
+        where = f"{field}.{case}.{descriptor.name}"
+        values[descriptor.name] = finite(value, where, low=0.0)
+    loss = domain.LOSSES[case](**values)
+    low = getattr(loss, "clip_low_threshold", 0.0)
+    if getattr(loss, "clip_high_threshold", low) < low:
+        raise InvalidArgument(f"{field}.{case}.clip_high_threshold", f"is below {low}, the lower one")
+    return loss
+
+
+def loss_fn_to_pb(loss: LossFn) -> pb.LossFn:
+    """Write a loss with all its settings."""
+    message = pb.LossFn()
+    config = getattr(message, loss.name)
+    config.SetInParent()
+    for name, value in dataclasses.asdict(loss).items():
+        setattr(config, name, value)
+    return message
+
+
+def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfig:
+    """Read an adapter's shape with its defaults filled in; an unset seed is drawn here."""
+    if not 0 <= message.rank <= rank_max:
+        raise InvalidArgument(
+            f"{field}.rank",
+            f"{message.rank} is not in 1..{rank_max}",
+            metadata={"limit": "rank_max", "value": str(message.rank)},
+        )
+    alpha = finite(message.alpha, f"{field}.alpha", low=0.0)
+    lora = LoraConfig(
+        rank=message.rank or 32,
+        alpha=alpha or 32.0,
+        seed=message.seed if message.HasField("seed") else secrets.randbits(31),
+        train_attn=message.train_attn if message.HasField("train_attn") else True,
+        train_mlp=message.train_mlp if message.HasField("train_mlp") else True,
+        train_unembed=message.train_unembed if message.HasField("train_unembed") else True,
+    )
+    if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
+        raise InvalidArgument(field, "one of train_attn, train_mlp and train_unembed must be true")
+    return lora
+
+
+def lora_to_pb(lora: LoraConfig) -> pb.LoraConfig:
+    """Write an adapter's shape."""
+    return pb.LoraConfig(**dataclasses.asdict(lora))
+
+
+def adam_from_pb(message: pb.AdamParams, field: str) -> AdamParams:
+    """Read the settings of a step with their defaults filled in."""
+    values = {}
+    for descriptor, value in message.ListFields():
+        where = f"{field}.{descriptor.name}"
+        below = 1.0 if descriptor.name in ("beta1", "beta2") else None
+        values[descriptor.name] = finite(value, where, low=0.0, below=below)
+    return AdamParams(**values)
+
+
+def adam_to_pb(adam: AdamParams) -> pb.AdamParams:
+    """Write the settings of a step."""
+    return pb.AdamParams(**dataclasses.asdict(adam))
+
+
+def base_model_to_pb(info: BaseModelInfo) -> pb.BaseModel:
+    """Write what a base model is."""
+    return pb.BaseModel(**dataclasses.asdict(info))
+
+
+def base_model_from_pb(message: pb.BaseModel) -> BaseModelInfo:
+    """Read what a base model is."""
+    names = [f.name for f in dataclasses.fields(BaseModelInfo)]
+    return BaseModelInfo(**{name: getattr(message, name) for name in names})
+
+
+def kind_from_pb(value: int, field: str) -> CheckpointKind:
+    """Read a checkpoint kind; unset and unknown are refused."""
+    if value not in _KINDS:
+        raise InvalidArgument(field, "set TRAINING or SAMPLER", Reason.MISSING_FIELD)
+    return _KINDS[value]
+
+
+def kind_to_pb(kind: CheckpointKind) -> pb.CheckpointKind.ValueType:
+    """Write a checkpoint kind."""
+    return next(code for code, value in _KINDS.items() if value is kind)
+
+
+def path_from_pb(text: str, field: str) -> CheckpointPath:
+    """Read a checkpoint path."""
+    if not text:
+        raise InvalidArgument(field, "must be set", Reason.MISSING_FIELD)
+    try:
+        return CheckpointPath.parse(text)
+    except ValueError as error:
+        raise InvalidArgument(field, str(error), Reason.INVALID_NAME) from error
+
+
+def name_from_pb(text: str, field: str) -> str:
+    """Read a name that is data and never a path."""
+    if not NAME_PATTERN.fullmatch(text):
+        raise InvalidArgument(field, f"must match {NAME_PATTERN.pattern}", Reason.INVALID_NAME)
+    return text
+
+
+def metadata_from_pb(entries: Mapping[str, str], field: str) -> dict[str, str]:
+    """Read user metadata within its bounds."""
+    if len(entries) > METADATA_ENTRIES_MAX:
+        raise InvalidArgument(field, f"more than {METADATA_ENTRIES_MAX} entries", Reason.LIMIT_EXCEEDED)
+    for key, value in entries.items():
+        if not 0 < len(key) <= METADATA_KEY_CHARS_MAX:
+            raise InvalidArgument(
+                field, f"keys have 1 to {METADATA_KEY_CHARS_MAX} characters", Reason.LIMIT_EXCEEDED
+            )
+        if len(value) > METADATA_VALUE_CHARS_MAX:
+            where = f'{field}["{key}"]'
+            limit = f"more than {METADATA_VALUE_CHARS_MAX} characters"
+            raise InvalidArgument(where, limit, Reason.LIMIT_EXCEEDED)
+    return dict(entries)
+
+
+def ttl_from_pb(seconds: int | None, field: str) -> int | None:
+    """Read a time to live in seconds; None means for ever."""
+    if seconds is not None and not 1 <= seconds <= TTL_SECONDS_MAX:
+        raise InvalidArgument(field, f"{seconds} is not in 1..{TTL_SECONDS_MAX}")
+    return seconds
+
+
+def finite(value: float, field: str, *, low: float, below: float | None = None) -> float:
+    """Check a number: finite, at least `low`, and under `below` where given."""
+    if not math.isfinite(value):
+        raise InvalidArgument(field, "is not finite", Reason.NON_FINITE)
+    if value < low:
+        raise InvalidArgument(field, f"{value:g} is below {low:g}")
+    if below is not None and value >= below:
+        raise InvalidArgument(field, f"{value:g} is not below {below:g}")
+    return value

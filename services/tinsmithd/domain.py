@@ -1,0 +1,271 @@
+"""The shared words: plain values that cross every floor of the house.
+
+No gRPC, no protobuf, no torch: a scheduler, a catalogue and an engine can all speak these.
+Shapes: `N` tokens of one datum, `K` targets per position.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import numpy as np
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""A checkpoint or model name; matched whole. Names are data and never become paths."""
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Shape of a LoRA adapter; the update is `(alpha / rank) * B @ A` (Hu et al. 2021)."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    seed: int = 0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One training example.
+
+    `tokens` is int64 `(N,)`; position i predicts `loss_fn_inputs["target_tokens"][i]`.
+    Other inputs are float32 with the shape of `target_tokens`.
+    """
+
+    tokens: np.ndarray
+    loss_fn_inputs: Mapping[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the arrays of this datum."""
+        return self.tokens.nbytes + sum(a.nbytes for a in self.loss_fn_inputs.values())
+
+
+@dataclass(frozen=True)
+class LossFn:
+    """A built-in loss. Subclasses are the six of them; fields are their configuration."""
+
+    name: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]]
+    """Names of the `loss_fn_inputs` that it needs, all of them and no others."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy(LossFn):
+    """`sum(-logprobs * weights)`; the only loss that takes `(N, K)` targets."""
+
+    name: ClassVar[str] = "cross_entropy"
+    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "weights")
+
+
+@dataclass(frozen=True)
+class ImportanceSampling(LossFn):
+    """`-sum(r * A)` with `r = exp(logprob - sampling logprob)`."""
+
+    name: ClassVar[str] = "importance_sampling"
+    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
+
+
+@dataclass(frozen=True)
+class Ppo(LossFn):
+    """`-sum(min(r * A, clip(r, low, high) * A))`; thresholds are ratios (Schulman et al. 2017)."""
+
+    name: ClassVar[str] = "ppo"
+    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
+    clip_low_threshold: float = 0.8
+    clip_high_threshold: float = 1.2
+
+
+@dataclass(frozen=True)
+class Cispo(LossFn):
+    """`-sum(stop_gradient(clip(r, low, high)) * logprob * A)` (MiniMax-M1, 2025)."""
+
+    name: ClassVar[str] = "cispo"
+    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
+    clip_low_threshold: float = 0.0
+    clip_high_threshold: float = 4.0
+
+
+@dataclass(frozen=True)
+class Dro(LossFn):
+    """`-sum(logprob * A - beta / 2 * (logprob - sampling logprob)**2)` (Richemond et al. 2024)."""
+
+    name: ClassVar[str] = "dro"
+    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
+    beta: float = 0.05
+
+
+@dataclass(frozen=True)
+class Gspo(LossFn):
+    """PPO with one ratio per sequence: `s = exp(mean over mask of log r)` (Zheng et al. 2025).
+
+    Each token's ratio has the value `s` and the gradient of its own logprob. Tokens with
+    `sequence_ratio_mask` 0 stay out of the mean; a datum whose mask is all 0 has `s = 1`.
+    """
+
+    name: ClassVar[str] = "gspo"
+    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages", "sequence_ratio_mask")
+    clip_low_threshold: float = 1 - 3e-4
+    clip_high_threshold: float = 1 + 4e-4
+
+
+LOSSES: Mapping[str, type[LossFn]] = {
+    cls.name: cls for cls in (CrossEntropy, ImportanceSampling, Ppo, Cispo, Dro, Gspo)
+}
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """One step of AdamW with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Global-norm clip over this model's gradients alone; 0 switches it off."""
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """What a loaded base model is: enough to check any request against it."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    context_length: int
+    dtype: str
+    layer_count: int
+    parameter_count: int
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """Everything that a checkpoint of a model holds, as arrays.
+
+    `weights` are in PEFT's names and shapes. `optimizer` has `exp_avg.<name>` and
+    `exp_avg_sq.<name>` for each weight, float32; empty in a SAMPLER checkpoint.
+    """
+
+    lora: LoraConfig
+    weights: Mapping[str, np.ndarray]
+    optimizer: Mapping[str, np.ndarray]
+    step_count: int
+    peft_config: Mapping[str, Any]
+    """The content of `adapter_config.json`, as PEFT reads it."""
+
+
+# --- sampling ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw tokens. Temperature 0 takes the argmax; `top_k` -1 or 0 means all tokens."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    stop_at_eos: bool = True
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A checked request for `num_samples` continuations of one prompt (int64 `(P,)`)."""
+
+    prompt: np.ndarray
+    num_samples: int
+    params: SamplingParams
+    include_prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+
+
+class StopReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class TopKLogprobs:
+    """The k most likely tokens at each prompt position; both arrays are `(P, k)`.
+
+    Row 0 predicts nothing: its ids are 0 and its logprobs NaN.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Prompt logprobs at temperature 1, float32 `(P,)` with NaN at position 0."""
+
+    logprobs: np.ndarray
+    topk: TopKLogprobs | None
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """New tokens of one sequence, in order; `stop_reason` is set with its last ones."""
+
+    sequence_index: int
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    stop_reason: StopReason | None = None
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+class CheckpointKind(StrEnum):
+    """TRAINING holds weights and optimizer state, SAMPLER only weights."""
+
+    TRAINING = "training"
+    SAMPLER = "sampler"
+
+
+_SEGMENT = {CheckpointKind.TRAINING: "weights", CheckpointKind.SAMPLER: "sampler_weights"}
+
+
+@dataclass(frozen=True)
+class CheckpointPath:
+    """`tinsmith://<model>/weights/<name>` or `tinsmith://<model>/sampler_weights/<name>`."""
+
+    model_id: str
+    kind: CheckpointKind
+    name: str
+
+    def __str__(self) -> str:
+        return f"tinsmith://{self.model_id}/{_SEGMENT[self.kind]}/{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> "CheckpointPath":
+        """Read a path; `tinker://` is taken too.
+
+        Raises:
+            ValueError: The text is not such a path; the message says what is wrong.
+        """
+        scheme, separator, rest = text.partition("://")
+        if not separator or scheme not in ("tinsmith", "tinker"):
+            raise ValueError("expected tinsmith://<model>/<weights|sampler_weights>/<name>")
+        parts = rest.split("/")
+        kinds = {segment: kind for kind, segment in _SEGMENT.items()}
+        if len(parts) != 3 or parts[1] not in kinds:
+            raise ValueError("expected tinsmith://<model>/<weights|sampler_weights>/<name>")
+        for part in (parts[0], parts[2]):
+            if not NAME_PATTERN.fullmatch(part):
+                raise ValueError(f"model and name must match {NAME_PATTERN.pattern}")
+        return cls(parts[0], kinds[parts[1]], parts[2])

@@ -1,0 +1,132 @@
+"""The vocabulary of failure: what a Tinsmith server can say no with, and why.
+
+Rules raise one of these; `tinsmithd.rpc.status` is the only place that turns them into a gRPC
+status. Each class is a gRPC status code's worth of meaning; `Reason` says exactly what happened
+and equals the `ErrorReason` enum of the contract, less its prefix.
+
+    TinsmithError
+    ├─ InvalidArgument      the call is wrong and will always be; `field` names where
+    ├─ NotFound             the thing named does not exist (or is not the caller's)
+    ├─ AlreadyExists        the name or number is taken by something else
+    ├─ FailedPrecondition   right call, wrong state
+    ├─ ResourceExhausted    a named limit is reached; wait and send the same call again
+    ├─ Unavailable          nothing was done; send the same call again
+    └─ DataLoss             stored or held state is gone or damaged
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Machine-readable cause, sent as `google.rpc.ErrorInfo.reason`."""
+
+    MISSING_FIELD = "MISSING_FIELD"
+    INVALID_FIELD = "INVALID_FIELD"
+    INVALID_SHAPE = "INVALID_SHAPE"
+    INVALID_DTYPE = "INVALID_DTYPE"
+    INVALID_NAME = "INVALID_NAME"
+    NON_FINITE = "NON_FINITE"
+    TOKEN_OUT_OF_RANGE = "TOKEN_OUT_OF_RANGE"
+    UNKNOWN_LOSS_INPUT = "UNKNOWN_LOSS_INPUT"
+    LIMIT_EXCEEDED = "LIMIT_EXCEEDED"
+    MALFORMED_STREAM = "MALFORMED_STREAM"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    CHECKPOINT_NOT_FOUND = "CHECKPOINT_NOT_FOUND"
+    BASE_MODEL_NOT_FOUND = "BASE_MODEL_NOT_FOUND"
+    SEQ_ID_CONFLICT = "SEQ_ID_CONFLICT"
+    REQUEST_ID_CONFLICT = "REQUEST_ID_CONFLICT"
+    CHECKPOINT_EXISTS = "CHECKPOINT_EXISTS"
+    SEQ_ID_GAP = "SEQ_ID_GAP"
+    ANSWER_EXPIRED = "ANSWER_EXPIRED"
+    WRONG_CHECKPOINT_KIND = "WRONG_CHECKPOINT_KIND"
+    INCOMPATIBLE_CHECKPOINT = "INCOMPATIBLE_CHECKPOINT"
+    NON_FINITE_GRADIENT = "NON_FINITE_GRADIENT"
+    QUEUE_FULL = "QUEUE_FULL"
+    TOO_MANY_MODELS = "TOO_MANY_MODELS"
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    STORAGE_FULL = "STORAGE_FULL"
+    TRAINER_UNAVAILABLE = "TRAINER_UNAVAILABLE"
+    SAMPLER_UNAVAILABLE = "SAMPLER_UNAVAILABLE"
+    CHECKPOINT_UNAVAILABLE = "CHECKPOINT_UNAVAILABLE"
+    SHUTTING_DOWN = "SHUTTING_DOWN"
+    MODEL_LOST = "MODEL_LOST"
+    CHECKPOINT_CORRUPT = "CHECKPOINT_CORRUPT"
+    INTERNAL = "INTERNAL"
+
+
+class TinsmithError(Exception):
+    """A refusal with a reason.
+
+    Args:
+        message: One sentence for a person.
+        reason: The machine-readable cause.
+        field: Path of the offending request field, such as
+            `data[3].loss_fn_inputs["weights"]`; empty when no field is to blame.
+        retry_after_s: How long a caller should wait before the same call can succeed; None
+            where waiting does not help.
+        metadata: Values that the message also shows, for programs.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        reason: Reason,
+        *,
+        field: str = "",
+        retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
+
+
+class InvalidArgument(TinsmithError):
+    """The request is malformed; `field` says where. Sending it again cannot help."""
+
+    def __init__(
+        self,
+        field: str,
+        message: str,
+        reason: Reason = Reason.INVALID_FIELD,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        text = f"{field}: {message}" if field else message
+        super().__init__(text, reason, field=field, metadata=metadata)
+
+
+class NotFound(TinsmithError):
+    """The named thing does not exist, or the caller may not know that it does."""
+
+
+class AlreadyExists(TinsmithError):
+    """The name or number is already used with other content."""
+
+
+class FailedPrecondition(TinsmithError):
+    """The request is fine, the state it needs is not there."""
+
+
+class ResourceExhausted(TinsmithError):
+    """A named limit is reached. Nothing was done and the call's number is still free."""
+
+
+class Unavailable(TinsmithError):
+    """The server cannot do it now. Nothing was done and the call's number is still free."""
+
+
+class DataLoss(TinsmithError):
+    """State that was promised is gone or fails its digest."""
+
+
+class Internal(TinsmithError):
+    """A fault of the server itself. The cause is in its log under the request id."""
+
+    def __init__(self, message: str = "internal error") -> None:
+        super().__init__(message, Reason.INTERNAL)

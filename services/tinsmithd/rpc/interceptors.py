@@ -1,0 +1,131 @@
+"""What every call passes through: errors become statuses, answers become the same bytes.
+
+- A `TinsmithError` becomes its status; anything else becomes INTERNAL with a request id, and the
+  cause goes to the log under that id, never to the caller.
+- Bytes that are no message of the expected type are INVALID_ARGUMENT, not INTERNAL.
+- Answers are serialised deterministically, so that a repeat is equal byte for byte.
+"""
+
+import asyncio
+import functools
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+
+from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
+from tinsmithd.rpc.status import to_status
+
+_log = logging.getLogger(__name__)
+_HandlerCall = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]]
+
+
+
+class _Undecodable:
+    """Takes the place of a request whose bytes are no message of its type."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    # grpc would answer INTERNAL for an exception in here, as if the server were to blame.
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Undecodable()
+
+    return decode
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Undecodable):
+        raise InvalidArgument("", "the bytes are no message of this type", Reason.MALFORMED_STREAM)
+    return request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
+
+
+def _check(request: Any) -> Any:
+    return _checked_stream(request) if hasattr(request, "__aiter__") else _checked(request)
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString(deterministic=True)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped base
+    """Wraps every handler of this project's services; standard services pass untouched."""
+
+    async def intercept_service(
+        self, continuation: _HandlerCall, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        """Wrap the handler of one call."""
+        handler = await continuation(details)
+        method: str = details.method
+        if handler is None or not method.startswith("/tinsmith."):
+            return handler
+        if handler.response_streaming:
+            behavior = handler.unary_stream or handler.stream_stream
+            wrapped = _guard_stream(behavior, method)
+            build = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+        else:
+            behavior = handler.unary_unary or handler.stream_unary
+            wrapped = _guard_unary(behavior, method)
+            build = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+        return build(
+            wrapped,
+            request_deserializer=_tolerant(handler.request_deserializer),
+            response_serializer=_serialize,
+        )
+
+
+def _guard_unary(behavior: Any, method: str) -> Any:
+    @functools.wraps(behavior)
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await behavior(_check(request), context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return guarded
+
+
+def _guard_stream(behavior: Any, method: str) -> Any:
+    @functools.wraps(behavior)
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            async for response in behavior(_check(request), context):
+                yield response
+        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return guarded
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
+    request_id = secrets.token_hex(8)
+    if isinstance(error, TinsmithError) and not isinstance(error, Internal):
+        _log.info("%s refused [%s] %s: %s", method, request_id, error.reason, error.message)
+        status = to_status(error, request_id)
+    else:
+        _log.error("%s failed [%s]", method, request_id, exc_info=error)
+        status = to_status(Internal(), request_id)
+    await context.abort_with_status(rpc_status.to_status(status))

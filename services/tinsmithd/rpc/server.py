@@ -1,0 +1,122 @@
+"""Builds and runs a gRPC server of this project: every server has the same outside.
+
+Health (`grpc.health.v1`): the empty service name is SERVING while the process answers (liveness);
+the service's own name is SERVING while a real call would succeed (readiness). Reflection and
+channelz are on. SIGTERM and SIGINT: health says NOT_SERVING, no new calls, calls under way get
+`stop_grace_s`, then the process ends.
+"""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import grpc
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from tinsmithd.config import Config, ServerConfig
+from tinsmithd.rpc.interceptors import ErrorInterceptor
+from tinsmithd.rpc.reflection import add_reflection
+
+_log = logging.getLogger(__name__)
+
+
+class RpcServer:
+    """One gRPC server with health, reflection and channelz.
+
+    Use: construct, `add` services on `grpc_server`, `await start()`, `set_serving(True)` when real
+    calls would succeed, `await stop()`.
+
+    Attributes:
+        grpc_server: The server to register servicers on.
+        port: The port it listens on, after `start`.
+        shutting_down: Set as soon as a stop began.
+    """
+
+    def __init__(self, config: ServerConfig, service_name: str) -> None:
+        self._config = config
+        self.service_name = service_name
+        self.port = 0
+        self.shutting_down = asyncio.Event()
+        self.grpc_server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            maximum_concurrent_rpcs=config.concurrent_calls_max,
+            options=[
+                ("grpc.max_receive_message_length", config.message_bytes_max),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        add_reflection(self.grpc_server, [service_name, health.SERVICE_NAME])
+        channelz.add_channelz_servicer(self.grpc_server)
+
+    async def start(self) -> None:
+        """Bind and serve; the service itself is NOT_SERVING until `set_serving`.
+
+        Raises:
+            RuntimeError: The address cannot be bound.
+        """
+        await self._set("", True)
+        await self._set(self.service_name, False)
+        self.port = self.grpc_server.add_insecure_port(self._config.listen_address)
+        await self.grpc_server.start()
+        host = self._config.listen_address.rpartition(":")[0]
+        _log.info("%s listens on %s:%d", self.service_name, host, self.port)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Say whether a real call would succeed now."""
+        if not self.shutting_down.is_set():
+            await self._set(self.service_name, serving)
+
+    async def _set(self, name: str, serving: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        await self._health.set(name, states.SERVING if serving else states.NOT_SERVING)
+
+    async def stop(self) -> None:
+        """Stop gracefully; returns when all calls ended."""
+        if self.shutting_down.is_set():
+            return
+        self.shutting_down.set()
+        await self._health.enter_graceful_shutdown()
+        await self.grpc_server.stop(self._config.stop_grace_s)
+
+    async def run_until_signal(self) -> None:
+        """Serve until SIGTERM or SIGINT, then stop gracefully."""
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
+        await asked.wait()
+        _log.info("%s stops: calls under way have %g s", self.service_name, self._config.stop_grace_s)
+        await self.stop()
+
+
+def set_up_logging(config: Config) -> None:
+    """Log to standard error, one line per event, with the process's name."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level,
+        format=f"%(asctime)s {config.section} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    """Run a server's main coroutine; Ctrl-C ends quietly."""
+
+    async def entry() -> None:
+        await main()
+
+    try:
+        asyncio.run(entry())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,81 @@
+"""The one table from domain errors to gRPC statuses, and back for server-to-server calls."""
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from tinsmithd import errors
+from tinsmithd.errors import Reason, TinsmithError
+
+_CODES: dict[type[TinsmithError], int] = {
+    errors.InvalidArgument: code_pb2.INVALID_ARGUMENT,
+    errors.NotFound: code_pb2.NOT_FOUND,
+    errors.AlreadyExists: code_pb2.ALREADY_EXISTS,
+    errors.FailedPrecondition: code_pb2.FAILED_PRECONDITION,
+    errors.ResourceExhausted: code_pb2.RESOURCE_EXHAUSTED,
+    errors.Unavailable: code_pb2.UNAVAILABLE,
+    errors.DataLoss: code_pb2.DATA_LOSS,
+    errors.Internal: code_pb2.INTERNAL,
+}
+_CLASSES = {code: cls for cls, code in _CODES.items()}
+DOMAIN = "tinsmith"
+
+
+def to_status(error: TinsmithError, request_id: str) -> status_pb2.Status:
+    """Write an error as google.rpc.Status with ErrorInfo, BadRequest and RetryInfo."""
+    metadata = {**error.metadata, "request_id": request_id}
+    if error.field:
+        metadata["field"] = error.field
+    details = [
+        error_details_pb2.ErrorInfo(reason=str(error.reason), domain=DOMAIN, metadata=metadata)
+    ]
+    packed = [_pack(d) for d in details]
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.message
+        )
+        packed.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
+    if error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        packed.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    message = error.message
+    if isinstance(error, errors.Internal):
+        message = f"{message} (request id {request_id})"
+    return status_pb2.Status(code=_CODES[type(error)], message=message, details=packed)
+
+
+def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
+    """Read another Tinsmith server's error, so that it can be raised here as the same class.
+
+    Args:
+        error: What a stub raised.
+        unreachable: Reason to give when the server did not answer at all.
+    """
+    status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
+    if status is None:
+        code = error.code() if hasattr(error, "code") else None
+        text = f"no answer ({code.name if code else type(error).__name__})"
+        return errors.Unavailable(text, unreachable, retry_after_s=1.0)
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details:
+        if detail.Is(info.DESCRIPTOR):
+            detail.Unpack(info)
+    cls = _CLASSES.get(status.code, errors.Internal)
+    if cls is errors.Internal or info.domain != DOMAIN:
+        return errors.Internal()
+    kept = {k: v for k, v in info.metadata.items() if k not in ("request_id", "field")}
+    if cls is errors.InvalidArgument:
+        rebuilt: TinsmithError = errors.InvalidArgument("", status.message, Reason(info.reason))
+    else:
+        rebuilt = cls(status.message, Reason(info.reason), metadata=kept)
+    rebuilt.field = info.metadata.get("field", "")
+    return rebuilt
+
+
+def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> Any:
+    packed = Any()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,67 @@
+"""What a sampling engine is. The embedded one is `transformers_engine`; `vllm` comes later.
+
+An engine holds one base model and the adapters it was given. Sampling is cut into steps so that
+a scheduler above can interleave requests, stream tokens and stop a cancelled one: `start` reads
+the prompt, each `step` makes at most one token per unfinished sequence. Calls come from one
+thread at a time. Numbers of one request never depend on what else is running.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tinsmithd.domain import (
+    AdapterState,
+    BaseModelInfo,
+    PromptScores,
+    SampledTokens,
+    SampleRequest,
+)
+
+
+class Generation(Protocol):
+    """One running request."""
+
+    @property
+    def prompt_scores(self) -> PromptScores | None:
+        """Prompt logprobs, when the request asked for any."""
+
+    @property
+    def finished(self) -> bool:
+        """True once every sequence has its stop reason."""
+
+    def step(self) -> Sequence[SampledTokens]:
+        """Make the next token of each unfinished sequence.
+
+        Tokens that could still turn out to be part of nothing (a stop string is being
+        completed) are not held back: stop strings stay in the returned tokens.
+        """
+
+    def close(self) -> None:
+        """Free the caches; a generation may be closed at any point, and twice."""
+
+
+class SamplingEngine(Protocol):
+    """Holds one base model and any number of adapters by key."""
+
+    @property
+    def info(self) -> BaseModelInfo:
+        """The base model that this engine holds."""
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer as `save_pretrained` writes it: file name to content."""
+
+    def has_adapter(self, key: str) -> bool:
+        """True when the adapter is loaded."""
+
+    def load_adapter(self, key: str, state: AdapterState) -> None:
+        """Add an adapter under an immutable key.
+
+        Raises:
+            FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
+        """
+
+    def unload_adapter(self, key: str) -> None:
+        """Drop an adapter; an unknown key is no error."""
+
+    def start(self, request: SampleRequest, adapter: str | None) -> Generation:
+        """Read the prompt and make ready to sample; `max_tokens` 0 only scores the prompt."""

@@ -1,0 +1,82 @@
+"""What a training engine is. Two implementations: `reference` and `deepspeed`.
+
+An engine runs on every rank of a group, in the same order, with the same arguments (SPMD): it
+splits the data over the ranks itself and every rank returns the same answer. Arguments are
+already checked against the base model and the loss (shapes, dtypes, finite, vocabulary), so an
+engine checks only what it alone can know.
+
+A call takes effect wholly or not at all: an engine that cannot undo what it half did raises
+`ModelBroken`, and that model is gone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tinsmithd.domain import AdamParams, AdapterState, BaseModelInfo, Datum, LoraConfig, LossFn
+
+LossOutputs = Mapping[str, np.ndarray]
+"""Per datum: `logprobs`, float32, shaped like that datum's `target_tokens`."""
+
+OnResult = Callable[[int, LossOutputs], None]
+"""Called once per datum with its index in the call, in order, as soon as it is computed."""
+
+
+class ModelBroken(Exception):
+    """A call failed half-way and its effect cannot be undone; the model must not be used."""
+
+
+class TrainingEngine(Protocol):
+    """Holds one base model and any number of models (adapter + gradients + optimizer state)."""
+
+    @property
+    def info(self) -> BaseModelInfo:
+        """The base model that this engine holds."""
+
+    def create_model(self, model_id: str, lora: LoraConfig) -> None:
+        """Add a model: A drawn from `lora.seed`, B zero, no optimizer state."""
+
+    def delete_model(self, model_id: str) -> None:
+        """Drop a model and free what it held. An unknown id is no error."""
+
+    def forward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        *,
+        backward: bool,
+        on_result: OnResult,
+    ) -> Mapping[str, float]:
+        """Compute the summed loss and, with `backward`, add its gradients to those waiting.
+
+        Returns:
+            Metrics named `name:reduction`; `loss:sum` is always there.
+        """
+
+    def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
+        """Apply one AdamW step with the waiting gradients and clear them.
+
+        With no gradients waiting they count as zero (momentum and decay still act).
+
+        Returns:
+            `grad_norm:last`, the global L2 norm before clipping, and `step:last`.
+
+        Raises:
+            FailedPrecondition: A gradient is not finite (reason NON_FINITE_GRADIENT). The
+                gradients are cleared, weights and optimizer state are as before.
+        """
+
+    def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:
+        """Copy a model's state out, with or without its optimizer state."""
+
+    def import_state(self, model_id: str, state: AdapterState, *, optimizer: bool) -> None:
+        """Replace a model's weights by `state`'s and drop waiting gradients.
+
+        With `optimizer` the moments and step count come too, else they start from zero.
+
+        Raises:
+            FailedPrecondition: Rank, targets or shapes differ from the model's (reason
+                INCOMPATIBLE_CHECKPOINT); the model is as before.
+        """

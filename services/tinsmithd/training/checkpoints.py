@@ -1,0 +1,177 @@
+"""The Checkpoint server as the Training server uses it: a client of its public API."""
+
+import asyncio
+import hashlib
+import zlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+import grpc
+
+from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd.convert import types as convert
+from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig
+from tinsmithd.errors import DataLoss, Reason
+from tinsmithd.rpc.status import from_rpc_error
+
+PIECE_BYTES_MAX = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself before its files are read."""
+
+    path: CheckpointPath
+    kind: CheckpointKind
+    base_model: str
+    lora: LoraConfig
+    step_count: int
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How a checkpoint is to be kept."""
+
+    path: CheckpointPath
+    ttl_seconds: int | None
+    overwrite: bool
+    user_metadata: Mapping[str, str]
+
+
+class CheckpointWriter:
+    """One checkpoint on its way: `open`, `write` pieces, `commit`; `cancel` leaves nothing."""
+
+    def __init__(self, stub: CheckpointServiceStub, header: pb.WriteCheckpointHeader) -> None:
+        self._call = stub.WriteCheckpoint()
+        self._header = header
+        self._opened = False
+        self._sizes: dict[str, int] = {}
+        self._digests: dict[str, "hashlib._Hash"] = {}
+
+    async def write(self, file_name: str, data: bytes) -> None:
+        """Append bytes to a file; files come one after the other."""
+        await self._open()
+        for start in range(0, len(data), PIECE_BYTES_MAX) or (0,):
+            part = data[start : start + PIECE_BYTES_MAX]
+            offset = self._sizes.setdefault(file_name, 0)
+            piece = pb.CheckpointPiece(
+                file_name=file_name, offset=offset, data=part, crc32=zlib.crc32(part)
+            )
+            await self._send(pb.WriteCheckpointRequest(piece=piece))
+            self._sizes[file_name] = offset + len(part)
+            self._digests.setdefault(file_name, hashlib.sha256()).update(part)
+
+    async def commit(self) -> int:
+        """Make it durable and visible; returns its size in bytes."""
+        await self._open()
+        files = [
+            pb.CheckpointFile(name=n, size_bytes=self._sizes[n], sha256=self._digests[n].digest())
+            for n in sorted(self._sizes)
+        ]
+        await self._send(
+            pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=files))
+        )
+        try:
+            await self._call.done_writing()
+            response = await self._call
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._failure(error) from error
+        return int(response.checkpoint.size_bytes)
+
+    def cancel(self) -> None:
+        """Give up; the server discards what it got."""
+        self._call.cancel()
+
+    async def _open(self) -> None:
+        if not self._opened:
+            self._opened = True
+            await self._send(pb.WriteCheckpointRequest(header=self._header))
+
+    async def _send(self, request: pb.WriteCheckpointRequest) -> None:
+        try:
+            await self._call.write(request)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._failure(error) from error
+
+    async def _failure(self, error: Exception) -> Exception:
+        # A write on a call that the server ended says only that it ended; the status says why.
+        if not isinstance(error, grpc.aio.AioRpcError):
+            try:
+                await self._call
+            except grpc.aio.AioRpcError as cause:
+                error = cause
+        if isinstance(error, grpc.RpcError):
+            return from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE)
+        return error
+
+
+class CheckpointClient:
+    """Writes and reads checkpoints through the Checkpoint server."""
+
+    def __init__(self, target: str) -> None:
+        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        self._channel = grpc.aio.insecure_channel(target, options=options)
+        self._stub = CheckpointServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    def writer(
+        self, options: SaveOptions, base_model: str, lora: LoraConfig, step_count: int
+    ) -> CheckpointWriter:
+        """Begin a checkpoint."""
+        header = pb.WriteCheckpointHeader(
+            path=str(options.path),
+            base_model=base_model,
+            lora_config=convert.lora_to_pb(lora),
+            step_count=step_count,
+            ttl_seconds=options.ttl_seconds,
+            overwrite=options.overwrite,
+            user_metadata=dict(options.user_metadata),
+        )
+        return CheckpointWriter(self._stub, header)
+
+    async def get(self, path: CheckpointPath) -> CheckpointInfo:
+        """What a checkpoint is.
+
+        Raises:
+            NotFound: There is none (CHECKPOINT_NOT_FOUND).
+            Unavailable: The server cannot be reached.
+        """
+        try:
+            response = await self._stub.GetCheckpoint(
+                pb.GetCheckpointRequest(path=str(path)), timeout=30
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
+        found = response.checkpoint
+        return CheckpointInfo(
+            path=path,
+            kind=convert.kind_from_pb(found.kind, "checkpoint.kind"),
+            base_model=found.base_model,
+            lora=convert.lora_from_pb(found.lora_config, "checkpoint.lora_config", 1 << 30),
+            step_count=found.step_count,
+        )
+
+    async def read(self, path: CheckpointPath) -> AsyncIterator[tuple[str, bytes]]:
+        """The files of a checkpoint, piece by piece; only a normal end means that all is well.
+
+        Raises:
+            DataLoss: A checksum does not match (CHECKPOINT_CORRUPT).
+        """
+        try:
+            async for response in self._stub.ReadCheckpoint(
+                pb.ReadCheckpointRequest(path=str(path))
+            ):
+                if response.WhichOneof("content") != "piece":
+                    continue
+                piece = response.piece
+                data = piece.data
+                if zlib.crc32(data) != piece.crc32:
+                    message = f"{piece.file_name} was damaged on its way"
+                    raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
+                yield piece.file_name, data
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error

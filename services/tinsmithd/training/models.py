@@ -1,0 +1,340 @@
+"""The models of the cluster and what can be done with one: the rules of the Training service."""
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinsmithd.domain import (
+    AdamParams,
+    CheckpointKind,
+    CheckpointPath,
+    Datum,
+    LoraConfig,
+    LossFn,
+)
+from tinsmithd.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Reason,
+    ResourceExhausted,
+    TinsmithError,
+    Unavailable,
+)
+from tinsmithd.training.checkpoints import CheckpointClient, SaveOptions
+from tinsmithd.training.journal import Answer
+from tinsmithd.training.scheduler import Call, Lane, LaneLimits, model_lost, model_not_found
+from tinsmithd.training.trainer import Trainer, TrainerLost
+from tinsmithd.training.validate import check_data
+
+REQUEST_IDS_KEPT_MAX = 10_000
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """Bounds on models and calls; the names are those of the settings."""
+
+    models_max: int
+    data_per_call_max: int
+    targets_per_position_max: int
+    ephemeral_ttl_s: int
+    lane: LaneLimits
+
+
+@dataclass
+class Model:
+    """One model: what it is, and its lane."""
+
+    model_id: str
+    base_model: str
+    lora: LoraConfig
+    user_metadata: Mapping[str, str]
+    lane: Lane
+    create_time_s: float = field(default_factory=time.time)
+    last_request_time_s: float = field(default_factory=time.time)
+    step_count: int = 0
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A checked request for a model; `lora` or `path`, never both."""
+
+    base_model: str
+    lora: LoraConfig | None
+    path: CheckpointPath | None
+    with_optimizer: bool
+    user_metadata: Mapping[str, str]
+    request_id: str
+    digest: bytes
+
+
+class Models:
+    """All models of one rank group.
+
+    Lives on one event loop. Everything that touches the trainer holds `turn`.
+    """
+
+    def __init__(self, limits: ModelLimits, checkpoints: CheckpointClient) -> None:
+        self._limits = limits
+        self._checkpoints = checkpoints
+        self._models: OrderedDict[str, Model] = OrderedDict()
+        self._requests: OrderedDict[str, tuple[bytes, asyncio.Task[Model]]] = OrderedDict()
+        self._trainer: Trainer | None = None
+        self._turn = asyncio.Lock()
+
+    # --- the trainer comes and goes -----------------------------------------------------------
+
+    @property
+    def trainer(self) -> Trainer:
+        """The rank group.
+
+        Raises:
+            Unavailable: None is attached (TRAINER_UNAVAILABLE).
+        """
+        if self._trainer is None:
+            raise Unavailable(
+                "the trainer is not ready: it is loading or restarting",
+                Reason.TRAINER_UNAVAILABLE,
+                retry_after_s=1.0,
+            )
+        return self._trainer
+
+    @property
+    def ready(self) -> bool:
+        """True while a rank group is attached."""
+        return self._trainer is not None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Use a rank group from now on."""
+        self._trainer = trainer
+
+    def detach(self, trainer: Trainer) -> None:
+        """A rank group is gone, and with it every model it held."""
+        if self._trainer is not trainer:
+            return
+        self._trainer = None
+        for model in self._models.values():
+            model.lane.close(model_lost(model.model_id))
+
+    # --- models -------------------------------------------------------------------------------
+
+    async def create(self, request: NewModel) -> Model:
+        """Create a model, or return the one that this `request_id` created before."""
+        if not request.request_id:
+            return await self._create(request)
+        known = self._requests.get(request.request_id)
+        if known is None or (known[1].done() and _failed(known[1])):
+            known = (request.digest, asyncio.create_task(self._create(request)))
+            self._requests[request.request_id] = known
+            while len(self._requests) > REQUEST_IDS_KEPT_MAX:
+                self._requests.popitem(last=False)
+        if known[0] != request.digest:
+            message = f"request_id {request.request_id!r} was used with other content"
+            raise AlreadyExists(message, Reason.REQUEST_ID_CONFLICT)
+        # A caller that goes away must not cancel what a repeat of it will ask for.
+        return await asyncio.shield(known[1])
+
+    async def _create(self, request: NewModel) -> Model:
+        lora, step_count = request.lora, 0
+        base_model = request.base_model
+        if request.path is not None:
+            found = await self._checkpoints.get(request.path)
+            if request.with_optimizer and found.kind is not CheckpointKind.TRAINING:
+                raise _wrong_kind(request.path)
+            self._check_base_model(found.base_model, request.base_model)
+            base_model, lora = found.base_model, found.lora
+            step_count = found.step_count if request.with_optimizer else 0
+        trainer = self.trainer
+        if base_model and base_model != trainer.info.name:
+            message = f"no base model {base_model!r}; this cluster holds {trainer.info.name!r}"
+            raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
+        model_id = secrets.token_hex(16)
+        lane = Lane(model_id, self._limits.lane, self._turn)
+        assert lora is not None  # one of lora and path is set by the servicer
+        model = Model(model_id, trainer.info.name, lora, request.user_metadata, lane)
+        model.step_count = step_count
+        async with self._turn:
+            self._check_room()
+            try:
+                if request.path is None:
+                    await trainer.create_model(model_id, lora)
+                else:
+                    await trainer.import_state(
+                        model_id,
+                        self._checkpoints.read(request.path),
+                        optimizer=request.with_optimizer,
+                        create=True,
+                    )
+            except TrainerLost as error:
+                text = "the trainer was lost"
+                raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
+            self._models[model_id] = model
+        if self._trainer is not trainer:
+            lane.close(model_lost(model_id))
+        return model
+
+    def _check_room(self) -> None:
+        if len(self._models) < self._limits.models_max:
+            return
+        for model in list(self._models.values()):
+            if model.lane.lost:  # only a tombstone; the oldest may go
+                del self._models[model.model_id]
+                return
+        raise ResourceExhausted(
+            f"the cluster holds models_max = {self._limits.models_max} models; delete one",
+            Reason.TOO_MANY_MODELS,
+            metadata={"limit": "models_max", "value": str(len(self._models) + 1)},
+        )
+
+    def get(self, model_id: str) -> Model:
+        """One model.
+
+        Raises:
+            NotFound: There is none of this id (MODEL_NOT_FOUND).
+        """
+        model = self._models.get(model_id)
+        if model is None:
+            raise model_not_found(model_id)
+        return model
+
+    def list(self) -> Sequence[Model]:
+        """All models, newest first."""
+        return list(reversed(self._models.values()))
+
+    async def delete(self, model_id: str) -> None:
+        """Delete a model; calls that still wait for it fail as not found."""
+        model = self.get(model_id)
+        del self._models[model_id]
+        was_lost = model.lane.lost
+        model.lane.close(model_not_found(model_id))
+        if was_lost or self._trainer is None:
+            return
+        async with self._turn:
+            try:
+                await self.trainer.delete_model(model_id)
+            except TrainerLost:
+                return  # it went with its trainer
+
+    # --- calls on one model -------------------------------------------------------------------
+
+    def compute(
+        self,
+        model: Model,
+        seq_id: int,
+        digest: bytes,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        *,
+        backward: bool,
+    ) -> Answer:
+        """Queue a forward or forward_backward; parts are outputs, the value is the metrics."""
+        trainer = self.trainer
+
+        def check() -> None:
+            most = self._limits.targets_per_position_max
+            check_data(data, loss_fn, trainer.info, most)
+
+        async def run(emit: Callable[[Any], None]) -> Mapping[str, float]:
+            return await trainer.compute(
+                model.model_id, data, loss_fn, backward=backward, on_result=emit
+            )
+
+        nbytes = sum(datum.nbytes for datum in data)
+        return self._submit(model, seq_id, Call(digest, nbytes, run, _refusal(check)))
+
+    def optim_step(self, model: Model, seq_id: int, digest: bytes, adam: AdamParams) -> Answer:
+        """Queue an optimizer step; the value is its metrics."""
+        trainer = self.trainer
+
+        async def run(_: Callable[[Any], None]) -> Mapping[str, float]:
+            metrics = await trainer.optim_step(model.model_id, adam)
+            model.step_count += 1
+            return metrics
+
+        return self._submit(model, seq_id, Call(digest, 0, run))
+
+    def save(self, model: Model, seq_id: int, digest: bytes, options: SaveOptions) -> Answer:
+        """Queue a save; the value is `(path, size_bytes)`."""
+        trainer = self.trainer
+        optimizer = options.path.kind is CheckpointKind.TRAINING
+
+        async def run(_: Callable[[Any], None]) -> tuple[CheckpointPath, int]:
+            writer = self._checkpoints.writer(
+                options, model.base_model, model.lora, model.step_count
+            )
+            try:
+                await trainer.export_state(
+                    model.model_id, optimizer=optimizer, on_piece=writer.write
+                )
+                return options.path, await writer.commit()
+            except BaseException:
+                writer.cancel()
+                raise
+
+        return self._submit(model, seq_id, Call(digest, 0, run))
+
+    def load(
+        self, model: Model, seq_id: int, digest: bytes, path: CheckpointPath, *, optimizer: bool
+    ) -> Answer:
+        """Queue a load; the value is the path."""
+        trainer = self.trainer
+
+        def check() -> None:
+            if path.kind is not CheckpointKind.TRAINING:
+                raise _wrong_kind(path)
+
+        async def run(_: Callable[[Any], None]) -> CheckpointPath:
+            found = await self._checkpoints.get(path)
+            self._check_base_model(found.base_model, model.base_model)
+            state = await trainer.import_state(
+                model.model_id, self._checkpoints.read(path), optimizer=optimizer, create=False
+            )
+            model.step_count = state.step_count
+            return path
+
+        return self._submit(model, seq_id, Call(digest, 0, run, _refusal(check)))
+
+    def refuse(self, model: Model, seq_id: int, digest: bytes, error: TinsmithError) -> Answer:
+        """Let a call that could not even be read consume its number."""
+
+        async def run(_: Callable[[Any], None]) -> None:
+            return None
+
+        return self._submit(model, seq_id, Call(digest, 0, run, error))
+
+    def _submit(self, model: Model, seq_id: int, call: Call) -> Answer:
+        if seq_id < 0:
+            raise InvalidArgument("seq_id", f"{seq_id} is below 0")
+        model.last_request_time_s = time.time()
+        return model.lane.submit(seq_id, call)
+
+    def _check_base_model(self, found: str, wanted: str) -> None:
+        if wanted and found != wanted:
+            message = f"the checkpoint is of base model {found!r}, not {wanted!r}"
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+
+
+
+
+def _refusal(check: Callable[[], None]) -> TinsmithError | None:
+    try:
+        check()
+    except TinsmithError as error:
+        return error
+    return None
+
+
+def _failed(task: asyncio.Task[Model]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def _wrong_kind(path: CheckpointPath) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{path} has no optimizer state: a TRAINING checkpoint is needed",
+        Reason.WRONG_CHECKPOINT_KIND,
+    )

@@ -1,0 +1,83 @@
+"""What the Training server asks of a rank group. `link.RankGroup` is the one over gRPC."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LoraConfig, LossFn
+
+OnResult = Callable[[Mapping[str, np.ndarray]], None]
+"""Takes the outputs of the next datum, in datum order."""
+
+OnPiece = Callable[[str, bytes], Awaitable[None]]
+"""Takes the next bytes of a state file: file name and data."""
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """What a state that went out or came in was."""
+
+    lora: LoraConfig
+    step_count: int
+
+
+class Trainer(Protocol):
+    """One rank group. It does one thing at a time; whoever calls sees to that.
+
+    Every method may raise `TrainerLost`: the group is gone, with every model it held.
+    """
+
+    @property
+    def info(self) -> BaseModelInfo:
+        """The base model that the group holds."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine."""
+
+    async def create_model(self, model_id: str, lora: LoraConfig) -> None:
+        """Add a model with a fresh adapter."""
+
+    async def delete_model(self, model_id: str) -> None:
+        """Drop a model; an unknown one is no error."""
+
+    async def compute(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        *,
+        backward: bool,
+        on_result: OnResult,
+    ) -> Mapping[str, float]:
+        """Forward, and backward too where asked; returns the metrics."""
+
+    async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
+        """Apply the waiting gradients; returns the metrics."""
+
+    async def export_state(self, model_id: str, *, optimizer: bool, on_piece: OnPiece) -> StateInfo:
+        """Send the model's state files, piece by piece."""
+
+    async def import_state(
+        self,
+        model_id: str,
+        pieces: AsyncIterator[tuple[str, bytes]],
+        *,
+        optimizer: bool,
+        create: bool,
+    ) -> StateInfo:
+        """Replace the model's state, or create the model from it."""
+
+
+class TrainerLost(Exception):
+    """The rank group is gone, with every model it held."""
+
+
+class ModelBroken(Exception):
+    """The engine failed half-way through a call; this one model must not be used any more."""
