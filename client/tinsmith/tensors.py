@@ -50,19 +50,19 @@ def encode(values: ArrayLike, *, plain: bool = False) -> pb.Tensor:
     except ValueError as error:
         raise TensorError("shape", "rows have different lengths") from error
     if array.dtype.kind == "f":
-        dtype, code = np.dtype("<f4"), pb.DTYPE_FLOAT32
+        code = pb.DTYPE_FLOAT32
     elif array.dtype == np.int32:
-        dtype, code = np.dtype("<i4"), pb.DTYPE_INT32
+        code = pb.DTYPE_INT32
     elif array.dtype.kind in "iu":
-        dtype, code = np.dtype("<i8"), pb.DTYPE_INT64
+        code = pb.DTYPE_INT64
     else:
         raise TensorError("dtype", f"cannot send dtype {array.dtype}; use a float or an int")
-    packed = np.ascontiguousarray(array, dtype=dtype)
+    packed = np.ascontiguousarray(array, dtype=_DTYPES[code])
     if not plain:
         return pb.Tensor(dtype=code, shape=array.shape, data=packed.tobytes())
     if code == pb.DTYPE_FLOAT32:
         return pb.Tensor(dtype=code, shape=array.shape, floats=packed.ravel())
-    return pb.Tensor(dtype=code, shape=array.shape, ints=packed.ravel().tolist())
+    return pb.Tensor(dtype=code, shape=array.shape, ints=map(int, packed.ravel()))
 
 
 def decode(tensor: pb.Tensor) -> NDArray[Any]:

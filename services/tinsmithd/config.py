@@ -34,6 +34,8 @@ class Config:
 
     log_level: str = "INFO"
     """One of DEBUG, INFO, WARNING, ERROR."""
+    live_with_pid: int = 0
+    """End when this process ends, so that nothing outlives who started it; 0 is for pods."""
 
     def check(self) -> None:
         """Raise ConfigError for the first setting that is out of range."""
@@ -62,7 +64,9 @@ class Config:
         kinds = typing.get_type_hints(cls)
         keys = [f.name for f in dataclasses.fields(cls)]
         for key in keys:
-            parser.add_argument(f"--{key.replace('_', '-')}", metavar=key.rpartition("_")[2].upper())
+            parser.add_argument(
+                f"--{key.replace('_', '-')}", metavar=key.rpartition("_")[2].upper()
+            )
         args = vars(parser.parse_args(argv))
         prefix = f"TINSMITH_{cls.section.upper()}_"
         file = args["config"] or env.get("TINSMITH_CONFIG")
@@ -119,6 +123,8 @@ class ServerConfig(Config):
     """Calls worked on at once; more are RESOURCE_EXHAUSTED."""
     stop_grace_s: float = 20.0
     """How long SIGTERM lets calls finish."""
+    port_file: str = ""
+    """File to write the port into once it is bound; empty writes none."""
 
     def check(self) -> None:
         """Also warn when the address is reachable from other machines."""
@@ -158,6 +164,8 @@ class TrainingConfig(ServerConfig):
     answers_kept_max: int = 256
     ephemeral_ttl_s: int = 86_400
     """Life of sampler weights that were saved without a name."""
+    model_idle_ttl_s: float = 7 * 86_400.0
+    """A model that no call used for so long is deleted; its checkpoints stay."""
     spawn_ranks: int = 0
     """Start this many ranks on this machine; 0 waits for a rank group to attach."""
     spawn_base_model: str = ""
@@ -165,6 +173,7 @@ class TrainingConfig(ServerConfig):
     spawn_dtype: str = "float32"
     spawn_engine: str = "deepspeed"
     spawn_zero_stage: int = 1
+    spawn_threads: int = 0
 
     def check(self) -> None:
         """Also: spawned ranks need a base model."""

@@ -111,7 +111,12 @@ class Gspo(LossFn):
     """
 
     name: ClassVar[str] = "gspo"
-    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages", "sequence_ratio_mask")
+    inputs: ClassVar[tuple[str, ...]] = (
+        "target_tokens",
+        "logprobs",
+        "advantages",
+        "sequence_ratio_mask",
+    )
     clip_low_threshold: float = 1 - 3e-4
     clip_high_threshold: float = 1 + 4e-4
 

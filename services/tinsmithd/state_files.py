@@ -59,7 +59,9 @@ def from_files(files: Mapping[str, bytes]) -> AdapterState:
             peft_config=json.loads(files[PEFT_CONFIG_FILE]),
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise DataLoss(f"checkpoint files are damaged: {error}", Reason.CHECKPOINT_CORRUPT) from error
+        raise DataLoss(
+            f"checkpoint files are damaged: {error}", Reason.CHECKPOINT_CORRUPT
+        ) from error
 
 
 def _contiguous(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

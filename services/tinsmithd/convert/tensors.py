@@ -30,7 +30,9 @@ def array_from_pb(message: pb.Tensor, field: str, kind: Literal["float", "int"])
         raise InvalidArgument(field, str(error), _REASONS[error.kind]) from error
     if kind == "float":
         if array.dtype.kind == "i" and (message.data or not array.size):
-            raise InvalidArgument(field, f"dtype {array.dtype}, expected float32", Reason.INVALID_DTYPE)
+            raise InvalidArgument(
+                field, f"dtype {array.dtype}, expected float32", Reason.INVALID_DTYPE
+            )
         return array.astype(np.float32, copy=False)
     if array.dtype.kind == "f" and array.size:
         raise InvalidArgument(field, f"dtype {array.dtype}, expected int64", Reason.INVALID_DTYPE)

@@ -93,7 +93,9 @@ def loss_fn_from_pb(message: pb.LossFn, field: str) -> LossFn:
     loss = domain.LOSSES[case](**values)
     low = getattr(loss, "clip_low_threshold", 0.0)
     if getattr(loss, "clip_high_threshold", low) < low:
-        raise InvalidArgument(f"{field}.{case}.clip_high_threshold", f"is below {low}, the lower one")
+        raise InvalidArgument(
+            f"{field}.{case}.clip_high_threshold", f"is below {low}, the lower one"
+        )
     return loss
 
 
@@ -162,9 +164,10 @@ def base_model_from_pb(message: pb.BaseModel) -> BaseModelInfo:
 
 def kind_from_pb(value: int, field: str) -> CheckpointKind:
     """Read a checkpoint kind; unset and unknown are refused."""
-    if value not in _KINDS:
-        raise InvalidArgument(field, "set TRAINING or SAMPLER", Reason.MISSING_FIELD)
-    return _KINDS[value]
+    for code, kind in _KINDS.items():
+        if code == value:
+            return kind
+    raise InvalidArgument(field, "set TRAINING or SAMPLER", Reason.MISSING_FIELD)
 
 
 def kind_to_pb(kind: CheckpointKind) -> pb.CheckpointKind.ValueType:
@@ -192,7 +195,9 @@ def name_from_pb(text: str, field: str) -> str:
 def metadata_from_pb(entries: Mapping[str, str], field: str) -> dict[str, str]:
     """Read user metadata within its bounds."""
     if len(entries) > METADATA_ENTRIES_MAX:
-        raise InvalidArgument(field, f"more than {METADATA_ENTRIES_MAX} entries", Reason.LIMIT_EXCEEDED)
+        raise InvalidArgument(
+            field, f"more than {METADATA_ENTRIES_MAX} entries", Reason.LIMIT_EXCEEDED
+        )
     for key, value in entries.items():
         if not 0 < len(key) <= METADATA_KEY_CHARS_MAX:
             raise InvalidArgument(

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -21,15 +21,13 @@ from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
 from tinsmithd.rpc.status import to_status
 
 _log = logging.getLogger(__name__)
-_HandlerCall = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]]
-
 
 
 class _Undecodable:
     """Takes the place of a request whose bytes are no message of its type."""
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerant(deserialize: Any) -> Callable[[bytes], Any]:
     # grpc would answer INTERNAL for an exception in here, as if the server were to blame.
     def decode(data: bytes) -> Any:
         try:
@@ -62,9 +60,7 @@ def _serialize(message: Message) -> bytes:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped base
     """Wraps every handler of this project's services; standard services pass untouched."""
 
-    async def intercept_service(
-        self, continuation: _HandlerCall, details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler | None:
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Wrap the handler of one call."""
         handler = await continuation(details)
         method: str = details.method

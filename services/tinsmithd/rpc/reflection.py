@@ -27,12 +27,12 @@ class ReflectionServicer(reflection.aio.ReflectionServicer):  # type: ignore[mis
             service = descriptor_pool.Default().FindServiceByName(parent)
         except KeyError:
             return answer
-        return super()._file_containing_symbol(parent) if method in service.methods_by_name else answer
+        return (
+            super()._file_containing_symbol(parent) if method in service.methods_by_name else answer
+        )
 
 
 def add_reflection(server: grpc.aio.Server, service_names: list[str]) -> None:
     """Serve reflection for the named services and for itself."""
     names: Any = (*service_names, SERVICE_NAME)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), server)
-
-

@@ -8,15 +8,15 @@ channelz are on. SIGTERM and SIGINT: health says NOT_SERVING, no new calls, call
 
 import asyncio
 import logging
+import os
 import signal
-import sys
-from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import grpc
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from tinsmithd.config import Config, ServerConfig
+from tinsmithd.config import ServerConfig
 from tinsmithd.rpc.interceptors import ErrorInterceptor
 from tinsmithd.rpc.reflection import add_reflection
 
@@ -68,6 +68,8 @@ class RpcServer:
         await self._set(self.service_name, False)
         self.port = self.grpc_server.add_insecure_port(self._config.listen_address)
         await self.grpc_server.start()
+        if self._config.port_file:
+            _write_whole(Path(self._config.port_file), f"{self.port}\n")
         host = self._config.listen_address.rpartition(":")[0]
         _log.info("%s listens on %s:%d", self.service_name, host, self.port)
 
@@ -95,28 +97,14 @@ class RpcServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         await asked.wait()
-        _log.info("%s stops: calls under way have %g s", self.service_name, self._config.stop_grace_s)
+        _log.info(
+            "%s stops: calls under way have %g s", self.service_name, self._config.stop_grace_s
+        )
         await self.stop()
 
 
-def set_up_logging(config: Config) -> None:
-    """Log to standard error, one line per event, with the process's name."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level,
-        format=f"%(asctime)s {config.section} %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
-
-
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run a server's main coroutine; Ctrl-C ends quietly."""
-
-    async def entry() -> None:
-        await main()
-
-    try:
-        asyncio.run(entry())
-    except KeyboardInterrupt:
-        sys.exit(130)
+def _write_whole(file: Path, text: str) -> None:
+    # Whoever waits for the file must not read half of it.
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, file)

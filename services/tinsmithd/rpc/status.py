@@ -3,6 +3,7 @@
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -75,7 +76,7 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
     return rebuilt
 
 
-def _pack(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> Any:
+def _pack(message: Message) -> Any:
     packed = Any()
     packed.Pack(message)
     return packed

@@ -5,6 +5,7 @@ import hashlib
 import zlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -14,6 +15,9 @@ from tinsmithd.convert import types as convert
 from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig
 from tinsmithd.errors import DataLoss, Reason
 from tinsmithd.rpc.status import from_rpc_error
+
+if TYPE_CHECKING:
+    from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceAsyncStub
 
 PIECE_BYTES_MAX = 1024 * 1024
 
@@ -42,12 +46,14 @@ class SaveOptions:
 class CheckpointWriter:
     """One checkpoint on its way: `open`, `write` pieces, `commit`; `cancel` leaves nothing."""
 
-    def __init__(self, stub: CheckpointServiceStub, header: pb.WriteCheckpointHeader) -> None:
+    def __init__(
+        self, stub: "CheckpointServiceAsyncStub", header: pb.WriteCheckpointHeader
+    ) -> None:
         self._call = stub.WriteCheckpoint()
         self._header = header
         self._opened = False
         self._sizes: dict[str, int] = {}
-        self._digests: dict[str, "hashlib._Hash"] = {}
+        self._digests: dict[str, hashlib._Hash] = {}
 
     async def write(self, file_name: str, data: bytes) -> None:
         """Append bytes to a file; files come one after the other."""
@@ -69,9 +75,7 @@ class CheckpointWriter:
             pb.CheckpointFile(name=n, size_bytes=self._sizes[n], sha256=self._digests[n].digest())
             for n in sorted(self._sizes)
         ]
-        await self._send(
-            pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=files))
-        )
+        await self._send(pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=files)))
         try:
             await self._call.done_writing()
             response = await self._call

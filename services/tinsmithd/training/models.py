@@ -1,6 +1,8 @@
 """The models of the cluster and what can be done with one: the rules of the Training service."""
 
 import asyncio
+import contextlib
+import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -10,6 +12,7 @@ from typing import Any
 
 from tinsmithd.domain import (
     AdamParams,
+    BaseModelInfo,
     CheckpointKind,
     CheckpointPath,
     Datum,
@@ -33,6 +36,8 @@ from tinsmithd.training.trainer import Trainer, TrainerLost
 from tinsmithd.training.validate import check_data
 
 REQUEST_IDS_KEPT_MAX = 10_000
+DRAIN_POLL_S = 0.05
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class ModelLimits:
     data_per_call_max: int
     targets_per_position_max: int
     ephemeral_ttl_s: int
+    model_idle_ttl_s: float
     lane: LaneLimits
 
 
@@ -51,10 +57,12 @@ class Model:
     """One model: what it is, and its lane."""
 
     model_id: str
-    base_model: str
+    info: BaseModelInfo
     lora: LoraConfig
     user_metadata: Mapping[str, str]
     lane: Lane
+    number: int
+    """Rises with every model created; orders pages."""
     create_time_s: float = field(default_factory=time.time)
     last_request_time_s: float = field(default_factory=time.time)
     step_count: int = 0
@@ -83,9 +91,13 @@ class Models:
         self._limits = limits
         self._checkpoints = checkpoints
         self._models: OrderedDict[str, Model] = OrderedDict()
+        self._deletions: set[asyncio.Task[None]] = set()
         self._requests: OrderedDict[str, tuple[bytes, asyncio.Task[Model]]] = OrderedDict()
         self._trainer: Trainer | None = None
         self._turn = asyncio.Lock()
+        self._created_count = 0
+        self.progress = "none has attached yet"
+        """What a trainer that is not ready is doing, for a person."""
 
     # --- the trainer comes and goes -----------------------------------------------------------
 
@@ -98,7 +110,7 @@ class Models:
         """
         if self._trainer is None:
             raise Unavailable(
-                "the trainer is not ready: it is loading or restarting",
+                f"the trainer is not ready: {self.progress}",
                 Reason.TRAINER_UNAVAILABLE,
                 retry_after_s=1.0,
             )
@@ -118,6 +130,7 @@ class Models:
         if self._trainer is not trainer:
             return
         self._trainer = None
+        self.progress = "it went away and has to start again"
         for model in self._models.values():
             model.lane.close(model_lost(model.model_id))
 
@@ -126,7 +139,8 @@ class Models:
     async def create(self, request: NewModel) -> Model:
         """Create a model, or return the one that this `request_id` created before."""
         if not request.request_id:
-            return await self._create(request)
+            # A caller that goes away half-way must not leave half a model behind.
+            return await asyncio.shield(asyncio.create_task(self._create(request)))
         known = self._requests.get(request.request_id)
         if known is None or (known[1].done() and _failed(known[1])):
             known = (request.digest, asyncio.create_task(self._create(request)))
@@ -136,27 +150,28 @@ class Models:
         if known[0] != request.digest:
             message = f"request_id {request.request_id!r} was used with other content"
             raise AlreadyExists(message, Reason.REQUEST_ID_CONFLICT)
-        # A caller that goes away must not cancel what a repeat of it will ask for.
         return await asyncio.shield(known[1])
 
     async def _create(self, request: NewModel) -> Model:
         lora, step_count = request.lora, 0
-        base_model = request.base_model
+        base_model, trainer = request.base_model, self.trainer
         if request.path is not None:
-            found = await self._checkpoints.get(request.path)
-            if request.with_optimizer and found.kind is not CheckpointKind.TRAINING:
+            if request.with_optimizer and request.path.kind is not CheckpointKind.TRAINING:
                 raise _wrong_kind(request.path)
+            found = await self._checkpoints.get(request.path)
             self._check_base_model(found.base_model, request.base_model)
             base_model, lora = found.base_model, found.lora
             step_count = found.step_count if request.with_optimizer else 0
-        trainer = self.trainer
         if base_model and base_model != trainer.info.name:
             message = f"no base model {base_model!r}; this cluster holds {trainer.info.name!r}"
             raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
         model_id = secrets.token_hex(16)
         lane = Lane(model_id, self._limits.lane, self._turn)
         assert lora is not None  # one of lora and path is set by the servicer
-        model = Model(model_id, trainer.info.name, lora, request.user_metadata, lane)
+        self._created_count += 1
+        model = Model(
+            model_id, trainer.info, lora, request.user_metadata, lane, self._created_count
+        )
         model.step_count = step_count
         async with self._turn:
             self._check_room()
@@ -214,11 +229,30 @@ class Models:
         model.lane.close(model_not_found(model_id))
         if was_lost or self._trainer is None:
             return
+        task = asyncio.create_task(self._free(self._trainer, model_id))
+        self._deletions.add(task)
+        task.add_done_callback(self._deletions.discard)
+        await asyncio.shield(task)
+
+    async def _free(self, trainer: Trainer, model_id: str) -> None:
         async with self._turn:
-            try:
-                await self.trainer.delete_model(model_id)
-            except TrainerLost:
-                return  # it went with its trainer
+            with contextlib.suppress(TrainerLost):  # then it went with its trainer
+                await trainer.delete_model(model_id)
+
+    async def drained(self, timeout_s: float) -> None:
+        """Return once no call is under way, or after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not all(model.lane.idle for model in self._models.values()):
+                    await asyncio.sleep(DRAIN_POLL_S)
+
+    async def delete_idle(self) -> None:
+        """Delete the models that no call used for `model_idle_ttl_s`."""
+        oldest_s = time.time() - self._limits.model_idle_ttl_s
+        for model in list(self._models.values()):
+            if model.last_request_time_s < oldest_s and model.lane.idle:
+                _log.info("model %s was idle too long and is deleted", model.model_id)
+                await self.delete(model.model_id)
 
     # --- calls on one model -------------------------------------------------------------------
 
@@ -233,14 +267,13 @@ class Models:
         backward: bool,
     ) -> Answer:
         """Queue a forward or forward_backward; parts are outputs, the value is the metrics."""
-        trainer = self.trainer
 
         def check() -> None:
             most = self._limits.targets_per_position_max
-            check_data(data, loss_fn, trainer.info, most)
+            check_data(data, loss_fn, model.info, most)
 
         async def run(emit: Callable[[Any], None]) -> Mapping[str, float]:
-            return await trainer.compute(
+            return await self.trainer.compute(
                 model.model_id, data, loss_fn, backward=backward, on_result=emit
             )
 
@@ -249,10 +282,9 @@ class Models:
 
     def optim_step(self, model: Model, seq_id: int, digest: bytes, adam: AdamParams) -> Answer:
         """Queue an optimizer step; the value is its metrics."""
-        trainer = self.trainer
 
         async def run(_: Callable[[Any], None]) -> Mapping[str, float]:
-            metrics = await trainer.optim_step(model.model_id, adam)
+            metrics = await self.trainer.optim_step(model.model_id, adam)
             model.step_count += 1
             return metrics
 
@@ -260,15 +292,14 @@ class Models:
 
     def save(self, model: Model, seq_id: int, digest: bytes, options: SaveOptions) -> Answer:
         """Queue a save; the value is `(path, size_bytes)`."""
-        trainer = self.trainer
         optimizer = options.path.kind is CheckpointKind.TRAINING
 
         async def run(_: Callable[[Any], None]) -> tuple[CheckpointPath, int]:
             writer = self._checkpoints.writer(
-                options, model.base_model, model.lora, model.step_count
+                options, model.info.name, model.lora, model.step_count
             )
             try:
-                await trainer.export_state(
+                await self.trainer.export_state(
                     model.model_id, optimizer=optimizer, on_piece=writer.write
                 )
                 return options.path, await writer.commit()
@@ -282,7 +313,6 @@ class Models:
         self, model: Model, seq_id: int, digest: bytes, path: CheckpointPath, *, optimizer: bool
     ) -> Answer:
         """Queue a load; the value is the path."""
-        trainer = self.trainer
 
         def check() -> None:
             if path.kind is not CheckpointKind.TRAINING:
@@ -290,8 +320,8 @@ class Models:
 
         async def run(_: Callable[[Any], None]) -> CheckpointPath:
             found = await self._checkpoints.get(path)
-            self._check_base_model(found.base_model, model.base_model)
-            state = await trainer.import_state(
+            self._check_base_model(found.base_model, model.info.name)
+            state = await self.trainer.import_state(
                 model.model_id, self._checkpoints.read(path), optimizer=optimizer, create=False
             )
             model.step_count = state.step_count
@@ -317,8 +347,6 @@ class Models:
         if wanted and found != wanted:
             message = f"the checkpoint is of base model {found!r}, not {wanted!r}"
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-
-
 
 
 def _refusal(check: Callable[[], None]) -> TinsmithError | None:

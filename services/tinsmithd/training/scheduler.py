@@ -83,6 +83,11 @@ class Lane:
         """True when the model's state is gone."""
         return isinstance(self._closed, DataLoss)
 
+    @property
+    def idle(self) -> bool:
+        """True when nothing waits and nothing runs."""
+        return self._runner is None and not self._parked
+
     def submit(self, seq_id: int, call: Call) -> Answer:
         """Take a call in; its answer comes when its turn came.
 
@@ -230,5 +235,3 @@ def model_lost(model_id: str) -> DataLoss:
 def model_not_found(model_id: str) -> NotFound:
     """The error of an id that names no model."""
     return NotFound(f"no model {model_id!r}", Reason.MODEL_NOT_FOUND)
-
-

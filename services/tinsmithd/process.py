@@ -1,0 +1,50 @@
+"""What every process of this project does around its own work: logging, Ctrl-C, ending in time."""
+
+import asyncio
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+
+from tinsmithd.config import Config
+
+
+def set_up(config: Config) -> None:
+    """Log to standard error, one line per event, and end when `live_with_pid` ends."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level,
+        format=f"%(asctime)s {config.section} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    if config.live_with_pid:
+        threading.Thread(target=_end_with, args=(config.live_with_pid,), daemon=True).start()
+
+
+def _end_with(pid: int) -> None:
+    try:
+        if hasattr(os, "pidfd_open"):
+            select.select([os.pidfd_open(pid)], [], [])
+        else:
+            while True:
+                os.kill(pid, 0)
+                time.sleep(1)
+    except OSError:
+        pass  # it is gone already
+    os._exit(1)
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    """Run a server's main coroutine; Ctrl-C ends quietly."""
+
+    async def entry() -> None:
+        await main()
+
+    try:
+        asyncio.run(entry())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,31 @@
+"""`python -m tinsmithd.training`: the Training server as a process."""
+
+import sys
+
+from tinsmithd.config import ConfigError, TrainingConfig
+from tinsmithd.process import run, set_up
+from tinsmithd.training.launcher import LaunchError
+from tinsmithd.training.server import TrainingServer
+
+
+async def _serve(config: TrainingConfig) -> None:
+    server = TrainingServer(config)
+    await server.start()
+    await server.run()
+
+
+def main() -> None:
+    """Serve until a signal."""
+    try:
+        config = TrainingConfig.load()
+    except ConfigError as error:
+        sys.exit(f"tinsmithd.training: {error}")
+    set_up(config)
+    try:
+        run(lambda: _serve(config))
+    except LaunchError as error:
+        sys.exit(f"tinsmithd.training: {error}")
+
+
+if __name__ == "__main__":
+    main()

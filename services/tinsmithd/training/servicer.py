@@ -1,0 +1,234 @@
+"""The face of the Training service: parse, call the rules, encode. No rule lives here."""
+
+import importlib.metadata
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from tinsmith.v1 import training_service_pb2 as pb
+from tinsmith.v1.training_service_pb2_grpc import TrainingServiceServicer
+from tinsmithd.config import TrainingConfig
+from tinsmithd.convert import types as convert
+from tinsmithd.convert.tensors import array_to_pb
+from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath
+from tinsmithd.errors import InvalidArgument, Reason
+from tinsmithd.training.checkpoints import SaveOptions
+from tinsmithd.training.journal import Answer
+from tinsmithd.training.models import Model, Models, NewModel
+from tinsmithd.training.requests import ComputeRequest, digest_of, read_call, read_header
+
+REQUEST_ID_CHARS_MAX = 128
+PAGE_SIZE_MAX = 1000
+_LIMITS = [field.name for field in pb.Limits.DESCRIPTOR.fields]
+
+
+class TrainingServicer(TrainingServiceServicer):
+    """Serves `tinsmith.v1.TrainingService`."""
+
+    def __init__(self, config: TrainingConfig, models: Models) -> None:
+        self._config = config
+        self._models = models
+
+    async def GetCapabilities(
+        self, request: pb.GetCapabilitiesRequest, context: Any
+    ) -> pb.GetCapabilitiesResponse:
+        """Say what this cluster can do."""
+        response = pb.GetCapabilitiesResponse(
+            loss_fns=list(LOSSES),
+            limits=pb.Limits(**{name: getattr(self._config, name) for name in _LIMITS}),
+            durability_mode=pb.DURABILITY_MODE_NONE,
+            sampler_address=self._config.sampler_address,
+            checkpoint_address=self._config.checkpoint_address,
+            server_version=importlib.metadata.version("tinsmith"),
+        )
+        if self._models.ready:
+            trainer = self._models.trainer
+            response.base_models.append(convert.base_model_to_pb(trainer.info))
+            response.engine = trainer.engine
+            response.world_size = trainer.world_size
+        return response
+
+    # --- models -------------------------------------------------------------------------------
+
+    async def CreateModel(
+        self, request: pb.CreateModelRequest, context: Any
+    ) -> pb.CreateModelResponse:
+        """Create a model."""
+        model = await self._models.create(self._new_model(request))
+        return pb.CreateModelResponse(model=_model_to_pb(model))
+
+    def _new_model(self, request: pb.CreateModelRequest) -> NewModel:
+        if len(request.request_id) > REQUEST_ID_CHARS_MAX:
+            raise InvalidArgument("request_id", f"more than {REQUEST_ID_CHARS_MAX} characters")
+        path = lora = None
+        if request.checkpoint_path:
+            path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
+            if request.HasField("lora_config"):
+                raise InvalidArgument("lora_config", "must be unset with checkpoint_path")
+        else:
+            if request.with_optimizer:
+                message = "needed by with_optimizer"
+                raise InvalidArgument("checkpoint_path", message, Reason.MISSING_FIELD)
+            lora = convert.lora_from_pb(request.lora_config, "lora_config", self._config.rank_max)
+        content = pb.CreateModelRequest()
+        content.CopyFrom(request)
+        content.ClearField("request_id")
+        return NewModel(
+            base_model=request.base_model,
+            lora=lora,
+            path=path,
+            with_optimizer=request.with_optimizer,
+            user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
+            request_id=request.request_id,
+            digest=digest_of(content),
+        )
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        """Return one model."""
+        return pb.GetModelResponse(model=_model_to_pb(self._models.get(request.model_id)))
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Any
+    ) -> pb.ListModelsResponse:
+        """Return a page of models, newest first."""
+        if not 0 <= request.page_size <= PAGE_SIZE_MAX:
+            raise InvalidArgument("page_size", f"{request.page_size} is not in 1..{PAGE_SIZE_MAX}")
+        size = request.page_size or 100
+        models = self._models.list()
+        total = len(models)
+        if request.page_token:
+            if not (request.page_token.isascii() and request.page_token.isdigit()):
+                raise InvalidArgument("page_token", "is not one that this server gave")
+            models = [m for m in models if m.number < int(request.page_token)]
+        page = models[:size]
+        return pb.ListModelsResponse(
+            models=[_model_to_pb(model) for model in page],
+            next_page_token=str(page[-1].number) if len(models) > size else "",
+            total_count=total,
+        )
+
+    async def DeleteModel(
+        self, request: pb.DeleteModelRequest, context: Any
+    ) -> pb.DeleteModelResponse:
+        """Delete a model."""
+        await self._models.delete(request.model_id)
+        return pb.DeleteModelResponse()
+
+    # --- calls on one model -------------------------------------------------------------------
+
+    async def Forward(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request_iterator: AsyncIterator[pb.ForwardRequest], context: Any
+    ) -> AsyncIterator[pb.ForwardResponse]:
+        """Compute losses and logprobs."""
+        async for parts in self._compute(request_iterator, backward=False):
+            yield pb.ForwardResponse(**parts)
+
+    async def ForwardBackward(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request_iterator: AsyncIterator[pb.ForwardBackwardRequest], context: Any
+    ) -> AsyncIterator[pb.ForwardBackwardResponse]:
+        """Compute losses and logprobs and add the gradients."""
+        async for parts in self._compute(request_iterator, backward=True):
+            yield pb.ForwardBackwardResponse(**parts)
+
+    async def _compute(
+        self, requests: AsyncIterator[ComputeRequest], *, backward: bool
+    ) -> AsyncIterator[dict[str, Any]]:
+        first = await read_header(requests)
+        model = self._models.get(first.model_id)
+        call = await read_call(
+            first,
+            requests,
+            data_per_call_max=self._config.data_per_call_max,
+            call_bytes_max=self._config.call_bytes_max,
+        )
+        if call.refusal is not None:
+            answer = self._models.refuse(model, call.seq_id, call.digest, call.refusal)
+        else:
+            answer = self._models.compute(
+                model, call.seq_id, call.digest, call.data, call.loss_fn, backward=backward
+            )
+        async for outputs in answer.parts():
+            tensors = {k: array_to_pb(v, call.tensor_format) for k, v in outputs.items()}
+            yield {"outputs": [pb.DatumOutput(loss_fn_outputs=tensors)]}
+        yield {"metrics": await answer.value()}
+
+    async def OptimStep(self, request: pb.OptimStepRequest, context: Any) -> pb.OptimStepResponse:
+        """Apply one optimizer step."""
+
+        def submit(model: Model, digest: bytes) -> Answer:
+            adam = convert.adam_from_pb(request.adam_params, "adam_params")
+            return self._models.optim_step(model, request.seq_id, digest, adam)
+
+        return pb.OptimStepResponse(metrics=await self._submit(request, submit))
+
+    async def SaveCheckpoint(
+        self, request: pb.SaveCheckpointRequest, context: Any
+    ) -> pb.SaveCheckpointResponse:
+        """Save the model under a name."""
+
+        def submit(model: Model, digest: bytes) -> Answer:
+            options = self._save_options(request)
+            return self._models.save(model, request.seq_id, digest, options)
+
+        path, size_bytes = await self._submit(request, submit)
+        return pb.SaveCheckpointResponse(path=str(path), size_bytes=size_bytes)
+
+    def _save_options(self, request: pb.SaveCheckpointRequest) -> SaveOptions:
+        kind = convert.kind_from_pb(request.kind, "kind")
+        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
+        if request.name or kind is CheckpointKind.TRAINING:
+            name = convert.name_from_pb(request.name, "name")
+        else:
+            name = f"ephemeral-{secrets.token_hex(8)}"
+            ttl = self._config.ephemeral_ttl_s if ttl is None else ttl
+        return SaveOptions(
+            path=CheckpointPath(request.model_id, kind, name),
+            ttl_seconds=convert.ttl_from_pb(ttl, "ttl_seconds"),
+            overwrite=request.overwrite,
+            user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
+        )
+
+    async def LoadCheckpoint(
+        self, request: pb.LoadCheckpointRequest, context: Any
+    ) -> pb.LoadCheckpointResponse:
+        """Replace the model's state by a checkpoint's."""
+
+        def submit(model: Model, digest: bytes) -> Answer:
+            path = convert.path_from_pb(request.path, "path")
+            return self._models.load(
+                model, request.seq_id, digest, path, optimizer=request.with_optimizer
+            )
+
+        return pb.LoadCheckpointResponse(path=str(await self._submit(request, submit)))
+
+    async def _submit(self, request: Any, submit: Callable[[Model, bytes], Answer]) -> Any:
+        # What cannot be read is refused in the model's order, so that its number is used up.
+        model = self._models.get(request.model_id)
+        digest = digest_of(request)
+        try:
+            answer = submit(model, digest)
+        except InvalidArgument as error:
+            answer = self._models.refuse(model, request.seq_id, digest, error)
+        return await answer.value()
+
+
+def _model_to_pb(model: Model) -> pb.Model:
+    lost = model.lane.lost
+    return pb.Model(
+        model_id=model.model_id,
+        base_model=model.info.name,
+        lora_config=convert.lora_to_pb(model.lora),
+        user_metadata=model.user_metadata,
+        create_time=_timestamp(model.create_time_s),
+        last_request_time=_timestamp(model.last_request_time_s),
+        next_seq_id=model.lane.next_seq_id,
+        state=pb.MODEL_STATE_LOST if lost else pb.MODEL_STATE_READY,
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp

@@ -1,0 +1,228 @@
+"""The ordered lane of one model: every rule about numbers, repeats and gaps."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tinsmithd.errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    Reason,
+    ResourceExhausted,
+    TinsmithError,
+    Unavailable,
+)
+from tinsmithd.training.journal import Answer
+from tinsmithd.training.scheduler import Call, Lane, LaneLimits, model_not_found
+from tinsmithd.training.trainer import TrainerLost
+
+LIMITS = LaneLimits(lane_calls_max=8, lane_bytes_max=1000, gap_wait_s_max=30, answers_kept_max=4)
+
+
+class Recorder:
+    """Makes calls that write down when they took effect."""
+
+    def __init__(self, limits: LaneLimits = LIMITS) -> None:
+        self.applied: list[str] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.turn = asyncio.Lock()
+        self.lane = Lane("model", limits, self.turn)
+
+    def call(self, name: str, *, error: Exception | None = None, nbytes: int = 1) -> Call:
+        async def run(emit: Callable[[Any], None]) -> str:
+            await self.gate.wait()
+            if error is not None:
+                raise error
+            self.applied.append(name)
+            emit(f"part of {name}")
+            return name
+
+        return Call(name.encode(), nbytes, run)
+
+    def submit(self, seq_id: int, name: str, **kwargs: Any) -> Answer:
+        return self.lane.submit(seq_id, self.call(name, **kwargs))
+
+
+async def test_calls_take_effect_in_the_order_of_their_numbers() -> None:
+    """Numbers decide, not arrival."""
+    r = Recorder()
+    answers = [r.submit(n, str(n)) for n in (3, 1, 4, 2)]
+    assert [await a.value() for a in answers] == ["3", "1", "4", "2"]
+    assert r.applied == ["1", "2", "3", "4"]
+
+
+async def test_a_repeat_gets_the_first_answer_and_has_no_effect() -> None:
+    """The same number with the same content is the same call, before and after it ended."""
+    r = Recorder()
+    first, early = r.submit(1, "a"), r.submit(1, "a")
+    await first.value()
+    late = r.submit(1, "a")
+    assert first is early is late
+    assert r.applied == ["a"]
+    assert [part async for part in late.parts()] == ["part of a"]
+
+
+async def test_other_content_under_a_used_number_is_refused() -> None:
+    """It must neither run nor be answered with another call's answer."""
+    r = Recorder()
+    await r.submit(1, "a").value()
+    with pytest.raises(AlreadyExists) as refusal:
+        r.submit(1, "b")
+    assert refusal.value.reason is Reason.SEQ_ID_CONFLICT
+    assert r.applied == ["a"]
+
+
+async def test_an_old_answer_expires_and_says_so() -> None:
+    """Only `answers_kept_max` answers are kept."""
+    r = Recorder()
+    for n in range(1, 7):
+        await r.submit(n, str(n)).value()
+    with pytest.raises(FailedPrecondition) as refusal:
+        r.submit(1, "1")
+    assert refusal.value.reason is Reason.ANSWER_EXPIRED
+    assert r.submit(3, "3").done
+    assert r.applied == list("123456")
+
+
+async def test_a_gap_fails_in_time_and_leaves_the_number_free() -> None:
+    """What waits for a missing number fails, and can be sent again."""
+    r = Recorder(LaneLimits(8, 1000, 0.05, 4))
+    answer = r.submit(2, "b")
+    with pytest.raises(FailedPrecondition) as refusal:
+        await answer.value()
+    assert refusal.value.reason is Reason.SEQ_ID_GAP
+    assert refusal.value.metadata == {"seq_id": "2", "next_seq_id": "1"}
+    answers = [r.submit(2, "b"), r.submit(1, "a")]
+    assert [await a.value() for a in answers] == ["b", "a"]
+    assert r.applied == ["a", "b"]
+
+
+async def test_a_refused_call_uses_up_its_number() -> None:
+    """The next call runs, and a repeat of the refused one is refused again."""
+    r = Recorder()
+    error = InvalidArgument("data", "is bad")
+    for _ in range(2):
+        bad = r.call("bad")
+        bad.refusal = error
+        answer = r.lane.submit(1, bad)
+        with pytest.raises(InvalidArgument):
+            await answer.value()
+    assert await r.submit(2, "good").value() == "good"
+    assert r.applied == ["good"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unavailable("later", Reason.CHECKPOINT_UNAVAILABLE),
+        ResourceExhausted("later", Reason.OUT_OF_MEMORY),
+    ],
+)
+async def test_unavailable_gives_the_number_back(error: TinsmithError) -> None:
+    """Calls behind it wait until the same number is sent again, and order holds."""
+    r = Recorder()
+    first = r.submit(1, "a", error=error)
+    second = r.submit(2, "b")
+    with pytest.raises(type(error)):
+        await first.value()
+    assert not second.done
+    assert r.lane.next_seq_id == 1
+    again = r.submit(1, "a")
+    assert [await again.value(), await second.value()] == ["a", "b"]
+    assert r.applied == ["a", "b"]
+
+
+async def test_an_unexpected_failure_is_internal_and_uses_up_its_number() -> None:
+    """Nothing of the cause reaches the caller."""
+    r = Recorder()
+    with pytest.raises(TinsmithError) as failure:
+        await r.submit(1, "a", error=RuntimeError("secret")).value()
+    assert failure.value.reason is Reason.INTERNAL
+    assert "secret" not in failure.value.message
+    assert await r.submit(2, "b").value() == "b"
+
+
+async def test_number_zero_runs_after_what_is_queued_and_is_no_repeat() -> None:
+    """seq_id 0 means now."""
+    r = Recorder()
+    r.gate.clear()
+    answers = [r.submit(1, "a"), r.submit(0, "x"), r.submit(0, "x"), r.submit(2, "b")]
+    r.gate.set()
+    assert [await a.value() for a in answers] == ["a", "x", "x", "b"]
+    assert r.applied == ["a", "x", "x", "b"]
+
+
+async def test_a_full_lane_refuses_but_never_the_missing_number() -> None:
+    """The call that the others wait for always gets in."""
+    r = Recorder()
+    answers = [r.submit(n, str(n)) for n in range(2, 10)]
+    with pytest.raises(ResourceExhausted) as refusal:
+        r.submit(10, "10")
+    assert refusal.value.reason is Reason.QUEUE_FULL
+    assert refusal.value.retry_after_s
+    answers.append(r.submit(1, "1"))
+    for answer in answers:
+        await answer.value()
+    assert r.applied == [str(n) for n in range(1, 10)]
+    assert await r.submit(10, "10").value() == "10"
+
+
+async def test_waiting_bytes_are_bounded() -> None:
+    """`lane_bytes_max` counts what waits."""
+    r = Recorder()
+    r.submit(2, "b", nbytes=600)
+    with pytest.raises(ResourceExhausted):
+        r.submit(3, "c", nbytes=600)
+
+
+async def test_a_lost_trainer_fails_what_waits_and_what_comes() -> None:
+    """The model's state is gone: every later call says DATA_LOSS, kept answers stay."""
+    r = Recorder()
+    await r.submit(1, "a").value()
+    answers = [r.submit(2, "b", error=TrainerLost("gone")), r.submit(3, "c")]
+    for answer in answers:
+        with pytest.raises(DataLoss):
+            await answer.value()
+    with pytest.raises(DataLoss):
+        r.submit(4, "d")
+    assert r.lane.lost
+    assert await r.submit(1, "a").value() == "a"
+
+
+async def test_deleting_fails_what_waits() -> None:
+    """Queued calls of a deleted model are not found."""
+    r = Recorder()
+    r.gate.clear()
+    running, waiting = r.submit(1, "a"), r.submit(2, "b")
+    await asyncio.sleep(0)
+    r.lane.close(model_not_found("model"))
+    r.gate.set()
+    with pytest.raises(TinsmithError) as refusal:
+        await waiting.value()
+    assert refusal.value.reason is Reason.MODEL_NOT_FOUND
+    await asyncio.wait_for(asyncio.gather(running.value(), return_exceptions=True), 5)
+
+
+async def test_lanes_take_turns() -> None:
+    """A long queue delays another lane by one call, not by its length."""
+    order: list[str] = []
+    turn = asyncio.Lock()
+    lanes = {name: Lane(name, LIMITS, turn) for name in ("heavy", "light")}
+
+    def call(name: str) -> Call:
+        async def run(emit: Callable[[Any], None]) -> None:
+            await asyncio.sleep(0)
+            order.append(name)
+
+        return Call(name.encode(), 1, run)
+
+    answers = [lanes["heavy"].submit(n, call(f"heavy {n}")) for n in range(1, 7)]
+    answers.append(lanes["light"].submit(1, call("light 1")))
+    for answer in answers:
+        await answer.value()
+    assert order.index("light 1") <= 1
