@@ -12,9 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TINSMITH_CACHE"] = os.environ.get("TINSMITH_CACHE", "build/test-cache")
 
 from clusters import RunningCluster
-from tiny_models import write_tiny_model
-
 from tinsmith.v1 import Cluster, connect
+from tiny_models import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,9 +25,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
+def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """One cluster on a tiny model, shared by the session: tests make models of their own."""
     with RunningCluster(tiny_model, tmp_path_factory.mktemp("cluster")) as running:
         yield running

@@ -197,7 +197,7 @@ class TrainerConfig(Config):
     engine: str = "deepspeed"
     """deepspeed, or reference: the plain single-process one."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage; 3 also partitions the frozen base."""
+    """DeepSpeed ZeRO stage, 1 to 3; 3 also partitions the frozen base."""
     threads: int = 0
     """CPU threads per rank; 0 leaves it to torch."""
 
@@ -208,7 +208,7 @@ class TrainerConfig(Config):
             raise ConfigError("trainer.base_model: must be set")
         _one_of("trainer.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("trainer.engine", self.engine, ("deepspeed", "reference"))
-        _one_of("trainer.zero_stage", self.zero_stage, (0, 1, 2, 3))
+        _one_of("trainer.zero_stage", self.zero_stage, (1, 2, 3))
 
 
 @dataclass(frozen=True)

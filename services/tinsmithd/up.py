@@ -259,7 +259,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
     up.add_argument("--port", type=int, default=defaults.port, help="Training's; 0 takes free ones")
     up.add_argument("--dtype", choices=("float32", "bfloat16"), default=defaults.dtype)
     up.add_argument("--engine", choices=("deepspeed", "reference"), default=defaults.engine)
-    up.add_argument("--zero-stage", type=int, choices=range(4), default=defaults.zero_stage)
+    up.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=defaults.zero_stage)
     up.add_argument("--threads", type=int, default=0, help="CPU threads per process")
     up.add_argument("run", nargs="*", metavar="-- COMMAND", help="run this against it, then stop")
     args = vars(parser.parse_args(argv))

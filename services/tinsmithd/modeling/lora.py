@@ -1,0 +1,189 @@
+"""LoRA adapters on one shared base model: many at once, of different rank and targets.
+
+PEFT wraps the modules; this keeps the adapters apart by key, draws their first values from a seed,
+and reads and writes them under the names of PEFT's files.
+
+    adapters = Adapters(base)
+    adapters.add("a", LoraConfig(rank=8))           # or add_state("b", state)
+    with adapters.active("a") as model:             # None: the base model alone
+        hidden = model.model(input_ids=...).last_hidden_state
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from peft import PeftModel
+
+from tinsmithd.domain import AdapterState, LoraConfig
+from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.modeling.base import BaseModel
+
+ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""Weights of all experts in one parameter each, as transformers stores them."""
+UNEMBED_MODULE = "lm_head"
+
+
+class Adapters:
+    """The adapters of one base model.
+
+    The base model is wrapped in place: use it only through `active`.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._peft: PeftModel | None = None
+        self._loras: dict[str, LoraConfig] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._loras
+
+    def lora(self, key: str) -> LoraConfig:
+        """Shape of an adapter."""
+        return self._loras[key]
+
+    def add(self, key: str, lora: LoraConfig) -> None:
+        """Add an adapter: A uniform in ±1/sqrt(fan_in), drawn from `lora.seed`; B zero.
+
+        That is PEFT's and Hu et al.'s start; here each value depends on the seed and the
+        parameter's place in the sorted names only.
+        """
+        if key in self._loras:
+            raise ValueError(f"adapter {key!r} exists")
+        config, name = self._peft_config(lora), _module_name(key)
+        if self._peft is None:
+            # A head that shares the embedding's weight is meant: only the head is adapted.
+            self._peft = PeftModel(self._base.model, config, adapter_name=name)
+        else:
+            self._peft.add_adapter(name, config)
+        self._loras[key] = lora
+        generator = torch.Generator().manual_seed(lora.seed % (1 << 63))
+        with torch.no_grad():
+            for parameter_name, parameter in self.parameters(key).items():
+                if ".lora_A." in parameter_name:
+                    bound = 1 / math.sqrt(parameter.shape[1])
+                    values = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
+                    parameter.copy_(values)
+                else:
+                    parameter.zero_()
+
+    def add_state(self, key: str, state: AdapterState) -> None:
+        """Add an adapter with a checkpoint's weights.
+
+        Raises:
+            FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
+        """
+        self.add(key, state.lora)
+        try:
+            self.import_weights(key, state.weights)
+        except BaseException:
+            self.remove(key)
+            raise
+
+    def remove(self, key: str) -> None:
+        """Drop an adapter; an unknown key is no error."""
+        if self._loras.pop(key, None) is not None:
+            assert self._peft is not None
+            self._peft.delete_adapter(_module_name(key))
+
+    @contextlib.contextmanager
+    def active(self, key: str | None) -> Iterator[Any]:
+        """The causal language model with this adapter, or without any."""
+        if self._peft is None:
+            yield self._base.model
+        elif key is None:
+            with self._peft.disable_adapter():
+                yield self._base.model
+        else:
+            self._peft.set_adapter(_module_name(key))
+            yield self._base.model
+
+    def parameters(self, key: str) -> dict[str, torch.nn.Parameter]:
+        """An adapter's parameters, float32, by their names in PEFT's files, sorted."""
+        assert self._peft is not None
+        part = f".{_module_name(key)}."
+        found = {
+            name.replace(part, "."): parameter
+            for name, parameter in self._peft.named_parameters()
+            if part in name
+        }
+        return dict(sorted(found.items()))
+
+    def export_weights(self, key: str) -> dict[str, np.ndarray]:
+        """Copy an adapter's weights out, by their names in PEFT's files."""
+        return {
+            name: parameter.detach().float().cpu().numpy().copy()
+            for name, parameter in self.parameters(key).items()
+        }
+
+    def import_weights(self, key: str, weights: Mapping[str, np.ndarray]) -> None:
+        """Replace an adapter's weights.
+
+        Raises:
+            FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); the adapter is
+                as before.
+        """
+        parameters = self.parameters(key)
+        check_same_shape(parameters, weights)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(torch.tensor(np.asarray(weights[name], dtype=np.float32)))
+
+    def adapter_config(self, key: str) -> dict[str, Any]:
+        """The content of `adapter_config.json`."""
+        config = self._peft_config(self._loras[key]).to_dict()
+        config["inference_mode"] = True
+        config["base_model_name_or_path"] = self._base.info.name
+        return {
+            name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for name, value in config.items()
+        }
+
+    def _peft_config(self, lora: LoraConfig) -> peft.LoraConfig:
+        experts = self._base.model.config.model_type == "qwen3_moe"
+        modules: list[str] = []
+        if lora.train_attn:
+            modules += ATTN_MODULES
+        if lora.train_mlp and not experts:
+            modules += MLP_MODULES
+        if lora.train_unembed:
+            modules.append(UNEMBED_MODULE)
+        parameters = list(EXPERT_PARAMETERS) if lora.train_mlp and experts else None
+        alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=modules,
+            target_parameters=parameters,
+        )
+
+
+def check_same_shape(
+    parameters: Mapping[str, torch.nn.Parameter], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Refuse arrays that are not one for each parameter, of its shape.
+
+    Raises:
+        FailedPrecondition: See above (INCOMPATIBLE_CHECKPOINT).
+    """
+    for name in sorted(parameters.keys() | arrays.keys()):
+        ours = list(parameters[name].shape) if name in parameters else None
+        theirs = list(arrays[name].shape) if name in arrays else None
+        if ours != theirs:
+            message = f"the checkpoint has {name} of shape {theirs}, this model {ours}"
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+
+
+def _module_name(key: str) -> str:
+    # Keys become names of torch modules, which may hold neither dots nor anything surprising.
+    return "adapter_" + hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -1,0 +1,94 @@
+"""The built-in losses, as functions of one datum's logprobs. Every loss is a sum.
+
+Symbols: `lp` the model's logprobs of the target tokens, `q` the input `logprobs`, `A` the input
+`advantages`, `r = exp(lp - q)`; all of shape `(N,)`, for cross-entropy also `(N, K)`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinsmithd.domain import (
+    Cispo,
+    CrossEntropy,
+    Dro,
+    Gspo,
+    ImportanceSampling,
+    LossFn,
+    Ppo,
+)
+
+LOG_RATIO_MAX = 80.0
+"""Ratios are cut at e^80, where float32 would overflow and turn 0 * inf into NaN."""
+
+
+def loss_sum(loss_fn: LossFn, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The loss of one datum.
+
+    Args:
+        loss_fn: Which loss, and its settings.
+        lp: Logprobs of the target tokens, `(N,)` or `(N, K)`, with their graph.
+        inputs: The datum's `loss_fn_inputs`, of the same shape.
+
+    Returns:
+        A scalar whose gradient with respect to `lp` is the loss's.
+    """
+    return _FUNCTIONS[type(loss_fn)](loss_fn, lp, inputs)
+
+
+def _cross_entropy(_: CrossEntropy, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`sum(-lp * weights)`."""
+    return -(lp * inputs["weights"]).sum()
+
+
+def _importance_sampling(_: ImportanceSampling, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`-sum(r * A)`."""
+    return -(_ratio(lp, inputs["logprobs"]) * inputs["advantages"]).sum()
+
+
+def _ppo(loss_fn: Ppo, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`-sum(min(r * A, clip(r, low, high) * A))` (Schulman et al. 2017, eq. 7)."""
+    return _clipped(_ratio(lp, inputs["logprobs"]), inputs["advantages"], loss_fn)
+
+
+def _cispo(loss_fn: Cispo, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`-sum(stop_gradient(clip(r, low, high)) * lp * A)` (MiniMax-M1 2025, eq. 4)."""
+    ratio = _ratio(lp.detach(), inputs["logprobs"])
+    clipped = ratio.clamp(loss_fn.clip_low_threshold, loss_fn.clip_high_threshold)
+    return -(clipped * lp * inputs["advantages"]).sum()
+
+
+def _dro(loss_fn: Dro, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """`-sum(lp * A - beta / 2 * (lp - q)**2)` (Richemond et al. 2024)."""
+    distance = lp - inputs["logprobs"]
+    return -(lp * inputs["advantages"] - 0.5 * loss_fn.beta * distance.square()).sum()
+
+
+def _gspo(loss_fn: Gspo, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """PPO with the sequence's ratio (Zheng et al. 2025, the token form of section 4.3)."""
+    mask = (inputs["sequence_ratio_mask"] != 0).to(lp.dtype)
+    distance = (lp.detach() - inputs["logprobs"]) * mask
+    sequence_ratio = (distance.sum() / mask.sum().clamp(min=1)).clamp(max=LOG_RATIO_MAX).exp()
+    # The value of the sequence's ratio with the gradient of the token's own logprob.
+    return _clipped(sequence_ratio * (lp - lp.detach()).exp(), inputs["advantages"], loss_fn)
+
+
+def _ratio(lp: Tensor, q: Tensor) -> Tensor:
+    return (lp - q).clamp(max=LOG_RATIO_MAX).exp()
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, loss_fn: Ppo | Gspo) -> Tensor:
+    clipped = ratio.clamp(loss_fn.clip_low_threshold, loss_fn.clip_high_threshold)
+    return -torch.minimum(ratio * advantages, clipped * advantages).sum()
+
+
+_FUNCTIONS: Mapping[type[LossFn], Callable[[Any, Tensor, Mapping[str, Tensor]], Tensor]] = {
+    CrossEntropy: _cross_entropy,
+    ImportanceSampling: _importance_sampling,
+    Ppo: _ppo,
+    Cispo: _cispo,
+    Dro: _dro,
+    Gspo: _gspo,
+}

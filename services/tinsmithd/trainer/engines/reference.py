@@ -1,0 +1,192 @@
+"""The reference engine: plain PyTorch and PEFT, one process, one datum at a time.
+
+It is the executable specification: written to be read, and what every other engine must agree
+with. Its AdamW is spelled out rather than taken from torch.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from tinsmithd.domain import AdamParams, AdapterState, BaseModelInfo, Datum, LoraConfig, LossFn
+from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.lora import Adapters, check_same_shape
+from tinsmithd.trainer.engines.compute import WaitingGradients, compute_datum
+from tinsmithd.trainer.engines.interface import OnResult
+
+CLIP_EPS = 1e-6
+"""Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
+
+EPS_MIN = 1e-30
+"""Stands for an eps of 0, with which a gradient of 0 would be divided by 0."""
+
+
+class _Model:
+    """One adapter with its waiting gradients and Adam moments."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.names = list(parameters)
+        self.parameters = list(parameters.values())
+        self.waiting = WaitingGradients(self.parameters)
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        self.step_count = 0
+        self.exp_avg = [torch.zeros_like(p) for p in self.parameters]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.parameters]
+
+
+class ReferenceEngine:
+    """See `TrainingEngine`."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._adapters = Adapters(base)
+        self._models: dict[str, _Model] = {}
+        self._device = next(base.model.parameters()).device
+
+    @property
+    def info(self) -> BaseModelInfo:
+        """The base model that this engine holds."""
+        return self._base.info
+
+    def create_model(self, model_id: str, lora: LoraConfig) -> None:
+        """Add a model: A drawn from `lora.seed`, B zero, no optimizer state."""
+        self._adapters.add(model_id, lora)
+        self._models[model_id] = _Model(self._adapters.parameters(model_id))
+
+    def delete_model(self, model_id: str) -> None:
+        """Drop a model; an unknown id is no error."""
+        self._models.pop(model_id, None)
+        self._adapters.remove(model_id)
+
+    def forward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        *,
+        backward: bool,
+        on_result: OnResult,
+    ) -> Mapping[str, float]:
+        """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
+        model = self._models[model_id]
+        snapshot = model.waiting.snapshot()
+        gradients = model.waiting.buffers() if backward else None
+        loss = 0.0
+        try:
+            with self._adapters.active(model_id) as causal_lm:
+                for index, datum in enumerate(data):
+                    result = compute_datum(
+                        causal_lm, model.parameters, datum, loss_fn, gradients, self._device
+                    )
+                    loss += result.loss
+                    on_result(index, {"logprobs": result.logprobs})
+        except BaseException:
+            model.waiting.restore(snapshot)
+            raise
+        return {"loss:sum": loss}
+
+    @torch.no_grad()
+    def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
+        """One AdamW step (Loshchilov & Hutter 2019, algorithm 2, with schedule eta = lr)."""
+        model = self._models[model_id]
+        gradients = model.waiting.buffers()
+        finite = model.waiting.all_finite()
+        model.waiting.clear()
+        if not finite:
+            raise non_finite_gradient()
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        scale = 1.0
+        if adam.grad_clip_norm > 0:
+            scale = min(1.0, adam.grad_clip_norm / (float(norm) + CLIP_EPS))
+        model.step_count += 1
+        correction1 = 1 - adam.beta1**model.step_count
+        correction2 = 1 - adam.beta2**model.step_count
+        for i, parameter in enumerate(model.parameters):
+            gradient = gradients[i] * scale
+            model.exp_avg[i].lerp_(gradient, 1 - adam.beta1)
+            model.exp_avg_sq[i].mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
+            parameter.mul_(1 - adam.learning_rate * adam.weight_decay)
+            denominator = model.exp_avg_sq[i].sqrt() / correction2**0.5 + max(adam.eps, EPS_MIN)
+            parameter.addcdiv_(
+                model.exp_avg[i], denominator, value=-adam.learning_rate / correction1
+            )
+        return {"grad_norm:last": float(norm), "step:last": float(model.step_count)}
+
+    def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:
+        """Copy a model's state out, with or without its optimizer state."""
+        model = self._models[model_id]
+        moments: dict[str, np.ndarray] = {}
+        if optimizer and model.step_count:
+            for kind in ("exp_avg", "exp_avg_sq"):
+                for name, moment in zip(model.names, getattr(model, kind), strict=True):
+                    moments[f"{kind}.{name}"] = moment.cpu().numpy().copy()
+        return AdapterState(
+            lora=self._adapters.lora(model_id),
+            weights=self._adapters.export_weights(model_id),
+            optimizer=moments,
+            step_count=model.step_count,
+            peft_config=self._adapters.adapter_config(model_id),
+        )
+
+    def import_state(self, model_id: str, state: AdapterState, *, optimizer: bool) -> None:
+        """Replace a model's weights by `state`'s and drop waiting gradients."""
+        model = self._models[model_id]
+        parameters = self._adapters.parameters(model_id)
+        moments = check_state(self._adapters.lora(model_id), parameters, state, optimizer=optimizer)
+        self._adapters.import_weights(model_id, state.weights)
+        model.waiting.clear()
+        model.reset_optimizer()
+        if moments is not None:
+            model.step_count = state.step_count
+            for i, name in enumerate(model.names):
+                model.exp_avg[i].copy_(torch.from_numpy(moments["exp_avg"][name].copy()))
+                model.exp_avg_sq[i].copy_(torch.from_numpy(moments["exp_avg_sq"][name].copy()))
+
+
+def non_finite_gradient() -> FailedPrecondition:
+    """The error of a step whose gradients are NaN or infinite."""
+    return FailedPrecondition(
+        "a waiting gradient is NaN or infinite; the gradients were cleared, weights are unchanged",
+        Reason.NON_FINITE_GRADIENT,
+    )
+
+
+def check_state(
+    lora: LoraConfig,
+    parameters: Mapping[str, torch.nn.Parameter],
+    state: AdapterState,
+    *,
+    optimizer: bool,
+) -> Mapping[str, Mapping[str, np.ndarray]] | None:
+    """Refuse a state that does not fit a model, before anything is changed.
+
+    Returns:
+        With `optimizer`, the moments as kind to name to array, or None where no step was made.
+
+    Raises:
+        FailedPrecondition: It does not fit (INCOMPATIBLE_CHECKPOINT).
+    """
+    if (lora.rank, lora.alpha) != (state.lora.rank, state.lora.alpha):
+        message = (
+            f"the checkpoint has rank {state.lora.rank} and alpha {state.lora.alpha:g}, "
+            f"this model {lora.rank} and {lora.alpha:g}"
+        )
+        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+    check_same_shape(parameters, state.weights)
+    if not optimizer or not state.optimizer:
+        return None
+    moments = {
+        kind: {
+            name.removeprefix(f"{kind}."): array
+            for name, array in state.optimizer.items()
+            if name.startswith(f"{kind}.")
+        }
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
+    for arrays in moments.values():
+        check_same_shape(parameters, arrays)
+    return moments
