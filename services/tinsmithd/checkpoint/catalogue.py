@@ -1,388 +1,245 @@
-"""The catalogue: which checkpoints there are, in SQLite, one row each.
+"""What checkpoints exist: one SQLite file, one row per checkpoint, one per file of it.
 
-A checkpoint appears, changes, is replaced and disappears in one transaction, and a transaction is
-on the disk when its method returns. An expired checkpoint is absent at once, whether or not it
-was swept. All methods belong to one thread. Methods that drop files return the digests that lost
-a reference, so that the caller can remove blobs that nobody needs.
+A checkpoint is visible from the commit of its row on and not before. Calls may come from any
+thread. Times are seconds since 1970, from an injected clock.
 """
 
-import base64
-import binascii
-import dataclasses
-import hashlib
 import json
 import sqlite3
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from tinsmithd.checkpoint.records import (
-    CheckpointChange,
-    CheckpointPage,
-    CheckpointQuery,
-    CheckpointRecord,
-    FileRecord,
-    expire_at,
-)
-from tinsmithd.checkpoint.store import StorageError, storage_full
+from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig
-from tinsmithd.errors import (
-    AlreadyExists,
-    InvalidArgument,
-    NotFound,
-    Reason,
-    Unavailable,
-)
+from tinsmithd.errors import AlreadyExists, NotFound, Reason
 
 SCHEMA_VERSION = 1
-PAGE_METADATA_CHARS_MAX = 512 * 1024
-"""A page ends early at this much metadata: four bytes a character stay under gRPC's 4 MiB."""
 _SCHEMA = """
 CREATE TABLE checkpoints (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
     model_id TEXT NOT NULL,
     kind TEXT NOT NULL,
     name TEXT NOT NULL,
     base_model TEXT NOT NULL,
     lora TEXT NOT NULL,
     step_count INTEGER NOT NULL,
-    create_ns INTEGER NOT NULL,
-    expire_ns INTEGER,
+    create_time_s REAL NOT NULL,
+    expire_time_s REAL,
     user_metadata TEXT NOT NULL,
     public INTEGER NOT NULL,
     UNIQUE (model_id, kind, name)
-) STRICT;
-CREATE INDEX checkpoints_expire ON checkpoints (expire_ns) WHERE expire_ns IS NOT NULL;
+);
 CREATE TABLE files (
-    sequence INTEGER NOT NULL REFERENCES checkpoints ON DELETE CASCADE,
+    number INTEGER NOT NULL REFERENCES checkpoints ON DELETE CASCADE,
     name TEXT NOT NULL,
     size_bytes INTEGER NOT NULL,
-    sha256 BLOB NOT NULL,
-    PRIMARY KEY (sequence, name)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX files_sha256 ON files (sha256);
+    sha256 TEXT NOT NULL,
+    PRIMARY KEY (number, name)
+);
+CREATE INDEX files_by_content ON files (sha256);
+CREATE INDEX checkpoints_by_expiry ON checkpoints (expire_time_s);
 """
-_TOKEN = struct.Struct(">q8s4s")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint; `expire_time_s` None means never."""
+
+    path: CheckpointPath
+    base_model: str
+    lora: LoraConfig
+    step_count: int
+    create_time_s: float
+    expire_time_s: float | None
+    user_metadata: Mapping[str, str]
+    public: bool
+    files: Sequence[Blob]
+    number: int = 0
+    """Rises with every commit; orders pages."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(blob.size_bytes for blob in self.files)
 
 
 class Catalogue:
-    """The catalogue in one file; times come from the caller, so a test can choose them.
+    """The checkpoints of one folder."""
 
-    Raises:
-        StorageError: The file is damaged, of a later version, or cannot be written.
-    """
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self._db = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, SCHEMA_VERSION):
-                raise StorageError(f"{file}: version {version}, this server reads {SCHEMA_VERSION}")
-            if version == 0:
-                set_version = f"PRAGMA user_version = {SCHEMA_VERSION};"
-                self._db.executescript(f"BEGIN;{_SCHEMA}{set_version}COMMIT;")
-            (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        except sqlite3.Error as error:
-            raise StorageError(f"{file}: {error}") from error
-        if verdict != "ok":
-            raise StorageError(f"{file}: {verdict}")
+    def __init__(self, file: Path, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            self._db.execute(f"PRAGMA {pragma}")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._db.executescript(
+                f"BEGIN; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+            )
+        elif version != SCHEMA_VERSION:
+            raise RuntimeError(f"{file} has schema {version}, this server knows {SCHEMA_VERSION}")
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        with self._lock:
+            self._db.close()
 
-    def get(self, path: CheckpointPath, now_ns: int) -> CheckpointRecord:
+    def get(self, path: CheckpointPath) -> Checkpoint:
         """One checkpoint.
 
         Raises:
-            NotFound: There is none, or it has expired (CHECKPOINT_NOT_FOUND).
+            NotFound: There is none, or it expired (CHECKPOINT_NOT_FOUND).
         """
-        found = self._find(path, now_ns)
-        if found is None:
-            raise _not_found(path)
-        return self._record(found)
-
-    def page(
-        self, query: CheckpointQuery, page_size: int, token: str, now_ns: int
-    ) -> CheckpointPage:
-        """A page of checkpoints without their files, newest first.
-
-        What is added meanwhile does not move later pages. A page may be shorter than asked.
-
-        Raises:
-            InvalidArgument: The token is none of this query's.
-        """
-        where = ["(expire_ns IS NULL OR expire_ns > ?)"]
-        values: list[Any] = [now_ns]
-        if query.model_id is not None:
-            where.append("model_id = ?")
-            values.append(query.model_id)
-        if query.kind is not None:
-            where.append("kind = ?")
-            values.append(str(query.kind))
-        condition = " AND ".join(where)
-        with _database_errors():
-            (total,) = self._db.execute(
-                f"SELECT count(*) FROM checkpoints WHERE {condition}", values
-            ).fetchone()
-            rows = self._db.execute(
-                f"SELECT * FROM checkpoints WHERE {condition} AND sequence < ?"
-                " ORDER BY sequence DESC LIMIT ?",
-                [*values, _read_token(token, query), page_size + 1],
-            ).fetchall()
-        taken: list[sqlite3.Row] = []
-        chars = 0
-        for row in rows[:page_size]:
-            chars += len(row["user_metadata"])
-            if taken and chars > PAGE_METADATA_CHARS_MAX:
-                break
-            taken.append(row)
-        more = len(taken) < len(rows)
-        next_token = _write_token(taken[-1]["sequence"], query) if more else ""
-        return CheckpointPage(tuple(_read_row(r, ()) for r in taken), next_token, total)
-
-    def publish(
-        self, record: CheckpointRecord, overwrite: bool, now_ns: int
-    ) -> tuple[CheckpointRecord, list[bytes]]:
-        """Make a checkpoint visible, whole.
-
-        A name that has the same content keeps its first checkpoint, unless `overwrite` would
-        change what is said of it. Other content is replaced only with `overwrite`.
-
-        Returns:
-            The checkpoint that the name has now, and the digests that lost a reference.
-
-        Raises:
-            AlreadyExists: The name has other content (CHECKPOINT_EXISTS).
-        """
-        with self._transaction():
-            dropped: list[bytes] = []
-            found = self._find(record.path, 0)
-            if found is not None:
-                first = self._record(found)
-                if first.expire_ns is None or first.expire_ns > now_ns:
-                    if first.same_content(record) and not (overwrite and _differs(first, record)):
-                        return first, []
-                    if not overwrite:
-                        raise _exists(record.path)
-                dropped = self._delete([found["sequence"]])
-            self._insert(record)
-            return record, dropped
-
-    def update(
-        self, path: CheckpointPath, change: CheckpointChange, now_ns: int
-    ) -> CheckpointRecord:
-        """Change what a change names.
-
-        Raises:
-            NotFound: As `get`.
-        """
-        with self._transaction():
-            found = self._find(path, now_ns)
+        with self._lock:
+            found = self._find(path)
             if found is None:
-                raise _not_found(path)
-            sequence = found["sequence"]
-            if change.sets_ttl:
-                expire_ns = expire_at(now_ns, change.ttl_seconds)
-                self._set(sequence, "expire_ns", expire_ns)
-            if change.user_metadata is not None:
-                self._set(sequence, "user_metadata", _json(dict(change.user_metadata)))
-            if change.public is not None:
-                self._set(sequence, "public", int(change.public))
-            return self.get(path, now_ns)
-
-    def copy(
-        self, source: CheckpointPath, target: CheckpointPath, ttl_seconds: int | None, now_ns: int
-    ) -> tuple[CheckpointRecord, list[bytes]]:
-        """Give the files of one checkpoint a second name, with a life of its own.
-
-        Returns:
-            As `publish`.
-
-        Raises:
-            NotFound: There is no source (CHECKPOINT_NOT_FOUND).
-            AlreadyExists: The name has other content (CHECKPOINT_EXISTS).
-        """
-        copied = dataclasses.replace(
-            self.get(source, now_ns),
-            path=target,
-            create_ns=now_ns,
-            expire_ns=expire_at(now_ns, ttl_seconds),
-            public=False,
-        )
-        return self.publish(copied, False, now_ns)
-
-    def delete(self, path: CheckpointPath, now_ns: int) -> list[bytes]:
-        """Delete a checkpoint.
-
-        Returns:
-            The digests that lost a reference.
-
-        Raises:
-            NotFound: As `get`.
-        """
-        with self._transaction():
-            found = self._find(path, now_ns)
-            if found is None:
-                raise _not_found(path)
-            return self._delete([found["sequence"]])
-
-    def delete_expired(self, now_ns: int, count_max: int) -> list[bytes]:
-        """Delete up to `count_max` expired checkpoints; returns digests as `delete`."""
-        with self._transaction():
-            rows = self._db.execute(
-                "SELECT sequence FROM checkpoints WHERE expire_ns <= ? LIMIT ?", (now_ns, count_max)
-            ).fetchall()
-            return self._delete([row["sequence"] for row in rows])
-
-    def is_referenced(self, sha256: bytes) -> bool:
-        """True when a checkpoint has a file with this content."""
-        with _database_errors():
-            found = self._db.execute("SELECT 1 FROM files WHERE sha256 = ? LIMIT 1", (sha256,))
-            return found.fetchone() is not None
-
-    def digests(self) -> set[bytes]:
-        """The digests of all files of all checkpoints."""
-        with _database_errors():
-            return {row[0] for row in self._db.execute("SELECT DISTINCT sha256 FROM files")}
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with _database_errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                # A failed COMMIT may have ended the transaction by itself.
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _find(self, path: CheckpointPath, now_ns: int) -> sqlite3.Row | None:
-        with _database_errors():
-            found: sqlite3.Row | None = self._db.execute(
-                "SELECT * FROM checkpoints WHERE model_id = ? AND kind = ? AND name = ?"
-                " AND (expire_ns IS NULL OR expire_ns > ?)",
-                (path.model_id, str(path.kind), path.name, now_ns),
-            ).fetchone()
+                raise NotFound(f"no checkpoint {path}", Reason.CHECKPOINT_NOT_FOUND)
             return found
 
-    def _record(self, row: sqlite3.Row) -> CheckpointRecord:
-        with _database_errors():
-            files = self._db.execute(
-                "SELECT name, size_bytes, sha256 FROM files WHERE sequence = ? ORDER BY name",
-                (row["sequence"],),
+    def _find(self, path: CheckpointPath) -> Checkpoint | None:
+        row = self._db.execute(
+            "SELECT * FROM checkpoints WHERE model_id=? AND kind=? AND name=?"
+            " AND (expire_time_s IS NULL OR expire_time_s > ?)",
+            (path.model_id, path.kind, path.name, self._clock()),
+        ).fetchone()
+        return None if row is None else self._read(row)
+
+    def _read(self, row: sqlite3.Row) -> Checkpoint:
+        files = self._db.execute(
+            "SELECT name, size_bytes, sha256 FROM files WHERE number=? ORDER BY name",
+            (row["number"],),
+        ).fetchall()
+        return Checkpoint(
+            path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
+            base_model=row["base_model"],
+            lora=LoraConfig(**json.loads(row["lora"])),
+            step_count=row["step_count"],
+            create_time_s=row["create_time_s"],
+            expire_time_s=row["expire_time_s"],
+            user_metadata=json.loads(row["user_metadata"]),
+            public=bool(row["public"]),
+            files=[Blob(*file) for file in files],
+            number=row["number"],
+        )
+
+    def add(self, checkpoint: Checkpoint, *, overwrite: bool) -> Checkpoint:
+        """Make a checkpoint visible, durably.
+
+        Returns:
+            It as it is kept; the one that was there, when that has the same files and nothing
+            is to be overwritten: then this is a repeat.
+
+        Raises:
+            AlreadyExists: There is one with other files (CHECKPOINT_EXISTS).
+        """
+        path = checkpoint.path
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            found = self._find(path)
+            if found is not None and not overwrite:
+                if list(found.files) == list(checkpoint.files):
+                    return found
+                message = f"{path} exists; save under another name, or overwrite it"
+                raise AlreadyExists(message, Reason.CHECKPOINT_EXISTS)
+            self._delete(path)
+            cursor = self._db.execute(
+                "INSERT INTO checkpoints (model_id, kind, name, base_model, lora, step_count,"
+                " create_time_s, expire_time_s, user_metadata, public)"
+                " VALUES (?,?,?,?,?,?,?,?,?,?)",
+                (
+                    *(path.model_id, path.kind, path.name, checkpoint.base_model),
+                    *(json.dumps(asdict(checkpoint.lora)), checkpoint.step_count),
+                    *(checkpoint.create_time_s, checkpoint.expire_time_s),
+                    *(json.dumps(dict(checkpoint.user_metadata)), checkpoint.public),
+                ),
+            )
+            number = cursor.lastrowid
+            assert number is not None
+            self._db.executemany(
+                "INSERT INTO files VALUES (?,?,?,?)",
+                [(number, blob.name, blob.size_bytes, blob.sha256) for blob in checkpoint.files],
+            )
+            return replace(checkpoint, number=number)
+
+    def _delete(self, path: CheckpointPath) -> int:
+        return self._db.execute(
+            "DELETE FROM checkpoints WHERE model_id=? AND kind=? AND name=?",
+            (path.model_id, path.kind, path.name),
+        ).rowcount
+
+    def delete(self, path: CheckpointPath) -> None:
+        """Remove a checkpoint.
+
+        Raises:
+            NotFound: There is none (CHECKPOINT_NOT_FOUND).
+        """
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self.get(path)
+            self._delete(path)
+
+    def update(
+        self,
+        path: CheckpointPath,
+        change: Callable[[Checkpoint], Checkpoint],
+    ) -> Checkpoint:
+        """Change expiry, metadata and the public flag of a checkpoint; returns it as it is now.
+
+        Raises:
+            NotFound: There is none (CHECKPOINT_NOT_FOUND).
+        """
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            changed = change(self.get(path))
+            self._db.execute(
+                "UPDATE checkpoints SET expire_time_s=?, user_metadata=?, public=? WHERE number=?",
+                (
+                    *(changed.expire_time_s, json.dumps(dict(changed.user_metadata))),
+                    *(changed.public, changed.number),
+                ),
+            )
+            return changed
+
+    def page(
+        self, *, model_id: str, kind: CheckpointKind | None, before: int | None, size: int
+    ) -> tuple[Sequence[Checkpoint], int]:
+        """Checkpoints, newest first, and how many match in all.
+
+        Args:
+            model_id: Only this model's; empty means all.
+            kind: Only this kind; None means all.
+            before: Only those with a lower `number`; None begins with the newest.
+            size: At most so many.
+        """
+        where = "(expire_time_s IS NULL OR expire_time_s > ?)"
+        values: list[object] = [self._clock()]
+        if model_id:
+            where, values = where + " AND model_id=?", [*values, model_id]
+        if kind is not None:
+            where, values = where + " AND kind=?", [*values, kind]
+        with self._lock:
+            query = f"SELECT count(*) FROM checkpoints WHERE {where}"
+            total = self._db.execute(query, values).fetchone()[0]
+            if before is not None:
+                where, values = where + " AND number<?", [*values, before]
+            rows = self._db.execute(
+                f"SELECT * FROM checkpoints WHERE {where} ORDER BY number DESC LIMIT ?",
+                [*values, size],
             ).fetchall()
-        return _read_row(row, tuple(FileRecord(*file) for file in files))
+            return [self._read(row) for row in rows], total
 
-    def _insert(self, record: CheckpointRecord) -> None:
-        values = {
-            "model_id": record.path.model_id,
-            "kind": str(record.path.kind),
-            "name": record.path.name,
-            "base_model": record.base_model,
-            "lora": _json(dataclasses.asdict(record.lora)),
-            "step_count": record.step_count,
-            "create_ns": record.create_ns,
-            "expire_ns": record.expire_ns,
-            "user_metadata": _json(dict(record.user_metadata)),
-            "public": int(record.public),
-        }
-        marks = ", ".join(f":{key}" for key in values)
-        cursor = self._db.execute(
-            f"INSERT INTO checkpoints ({', '.join(values)}) VALUES ({marks})", values
-        )
-        self._db.executemany(
-            "INSERT INTO files VALUES (?, ?, ?, ?)",
-            [(cursor.lastrowid, f.name, f.size_bytes, f.sha256) for f in record.files],
-        )
+    def delete_expired(self) -> int:
+        """Remove what expired; returns how many."""
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            query = "DELETE FROM checkpoints WHERE expire_time_s <= ?"
+            return self._db.execute(query, (self._clock(),)).rowcount
 
-    def _set(self, sequence: int, column: str, value: object) -> None:
-        self._db.execute(
-            f"UPDATE checkpoints SET {column} = ? WHERE sequence = ?", (value, sequence)
-        )
-
-    def _delete(self, sequences: Sequence[int]) -> list[bytes]:
-        dropped: list[bytes] = []
-        for sequence in sequences:
-            rows = self._db.execute("SELECT sha256 FROM files WHERE sequence = ?", (sequence,))
-            dropped.extend(row[0] for row in rows)
-            self._db.execute("DELETE FROM checkpoints WHERE sequence = ?", (sequence,))
-        return dropped
-
-
-def _differs(first: CheckpointRecord, record: CheckpointRecord) -> bool:
-    # A time to live counts from now, so a new one always differs.
-    said = (first.user_metadata, first.public, first.expire_ns)
-    return said != (record.user_metadata, record.public, None) or record.expire_ns is not None
-
-
-def _read_row(row: sqlite3.Row, files: tuple[FileRecord, ...]) -> CheckpointRecord:
-    path = CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"])
-    return CheckpointRecord(
-        path=path,
-        base_model=row["base_model"],
-        lora=LoraConfig(**json.loads(row["lora"])),
-        step_count=row["step_count"],
-        create_ns=row["create_ns"],
-        expire_ns=row["expire_ns"],
-        user_metadata=json.loads(row["user_metadata"]),
-        public=bool(row["public"]),
-        files=files,
-    )
-
-
-def _write_token(sequence: int, query: CheckpointQuery) -> str:
-    body = struct.pack(">q8s", sequence, _query_digest(query))
-    check = hashlib.sha256(body).digest()[:4]
-    return base64.urlsafe_b64encode(body + check).decode().rstrip("=")
-
-
-def _read_token(token: str, query: CheckpointQuery) -> int:
-    if not token:
-        return (1 << 63) - 1
-    try:
-        raw = base64.urlsafe_b64decode(token.encode("ascii") + b"=" * (-len(token) % 4))
-        sequence, digest, check = _TOKEN.unpack(raw)
-    except (UnicodeEncodeError, binascii.Error, ValueError, struct.error):
-        raise InvalidArgument("page_token", "is not one that this server made") from None
-    if check != hashlib.sha256(raw[:-4]).digest()[:4]:
-        raise InvalidArgument("page_token", "is not one that this server made")
-    if digest != _query_digest(query):
-        raise InvalidArgument("page_token", "belongs to a listing with another filter")
-    return int(sequence)
-
-
-def _query_digest(query: CheckpointQuery) -> bytes:
-    return hashlib.sha256(repr((query.model_id, query.kind)).encode()).digest()[:8]
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _not_found(path: CheckpointPath) -> NotFound:
-    return NotFound(f"there is no checkpoint {path}", Reason.CHECKPOINT_NOT_FOUND)
-
-
-def _exists(path: CheckpointPath) -> AlreadyExists:
-    message = f"{path} exists with other content; set overwrite to replace it"
-    return AlreadyExists(message, Reason.CHECKPOINT_EXISTS)
-
-
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-            raise storage_full() from error
-        message = f"the catalogue cannot be written: {error}"
-        raise Unavailable(message, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=5.0) from error
+    def contents(self) -> Collection[str]:
+        """SHA-256 of every file that a checkpoint refers to."""
+        with self._lock:
+            return {row[0] for row in self._db.execute("SELECT DISTINCT sha256 FROM files")}

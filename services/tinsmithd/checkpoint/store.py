@@ -1,314 +1,238 @@
-"""Blobs in a local folder, named by their SHA-256: whole and verified, or not there.
+"""Blobs on a local disk, named by what they hold: whole or absent, shared between copies.
 
-    <folder>/lock              advisory lock: one process writes here
-    <folder>/catalogue.db      which checkpoint has which blobs (`catalogue.py`)
-    <folder>/staging/<random>/ files of one write that is under way; emptied at start
-    <folder>/blobs/ab/ab12...  content by digest
+    <folder>/blobs/ab/abcd...      one file per content, named by its SHA-256
+    <folder>/staging/<random>/     what is being written; emptied when the server starts
+    <folder>/lock                  held by the one server that may write here
 
-A name that a caller chose never becomes part of a path. A blob is written to staging, its bytes
-are forced to the disk, it is renamed to its digest and the directory is forced too; only then may
-the catalogue refer to it. Blobs that nobody refers to are removed, unless a reader or a writer
-has pinned them.
+A blob is synced before it is renamed into place, and its folder after, so that a name that exists
+has its bytes, whatever happens to the power. Names that tenants choose never become paths.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
-import logging
 import os
 import secrets
 import shutil
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tinsmithd.errors import DataLoss, Reason, ResourceExhausted, Unavailable
+from tinsmithd.errors import DataLoss, InvalidArgument, Reason, ResourceExhausted
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_log = logging.getLogger(__name__)
-
-
-class StorageError(Exception):
-    """The folder cannot be used at all; the message is one line for the operator."""
+READ_BYTES = 1024 * 1024
 
 
-class FolderLock:
-    """The right to write to a folder; the kernel takes it back when the process dies.
-
-    Raises:
-        StorageError: Another server holds it, or the folder cannot be made.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StorageError(f"{folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._fd)
-            message = f"{folder} is in use by another Checkpoint server (process {owner})"
-            raise StorageError(message) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
-
-    def release(self) -> None:
-        """Let another server have the folder."""
-        os.close(self._fd)
+class StoreBusy(Exception):
+    """Another server has the folder."""
 
 
-class StagedFile:
-    """One file on its way: bytes are appended, then `finish` makes them durable.
+@dataclass(frozen=True)
+class Blob:
+    """One file of a checkpoint: its name there, length in bytes, and SHA-256 in hex."""
 
-    Attributes:
-        path: Where the bytes are for now.
-        size_bytes: Bytes so far.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size_bytes = 0
-        self._sha256 = hashlib.sha256()
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115  # closed by `finish`
-
-    @property
-    def sha256(self) -> bytes:
-        """Digest of the bytes so far."""
-        return self._sha256.digest()
-
-    def append(self, data: bytes) -> None:
-        """Append bytes."""
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
-        self._sha256.update(data)
-        self.size_bytes += len(data)
-
-    def finish(self) -> None:
-        """Force the bytes to the disk and close; a second time does nothing."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def close(self) -> None:
-        """Close without any promise."""
-        self._file.close()
+    name: str
+    size_bytes: int
+    sha256: str
 
 
-class StagedWrite:
-    """The files of one write, in a directory of their own until they are published.
+class Staging:
+    """Files on their way in. `append` their bytes, `finish`, then hand it to `Store.publish`."""
 
-    Every method may run in another thread; they take turns, and after `discard` nothing more is
-    written. Storage that is full raises ResourceExhausted (STORAGE_FULL).
-
-    Attributes:
-        files: What has arrived, by file name.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.files: dict[str, StagedFile] = {}
+    def __init__(self, folder: Path, bytes_max: int) -> None:
         self._folder = folder
-        self._open = True
-        self._turn = threading.Lock()
-        with storage_errors():
-            folder.mkdir(mode=0o700)
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._sizes: dict[str, int] = {}
+        self._digests: dict[str, hashlib._Hash] = {}
+        self._open_name = ""
+        self._open_file: Any = None
+        with full_disk():
+            folder.mkdir()
 
-    def append(self, name: str, data: bytes) -> None:
-        """Append bytes to a file; the first bytes make it."""
-        with self._turn, storage_errors():
-            if not self._open:
-                raise Unavailable("the write was given up", Reason.CHECKPOINT_UNAVAILABLE)
-            file = self.files.get(name)
-            if file is None:
-                # Numbered, since the name is the caller's.
-                file = self.files[name] = StagedFile(self._folder / str(len(self.files)))
-            file.append(data)
-
-    def finish(self) -> None:
-        """Force every file to the disk."""
-        with self._turn, storage_errors():
-            for file in self.files.values():
-                file.finish()
-
-    def discard(self) -> None:
-        """Remove what is still staged; a second time does nothing."""
-        with self._turn:
-            self._open = False
-            for file in self.files.values():
-                file.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class BlobReader:
-    """Reads one blob from front to back and compares it with its digest at the end.
-
-    Args:
-        path: Where the blob is.
-        sha256: The digest that it must have.
-        size_bytes: The length that it must have.
-        label: What errors call it.
-
-    Raises:
-        DataLoss: It is missing, has another length or cannot be read (CHECKPOINT_CORRUPT).
-    """
-
-    def __init__(self, path: Path, sha256: bytes, size_bytes: int, label: str) -> None:
-        self._expected = sha256
-        self._left_bytes = size_bytes
-        self._label = label
-        self._sha256 = hashlib.sha256()
-        try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by `close`
-        except OSError as error:
-            raise self._damage(str(error.strerror)) from error
-        length = os.fstat(self._file.fileno()).st_size
-        if length != size_bytes:
-            self._file.close()
-            raise self._damage(f"{length} bytes long, expected {size_bytes}")
-
-    def read(self, bytes_max: int) -> bytes:
-        """The next bytes, empty at the end; the end is reached only by content that is right.
+    def append(self, name: str, offset: int, data: bytes) -> None:
+        """Add the next bytes of a file; files come one after the other.
 
         Raises:
-            DataLoss: The content is not what was written (CHECKPOINT_CORRUPT).
+            InvalidArgument: They are not the next bytes (MALFORMED_STREAM), or too many.
+            ResourceExhausted: The disk is full (STORAGE_FULL).
         """
-        if not self._left_bytes:
-            if self._sha256.digest() != self._expected:
-                raise self._damage("the content does not match its SHA-256")
-            return b""
-        try:
-            data = self._file.read(min(bytes_max, self._left_bytes))
-        except OSError as error:
-            raise self._damage(str(error.strerror)) from error
-        if not data:
-            raise self._damage("shorter than it was")
-        self._left_bytes -= len(data)
-        self._sha256.update(data)
-        return data
+        expected = self._sizes.get(name, 0)
+        if offset != expected or (name in self._sizes and name != self._open_name):
+            message = f"offset {offset} of {name!r} does not follow what was sent before"
+            raise InvalidArgument("piece.offset", message, Reason.MALFORMED_STREAM)
+        self._bytes += len(data)
+        if self._bytes > self._bytes_max:
+            raise InvalidArgument(
+                "piece.data",
+                f"the checkpoint is larger than checkpoint_bytes_max = {self._bytes_max}",
+                Reason.LIMIT_EXCEEDED,
+                metadata={"limit": "checkpoint_bytes_max", "value": str(self._bytes)},
+            )
+        with full_disk():
+            if name not in self._sizes:
+                self._close_file()
+                self._open_name = name
+                self._open_file = self._path(name).open("wb")
+                self._digests[name] = hashlib.sha256()
+            self._open_file.write(data)
+        self._sizes[name] = expected + len(data)
+        self._digests[name].update(data)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def finish(self) -> list[Blob]:
+        """Everything was sent; returns what came, sorted by name."""
+        with full_disk():
+            self._close_file()
+        return [
+            Blob(name, self._sizes[name], self._digests[name].hexdigest())
+            for name in sorted(self._sizes)
+        ]
 
-    def _damage(self, what: str) -> DataLoss:
-        _log.error("blob %s is damaged: %s", self._expected.hex(), what)
-        return DataLoss(f"{self._label} is damaged: {what}", Reason.CHECKPOINT_CORRUPT)
+    def path(self, name: str) -> Path:
+        """Where a finished file lies until it is published."""
+        return self._path(name)
+
+    def discard(self) -> None:
+        """Forget it all."""
+        with contextlib.suppress(OSError):
+            if self._open_file is not None:
+                self._open_file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        # A name that someone sent is hashed before it meets the file system.
+        return self._folder / hashlib.sha256(name.encode()).hexdigest()
+
+    def _close_file(self) -> None:
+        if self._open_file is not None:
+            self._open_file.flush()
+            os.fsync(self._open_file.fileno())
+            self._open_file.close()
+            self._open_file = None
 
 
-class BlobStore:
-    """The blobs of one folder.
-
-    Args:
-        folder: The data folder, locked by the caller.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
+class Store:
+    """The blobs of one folder; one process at a time may have it."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._blobs = folder / "blobs"
         self._staging = folder / "staging"
-        self._pins: Counter[bytes] = Counter()
-        self._guard = threading.Lock()
+        self._blobs.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("w")
         try:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            for made in (self._blobs, self._staging):
-                made.mkdir(exist_ok=True, mode=0o700)
-            _sync_directory(folder)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise StoreBusy(f"{folder} is used by another Checkpoint server") from error
+        shutil.rmtree(self._staging, ignore_errors=True)
+        self._staging.mkdir()
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        self._lock.close()
+
+    def stage(self, bytes_max: int) -> Staging:
+        """Begin to write at most `bytes_max` bytes."""
+        return Staging(self._staging / secrets.token_hex(16), bytes_max)
+
+    def publish(self, staging: Staging, blobs: Collection[Blob]) -> None:
+        """Move finished files to their places; a content that is there already stays."""
+        with full_disk():
+            for blob in blobs:
+                place = self._place(blob.sha256)
+                if _holds(place, blob):
+                    continue
+                place.parent.mkdir(exist_ok=True)
+                os.replace(staging.path(blob.name), place)
+                sync_folder(place.parent)
+            sync_folder(self._blobs)
+
+    def read(self, blob: Blob) -> Iterator[bytes]:
+        """The bytes of a blob, which stays readable from this call on, whatever is deleted.
+
+        Only a normal end means that they were what was written.
+
+        Raises:
+            DataLoss: It is gone, or not what was written (CHECKPOINT_CORRUPT).
+        """
+        try:
+            file = self._place(blob.sha256).open("rb")
         except OSError as error:
-            raise StorageError(f"{folder}: {error.strerror}") from error
+            raise _corrupt(blob, "cannot be opened") from error
+        return self._verified(file, blob)
 
-    def stage(self) -> StagedWrite:
-        """Begin a write."""
-        return StagedWrite(self._staging / secrets.token_hex(16))
+    def _verified(self, file: Any, blob: Blob) -> Iterator[bytes]:
+        with file:
+            digest, size = hashlib.sha256(), 0
+            while data := self._read_some(file, blob):
+                digest.update(data)
+                size += len(data)
+                if size > blob.size_bytes:
+                    raise _corrupt(blob, "is longer than it was")
+                yield data
+            if size != blob.size_bytes or digest.hexdigest() != blob.sha256:
+                raise _corrupt(blob, "is not what was written")
 
-    def open(self, sha256: bytes, size_bytes: int, label: str) -> BlobReader:
-        """Open a blob, which the caller has pinned; errors as `BlobReader`."""
-        return BlobReader(self._path(sha256), sha256, size_bytes, label)
+    @staticmethod
+    def _read_some(file: Any, blob: Blob) -> bytes:
+        try:
+            return bytes(file.read(READ_BYTES))
+        except OSError as error:
+            raise _corrupt(blob, "cannot be read") from error
 
-    def publish(self, staged: StagedWrite) -> None:
-        """Move finished files to their digests, durably; the caller has pinned these.
+    def sweep(self, referenced: Callable[[], Collection[str]]) -> int:
+        """Remove blobs that nothing refers to; returns how many.
 
-        A blob that is there already is replaced: if it was damaged, this heals it.
+        Nothing may be published between the call of `referenced` and the end: the caller sees to
+        that. Readers that have a blob open keep it.
         """
-        with storage_errors():
-            for file in staged.files.values():
-                target = self._path(file.sha256)
-                if not target.parent.exists():
-                    target.parent.mkdir(exist_ok=True, mode=0o700)
-                    _sync_directory(self._blobs)
-                os.replace(file.path, target)
-                _sync_directory(target.parent)
+        kept, removed = set(referenced()), 0
+        for folder in self._blobs.iterdir():
+            for blob in folder.iterdir():
+                if blob.name not in kept:
+                    blob.unlink(missing_ok=True)
+                    removed += 1
+        return removed
 
-    def pin(self, digests: Iterable[bytes]) -> None:
-        """Keep blobs from being removed, whether or not they exist yet."""
-        with self._guard:
-            self._pins.update(digests)
-
-    def unpin(self, digests: Iterable[bytes]) -> None:
-        """Undo one `pin`."""
-        with self._guard:
-            self._pins.subtract(digests)
-            self._pins = +self._pins
-
-    def remove_unused(
-        self, candidates: Iterable[bytes], is_referenced: Callable[[bytes], bool]
-    ) -> set[bytes]:
-        """Remove the blobs among these that nobody needs.
-
-        Returns:
-            Those that are pinned: to be tried again later.
-        """
-        kept = set()
-        for digest in candidates:
-            # Under the guard, so that nobody can pin it between the question and the removal.
-            with self._guard:
-                if self._pins[digest] > 0:
-                    kept.add(digest)
-                elif not is_referenced(digest):
-                    self._path(digest).unlink(missing_ok=True)
-        return kept
-
-    def digests(self) -> Iterator[bytes]:
-        """The digests of all blobs on the disk."""
-        for path in self._blobs.glob("??/*"):
-            try:
-                yield bytes.fromhex(path.name)
-            except ValueError:
-                _log.warning("%s is no blob; it was left alone", path)
-
-    def _path(self, sha256: bytes) -> Path:
-        name = sha256.hex()
-        return self._blobs / name[:2] / name
+    def _place(self, sha256: str) -> Path:
+        return self._blobs / sha256[:2] / sha256
 
 
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Turn what the disk says about a write into a refusal that the caller can act on."""
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Turn a full disk into its error.
+
+    Raises:
+        ResourceExhausted: No space is left (STORAGE_FULL).
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise storage_full() from error
-        _log.error("the storage cannot be written: %s", error)
-        raise Unavailable(
-            "the storage cannot be written", Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=5.0
-        ) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = "no space is left for checkpoints"
+        raise ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=30.0) from error
 
 
-def storage_full() -> ResourceExhausted:
-    """What to raise when there is no room."""
-    return ResourceExhausted("the storage is full", Reason.STORAGE_FULL, retry_after_s=30.0)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        os.fsync(descriptor)
     finally:
-        os.close(fd)
+        os.close(descriptor)
+
+
+def _holds(place: Path, blob: Blob) -> bool:
+    if not place.exists() or place.stat().st_size != blob.size_bytes:
+        return False
+    with place.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == blob.sha256
+
+
+def _corrupt(blob: Blob, what: str) -> DataLoss:
+    message = f"{blob.name} (sha256 {blob.sha256[:12]}…) {what}"
+    return DataLoss(message, Reason.CHECKPOINT_CORRUPT)

@@ -1,0 +1,26 @@
+"""A checkpoint's adapter as a tar archive that plain PEFT reads once it is unpacked."""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+
+from tinsmithd import state_files
+from tinsmithd.checkpoint.store import Blob
+
+EXPORTED_FILES = (state_files.PEFT_CONFIG_FILE, state_files.WEIGHTS_FILE)
+
+
+def peft_tar(files: Sequence[tuple[Blob, Iterator[bytes]]]) -> Iterator[bytes]:
+    """The archive of opened files, piece by piece: the same bytes every time, never held whole.
+
+    Raises:
+        DataLoss: A file is not what was written (CHECKPOINT_CORRUPT).
+    """
+    for blob, content in files:
+        member = tarfile.TarInfo(blob.name)
+        member.size = blob.size_bytes
+        member.mode = 0o644
+        # PAX differs from plain USTAR only for a file of 8 GiB or more.
+        yield member.tobuf(tarfile.PAX_FORMAT)
+        yield from content
+        yield b"\0" * (-blob.size_bytes % tarfile.BLOCKSIZE)
+    yield b"\0" * (2 * tarfile.BLOCKSIZE)

@@ -1,0 +1,240 @@
+"""The face of the Checkpoint service: parse, call the keeper, encode. No rule lives here."""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
+from tinsmithd.checkpoint.catalogue import Checkpoint
+from tinsmithd.checkpoint.export import EXPORTED_FILES, peft_tar
+from tinsmithd.checkpoint.keeper import Header, Keeper, Write
+from tinsmithd.checkpoint.store import Blob
+from tinsmithd.convert import types as convert
+from tinsmithd.errors import DataLoss, InvalidArgument, Reason
+
+PIECE_BYTES_MAX = 4 * 1024 * 1024
+PAGE_SIZE_MAX = 1000
+RANK_MAX = 1 << 20
+UPDATABLE = ("ttl_seconds", "user_metadata", "public")
+
+
+class CheckpointServicer(CheckpointServiceServicer):
+    """Serves `tinsmith.v1.CheckpointService`."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+
+    async def GetCheckpoint(
+        self, request: pb.GetCheckpointRequest, context: Any
+    ) -> pb.GetCheckpointResponse:
+        """Return what is known of one checkpoint."""
+        path = convert.path_from_pb(request.path, "path")
+        found = await asyncio.to_thread(self._keeper.catalogue.get, path)
+        return pb.GetCheckpointResponse(checkpoint=_to_pb(found))
+
+    async def ListCheckpoints(
+        self, request: pb.ListCheckpointsRequest, context: Any
+    ) -> pb.ListCheckpointsResponse:
+        """Return a page of checkpoints, newest first."""
+        if not 0 <= request.page_size <= PAGE_SIZE_MAX:
+            raise InvalidArgument("page_size", f"{request.page_size} is not in 1..{PAGE_SIZE_MAX}")
+        token = request.page_token
+        if token and not (token.isascii() and token.isdigit() and len(token) < 19):
+            raise InvalidArgument("page_token", "is not one that this server gave")
+        size = request.page_size or 100
+        found, total = await asyncio.to_thread(
+            self._keeper.catalogue.page,
+            model_id=request.model_id,
+            kind=convert.kind_from_pb(request.kind, "kind") if request.kind else None,
+            before=int(token) if token else None,
+            size=size + 1,
+        )
+        return pb.ListCheckpointsResponse(
+            checkpoints=[_to_pb(checkpoint, with_files=False) for checkpoint in found[:size]],
+            next_page_token=str(found[size - 1].number) if len(found) > size else "",
+            total_count=total,
+        )
+
+    async def UpdateCheckpoint(
+        self, request: pb.UpdateCheckpointRequest, context: Any
+    ) -> pb.UpdateCheckpointResponse:
+        """Change time to live, metadata or the public flag."""
+        path = convert.path_from_pb(request.path, "path")
+        mask = set(request.update_mask.paths)
+        if not mask or not mask <= set(UPDATABLE):
+            raise InvalidArgument("update_mask", f"name some of {', '.join(UPDATABLE)}")
+        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
+        convert.ttl_from_pb(ttl, "ttl_seconds")
+        metadata = convert.metadata_from_pb(request.user_metadata, "user_metadata")
+
+        def change(checkpoint: Checkpoint) -> Checkpoint:
+            if "ttl_seconds" in mask:
+                checkpoint = self._keeper.set_ttl(checkpoint, ttl)
+            if "user_metadata" in mask:
+                checkpoint = replace(checkpoint, user_metadata=metadata)
+            if "public" in mask:
+                checkpoint = replace(checkpoint, public=request.public)
+            return checkpoint
+
+        changed = await asyncio.to_thread(self._keeper.catalogue.update, path, change)
+        return pb.UpdateCheckpointResponse(checkpoint=_to_pb(changed))
+
+    async def DeleteCheckpoint(
+        self, request: pb.DeleteCheckpointRequest, context: Any
+    ) -> pb.DeleteCheckpointResponse:
+        """Delete a checkpoint."""
+        path = convert.path_from_pb(request.path, "path")
+        await asyncio.to_thread(self._keeper.catalogue.delete, path)
+        return pb.DeleteCheckpointResponse()
+
+    async def CopyCheckpoint(
+        self, request: pb.CopyCheckpointRequest, context: Any
+    ) -> pb.CopyCheckpointResponse:
+        """Copy a checkpoint to another name."""
+        source = convert.path_from_pb(request.source_path, "source_path")
+        destination = convert.path_from_pb(request.destination_path, "destination_path")
+        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
+        convert.ttl_from_pb(ttl, "ttl_seconds")
+        copied = await asyncio.to_thread(self._keeper.copy, source, destination, ttl)
+        return pb.CopyCheckpointResponse(checkpoint=_to_pb(copied))
+
+    async def ReadCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request: pb.ReadCheckpointRequest, context: Any
+    ) -> AsyncIterator[pb.ReadCheckpointResponse]:
+        """Stream the files of a checkpoint."""
+        path = convert.path_from_pb(request.path, "path")
+        found, files = await asyncio.to_thread(self._keeper.open, path, list(request.file_names))
+        yield pb.ReadCheckpointResponse(checkpoint=_to_pb(found))
+        for blob, content in files:
+            offset = 0
+            async for data in _threaded(content):
+                piece = pb.CheckpointPiece(
+                    file_name=blob.name, offset=offset, data=data, crc32=zlib.crc32(data)
+                )
+                yield pb.ReadCheckpointResponse(piece=piece)
+                offset += len(data)
+
+    async def WriteCheckpoint(
+        self, request_iterator: AsyncIterator[pb.WriteCheckpointRequest], context: Any
+    ) -> pb.WriteCheckpointResponse:
+        """Write a checkpoint."""
+        header = await _header(request_iterator)
+        write = await asyncio.to_thread(self._keeper.begin, header)
+        try:
+            promised = await _pieces(request_iterator, write)
+            committed = await asyncio.to_thread(write.commit, promised)
+        finally:
+            await asyncio.shield(asyncio.to_thread(write.discard))
+        return pb.WriteCheckpointResponse(checkpoint=_to_pb(committed))
+
+    async def ExportCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request: pb.ExportCheckpointRequest, context: Any
+    ) -> AsyncIterator[pb.ExportCheckpointResponse]:
+        """Stream an archive of a checkpoint."""
+        path = convert.path_from_pb(request.path, "path")
+        if request.format not in pb.ExportFormat.values():
+            raise InvalidArgument("format", f"unknown format {request.format}")
+        _, files = await asyncio.to_thread(self._keeper.open, path, EXPORTED_FILES)
+        async for data in _threaded(peft_tar(files)):
+            yield pb.ExportCheckpointResponse(data=data)
+
+
+async def _threaded(source: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Pull from a blocking iterator without blocking the event loop."""
+    while (data := await asyncio.to_thread(next, source, None)) is not None:
+        yield data
+
+
+async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
+    first = None
+    async for request in requests:
+        first = request
+        break
+    if first is None or first.WhichOneof("content") != "header":
+        message = "the first message must have header"
+        raise InvalidArgument("header", message, Reason.MALFORMED_STREAM)
+    header = first.header
+    if not header.base_model:
+        raise InvalidArgument("header.base_model", "must be set", Reason.MISSING_FIELD)
+    if header.step_count < 0:
+        raise InvalidArgument("header.step_count", "is below 0")
+    ttl = header.ttl_seconds if header.HasField("ttl_seconds") else None
+    return Header(
+        path=convert.path_from_pb(header.path, "header.path"),
+        base_model=header.base_model,
+        lora=convert.lora_from_pb(header.lora_config, "header.lora_config", RANK_MAX),
+        step_count=header.step_count,
+        ttl_seconds=convert.ttl_from_pb(ttl, "header.ttl_seconds"),
+        overwrite=header.overwrite,
+        user_metadata=convert.metadata_from_pb(header.user_metadata, "header.user_metadata"),
+    )
+
+
+async def _pieces(requests: AsyncIterator[pb.WriteCheckpointRequest], write: Write) -> list[Blob]:
+    """Take all pieces in; returns the files that the commit promises."""
+    promised: list[Blob] | None = None
+    async for request in requests:
+        if promised is not None:
+            message = "nothing may follow the commit"
+            raise InvalidArgument("commit", message, Reason.MALFORMED_STREAM)
+        case = request.WhichOneof("content")
+        if case == "piece":
+            _check_piece(request.piece)
+            piece = request.piece
+            await asyncio.to_thread(write.append, piece.file_name, piece.offset, piece.data)
+        elif case == "commit":
+            promised = [
+                Blob(file.name, file.size_bytes, file.sha256.hex()) for file in request.commit.files
+            ]
+        else:
+            message = f"expected piece or commit, got {case or 'nothing'}"
+            raise InvalidArgument(case or "content", message, Reason.MALFORMED_STREAM)
+    if promised is None:
+        message = "the stream ended without commit"
+        raise InvalidArgument("commit", message, Reason.MALFORMED_STREAM)
+    return promised
+
+
+def _check_piece(piece: pb.CheckpointPiece) -> None:
+    if len(piece.data) > PIECE_BYTES_MAX:
+        message = f"{len(piece.data)} bytes, at most {PIECE_BYTES_MAX} are allowed"
+        raise InvalidArgument("piece.data", message, Reason.LIMIT_EXCEEDED)
+    if zlib.crc32(piece.data) != piece.crc32:
+        message = f"piece at {piece.offset} of {piece.file_name[:100]!r} was damaged on its way"
+        raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
+
+
+def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
+    path = checkpoint.path
+    message = pb.Checkpoint(
+        path=str(path),
+        model_id=path.model_id,
+        kind=convert.kind_to_pb(path.kind),
+        name=path.name,
+        base_model=checkpoint.base_model,
+        lora_config=convert.lora_to_pb(checkpoint.lora),
+        create_time=_timestamp(checkpoint.create_time_s),
+        size_bytes=checkpoint.size_bytes,
+        user_metadata=checkpoint.user_metadata,
+        public=checkpoint.public,
+        step_count=checkpoint.step_count,
+    )
+    if checkpoint.expire_time_s is not None:
+        message.expire_time.CopyFrom(_timestamp(checkpoint.expire_time_s))
+    if with_files:
+        for blob in checkpoint.files:
+            message.files.add(
+                name=blob.name, size_bytes=blob.size_bytes, sha256=bytes.fromhex(blob.sha256)
+            )
+    return message
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp

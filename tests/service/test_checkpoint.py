@@ -1,0 +1,456 @@
+"""The Checkpoint server through the wire: life cycle, bad input, damage, crashes."""
+
+import asyncio
+import hashlib
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from safetensors.numpy import load
+
+from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmith.v1 import types_pb2
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd import state_files
+from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.checkpoint.store import StoreBusy
+from tinsmithd.config import CheckpointConfig
+from tinsmithd.domain import AdapterState, LoraConfig
+from wire import reason_and_field
+
+PATH = "tinsmith://run/weights/one"
+SAMPLER_PATH = "tinsmith://run/sampler_weights/one"
+
+
+class Clock:
+    """A clock that tests move."""
+
+    def __init__(self) -> None:
+        self.now_s = time.time()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Served:
+    """A running server and a stub for it."""
+
+    def __init__(self, folder: Path, port: int, clock: Clock, server: CheckpointServer) -> None:
+        self.folder = folder
+        self.clock = clock
+        self.server = server
+        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        self.stub = CheckpointServiceStub(self.channel)
+
+    async def write(self, path: str = PATH, seed: int = 0, **header: object) -> pb.Checkpoint:
+        response = await self.stub.WriteCheckpoint(iter(messages(path, files(seed), **header)))
+        return response.checkpoint
+
+    async def read(self, path: str = PATH) -> dict[str, bytes]:
+        got: dict[str, bytes] = {}
+        async for response in self.stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=path)):
+            if response.HasField("piece"):
+                piece = response.piece
+                assert zlib.crc32(piece.data) == piece.crc32
+                assert len(got.setdefault(piece.file_name, b"")) == piece.offset
+                got[piece.file_name] += piece.data
+        return got
+
+    def leftovers(self) -> list[Path]:
+        return list((self.folder / "staging").iterdir())
+
+    def blobs(self) -> list[Path]:
+        return sorted(path for path in (self.folder / "blobs").rglob("*") if path.is_file())
+
+
+def files(seed: int = 0, *, optimizer: bool = True) -> dict[str, bytes]:
+    rng = np.random.default_rng(seed)
+    weights = {"a.lora_A.weight": rng.normal(size=(4, 900)).astype(np.float32)}
+    moments = {f"exp_avg.{k}": v * 2 for k, v in weights.items()} if optimizer else {}
+    return state_files.to_files(AdapterState(LoraConfig(rank=4), weights, moments, 3, {"r": 4}))
+
+
+def messages(
+    path: str, content: dict[str, bytes], **header: object
+) -> Iterable[pb.WriteCheckpointRequest]:
+    lora = types_pb2.LoraConfig(rank=4, seed=0)
+    fields = {"base_model": "tiny", "lora_config": lora, "step_count": 3, **header}
+    yield pb.WriteCheckpointRequest(header=pb.WriteCheckpointHeader(path=path, **fields))
+    for name, data in content.items():
+        for start in range(0, len(data), 5000):
+            yield piece(name, start, data[start : start + 5000])
+    yield commit(content)
+
+
+def piece(
+    name: str, offset: int, data: bytes, crc32: int | None = None
+) -> pb.WriteCheckpointRequest:
+    crc32 = zlib.crc32(data) if crc32 is None else crc32
+    part = pb.CheckpointPiece(file_name=name, offset=offset, data=data, crc32=crc32)
+    return pb.WriteCheckpointRequest(piece=part)
+
+
+def commit(content: dict[str, bytes]) -> pb.WriteCheckpointRequest:
+    listed = [
+        pb.CheckpointFile(name=n, size_bytes=len(d), sha256=hashlib.sha256(d).digest())
+        for n, d in content.items()
+    ]
+    return pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=listed))
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    """A Checkpoint server on a free port with an empty folder."""
+    clock = Clock()
+    config = CheckpointConfig(
+        listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=1
+    )
+    server = CheckpointServer(config, clock)
+    await server.start()
+    running = Served(tmp_path, server.port, clock, server)
+    yield running
+    await running.channel.close()
+    await server.stop()
+
+
+async def test_what_was_written_is_read_back(served: Served) -> None:
+    """All files come back byte for byte, with everything that the header said."""
+    written = await served.write(user_metadata={"k": "v"})
+    assert await served.read() == files()
+    response = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=PATH))
+    assert response.checkpoint == written
+    assert written.path == PATH
+    assert written.kind == types_pb2.CHECKPOINT_KIND_TRAINING
+    assert written.user_metadata == {"k": "v"}
+    assert written.step_count == 3
+    assert written.size_bytes == sum(map(len, files().values()))
+    assert served.leftovers() == []
+
+
+async def test_tinker_paths_name_the_same_checkpoint(served: Served) -> None:
+    """`tinker://` is an alias in requests."""
+    await served.write("tinker://run/weights/one")
+    assert await served.read("tinker://run/weights/one") == await served.read(PATH)
+
+
+async def test_a_repeated_write_is_the_first_one(served: Served) -> None:
+    """The same files under the same name change nothing; other files are refused."""
+    first = await served.write()
+    served.clock.now_s += 5
+    assert await served.write() == first
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await served.write(seed=1)
+    assert refusal.value.code() == grpc.StatusCode.ALREADY_EXISTS
+    assert reason_and_field(refusal.value)[0] == "CHECKPOINT_EXISTS"
+    assert await served.read() == files(0)
+
+
+async def test_overwrite_replaces_and_readers_under_way_finish(served: Served) -> None:
+    """A reader that began gets the old bytes whole, the next one the new."""
+    await served.write()
+    call = served.stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=PATH))
+    responses = aiter(call)
+    assert (await anext(responses)).HasField("checkpoint")
+    await served.write(seed=1, overwrite=True, user_metadata={"new": "1"})
+    await asyncio.to_thread(served.server._keeper.sweep)
+    old: dict[str, bytes] = {}
+    async for response in responses:
+        old[response.piece.file_name] = old.get(response.piece.file_name, b"") + response.piece.data
+    assert old == files(0)
+    assert await served.read() == files(1)
+    response = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=PATH))
+    assert response.checkpoint.user_metadata == {"new": "1"}
+
+
+async def test_delete_and_expiry_make_it_not_found(served: Served) -> None:
+    """Both free the bytes with the next sweep."""
+    await served.write(ttl_seconds=10)
+    await served.write(SAMPLER_PATH.replace("sampler_weights", "weights") + "b", seed=1)
+    served.clock.now_s += 11
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await served.read()
+    assert reason_and_field(refusal.value)[0] == "CHECKPOINT_NOT_FOUND"
+    await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=PATH + "b"))
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=PATH + "b"))
+    assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
+    assert served.blobs()
+    await asyncio.to_thread(served.server._keeper.sweep)
+    assert served.blobs() == []
+
+
+async def test_pages_are_stable_and_newest_first(served: Served) -> None:
+    """New checkpoints do not shift the pages that follow."""
+    for n in range(5):
+        await served.write(f"tinsmith://run/weights/n{n}", seed=n)
+    first = await served.stub.ListCheckpoints(pb.ListCheckpointsRequest(page_size=2))
+    await served.write("tinsmith://run/weights/late", seed=9)
+    second = await served.stub.ListCheckpoints(
+        pb.ListCheckpointsRequest(page_size=4, page_token=first.next_page_token)
+    )
+    names = [c.name for c in [*first.checkpoints, *second.checkpoints]]
+    assert names == ["n4", "n3", "n2", "n1", "n0"]
+    assert (first.total_count, second.total_count, second.next_page_token) == (5, 6, "")
+    kind = types_pb2.CHECKPOINT_KIND_SAMPLER
+    other = await served.stub.ListCheckpoints(pb.ListCheckpointsRequest(kind=kind))
+    assert other.total_count == 0
+
+
+async def test_update_changes_only_what_the_mask_names(served: Served) -> None:
+    """TTL, metadata and the public flag; a TTL can be taken away again."""
+    await served.write(user_metadata={"k": "v"})
+
+    async def update(mask: list[str], **fields: object) -> pb.Checkpoint:
+        request = pb.UpdateCheckpointRequest(path=PATH, update_mask=FieldMask(paths=mask), **fields)
+        return (await served.stub.UpdateCheckpoint(request)).checkpoint
+
+    changed = await update(["ttl_seconds"], ttl_seconds=60, public=True)
+    assert changed.HasField("expire_time")
+    assert not changed.public
+    assert changed.user_metadata == {"k": "v"}
+    changed = await update(["public", "user_metadata"], public=True, user_metadata={"x": "y"})
+    assert changed.public
+    assert changed.user_metadata == {"x": "y"}
+    assert not (await update(["ttl_seconds"])).HasField("expire_time")
+    for mask in ([], ["name"]):
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await update(mask)
+        assert reason_and_field(refusal.value)[1] == "update_mask"
+
+
+async def test_a_copy_shares_bytes_and_lives_its_own_life(served: Served) -> None:
+    """Deleting the original leaves the copy; a repeat of the copy is the first one."""
+    await served.write()
+    blobs = served.blobs()
+    request = pb.CopyCheckpointRequest(source_path=PATH, destination_path=PATH + "-copy")
+    first = await served.stub.CopyCheckpoint(request)
+    assert await served.stub.CopyCheckpoint(request) == first
+    assert served.blobs() == blobs
+    await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=PATH))
+    await asyncio.to_thread(served.server._keeper.sweep)
+    assert await served.read(PATH + "-copy") == files()
+    wrong = pb.CopyCheckpointRequest(source_path=PATH + "-copy", destination_path=SAMPLER_PATH)
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await served.stub.CopyCheckpoint(wrong)
+    assert reason_and_field(refusal.value)[1] == "destination_path"
+
+
+async def test_export_is_a_tar_of_a_peft_folder(served: Served) -> None:
+    """The same bytes every time, and tarfile and safetensors read them."""
+    await served.write()
+    request = pb.ExportCheckpointRequest(path=PATH)
+    archives = [
+        b"".join([part.data async for part in served.stub.ExportCheckpoint(request)])
+        for _ in range(2)
+    ]
+    assert archives[0] == archives[1]
+    with tarfile.open(fileobj=io.BytesIO(archives[0])) as tar:
+        assert tar.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+        member = tar.extractfile("adapter_model.safetensors")
+        assert member is not None
+        assert list(load(member.read())) == ["a.lora_A.weight"]
+
+
+BAD_PATHS = [
+    "",
+    "tinsmith://run/weights/..",
+    "/etc/passwd",
+    "tinsmith://../weights/a",
+    "tinsmith://run/weights/a/b",
+    "tinsmith://run/weights/a\0b",
+    "tinsmith://run/weights/" + "a" * 4096,
+    "tinsmith://run/weights/ä",
+    "tinsmith://run/other/a",
+    "s3://run/weights/a",
+]
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+async def test_bad_names_are_refused_by_every_call(served: Served, path: str) -> None:
+    """Names are data: nothing that looks like a path gets anywhere."""
+    calls: list[Callable[[], object]] = [
+        lambda: served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=path)),
+        lambda: served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=path)),
+        lambda: served.read(path),
+        lambda: served.write(path),
+    ]
+    for call in calls:
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await call()  # type: ignore[misc]
+        assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        reason, field = reason_and_field(refusal.value)
+        assert reason in ("INVALID_NAME", "MISSING_FIELD")
+        assert field.endswith("path")
+    assert served.leftovers() == []
+
+
+def _streams() -> dict[str, tuple[list[pb.WriteCheckpointRequest], str, str]]:
+    content = files()
+    good = list(messages(PATH, content))
+    header, pieces, end = good[0], good[1:-1], good[-1]
+    first = pieces[0].piece
+    bad_json = {**content, "adapter_config.json": b"[]"}
+    bad_tensors = {**content, "adapter_model.safetensors": b"\x80\x04pickle" * 9}
+    return {
+        "no message": ([], "MALFORMED_STREAM", "header"),
+        "no header": ([*pieces, end], "MALFORMED_STREAM", "header"),
+        "two headers": ([header, header, end], "MALFORMED_STREAM", "header"),
+        "no commit": ([header, *pieces], "MALFORMED_STREAM", "commit"),
+        "after the commit": ([*good, pieces[0]], "MALFORMED_STREAM", "commit"),
+        "hole": (
+            [header, piece(first.file_name, 7, b"x"), end],
+            "MALFORMED_STREAM",
+            "piece.offset",
+        ),
+        "unset message": (
+            [header, pb.WriteCheckpointRequest(), end],
+            "MALFORMED_STREAM",
+            "content",
+        ),
+        "bad checksum": ([header, piece(first.file_name, 0, b"x", 1)], "CHECKPOINT_CORRUPT", ""),
+        "lost piece": ([header, *pieces[:-1], end], "CHECKPOINT_CORRUPT", ""),
+        "unknown file": ([header, piece("../x", 0, b"x")], "INVALID_NAME", "piece.file_name"),
+        "pickle": (list(messages(PATH, bad_tensors)), "INVALID_FIELD", "commit.files"),
+        "no json object": (list(messages(PATH, bad_json)), "INVALID_FIELD", "commit.files"),
+        "missing file": (
+            list(messages(PATH, {"model_state.json": b"{}"})),
+            "MISSING_FIELD",
+            "commit.files",
+        ),
+        "optimizer in a sampler checkpoint": (
+            list(messages(SAMPLER_PATH, content)),
+            "INVALID_NAME",
+            "piece.file_name",
+        ),
+        "big piece": (
+            [header, piece(first.file_name, 0, b"x" * 5_000_000)],
+            "LIMIT_EXCEEDED",
+            "piece.data",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", sorted(_streams()))
+async def test_a_bad_stream_is_refused_and_leaves_nothing(served: Served, case: str) -> None:
+    """Typed error, exact field, no staging left, and the next good write works."""
+    stream, reason, field = _streams()[case]
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await served.stub.WriteCheckpoint(iter(stream))
+    assert reason_and_field(refusal.value) == (reason, field)
+    assert served.leftovers() == []
+    await served.write()
+    assert await served.read() == files()
+
+
+async def test_a_broken_stream_leaves_nothing(served: Served) -> None:
+    """A writer that goes away half-way was never there."""
+    call = served.stub.WriteCheckpoint()
+    for message in list(messages(PATH, files()))[:3]:
+        await call.write(message)
+    call.cancel()
+    for _ in range(200):
+        if not served.leftovers():
+            break
+        await asyncio.sleep(0.02)
+    assert served.leftovers() == []
+    assert served.blobs() == []
+
+
+async def test_every_damage_is_found_before_use(served: Served) -> None:
+    """50 bit flips and truncations of stored blobs: each read ends in DATA_LOSS."""
+    await served.write()
+    rng = random.Random(0)
+    for _ in range(50):
+        blob = rng.choice(served.blobs())
+        intact = blob.read_bytes()
+        if rng.random() < 0.7:
+            damaged = bytearray(intact)
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            blob.write_bytes(damaged)
+        else:
+            blob.write_bytes(intact[: rng.randrange(len(intact))])
+        with pytest.raises(grpc.aio.AioRpcError) as loss:
+            await served.read()
+        assert loss.value.code() == grpc.StatusCode.DATA_LOSS
+        assert reason_and_field(loss.value)[0] == "CHECKPOINT_CORRUPT"
+        blob.write_bytes(intact)
+    assert await served.read() == files()
+
+
+async def test_writing_again_repairs_a_damaged_blob(served: Served) -> None:
+    """A content that is there is checked before it is trusted."""
+    await served.write()
+    blob = served.blobs()[0]
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    await served.write(PATH + "-again")
+    assert await served.read(PATH + "-again") == files()
+
+
+async def test_one_folder_has_one_server(served: Served) -> None:
+    """A second server on the same folder does not start."""
+    config = CheckpointConfig(listen_address="127.0.0.1:0", data_folder=str(served.folder))
+    with pytest.raises(StoreBusy):
+        CheckpointServer(config)
+
+
+async def test_a_killed_server_keeps_what_was_committed_and_nothing_else(tmp_path: Path) -> None:
+    """kill -9 in the middle of a write: the old checkpoint stays, the new one never was."""
+
+    async def start() -> tuple[subprocess.Popen[bytes], grpc.aio.Channel]:
+        port_file = tmp_path / "port"
+        port_file.unlink(missing_ok=True)
+        settings = {
+            "TINSMITH_CHECKPOINT_LISTEN_ADDRESS": "127.0.0.1:0",
+            "TINSMITH_CHECKPOINT_DATA_FOLDER": str(tmp_path / "data"),
+            "TINSMITH_CHECKPOINT_PORT_FILE": str(port_file),
+            "TINSMITH_CHECKPOINT_LIVE_WITH_PID": str(os.getpid()),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        command = [sys.executable, "-m", "tinsmithd.checkpoint"]
+        process = subprocess.Popen(command, env={**os.environ, **settings})
+        while not port_file.exists():
+            assert process.poll() is None
+            await asyncio.sleep(0.02)
+        return process, grpc.aio.insecure_channel(f"127.0.0.1:{port_file.read_text().strip()}")
+
+    process, channel = await start()
+    stub = CheckpointServiceStub(channel)
+    await stub.WriteCheckpoint(iter(messages(PATH, files(0))))
+    call = stub.WriteCheckpoint()
+    for message in list(messages(PATH + "-new", files(1)))[:4]:
+        await call.write(message)
+    staging = tmp_path / "data" / "staging"
+    while not any(staging.rglob("*")):
+        await asyncio.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    await channel.close()
+
+    process, channel = await start()
+    stub = CheckpointServiceStub(channel)
+    try:
+        listed = await stub.ListCheckpoints(pb.ListCheckpointsRequest())
+        assert [c.path for c in listed.checkpoints] == [PATH]
+        assert list(staging.iterdir()) == []
+        got: dict[str, bytes] = {}
+        async for response in stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=PATH)):
+            name = response.piece.file_name
+            got[name] = got.get(name, b"") + response.piece.data
+        got.pop("", None)
+        assert got == files(0)
+    finally:
+        await channel.close()
+        process.terminate()
+        assert process.wait(20) == 0

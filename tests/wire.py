@@ -1,0 +1,29 @@
+"""Reads what a server says when it refuses."""
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+
+def reason_and_field(error: grpc.RpcError) -> tuple[str, str]:
+    """ErrorInfo's reason and BadRequest's field of an error; fails the test where there is none."""
+    status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else _from_aio(error)
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    for detail in status.details:
+        for message in (info, bad):
+            if detail.Is(message.DESCRIPTOR):
+                detail.Unpack(message)
+    assert info.domain == "tinsmith", f"no ErrorInfo in {error}"
+    assert info.metadata["request_id"]
+    assert "Traceback" not in status.message
+    return info.reason, bad.field_violations[0].field if bad.field_violations else ""
+
+
+def _from_aio(error: grpc.RpcError):
+    from google.rpc import status_pb2
+
+    assert isinstance(error, grpc.aio.AioRpcError)
+    for key, value in error.trailing_metadata():
+        if key == "grpc-status-details-bin":
+            return status_pb2.Status.FromString(value)
+    raise AssertionError(f"{error.code()} has no details: {error.details()}")
