@@ -237,6 +237,8 @@ class SamplerConfig(ServerConfig):
         super().check()
         if not self.base_model:
             raise ConfigError("sampler.base_model: must be set")
+        if self.adapters_max < self.running_max:
+            raise ConfigError("sampler.adapters_max: must be at least running_max")
         _one_of("sampler.dtype", self.dtype, ("float32", "bfloat16"))
 
 

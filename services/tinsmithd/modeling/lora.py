@@ -41,6 +41,7 @@ class Adapters:
         self._base = base
         self._peft: PeftModel | None = None
         self._loras: dict[str, LoraConfig] = {}
+        self._active: tuple[str | None] | None = None  # None: unknown
 
     def __contains__(self, key: str) -> bool:
         return key in self._loras
@@ -58,6 +59,7 @@ class Adapters:
         if key in self._loras:
             raise ValueError(f"adapter {key!r} exists")
         config, name = self._peft_config(lora), _module_name(key)
+        self._active = None
         if self._peft is None:
             # A head that shares the embedding's weight is meant: only the head is adapted.
             self._peft = PeftModel(self._base.model, config, adapter_name=name)
@@ -91,19 +93,21 @@ class Adapters:
         """Drop an adapter; an unknown key is no error."""
         if self._loras.pop(key, None) is not None:
             assert self._peft is not None
+            self._active = None
             self._peft.delete_adapter(_module_name(key))
 
     @contextlib.contextmanager
     def active(self, key: str | None) -> Iterator[Any]:
         """The causal language model with this adapter, or without any."""
-        if self._peft is None:
-            yield self._base.model
-        elif key is None:
-            with self._peft.disable_adapter():
-                yield self._base.model
-        else:
-            self._peft.set_adapter(_module_name(key))
-            yield self._base.model
+        # Switching walks through every module, so it is done only where something changes.
+        if self._peft is not None and self._active != (key,):
+            if key is None:
+                self._peft.base_model.disable_adapter_layers()
+            else:
+                self._peft.base_model.enable_adapter_layers()
+                self._peft.set_adapter(_module_name(key))
+            self._active = (key,)
+        yield self._base.model
 
     def parameters(self, key: str) -> dict[str, torch.nn.Parameter]:
         """An adapter's parameters, float32, by their names in PEFT's files, sorted."""

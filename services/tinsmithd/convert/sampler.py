@@ -1,0 +1,84 @@
+"""Messages of `sampler_service.proto` to domain values and back."""
+
+import numpy as np
+
+from tinsmith.v1 import sampler_service_pb2 as pb
+from tinsmithd.convert.tensors import array_to_pb, check_format
+from tinsmithd.convert.types import tokens_from_pb
+from tinsmithd.domain import (
+    PromptScores,
+    SampledTokens,
+    SampleRequest,
+    SamplingParams,
+    StopReason,
+)
+from tinsmithd.errors import InvalidArgument
+
+_STOP_REASONS = {
+    None: pb.STOP_REASON_UNSPECIFIED,
+    StopReason.STOP: pb.STOP_REASON_STOP,
+    StopReason.LENGTH: pb.STOP_REASON_LENGTH,
+}
+UNSET_MAX_TOKENS = -1
+
+
+def sample_request_from_pb(message: pb.SampleRequest) -> SampleRequest:
+    """Read a request; `max_tokens` below 0 means that it was unset."""
+    check_format(message.tensor_format, "tensor_format")
+    return SampleRequest(
+        prompt=tokens_from_pb(message.prompt, "prompt"),
+        num_samples=message.num_samples or 1,
+        params=_params_from_pb(message.sampling_params),
+        include_prompt_logprobs=message.include_prompt_logprobs,
+        topk_prompt_logprobs=message.topk_prompt_logprobs,
+    )
+
+
+def compute_request_from_pb(message: pb.ComputeLogprobsRequest) -> SampleRequest:
+    """Read a request that only scores its prompt."""
+    check_format(message.tensor_format, "tensor_format")
+    return SampleRequest(
+        prompt=tokens_from_pb(message.prompt, "prompt"),
+        num_samples=1,
+        params=SamplingParams(max_tokens=0),
+        include_prompt_logprobs=True,
+        topk_prompt_logprobs=message.topk_prompt_logprobs,
+    )
+
+
+def _params_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    max_tokens = UNSET_MAX_TOKENS
+    if message.HasField("max_tokens"):
+        max_tokens = message.max_tokens
+        if max_tokens < 1:  # here, since below 0 means unset and 0 means only to score
+            raise InvalidArgument("sampling_params.max_tokens", f"{max_tokens} is below 1")
+    stop = message.stop if message.HasField("stop") else pb.StopCondition(eos=True)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=message.temperature if message.HasField("temperature") else 1.0,
+        top_k=message.top_k if message.HasField("top_k") else -1,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        seed=message.seed if message.HasField("seed") else None,
+        stop_tokens=tuple(stop.tokens),
+        stop_strings=tuple(stop.strings),
+        stop_at_eos=stop.eos,
+    )
+
+
+def scores_to_pb(scores: PromptScores, tensor_format: int) -> pb.PromptLogprobs:
+    """Write a prompt's scores."""
+    message = pb.PromptLogprobs(logprobs=array_to_pb(scores.logprobs, tensor_format))
+    if scores.topk is not None:
+        message.topk_token_ids.CopyFrom(array_to_pb(scores.topk.token_ids, tensor_format))
+        message.topk_logprobs.CopyFrom(array_to_pb(scores.topk.logprobs, tensor_format))
+    return message
+
+
+def delta_to_pb(tokens: SampledTokens, tensor_format: int) -> pb.SequenceDelta:
+    """Write new tokens of one sequence."""
+    return pb.SequenceDelta(
+        sequence_index=tokens.sequence_index,
+        tokens=array_to_pb(np.array(tokens.tokens, np.int64), tensor_format),
+        logprobs=array_to_pb(np.array(tokens.logprobs, np.float32), tensor_format),
+        stop_reason=_STOP_REASONS[tokens.stop_reason],
+    )

@@ -1,0 +1,100 @@
+"""Puts the Sampler together: it serves at once, and says so when the base model is loaded."""
+
+import asyncio
+import contextlib
+import logging
+
+from tinsmith.v1.sampler_service_pb2 import DESCRIPTOR
+from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_server
+from tinsmithd.config import SamplerConfig
+from tinsmithd.rpc.server import RpcServer
+from tinsmithd.sampler.checkpoints import CheckpointSource
+from tinsmithd.sampler.engines.interface import SamplingEngine
+from tinsmithd.sampler.scheduler import SamplerScheduler, SchedulerLimits
+from tinsmithd.sampler.servicer import SamplerServicer
+
+SERVICE_NAME: str = DESCRIPTOR.services_by_name["SamplerService"].full_name
+_log = logging.getLogger(__name__)
+
+
+def load_engine(config: SamplerConfig) -> SamplingEngine:
+    """Load the base model; takes seconds to minutes and imports torch.
+
+    Raises:
+        NotFound: There is no such model (BASE_MODEL_NOT_FOUND).
+    """
+    import torch
+
+    from tinsmithd.modeling.base import load_base
+    from tinsmithd.sampler.engines.transformers_engine import TransformersEngine
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return TransformersEngine(
+        load_base(config.base_model, dtype=config.dtype, on_progress=_log.info)
+    )
+
+
+class SamplerServer:
+    """The Sampler: construct, `await start()`, `await run()` or `await stop()`."""
+
+    def __init__(self, config: SamplerConfig) -> None:
+        self._config = config
+        self._checkpoints = CheckpointSource(config.checkpoint_target)
+        self._servicer = SamplerServicer(config, self._checkpoints)
+        self._rpc = RpcServer(config, SERVICE_NAME)
+        add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
+        self._loading: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, after `start`."""
+        return self._rpc.port
+
+    async def start(self) -> None:
+        """Bind, serve, and begin to load."""
+        await self._rpc.start()
+        self._loading = asyncio.create_task(self._load())
+
+    async def loaded(self) -> None:
+        """Wait until calls succeed.
+
+        Raises:
+            NotFound: There is no such base model.
+        """
+        assert self._loading is not None
+        await self._loading
+
+    async def _load(self) -> None:
+        engine = await asyncio.to_thread(load_engine, self._config)
+        limits = SchedulerLimits(
+            self._config.running_max, self._config.waiting_max, self._config.adapters_max
+        )
+        self._servicer.scheduler = SamplerScheduler(engine, limits)
+        await self._rpc.set_serving(True)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            NotFound: There is no such base model.
+        """
+        serving = asyncio.create_task(self._rpc.run_until_signal())
+        assert self._loading is not None
+        await asyncio.wait([serving, self._loading], return_when=asyncio.FIRST_COMPLETED)
+        if self._loading.done() and self._loading.exception() is None:
+            await serving
+        await self.stop()
+        if self._loading.done() and not self._loading.cancelled():
+            self._loading.result()
+
+    async def stop(self) -> None:
+        """Stop gracefully."""
+        await self._rpc.stop()
+        if self._loading is not None:
+            self._loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._loading
+        if self._servicer.scheduler is not None:
+            self._servicer.scheduler.close()
+        await self._checkpoints.close()

@@ -1,0 +1,102 @@
+"""The face of the Sampler service: parse, call the scheduler, encode. No rule lives here."""
+
+import importlib.metadata
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from tinsmith.v1 import sampler_service_pb2 as pb
+from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceServicer
+from tinsmithd.config import SamplerConfig
+from tinsmithd.convert import sampler as convert
+from tinsmithd.convert.types import base_model_to_pb, path_from_pb
+from tinsmithd.domain import SampleRequest
+from tinsmithd.errors import NotFound, Reason, Unavailable
+from tinsmithd.sampler.checkpoints import CheckpointSource
+from tinsmithd.sampler.scheduler import Adapter, SamplerScheduler
+from tinsmithd.sampler.validate import RequestLimits, check_request
+
+PIECE_BYTES_MAX = 1024 * 1024
+_LIMITS = [field.name for field in pb.SamplerLimits.DESCRIPTOR.fields]
+
+
+class SamplerServicer(SamplerServiceServicer):
+    """Serves `tinsmith.v1.SamplerService`; `scheduler` is set once the base model is loaded."""
+
+    def __init__(self, config: SamplerConfig, checkpoints: CheckpointSource) -> None:
+        self._config = config
+        self._checkpoints = checkpoints
+        self.scheduler: SamplerScheduler | None = None
+        self._limits = RequestLimits(config.num_samples_max, config.stops_max, config.topk_max)
+
+    def _ready(self, base_model: str) -> SamplerScheduler:
+        if self.scheduler is None:
+            text = "the base model is still loading"
+            raise Unavailable(text, Reason.SAMPLER_UNAVAILABLE, retry_after_s=1.0)
+        name = self.scheduler.info.name
+        if base_model and base_model != name:
+            message = f"no base model {base_model!r}; this server holds {name!r}"
+            raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
+        return self.scheduler
+
+    async def GetSamplerCapabilities(
+        self, request: pb.GetSamplerCapabilitiesRequest, context: Any
+    ) -> pb.GetSamplerCapabilitiesResponse:
+        """Say what this server can do."""
+        response = pb.GetSamplerCapabilitiesResponse(
+            limits=pb.SamplerLimits(**{name: getattr(self._config, name) for name in _LIMITS}),
+            engine="transformers",
+            server_version=importlib.metadata.version("tinsmith"),
+        )
+        if self.scheduler is not None:
+            response.base_models.append(base_model_to_pb(self.scheduler.info))
+        return response
+
+    async def Sample(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request: pb.SampleRequest, context: Any
+    ) -> AsyncIterator[pb.SampleResponse]:
+        """Sample continuations and stream their tokens."""
+        scheduler, form = self._ready(request.base_model), request.tensor_format
+        wanted = self._check(scheduler, convert.sample_request_from_pb(request))
+        adapter = await self._adapter(request.checkpoint_path, scheduler)
+        async with aclosing(scheduler.run(wanted, adapter)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                response = pb.SampleResponse(
+                    deltas=[convert.delta_to_pb(tokens, form) for tokens in output.tokens]
+                )
+                if output.prompt_scores is not None:
+                    scores = convert.scores_to_pb(output.prompt_scores, form)
+                    response.prompt_logprobs.CopyFrom(scores)
+                yield response
+
+    async def ComputeLogprobs(
+        self, request: pb.ComputeLogprobsRequest, context: Any
+    ) -> pb.ComputeLogprobsResponse:
+        """Score a prompt."""
+        scheduler, form = self._ready(request.base_model), request.tensor_format
+        wanted = self._check(scheduler, convert.compute_request_from_pb(request))
+        adapter = await self._adapter(request.checkpoint_path, scheduler)
+        response = pb.ComputeLogprobsResponse()
+        async for output in scheduler.run(wanted, adapter):
+            assert output.prompt_scores is not None
+            response.prompt_logprobs.CopyFrom(convert.scores_to_pb(output.prompt_scores, form))
+        return response
+
+    async def GetTokenizer(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request: pb.GetTokenizerRequest, context: Any
+    ) -> AsyncIterator[pb.GetTokenizerResponse]:
+        """Stream the tokenizer's files."""
+        files = await self._ready(request.base_model).tokenizer_files()
+        for name, data in files.items():
+            for start in range(0, len(data), PIECE_BYTES_MAX):
+                part = data[start : start + PIECE_BYTES_MAX]
+                yield pb.GetTokenizerResponse(file_name=name, data=part)
+
+    def _check(self, scheduler: SamplerScheduler, request: SampleRequest) -> SampleRequest:
+        return check_request(request, scheduler.info, self._limits)
+
+    async def _adapter(self, path: str, scheduler: SamplerScheduler) -> Adapter | None:
+        if not path:
+            return None
+        parsed = path_from_pb(path, "checkpoint_path")
+        return await self._checkpoints.find(parsed, scheduler.info.name)

@@ -1,0 +1,106 @@
+"""Checks a request against the base model and the limits, before anything is computed."""
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tinsmithd.domain import BaseModelInfo, SampleRequest, SamplingParams
+from tinsmithd.errors import InvalidArgument, Reason
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Bounds on one request; the names are those of the settings."""
+
+    num_samples_max: int
+    stops_max: int
+    topk_max: int
+
+
+def check_request(
+    request: SampleRequest, info: BaseModelInfo, limits: RequestLimits
+) -> SampleRequest:
+    """Refuse what cannot be sampled; fill in the length and the seed where they are unset.
+
+    A negative `max_tokens` stands for unset. With 0 the prompt is only scored.
+
+    Raises:
+        InvalidArgument: Naming the field.
+    """
+    _check_prompt(request.prompt, info)
+    _check_range("num_samples", request.num_samples, 1, limits.num_samples_max, "num_samples_max")
+    topk_max = min(limits.topk_max, info.vocab_size)
+    topk = request.topk_prompt_logprobs
+    _check_range("topk_prompt_logprobs", topk, 0, topk_max, "topk_max")
+    _check_params(request.params, info, limits)
+    room = info.context_length - len(request.prompt)
+    max_tokens = request.params.max_tokens
+    if max_tokens != 0:
+        if room < 1:
+            message = f"{len(request.prompt)} tokens leave no room in {info.context_length}"
+            raise _too_long("prompt", message, len(request.prompt))
+        if max_tokens > room:
+            message = f"{max_tokens} tokens do not fit: the prompt leaves room for {room}"
+            raise _too_long("sampling_params.max_tokens", message, max_tokens)
+    seed = request.params.seed
+    params = replace(
+        request.params,
+        max_tokens=room if max_tokens < 0 else max_tokens,
+        seed=secrets.randbits(63) if seed is None else seed,
+    )
+    return replace(request, params=params)
+
+
+def _check_prompt(prompt: np.ndarray, info: BaseModelInfo) -> None:
+    if len(prompt) > info.context_length:
+        message = f"{len(prompt)} tokens, context_length is {info.context_length}"
+        raise _too_long("prompt", message, len(prompt))
+    outside = (prompt < 0) | (prompt >= info.vocab_size)
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise InvalidArgument(
+            "prompt",
+            f"token {prompt[at]} at [{at}] is not in [0, {info.vocab_size})",
+            Reason.TOKEN_OUT_OF_RANGE,
+        )
+
+
+def _check_params(params: SamplingParams, info: BaseModelInfo, limits: RequestLimits) -> None:
+    field = "sampling_params"
+    for name in ("temperature", "top_p"):
+        if not math.isfinite(getattr(params, name)):
+            raise InvalidArgument(f"{field}.{name}", "is not finite", Reason.NON_FINITE)
+    if params.temperature < 0:
+        raise InvalidArgument(f"{field}.temperature", f"{params.temperature:g} is below 0")
+    if not 0 < params.top_p <= 1:
+        raise InvalidArgument(f"{field}.top_p", f"{params.top_p:g} is not in (0, 1]")
+    if params.top_k < -1:
+        raise InvalidArgument(f"{field}.top_k", f"{params.top_k} is below -1")
+    for name, stops in (("tokens", params.stop_tokens), ("strings", params.stop_strings)):
+        where = f"{field}.stop.{name}"
+        _check_range(where, len(stops), 0, limits.stops_max, "stops_max")
+    for index, token in enumerate(params.stop_tokens):
+        if not 0 <= token < info.vocab_size:
+            message = f"token {token} is not in [0, {info.vocab_size})"
+            where = f"{field}.stop.tokens[{index}]"
+            raise InvalidArgument(where, message, Reason.TOKEN_OUT_OF_RANGE)
+    for index, string in enumerate(params.stop_strings):
+        if not string:
+            raise InvalidArgument(f"{field}.stop.strings[{index}]", "is empty")
+
+
+def _check_range(field: str, value: int, low: int, high: int, limit: str) -> None:
+    if not low <= value <= high:
+        raise InvalidArgument(
+            field,
+            f"{value} is not in {low}..{high}",
+            Reason.LIMIT_EXCEEDED if value > high else Reason.INVALID_FIELD,
+            metadata={"limit": limit, "value": str(value)},
+        )
+
+
+def _too_long(field: str, message: str, value: int) -> InvalidArgument:
+    metadata = {"limit": "context_length", "value": str(value)}
+    return InvalidArgument(field, message, Reason.LIMIT_EXCEEDED, metadata=metadata)
