@@ -22,15 +22,17 @@ from tinsmith import types
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WORDS = """apple banana bread bridge butter castle cheese cherry chicken children clever cloud coffee
-dragon dream evening family flower forest friend garden ghost green happy honey house island jacket
+WORDS = """
+apple banana bread bridge butter castle cheese cherry chicken children clever cloud coffee dragon
+dream evening family flower forest friend garden ghost green happy honey house island jacket
 kitchen lemon letter little market morning mother mountain music night orange ocean paper pencil
-planet potato purple queen quiet rabbit river school shadow silver simple spring stone street summer
-sunny table teacher tiger train tree under village water window winter wonder yellow young""".split()
+planet potato purple queen quiet rabbit river school shadow silver simple spring stone street
+summer sunny table teacher tiger train tree under village water window winter wonder yellow young
+""".split()
 
 
 def pig_latin(word: str) -> str:
-    """Move the consonants at the front to the back and add "ay"; a vowel at the front adds "way"."""
+    """Move the first consonants to the back and add "ay"; after a first vowel just add "way"."""
     if word[0] in "aeiou":
         return word + "way"
     start = next((i for i, c in enumerate(word) if c in "aeiouy" and i > 0), len(word))
@@ -50,7 +52,7 @@ def make_datum(tokenizer, phrase: str) -> types.Datum:
     """Prompt and answer as tokens; only the answer's tokens have weight."""
     prompt = encode_prompt(tokenizer, phrase)
     answer = " ".join(pig_latin(word) for word in phrase.split())
-    completion = tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+    completion = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
     tokens = prompt + completion
     weights = [0.0] * len(prompt) + [1.0] * len(completion)
     return types.Datum(

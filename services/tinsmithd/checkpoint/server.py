@@ -48,7 +48,7 @@ class CheckpointServer:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
-        await self._rpc.run_until_signal()
+        await self._rpc.until_signal()
         await self.stop()
 
     async def stop(self) -> None:

@@ -90,17 +90,15 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(self._config.stop_grace_s)
 
-    async def run_until_signal(self) -> None:
-        """Serve until SIGTERM or SIGINT, then stop gracefully."""
+    async def until_signal(self) -> None:
+        """Return when SIGTERM or SIGINT asks to stop."""
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         await asked.wait()
-        _log.info(
-            "%s stops: calls under way have %g s", self.service_name, self._config.stop_grace_s
-        )
-        await self.stop()
+        grace_s = self._config.stop_grace_s
+        _log.info("%s stops: calls under way have %g s", self.service_name, grace_s)
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -79,7 +79,7 @@ class SamplerServer:
         Raises:
             NotFound: There is no such base model.
         """
-        serving = asyncio.create_task(self._rpc.run_until_signal())
+        serving = asyncio.create_task(self._rpc.until_signal())
         assert self._loading is not None
         await asyncio.wait([serving, self._loading], return_when=asyncio.FIRST_COMPLETED)
         if self._loading.done() and self._loading.exception() is None:

@@ -77,7 +77,7 @@ class TrainingServer:
         Raises:
             LaunchError: The ranks cannot start.
         """
-        serving = asyncio.create_task(self._rpc.run_until_signal())
+        serving = asyncio.create_task(self._rpc.until_signal())
         done, _ = await asyncio.wait([serving, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
         await self.stop()
         for task in done:

@@ -1,0 +1,165 @@
+"""The client's types to messages and back."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tinsmith import tensors
+from tinsmith.errors import InvalidArgumentError
+from tinsmith.types.inputs import Datum, ModelInput, SamplingParams, int_tokens
+from tinsmith.types.outputs import (
+    Checkpoint,
+    ForwardBackwardOutput,
+    SampledTokens,
+    StopReason,
+    TopkLogprobs,
+)
+from tinsmith.types.tensor import as_like
+from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, types_pb2
+
+MESSAGE_BYTES = 4 * 1024 * 1024
+"""A call's data are cut into messages of about this size."""
+
+_STOP_REASONS: Mapping[int, StopReason] = {
+    sampler_service_pb2.STOP_REASON_STOP: "stop",
+    sampler_service_pb2.STOP_REASON_LENGTH: "length",
+}
+
+
+def model_input_to_pb(model_input: ModelInput, where: str) -> types_pb2.ModelInput:
+    """Write tokens; `where` names the field in an error."""
+    chunk = types_pb2.ModelInputChunk(tokens=tensors.encode(int_tokens(model_input, where)))
+    return types_pb2.ModelInput(chunks=[chunk])
+
+
+def data_to_pb(data: Sequence[Datum]) -> list[types_pb2.Datum]:
+    """Write data.
+
+    Raises:
+        InvalidArgumentError: There is none, or one is no Datum or has no token.
+    """
+    data = list(data)
+    if not data:
+        raise InvalidArgumentError("data: must not be empty", field="data", reason="MISSING_FIELD")
+    messages = []
+    for index, datum in enumerate(data):
+        if not isinstance(datum, Datum):
+            message = f"data[{index}]: expected a Datum, got {type(datum).__name__}"
+            raise InvalidArgumentError(message, field=f"data[{index}]")
+        inputs = {k: tensors.encode(v.to_numpy()) for k, v in datum.loss_fn_inputs.items()}
+        tokens = model_input_to_pb(datum.model_input, f"data[{index}].model_input")
+        messages.append(types_pb2.Datum(model_input=tokens, loss_fn_inputs=inputs))
+    return messages
+
+
+def loss_fn_to_pb(name: str, config: Mapping[str, float | str] | None) -> types_pb2.LossFn:
+    """Write a loss by name.
+
+    Raises:
+        InvalidArgumentError: There is no such loss or setting.
+    """
+    message = types_pb2.LossFn()
+    known = [field.name for field in message.DESCRIPTOR.fields]
+    if name not in known:
+        text = f"loss_fn: {name!r} is not one of {', '.join(known)}"
+        raise InvalidArgumentError(text, field="loss_fn")
+    settings = getattr(message, name)
+    settings.SetInParent()
+    allowed = [field.name for field in settings.DESCRIPTOR.fields]
+    for key, value in (config or {}).items():
+        where = f"loss_fn_config[{key!r}]"
+        if key not in allowed:
+            text = f"{where}: {name} has {', '.join(allowed) or 'no settings'}"
+            raise InvalidArgumentError(text, field=where)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise InvalidArgumentError(f"{where}: {value!r} is not a finite number", field=where)
+        setattr(settings, key, float(value))
+    return message
+
+
+def messages_of(data: Sequence[types_pb2.Datum]) -> Iterator[list[types_pb2.Datum]]:
+    """Cut data into messages of about `MESSAGE_BYTES`; a larger datum goes alone."""
+    batch: list[types_pb2.Datum] = []
+    size = 0
+    for datum in data:
+        nbytes = datum.ByteSize()
+        if batch and size + nbytes > MESSAGE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(datum)
+        size += nbytes
+    yield batch
+
+
+def output_from_pb(
+    outputs: Iterable[Any], metrics: Mapping[str, float], data: Sequence[Datum]
+) -> ForwardBackwardOutput:
+    """Read results, each in the form that its datum was given in."""
+    read = [
+        {
+            name: as_like(tensors.decode(tensor), datum.like)
+            for name, tensor in output.loss_fn_outputs.items()
+        }
+        for output, datum in zip(outputs, data, strict=True)
+    ]
+    return ForwardBackwardOutput(list(read), dict(metrics))
+
+
+def sampling_params_to_pb(params: SamplingParams) -> sampler_service_pb2.SamplingParams:
+    """Write sampling parameters; what is unset stays unset."""
+    message = sampler_service_pb2.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=params.seed,
+    )
+    if params.stop is not None:
+        message.stop.CopyFrom(_stop_to_pb(params.stop))
+    return message
+
+
+def _stop_to_pb(stop: str | Sequence[str] | Sequence[int]) -> sampler_service_pb2.StopCondition:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    strings = [s for s in stops if isinstance(s, str)]
+    tokens = [s for s in stops if isinstance(s, int) and not isinstance(s, bool)]
+    if len(strings) + len(tokens) != len(stops) or (strings and tokens):
+        message = "stop: expected a string, strings, or token ids"
+        raise InvalidArgumentError(message, field="sampling_params.stop")
+    # No stop at all for an empty list, as in Tinker; else the model's own stops count too.
+    return sampler_service_pb2.StopCondition(tokens=tokens, strings=strings, eos=bool(stops))
+
+
+def delta_from_pb(delta: sampler_service_pb2.SequenceDelta) -> SampledTokens:
+    """Read new tokens of one sequence."""
+    return SampledTokens(
+        delta.sequence_index,
+        [int(token) for token in tensors.decode(delta.tokens)],
+        [float(logprob) for logprob in tensors.decode(delta.logprobs)],
+        _STOP_REASONS.get(delta.stop_reason),
+    )
+
+
+def topk_from_pb(scores: sampler_service_pb2.PromptLogprobs) -> TopkLogprobs | None:
+    """Read the most likely tokens of a prompt's positions, where they were asked for."""
+    if not scores.HasField("topk_token_ids"):
+        return None
+    return TopkLogprobs(
+        tensors.decode(scores.topk_token_ids).astype("int32"), tensors.decode(scores.topk_logprobs)
+    )
+
+
+def checkpoint_from_pb(message: checkpoint_service_pb2.Checkpoint) -> Checkpoint:
+    """Read what is known of a checkpoint."""
+    training = message.kind == types_pb2.CHECKPOINT_KIND_TRAINING
+    segment = "weights" if training else "sampler_weights"
+    return Checkpoint(
+        checkpoint_id=f"{segment}/{message.name}",
+        checkpoint_type="training" if training else "sampler",
+        time=message.create_time.ToDatetime(),
+        tinker_path=message.path,
+        size_bytes=message.size_bytes,
+        public=message.public,
+        user_metadata=dict(message.user_metadata),
+        expires_at=message.expire_time.ToDatetime() if message.HasField("expire_time") else None,
+    )

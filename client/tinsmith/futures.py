@@ -1,0 +1,83 @@
+"""What every call over the network returns at once: a future for sync and async code.
+
+result = client.forward_backward(data, "cross_entropy").result()     # in a script
+result = await client.forward_backward(data, "cross_entropy")        # in a coroutine
+"""
+
+import asyncio
+import concurrent.futures
+from collections.abc import Coroutine, Generator, Iterator
+from typing import Any, Generic, TypeVar
+
+from tinsmith import _loop
+
+T = TypeVar("T")
+
+
+class APIFuture(Generic[T]):
+    """The result of a call that is under way.
+
+    It may be waited for from any thread and any event loop, any number of times.
+    """
+
+    def __init__(self, future: "concurrent.futures.Future[T]") -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the result.
+
+        Args:
+            timeout: Seconds; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: It is not there yet; the call goes on.
+            TinsmithError: The call failed.
+        """
+        if _loop.in_loop_thread() and not self._future.done():
+            raise RuntimeError("result() would block the client's own event loop; use await")
+        return self._future.result(timeout)
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """Wait for the result in a coroutine.
+
+        Raises:
+            TimeoutError: It is not there yet; this future is cancelled.
+            TinsmithError: The call failed.
+        """
+        async with asyncio.timeout(timeout):
+            return await asyncio.wrap_future(self._future)
+
+    def future(self) -> "concurrent.futures.Future[T]":
+        """The same as a standard future. Cancelling it gives up the result."""
+        return self._future
+
+    def coroutine(self) -> Coroutine[Any, Any, T]:
+        """The same as a coroutine, for `asyncio.create_task`."""
+        return self.result_async()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self.result_async().__await__()
+
+
+class CustomLossFuture(APIFuture[T]):
+    """Also unpacks: `loss, metrics = client.forward_backward_custom(...)` waits and unpacks."""
+
+    def __iter__(self) -> Iterator[Any]:
+        result: Any = self.result()
+        return iter(result)
+
+
+class ClientFuture(APIFuture[T]):
+    """A future of a client that can also be used as the client: its attributes wait for it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.result(), name)
+
+
+def done(value: T) -> APIFuture[T]:
+    """A future that has its result already."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_result(value)
+    return APIFuture(future)

@@ -1,0 +1,302 @@
+"""`RestClient`: looks after checkpoints and runs. (The name is Tinker's; there is no REST.)"""
+
+import asyncio
+import io
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from tinsmith import _loop
+from tinsmith._connection import Connection
+from tinsmith._convert import checkpoint_from_pb
+from tinsmith._twins import async_twins
+from tinsmith.errors import InvalidArgumentError, unsupported
+from tinsmith.futures import APIFuture
+from tinsmith.types import (
+    Checkpoint,
+    CheckpointsListResponse,
+    Cursor,
+    GetServerCapabilitiesResponse,
+    ParsedCheckpointTinkerPath,
+    SupportedModel,
+    TrainingRun,
+    TrainingRunsResponse,
+    WeightsInfoResponse,
+)
+from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmith.v1 import training_service_pb2
+
+T = TypeVar("T")
+PAGE_SIZE = 1000
+
+
+async def capabilities_of(connection: Connection) -> GetServerCapabilitiesResponse:
+    """What the cluster can do now."""
+    found = await connection.capabilities(fresh=True)
+    models = [SupportedModel(m.name, m.context_length) for m in found.base_models]
+    return GetServerCapabilitiesResponse(models)
+
+
+@async_twins(
+    *("get_server_capabilities", "get_training_run", "get_training_run_by_tinker_path"),
+    *("get_weights_info_by_tinker_path", "list_training_runs", "list_checkpoints"),
+    *("list_user_checkpoints", "delete_checkpoint", "delete_checkpoint_from_tinker_path"),
+    *("publish_checkpoint_from_tinker_path", "unpublish_checkpoint_from_tinker_path"),
+    *("set_checkpoint_ttl_from_tinker_path", "copy_weights", "download_checkpoint"),
+    final=True,
+)
+class RestClient:
+    """Looks after checkpoints and runs; every method returns a future.
+
+    Args:
+        connection: Internal; users pass `base_url`.
+        base_url: As in `ServiceClient`.
+    """
+
+    def __init__(
+        self, connection: Connection | None = None, *, base_url: str | None = None
+    ) -> None:
+        if connection is None:
+            from tinsmith.service_client import address_of
+
+            connection = Connection(address_of(base_url))
+        self._connection = connection
+
+    # --- runs ---------------------------------------------------------------------------------
+
+    def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
+        """What the cluster can do."""
+        return APIFuture(_loop.run(capabilities_of(self._connection)))
+
+    def get_training_run(
+        self, training_run_id: str, access_scope: str = "owned"
+    ) -> APIFuture[TrainingRun]:
+        """One model."""
+        request = training_service_pb2.GetModelRequest(model_id=training_run_id)
+
+        async def ask() -> TrainingRun:
+            stub = self._connection.training()
+            response = await self._connection.retrying(
+                "get_training_run", lambda: stub.GetModel(request)
+            )
+            checkpoints = await self._all_checkpoints(training_run_id)
+            return _run_from_pb(response.model, checkpoints)
+
+        return APIFuture(_loop.run(ask()))
+
+    def get_training_run_by_tinker_path(
+        self, tinker_path: str, access_scope: str = "owned"
+    ) -> APIFuture[TrainingRun]:
+        """The model that a checkpoint was saved from."""
+        parsed = ParsedCheckpointTinkerPath.from_tinker_path(tinker_path)
+        return self.get_training_run(parsed.training_run_id)
+
+    def list_training_runs(
+        self,
+        limit: int = 20,
+        offset: int = 0,
+        access_scope: str = "owned",
+        project_id: str | None = None,
+    ) -> APIFuture[TrainingRunsResponse]:
+        """Models, newest first."""
+
+        async def ask() -> TrainingRunsResponse:
+            models: list[training_service_pb2.Model] = []
+            token, total = "", 0
+            while len(models) < offset + limit:
+                request = training_service_pb2.ListModelsRequest(
+                    page_size=PAGE_SIZE, page_token=token
+                )
+                stub = self._connection.training()
+                response = await self._connection.retrying(
+                    "list_training_runs",
+                    lambda s=stub, r=request: s.ListModels(r),  # type: ignore[misc]
+                )
+                models.extend(response.models)
+                token, total = response.next_page_token, response.total_count
+                if not token:
+                    break
+            runs = [_run_from_pb(model, []) for model in models[offset : offset + limit]]
+            return TrainingRunsResponse(runs, Cursor(offset, limit, total))
+
+        return APIFuture(_loop.run(ask()))
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
+        """All checkpoints of one model, newest first."""
+
+        async def ask() -> CheckpointsListResponse:
+            return CheckpointsListResponse(await self._all_checkpoints(training_run_id))
+
+        return APIFuture(_loop.run(ask()))
+
+    def list_user_checkpoints(
+        self, limit: int = 100, offset: int = 0
+    ) -> APIFuture[CheckpointsListResponse]:
+        """Checkpoints of all models, newest first."""
+
+        async def ask() -> CheckpointsListResponse:
+            found = await self._all_checkpoints("")
+            page = found[offset : offset + limit]
+            return CheckpointsListResponse(page, Cursor(offset, limit, len(found)))
+
+        return APIFuture(_loop.run(ask()))
+
+    async def _all_checkpoints(self, model_id: str) -> list[Checkpoint]:
+        found: list[Checkpoint] = []
+        token = ""
+        while True:
+            request = pb.ListCheckpointsRequest(
+                model_id=model_id, page_size=PAGE_SIZE, page_token=token
+            )
+            response = await self._call("ListCheckpoints", request)
+            found.extend(map(checkpoint_from_pb, response.checkpoints))
+            token = response.next_page_token
+            if not token:
+                return found
+
+    def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
+        """What a checkpoint's adapter is."""
+
+        def read(response: pb.GetCheckpointResponse) -> WeightsInfoResponse:
+            found = response.checkpoint
+            lora = found.lora_config
+            return WeightsInfoResponse(
+                base_model=found.base_model,
+                is_lora=True,
+                lora_rank=lora.rank,
+                train_unembed=lora.train_unembed,
+                train_mlp=lora.train_mlp,
+                train_attn=lora.train_attn,
+            )
+
+        return self._ask("GetCheckpoint", pb.GetCheckpointRequest(path=tinker_path), read)
+
+    def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
+        """Delete a checkpoint by its run and `weights/<name>` or `sampler_weights/<name>`."""
+        path = f"tinsmith://{training_run_id}/{checkpoint_id}"
+        return self.delete_checkpoint_from_tinker_path(path)
+
+    def delete_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
+        """Delete a checkpoint."""
+        return self._ask("DeleteCheckpoint", pb.DeleteCheckpointRequest(path=path), _nothing)
+
+    def publish_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
+        """Let other tenants read a checkpoint."""
+        return self._update(path, "public", public=True)
+
+    def unpublish_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
+        """Let no other tenant read a checkpoint."""
+        return self._update(path, "public", public=False)
+
+    def set_checkpoint_ttl_from_tinker_path(
+        self, path: str, ttl_seconds: int | None
+    ) -> APIFuture[None]:
+        """Delete a checkpoint after so many seconds from now; None: never."""
+        return self._update(path, "ttl_seconds", ttl_seconds=ttl_seconds)
+
+    def _update(self, path: str, field: str, **values: Any) -> APIFuture[None]:
+        mask = FieldMask(paths=[field])
+        request = pb.UpdateCheckpointRequest(path=path, update_mask=mask, **values)
+        return self._ask("UpdateCheckpoint", request, _nothing)
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        destination_path: str | None = None,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> APIFuture[str]:
+        """Copy a checkpoint; the bytes are shared, each copy lives its own life.
+
+        Args:
+            path: The original.
+            destination_project_id: Not supported; there are no projects.
+            destination_path: The copy; None: the original's with `-copy` after it.
+            ttl_seconds: Seconds until the copy is deleted; None: never.
+            weights_access_token: Not supported.
+        """
+        if destination_project_id is not None or weights_access_token is not None:
+            raise unsupported("destination_project_id", "there are no projects or tokens yet")
+        request = pb.CopyCheckpointRequest(
+            source_path=path,
+            destination_path=destination_path or f"{path}-copy",
+            ttl_seconds=ttl_seconds,
+        )
+        return self._ask("CopyCheckpoint", request, lambda r: str(r.checkpoint.path))
+
+    def download_checkpoint(self, path: str, folder: str | Path) -> APIFuture[Path]:
+        """Download a checkpoint's adapter as a PEFT folder that `PeftModel.from_pretrained` takes.
+
+        Args:
+            path: The checkpoint, of either kind.
+            folder: Where to; it is made. Files of the same names in it are replaced.
+        """
+        request = pb.ExportCheckpointRequest(path=path)
+        target = Path(folder)
+
+        async def fetch() -> bytes:
+            stub = await self._connection.checkpoint()
+            return b"".join([part.data async for part in stub.ExportCheckpoint(request)])
+
+        async def download() -> Path:
+            archive = await self._connection.retrying("download_checkpoint", fetch)
+            await asyncio.to_thread(_unpack, archive, target)
+            return target
+
+        return APIFuture(_loop.run(download()))
+
+    # --- calls --------------------------------------------------------------------------------
+
+    async def _call(self, method: str, request: Any) -> Any:
+        async def attempt() -> Any:
+            return await getattr(await self._connection.checkpoint(), method)(request)
+
+        return await self._connection.retrying(method, attempt)
+
+    def _ask(self, method: str, request: Any, read: Callable[[Any], T]) -> APIFuture[T]:
+        async def ask() -> T:
+            return read(await self._call(method, request))
+
+        return APIFuture(_loop.run(ask()))
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+def _unpack(archive: bytes, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            tar.extractall(scratch, filter="data")
+        for file in sorted(Path(scratch).iterdir()):
+            if not file.is_file():
+                message = f"the archive holds {file.name}, which is no file"
+                raise InvalidArgumentError(message, field="path")
+            file.replace(folder / file.name)
+
+
+def _run_from_pb(model: training_service_pb2.Model, checkpoints: list[Checkpoint]) -> TrainingRun:
+    def newest(kind: str) -> Checkpoint | None:
+        return next((c for c in checkpoints if c.checkpoint_type == kind), None)
+
+    return TrainingRun(
+        training_run_id=model.model_id,
+        base_model=model.base_model,
+        model_owner="",
+        is_lora=True,
+        last_request_time=model.last_request_time.ToDatetime(),
+        corrupted=model.state == training_service_pb2.MODEL_STATE_LOST,
+        lora_rank=model.lora_config.rank,
+        last_checkpoint=newest("training"),
+        last_sampler_checkpoint=newest("sampler"),
+        user_metadata=dict(model.user_metadata),
+    )

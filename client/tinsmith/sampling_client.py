@@ -1,0 +1,248 @@
+"""`SamplingClient`: samples from a base model or a checkpoint."""
+
+import queue
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tinsmith import _loop, tensors
+from tinsmith._connection import Connection
+from tinsmith._convert import (
+    delta_from_pb,
+    model_input_to_pb,
+    sampling_params_to_pb,
+    topk_from_pb,
+)
+from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
+from tinsmith._twins import async_twins
+from tinsmith.errors import unsupported
+from tinsmith.futures import APIFuture, ClientFuture
+from tinsmith.types import (
+    ModelInput,
+    SampledSequence,
+    SampledTokens,
+    SampleResponse,
+    SamplingParams,
+    StopReason,
+)
+from tinsmith.types.outputs import nan_to_none
+from tinsmith.v1 import checkpoint_service_pb2
+from tinsmith.v1 import sampler_service_pb2 as pb
+
+SEED_BITS = 62
+
+
+@async_twins("sample", "compute_logprobs", final=True)
+class SamplingClient:
+    """Samples from one set of weights, which never change under it.
+
+    Made by `ServiceClient` or `TrainingClient`; may be pickled.
+
+    Attributes:
+        model_path: The checkpoint's path, or None for the base model itself.
+    """
+
+    def __init__(self, connection: Connection, base_model: str, model_path: str | None) -> None:
+        self._connection = connection
+        self._base_model = base_model
+        self._tokenizer: Any = None
+        self.model_path = model_path
+
+    @classmethod
+    def opened(
+        cls, connection: Connection, base_model: str, model_path: str
+    ) -> "ClientFuture[SamplingClient]":
+        """A client for a checkpoint, after a look whether it is there."""
+        request = checkpoint_service_pb2.GetCheckpointRequest(path=model_path)
+
+        async def build() -> SamplingClient:
+            async def ask() -> checkpoint_service_pb2.GetCheckpointResponse:
+                return await (await connection.checkpoint()).GetCheckpoint(request)
+
+            found = await connection.retrying("create_sampling_client", ask)
+            return cls(connection, base_model or found.checkpoint.base_model, model_path)
+
+        return ClientFuture(_loop.run(build()))
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self._connection.address, self._base_model, self.model_path)
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: Any = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> APIFuture[SampleResponse]:
+        """Sample continuations of a prompt.
+
+        Args:
+            prompt: P tokens.
+            num_samples: How many.
+            sampling_params: How to draw; None: the defaults.
+            include_prompt_logprobs: Also return the prompt's logprobs, at temperature 1.
+            topk_prompt_logprobs: Also return so many most likely tokens at each prompt position.
+            topk_sample_logprobs: Not supported.
+            target_prompt_logprobs: Not supported.
+            prompt_alt_tokens_k: Not supported.
+            prompt_logprobs_last_n: Not supported.
+
+        Raises:
+            InvalidArgumentError: At once for what the client can see, else from the future.
+        """
+        for name, value in (
+            ("topk_sample_logprobs", topk_sample_logprobs),
+            ("target_prompt_logprobs", target_prompt_logprobs),
+            ("prompt_alt_tokens_k", prompt_alt_tokens_k),
+            ("prompt_logprobs_last_n", prompt_logprobs_last_n),
+        ):
+            if value:
+                raise unsupported(name, "is not supported")
+        request = self._request(prompt, num_samples, sampling_params)
+        request.include_prompt_logprobs = include_prompt_logprobs
+        request.topk_prompt_logprobs = topk_prompt_logprobs
+
+        async def attempt() -> SampleResponse:
+            samples = _Samples(num_samples)
+            async for response in (await self._connection.sampler()).Sample(request):
+                samples.add(response)
+            return samples.result()
+
+        return APIFuture(_loop.run(self._connection.retrying("sample", attempt)))
+
+    def _request(
+        self, prompt: ModelInput, num_samples: int, params: SamplingParams | None
+    ) -> pb.SampleRequest:
+        params = params or SamplingParams()
+        if params.seed is None:
+            # Drawn here, so that an attempt that is repeated makes the same samples.
+            params = replace(params, seed=secrets.randbits(SEED_BITS))
+        return pb.SampleRequest(
+            base_model=self._base_model,
+            checkpoint_path=self.model_path or "",
+            prompt=model_input_to_pb(prompt, "prompt"),
+            num_samples=num_samples,
+            sampling_params=sampling_params_to_pb(params),
+        )
+
+    def sample_stream(
+        self,
+        prompt: ModelInput,
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+    ) -> Iterator[SampledTokens]:
+        """Sample and get tokens as they are made; ending the iteration stops the work.
+
+        A stream that breaks is begun again and goes on after the tokens that were given out.
+        """
+        request = self._request(prompt, num_samples, sampling_params)
+        items: queue.SimpleQueue[SampledTokens | None] = queue.SimpleQueue()
+
+        async def pump() -> None:
+            given = [0] * num_samples
+
+            async def attempt() -> None:
+                seen = [0] * num_samples
+                async for part in self._parts(request):
+                    index = part.sequence_index
+                    seen[index] += len(part.tokens)
+                    if seen[index] > given[index]:
+                        given[index] = seen[index]
+                        items.put(part)
+
+            try:
+                await self._connection.retrying("sample", attempt)
+            finally:
+                items.put(None)
+
+        future: Future[None] = _loop.run(pump())
+        try:
+            while (item := items.get()) is not None:
+                yield item
+            future.result()
+        finally:
+            future.cancel()
+
+    async def _parts(self, request: pb.SampleRequest) -> AsyncIterator[SampledTokens]:
+        async for response in (await self._connection.sampler()).Sample(request):
+            for delta in response.deltas:
+                yield delta_from_pb(delta)
+
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        """Logprob of each prompt token given those before it; None at position 0."""
+        if prompt_logprobs_last_n is not None:
+            raise unsupported("prompt_logprobs_last_n", "is not supported")
+        request = pb.ComputeLogprobsRequest(
+            base_model=self._base_model,
+            checkpoint_path=self.model_path or "",
+            prompt=model_input_to_pb(prompt, "prompt"),
+        )
+
+        async def attempt() -> list[float | None]:
+            response = await (await self._connection.sampler()).ComputeLogprobs(request)
+            return nan_to_none(tensors.decode(response.prompt_logprobs.logprobs))
+
+        return APIFuture(_loop.run(self._connection.retrying("compute_logprobs", attempt)))
+
+    def get_base_model(self) -> str:
+        """Name of the base model."""
+        return self._base_model
+
+    async def get_base_model_async(self) -> str:
+        """`get_base_model` for coroutines."""
+        return self._base_model
+
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer. Needs transformers; downloads once."""
+        if self._tokenizer is None:
+            fetch = fetch_tokenizer(self._connection, self._base_model)
+            self._tokenizer = load_tokenizer(_loop.run(fetch).result())
+        return self._tokenizer
+
+
+def _rebuild(address: str, base_model: str, model_path: str | None) -> SamplingClient:
+    return SamplingClient(Connection(address), base_model, model_path)
+
+
+class _Samples:
+    """Puts the pieces of a stream together."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._tokens: list[list[int]] = [[] for _ in range(max(num_samples, 1))]
+        self._logprobs: list[list[float]] = [[] for _ in self._tokens]
+        self._reasons: list[StopReason] = ["length" for _ in self._tokens]
+        self._scores: pb.PromptLogprobs | None = None
+
+    def add(self, response: pb.SampleResponse) -> None:
+        """Take the next piece in."""
+        if response.HasField("prompt_logprobs"):
+            self._scores = response.prompt_logprobs
+        for part in map(delta_from_pb, response.deltas):
+            self._tokens[part.sequence_index].extend(part.tokens)
+            self._logprobs[part.sequence_index].extend(part.logprobs)
+            if part.stop_reason is not None:
+                self._reasons[part.sequence_index] = part.stop_reason
+
+    def result(self) -> SampleResponse:
+        """The whole answer."""
+        sequences = [
+            SampledSequence(reason, np.array(tokens, np.int32), np.array(logprobs, np.float32))
+            for reason, tokens, logprobs in zip(
+                self._reasons, self._tokens, self._logprobs, strict=True
+            )
+        ]
+        if self._scores is None:
+            return SampleResponse(sequences)
+        logprobs = tensors.decode(self._scores.logprobs)
+        return SampleResponse(sequences, logprobs, topk_from_pb(self._scores))

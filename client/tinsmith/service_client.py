@@ -1,0 +1,242 @@
+"""`ServiceClient`: the way into a cluster."""
+
+import os
+import uuid
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+from tinsmith import _loop
+from tinsmith._connection import GIVE_UP_AFTER_S, Connection
+from tinsmith._twins import async_twins
+from tinsmith.errors import InvalidArgumentError, unsupported
+from tinsmith.futures import APIFuture, ClientFuture
+from tinsmith.rest_client import RestClient, capabilities_of
+from tinsmith.sampling_client import SamplingClient
+from tinsmith.training_client import TrainingClient
+from tinsmith.types import AdamOptimizerConfig, GetServerCapabilitiesResponse
+from tinsmith.v1 import training_service_pb2 as pb
+from tinsmith.v1 import types_pb2
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+def address_of(given: str | None) -> str:
+    """`host:port` from an argument, `TINSMITH_ADDRESS`, or the default.
+
+    Raises:
+        InvalidArgumentError: It is https, or has no port.
+    """
+    text = given or os.environ.get("TINSMITH_ADDRESS") or DEFAULT_ADDRESS
+    if text.startswith("https://"):
+        raise unsupported("base_url", "TLS is not supported yet")
+    address = text.removeprefix("http://").rstrip("/")
+    if not address.rpartition(":")[2].isdigit():
+        raise InvalidArgumentError(f"base_url: {text!r} is not host:port", field="base_url")
+    return address
+
+
+@async_twins(
+    *("create_lora_training_client", "create_training_client_from_state"),
+    *("create_training_client_from_state_with_optimizer", "create_sampling_client"),
+    "copy_weights",
+    final=True,
+)
+class ServiceClient:
+    """The way into a cluster. A context manager that closes its connections.
+
+    Args:
+        user_metadata: Kept with every model that is created. A string here is taken as
+            `base_url`: `ServiceClient("host:50051")`.
+        project_id: Ignored; there are no projects.
+        base_url: `host:port` of the Training server; else `TINSMITH_ADDRESS`, else
+            127.0.0.1:50051.
+        api_key: Ignored; there are no keys yet.
+        display_name: Ignored.
+        give_up_after_s: Seconds for which a call is repeated while the service does not answer.
+    """
+
+    def __init__(
+        self,
+        user_metadata: Mapping[str, str] | str | None = None,
+        project_id: str | None = None,
+        *,
+        display_name: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        give_up_after_s: float = GIVE_UP_AFTER_S,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(user_metadata, str):
+            base_url, user_metadata = base_url or user_metadata, None
+        for name in kwargs:
+            warnings.warn(f"ServiceClient ignores {name}", FutureWarning, stacklevel=2)
+        self._user_metadata = dict(user_metadata or {})
+        self._connection = Connection(address_of(base_url), give_up_after_s)
+
+    # --- clients ------------------------------------------------------------------------------
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """Create a model with a fresh adapter.
+
+        Args:
+            base_model: Name of a base model that the cluster holds.
+            rank: Of the adapter.
+            seed: Of its first values; None draws one.
+            train_mlp: Adapt the MLP projections.
+            train_attn: Adapt the attention projections.
+            train_unembed: Adapt the output head.
+            user_metadata: Kept with the model.
+            optimizer: Only AdamW.
+        """
+        if optimizer is not None and not isinstance(optimizer, AdamOptimizerConfig):
+            raise unsupported("optimizer", f"{type(optimizer).__name__} is not supported")
+        if not (train_mlp or train_attn or train_unembed):
+            message = "one of train_mlp, train_attn and train_unembed must be true"
+            raise InvalidArgumentError(message, field="lora_config")
+        if rank < 1:
+            raise InvalidArgumentError(f"rank: {rank} is below 1", field="lora_config.rank")
+        lora = types_pb2.LoraConfig(
+            rank=rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+        )
+        return self._create(user_metadata, base_model=base_model, lora_config=lora)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """Create a model with a checkpoint's weights; its optimizer starts anew."""
+        return self._from_state(path, base_model, user_metadata, weights_access_token, False)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """Create a model that goes on exactly where a TRAINING checkpoint was saved."""
+        return self._from_state(path, base_model, user_metadata, weights_access_token, True)
+
+    def _from_state(
+        self,
+        path: str,
+        base_model: str | None,
+        user_metadata: Mapping[str, str] | None,
+        token: str | None,
+        with_optimizer: bool,
+    ) -> ClientFuture[TrainingClient]:
+        if token is not None:
+            raise unsupported("weights_access_token", "there are no access tokens yet")
+        return self._create(
+            user_metadata,
+            base_model=base_model or "",
+            checkpoint_path=path,
+            with_optimizer=with_optimizer,
+        )
+
+    def _create(
+        self, user_metadata: Mapping[str, str] | None, **fields: Any
+    ) -> ClientFuture[TrainingClient]:
+        request = pb.CreateModelRequest(
+            user_metadata={**self._user_metadata, **(user_metadata or {})},
+            request_id=str(uuid.uuid4()),  # sent again, it is still one model
+            **fields,
+        )
+
+        async def build() -> TrainingClient:
+            async def attempt() -> pb.CreateModelResponse:
+                return await self._connection.training().CreateModel(request)
+
+            response = await self._connection.retrying("create_training_client", attempt)
+            return TrainingClient(self._connection, response.model)
+
+        return ClientFuture(_loop.run(build()))
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+    ) -> ClientFuture[SamplingClient]:
+        """Sample from a SAMPLER checkpoint, or from a base model.
+
+        Args:
+            model_path: The checkpoint's path.
+            base_model: Name of the base model; one of the two is needed.
+            retry_config: Ignored; the client retries by itself.
+            record_stability_info: Not supported.
+        """
+        if record_stability_info:
+            raise unsupported("record_stability_info", "stable_reinforce is not supported")
+        if model_path is not None:
+            return SamplingClient.opened(self._connection, base_model or "", model_path)
+        if base_model is None:
+            raise ValueError("create_sampling_client: pass model_path or base_model")
+
+        async def build() -> SamplingClient:
+            return SamplingClient(self._connection, base_model, None)
+
+        return ClientFuture(_loop.run(build()))
+
+    def create_rest_client(self) -> RestClient:
+        """A client for checkpoints and runs."""
+        return RestClient(self._connection)
+
+    def copy_weights(self, path: str, *, ttl_seconds: int | None = None) -> APIFuture[str]:
+        """Copy a checkpoint; see `RestClient.copy_weights`."""
+        return self.create_rest_client().copy_weights(path, ttl_seconds=ttl_seconds)
+
+    # --- about the cluster --------------------------------------------------------------------
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        """What the cluster can do; waits for the answer."""
+        return _loop.run(capabilities_of(self._connection)).result()
+
+    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
+        """`get_server_capabilities` for coroutines."""
+        return await APIFuture(_loop.run(capabilities_of(self._connection)))
+
+    def close(
+        self,
+        status: Literal["success", "errored", "interrupted"] = "success",
+        detail: str | None = None,
+    ) -> APIFuture[None]:
+        """Close the connections of this client and of those made with it.
+
+        Args:
+            status: Ignored; there are no sessions.
+            detail: Ignored.
+        """
+        return APIFuture(_loop.run(self._connection.close()))
+
+    def __enter__(self) -> "ServiceClient":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close().result()

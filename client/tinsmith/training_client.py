@@ -1,0 +1,399 @@
+"""`TrainingClient`: trains one model, call by call."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from tinsmith import _loop
+from tinsmith._connection import Connection
+from tinsmith._convert import data_to_pb, loss_fn_to_pb, messages_of, output_from_pb
+from tinsmith._custom_loss import (
+    CustomLossFn,
+    backward_data,
+    forward_data,
+    metrics_of,
+    run_loss,
+)
+from tinsmith._lane import Lane
+from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
+from tinsmith._twins import async_twins
+from tinsmith.errors import unsupported
+from tinsmith.futures import APIFuture, ClientFuture, CustomLossFuture
+from tinsmith.sampling_client import SamplingClient
+from tinsmith.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoadWeightsResponse,
+    LossFnType,
+    ModelData,
+    OptimStepResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+)
+from tinsmith.v1 import training_service_pb2 as pb
+from tinsmith.v1 import types_pb2
+
+_ComputeRequest = type[pb.ForwardRequest] | type[pb.ForwardBackwardRequest]
+
+
+@async_twins(
+    *("forward", "forward_backward", "forward_backward_custom", "optim_step"),
+    *("save_state", "load_state", "load_state_with_optimizer", "save_weights_for_sampler"),
+    *("save_weights_and_get_sampling_client", "create_sampling_client"),
+    final=False,
+)
+class TrainingClient:
+    """Trains one model: an adapter with its optimizer state on the cluster.
+
+    Made by `ServiceClient`. Calls return futures at once; their effects follow the order of the
+    calls, so any number may be under way. A lost connection or a restarting service delays
+    them: each is sent again under its number, and counts once.
+
+    Attributes:
+        model_id: The model's id.
+    """
+
+    def __init__(self, connection: Connection, model: pb.Model) -> None:
+        self._connection = connection
+        self._model = model
+        self._lane = Lane(connection, model.next_seq_id)
+        self._tokenizer: Any = None
+        self.model_id = model.model_id
+
+    # --- computing ----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Compute losses and logprobs without gradients; arguments as `forward_backward`."""
+        return self._compute(data, loss_fn, loss_fn_config, backward=False)
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Compute a loss and add its gradients to those that wait for `optim_step`.
+
+        Args:
+            data: Examples. The loss is summed over their tokens, never averaged.
+            loss_fn: Name of a built-in loss.
+            loss_fn_config: Its settings, such as `{"clip_low_threshold": 0.8}`.
+
+        Raises:
+            InvalidArgumentError: At once for what the client can see, else from the future.
+        """
+        return self._compute(data, loss_fn, loss_fn_config, backward=True)
+
+    def _compute(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        config: Mapping[str, float | str] | None,
+        *,
+        backward: bool,
+    ) -> APIFuture[ForwardBackwardOutput]:
+        data = list(data)
+        messages, loss = data_to_pb(data), loss_fn_to_pb(loss_fn, config)
+
+        async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
+            return await self._send(numbers[0], data, messages, loss, backward=backward)
+
+        return APIFuture(self._lane.submit(1, start))
+
+    async def _send(
+        self,
+        seq_id: int,
+        data: Sequence[Datum],
+        messages: Sequence[types_pb2.Datum],
+        loss: types_pb2.LossFn,
+        *,
+        backward: bool,
+    ) -> ForwardBackwardOutput:
+        kind: _ComputeRequest = pb.ForwardBackwardRequest if backward else pb.ForwardRequest
+        stub = self._connection.training()
+        method: Any = stub.ForwardBackward if backward else stub.Forward
+
+        async def attempt() -> ForwardBackwardOutput:
+            header: dict[str, Any] = {
+                "model_id": self.model_id,
+                "seq_id": seq_id,
+                "loss_fn": loss,
+            }
+
+            async def requests() -> Any:
+                nonlocal header
+                for batch in messages_of(messages):
+                    yield kind(data=batch, **header)
+                    header = {}
+
+            outputs: list[Any] = []
+            metrics: dict[str, float] = {}
+            async for response in method(requests()):
+                outputs.extend(response.outputs)
+                metrics.update(response.metrics)
+            return output_from_pb(outputs, metrics, data)
+
+        what = "forward_backward" if backward else "forward"
+        return await self._lane.call(what, attempt)
+
+    def forward_backward_custom(
+        self,
+        data: Sequence[Datum],
+        loss_fn: CustomLossFn,
+        *,
+        loss_type_input: Literal["logprobs"] | None = None,
+    ) -> CustomLossFuture[ForwardBackwardOutput]:
+        """Add the gradients of any differentiable function of the logprobs. Needs torch.
+
+        Args:
+            data: Examples; each needs `target_tokens`, other inputs stay in this process.
+            loss_fn: Takes the data and a list of their logprobs (torch, float32, `(N,)` or
+                `(N, K)` each) and returns the scalar loss and a mapping of metrics. It runs on a
+                thread of its own. If it raises, the future raises that, nothing was added, and
+                the client goes on.
+            loss_type_input: Ignored; Tinker had it.
+
+        Returns:
+            A future that also unpacks as `loss, metrics`. `loss:sum` is the custom loss,
+            `surrogate_loss:sum` what the service computed in its stead.
+        """
+        data = list(data)
+        prepared = forward_data(data)
+        messages, loss = data_to_pb(prepared), loss_fn_to_pb("cross_entropy", None)
+
+        async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
+            first, second = numbers
+            try:
+                forward = await self._send(first, prepared, messages, loss, backward=False)
+                logprobs = [output["logprobs"] for output in forward.loss_fn_outputs]
+                arrays = [tensor.to_numpy() for tensor in logprobs]
+                value, metrics, gradients = await asyncio.to_thread(run_loss, loss_fn, data, arrays)
+                weighted = backward_data(data, gradients)
+                weighted_messages = data_to_pb(weighted)
+            except BaseException:
+                # The second number is taken: use it up without any effect.
+                one = messages[:1]
+                await self._send(second, prepared[:1], one, loss, backward=False)
+                raise
+            output = await self._send(second, data, weighted_messages, loss, backward=True)
+            return ForwardBackwardOutput(
+                output.loss_fn_outputs, metrics_of(value, metrics, output.metrics)
+            )
+
+        return CustomLossFuture(self._lane.submit(2, start))
+
+    def optim_step(
+        self,
+        optim_params: AdamParams | None = None,
+        *,
+        adam_params: AdamParams | None = None,
+    ) -> APIFuture[OptimStepResponse]:
+        """Apply one AdamW step with the waiting gradients and clear them.
+
+        Args:
+            optim_params: The step's settings.
+            adam_params: Another name for it; exactly one of the two is needed.
+        """
+        if optim_params is not None and adam_params is not None:
+            raise ValueError("optim_step: pass optim_params or adam_params, not both")
+        params = optim_params if optim_params is not None else adam_params
+        if params is None:
+            raise TypeError("optim_step: optim_params is missing")
+        if not isinstance(params, AdamParams):
+            raise unsupported("optim_params", f"{type(params).__name__} is not supported, AdamW is")
+        message = types_pb2.AdamParams(**vars(params))
+
+        def request(seq_id: int) -> pb.OptimStepRequest:
+            return pb.OptimStepRequest(model_id=self.model_id, seq_id=seq_id, adam_params=message)
+
+        def read(response: pb.OptimStepResponse) -> OptimStepResponse:
+            return OptimStepResponse(dict(response.metrics))
+
+        return self._unary("optim_step", "OptimStep", request, read)
+
+    def _unary(
+        self,
+        what: str,
+        method: str,
+        request: Callable[[int], Any],
+        read: Callable[[Any], Any],
+    ) -> APIFuture[Any]:
+        async def start(numbers: Sequence[int]) -> Any:
+            message = request(numbers[0])
+
+            async def attempt() -> Any:
+                return await getattr(self._connection.training(), method)(message)
+
+            return read(await self._lane.call(what, attempt))
+
+        return APIFuture(self._lane.submit(1, start))
+
+    # --- saving and loading -------------------------------------------------------------------
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Save weights and optimizer state under a name, to go on training from.
+
+        Args:
+            name: Letters, digits, `.`, `_`, `-`; up to 128.
+            ttl_seconds: Seconds until it is deleted; None: never.
+            overwrite: Replace a checkpoint of this name, else that is an error.
+            user_metadata: Kept with it.
+        """
+        return self._save(
+            "save_state",
+            types_pb2.CHECKPOINT_KIND_TRAINING,
+            name,
+            ttl_seconds,
+            overwrite,
+            user_metadata,
+            SaveWeightsResponse,
+        )
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Save weights under a name, to sample from; arguments as `save_state`."""
+        return self._save(
+            "save_weights_for_sampler",
+            types_pb2.CHECKPOINT_KIND_SAMPLER,
+            name,
+            ttl_seconds,
+            overwrite,
+            user_metadata,
+            SaveWeightsForSamplerResponse,
+        )
+
+    def _save(
+        self,
+        what: str,
+        kind: types_pb2.CheckpointKind.ValueType,
+        name: str,
+        ttl_seconds: int | None,
+        overwrite: bool,
+        user_metadata: Mapping[str, str] | None,
+        result: Callable[[str], Any],
+    ) -> APIFuture[Any]:
+        def request(seq_id: int) -> pb.SaveCheckpointRequest:
+            return pb.SaveCheckpointRequest(
+                model_id=self.model_id,
+                seq_id=seq_id,
+                kind=kind,
+                name=name,
+                ttl_seconds=ttl_seconds,
+                overwrite=overwrite,
+                user_metadata=dict(user_metadata or {}),
+            )
+
+        return self._unary(what, "SaveCheckpoint", request, lambda r: result(r.path))
+
+    def load_state(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Replace the weights by a TRAINING checkpoint's; the optimizer starts anew."""
+        return self._load(path, weights_access_token, with_optimizer=False)
+
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Replace weights and optimizer state by a TRAINING checkpoint's."""
+        return self._load(path, weights_access_token, with_optimizer=True)
+
+    def _load(
+        self, path: str, token: str | None, *, with_optimizer: bool
+    ) -> APIFuture[LoadWeightsResponse]:
+        if token is not None:
+            raise unsupported("weights_access_token", "there are no access tokens yet")
+
+        def request(seq_id: int) -> pb.LoadCheckpointRequest:
+            return pb.LoadCheckpointRequest(
+                model_id=self.model_id, seq_id=seq_id, path=path, with_optimizer=with_optimizer
+            )
+
+        def read(response: pb.LoadCheckpointResponse) -> LoadWeightsResponse:
+            return LoadWeightsResponse(response.path, self.model_id)
+
+        return self._unary("load_state", "LoadCheckpoint", request, read)
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+        kind: Literal["snapshot"] = "snapshot",
+    ) -> ClientFuture[SamplingClient]:
+        """Save the weights as they are now, under no lasting name, and sample from them.
+
+        Args:
+            name: Ignored, as in Tinker.
+            retry_config: Ignored; the client retries by itself.
+            record_stability_info: Not supported.
+            kind: Only "snapshot".
+        """
+        if record_stability_info:
+            raise unsupported("record_stability_info", "stable_reinforce is not supported")
+        if kind != "snapshot":
+            raise unsupported("kind", f"{kind!r} is not supported, 'snapshot' is")
+        saved = self._save(
+            "save_weights",
+            types_pb2.CHECKPOINT_KIND_SAMPLER,
+            "",
+            None,
+            False,
+            None,
+            SaveWeightsForSamplerResponse,
+        )
+
+        async def build() -> SamplingClient:
+            path = (await saved).path
+            return SamplingClient(self._connection, self._model.base_model, path)
+
+        return ClientFuture(_loop.run(build()))
+
+    def create_sampling_client(
+        self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
+    ) -> ClientFuture[SamplingClient]:
+        """Sample from a SAMPLER checkpoint."""
+        if record_stability_info:
+            raise unsupported("record_stability_info", "stable_reinforce is not supported")
+        return SamplingClient.opened(self._connection, self._model.base_model, model_path)
+
+    # --- about the model ----------------------------------------------------------------------
+
+    def get_info(self) -> GetInfoResponse:
+        """What the model is; asks nobody."""
+        name = self._model.base_model
+        return GetInfoResponse(
+            model_id=self.model_id,
+            model_data=ModelData(model_name=name, tokenizer_id=name),
+            lora_rank=self._model.lora_config.rank,
+            model_name=name,
+        )
+
+    async def get_info_async(self) -> GetInfoResponse:
+        """`get_info` for coroutines."""
+        return self.get_info()
+
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer. Needs transformers; downloads once."""
+        if self._tokenizer is None:
+            fetch = fetch_tokenizer(self._connection, self._model.base_model)
+            self._tokenizer = load_tokenizer(_loop.run(fetch).result())
+        return self._tokenizer

@@ -1,0 +1,289 @@
+"""What comes back from calls. Shapes: N tokens of one datum, K targets, P prompt tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinsmith.errors import InvalidArgumentError
+from tinsmith.types.inputs import AdamOptimizerConfig
+
+StopReason = Literal["length", "stop"]
+CheckpointType = Literal["training", "sampler"]
+ModelID = str
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """Result of forward, forward_backward and forward_backward_custom.
+
+    Unpacks as `loss, metrics`.
+
+    Attributes:
+        loss_fn_outputs: One mapping per datum; `logprobs`, float32, is shaped like its
+            `target_tokens`, as numpy array, torch tensor or TensorData: what the datum was of.
+        metrics: Values named `name:reduction`; `loss:sum` is always there.
+    """
+
+    loss_fn_outputs: list[Mapping[str, Any]]
+    metrics: dict[str, float]
+    loss_fn_output_type: str = "TensorData"
+
+    @property
+    def loss(self) -> float:
+        """`metrics["loss:sum"]`."""
+        return self.metrics["loss:sum"]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.loss, self.metrics))
+
+
+@dataclass(frozen=True)
+class OptimStepResponse:
+    """`grad_norm:last` is the global L2 norm before clipping, `step:last` counts the steps."""
+
+    metrics: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class TopkLogprobs:
+    """The k most likely tokens at each position, best first: int32 and float32 `(P, k)`."""
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """One sample.
+
+    Attributes:
+        stop_reason: "stop", or "length" after `max_tokens`.
+        tokens_np: int32; with the tokens that completed a stop.
+        logprobs_np: float32, of the distribution that was sampled from.
+    """
+
+    stop_reason: StopReason
+    tokens_np: NDArray[np.int32]
+    logprobs_np: NDArray[np.float32]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids."""
+        return [int(token) for token in self.tokens_np]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Logprob of each token."""
+        return [float(logprob) for logprob in self.logprobs_np]
+
+
+@dataclass(frozen=True)
+class SampleResponse:
+    """Result of sample.
+
+    Attributes:
+        sequences: `num_samples` of them.
+        prompt_logprobs_np: float32 `(P,)`, NaN at position 0; None unless asked for.
+        topk_prompt_logprobs_np: None unless asked for; row 0 is empty.
+    """
+
+    sequences: list[SampledSequence]
+    prompt_logprobs_np: NDArray[np.float32] | None = None
+    topk_prompt_logprobs_np: TopkLogprobs | None = None
+
+    @property
+    def prompt_logprobs(self) -> list[float | None] | None:
+        """Logprob of each prompt token; None at position 0."""
+        if self.prompt_logprobs_np is None:
+            return None
+        return nan_to_none(self.prompt_logprobs_np)
+
+    @property
+    def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
+        """(token, logprob) pairs at each prompt position, best first; None at position 0."""
+        found = self.topk_prompt_logprobs_np
+        if found is None:
+            return None
+        rows: list[list[tuple[int, float]] | None] = [
+            list(zip(ids.tolist(), values.tolist(), strict=True))
+            for ids, values in zip(found.token_ids, found.logprobs, strict=True)
+        ]
+        return [None, *rows[1:]]
+
+
+def nan_to_none(values: NDArray[np.float32]) -> list[float | None]:
+    """A list with None for NaN."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """New tokens of one sequence, from `sample_stream`; `stop_reason` comes with its last."""
+
+    sequence_index: int
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    stop_reason: StopReason | None = None
+
+
+@dataclass(frozen=True)
+class SaveWeightsResponse:
+    """`path` names the checkpoint."""
+
+    path: str
+    type: str = "save_weights"
+
+
+@dataclass(frozen=True)
+class SaveWeightsForSamplerResponse:
+    """`path` names the checkpoint."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class LoadWeightsResponse:
+    """`path` names what was loaded."""
+
+    path: str | None = None
+    model_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """What a model is built on."""
+
+    arch: str | None = None
+    model_name: str | None = None
+    tokenizer_id: str | None = None
+
+
+@dataclass(frozen=True)
+class GetInfoResponse:
+    """What a TrainingClient's model is."""
+
+    model_id: str
+    model_data: ModelData
+    is_lora: bool = True
+    lora_rank: int | None = None
+    model_name: str | None = None
+    optimizer_config: AdamOptimizerConfig = field(default_factory=AdamOptimizerConfig)
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    """A base model that the cluster holds."""
+
+    model_name: str
+    max_context_length: int
+    trainable: bool = True
+    sampleable: bool = True
+
+
+@dataclass(frozen=True)
+class GetServerCapabilitiesResponse:
+    """What the cluster can do."""
+
+    supported_models: list[SupportedModel]
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a page lies in the whole list."""
+
+    offset: int
+    limit: int
+    total_count: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint; `checkpoint_id` is `weights/<name>` or so."""
+
+    checkpoint_id: str
+    checkpoint_type: CheckpointType
+    time: datetime
+    tinker_path: str
+    size_bytes: int | None = None
+    public: bool = False
+    user_metadata: dict[str, str] | None = None
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointsListResponse:
+    """Checkpoints, newest first."""
+
+    checkpoints: list[Checkpoint]
+    cursor: Cursor | None = None
+
+
+@dataclass(frozen=True)
+class ParsedCheckpointTinkerPath:
+    """The parts of `tinsmith://<run>/<weights|sampler_weights>/<name>`."""
+
+    tinker_path: str
+    training_run_id: str
+    checkpoint_type: CheckpointType
+    checkpoint_id: str
+
+    @classmethod
+    def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
+        """Read a path; `tinker://` is taken too.
+
+        Raises:
+            InvalidArgumentError: It is no such path.
+        """
+        kinds: dict[str, CheckpointType] = {"weights": "training", "sampler_weights": "sampler"}
+        scheme, _, rest = tinker_path.partition("://")
+        parts = rest.split("/")
+        valid = scheme in ("tinsmith", "tinker") and len(parts) == 3 and all(parts)
+        if not valid or parts[1] not in kinds:
+            message = (
+                f"path: {tinker_path!r} is not tinsmith://<run>/<weights|sampler_weights>/<name>"
+            )
+            raise InvalidArgumentError(message, field="path", reason="INVALID_NAME")
+        return cls(tinker_path, parts[0], kinds[parts[1]], f"{parts[1]}/{parts[2]}")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A model on the cluster."""
+
+    training_run_id: str
+    base_model: str
+    model_owner: str
+    is_lora: bool
+    last_request_time: datetime
+    corrupted: bool = False
+    lora_rank: int | None = None
+    last_checkpoint: Checkpoint | None = None
+    last_sampler_checkpoint: Checkpoint | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRunsResponse:
+    """Models, newest first."""
+
+    training_runs: list[TrainingRun]
+    cursor: Cursor
+
+
+@dataclass(frozen=True)
+class WeightsInfoResponse:
+    """What a checkpoint's adapter is."""
+
+    base_model: str
+    is_lora: bool
+    lora_rank: int | None = None
+    train_unembed: bool | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+    optimizer_config: AdamOptimizerConfig = field(default_factory=AdamOptimizerConfig)
