@@ -15,15 +15,25 @@ everything that the service can do, are in `tinsmith.v1`.
 from tinsmith import errors, types
 from tinsmith.errors import (
     AlreadyExistsError,
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    BadRequestError,
+    ConflictError,
     DataLossError,
     FailedPreconditionError,
     InternalError,
+    InternalServerError,
     InvalidArgumentError,
     NotFoundError,
+    RateLimitError,
+    RequestFailedError,
     ResourceExhaustedError,
+    TinkerError,
     TinsmithError,
     UnavailableError,
     UnimplementedError,
+    UnprocessableEntityError,
 )
 from tinsmith.futures import APIFuture
 from tinsmith.rest_client import RestClient
@@ -36,6 +46,9 @@ from tinsmith.types import (
     Checkpoint,
     CheckpointType,
     Datum,
+    DimuonOptimizerConfig,
+    DimuonParams,
+    DmelChunk,
     EncodedTextChunk,
     ForwardBackwardOutput,
     LoraConfig,
@@ -54,25 +67,31 @@ from tinsmith.types import (
     TrainingRun,
 )
 
-TinkerError = TinsmithError
-"""Tinker's name for the base class of errors."""
-
 __title__ = "tinsmith"
 __version__ = "0.1.0"
 
 __all__ = [
+    "APIConnectionError",
+    "APIError",
     "APIFuture",
+    "APIStatusError",
     "AdamOptimizerConfig",
     "AdamParams",
     "AlreadyExistsError",
+    "BadRequestError",
     "Checkpoint",
     "CheckpointType",
+    "ConflictError",
     "DataLossError",
     "Datum",
+    "DimuonOptimizerConfig",
+    "DimuonParams",
+    "DmelChunk",
     "EncodedTextChunk",
     "FailedPreconditionError",
     "ForwardBackwardOutput",
     "InternalError",
+    "InternalServerError",
     "InvalidArgumentError",
     "LoraConfig",
     "ModelID",
@@ -82,6 +101,8 @@ __all__ = [
     "OptimParams",
     "OptimStepResponse",
     "ParsedCheckpointTinkerPath",
+    "RateLimitError",
+    "RequestFailedError",
     "ResourceExhaustedError",
     "RestClient",
     "SampleResponse",
@@ -98,6 +119,7 @@ __all__ = [
     "TrainingRun",
     "UnavailableError",
     "UnimplementedError",
+    "UnprocessableEntityError",
     "__title__",
     "__version__",
     "errors",

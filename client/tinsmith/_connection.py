@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from tinsmith._retry import retrying
+from tinsmith.errors import FailedPreconditionError
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.connection import CHANNEL_OPTIONS, service_address
@@ -37,6 +38,7 @@ class Connection:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._capabilities: training_service_pb2.GetCapabilitiesResponse | None = None
         self._asking = asyncio.Lock()
+        self._closed = False
 
     async def retrying(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call until it is answered; see `_retry.retrying`."""
@@ -75,13 +77,17 @@ class Connection:
             return self._capabilities
 
     def _channel(self, address: str) -> grpc.aio.Channel:
+        if self._closed:
+            message = "the ServiceClient is closed, and so are the clients made with it"
+            raise FailedPreconditionError(message, reason="CLIENT_CLOSED")
         if address not in self._channels:
             options: Any = list(CHANNEL_OPTIONS)
             self._channels[address] = grpc.aio.insecure_channel(address, options=options)
         return self._channels[address]
 
     async def close(self) -> None:
-        """Close all channels; calls under way are cancelled."""
+        """Close all channels for good; calls under way are cancelled."""
+        self._closed = True
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close()

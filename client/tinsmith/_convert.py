@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC
 from typing import Any
 
 from tinsmith import tensors
@@ -156,10 +157,10 @@ def checkpoint_from_pb(message: checkpoint_service_pb2.Checkpoint) -> Checkpoint
     return Checkpoint(
         checkpoint_id=f"{segment}/{message.name}",
         checkpoint_type="training" if training else "sampler",
-        time=message.create_time.ToDatetime(),
+        time=message.create_time.ToDatetime(UTC),
         tinker_path=message.path,
         size_bytes=message.size_bytes,
         public=message.public,
         user_metadata=dict(message.user_metadata),
-        expires_at=message.expire_time.ToDatetime() if message.HasField("expire_time") else None,
+        expires_at=message.expire_time.ToDatetime(UTC) if message.HasField("expire_time") else None,
     )

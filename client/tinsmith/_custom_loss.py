@@ -70,9 +70,9 @@ def forward_data(data: Sequence[Datum]) -> list[Datum]:
         if targets is None:
             where = f'data[{index}].loss_fn_inputs["target_tokens"]'
             raise InvalidArgumentError(f"{where}: is missing", field=where, reason="MISSING_FIELD")
-        weights = datum.loss_fn_inputs.get("weights") or TensorData(
-            np.zeros(targets.shape, np.float32)
-        )
+        weights = datum.loss_fn_inputs.get("weights")
+        if weights is None:
+            weights = TensorData(np.zeros(targets.shape, np.float32))
         inputs = {"target_tokens": targets, "weights": weights}
         prepared.append(Datum(datum.model_input, inputs))
     return prepared

@@ -86,6 +86,20 @@ class InternalError(TinsmithError):
     """A fault of the service."""
 
 
+# Tinker's names, so that `except tinker.RateLimitError` works. Connection failures and refusals
+# are one family here, so the general names all mean the base class.
+TinkerError = TinsmithError
+APIError = TinsmithError
+APIStatusError = TinsmithError
+RequestFailedError = TinsmithError
+APIConnectionError = UnavailableError
+BadRequestError = InvalidArgumentError
+UnprocessableEntityError = InvalidArgumentError
+ConflictError = AlreadyExistsError
+RateLimitError = ResourceExhaustedError
+InternalServerError = InternalError
+
+
 _CLASSES: dict[grpc.StatusCode, type[TinsmithError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,

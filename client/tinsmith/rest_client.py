@@ -5,6 +5,7 @@ import io
 import tarfile
 import tempfile
 from collections.abc import Callable
+from datetime import UTC
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -293,7 +294,7 @@ def _run_from_pb(model: training_service_pb2.Model, checkpoints: list[Checkpoint
         base_model=model.base_model,
         model_owner="",
         is_lora=True,
-        last_request_time=model.last_request_time.ToDatetime(),
+        last_request_time=model.last_request_time.ToDatetime(UTC),
         corrupted=model.state == training_service_pb2.MODEL_STATE_LOST,
         lora_rank=model.lora_config.rank,
         last_checkpoint=newest("training"),

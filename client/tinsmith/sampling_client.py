@@ -148,16 +148,21 @@ class SamplingClient:
         items: queue.SimpleQueue[SampledTokens | None] = queue.SimpleQueue()
 
         async def pump() -> None:
-            given = [0] * num_samples
+            given = [0] * max(num_samples, 1)
+            ended: set[int] = set()
 
             async def attempt() -> None:
-                seen = [0] * num_samples
+                seen = [0] * len(given)
                 async for part in self._parts(request):
                     index = part.sequence_index
+                    known = max(given[index] - seen[index], 0)  # an earlier attempt gave these
                     seen[index] += len(part.tokens)
-                    if seen[index] > given[index]:
-                        given[index] = seen[index]
-                        items.put(part)
+                    given[index] = max(given[index], seen[index])
+                    tokens, logprobs = part.tokens[known:], part.logprobs[known:]
+                    if tokens or (part.stop_reason is not None and index not in ended):
+                        items.put(replace(part, tokens=tokens, logprobs=logprobs))
+                    if part.stop_reason is not None:
+                        ended.add(index)
 
             try:
                 await self._connection.retrying("sample", attempt)

@@ -203,6 +203,10 @@ class ServiceClient:
         """A client for checkpoints and runs."""
         return RestClient(self._connection)
 
+    def create_custom_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported; `forward_backward_custom` takes the function itself."""
+        raise unsupported("create_custom_loss", "pass the function to forward_backward_custom")
+
     def copy_weights(self, path: str, *, ttl_seconds: int | None = None) -> APIFuture[str]:
         """Copy a checkpoint; see `RestClient.copy_weights`."""
         return self.create_rest_client().copy_weights(path, ttl_seconds=ttl_seconds)

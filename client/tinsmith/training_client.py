@@ -58,7 +58,7 @@ class TrainingClient:
     def __init__(self, connection: Connection, model: pb.Model) -> None:
         self._connection = connection
         self._model = model
-        self._lane = Lane(connection, model.next_seq_id)
+        self._lane = Lane(connection, model.model_id, model.next_seq_id)
         self._tokenizer: Any = None
         self.model_id = model.model_id
 
@@ -141,7 +141,7 @@ class TrainingClient:
             return output_from_pb(outputs, metrics, data)
 
         what = "forward_backward" if backward else "forward"
-        return await self._lane.call(what, attempt)
+        return await self._lane.call(what, seq_id, attempt)
 
     def forward_backward_custom(
         self,
@@ -178,9 +178,7 @@ class TrainingClient:
                 weighted = backward_data(data, gradients)
                 weighted_messages = data_to_pb(weighted)
             except BaseException:
-                # The second number is taken: use it up without any effect.
-                one = messages[:1]
-                await self._send(second, prepared[:1], one, loss, backward=False)
+                await self._lane.skip(second)  # it is taken, and later calls wait for it
                 raise
             output = await self._send(second, data, weighted_messages, loss, backward=True)
             return ForwardBackwardOutput(
@@ -231,7 +229,7 @@ class TrainingClient:
             async def attempt() -> Any:
                 return await getattr(self._connection.training(), method)(message)
 
-            return read(await self._lane.call(what, attempt))
+            return read(await self._lane.call(what, numbers[0], attempt))
 
         return APIFuture(self._lane.submit(1, start))
 
@@ -280,6 +278,10 @@ class TrainingClient:
             user_metadata,
             SaveWeightsForSamplerResponse,
         )
+
+    def save_weights_external(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported; `RestClient.download_checkpoint` gives a checkpoint's PEFT folder."""
+        raise unsupported("save_weights_external", "use RestClient.download_checkpoint")
 
     def _save(
         self,

@@ -88,14 +88,14 @@ async def test_forward_backward_example(
 
 def logprob_squared_loss(
     data: list[Datum], logprobs: list[torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, float]]:  # noqa: E501
+) -> tuple[torch.Tensor, dict[str, float]]:
     loss = (logprobs**2).sum()
     return loss, {"logprob_squared_loss": loss.item()}
 
 
 def variance_loss(
     data: list[Datum], logprobs: list[torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, float]]:  # noqa: E501
+) -> tuple[torch.Tensor, dict[str, float]]:
     flat_logprobs = torch.cat(logprobs)
     variance = torch.var(flat_logprobs)
     return variance, {"variance_loss": variance.item()}

@@ -39,6 +39,13 @@ from tinsmith.types.outputs import (
     WeightsInfoResponse,
 )
 from tinsmith.types.tensor import TensorData, TensorDtype
+from tinsmith.types.unsupported import (
+    DimuonOptimizerConfig,
+    DimuonParams,
+    DmelChunk,
+    ImageAssetPointerChunk,
+    ImageChunk,
+)
 
 __all__ = [
     "AdamOptimizerConfig",
@@ -48,10 +55,15 @@ __all__ = [
     "CheckpointsListResponse",
     "Cursor",
     "Datum",
+    "DimuonOptimizerConfig",
+    "DimuonParams",
+    "DmelChunk",
     "EncodedTextChunk",
     "ForwardBackwardOutput",
     "GetInfoResponse",
     "GetServerCapabilitiesResponse",
+    "ImageAssetPointerChunk",
+    "ImageChunk",
     "LoadWeightsResponse",
     "LoraConfig",
     "LossFnType",

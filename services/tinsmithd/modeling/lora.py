@@ -12,6 +12,7 @@ and reads and writes them under the names of PEFT's files.
 import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,11 +61,14 @@ class Adapters:
             raise ValueError(f"adapter {key!r} exists")
         config, name = self._peft_config(lora), _module_name(key)
         self._active = None
-        if self._peft is None:
-            # A head that shares the embedding's weight is meant: only the head is adapted.
-            self._peft = PeftModel(self._base.model, config, adapter_name=name)
-        else:
-            self._peft.add_adapter(name, config)
+        with warnings.catch_warnings():
+            # PEFT warns of a head that shares the embedding's weight: adapting only the head is
+            # meant. And it asks transformers for an attribute under its old name.
+            warnings.simplefilter("ignore")
+            if self._peft is None:
+                self._peft = PeftModel(self._base.model, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
         self._loras[key] = lora
         generator = torch.Generator().manual_seed(lora.seed % (1 << 63))
         with torch.no_grad():
@@ -94,7 +98,9 @@ class Adapters:
         if self._loras.pop(key, None) is not None:
             assert self._peft is not None
             self._active = None
-            self._peft.delete_adapter(_module_name(key))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # says which adapter is next; none is
+                self._peft.delete_adapter(_module_name(key))
 
     @contextlib.contextmanager
     def active(self, key: str | None) -> Iterator[Any]:

@@ -1,0 +1,413 @@
+"""What a training engine must do: one suite, every engine.
+
+`plain_loop` is the loop that a user would have written with transformers, PEFT and torch.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data import collect, make_data, make_rl_data
+from tinsmithd import state_files
+from tinsmithd.domain import (
+    AdamParams,
+    AdapterState,
+    CrossEntropy,
+    Datum,
+    ImportanceSampling,
+    LoraConfig,
+    Ppo,
+)
+from tinsmithd.errors import FailedPrecondition, NotFound, Reason
+from tinsmithd.modeling.base import load_base
+from tinsmithd.trainer.engines.factory import make_engine
+from tinsmithd.trainer.engines.interface import TrainingEngine
+from tiny_models import FAMILIES, write_tiny_model
+
+ENGINES = ("reference", "deepspeed")
+LORA = LoraConfig(rank=4, seed=7)
+ADAM = AdamParams(learning_rate=1e-2, eps=0.1)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models by family, written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        kind, _, tied = family.partition("-")
+        return path if path.exists() else write_tiny_model(path, kind, tie=bool(tied))
+
+    return folder
+
+
+def new_engine(name: str, folder: Path) -> TrainingEngine:
+    return make_engine(name, str(folder), dtype="float32", zero_stage=1, on_progress=lambda _: None)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> TrainingEngine:
+    """Each engine in turn, on a tiny Llama."""
+    return new_engine(request.param, folders("llama"))
+
+
+def weights_of(engine: TrainingEngine, model_id: str) -> Mapping[str, np.ndarray]:
+    return engine.export_state(model_id, optimizer=False).weights
+
+
+def difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    assert a.keys() == b.keys()
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+def train(
+    engine: TrainingEngine,
+    model_id: str,
+    batches: Sequence[Sequence[Datum]],
+    adam: AdamParams = ADAM,
+) -> list[float]:
+    """One step per two batches; returns the losses."""
+    losses = []
+    for index, batch in enumerate(batches):
+        metrics, _ = collect(engine, model_id, batch, backward=True)
+        losses.append(metrics["loss:sum"])
+        if index % 2:
+            engine.optim_step(model_id, adam)
+    return losses
+
+
+# --- against the loop that it replaces --------------------------------------------------------
+
+
+def plain_loop(
+    folder: Path, start: AdapterState, batches: Sequence[Sequence[Datum]], adam: AdamParams
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses and final weights of an ordinary training loop from the same first weights."""
+    config = peft.LoraConfig(
+        **{k: start.peft_config[k] for k in ("r", "lora_alpha", "target_modules", "task_type")},
+        target_parameters=start.peft_config["target_parameters"],
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = peft.get_peft_model(base, config)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in start.weights.items()}
+    loaded = peft.set_peft_model_state_dict(model, tensors)
+    assert not loaded.unexpected_keys
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=adam.learning_rate,
+        betas=(adam.beta1, adam.beta2),
+        eps=adam.eps,
+        weight_decay=adam.weight_decay,
+    )
+    losses = []
+    for index, batch in enumerate(batches):
+        total = 0.0
+        for datum in batch:
+            logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
+            targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])
+            chosen = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            loss = -(chosen * torch.from_numpy(datum.loss_fn_inputs["weights"])).sum()
+            loss.backward()
+            total += float(loss.detach())
+        losses.append(total)
+        if index % 2:
+            if adam.grad_clip_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, adam.grad_clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    state = peft.get_peft_model_state_dict(model)
+    return losses, {name: tensor.numpy() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama-tied"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_it_computes_what_a_plain_loop_computes(
+    folders: Callable[[str], Path], name: str, family: str
+) -> None:
+    """Weights to 1e-6 after mixed accumulation, decay and clipping, at a large eps."""
+    folder = folders(family)
+    engine = new_engine(name, folder)
+    engine.create_model("m", LORA)
+    start = engine.export_state("m", optimizer=False)
+    batches = [make_data(seed, count) for seed, count in enumerate((1, 3, 2, 2))]
+    adam = AdamParams(learning_rate=1e-2, eps=0.1, weight_decay=0.1, grad_clip_norm=50.0)
+    losses = train(engine, "m", batches, adam)
+    expected_losses, expected = plain_loop(folder, start, batches, adam)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert difference(weights_of(engine, "m"), expected) <= 1e-6
+    assert difference(weights_of(engine, "m"), start.weights) > 1e-3
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_engines_agree(folders: Callable[[str], Path], family: str) -> None:
+    """Weights to 1e-6 at eps 0.1; losses to 1e-5 at eps 1e-12, where Adam amplifies rounding."""
+    batches = [make_data(seed, 3) for seed in range(6)]
+    for adam in (ADAM, AdamParams(learning_rate=1e-3, eps=1e-12)):
+        losses, weights = [], []
+        for name in ENGINES:
+            engine = new_engine(name, folders(family))
+            engine.create_model("m", LORA)
+            losses.append(train(engine, "m", batches, adam))
+            weights.append(weights_of(engine, "m"))
+        if adam.eps == 0.1:
+            assert difference(*weights) <= 1e-6
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# --- accumulation, steps, order ---------------------------------------------------------------
+
+
+def test_a_then_b_is_a_and_b(engine: TrainingEngine) -> None:
+    """Gradients accumulate: two calls are one call with both data, bit for bit."""
+    data = make_data(0, 5)
+    for model_id in ("two", "one"):
+        engine.create_model(model_id, LORA)
+    collect(engine, "two", data[:2], backward=True)
+    collect(engine, "two", data[2:], backward=True)
+    collect(engine, "one", data, backward=True)
+    metrics = [engine.optim_step(model_id, ADAM) for model_id in ("two", "one")]
+    assert metrics[0] == metrics[1]
+    assert difference(weights_of(engine, "two"), weights_of(engine, "one")) == 0
+
+
+def test_learning_rate_zero_changes_nothing(engine: TrainingEngine) -> None:
+    """Weights stay bit for bit; the gradients are used up."""
+    engine.create_model("m", LORA)
+    before = weights_of(engine, "m")
+    collect(engine, "m", make_data(0, 2), backward=True)
+    engine.optim_step("m", AdamParams(learning_rate=0.0))
+    assert difference(before, weights_of(engine, "m")) == 0
+    assert engine.optim_step("m", AdamParams(learning_rate=0.0))["grad_norm:last"] == 0
+
+
+def test_forward_leaves_no_trace(engine: TrainingEngine) -> None:
+    """No gradient waits after it, and its logprobs are those of forward_backward."""
+    engine.create_model("m", LORA)
+    data = make_data(0, 3)
+    forward = collect(engine, "m", data, backward=False)
+    assert engine.optim_step("m", ADAM)["grad_norm:last"] == 0
+    engine.create_model("n", LORA)
+    backward = collect(engine, "n", data, backward=True)
+    assert forward[0] == backward[0]
+    for a, b in zip(forward[1], backward[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_results_come_in_order_as_they_are_computed(engine: TrainingEngine) -> None:
+    """One result per datum, shaped like its targets, (N, K) too."""
+    engine.create_model("m", LORA)
+    data = [*make_data(0, 2), *make_data(1, 1, targets=3)]
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    engine.forward(
+        "m",
+        data,
+        CrossEntropy(),
+        backward=True,
+        on_result=lambda i, outputs: seen.append((i, outputs["logprobs"].shape)),
+    )
+    assert seen == [(i, d.loss_fn_inputs["target_tokens"].shape) for i, d in enumerate(data)]
+
+
+def test_wide_targets_are_the_sum_of_narrow_ones(engine: TrainingEngine) -> None:
+    """(N, K) cross-entropy equals K calls with (N,) targets."""
+    wide = make_data(3, 1, targets=2)[0]
+    columns = [
+        Datum(wide.tokens, {k: v[:, i] for k, v in wide.loss_fn_inputs.items()}) for i in range(2)
+    ]
+    for model_id, data in (("wide", [wide]), ("narrow", columns)):
+        engine.create_model(model_id, LORA)
+        collect(engine, model_id, data, backward=True)
+        engine.optim_step(model_id, ADAM)
+    assert difference(weights_of(engine, "wide"), weights_of(engine, "narrow")) <= 1e-6
+
+
+def test_own_logprobs_give_minus_the_advantages(engine: TrainingEngine) -> None:
+    """importance_sampling and ppo at ratio 1."""
+    engine.create_model("m", LORA)
+    _, logprobs = collect(engine, "m", make_data(0, 3), backward=False)
+    data = make_rl_data(0, 3, logprobs)
+    expected = -sum(float(d.loss_fn_inputs["advantages"].sum()) for d in data)
+    for loss in (ImportanceSampling(), Ppo()):
+        metrics, _ = collect(engine, "m", data, loss, backward=True)
+        assert metrics["loss:sum"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_models_side_by_side_are_as_alone(engine: TrainingEngine) -> None:
+    """Different rank, targets and settings, calls interleaved: bit-identical to each alone."""
+    shapes = {
+        "a": LoraConfig(rank=4, seed=1),
+        "b": LoraConfig(rank=2, seed=2, train_mlp=False, train_unembed=False),
+        "c": LoraConfig(rank=3, seed=3, train_attn=False),
+    }
+    batches = [make_data(seed, 2) for seed in range(4)]
+    for model_id, lora in shapes.items():
+        engine.create_model(model_id, lora)
+    for index, batch in enumerate(batches):
+        for model_id in shapes:
+            collect(engine, model_id, batch, backward=True)
+        if index % 2:
+            for model_id in shapes:
+                engine.optim_step(model_id, ADAM)
+    together = {model_id: weights_of(engine, model_id) for model_id in shapes}
+    for model_id, lora in shapes.items():
+        engine.create_model(f"{model_id} alone", lora)
+        train(engine, f"{model_id} alone", batches)
+        assert difference(together[model_id], weights_of(engine, f"{model_id} alone")) == 0
+
+
+def test_the_same_seed_gives_the_same_start(engine: TrainingEngine) -> None:
+    """A is drawn from the seed, B is zero, whatever was made before."""
+    for model_id, seed in (("a", 5), ("other", 6), ("b", 5)):
+        engine.create_model(model_id, LoraConfig(rank=4, seed=seed))
+    a, b, other = (weights_of(engine, m) for m in ("a", "b", "other"))
+    assert difference(a, b) == 0
+    assert difference(a, other) > 0
+    for name, array in a.items():
+        if ".lora_B." in name:
+            assert not array.any()
+        else:
+            assert 0.5 / math.sqrt(array.shape[1]) < np.abs(array).max() <= array.shape[1] ** -0.5
+
+
+# --- failure leaves no trace ------------------------------------------------------------------
+
+
+def test_a_failed_call_adds_nothing(engine: TrainingEngine) -> None:
+    """A failure in the middle of a call leaves the waiting gradients as they were."""
+    data = make_data(0, 4)
+
+    def fail(index: int, _: object) -> None:
+        if index == 2:
+            raise RuntimeError("lost")
+
+    for model_id in ("disturbed", "calm"):
+        engine.create_model(model_id, LORA)
+        collect(engine, model_id, data[:1], backward=True)
+    with pytest.raises(RuntimeError, match="lost"):
+        engine.forward("disturbed", data, CrossEntropy(), backward=True, on_result=fail)
+    for model_id in ("disturbed", "calm"):
+        engine.optim_step(model_id, ADAM)
+    assert difference(weights_of(engine, "disturbed"), weights_of(engine, "calm")) == 0
+
+
+def test_a_non_finite_gradient_is_refused_and_cleared(engine: TrainingEngine) -> None:
+    """Weights and moments stay; the next step works."""
+    engine.create_model("m", LORA)
+    collect(engine, "m", make_data(0, 1), backward=True)
+    engine.optim_step("m", ADAM)
+    before = engine.export_state("m", optimizer=True)
+    bad = make_data(1, 1)[0]
+    bad.loss_fn_inputs["weights"][0] = np.float32(3e38)
+    collect(engine, "m", [bad, bad], backward=True)
+    with pytest.raises(FailedPrecondition) as refusal:
+        engine.optim_step("m", ADAM)
+    assert refusal.value.reason is Reason.NON_FINITE_GRADIENT
+    after = engine.export_state("m", optimizer=True)
+    assert difference(before.weights, after.weights) == 0
+    assert difference(before.optimizer, after.optimizer) == 0
+    assert engine.optim_step("m", ADAM)["step:last"] == 2
+
+
+# --- state ------------------------------------------------------------------------------------
+
+
+def test_a_saved_state_continues_bit_identically(
+    engine: TrainingEngine, folders: Callable[[str], Path]
+) -> None:
+    """Export, files, import into a fresh engine, go on: as if nothing had happened."""
+    batches = [make_data(seed, 2) for seed in range(8)]
+    engine.create_model("m", LORA)
+    train(engine, "m", batches[:4])
+    files = state_files.to_files(engine.export_state("m", optimizer=True))
+    train(engine, "m", batches[4:])
+
+    name = type(engine).__name__.removesuffix("Engine").lower()
+    fresh = new_engine(name, folders("llama"))
+    state = state_files.from_files(files)
+    fresh.create_model("again", state.lora)
+    collect(fresh, "again", batches[0], backward=True)  # dropped by the import
+    fresh.import_state("again", state, optimizer=True)
+    train(fresh, "again", batches[4:])
+    ours, theirs = (e.export_state(m, optimizer=True) for e, m in ((engine, "m"), (fresh, "again")))
+    assert difference(ours.weights, theirs.weights) == 0
+    assert difference(ours.optimizer, theirs.optimizer) == 0
+    assert ours.step_count == theirs.step_count == 4
+
+
+def test_import_without_optimizer_starts_anew(engine: TrainingEngine) -> None:
+    """Weights come, moments and step count do not."""
+    engine.create_model("m", LORA)
+    train(engine, "m", [make_data(s, 1) for s in range(4)])
+    state = engine.export_state("m", optimizer=True)
+    for model_id, optimizer in (("plain", False), ("full", True)):
+        engine.create_model(model_id, LORA)
+        engine.import_state(model_id, state, optimizer=optimizer)
+        assert difference(weights_of(engine, model_id), state.weights) == 0
+    assert engine.optim_step("plain", ADAM)["step:last"] == 1
+    assert engine.optim_step("full", ADAM)["step:last"] == 3
+
+
+def test_a_state_that_does_not_fit_is_refused_whole(engine: TrainingEngine) -> None:
+    """Another rank or other targets: typed error, model as before."""
+    engine.create_model("m", LORA)
+    before = weights_of(engine, "m")
+    for lora in (LoraConfig(rank=2), LoraConfig(rank=4, train_mlp=False)):
+        engine.create_model("other", lora)
+        state = engine.export_state("other", optimizer=False)
+        engine.delete_model("other")
+        with pytest.raises(FailedPrecondition) as refusal:
+            engine.import_state("m", state, optimizer=False)
+        assert refusal.value.reason is Reason.INCOMPATIBLE_CHECKPOINT
+    assert difference(before, weights_of(engine, "m")) == 0
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_plain_peft_loads_what_was_exported(
+    folders: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    """`PeftModel.from_pretrained` gives the engine's logprobs to 1e-5."""
+    engine = new_engine("reference", folders(family))
+    engine.create_model("m", LORA)
+    train(engine, "m", [make_data(s, 2) for s in range(4)])
+    data = make_data(9, 2)
+    _, logprobs = collect(engine, "m", data, backward=False)
+    for name, content in state_files.to_files(engine.export_state("m", optimizer=False)).items():
+        (tmp_path / name).write_bytes(content)
+    base = AutoModelForCausalLM.from_pretrained(folders(family), dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    for datum, expected in zip(data, logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
+        targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])
+        found = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_lora_sizes_on_the_real_model(real_model: Path) -> None:
+    """Parameters per unit of rank: mlp 190,080, attn 115,200, unembed 49,728."""
+    engine = new_engine("reference", real_model)
+    sizes = {"train_mlp": 190_080, "train_attn": 115_200, "train_unembed": 49_728}
+    for part, expected in sizes.items():
+        chosen = {name: name == part for name in sizes}
+        engine.create_model(part, LoraConfig(rank=2, **chosen))
+        assert sum(a.size for a in weights_of(engine, part).values()) == 2 * expected
+        engine.delete_model(part)
+
+
+def test_unknown_base_models_fail_with_a_sentence(tmp_path: Path) -> None:
+    """A missing folder and an unknown architecture name what is wrong."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    for name, text in ((str(tmp_path / "absent"), "absent"), (str(tmp_path), "'bert'")):
+        with pytest.raises(NotFound, match=text) as refusal:
+            load_base(name, dtype="float32", on_progress=lambda _: None)
+        assert refusal.value.reason is Reason.BASE_MODEL_NOT_FOUND
