@@ -121,11 +121,7 @@ class TrainingClient:
         method: Any = stub.ForwardBackward if backward else stub.Forward
 
         async def attempt() -> ForwardBackwardOutput:
-            header: dict[str, Any] = {
-                "model_id": self.model_id,
-                "seq_id": seq_id,
-                "loss_fn": loss,
-            }
+            header: dict[str, Any] = {"model_id": self.model_id, "seq_id": seq_id, "loss_fn": loss}
 
             async def requests() -> Any:
                 nonlocal header

@@ -125,7 +125,8 @@ def plain_loop(
                 torch.nn.utils.clip_grad_norm_(parameters, adam.grad_clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-    state = peft.get_peft_model_state_dict(model)
+    # A saved head must not bring the weights of the base along.
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return losses, {name: tensor.numpy() for name, tensor in state.items()}
 
 

@@ -1,11 +1,12 @@
 """The one table from domain errors to gRPC statuses, and back for server-to-server calls."""
 
+from typing import Any
+
 import grpc
-from google.protobuf.any_pb2 import Any
+from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from tinsmithd import errors
 from tinsmithd.errors import Reason, TinsmithError
@@ -22,6 +23,7 @@ _CODES: dict[type[TinsmithError], int] = {
 }
 _CLASSES = {code: cls for cls, code in _CODES.items()}
 DOMAIN = "tinsmith"
+DETAILS_KEY = "grpc-status-details-bin"
 
 
 def to_status(error: TinsmithError, request_id: str) -> status_pb2.Status:
@@ -55,7 +57,11 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
         error: What a stub raised.
         unreachable: Reason to give when the server did not answer at all.
     """
-    status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
+    status = None
+    trailing: Any = error.trailing_metadata() or ()
+    for key, value in trailing:
+        if key == DETAILS_KEY:
+            status = status_pb2.Status.FromString(value)
     if status is None:
         code = error.code() if hasattr(error, "code") else None
         text = f"no answer ({code.name if code else type(error).__name__})"
@@ -76,7 +82,7 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
     return rebuilt
 
 
-def _pack(message: Message) -> Any:
-    packed = Any()
+def _pack(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
     packed.Pack(message)
     return packed

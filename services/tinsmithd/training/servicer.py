@@ -122,18 +122,18 @@ class TrainingServicer(TrainingServiceServicer):
         self, request_iterator: AsyncIterator[pb.ForwardRequest], context: Any
     ) -> AsyncIterator[pb.ForwardResponse]:
         """Compute losses and logprobs."""
-        async for parts in self._compute(request_iterator, backward=False):
+        async for parts in self._compute(request_iterator, context, backward=False):
             yield pb.ForwardResponse(**parts)
 
     async def ForwardBackward(  # type: ignore[override]  # grpc.aio's form of the method
         self, request_iterator: AsyncIterator[pb.ForwardBackwardRequest], context: Any
     ) -> AsyncIterator[pb.ForwardBackwardResponse]:
         """Compute losses and logprobs and add the gradients."""
-        async for parts in self._compute(request_iterator, backward=True):
+        async for parts in self._compute(request_iterator, context, backward=True):
             yield pb.ForwardBackwardResponse(**parts)
 
     async def _compute(
-        self, requests: AsyncIterator[ComputeRequest], *, backward: bool
+        self, requests: AsyncIterator[ComputeRequest], context: Any, *, backward: bool
     ) -> AsyncIterator[dict[str, Any]]:
         first = await read_header(requests)
         model = self._models.get(first.model_id)
@@ -143,6 +143,9 @@ class TrainingServicer(TrainingServiceServicer):
             data_per_call_max=self._config.data_per_call_max,
             call_bytes_max=self._config.call_bytes_max,
         )
+        # To grpc a cancelled stream ends like a finished one. Answering tells them apart: it fails
+        # on a call that is gone, and until it is done the cancellation has reached this task.
+        await context.send_initial_metadata(())
         if call.refusal is not None:
             answer = self._models.refuse(model, call.seq_id, call.digest, call.refusal)
         else:

@@ -1,0 +1,200 @@
+"""The Tinker-shaped client against a real cluster."""
+
+import asyncio
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinsmith
+from clusters import RunningCluster
+from tinsmith import AdamParams, Datum, ModelInput, SamplingParams
+
+TOKENS = [5, 6, 7, 8, 9]
+PROMPT = ModelInput.from_ints(TOKENS)
+
+
+@pytest.fixture
+def service(cluster: RunningCluster) -> tinsmith.ServiceClient:
+    """A way into the shared cluster."""
+    return tinsmith.ServiceClient(cluster.address)
+
+
+@pytest.fixture
+def trainer(service: tinsmith.ServiceClient, cluster: RunningCluster) -> tinsmith.TrainingClient:
+    """A fresh model of its own."""
+    return service.create_lora_training_client(cluster.base_model, rank=4, seed=1).result()
+
+
+def example(make: Any = np.asarray) -> list[Datum]:
+    inputs = {"target_tokens": make(TOKENS[1:]), "weights": make([1.0] * (len(TOKENS) - 1))}
+    return [Datum(ModelInput.from_ints(TOKENS[:-1]), inputs)]
+
+
+def loss_of(trainer: tinsmith.TrainingClient) -> float:
+    return trainer.forward(example(), "cross_entropy").result().metrics["loss:sum"]
+
+
+def test_results_come_in_the_type_that_was_passed(trainer: tinsmith.TrainingClient) -> None:
+    """numpy for numpy, torch for torch, and all of them convert; the numbers are the same."""
+    import torch
+
+    arrays = [
+        trainer.forward(example(make), "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
+        for make in (np.asarray, torch.tensor, lambda values: list(values))
+    ]
+    assert [isinstance(a, np.ndarray) for a in arrays] == [True, False, False]
+    assert [isinstance(a, torch.Tensor) for a in arrays] == [False, True, False]
+    assert type(arrays[2]) is tinsmith.TensorData
+    for array in arrays:
+        assert array.to_numpy().tolist() == array.to_torch().tolist() == arrays[0].tolist()
+
+
+def test_missing_weights_are_named(trainer: tinsmith.TrainingClient) -> None:
+    """And the model goes on with the next call."""
+    bad = [Datum(ModelInput.from_ints([1, 2]), {"target_tokens": np.array([2, 3])})]
+    with pytest.raises(tinsmith.InvalidArgumentError) as refusal:
+        trainer.forward_backward(bad, "cross_entropy").result()
+    assert refusal.value.reason == "MISSING_FIELD"
+    assert refusal.value.field == 'data[0].loss_fn_inputs["weights"]'
+    assert refusal.value.request_id
+    assert loss_of(trainer) > 0
+
+
+def test_a_client_future_is_the_client(
+    service: tinsmith.ServiceClient, cluster: RunningCluster
+) -> None:
+    """Tinker scripts of both ages work: with and without `.result()`."""
+    future = service.create_lora_training_client(cluster.base_model, rank=2)
+    assert future.get_info().model_id == future.result().model_id
+    assert loss_of(future) == loss_of(future.result())  # type: ignore[arg-type]
+
+
+def test_a_broken_custom_loss_leaves_the_model_as_it_was(
+    trainer: tinsmith.TrainingClient,
+) -> None:
+    """Nothing is added and no number is missing."""
+
+    def broken(data: Any, logprobs: Any) -> Any:
+        raise RuntimeError("mine")
+
+    failed = trainer.forward_backward_custom(example(), broken)
+    step = trainer.optim_step(AdamParams(learning_rate=0.1))
+    with pytest.raises(RuntimeError, match="mine"):
+        failed.result()
+    assert step.result().metrics["grad_norm:last"] == 0  # type: ignore[index]
+
+
+def test_a_custom_loss_equals_the_built_in(
+    service: tinsmith.ServiceClient, cluster: RunningCluster
+) -> None:
+    """-sum(logprobs) by the client's detour takes the step that cross_entropy takes."""
+
+    def negative_sum(data: Any, logprobs: Any) -> Any:
+        return -logprobs.sum(), {"n": len(logprobs)}
+
+    losses = []
+    for custom in (False, True):
+        made = service.create_lora_training_client(cluster.base_model, rank=4, seed=3)
+        model = made.result()
+        if custom:
+            result = model.forward_backward_custom(example(), negative_sum).result()
+            assert result.metrics["n"] == 1
+            assert result.metrics["surrogate_loss:sum"] == pytest.approx(result.loss)
+        else:
+            result = model.forward_backward(example(), "cross_entropy").result()
+        # A large eps: with a small one Adam would hide a wrong scale.
+        model.optim_step(AdamParams(learning_rate=0.1, eps=0.1)).result()
+        losses.append((result.metrics["loss:sum"], loss_of(model)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][1] < losses[0][0]
+
+
+def test_states_are_saved_and_loaded(
+    service: tinsmith.ServiceClient, trainer: tinsmith.TrainingClient
+) -> None:
+    """A loaded state gives the loss that was saved; `tinker://` names the same path."""
+    trainer.forward_backward(example(), "cross_entropy")
+    trainer.optim_step(AdamParams(learning_rate=0.05)).result()
+    saved = loss_of(trainer)
+    path = trainer.save_state("before").result().path
+    trainer.forward_backward(example(), "cross_entropy")
+    trainer.optim_step(AdamParams(learning_rate=0.05)).result()
+    assert loss_of(trainer) != saved
+    trainer.load_state_with_optimizer(path.replace("tinsmith://", "tinker://")).result()
+    assert loss_of(trainer) == saved
+    other = service.create_training_client_from_state(path).result()
+    assert loss_of(other) == saved
+
+
+def test_sampling_is_repeatable_streams_and_pickles(
+    trainer: tinsmith.TrainingClient,
+) -> None:
+    """One seed, three ways to ask, the same tokens."""
+    sampler = trainer.save_weights_and_get_sampling_client().result()
+    params = SamplingParams(max_tokens=6, seed=7, stop=[])
+    first = sampler.sample(PROMPT, 2, params).result()
+    assert [len(s.tokens) for s in first.sequences] == [6, 6]
+    again = pickle.loads(pickle.dumps(sampler)).sample(PROMPT, 2, params).result()
+    streamed: list[list[int]] = [[], []]
+    for part in sampler.sample_stream(PROMPT, 2, params):
+        streamed[part.sequence_index].extend(part.tokens)
+    tokens = [s.tokens for s in first.sequences]
+    assert tokens == [s.tokens for s in again.sequences] == streamed
+
+
+def test_prompt_logprobs_are_those_of_training(trainer: tinsmith.TrainingClient) -> None:
+    """compute_logprobs, sample and forward score the same tokens alike."""
+    sampler = trainer.save_weights_and_get_sampling_client().result()
+    scored = sampler.compute_logprobs(PROMPT).result()
+    assert scored[0] is None
+    trained = trainer.forward(example(), "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
+    assert scored[1:] == pytest.approx(list(trained), abs=1e-4)
+    response = sampler.sample(
+        PROMPT, 1, SamplingParams(max_tokens=1), include_prompt_logprobs=True
+    ).result()
+    assert response.prompt_logprobs is not None
+    assert response.prompt_logprobs[1:] == pytest.approx(scored[1:], abs=1e-5)
+
+
+def test_checkpoints_are_looked_after_and_downloaded(
+    service: tinsmith.ServiceClient, trainer: tinsmith.TrainingClient, tmp_path: Path
+) -> None:
+    """List, inspect, copy, expire, download, delete."""
+    rest = service.create_rest_client()
+    path = trainer.save_weights_for_sampler("kept", user_metadata={"k": "v"}).result().path
+    [found] = rest.list_checkpoints(trainer.model_id).result().checkpoints
+    assert (found.tinker_path, found.user_metadata) == (path, {"k": "v"})
+    assert found.time.tzinfo is not None
+    assert rest.get_weights_info_by_tinker_path(path).result().lora_rank == 4
+    rest.set_checkpoint_ttl_from_tinker_path(path, 3600).result()
+    copy = rest.copy_weights(path).result()
+    folder = rest.download_checkpoint(path, tmp_path / "adapter").result()
+    names = {file.name for file in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    rest.delete_checkpoint_from_tinker_path(path).result()
+    with pytest.raises(tinsmith.NotFoundError):
+        rest.get_weights_info_by_tinker_path(path).result()
+    left = rest.list_checkpoints(trainer.model_id).result().checkpoints
+    assert [c.tinker_path for c in left] == [copy]
+    assert left[0].checkpoint_type == "sampler"
+
+
+def test_the_tokenizer_is_the_base_models(trainer: tinsmith.TrainingClient) -> None:
+    """It arrives over the wire and goes there and back."""
+    tokenizer = trainer.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("hello", add_special_tokens=False)) == "hello"
+
+
+def test_one_client_works_in_several_event_loops(
+    trainer: tinsmith.TrainingClient,
+) -> None:
+    """Futures belong to no loop; `_async` twins of training give futures."""
+
+    async def step() -> float:
+        future = await trainer.forward_backward_async(example(), "cross_entropy")  # type: ignore[attr-defined]
+        return (await future).metrics["loss:sum"]
+
+    assert asyncio.run(step()) == asyncio.run(step())

