@@ -23,11 +23,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 WORDS = """
-apple banana bread bridge butter castle cheese cherry chicken children clever cloud coffee dragon
-dream evening family flower forest friend garden ghost green happy honey house island jacket
-kitchen lemon letter little market morning mother mountain music night orange ocean paper pencil
-planet potato purple queen quiet rabbit river school shadow silver simple spring stone street
-summer sunny table teacher tiger train tree under village water window winter wonder yellow young
+apple banana bread castle cheese chicken clever cloud coffee dragon family flower forest friend
+garden green happy honey house market music night orange ocean queen rabbit river school silver
+simple stone tiger train tree under village water window winter wonder young
 """.split()
 
 

@@ -320,7 +320,12 @@ def _streams() -> dict[str, tuple[list[pb.WriteCheckpointRequest], str, str]]:
             "content",
         ),
         "bad checksum": ([header, piece(first.file_name, 0, b"x", 1)], "CHECKPOINT_CORRUPT", ""),
-        "lost piece": ([header, *pieces[:-1], end], "CHECKPOINT_CORRUPT", ""),
+        "lost piece": ([header, *pieces[:-1], end], "MALFORMED_STREAM", "commit.files"),
+        "other bytes": (
+            [*list(messages(PATH, files(1)))[:-1], end],
+            "CHECKPOINT_CORRUPT",
+            "",
+        ),
         "unknown file": ([header, piece("../x", 0, b"x")], "INVALID_NAME", "piece.file_name"),
         "pickle": (list(messages(PATH, bad_tensors)), "INVALID_FIELD", "commit.files"),
         "no json object": (list(messages(PATH, bad_json)), "INVALID_FIELD", "commit.files"),

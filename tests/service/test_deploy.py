@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+
 from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, training_service_pb2
 from tinsmithd.config import (
     SECTIONS,
@@ -61,10 +63,13 @@ def render(overlay: str) -> list[Manifest]:
 
 
 def files_of_base() -> list[Path]:
-    """The manifests of base, and the pod that fills the volume."""
-    return sorted(
-        path for path in DEPLOY.glob("base/*.yaml") if path.name != "kustomization.yaml"
-    ) + [DEPLOY / "base-models-writer.yaml"]
+    """The manifests of base, and those beside it."""
+    files = [path for path in DEPLOY.glob("base/*.yaml") if path.name != "kustomization.yaml"]
+    return [
+        *sorted(files),
+        DEPLOY / "base-models-writer.yaml",
+        DEPLOY / "disruption-budget" / "sampler.yaml",
+    ]
 
 
 def manifests_of_base() -> list[Manifest]:
@@ -286,6 +291,13 @@ def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
     assert ranks["podSelector"]["matchLabels"].items() <= labels.items()
 
 
+def test_budget_covers_the_samplers(manifests: list[Manifest]) -> None:
+    """The PodDisruptionBudget selects the pods of the Sampler."""
+    budget = find(manifests, "PodDisruptionBudget", "sampler")["spec"]
+    template = find(manifests, "Deployment", "sampler")["spec"]["template"]
+    assert budget["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
 def test_gpu_overlay_has_one_rank_per_gpu() -> None:
     """The GPU limit and torchrun's --nproc-per-node are the same number."""
     container = container_of(render("gpu"), "trainer")
@@ -336,8 +348,6 @@ def test_dockerfile(name: str) -> None:
 
 
 def _scripts() -> str:
-    import sysconfig
-
     return sysconfig.get_path("scripts")
 
 
@@ -360,7 +370,7 @@ def namespace() -> Iterator[list[str]]:
 
 
 def test_apply_twice(namespace: list[str]) -> None:
-    """A real API server takes the ci overlay, and a second apply changes nothing."""
+    """A real API server takes the ci overlay, and a second apply changes nothing that is stored."""
     command = [*namespace, "apply", "-k", str(DEPLOY / "overlays" / "ci")]
     first, second = (
         subprocess.run(command, capture_output=True, text=True, timeout=120) for _ in range(2)
@@ -368,6 +378,13 @@ def test_apply_twice(namespace: list[str]) -> None:
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr
     assert {line.rsplit(" ", 1)[1] for line in first.stdout.splitlines()} == {"created"}
-    objects = [line.rsplit(" ", 1) for line in second.stdout.splitlines()]
+    objects = dict(line.rsplit(" ", 1) for line in second.stdout.splitlines())
     assert len(objects) == len(render("ci"))
-    assert [o for o in objects if o[1] != "unchanged"] == []
+    # The API server writes defaults into volumeClaimTemplates, and kubectl then says `configured`
+    # although nothing differs; `kubectl diff` compares what would be stored.
+    changed = {name for name, what in objects.items() if what != "unchanged"}
+    assert changed <= {"statefulset.apps/checkpoint"}
+    diff = subprocess.run(
+        [*namespace, "diff", "-k", command[-1]], capture_output=True, text=True, timeout=120
+    )
+    assert (diff.returncode, diff.stdout) == (0, ""), diff.stdout + diff.stderr

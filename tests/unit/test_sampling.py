@@ -73,6 +73,18 @@ def test_the_same_seed_draws_the_same_and_others_differ() -> None:
     assert numbers(-1, 0) == numbers(2**64 - 1, 0)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e300])
+def test_extreme_temperatures_are_still_distributions(temperature: float) -> None:
+    """Next to 0 it is the argmax with logprob 0; very hot it is uniform."""
+    draws = Draws(0, 0)
+    made = [draw(LOGITS, params(temperature=temperature), draws) for _ in range(100)]
+    if temperature < 1:
+        assert set(made) == {(1, 0.0)}
+    else:
+        assert {token for token, _ in made} == {0, 1, 2, 3, 4}
+        assert made[0][1] == pytest.approx(-np.log(5))
+
+
 def test_impossible_tokens_are_never_drawn() -> None:
     """Probability 0 stays 0, at the end of the vocabulary too."""
     logits = torch.tensor([0.0, 0.0, float("-inf")])

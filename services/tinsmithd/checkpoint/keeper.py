@@ -33,12 +33,18 @@ class Header:
 
 
 class Write:
-    """One checkpoint on its way in; `commit` or `discard` ends it."""
+    """One checkpoint on its way in; `commit` or `discard` ends it.
 
-    def __init__(self, keeper: "Keeper", header: Header, staging: Staging) -> None:
+    Its calls may come from different threads, and `discard` while another is under way: then it
+    waits for that, and whatever comes later fails.
+    """
+
+    def __init__(self, keeper: "Keeper", header: Header) -> None:
         self._keeper = keeper
         self._header = header
-        self._staging = staging
+        self._lock = threading.Lock()
+        self._staging: Staging | None = None
+        self._ended = False
 
     def append(self, name: str, offset: int, data: bytes) -> None:
         """Add the next bytes of a file.
@@ -47,7 +53,8 @@ class Write:
             InvalidArgument, ResourceExhausted: See `Staging.append` and `check_file_name`.
         """
         check_file_name(name, self._header.path.kind)
-        self._staging.append(name, offset, data)
+        with self._lock:
+            self._staged().append(name, offset, data)
 
     def commit(self, promised: Sequence[Blob]) -> Checkpoint:
         """Make it durable and visible, if it is what was promised.
@@ -57,16 +64,38 @@ class Write:
             InvalidArgument: The files are not what a checkpoint is.
             AlreadyExists: The name is taken (CHECKPOINT_EXISTS).
         """
-        found = self._staging.finish()
-        if found != sorted(promised, key=lambda blob: blob.name):
-            text = "the files that arrived are not those that the commit names"
-            raise DataLoss(text, Reason.CHECKPOINT_CORRUPT)
-        check_files(self._staging, found)
-        return self._keeper.publish(self._header, self._staging, found)
+        with self._lock:
+            staging = self._staged()
+            found = staging.finish()
+            _check_promised(found, promised)
+            check_files(staging, found)
+            return self._keeper.publish(self._header, staging, found)
 
     def discard(self) -> None:
         """Leave nothing behind; harmless after a commit."""
-        self._staging.discard()
+        with self._lock:
+            self._ended = True
+            if self._staging is not None:
+                self._staging.discard()
+
+    def _staged(self) -> Staging:
+        # Made with the first bytes, under the lock: nothing to leave behind before.
+        if self._ended:
+            raise RuntimeError("this write has ended")
+        if self._staging is None:
+            self._staging = self._keeper.stage()
+        return self._staging
+
+
+def _check_promised(found: Sequence[Blob], promised: Sequence[Blob]) -> None:
+    ordered = sorted(promised, key=lambda blob: blob.name)
+    if [(b.name, b.size_bytes) for b in found] != [(b.name, b.size_bytes) for b in ordered]:
+        message = "names and sizes are not those of the files that arrived"
+        raise InvalidArgument("commit.files", message, Reason.MALFORMED_STREAM)
+    for ours, theirs in zip(found, ordered, strict=True):
+        if ours.sha256 != theirs.sha256:
+            message = f"{ours.name} does not have the digest that the commit names"
+            raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
 
 
 class Keeper:
@@ -93,7 +122,11 @@ class Keeper:
 
     def begin(self, header: Header) -> Write:
         """Begin to write a checkpoint."""
-        return Write(self, header, self._store.stage(self._bytes_max))
+        return Write(self, header)
+
+    def stage(self) -> Staging:
+        """Room for the files of one checkpoint."""
+        return self._store.stage(self._bytes_max)
 
     def publish(self, header: Header, staging: Staging, files: Sequence[Blob]) -> Checkpoint:
         """Move staged files into place and make the checkpoint visible."""

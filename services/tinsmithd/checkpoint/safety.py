@@ -61,7 +61,8 @@ def _check_safetensors(name: str, path: Path) -> None:
             raise ValueError(f"its header has {header_bytes} bytes")
         # Reads and checks the header: offsets, dtypes, and that they fill the file.
         with safe_open(path, framework="numpy") as tensors:
-            tensors.keys()
+            if not tensors.keys():
+                raise ValueError("it holds no tensor")
     except (SafetensorError, struct.error, ValueError) as error:
         message = f"{name} is not a safetensors file: {error}"
         raise InvalidArgument("commit.files", message) from error

@@ -124,7 +124,7 @@ class CheckpointServicer(CheckpointServiceServicer):
     ) -> pb.WriteCheckpointResponse:
         """Write a checkpoint."""
         header = await _header(request_iterator)
-        write = await asyncio.to_thread(self._keeper.begin, header)
+        write = self._keeper.begin(header)
         try:
             promised = await _pieces(request_iterator, write)
             committed = await asyncio.to_thread(write.commit, promised)

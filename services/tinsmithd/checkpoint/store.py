@@ -56,8 +56,9 @@ class Staging:
         """Add the next bytes of a file; files come one after the other.
 
         Raises:
-            InvalidArgument: They are not the next bytes (MALFORMED_STREAM), or too many.
-            ResourceExhausted: The disk is full (STORAGE_FULL).
+            InvalidArgument: They are not the next bytes (MALFORMED_STREAM).
+            ResourceExhausted: The disk is full (STORAGE_FULL), or they are too many
+                (LIMIT_EXCEEDED).
         """
         expected = self._sizes.get(name, 0)
         if offset != expected or (name in self._sizes and name != self._open_name):
@@ -65,10 +66,10 @@ class Staging:
             raise InvalidArgument("piece.offset", message, Reason.MALFORMED_STREAM)
         self._bytes += len(data)
         if self._bytes > self._bytes_max:
-            raise InvalidArgument(
-                "piece.data",
+            raise ResourceExhausted(
                 f"the checkpoint is larger than checkpoint_bytes_max = {self._bytes_max}",
                 Reason.LIMIT_EXCEEDED,
+                field="piece.data",
                 metadata={"limit": "checkpoint_bytes_max", "value": str(self._bytes)},
             )
         with full_disk():

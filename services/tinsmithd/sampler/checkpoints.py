@@ -21,7 +21,12 @@ class CheckpointSource:
     """Finds and fetches the adapters of SAMPLER checkpoints."""
 
     def __init__(self, target: str) -> None:
-        options = [("grpc.max_receive_message_length", -1)]
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            # A server that hangs must not hold the slot of the call that reads from it.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+        ]
         self._channel = grpc.aio.insecure_channel(target, options=options)
         self._stub = CheckpointServiceStub(self._channel)
 
@@ -75,7 +80,9 @@ class CheckpointSource:
         for name, digest in listed.items():
             if hashlib.sha256(files.get(name, b"")).digest() != digest:
                 raise _corrupt(f"{name} of {path} does not match its digest")
-        return state_files.from_files({name: bytes(data) for name, data in files.items()})
+        return state_files.from_files(
+            {name: bytes(files[name]) for name in listed if name in files}
+        )
 
 
 def _corrupt(message: str) -> DataLoss:

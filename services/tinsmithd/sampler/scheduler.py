@@ -125,7 +125,7 @@ class SamplerScheduler:
             yield
             return
         loaded = self._adapters.get(adapter.key)
-        if loaded is None:
+        if loaded is None or _failed(loaded.loading):
             loaded = _Loaded(asyncio.create_task(self._load(adapter)))
             self._adapters[adapter.key] = loaded
         self._adapters.move_to_end(adapter.key)
@@ -136,8 +136,7 @@ class SamplerScheduler:
             yield
         finally:
             loaded.users -= 1
-            failed = loaded.loading.done() and _failed(loaded.loading)
-            if failed and self._adapters.get(adapter.key) is loaded:
+            if _failed(loaded.loading) and self._adapters.get(adapter.key) is loaded:
                 del self._adapters[adapter.key]
 
     async def _load(self, adapter: Adapter) -> None:
@@ -147,8 +146,12 @@ class SamplerScheduler:
 
     async def _make_room(self) -> None:
         """Drop the adapters that were unused longest until one more fits."""
-        idle = [k for k, a in self._adapters.items() if not a.users and a.loading.done()]
-        for key in idle[: max(0, len(self._adapters) - self._limits.adapters_max)]:
+        while len(self._adapters) > self._limits.adapters_max:
+            # Looked for anew each time: while one was unloaded, another may have come into use.
+            idle = (k for k, a in self._adapters.items() if not a.users and a.loading.done())
+            key = next(idle, None)
+            if key is None:
+                return
             del self._adapters[key]
             await self._in_thread(self._engine.unload_adapter, key)
 
@@ -160,7 +163,7 @@ class _Loaded:
 
 
 def _failed(task: asyncio.Task[None]) -> bool:
-    return task.cancelled() or task.exception() is not None
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _close_started(future: "Future[Generation]") -> None:

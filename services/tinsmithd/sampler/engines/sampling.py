@@ -41,7 +41,8 @@ def draw(logits: torch.Tensor, params: SamplingParams, draws: Draws) -> tuple[in
     if params.temperature == 0:
         token = int(torch.nonzero(values == values.max())[0])
         return token, float(values[token] - values.logsumexp(0))
-    scaled = values / params.temperature
+    # From the largest down, so that no temperature above 0 is too small to divide by.
+    scaled = (values - values.max()) / params.temperature
     all_tokens = params.top_k <= 0 or params.top_k >= len(scaled)
     if all_tokens and params.top_p >= 1:
         return _draw_from(scaled, draws.next())

@@ -186,9 +186,14 @@ class TransformersEngine:
         """Read the prompt and make ready to sample."""
 
         def stop_check() -> StopCheck:
-            return StopCheck(request.params, self._eos_ids, self._base.tokenizer.decode)
+            return StopCheck(request.params, self._eos_ids, self._decode)
 
         return TransformersGeneration(self._adapters, adapter, request, stop_check)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        # As it is: cleaned-up text would lose the space before a dot, and so miss a stop string.
+        text: str = self._base.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return text
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:

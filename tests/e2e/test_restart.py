@@ -1,0 +1,95 @@
+"""Processes die: what was saved goes on bit for bit, what was not says so."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tinsmith
+from clusters import RunningCluster
+from tinsmith import types
+
+STEPS = 4
+SEQUENCES = [[10, 20, 30, 40, 50, 60], [7, 8, 9, 10]]
+
+
+def data(step: int) -> list[types.Datum]:
+    return [
+        types.Datum(
+            types.ModelInput.from_ints(tokens[:-1]),
+            {
+                "target_tokens": np.array(tokens[1:]),
+                "weights": np.full(len(tokens) - 1, 1 + step, np.float32),
+            },
+        )
+        for tokens in SEQUENCES
+    ]
+
+
+def train(client: tinsmith.TrainingClient, first: int, last: int) -> list[object]:
+    """Steps of different learning rates; returns everything that came back."""
+    seen: list[object] = []
+    for step in range(first, last):
+        result = client.forward_backward(data(step), "cross_entropy").result()
+        seen.append([np.asarray(o["logprobs"]).tolist() for o in result.loss_fn_outputs])
+        adam = types.AdamParams(learning_rate=1e-2 / (1 + step), weight_decay=0.01)
+        seen.append(client.optim_step(adam).result().metrics)
+    return seen
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "reference"])
+def test_saved_killed_started_loaded_it_goes_on_bit_identically(
+    tiny_model: Path, tmp_path: Path, engine: str
+) -> None:
+    """kill -9 to every process after a save with optimizer; then as if nothing had happened."""
+    with RunningCluster(tiny_model, tmp_path, engine=engine) as cluster:
+        service = tinsmith.ServiceClient(cluster.address)
+        client = service.create_lora_training_client(cluster.base_model, rank=4, seed=1).result()
+        train(client, 0, STEPS)
+        path = client.save_state("middle").result().path
+        undisturbed = train(client, STEPS, 2 * STEPS)
+        cluster.kill()
+    with RunningCluster(tiny_model, tmp_path, engine=engine) as cluster:
+        service = tinsmith.ServiceClient(cluster.address)
+        resumed = service.create_training_client_from_state_with_optimizer(path).result()
+        assert train(resumed, STEPS, 2 * STEPS) == undisturbed
+        # The weights alone are another run: moments start anew.
+        anew = service.create_training_client_from_state(path).result()
+        assert train(anew, STEPS, 2 * STEPS) != undisturbed
+
+
+def test_a_killed_rank_is_started_again_and_its_models_say_that_they_are_lost(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """DATA_LOSS for what was in memory, never a wrong number; new models train at once."""
+    with RunningCluster(tiny_model, tmp_path) as cluster:
+        service = tinsmith.ServiceClient(cluster.address)
+        client = service.create_lora_training_client(cluster.base_model, rank=2).result()
+        train(client, 0, 1)
+        saved = client.save_state("kept").result().path
+        training = cluster.pid("training")
+        children = Path(f"/proc/{training}/task/{training}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(int(children[0]), signal.SIGKILL)
+        with pytest.raises(tinsmith.DataLossError) as loss:
+            _train_until_it_fails(client)
+        assert loss.value.reason == "MODEL_LOST"
+        # The client waits until the ranks are back; nobody did anything by hand.
+        again = service.create_training_client_from_state_with_optimizer(saved).result(60)
+        assert train(again, 1, 2)
+
+
+def _train_until_it_fails(client: tinsmith.TrainingClient) -> None:
+    for step in range(1000):
+        train(client, step, step + 1)
+        time.sleep(0.05)
+
+
+def test_a_base_model_that_is_not_there_stops_the_cluster_with_a_sentence(tmp_path: Path) -> None:
+    """`tinsmith up` says what is wrong instead of waiting for ever."""
+    with pytest.raises(Exception, match="server ended") as failure:
+        RunningCluster(tmp_path / "absent", tmp_path / "data")
+    assert any("cannot read base model" in note for note in failure.value.__notes__)
