@@ -380,10 +380,7 @@ def test_apply_twice(namespace: list[str]) -> None:
     assert {line.rsplit(" ", 1)[1] for line in first.stdout.splitlines()} == {"created"}
     objects = dict(line.rsplit(" ", 1) for line in second.stdout.splitlines())
     assert len(objects) == len(render("ci"))
-    # The API server writes defaults into volumeClaimTemplates, and kubectl then says `configured`
-    # although nothing differs; `kubectl diff` compares what would be stored.
-    changed = {name for name, what in objects.items() if what != "unchanged"}
-    assert changed <= {"statefulset.apps/checkpoint"}
+    assert set(objects.values()) == {"unchanged"}, second.stdout
     diff = subprocess.run(
         [*namespace, "diff", "-k", command[-1]], capture_output=True, text=True, timeout=120
     )

@@ -10,7 +10,10 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionResponse
+from grpc_reflection.v1alpha.reflection_pb2 import (
+    ServerReflectionRequest,
+    ServerReflectionResponse,
+)
 
 SERVICE_NAME: str = reflection.SERVICE_NAME
 
@@ -18,8 +21,10 @@ SERVICE_NAME: str = reflection.SERVICE_NAME
 class ReflectionServicer(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # untyped base
     """grpcio's reflection, with method symbols."""
 
-    def _file_containing_symbol(self, fully_qualified_name: str) -> ServerReflectionResponse:
-        answer = super()._file_containing_symbol(fully_qualified_name)
+    def _file_containing_symbol(
+        self, request: ServerReflectionRequest, fully_qualified_name: str
+    ) -> ServerReflectionResponse:
+        answer = super()._file_containing_symbol(request, fully_qualified_name)
         parent, _, method = fully_qualified_name.rpartition(".")
         if not answer.HasField("error_response") or not parent:
             return answer
@@ -27,9 +32,9 @@ class ReflectionServicer(reflection.aio.ReflectionServicer):  # type: ignore[mis
             service = descriptor_pool.Default().FindServiceByName(parent)
         except KeyError:
             return answer
-        return (
-            super()._file_containing_symbol(parent) if method in service.methods_by_name else answer
-        )
+        if method not in service.methods_by_name:
+            return answer
+        return super()._file_containing_symbol(request, parent)
 
 
 def add_reflection(server: grpc.aio.Server, service_names: list[str]) -> None:
