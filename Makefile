@@ -26,8 +26,10 @@ $(MODEL)/config.json: | $(VENV)/.installed
 	$(BIN)/python -m tinsmithd.modeling.smollm2 $(MODEL)
 
 quickstart: setup model ## Fine-tune a real model on a cluster on this machine, by itself
-	$(BIN)/tinsmith up --base-model $(MODEL) --data $(OUT)/cluster --port 0 -- \
-	  $(BIN)/python client/examples/sft_loop.py --out $(OUT)
+	$(BIN)/tinsmith up --base-model $(MODEL) --data $(OUT)/cluster --port 0 -- sh -ec ' \
+	  $(BIN)/python client/examples/sft_loop.py --out $(OUT); \
+	  $(BIN)/python client/examples/check_adapter.py --base $(MODEL) --adapter $(OUT)/adapter \
+	    --checkpoint "$$(cat $(OUT)/checkpoint.txt)"'
 
 test: setup model lint unit conformance service e2e ## Everything that must pass before a change lands
 

@@ -149,6 +149,7 @@ def main() -> None:
     print(f"curve:   {args.out / 'loss.png'}")
     print(f"adapter: {args.out / 'adapter'}  (a PEFT folder)")
     print(f"sampler: {path}")
+    (args.out / "checkpoint.txt").write_text(path)
 
 
 if __name__ == "__main__":

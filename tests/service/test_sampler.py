@@ -1,0 +1,466 @@
+"""The Sampler through the wire: streaming, repeats, bad input, cancelling, checkpoints."""
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from data import make_data
+from tinsmith.tensors import decode
+from tinsmith.v1 import checkpoint_service_pb2 as checkpoint_pb
+from tinsmith.v1 import sampler_service_pb2 as pb
+from tinsmith.v1 import types_pb2
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
+from tinsmithd import state_files
+from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.config import CheckpointConfig, SamplerConfig
+from tinsmithd.convert.types import lora_to_pb
+from tinsmithd.domain import AdamParams, AdapterState, CrossEntropy, LoraConfig
+from tinsmithd.modeling.base import load_base
+from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
+from tinsmithd.trainer.engines.reference import ReferenceEngine
+from wire import reason_and_field
+
+PROMPT = [10, 20, 30, 40]
+PATH = "tinsmith://run/sampler_weights/one"
+CONTEXT = 512
+
+
+class Served:
+    """A Sampler and a Checkpoint server, with stubs."""
+
+    def __init__(self, sampler: SamplerServer, checkpoint: CheckpointServer, folder: Path) -> None:
+        self.server, self.folder = sampler, folder
+        self.channels = [
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+            for port in (sampler.port, checkpoint.port)
+        ]
+        self.stub = SamplerServiceStub(self.channels[0])
+        self.checkpoints = CheckpointServiceStub(self.channels[1])
+
+    async def sample(self, **fields: object) -> list[tuple[list[int], list[float], int]]:
+        """Tokens, logprobs and stop reason of each sequence."""
+        made: dict[int, tuple[list[int], list[float], int]] = {}
+        async for response in self.stub.Sample(sample_request(**fields)):
+            for delta in response.deltas:
+                tokens, logprobs, reason = made.get(delta.sequence_index, ([], [], 0))
+                assert reason == 0, "nothing comes after a stop reason"
+                tokens += decode(delta.tokens).tolist()
+                logprobs += decode(delta.logprobs).tolist()
+                made[delta.sequence_index] = (tokens, logprobs, delta.stop_reason)
+        return [made[index] for index in sorted(made)]
+
+    async def write(self, state: AdapterState, path: str = PATH, **header: object) -> None:
+        fields = {
+            "base_model": "tiny-llama",
+            "lora_config": lora_to_pb(state.lora),
+            "overwrite": True,
+            **header,
+        }
+        files = state_files.to_files(state)
+        requests = [
+            checkpoint_pb.WriteCheckpointRequest(
+                header=checkpoint_pb.WriteCheckpointHeader(path=path, **fields)
+            )
+        ]
+        for name, data in files.items():
+            piece = checkpoint_pb.CheckpointPiece(
+                file_name=name, offset=0, data=data, crc32=zlib.crc32(data)
+            )
+            requests.append(checkpoint_pb.WriteCheckpointRequest(piece=piece))
+        listed = [
+            checkpoint_pb.CheckpointFile(
+                name=n, size_bytes=len(d), sha256=hashlib.sha256(d).digest()
+            )
+            for n, d in files.items()
+        ]
+        commit = checkpoint_pb.WriteCheckpointCommit(files=listed)
+        requests.append(checkpoint_pb.WriteCheckpointRequest(commit=commit))
+        await self.checkpoints.WriteCheckpoint(iter(requests))
+
+
+def prompt(tokens: list[int]) -> types_pb2.ModelInput:
+    tensor = types_pb2.Tensor(ints=tokens)
+    return types_pb2.ModelInput(chunks=[types_pb2.ModelInputChunk(tokens=tensor)])
+
+
+def sample_request(
+    *, params: dict[str, object] | None = None, **fields: object
+) -> pb.SampleRequest:
+    drawn = {"max_tokens": 8, "seed": 5, "stop": pb.StopCondition(), **(params or {})}
+    values = {"prompt": prompt(PROMPT), "sampling_params": pb.SamplingParams(**drawn), **fields}
+    return pb.SampleRequest(**values)
+
+
+@pytest.fixture
+async def served(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Served]:
+    """Both servers on free ports, the base model loaded."""
+    checkpoint = CheckpointServer(
+        CheckpointConfig(listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=1)
+    )
+    await checkpoint.start()
+    sampler = SamplerServer(
+        SamplerConfig(
+            listen_address="127.0.0.1:0",
+            base_model=str(tiny_model),
+            checkpoint_target=f"127.0.0.1:{checkpoint.port}",
+            stop_grace_s=1,
+            threads=1,
+        )
+    )
+    await sampler.start()
+    await sampler.loaded()
+    running = Served(sampler, checkpoint, tmp_path)
+    yield running
+    for channel in running.channels:
+        await channel.close()
+    await sampler.stop()
+    await checkpoint.stop()
+
+
+@pytest.fixture(scope="module")
+def states(tiny_model: Path) -> list[AdapterState]:
+    """Two differently trained adapters."""
+    trainer = ReferenceEngine(load_base(str(tiny_model), dtype="float32", on_progress=print))
+    trainer.create_model("m", LoraConfig(rank=4, seed=3))
+    found = []
+    for seed in range(2):
+        data = make_data(seed, 2)
+        trainer.forward("m", data, CrossEntropy(), backward=True, on_result=lambda *_: None)
+        trainer.optim_step("m", AdamParams(learning_rate=3e-2))
+        found.append(trainer.export_state("m", optimizer=False))
+    return found
+
+
+async def test_tokens_stream_and_every_sequence_ends(served: Served) -> None:
+    """More messages than one, 8 tokens each, LENGTH; prompt scores in the first message only."""
+    request = sample_request(num_samples=3, include_prompt_logprobs=True, topk_prompt_logprobs=2)
+    responses = [response async for response in served.stub.Sample(request)]
+    assert [r.HasField("prompt_logprobs") for r in responses] == [True] + [False] * (
+        len(responses) - 1
+    )
+    assert len(responses) > 2
+    scores = responses[0].prompt_logprobs
+    assert decode(scores.topk_token_ids).shape == (len(PROMPT), 2)
+    made = await served.sample(num_samples=3)
+    assert [(len(t), len(x), r) for t, x, r in made] == [(8, 8, pb.STOP_REASON_LENGTH)] * 3
+    computed = await served.stub.ComputeLogprobs(
+        pb.ComputeLogprobsRequest(prompt=prompt(PROMPT), topk_prompt_logprobs=2)
+    )
+    assert computed.prompt_logprobs == scores
+
+
+async def test_a_seed_gives_the_same_samples_whatever_else_runs(served: Served) -> None:
+    """Bit for bit, alone and in a crowd; without a seed they differ."""
+    alone = await served.sample(num_samples=2)
+    crowd = [served.sample(num_samples=n, params={"seed": n}) for n in range(1, 5)]
+    together = await asyncio.gather(served.sample(num_samples=2), *crowd)
+    assert together[0] == alone
+    unset = [
+        [s async for s in served.stub.Sample(r)]
+        for r in (sample_request(), sample_request())
+        if r.sampling_params.ClearField("seed") is None
+    ]
+    assert unset[0] != unset[1]
+
+
+async def test_an_unset_max_tokens_fills_the_context(served: Served) -> None:
+    """As many tokens as there is room for, then LENGTH."""
+    request = sample_request(prompt=prompt([1] * (CONTEXT - 6)))
+    request.sampling_params.ClearField("max_tokens")
+    deltas = [d async for response in served.stub.Sample(request) for d in response.deltas]
+    assert sum(len(decode(d.tokens)) for d in deltas) == 6
+    assert deltas[-1].stop_reason == pb.STOP_REASON_LENGTH
+
+
+async def test_a_prompt_that_fills_the_context_can_be_scored(served: Served) -> None:
+    """Scoring needs no room for new tokens."""
+    request = pb.ComputeLogprobsRequest(prompt=prompt([1] * CONTEXT))
+    scores = (await served.stub.ComputeLogprobs(request)).prompt_logprobs
+    assert np.isfinite(decode(scores.logprobs)[1:]).all()
+
+
+async def test_a_stop_token_is_returned_and_ends(served: Served) -> None:
+    """STOP, and the tokens up to it are those without the stop."""
+    ((free, _, _),) = await served.sample()
+    wanted = pb.StopCondition(tokens=[free[3]])
+    ((tokens, _, reason),) = await served.sample(params={"stop": wanted})
+    assert tokens == free[: free.index(free[3]) + 1]
+    assert reason == pb.STOP_REASON_STOP
+
+
+def _sampling(**values: object) -> Callable[[], pb.SampleRequest]:
+    return lambda: sample_request(params=values)
+
+
+BAD: list[tuple[str, Callable[[], pb.SampleRequest], str, str]] = [
+    ("no prompt", lambda: pb.SampleRequest(), "MISSING_FIELD", "prompt.chunks"),
+    (
+        "no token",
+        lambda: sample_request(prompt=types_pb2.ModelInput(chunks=[types_pb2.ModelInputChunk()])),
+        "MISSING_FIELD",
+        "prompt.chunks[0]",
+    ),
+    ("token", lambda: sample_request(prompt=prompt([1, 320])), "TOKEN_OUT_OF_RANGE", "prompt"),
+    ("below", lambda: sample_request(prompt=prompt([-1])), "TOKEN_OUT_OF_RANGE", "prompt"),
+    ("full", lambda: sample_request(prompt=prompt([1] * CONTEXT)), "LIMIT_EXCEEDED", "prompt"),
+    ("long", lambda: sample_request(prompt=prompt([1] * 513)), "LIMIT_EXCEEDED", "prompt"),
+    ("room", _sampling(max_tokens=509), "LIMIT_EXCEEDED", "sampling_params.max_tokens"),
+    ("no tokens", _sampling(max_tokens=0), "INVALID_FIELD", "sampling_params.max_tokens"),
+    ("cold", _sampling(temperature=-1.0), "INVALID_FIELD", "sampling_params.temperature"),
+    ("nan", _sampling(temperature=float("nan")), "NON_FINITE", "sampling_params.temperature"),
+    ("inf", _sampling(temperature=float("inf")), "NON_FINITE", "sampling_params.temperature"),
+    ("top_p 0", _sampling(top_p=0.0), "INVALID_FIELD", "sampling_params.top_p"),
+    ("top_p 2", _sampling(top_p=1.5), "INVALID_FIELD", "sampling_params.top_p"),
+    ("top_p nan", _sampling(top_p=float("nan")), "NON_FINITE", "sampling_params.top_p"),
+    ("top_k", _sampling(top_k=-2), "INVALID_FIELD", "sampling_params.top_k"),
+    (
+        "stop token",
+        _sampling(stop=pb.StopCondition(tokens=[1, 320])),
+        "TOKEN_OUT_OF_RANGE",
+        "sampling_params.stop.tokens[1]",
+    ),
+    (
+        "empty stop",
+        _sampling(stop=pb.StopCondition(strings=["a", ""])),
+        "INVALID_FIELD",
+        "sampling_params.stop.strings[1]",
+    ),
+    (
+        "stops",
+        _sampling(stop=pb.StopCondition(strings=["a"] * 65)),
+        "LIMIT_EXCEEDED",
+        "sampling_params.stop.strings",
+    ),
+    ("samples", lambda: sample_request(num_samples=257), "LIMIT_EXCEEDED", "num_samples"),
+    ("minus", lambda: sample_request(num_samples=-1), "INVALID_FIELD", "num_samples"),
+    (
+        "topk",
+        lambda: sample_request(topk_prompt_logprobs=65),
+        "LIMIT_EXCEEDED",
+        "topk_prompt_logprobs",
+    ),
+    ("path", lambda: sample_request(checkpoint_path="x"), "INVALID_NAME", "checkpoint_path"),
+]
+
+
+async def refusal(call: AsyncIterator[pb.SampleResponse]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        async for _ in call:
+            pass
+    return refused.value
+
+
+async def test_bad_input_names_its_field(served: Served) -> None:
+    """Every way to get it wrong is INVALID_ARGUMENT with the reason and the field."""
+    for name, make, reason, field in BAD:
+        error = await refusal(served.stub.Sample(make()))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, name
+        assert reason_and_field(error) == (reason, field), name
+
+
+async def test_an_unknown_base_model_is_not_found(served: Served) -> None:
+    """The right name and none are both fine."""
+    error = await refusal(served.stub.Sample(sample_request(base_model="other")))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert reason_and_field(error)[0] == "BASE_MODEL_NOT_FOUND"
+    assert await served.sample(base_model="tiny-llama") == await served.sample()
+
+
+async def test_cancelling_stops_the_work(served: Served) -> None:
+    """The generation is closed long before its length, and the slot is free."""
+    scheduler = served.server._servicer.scheduler
+    assert scheduler is not None
+    call = served.stub.Sample(sample_request(num_samples=64, params={"max_tokens": 500}))
+    count = 0
+    async for _ in call:
+        count += 1
+        if count == 3:
+            call.cancel()
+            break
+    limit = served.server._config.running_max
+    async with asyncio.timeout(60):
+        while scheduler._slots._value < limit:
+            await asyncio.sleep(0.01)
+    # With the slot free, the compute thread must be idle: its step counter stands still.
+    assert await served.sample() == await served.sample()
+    assert count == 3
+
+
+async def test_the_tokenizer_arrives_whole(
+    served: Served, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Its files load as the same tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    async for piece in served.stub.GetTokenizer(pb.GetTokenizerRequest()):
+        assert Path(piece.file_name).name == piece.file_name
+        assert len(piece.data) <= 1 << 20
+        with (folder / piece.file_name).open("ab") as file:
+            file.write(piece.data)
+    text = "tin smith ö!"
+    expected = AutoTokenizer.from_pretrained(tiny_model)
+    found = AutoTokenizer.from_pretrained(folder)
+    assert found.encode(text) == expected.encode(text)
+    assert found.chat_template == expected.chat_template
+
+
+async def test_capabilities_tell_the_enforced_limits(served: Served) -> None:
+    """Every limit is set, and the base model is named."""
+    found = await served.stub.GetSamplerCapabilities(pb.GetSamplerCapabilitiesRequest())
+    assert [model.name for model in found.base_models] == ["tiny-llama"]
+    assert found.base_models[0].context_length == CONTEXT
+    for field in pb.SamplerLimits.DESCRIPTOR.fields:
+        assert getattr(found.limits, field.name) > 0, field.name
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+async def test_a_checkpoint_changes_the_samples_and_a_replaced_one_again(
+    served: Served, states: list[AdapterState]
+) -> None:
+    """A name that was overwritten is never served from memory; a deleted one is NOT_FOUND."""
+    base = await served.sample()
+    made = []
+    for state in states:
+        await served.write(state)
+        made.append(await served.sample(checkpoint_path=PATH))
+        assert (
+            await served.sample(checkpoint_path=PATH.replace("tinsmith", "tinker", 1)) == made[-1]
+        )
+    assert base != made[0] != made[1] != base
+    assert await served.sample() == base
+    await served.checkpoints.DeleteCheckpoint(checkpoint_pb.DeleteCheckpointRequest(path=PATH))
+    error = await refusal(served.stub.Sample(sample_request(checkpoint_path=PATH)))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert reason_and_field(error)[0] == "CHECKPOINT_NOT_FOUND"
+
+
+async def test_checkpoints_that_do_not_fit_are_refused(
+    served: Served, states: list[AdapterState]
+) -> None:
+    """Of another kind, of another base model, with weights missing."""
+    path = "tinsmith://run/weights/one"
+    error = await refusal(served.stub.Sample(sample_request(checkpoint_path=path)))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_and_field(error)[0] == "WRONG_CHECKPOINT_KIND"
+    weights = dict(list(states[0].weights.items())[1:])
+    part = AdapterState(states[0].lora, weights, {}, 0, states[0].peft_config)
+    for state, base_model in ((states[0], "other"), (part, "tiny-llama")):
+        await served.write(state, base_model=base_model)
+        error = await refusal(served.stub.Sample(sample_request(checkpoint_path=PATH)))
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION, base_model
+        assert reason_and_field(error)[0] == "INCOMPATIBLE_CHECKPOINT"
+
+
+async def test_a_damaged_checkpoint_is_data_loss(
+    served: Served, states: list[AdapterState]
+) -> None:
+    """A flipped bit on the disk is never sampled with."""
+    await served.write(states[0])
+    blobs = [path for path in (served.folder / "blobs").rglob("*") if path.is_file()]
+    largest = max(blobs, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[-5] ^= 1
+    largest.chmod(0o600)
+    largest.write_bytes(data)
+    error = await refusal(served.stub.Sample(sample_request(checkpoint_path=PATH)))
+    assert error.code() is grpc.StatusCode.DATA_LOSS
+    assert reason_and_field(error)[0] == "CHECKPOINT_CORRUPT"
+    assert await served.sample()
+
+
+async def test_a_checkpoint_server_that_is_away_is_unavailable(tiny_model: Path) -> None:
+    """The base model is still sampled from."""
+    config = SamplerConfig(
+        listen_address="127.0.0.1:0",
+        base_model=str(tiny_model),
+        checkpoint_target="127.0.0.1:1",
+        stop_grace_s=1,
+    )
+    server = SamplerServer(config)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = SamplerServiceStub(channel)
+            # Until the model is loaded, calls are told to come back.
+            error = await refusal(stub.Sample(sample_request()))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason_and_field(error)[0] == "SAMPLER_UNAVAILABLE"
+            await server.loaded()
+            assert [r async for r in stub.Sample(sample_request())]
+            error = await refusal(stub.Sample(sample_request(checkpoint_path=PATH)))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason_and_field(error)[0] == "CHECKPOINT_UNAVAILABLE"
+    finally:
+        await server.stop()
+
+
+# --- the process ------------------------------------------------------------------------------
+
+
+def start_process(*args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tinsmithd.sampler", "--listen-address", "127.0.0.1:0", *args]
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+@pytest.fixture
+def process(tiny_model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A Sampler process and the file that gets its port."""
+    port_file = tmp_path / "port"
+    running = start_process("--base-model", str(tiny_model), "--port-file", str(port_file))
+    yield running, port_file
+    running.kill()
+    running.communicate()
+
+
+def test_a_process_serves_and_ends_on_sigterm(
+    process: tuple[subprocess.Popen[str], Path],
+) -> None:
+    """Health turns SERVING once the model is loaded; SIGTERM ends it with 0."""
+    running, port_file = process
+    while not port_file.exists():
+        assert running.poll() is None, running.communicate()[1]
+    with grpc.insecure_channel(f"127.0.0.1:{port_file.read_text().strip()}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
+        )
+        for state in watch:
+            if state.status == health_pb2.HealthCheckResponse.SERVING:
+                break
+        assert list(SamplerServiceStub(channel).Sample(sample_request()))
+    running.terminate()
+    log = running.communicate(timeout=60)[1]
+    assert running.returncode == 0, log
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        ((), 2, "sampler.base_model: must be set"),
+        (("--base-model", "/nowhere/at-all"), 1, "/nowhere/at-all"),
+    ],
+)
+def test_a_process_that_cannot_start_says_why(args: tuple[str, ...], code: int, says: str) -> None:
+    """One clear line, no stack trace, and a code that is not 0."""
+    running = start_process(*args)
+    log = running.communicate(timeout=120)[1]
+    assert running.returncode == code, log
+    assert says in log
+    assert "Traceback" not in log
