@@ -63,7 +63,10 @@ def make_datum(tokenizer, phrase: str) -> types.Datum:
 
 
 def encode_prompt(tokenizer, phrase: str) -> list[int]:
-    messages = [{"role": "user", "content": f"Translate to Pig Latin: {phrase}"}]
+    messages = [
+        {"role": "system", "content": "Translate to Pig Latin."},
+        {"role": "user", "content": phrase},
+    ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 

@@ -271,7 +271,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
 
 
 def _banner(cluster: EmbeddedCluster, options: Options) -> str:
-    lines = [f"Tinsmith is ready: {options.base_model}, {options.ranks} rank(s), {options.engine}"]
+    folder = Path(options.base_model)
+    name = folder.resolve().name if folder.is_dir() else options.base_model
+    lines = [f"Tinsmith is ready: {name}, {options.ranks} rank(s), {options.engine} engine"]
     lines += [f"  {name.capitalize():<11}{at}" for name, at in cluster.addresses.items()]
     code = f'import tinsmith; print(tinsmith.ServiceClient("{cluster.address}").'
     code += "get_server_capabilities())"
