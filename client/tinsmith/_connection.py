@@ -1,13 +1,14 @@
 """Channels to one cluster, for the background loop."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from tinsmith._retry import retrying
-from tinsmith.errors import FailedPreconditionError
+from tinsmith.errors import FailedPreconditionError, InvalidArgumentError, unsupported
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.connection import CHANNEL_OPTIONS, service_address
@@ -22,6 +23,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GIVE_UP_AFTER_S = 600.0
+
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+def address_of(given: str | None) -> str:
+    """`host:port` from an argument, `TINSMITH_ADDRESS`, or the default.
+
+    Raises:
+        InvalidArgumentError: It is https, or has no port.
+    """
+    text = given or os.environ.get("TINSMITH_ADDRESS") or DEFAULT_ADDRESS
+    if text.startswith("https://"):
+        raise unsupported("base_url", "TLS is not supported yet")
+    address = text.removeprefix("http://").rstrip("/")
+    if not address.rpartition(":")[2].isdigit():
+        raise InvalidArgumentError(f"base_url: {text!r} is not host:port", field="base_url")
+    return address
 
 
 class Connection:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tinsmith import _loop
-from tinsmith._connection import Connection
+from tinsmith._connection import Connection, address_of
 from tinsmith._convert import checkpoint_from_pb
 from tinsmith._twins import async_twins
 from tinsmith.errors import InvalidArgumentError, unsupported
@@ -62,8 +62,6 @@ class RestClient:
         self, connection: Connection | None = None, *, base_url: str | None = None
     ) -> None:
         if connection is None:
-            from tinsmith.service_client import address_of
-
             connection = Connection(address_of(base_url))
         self._connection = connection
 

@@ -1,6 +1,5 @@
 """`ServiceClient`: the way into a cluster."""
 
-import os
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tinsmith import _loop
-from tinsmith._connection import GIVE_UP_AFTER_S, Connection
+from tinsmith._connection import GIVE_UP_AFTER_S, Connection, address_of
 from tinsmith._twins import async_twins
 from tinsmith.errors import InvalidArgumentError, unsupported
 from tinsmith.futures import APIFuture, ClientFuture
@@ -18,23 +17,6 @@ from tinsmith.training_client import TrainingClient
 from tinsmith.types import AdamOptimizerConfig, GetServerCapabilitiesResponse
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
-
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-
-
-def address_of(given: str | None) -> str:
-    """`host:port` from an argument, `TINSMITH_ADDRESS`, or the default.
-
-    Raises:
-        InvalidArgumentError: It is https, or has no port.
-    """
-    text = given or os.environ.get("TINSMITH_ADDRESS") or DEFAULT_ADDRESS
-    if text.startswith("https://"):
-        raise unsupported("base_url", "TLS is not supported yet")
-    address = text.removeprefix("http://").rstrip("/")
-    if not address.rpartition(":")[2].isdigit():
-        raise InvalidArgumentError(f"base_url: {text!r} is not host:port", field="base_url")
-    return address
 
 
 @async_twins(
