@@ -8,8 +8,23 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from tinsmithd.config import Config
+from tinsmithd.config import Config, ConfigError
+
+C = TypeVar("C", bound=Config)
+
+EXIT_CONFIG = 2
+"""Exit status of a process whose settings are wrong."""
+
+
+def load_or_exit(kind: type[C], status: int = EXIT_CONFIG) -> C:
+    """Read the settings of this process, or end with one line that says what is wrong."""
+    try:
+        return kind.load()
+    except ConfigError as error:
+        print(f"tinsmithd.{kind.section}: {error}", file=sys.stderr)
+        sys.exit(status)
 
 
 def set_up(config: Config) -> None:

@@ -4,8 +4,8 @@ import sys
 
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy
-from tinsmithd.config import CheckpointConfig, ConfigError
-from tinsmithd.process import run, set_up
+from tinsmithd.config import CheckpointConfig
+from tinsmithd.process import load_or_exit, run, set_up
 
 
 async def _serve(config: CheckpointConfig) -> None:
@@ -16,10 +16,7 @@ async def _serve(config: CheckpointConfig) -> None:
 
 def main() -> None:
     """Serve until a signal."""
-    try:
-        config = CheckpointConfig.load()
-    except ConfigError as error:
-        sys.exit(f"tinsmithd.checkpoint: {error}")
+    config = load_or_exit(CheckpointConfig)
     set_up(config)
     try:
         run(lambda: _serve(config))

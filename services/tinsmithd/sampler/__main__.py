@@ -2,9 +2,9 @@
 
 import sys
 
-from tinsmithd.config import ConfigError, SamplerConfig
+from tinsmithd.config import SamplerConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.process import run, set_up
+from tinsmithd.process import load_or_exit, run, set_up
 from tinsmithd.sampler.server import SamplerServer
 
 
@@ -16,10 +16,7 @@ async def _serve(config: SamplerConfig) -> None:
 
 def main() -> None:
     """Serve until a signal."""
-    try:
-        config = SamplerConfig.load()
-    except ConfigError as error:
-        sys.exit(f"tinsmithd.sampler: {error}")
+    config = load_or_exit(SamplerConfig)
     set_up(config)
     try:
         run(lambda: _serve(config))

@@ -3,9 +3,9 @@
 import logging
 import sys
 
-from tinsmithd.config import ConfigError, TrainerConfig
+from tinsmithd.config import TrainerConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.process import set_up
+from tinsmithd.process import load_or_exit, set_up
 
 EXIT_HOPELESS = 78
 """A restart cannot help (EX_CONFIG of sysexits.h)."""
@@ -49,11 +49,7 @@ def _serve(config: TrainerConfig) -> None:
 
 def main() -> None:
     """Run one rank until it is ended."""
-    try:
-        config = TrainerConfig.load()
-    except ConfigError as error:
-        print(f"tinsmithd.trainer: {error}", file=sys.stderr)
-        sys.exit(EXIT_HOPELESS)
+    config = load_or_exit(TrainerConfig, EXIT_HOPELESS)
     set_up(config)
     try:
         _serve(config)

@@ -2,8 +2,8 @@
 
 import sys
 
-from tinsmithd.config import ConfigError, TrainingConfig
-from tinsmithd.process import run, set_up
+from tinsmithd.config import TrainingConfig
+from tinsmithd.process import load_or_exit, run, set_up
 from tinsmithd.training.launcher import LaunchError
 from tinsmithd.training.server import TrainingServer
 
@@ -16,10 +16,7 @@ async def _serve(config: TrainingConfig) -> None:
 
 def main() -> None:
     """Serve until a signal."""
-    try:
-        config = TrainingConfig.load()
-    except ConfigError as error:
-        sys.exit(f"tinsmithd.training: {error}")
+    config = load_or_exit(TrainingConfig)
     set_up(config)
     try:
         run(lambda: _serve(config))
