@@ -7,11 +7,13 @@
 import argparse
 import os
 import sys
+import warnings
 
 import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import tinsmith
 from tinsmith import types
@@ -28,6 +30,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="its path on the cluster")
     args = parser.parse_args()
 
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about a name in transformers
     tokens = AutoTokenizer.from_pretrained(args.base).encode(TEXT)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, args.adapter).eval()

@@ -104,7 +104,10 @@ def main() -> None:
     service = tinsmith.ServiceClient(base_url=args.address)
     base_model = service.get_server_capabilities().supported_models[0].model_name
     print(f"fine-tuning {base_model} at {args.address}")
-    trainer = service.create_lora_training_client(base_model, rank=args.rank, seed=0).result()
+    # Not the head: it shares its weights with the embedding, and such an adapter cannot be merged.
+    trainer = service.create_lora_training_client(
+        base_model, rank=args.rank, seed=0, train_unembed=False
+    ).result()
     tokenizer = trainer.get_tokenizer()
 
     rng = random.Random(0)
