@@ -162,6 +162,7 @@ class TrainingConfig(ServerConfig):
     lane_bytes_max: int = 1024 * MIB
     gap_wait_s_max: float = 60.0
     answers_kept_max: int = 256
+    answer_bytes_kept_max: int = 256 * MIB
     ephemeral_ttl_s: int = 86_400
     """Life of sampler weights that were saved without a name."""
     model_idle_ttl_s: float = 7 * 86_400.0

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TypeVar
 
 from tinsmithd.config import Config, ConfigError
@@ -63,3 +64,5 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
         asyncio.run(entry())
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # such as a port that is taken
+        sys.exit(f"{Path(sys.argv[0]).parent.name}: {error.strerror or error}")

@@ -101,6 +101,16 @@ def test_an_unknown_setting_stops_a_server(name: str, tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
+def test_a_taken_port_is_one_line(cluster: RunningCluster, tmp_path: Path) -> None:
+    """No stack trace, and the address."""
+    taken = cluster.addresses["checkpoint"]
+    process = start("training", tmp_path, listen_address=taken)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert f"cannot listen on {taken}" in error
+    assert "Traceback" not in error
+
+
 def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
     """A write that is under way is answered; new calls are not taken; the process ends with 0."""
     port_file = tmp_path / "port"

@@ -345,6 +345,11 @@ def test_malformed_streams(stubs: Cluster, cluster: RunningCluster, model: pb.Mo
         with pytest.raises(grpc.RpcError) as refusal:
             list(rpc(iter([b"\0" * (33 * 1024 * 1024)]), timeout=20))
         assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert reason_and_field(refusal.value)[0] == "MESSAGE_TOO_LARGE"
+        assert "message_bytes_max is 33554432" in refusal.value.details()
+        with pytest.raises(grpc.RpcError) as refusal:
+            list(rpc(iter([b"\0" * (65 * 1024 * 1024)]), timeout=20))
+        assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert forward_backward(stubs, call(model.model_id))
 
 

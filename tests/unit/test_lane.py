@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tinsmithd.errors import (
@@ -16,11 +17,11 @@ from tinsmithd.errors import (
     TinsmithError,
     Unavailable,
 )
-from tinsmithd.training.journal import Answer
+from tinsmithd.training.journal import Answer, Journal
 from tinsmithd.training.scheduler import Call, Lane, LaneLimits, model_not_found
 from tinsmithd.training.trainer import TrainerLost
 
-LIMITS = LaneLimits(lane_calls_max=8, lane_bytes_max=1000, gap_wait_s_max=30, answers_kept_max=4)
+LIMITS = LaneLimits(8, 1000, gap_wait_s_max=30, answers_kept_max=4, answer_bytes_kept_max=1000)
 
 
 class Recorder:
@@ -89,9 +90,26 @@ async def test_an_old_answer_expires_and_says_so() -> None:
     assert r.applied == list("123456")
 
 
+async def test_kept_answers_are_bounded_in_bytes() -> None:
+    """The newest stays whatever its size; older ones go while the sum is too large."""
+    journal = Journal(answers_kept_max=10, answer_bytes_kept_max=100)
+    for seq_id in range(1, 5):
+        answer = Answer()
+        answer.add({"logprobs": np.zeros(10, np.float32)})
+        answer.finish(None)
+        journal.record(seq_id, b"", answer)
+        journal.next_seq_id = seq_id + 1
+        journal.trim()
+    assert journal.find(4, b"") is not None
+    assert journal.find(3, b"") is not None
+    for seq_id in (1, 2):
+        with pytest.raises(FailedPrecondition):
+            journal.find(seq_id, b"")
+
+
 async def test_a_gap_fails_in_time_and_leaves_the_number_free() -> None:
     """What waits for a missing number fails, and can be sent again."""
-    r = Recorder(LaneLimits(8, 1000, 0.05, 4))
+    r = Recorder(LaneLimits(8, 1000, 0.05, 4, 1000))
     answer = r.submit(2, "b")
     with pytest.raises(FailedPrecondition) as refusal:
         await answer.value()

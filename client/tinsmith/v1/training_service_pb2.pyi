@@ -166,6 +166,7 @@ class Limits(_message.Message):
     GAP_WAIT_S_MAX_FIELD_NUMBER: _builtins.int
     ANSWERS_KEPT_MAX_FIELD_NUMBER: _builtins.int
     LANE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    ANSWER_BYTES_KEPT_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     data_per_call_max: _builtins.int
@@ -186,6 +187,8 @@ class Limits(_message.Message):
     """Answers kept per model for repeats."""
     lane_bytes_max: _builtins.int
     """Most bytes of tensors that may wait in one model's lane."""
+    answer_bytes_kept_max: _builtins.int
+    """Most bytes of tensors in the answers kept per model; the newest answer is always kept."""
     def __init__(
         self,
         *,
@@ -199,10 +202,11 @@ class Limits(_message.Message):
         gap_wait_s_max: _builtins.float = ...,
         answers_kept_max: _builtins.int = ...,
         lane_bytes_max: _builtins.int = ...,
+        answer_bytes_kept_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_kept_max", b"answers_kept_max", "call_bytes_max", b"call_bytes_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "message_bytes_max", b"message_bytes_max", "models_max", b"models_max", "rank_max", b"rank_max", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_bytes_max", b"call_bytes_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "message_bytes_max", b"message_bytes_max", "models_max", b"models_max", "rank_max", b"rank_max", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

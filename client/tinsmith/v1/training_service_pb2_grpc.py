@@ -34,7 +34,7 @@ class TrainingServiceStub:
     SEQ_ID_GAP, its number unused.
 
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
-    byte for byte, while that answer is kept (`answers_kept_max`; after that FAILED_PRECONDITION /
+    byte for byte, while that answer is kept (see Limits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
@@ -116,7 +116,7 @@ class TrainingServiceServicer:
     SEQ_ID_GAP, its number unused.
 
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
-    byte for byte, while that answer is kept (`answers_kept_max`; after that FAILED_PRECONDITION /
+    byte for byte, while that answer is kept (see Limits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
@@ -293,7 +293,7 @@ class TrainingService:
     SEQ_ID_GAP, its number unused.
 
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
-    byte for byte, while that answer is kept (`answers_kept_max`; after that FAILED_PRECONDITION /
+    byte for byte, while that answer is kept (see Limits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and

@@ -7,6 +7,7 @@ everything after this loads it as it loads any Hugging Face folder.
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def fetch_gguf(folder: Path) -> None:
 
 def convert(gguf_folder: Path, destination: Path) -> None:
     """Read the GGUF file and write a Hugging Face folder."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that there is no GPU
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

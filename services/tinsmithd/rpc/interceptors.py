@@ -2,7 +2,8 @@
 
 - A `TinsmithError` becomes its status; anything else becomes INTERNAL with a request id, and the
   cause goes to the log under that id, never to the caller.
-- Bytes that are no message of the expected type are INVALID_ARGUMENT, not INTERNAL.
+- Bytes that are no message of the expected type are INVALID_ARGUMENT, not INTERNAL; a message
+  that is too large says which limit it is over.
 - Answers are serialised deterministically, so that a repeat is equal byte for byte.
 """
 
@@ -17,30 +18,44 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
-from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
+from tinsmithd.errors import (
+    Internal,
+    InvalidArgument,
+    Reason,
+    ResourceExhausted,
+    TinsmithError,
+)
 from tinsmithd.rpc.status import to_status
 
 _log = logging.getLogger(__name__)
 
 
-class _Undecodable:
-    """Takes the place of a request whose bytes are no message of its type."""
+class _Refused:
+    """Takes the place of a request that cannot be read: what is wrong with it."""
+
+    def __init__(self, error: TinsmithError) -> None:
+        self.error = error
 
 
-def _tolerant(deserialize: Any) -> Callable[[bytes], Any]:
+def _tolerant(deserialize: Any, message_bytes_max: int) -> Callable[[bytes], Any]:
     # grpc would answer INTERNAL for an exception in here, as if the server were to blame.
     def decode(data: bytes) -> Any:
+        if len(data) > message_bytes_max:
+            message = f"a message of {len(data)} bytes; message_bytes_max is {message_bytes_max}"
+            metadata = {"limit": "message_bytes_max", "value": str(len(data))}
+            return _Refused(ResourceExhausted(message, Reason.MESSAGE_TOO_LARGE, metadata=metadata))
         try:
             return deserialize(data)
         except DecodeError:
-            return _Undecodable()
+            message = "the bytes are no message of this type"
+            return _Refused(InvalidArgument("", message, Reason.MALFORMED_STREAM))
 
     return decode
 
 
 def _checked(request: Any) -> Any:
-    if isinstance(request, _Undecodable):
-        raise InvalidArgument("", "the bytes are no message of this type", Reason.MALFORMED_STREAM)
+    if isinstance(request, _Refused):
+        raise request.error
     return request
 
 
@@ -58,7 +73,14 @@ def _serialize(message: Message) -> bytes:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped base
-    """Wraps every handler of this project's services; standard services pass untouched."""
+    """Wraps every handler of this project's services; standard services pass untouched.
+
+    Args:
+        message_bytes_max: A larger request is refused, with a reason.
+    """
+
+    def __init__(self, message_bytes_max: int) -> None:
+        self._message_bytes_max = message_bytes_max
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Wrap the handler of one call."""
@@ -84,7 +106,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # unt
             )
         return build(
             wrapped,
-            request_deserializer=_tolerant(handler.request_deserializer),
+            request_deserializer=_tolerant(handler.request_deserializer, self._message_bytes_max),
             response_serializer=_serialize,
         )
 

@@ -7,6 +7,7 @@ channelz are on. SIGTERM and SIGINT: health says NOT_SERVING, no new calls, call
 """
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -19,6 +20,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tinsmithd.config import ServerConfig
 from tinsmithd.rpc.interceptors import ErrorInterceptor
 from tinsmithd.rpc.reflection import add_reflection
+
+RECEIVE_SLACK = 2
+"""What is up to so many times too large is still received, so that it is refused with a reason;
+beyond that grpc itself refuses it."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,10 +46,10 @@ class RpcServer:
         self.port = 0
         self.shutting_down = asyncio.Event()
         self.grpc_server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(config.message_bytes_max)],
             maximum_concurrent_rpcs=config.concurrent_calls_max,
             options=[
-                ("grpc.max_receive_message_length", config.message_bytes_max),
+                ("grpc.max_receive_message_length", RECEIVE_SLACK * config.message_bytes_max),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_time_ms", 60_000),
@@ -62,11 +67,15 @@ class RpcServer:
         """Bind and serve; the service itself is NOT_SERVING until `set_serving`.
 
         Raises:
-            RuntimeError: The address cannot be bound.
+            OSError: The address cannot be bound.
         """
         await self._set("", True)
         await self._set(self.service_name, False)
-        self.port = self.grpc_server.add_insecure_port(self._config.listen_address)
+        try:
+            self.port = self.grpc_server.add_insecure_port(self._config.listen_address)
+        except RuntimeError as error:
+            message = f"cannot listen on {self._config.listen_address}: is the port taken?"
+            raise OSError(errno.EADDRINUSE, message) from error
         await self.grpc_server.start()
         if self._config.port_file:
             _write_whole(Path(self._config.port_file), f"{self.port}\n")

@@ -6,7 +6,7 @@ that lose their connection, not towards a Training server that dies.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, TinsmithError
@@ -24,6 +24,8 @@ class Answer:
         self._error: TinsmithError | None = None
         self._done = False
         self._changed = asyncio.Event()
+        self.nbytes = 0
+        """Bytes of the arrays in its parts."""
 
     @property
     def done(self) -> bool:
@@ -33,6 +35,8 @@ class Answer:
     def add(self, part: Any) -> None:
         """Append a part."""
         self._parts.append(part)
+        if isinstance(part, Mapping):
+            self.nbytes += sum(getattr(value, "nbytes", 0) for value in part.values())
         self._wake()
 
     def finish(self, value: Any) -> None:
@@ -42,7 +46,7 @@ class Answer:
 
     def fail(self, error: TinsmithError) -> None:
         """End it with an error; its parts are void."""
-        self._error, self._done, self._parts = error, True, []
+        self._error, self._done, self._parts, self.nbytes = error, True, [], 0
         self._wake()
 
     def _wake(self) -> None:
@@ -82,8 +86,9 @@ class Answer:
 class Journal:
     """Content digest and answer of each numbered call of one model, the newest of them."""
 
-    def __init__(self, answers_kept_max: int) -> None:
+    def __init__(self, answers_kept_max: int, answer_bytes_kept_max: int) -> None:
         self._kept_max = answers_kept_max
+        self._bytes_kept_max = answer_bytes_kept_max
         self._calls: OrderedDict[int, tuple[bytes, Answer]] = OrderedDict()
         self.next_seq_id = 1
         """The number that is to take effect next."""
@@ -116,7 +121,21 @@ class Journal:
         self._calls.pop(seq_id, None)
 
     def trim(self) -> None:
-        """Drop the oldest answers beyond what is kept."""
-        done = [s for s, (_, answer) in self._calls.items() if answer.done and s < self.next_seq_id]
-        for seq_id in sorted(done)[: max(0, len(done) - self._kept_max)]:
-            del self._calls[seq_id]
+        """Drop the oldest answers beyond what is kept, in number and in bytes."""
+        done = sorted(
+            seq_id
+            for seq_id, (_, answer) in self._calls.items()
+            if answer.done and seq_id < self.next_seq_id
+        )
+        kept = nbytes = 0
+        for seq_id in reversed(done):
+            nbytes += self._calls[seq_id][1].nbytes
+            # The newest stays however large it is: its caller may still have to ask again.
+            if kept and (kept == self._kept_max or nbytes > self._bytes_kept_max):
+                del self._calls[seq_id]
+            else:
+                kept += 1
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._calls.clear()

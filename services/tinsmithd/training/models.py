@@ -227,6 +227,7 @@ class Models:
         del self._models[model_id]
         was_lost = model.lane.lost
         model.lane.close(model_not_found(model_id))
+        model.lane.forget()
         if was_lost or self._trainer is None:
             return
         task = asyncio.create_task(self._free(self._trainer, model_id))

@@ -40,6 +40,7 @@ class LaneLimits:
     lane_bytes_max: int
     gap_wait_s_max: float
     answers_kept_max: int
+    answer_bytes_kept_max: int
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Lane:
         self._name = name
         self._limits = limits
         self._turn = turn
-        self._journal = Journal(limits.answers_kept_max)
+        self._journal = Journal(limits.answers_kept_max, limits.answer_bytes_kept_max)
         self._parked: dict[int, _Entry] = {}
         self._ready: deque[_Entry] = deque()
         self._runner: asyncio.Task[None] | None = None
@@ -221,6 +222,10 @@ class Lane:
                 entry.gap_timer.cancel()
             if not entry.answer.done:
                 entry.answer.fail(error)
+
+    def forget(self) -> None:
+        """Drop the kept answers: the model is deleted."""
+        self._journal.clear()
 
 
 def model_lost(model_id: str) -> DataLoss:

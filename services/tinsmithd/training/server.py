@@ -45,6 +45,7 @@ class TrainingServer:
                 lane_bytes_max=config.lane_bytes_max,
                 gap_wait_s_max=config.gap_wait_s_max,
                 answers_kept_max=config.answers_kept_max,
+                answer_bytes_kept_max=config.answer_bytes_kept_max,
             ),
         )
         self._models = Models(limits, self._checkpoints)
