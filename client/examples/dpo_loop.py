@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-pairs", type=int, default=4)
     parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     args = parser.parse_args()
 
     service = tinsmith.ServiceClient(base_url=args.address)

@@ -40,7 +40,8 @@ def model_input(tokens) -> types_pb2.ModelInput:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--address", default=os.environ.get("TINSMITH_ADDRESS", "127.0.0.1:50051"))
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
 
     training = training_service_pb2_grpc.TrainingServiceStub(grpc.insecure_channel(args.address))
@@ -79,7 +80,7 @@ def main() -> None:
             training_service_pb2.OptimStepRequest(
                 model_id=model_id,
                 seq_id=seq_id,
-                adam_params=types_pb2.AdamParams(learning_rate=1e-2),
+                adam_params=types_pb2.AdamParams(learning_rate=args.learning_rate),
             )
         )
         loss = response.metrics["loss:sum"]

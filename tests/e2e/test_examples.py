@@ -70,7 +70,7 @@ def test_dpo_loop(cluster: RunningCluster) -> None:
 
 def test_stubs_only(cluster: RunningCluster) -> None:
     """Loss falls until greedy sampling gives the sequence back."""
-    out = run(cluster, "stubs_only.py", "--steps", "40")
+    out = run(cluster, "stubs_only.py", "--steps", "40", "--learning-rate", "1e-2")
     losses = numbers(r"loss (\S+)", out)
     assert losses[-1] < losses[0] / 10
     assert "after 11 comes [22, 33, 44, 55, 66, 77, 88]" in out

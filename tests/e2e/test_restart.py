@@ -82,6 +82,41 @@ def test_a_killed_rank_is_started_again_and_its_models_say_that_they_are_lost(
         assert train(again, 1, 2)
 
 
+def test_two_ranks_train_as_one_and_come_back_when_one_is_killed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The same numbers to 1e-4, with fewer data than ranks too; kill -9 of a rank ends the group,
+    and a new one serves without hand work."""
+    seen = []
+    for ranks in (1, 2):
+        with RunningCluster(tiny_model, tmp_path / str(ranks), ranks=ranks) as cluster:
+            service = tinsmith.ServiceClient(cluster.address)
+            model = service.create_lora_training_client(cluster.base_model, rank=4, seed=1).result()
+            losses = [
+                model.forward_backward(data(0)[: 1 + step % 2], "cross_entropy").result().loss
+                for step in range(2)
+            ]
+            model.optim_step(types.AdamParams(learning_rate=1e-2, eps=0.1))
+            losses.append(model.forward(data(0), "cross_entropy").result().loss)
+            seen.append(losses)
+            if ranks == 2:
+                os.kill(_a_rank_of(cluster), signal.SIGKILL)
+                with pytest.raises(tinsmith.DataLossError):
+                    _train_until_it_fails(model)
+                again = service.create_lora_training_client(cluster.base_model, rank=4, seed=1)
+                assert again.forward(data(0), "cross_entropy").result(60).loss > 0
+    assert seen[1] == pytest.approx(seen[0], rel=1e-4)
+
+
+def _a_rank_of(cluster: RunningCluster) -> int:
+    """Process id of the last rank: a grandchild of the Training server, under torchrun."""
+    training = cluster.pid("training")
+    (torchrun,) = Path(f"/proc/{training}/task/{training}/children").read_text().split()
+    ranks = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    assert len(ranks) == 2
+    return int(ranks[-1])
+
+
 def _train_until_it_fails(client: tinsmith.TrainingClient) -> None:
     for step in range(1000):
         train(client, step, step + 1)
