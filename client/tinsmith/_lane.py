@@ -53,18 +53,30 @@ class Lane:
             count: How many numbers.
             start: Makes the coroutine that uses up all of them, whatever happens.
         """
-        with self._lock:  # starts in the order of the numbers, from any thread
+        future: Future[T] = Future()
+        with self._lock:  # begins in the order of the numbers, from any thread
             numbers = range(self._next_seq_id, self._next_seq_id + count)
             self._next_seq_id += count
-            return _loop.run(self._protected(start(numbers)))
+            _loop.loop().call_soon_threadsafe(self._begin, start(numbers), future)
+        return future
 
-    async def _protected(self, work: Coroutine[Any, Any, T]) -> T:
+    def _begin(self, work: Coroutine[Any, Any, T], future: "Future[T]") -> None:
+        # Not chained to the future: whoever waits may give up at any moment; the work may not.
         task = asyncio.ensure_future(work)
-        # Whoever waits may give up; the work may not.
-        task.add_done_callback(_consume)
         self._tasks.add(task)  # the loop itself holds tasks only weakly
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        task.add_done_callback(lambda ended: self._end(ended, future))
+
+    def _end(self, task: "asyncio.Task[T]", future: "Future[T]") -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if not future.set_running_or_notify_cancel():
+            return  # nobody waits any more
+        if task.cancelled():
+            future.set_exception(FailedPreconditionError("the client was closed"))
+        elif error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(task.result())
 
     async def call(self, what: str, seq_id: int, attempt: Callable[[], Awaitable[T]]) -> T:
         """Send one numbered call until it is answered.
@@ -122,8 +134,3 @@ class Lane:
         except TinsmithError as error:
             if is_retryable(error):
                 self._undelivered = self._undelivered or error
-
-
-def _consume(task: "asyncio.Task[Any]") -> None:
-    if not task.cancelled():
-        task.exception()

@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
 import tinsmith
-from tinsmith import _retry, tensors
+from tinsmith import _loop, _retry, tensors
 from tinsmith.v1 import sampler_service_pb2 as spb
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1.sampler_service_pb2_grpc import (
@@ -279,6 +279,19 @@ def test_a_cancelled_future_leaves_no_hole(peer: Peer, trainer: tinsmith.Trainin
     trainer.forward_backward(data(), "cross_entropy").future().cancel()
     trainer.optim_step(ADAM).result(10)
     assert peer.servicer.applied == [(1, "forward_backward"), (2, "optim_step")]
+
+
+def test_futures_cancelled_before_anything_was_sent_leave_no_hole(
+    peer: Peer, trainer: tinsmith.TrainingClient
+) -> None:
+    """Cancelled by the thread that made them, at once: every number is used all the same."""
+    blocked = threading.Event()
+    _loop.loop().call_soon_threadsafe(blocked.wait, 10)  # the loop cannot begin any of them
+    futures = [trainer.optim_step(tinsmith.AdamParams()) for _ in range(20)]
+    assert all(future.future().cancel() for future in futures)
+    blocked.set()
+    trainer.optim_step(tinsmith.AdamParams()).result(10)
+    assert [number for number, _ in peer.servicer.applied] == list(range(1, 22))
 
 
 def test_large_data_travel_in_several_messages(
