@@ -199,6 +199,8 @@ class TrainerConfig(Config):
     """deepspeed, or reference: the plain single-process one."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, 1 to 3; 3 also partitions the frozen base."""
+    micro_batch_tokens_max: int = 2048
+    """Tokens that a rank computes together; a longer datum goes alone."""
     threads: int = 0
     """CPU threads per rank; 0 leaves it to torch."""
 

@@ -65,15 +65,15 @@ def test_own_logprobs_give_minus_the_sum_of_advantages(
 
 
 def test_a_then_b_then_a_step_is_a_and_b_then_a_step(service: tinsmith.ServiceClient) -> None:
-    """Gradients accumulate over calls, bit for bit."""
+    """Gradients accumulate over calls: norm and logprobs to 1e-5."""
     data = [weighted(s) for s in SEQUENCES]
     two, one = new_model(service), new_model(service)
     two.forward_backward(data[:1], "cross_entropy")
     two.forward_backward(data[1:], "cross_entropy")
     one.forward_backward(data, "cross_entropy")
-    norms = [c.optim_step(ADAM).result().metrics for c in (two, one)]
-    assert norms[0] == norms[1]
-    np.testing.assert_array_equal(logprobs_of(two), logprobs_of(one))
+    norms = [c.optim_step(ADAM).result().metrics["grad_norm:last"] for c in (two, one)]  # type: ignore[index]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    np.testing.assert_allclose(logprobs_of(two), logprobs_of(one), atol=1e-5)
 
 
 def test_cross_entropy_as_a_custom_loss_is_the_built_in_one(

@@ -36,6 +36,7 @@ def _serve(config: TrainerConfig) -> None:
         config.base_model,
         dtype=config.dtype,
         zero_stage=config.zero_stage,
+        micro_batch_tokens_max=config.micro_batch_tokens_max,
         on_progress=on_progress,
     )
     commands = Commands(engine, world_size=world_size)

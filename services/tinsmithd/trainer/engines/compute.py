@@ -1,4 +1,4 @@
-"""From data to logprobs, losses and gradients: what both engines do with one datum."""
+"""From data to logprobs, losses and gradients: what both engines do with some data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,28 +15,6 @@ HEAD_CHUNK_TOKENS = 512
 """Positions whose logits are made at once."""
 
 
-def target_logprobs(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Logprobs of target tokens after each position of one sequence.
-
-    Args:
-        model: A Hugging Face causal language model, possibly with LoRA layers in it.
-        tokens: int64 `(N,)`.
-        targets: int64 `(N,)` or `(N, K)`; row i are candidates for the token after position i.
-
-    Returns:
-        float32, shaped like `targets`; log-softmax is taken in float32.
-    """
-    hidden = model.model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    wanted = targets if targets.ndim == 2 else targets[:, None]
-    parts = []
-    for start in range(0, len(tokens), HEAD_CHUNK_TOKENS):
-        chunk = slice(start, start + HEAD_CHUNK_TOKENS)
-        logits = model.lm_head(hidden[chunk]).float()
-        chosen = logits.gather(1, wanted[chunk])
-        parts.append(chosen - logits.logsumexp(dim=1, keepdim=True))
-    return torch.cat(parts).reshape(targets.shape)
-
-
 @dataclass(frozen=True)
 class DatumResult:
     """What one datum gave.
@@ -50,39 +28,85 @@ class DatumResult:
     loss: float
 
 
-def compute_datum(
+def target_logprobs(
+    model: Any, tokens: Sequence[Tensor], targets: Sequence[Tensor]
+) -> list[Tensor]:
+    """Logprobs of target tokens after each position of some sequences.
+
+    Args:
+        model: A Hugging Face causal language model, possibly with LoRA layers in it. For more than
+            one sequence it must take `segment_lengths` (`modeling.packing`).
+        tokens: int64 `(N,)` each.
+        targets: int64 `(N,)` or `(N, K)` each; row i are candidates for the token after position i.
+
+    Returns:
+        float32, shaped like `targets`; log-softmax is taken in float32.
+    """
+    packed: dict[str, Any] = {}
+    if len(tokens) > 1:
+        positions = [torch.arange(len(t), device=t.device) for t in tokens]
+        packed["position_ids"] = torch.cat(positions)[None]
+        packed["segment_lengths"] = [len(t) for t in tokens]
+    hidden = model.model(
+        input_ids=torch.cat(list(tokens))[None], use_cache=False, **packed
+    ).last_hidden_state[0]
+    wanted = _stack_targets(targets)
+    parts = []
+    for start in range(0, len(hidden), HEAD_CHUNK_TOKENS):
+        chunk = slice(start, start + HEAD_CHUNK_TOKENS)
+        logits = model.lm_head(hidden[chunk]).float()
+        chosen = logits.gather(1, wanted[chunk])
+        parts.append(chosen - logits.logsumexp(dim=1, keepdim=True))
+    rows = torch.split(torch.cat(parts), [len(t) for t in targets])
+    return [
+        found[:, : target[0].numel()].reshape(target.shape)
+        for found, target in zip(rows, targets, strict=True)
+    ]
+
+
+def _stack_targets(targets: Sequence[Tensor]) -> Tensor:
+    """All targets as `(sum of N, largest K)`; what is missing is token 0, and cut off later."""
+    wide = [target.reshape(len(target), -1) for target in targets]
+    width = max(target.shape[1] for target in wide)
+    return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in wide])
+
+
+def compute_data(
     model: Any,
     parameters: Sequence[torch.nn.Parameter],
-    datum: Datum,
+    data: Sequence[Datum],
     loss_fn: LossFn,
     gradients: Sequence[Tensor] | None,
     device: torch.device,
-) -> DatumResult:
-    """Loss and logprobs of one datum.
+) -> list[DatumResult]:
+    """Losses and logprobs of some data, in one forward and at most one backward.
 
     Args:
         model: The language model with the right adapter active.
         parameters: The adapter's parameters.
-        datum: What to compute.
+        data: What to compute together.
         loss_fn: Which loss.
         gradients: One buffer per parameter, to which the gradients are added; None computes none
             and builds no graph.
         device: Where the model is.
     """
-    tokens = torch.from_numpy(np.array(datum.tokens)).to(device)
-    inputs = {
-        name: torch.from_numpy(np.array(array)).to(device)
-        for name, array in datum.loss_fn_inputs.items()
-    }
+    tokens = [torch.from_numpy(np.array(datum.tokens)).to(device) for datum in data]
+    inputs = [
+        {k: torch.from_numpy(np.array(v)).to(device) for k, v in datum.loss_fn_inputs.items()}
+        for datum in data
+    ]
     with torch.set_grad_enabled(gradients is not None):
-        logprobs = target_logprobs(model, tokens, inputs["target_tokens"])
-        loss = loss_sum(loss_fn, logprobs, inputs)
+        logprobs = target_logprobs(model, tokens, [i["target_tokens"] for i in inputs])
+        losses = [loss_sum(loss_fn, lp, i) for lp, i in zip(logprobs, inputs, strict=True)]
     if gradients is not None:
-        found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+        found = torch.autograd.grad(torch.stack(losses).sum(), list(parameters), allow_unused=True)
         for buffer, gradient in zip(gradients, found, strict=True):
             if gradient is not None:
                 buffer += gradient
-    return DatumResult(logprobs.detach().float().cpu().numpy(), float(loss.detach()))
+    return [
+        DatumResult(lp.detach().float().cpu().numpy(), float(loss.detach()))
+        for lp, loss in zip(logprobs, losses, strict=True)
+    ]
 
 
 class WaitingGradients:

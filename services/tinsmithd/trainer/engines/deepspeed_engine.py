@@ -1,6 +1,7 @@
 """The DeepSpeed engine: one rank or many, ZeRO stages 1 to 3.
 
-Data are dealt out to the ranks, one datum at a time, and gradients wait in buffers on each rank.
+Data are cut into micro-batches by tokens, each computed in one forward without padding, and dealt
+out to the ranks; gradients wait in buffers on each rank.
 A step hands them to a DeepSpeed engine that holds this one adapter: it reduces them over the
 ranks, keeps its share of the optimizer state and gathers the new weights. That way a failed
 call is undone by restoring a buffer, and gradients travel once per step, not once per call.
@@ -9,6 +10,7 @@ With stage 3 the frozen base is partitioned over the ranks too, before PEFT wrap
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +31,9 @@ from tinsmithd.domain import (
 )
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.lora import Adapters
+from tinsmithd.modeling.packing import use_packed_attention
 from tinsmithd.trainer.engines import distributed
-from tinsmithd.trainer.engines.compute import WaitingGradients, compute_datum
+from tinsmithd.trainer.engines.compute import DatumResult, WaitingGradients, compute_data
 from tinsmithd.trainer.engines.interface import ModelBroken, OnResult
 from tinsmithd.trainer.engines.reference import EPS_MIN, check_state, non_finite_gradient
 
@@ -137,11 +140,13 @@ class _Model:
 class DeepSpeedEngine:
     """See `TrainingEngine`."""
 
-    def __init__(self, base: BaseModel, *, zero_stage: int) -> None:
+    def __init__(self, base: BaseModel, *, zero_stage: int, micro_batch_tokens_max: int) -> None:
         self._device = distributed.init()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._zero_stage = zero_stage
+        self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
+        use_packed_attention(base.model)
         if zero_stage == 3:
             _partition(base.model)
         self._adapters = Adapters(base)
@@ -178,28 +183,45 @@ class DeepSpeedEngine:
         model = self._models[model_id]
         snapshot = model.waiting.snapshot()
         gradients = model.waiting.buffers() if backward else None
+        micro_batches = self._cut(data)
+        loss = 0.0
         try:
             with self._adapters.active(model_id) as causal_lm:
-                loss = 0.0
-                for start in range(0, len(data), self._world_size):
-                    mine = start + self._rank
-                    if mine < len(data):
-                        result = compute_datum(
-                            *(causal_lm, model.parameters, data[mine], loss_fn, gradients),
-                            self._device,
+                for start in range(0, len(micro_batches), self._world_size):
+                    in_turn = micro_batches[start : start + self._world_size]
+                    results: Sequence[DatumResult] = ()
+                    if self._rank < len(in_turn):
+                        mine = [data[index] for index in in_turn[self._rank]]
+                        results = compute_data(
+                            causal_lm, model.parameters, mine, loss_fn, gradients, self._device
                         )
-                        loss += result.loss
-                        logprobs = torch.from_numpy(result.logprobs)
+                        loss += sum(result.loss for result in results)
                     else:
-                        self._idle(causal_lm, model, data[start], gradients)
-                        logprobs = None
-                    self._share(data, start, logprobs, on_result)
+                        self._idle(causal_lm, model, data[in_turn[0][0]], gradients)
+                    self._share(data, in_turn, results, on_result)
         except BaseException:
             model.waiting.restore(snapshot)
             raise
         total = torch.tensor([loss], dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
         return {"loss:sum": float(total)}
+
+    def _cut(self, data: Sequence[Datum]) -> list[list[int]]:
+        """Indices of the data of each micro-batch: neighbours, up to the token budget.
+
+        The budget shrinks where it would leave ranks without work.
+        """
+        share = -(-sum(len(datum.tokens) for datum in data) // self._world_size)
+        budget = min(self._micro_batch_tokens_max, share)
+        micro_batches: list[list[int]] = []
+        room = 0
+        for index, datum in enumerate(data):
+            if len(datum.tokens) > room or not micro_batches:
+                micro_batches.append([])
+                room = budget
+            micro_batches[-1].append(index)
+            room -= len(datum.tokens)
+        return micro_batches
 
     def _idle(
         self,
@@ -214,30 +236,31 @@ class DeepSpeedEngine:
             targets = datum.loss_fn_inputs["target_tokens"]
             weights = np.zeros(targets.shape, np.float32)
             nothing = Datum(datum.tokens, {"target_tokens": targets, "weights": weights})
-            compute_datum(
-                causal_lm, model.parameters, nothing, CrossEntropy(), unused, self._device
+            compute_data(
+                causal_lm, model.parameters, [nothing], CrossEntropy(), unused, self._device
             )
 
     def _share(
         self,
         data: Sequence[Datum],
-        start: int,
-        logprobs: torch.Tensor | None,
+        micro_batches: Sequence[Sequence[int]],
+        results: Sequence[DatumResult],
         on_result: OnResult,
     ) -> None:
         """Give every rank the results of one round, in the data's order."""
-        for index in range(start, min(start + self._world_size, len(data))):
-            owner = index - start
+        for owner, indices in enumerate(micro_batches):
+            shapes = [data[index].loss_fn_inputs["target_tokens"].shape for index in indices]
             if owner == self._rank:
-                assert logprobs is not None
-                shared = logprobs.to(self._device)
+                flat = np.concatenate([result.logprobs.reshape(-1) for result in results])
             else:
-                shape = data[index].loss_fn_inputs["target_tokens"].shape
-                shared = torch.empty(shape, dtype=torch.float32, device=self._device)
+                flat = np.empty(sum(map(math.prod, shapes)), np.float32)
             if self._world_size > 1:
-                shared = shared.contiguous()
+                shared = torch.from_numpy(flat).to(self._device)
                 dist.broadcast(shared, src=owner)
-            on_result(index, {"logprobs": shared.cpu().numpy()})
+                flat = shared.cpu().numpy()
+            parts = np.split(flat, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+            for index, shape, part in zip(indices, shapes, parts, strict=True):
+                on_result(index, {"logprobs": part.reshape(shape)})
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply one AdamW step with the waiting gradients and clear them."""

@@ -12,6 +12,7 @@ def make_engine(
     *,
     dtype: str,
     zero_stage: int,
+    micro_batch_tokens_max: int = 2048,
     on_progress: Callable[[str], None],
 ) -> TrainingEngine:
     """Load a base model into an engine.
@@ -21,6 +22,7 @@ def make_engine(
         base_model: Hugging Face name or folder.
         dtype: "float32" or "bfloat16".
         zero_stage: 1 to 3; the reference engine has none.
+        micro_batch_tokens_max: Tokens computed together; the reference engine takes one datum.
         on_progress: Takes a line for a person now and then.
 
     Raises:
@@ -39,5 +41,7 @@ def make_engine(
         from tinsmithd.trainer.engines.deepspeed_engine import DeepSpeedEngine
 
         base = load_base(base_model, dtype=dtype, on_progress=on_progress)
-        return DeepSpeedEngine(base, zero_stage=zero_stage)
+        return DeepSpeedEngine(
+            base, zero_stage=zero_stage, micro_batch_tokens_max=micro_batch_tokens_max
+        )
     raise ValueError(f"no engine {name!r}")

@@ -13,7 +13,7 @@ from tinsmithd.domain import AdamParams, AdapterState, BaseModelInfo, Datum, Lor
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.lora import Adapters, check_same_shape
-from tinsmithd.trainer.engines.compute import WaitingGradients, compute_datum
+from tinsmithd.trainer.engines.compute import WaitingGradients, compute_data
 from tinsmithd.trainer.engines.interface import OnResult
 
 CLIP_EPS = 1e-6
@@ -79,8 +79,8 @@ class ReferenceEngine:
         try:
             with self._adapters.active(model_id) as causal_lm:
                 for index, datum in enumerate(data):
-                    result = compute_datum(
-                        causal_lm, model.parameters, datum, loss_fn, gradients, self._device
+                    (result,) = compute_data(
+                        causal_lm, model.parameters, [datum], loss_fn, gradients, self._device
                     )
                     loss += result.loss
                     on_result(index, {"logprobs": result.logprobs})
