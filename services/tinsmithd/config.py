@@ -232,6 +232,8 @@ class SamplerConfig(ServerConfig):
     running_max: int = 8
     waiting_max: int = 256
     adapters_max: int = 16
+    sample_tokens_max: int = 131_072
+    """num_samples times prompt and max_tokens: bounds the KV cache of a call."""
     threads: int = 0
     """CPU threads; 0 leaves it to torch."""
 

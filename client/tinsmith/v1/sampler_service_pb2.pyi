@@ -112,6 +112,7 @@ class SamplerLimits(_message.Message):
     RUNNING_MAX_FIELD_NUMBER: _builtins.int
     WAITING_MAX_FIELD_NUMBER: _builtins.int
     ADAPTERS_MAX_FIELD_NUMBER: _builtins.int
+    SAMPLE_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     num_samples_max: _builtins.int
@@ -126,6 +127,8 @@ class SamplerLimits(_message.Message):
     """Calls that may wait behind those."""
     adapters_max: _builtins.int
     """Adapters held in memory at once."""
+    sample_tokens_max: _builtins.int
+    """Most tokens of one call: `num_samples` times the prompt and `max_tokens` together."""
     def __init__(
         self,
         *,
@@ -136,10 +139,11 @@ class SamplerLimits(_message.Message):
         running_max: _builtins.int = ...,
         waiting_max: _builtins.int = ...,
         adapters_max: _builtins.int = ...,
+        sample_tokens_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_max", b"adapters_max", "message_bytes_max", b"message_bytes_max", "num_samples_max", b"num_samples_max", "running_max", b"running_max", "stops_max", b"stops_max", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_max", b"adapters_max", "message_bytes_max", b"message_bytes_max", "num_samples_max", b"num_samples_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stops_max", b"stops_max", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

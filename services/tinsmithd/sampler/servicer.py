@@ -27,7 +27,9 @@ class SamplerServicer(SamplerServiceServicer):
         self._config = config
         self._checkpoints = checkpoints
         self.scheduler: SamplerScheduler | None = None
-        self._limits = RequestLimits(config.num_samples_max, config.stops_max, config.topk_max)
+        self._limits = RequestLimits(
+            config.num_samples_max, config.stops_max, config.topk_max, config.sample_tokens_max
+        )
 
     def _ready(self, base_model: str) -> SamplerScheduler:
         if self.scheduler is None:

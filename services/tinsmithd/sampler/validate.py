@@ -17,6 +17,7 @@ class RequestLimits:
     num_samples_max: int
     stops_max: int
     topk_max: int
+    sample_tokens_max: int
 
 
 def check_request(
@@ -44,6 +45,19 @@ def check_request(
         if max_tokens > room:
             message = f"{max_tokens} tokens do not fit: the prompt leaves room for {room}"
             raise _too_long("sampling_params.max_tokens", message, max_tokens)
+    length = len(request.prompt) + (room if max_tokens < 0 else max_tokens)
+    if request.num_samples * length > limits.sample_tokens_max:
+        most = limits.sample_tokens_max
+        raise InvalidArgument(
+            "num_samples",
+            f"{request.num_samples} samples of up to {length} tokens are more than "
+            f"sample_tokens_max = {most}; set a smaller max_tokens",
+            Reason.LIMIT_EXCEEDED,
+            metadata={
+                "limit": "sample_tokens_max",
+                "value": str(request.num_samples * length),
+            },
+        )
     seed = request.params.seed
     params = replace(
         request.params,
