@@ -82,7 +82,8 @@ class SamplerScheduler:
                 while not generation.finished:
                     yield Output(tokens=await self._in_thread(generation.step))
             finally:
-                self._thread.submit(generation.close)
+                with contextlib.suppress(RuntimeError):  # the server is stopping
+                    self._thread.submit(generation.close)
 
     async def _start(self, request: SampleRequest, adapter: Adapter | None) -> Generation:
         key = None if adapter is None else adapter.key
