@@ -60,6 +60,7 @@ def main() -> None:
     assert distributed.broadcast_bytes(b"" if rank == 0 else None) == b""
     if rank == 0:
         np.savez(out, **results)
+    distributed.close()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,15 @@ def _init_deepspeed(backend: str) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
+def close() -> None:
+    """Leave the process group, all ranks together: its threads must end before the process does."""
+    global _control
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    _control = None
+
+
 def broadcast_bytes(data: bytes | None) -> bytes:
     """Give rank 0's bytes to every rank; the others pass None and wait as long as it takes."""
     if rank_and_world_size()[1] == 1:
