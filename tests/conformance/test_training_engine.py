@@ -342,6 +342,35 @@ def test_a_non_finite_gradient_is_refused_and_cleared(engine: TrainingEngine) ->
     assert engine.optim_step("m", ADAM)["step:last"] == 2
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_finite_gradients_with_an_infinite_norm_are_refused(
+    engine: TrainingEngine, clip: float, steps_before: int
+) -> None:
+    """Their squares do not fit float32: no step is counted, weights and moments stay."""
+    engine.create_model("m", LORA)
+    for _ in range(steps_before):
+        collect(engine, "m", make_data(0, 1), backward=True)
+        engine.optim_step("m", ADAM)
+    before = engine.export_state("m", optimizer=True)
+    large = make_data(1, 1)[0]
+    large.loss_fn_inputs["weights"][:] = np.float32(1e25)
+    metrics, _ = collect(engine, "m", [large], backward=True)
+    assert math.isfinite(metrics["loss:sum"])
+    with pytest.raises(FailedPrecondition) as refusal:
+        engine.optim_step("m", AdamParams(learning_rate=1e-2, grad_clip_norm=clip))
+    assert refusal.value.reason is Reason.NON_FINITE_GRADIENT
+    after = engine.export_state("m", optimizer=True)
+    assert difference(before.weights, after.weights) == 0
+    assert before.optimizer.keys() == after.optimizer.keys()
+    for name, moment in before.optimizer.items():
+        np.testing.assert_array_equal(moment, after.optimizer[name])
+    collect(engine, "m", make_data(2, 1), backward=True)
+    metrics = engine.optim_step("m", ADAM)
+    assert metrics["step:last"] == after.step_count + 1 == steps_before + 1
+    assert 0 < metrics["grad_norm:last"] < math.inf
+
+
 # --- state ------------------------------------------------------------------------------------
 
 

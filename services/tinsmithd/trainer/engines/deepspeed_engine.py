@@ -91,7 +91,10 @@ class _Model:
         self._values = list(module.values)
 
     def step(self, gradients: Sequence[torch.Tensor], adam: AdamParams) -> float:
-        """Reduce, clip and apply gradients; returns their norm before clipping."""
+        """Reduce, clip and apply gradients; returns their norm before clipping.
+
+        Where that norm is not finite, DeepSpeed applies nothing and this counts no step.
+        """
         zero = self._engine.optimizer
         zero.clip_grad = adam.grad_clip_norm
         for group in [*zero.param_groups, *zero.optimizer.param_groups]:
@@ -102,6 +105,8 @@ class _Model:
         # DeepSpeed averages over the ranks; this API sums.
         self._engine.backward(self._engine(gradients, float(dist.get_world_size())))
         self._engine.step()
+        if zero.overflow:
+            return math.inf
         self.step_count += 1
         return float(self._engine.get_global_grad_norm())
 
@@ -275,6 +280,8 @@ class DeepSpeedEngine:
             norm = model.step(gradients, adam)
         except Exception as error:
             raise ModelBroken(f"the step failed half-way: {error}") from error
+        if not math.isfinite(norm):
+            raise non_finite_gradient()
         return {"grad_norm:last": norm, "step:last": float(model.step_count)}
 
     def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:

@@ -96,9 +96,10 @@ class ReferenceEngine:
         gradients = model.waiting.buffers()
         finite = model.waiting.all_finite()
         model.waiting.clear()
-        if not finite:
-            raise non_finite_gradient()
+        # Finite gradients can have an infinite norm; their squares would spoil the moments.
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        if not finite or not bool(torch.isfinite(norm)):
+            raise non_finite_gradient()
         scale = 1.0
         if adam.grad_clip_norm > 0:
             scale = min(1.0, adam.grad_clip_norm / (float(norm) + CLIP_EPS))
@@ -148,9 +149,10 @@ class ReferenceEngine:
 
 
 def non_finite_gradient() -> FailedPrecondition:
-    """The error of a step whose gradients are NaN or infinite."""
+    """The error of a step whose gradients, or their norm, are NaN or infinite."""
     return FailedPrecondition(
-        "a waiting gradient is NaN or infinite; the gradients were cleared, weights are unchanged",
+        "a waiting gradient, or the norm of them all, is NaN or infinite; the gradients were "
+        "cleared, weights are unchanged",
         Reason.NON_FINITE_GRADIENT,
     )
 
