@@ -167,6 +167,8 @@ class TrainingConfig(ServerConfig):
     """Life of sampler weights that were saved without a name."""
     model_idle_ttl_s: float = 7 * 86_400.0
     """A model that no call used for so long is deleted; its checkpoints stay."""
+    quantum_tokens: int = 16384
+    """A larger call is computed in parts of so many tokens; other models have turns in between."""
     spawn_ranks: int = 0
     """Start this many ranks on this machine; 0 waits for a rank group to attach."""
     spawn_base_model: str = ""
@@ -177,10 +179,12 @@ class TrainingConfig(ServerConfig):
     spawn_threads: int = 0
 
     def check(self) -> None:
-        """Also: spawned ranks need a base model."""
+        """Also: spawned ranks need a base model, and parts need a size."""
         super().check()
         if self.spawn_ranks and not self.spawn_base_model:
             raise ConfigError("training.spawn_base_model: needed with spawn_ranks")
+        if not self.quantum_tokens:
+            raise ConfigError("training.quantum_tokens: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -198,20 +202,35 @@ class TrainerConfig(Config):
     engine: str = "deepspeed"
     """deepspeed, or reference: the plain single-process one."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage, 1 to 3; 3 also partitions the frozen base."""
+    """DeepSpeed ZeRO stage: 0 nothing, 1 and 2 optimizer states, 3 the base too is partitioned."""
+    offload: bool = False
+    """Keep optimizer states and, with stage 3, the base in host memory."""
+    gathered_bytes_max: int = 0
+    """Stage 3: bytes of the base that a rank keeps whole once they were gathered."""
     micro_batch_tokens_max: int = 2048
     """Tokens that a rank computes together; a longer datum goes alone."""
+    activation_bytes_max: int = 0
+    """What a rank keeps for the way back before it recomputes; 0 is half of what is free."""
+    resident_models_max: int = 16
+    """Models on the device at once; the others wait in host memory."""
     threads: int = 0
     """CPU threads per rank; 0 leaves it to torch."""
+    collective_timeout_s: float = 30.0
+    """A rank that shows no life for so long ends the group; to compute for long is no silence."""
 
     def check(self) -> None:
         """Also: names and ranges."""
         super().check()
         if not self.base_model:
             raise ConfigError("trainer.base_model: must be set")
+        if self.collective_timeout_s < 1:
+            raise ConfigError("trainer.collective_timeout_s: must be at least 1")
         _one_of("trainer.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("trainer.engine", self.engine, ("deepspeed", "reference"))
-        _one_of("trainer.zero_stage", self.zero_stage, (1, 2, 3))
+        _one_of("trainer.zero_stage", self.zero_stage, (0, 1, 2, 3))
+        for key in ("micro_batch_tokens_max", "resident_models_max"):
+            if not getattr(self, key):
+                raise ConfigError(f"trainer.{key}: must be at least 1")
 
 
 @dataclass(frozen=True)

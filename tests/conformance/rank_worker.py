@@ -1,36 +1,69 @@
-"""One rank of `test_two_ranks`: runs a fixed script on the DeepSpeed engine, rank 0 saves it.
+"""One rank of `test_ranks`: runs a fixed script on the DeepSpeed engine once per case.
 
-Arguments: model folder, ZeRO stage, file for the results (.npz).
+Arguments: model folder, folder for the results (`<case>.npz` of rank 0, `<case>.<rank>.json` with
+what a rank holds), names of cases.
 """
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from data import collect, make_data
-from tinsmithd.domain import AdamParams, LoraConfig
+from data import collect, make_data, make_rl_data
+from tinsmithd.domain import AdamParams, Datum, Gspo, LoraConfig, Ppo
 from tinsmithd.trainer.engines import distributed
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 
+CASES: Mapping[str, Mapping[str, Any]] = {
+    "stage-0": {"zero_stage": 0},
+    "stage-1": {"zero_stage": 1},
+    "stage-2": {"zero_stage": 2},
+    "stage-3": {"zero_stage": 3},
+    "one-resident": {"zero_stage": 1, "resident_models_max": 1},
+    "recomputed": {"zero_stage": 0, "activation_bytes_max": 1},
+    "offloaded": {"zero_stage": 2, "offload": True},
+    "stage-3-kept": {"zero_stage": 3, "gathered_bytes_max": 1 << 30},
+    "stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1},
+    "stage-3-offloaded": {"zero_stage": 3, "offload": True, "resident_models_max": 1},
+}
 MODELS = {"m": LoraConfig(rank=4, seed=7), "n": LoraConfig(rank=2, seed=8, train_mlp=False)}
 COUNTS = (3, 1, 2, 5)
-ADAM = AdamParams(learning_rate=1e-2, eps=0.1, grad_clip_norm=80.0)
+EPS = (0.1, 1e-12)
+"""With the large one a wrong scale of the gradients shows, with the small one it would not."""
 
 
 def script(engine: TrainingEngine) -> dict[str, np.ndarray]:
     """Two models interleaved, uneven data, fewer data than ranks, a save and a load."""
     results: dict[str, np.ndarray] = {}
-    for model_id, lora in MODELS.items():
-        engine.create_model(model_id, lora)
+    for eps in EPS:
+        for model_id, lora in MODELS.items():
+            engine.create_model(model_id, lora)
+        for name, array in _train(engine, eps).items():
+            results[f"eps {eps:g} {name}"] = array
+        for model_id in MODELS:
+            engine.delete_model(model_id)
+    return results
+
+
+def _train(engine: TrainingEngine, eps: float) -> dict[str, np.ndarray]:
+    results: dict[str, np.ndarray] = {}
+    adam = AdamParams(learning_rate=1e-2 if eps > 1e-3 else 1e-4, eps=eps, grad_clip_norm=80.0)
     for index, count in enumerate(COUNTS):
         for model_id in MODELS:
             metrics, logprobs = collect(engine, model_id, make_data(index, count), backward=True)
             results[f"{model_id} loss {index}"] = np.array(metrics["loss:sum"])
             results[f"{model_id} logprobs {index}"] = np.concatenate(logprobs)
+            for loss_fn in (Ppo(), Gspo(clip_low_threshold=0.5, clip_high_threshold=2.0)):
+                data = _rl_data(index, count, logprobs)
+                metrics, _ = collect(engine, model_id, data, loss_fn, backward=True)
+                results[f"{model_id} {loss_fn.name} {index}"] = np.array(metrics["loss:sum"])
             if index % 2:
-                step = engine.optim_step(model_id, ADAM)
+                step = engine.optim_step(model_id, adam)
                 results[f"{model_id} norm {index}"] = np.array(step["grad_norm:last"])
         if index == 1:
             state = engine.export_state("m", optimizer=True)
@@ -38,28 +71,54 @@ def script(engine: TrainingEngine) -> dict[str, np.ndarray]:
             engine.create_model("m", state.lora)
             engine.import_state("m", state, optimizer=True)
     for model_id in MODELS:
-        for name, array in engine.export_state(model_id, optimizer=True).weights.items():
+        state = engine.export_state(model_id, optimizer=True)
+        for name, array in state.weights.items():
             results[f"{model_id} weight {name}"] = array
     return results
 
 
+def _rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[Datum]:
+    """Data whose sampling logprobs are near those of the model; a loss reads what it needs."""
+    rng = np.random.default_rng(seed)
+    near = [lp + rng.normal(scale=0.1, size=lp.shape).astype(np.float32) for lp in logprobs]
+    return [
+        Datum(
+            datum.tokens,
+            {**datum.loss_fn_inputs, "sequence_ratio_mask": np.ones(len(datum.tokens), np.float32)},
+        )
+        for datum in make_rl_data(seed, count, near)
+    ]
+
+
+def held(engine: Any) -> dict[str, int]:
+    """Elements that this rank holds: of the base, of all of it, and of the resident adapters."""
+    parameters = dict(engine._base.model.named_parameters())
+    base = {name: p for name, p in parameters.items() if "lora_" not in name}
+    partitioned = [p for p in base.values() if hasattr(p, "ds_tensor")]
+    here = sum(p.ds_tensor.numel() for p in partitioned) + sum(p.numel() for p in base.values())
+    return {
+        "base": here,
+        "whole": sum(getattr(p, "ds_numel", p.numel()) for p in base.values()),
+        "adapters": sum(p.numel() for name, p in parameters.items() if "lora_" in name),
+    }
+
+
 def main() -> None:
-    folder, zero_stage, out = sys.argv[1:]
+    folder, out, *cases = sys.argv[1:]
     torch.set_num_threads(1)
-    engine = make_engine(
-        "deepspeed",
-        folder,
-        dtype="float32",
-        zero_stage=int(zero_stage),
-        on_progress=lambda _: None,
-    )
-    results = script(engine)
     rank, _ = distributed.rank_and_world_size()
+    for case in cases:
+        engine = make_engine(
+            "deepspeed", folder, dtype="float32", on_progress=lambda _: None, **CASES[case]
+        )
+        results = script(engine)
+        engine.create_model("resident", MODELS["m"])
+        Path(out, f"{case}.{rank}.json").write_text(json.dumps(held(engine)))
+        if rank == 0:
+            np.savez(Path(out, f"{case}.npz"), **results)
     command = distributed.broadcast_bytes(b"end" if rank == 0 else None)
     assert command == b"end"
     assert distributed.broadcast_bytes(b"" if rank == 0 else None) == b""
-    if rank == 0:
-        np.savez(out, **results)
     distributed.close()
 
 

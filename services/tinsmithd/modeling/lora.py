@@ -13,7 +13,8 @@ import contextlib
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from peft import PeftModel
 from tinsmithd.domain import AdapterState, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.fused_lora import FusedLoraLinear
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
@@ -32,14 +34,36 @@ EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 UNEMBED_MODULE = "lm_head"
 
 
+@dataclass(frozen=True)
+class HeadLayer:
+    """The layer that makes logits.
+
+    Attributes:
+        module: The linear layer of the base model, `(V, d)`.
+        lora_a: float32 `(r, d)`, or None where the adapter leaves the head alone.
+        lora_b: float32 `(V, r)`, likewise.
+        scaling: alpha / rank.
+    """
+
+    module: torch.nn.Linear
+    lora_a: torch.nn.Parameter | None = None
+    lora_b: torch.nn.Parameter | None = None
+    scaling: float = 1.0
+
+
 class Adapters:
     """The adapters of one base model.
 
     The base model is wrapped in place: use it only through `active`.
+
+    Args:
+        base: The base model.
+        fused: Compute linear layers with `FusedLoraLinear` instead of PEFT's own forward.
     """
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, *, fused: bool = False) -> None:
         self._base = base
+        self._fused = fused
         self._peft: PeftModel | None = None
         self._loras: dict[str, LoraConfig] = {}
         self._active: tuple[str | None] | None = None  # None: unknown
@@ -60,6 +84,8 @@ class Adapters:
         if key in self._loras:
             raise ValueError(f"adapter {key!r} exists")
         config, name = self._peft_config(lora), _module_name(key)
+        if self._fused:
+            config._register_custom_module({torch.nn.Linear: FusedLoraLinear})
         self._active = None
         with warnings.catch_warnings():
             # PEFT warns of a head that shares the embedding's weight: adapting only the head is
@@ -70,15 +96,27 @@ class Adapters:
             else:
                 self._peft.add_adapter(name, config)
         self._loras[key] = lora
-        generator = torch.Generator().manual_seed(lora.seed % (1 << 63))
-        with torch.no_grad():
-            for parameter_name, parameter in self.parameters(key).items():
-                if ".lora_A." in parameter_name:
-                    bound = 1 / math.sqrt(parameter.shape[1])
-                    values = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
-                    parameter.copy_(values)
-                else:
-                    parameter.zero_()
+        shapes = {name: parameter.shape for name, parameter in self.parameters(key).items()}
+        self.import_weights(key, self.first_values(shapes, lora.seed))
+
+    @staticmethod
+    def first_values(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
+        """What an adapter begins with: see `add`.
+
+        Args:
+            shapes: Of the parameters, by their sorted names.
+            seed: Of the adapter.
+        """
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        values: dict[str, np.ndarray] = {}
+        for name, shape in shapes.items():
+            if ".lora_A." in name:
+                bound = 1 / math.sqrt(shape[1])
+                drawn = torch.rand(tuple(shape), generator=generator) * 2 * bound - bound
+                values[name] = drawn.numpy()
+            else:
+                values[name] = np.zeros(tuple(shape), np.float32)
+        return values
 
     def add_state(self, key: str, state: AdapterState) -> None:
         """Add an adapter with a checkpoint's weights.
@@ -114,6 +152,17 @@ class Adapters:
                 self._peft.set_adapter(_module_name(key))
             self._active = (key,)
         yield self._base.model
+
+    def head(self, key: str | None) -> HeadLayer:
+        """The model's head with what an adapter does to it."""
+        layer = self._base.model.get_output_embeddings()
+        base = getattr(layer, "base_layer", layer)
+        name = None if key is None else _module_name(key)
+        if name is None or base is layer or name not in layer.lora_A:
+            return HeadLayer(base)
+        return HeadLayer(
+            base, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        )
 
     def parameters(self, key: str) -> dict[str, torch.nn.Parameter]:
         """An adapter's parameters, float32, by their names in PEFT's files, sorted."""

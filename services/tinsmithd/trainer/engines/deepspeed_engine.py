@@ -1,24 +1,20 @@
-"""The DeepSpeed engine: one rank or many, ZeRO stages 1 to 3.
+"""The DeepSpeed engine: one rank or many, ZeRO stages 0 to 3.
 
 Data are cut into micro-batches by tokens, each computed in one forward without padding, and dealt
-out to the ranks; gradients wait in buffers on each rank.
-A step hands them to a DeepSpeed engine that holds this one adapter: it reduces them over the
-ranks, keeps its share of the optimizer state and gathers the new weights. That way a failed
-call is undone by restoring a buffer, and gradients travel once per step, not once per call.
-
+out to the ranks; gradients wait in a buffer on each rank. A step sums them over the ranks, once,
+and hands each rank's slice to a DeepSpeed engine that holds this one adapter (`zero_adapter`).
 With stage 3 the frozen base is partitioned over the ranks too, before PEFT wraps it.
 """
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 
 from tinsmithd.domain import (
     AdamParams,
@@ -32,130 +28,57 @@ from tinsmithd.domain import (
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.packing import use_packed_attention
-from tinsmithd.trainer.engines import distributed
-from tinsmithd.trainer.engines.compute import DatumResult, WaitingGradients, compute_data
+from tinsmithd.trainer.engines import batching, distributed, memory
 from tinsmithd.trainer.engines.interface import ModelBroken, OnResult
-from tinsmithd.trainer.engines.reference import EPS_MIN, check_state, non_finite_gradient
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from tinsmithd.trainer.engines.packed import PackedResult, compute_packed
+from tinsmithd.trainer.engines.reference import check_state, non_finite_gradient
+from tinsmithd.trainer.engines.residency import Model, ResidentModels, Slot
+from tinsmithd.trainer.engines.zero_adapter import ZeroConfig
+from tinsmithd.trainer.engines.zero_base import partition
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-class _Parameters(torch.nn.Module):
-    """What a DeepSpeed engine holds: an adapter's parameters, and their product with gradients."""
-
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        super().__init__()
-        copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-        self.values = torch.nn.ParameterList(copies)
-
-    def forward(self, gradients: Sequence[torch.Tensor], factor: float) -> torch.Tensor:
-        """A scalar whose gradient is `factor * gradients`, exactly."""
-        products = [(p * g).sum() for p, g in zip(self.values, gradients, strict=True)]
-        return torch.stack(products).sum() * factor
-
-
-class _Model:
-    """One adapter, its waiting gradients, and the DeepSpeed engine that steps it."""
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], zero_stage: int) -> None:
-        self.names = list(parameters)
-        self.parameters = list(parameters.values())
-        self.waiting = WaitingGradients(self.parameters)
-        self._zero_stage = zero_stage
-        self._engine: Any = None
-        self.reset_optimizer()
-
-    def reset_optimizer(self) -> None:
-        """Begin with the parameters as they are now, without moments."""
-        self.close()
-        module = _Parameters(self.parameters)
-        self.step_count = 0
-        self._adamw = torch.optim.AdamW(module.parameters(), lr=0.0)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,
-            "gradient_clipping": 0.0,  # DeepSpeed's default is 1; steps set their own
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": None,
-            "zero_optimization": {"stage": min(self._zero_stage, 2)},
-        }
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self._adamw, config=config, dist_init_required=False
-        )
-        # DeepSpeed moved the values into one flat buffer: let the adapter look there.
-        for parameter, value in zip(self.parameters, module.values, strict=True):
-            parameter.data = value.data
-        self._values = list(module.values)
-
-    def step(self, gradients: Sequence[torch.Tensor], adam: AdamParams) -> float:
-        """Reduce, clip and apply gradients; returns their norm before clipping.
-
-        Where that norm is not finite, DeepSpeed applies nothing and this counts no step.
-        """
-        zero = self._engine.optimizer
-        zero.clip_grad = adam.grad_clip_norm
-        for group in [*zero.param_groups, *zero.optimizer.param_groups]:
-            group["lr"] = adam.learning_rate
-            group["betas"] = (adam.beta1, adam.beta2)
-            group["eps"] = max(adam.eps, EPS_MIN)
-            group["weight_decay"] = adam.weight_decay
-        # DeepSpeed averages over the ranks; this API sums.
-        self._engine.backward(self._engine(gradients, float(dist.get_world_size())))
-        self._engine.step()
-        if zero.overflow:
-            return math.inf
-        self.step_count += 1
-        return float(self._engine.get_global_grad_norm())
-
-    def moments(self) -> dict[str, np.ndarray]:
-        """Whole moments, gathered from the ranks, as `<kind>.<name>`."""
-        found: dict[str, np.ndarray] = {}
-        for kind in MOMENTS:
-            for name, value in zip(self.names, self._values, strict=True):
-                whole = safe_get_full_optimizer_state(value, kind)
-                found[f"{kind}.{name}"] = whole.detach().cpu().numpy().copy()
-        return found
-
-    def set_moments(self, moments: Mapping[str, Mapping[str, np.ndarray]], step_count: int) -> None:
-        """Continue with given moments; call it after `reset_optimizer`."""
-        # The state comes into being with a first step: one that moves nothing.
-        zeros = [torch.zeros_like(p) for p in self.parameters]
-        self.step(zeros, AdamParams(learning_rate=0.0, eps=1.0))
-        for kind in MOMENTS:
-            for name, value in zip(self.names, self._values, strict=True):
-                whole = torch.from_numpy(moments[kind][name].copy()).to(value.device)
-                safe_set_full_optimizer_state(value, whole, kind)
-        for state in self._adamw.state.values():
-            state["step"].fill_(step_count)
-        self.step_count = step_count
-
-    def close(self) -> None:
-        """Free what DeepSpeed holds."""
-        if self._engine is not None:
-            # The adapter must not look into buffers that are about to go.
-            for parameter in self.parameters:
-                parameter.data = parameter.data.clone()
-            self._engine.destroy()
-            self._engine = None
-
-
 class DeepSpeedEngine:
-    """See `TrainingEngine`."""
+    """See `TrainingEngine`.
 
-    def __init__(self, base: BaseModel, *, zero_stage: int, micro_batch_tokens_max: int) -> None:
+    Args:
+        base: The base model; it is changed in place.
+        zero: How models are spread over the ranks.
+        micro_batch_tokens_max: Tokens that a rank computes together; a longer datum goes alone.
+        resident_models_max: Models on the device at once; others wait in host memory.
+        activation_bytes_max: What a rank may keep for the way back before it recomputes layers
+            instead; 0 takes half of what is free now.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        zero: ZeroConfig,
+        micro_batch_tokens_max: int,
+        resident_models_max: int,
+        activation_bytes_max: int,
+    ) -> None:
         self._device = distributed.init()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._zero_stage = zero_stage
+        self._partitioned = zero.stage == 3
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
         use_packed_attention(base.model)
-        if zero_stage == 3:
-            _partition(base.model)
-        self._adapters = Adapters(base)
-        self._models: dict[str, _Model] = {}
+        if self._partitioned:
+            partition(base.model, zero)
+        self._adapters = Adapters(base, fused=True)
+        self._models = ResidentModels(
+            self._adapters,
+            zero,
+            device=self._device,
+            resident_models_max=resident_models_max,
+        )
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        bytes_max = memory.activation_bytes_max(activation_bytes_max, self._device, ranks_here)
+        self._activation_bytes_max = _smallest(bytes_max, self._device)
+        self._bytes_per_token: dict[LoraConfig, int] = {}
 
     @property
     def info(self) -> BaseModelInfo:
@@ -164,16 +87,13 @@ class DeepSpeedEngine:
 
     def create_model(self, model_id: str, lora: LoraConfig) -> None:
         """Add a model: A drawn from `lora.seed`, B zero, no optimizer state."""
-        self._adapters.add(model_id, lora)
-        parameters = self._adapters.parameters(model_id)
-        self._models[model_id] = _Model(parameters, self._zero_stage)
+        self._models.add(model_id, lora)
 
     def delete_model(self, model_id: str) -> None:
         """Drop a model; an unknown id is no error."""
-        model = self._models.pop(model_id, None)
-        if model is not None:
-            model.close()
-        self._adapters.remove(model_id)
+        self._models.remove(model_id)
+
+    # --- forward and backward -----------------------------------------------------------------
 
     def forward(
         self,
@@ -185,136 +105,198 @@ class DeepSpeedEngine:
         on_result: OnResult,
     ) -> Mapping[str, float]:
         """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
-        model = self._models[model_id]
-        snapshot = model.waiting.snapshot()
-        gradients = model.waiting.buffers() if backward else None
-        micro_batches = self._cut(data)
-        loss = 0.0
+        model, slot = self._models.use(model_id)
+        lengths = [len(datum.tokens) for datum in data]
+        plain_tokens_max = self._plain_tokens_max(slot) if backward else sum(lengths)
+        micro_batches = batching.cut(
+            lengths,
+            tokens_max=min(self._micro_batch_tokens_max, max(plain_tokens_max, 1)),
+            world_size=self._world_size,
+        )
+        before = model.waiting.copy() if backward else None
+        call = _Call(data, loss_fn, backward)
+        in_order = _InOrder(on_result)
         try:
-            with self._adapters.active(model_id) as causal_lm:
-                for start in range(0, len(micro_batches), self._world_size):
-                    in_turn = micro_batches[start : start + self._world_size]
-                    results: Sequence[DatumResult] = ()
-                    if self._rank < len(in_turn):
-                        mine = [data[index] for index in in_turn[self._rank]]
-                        results = compute_data(
-                            causal_lm, model.parameters, mine, loss_fn, gradients, self._device
-                        )
-                        loss += sum(result.loss for result in results)
-                    else:
-                        self._idle(causal_lm, model, data[in_turn[0][0]], gradients)
-                    self._share(data, in_turn, results, on_result)
+            for start in range(0, len(micro_batches), self._world_size):
+                in_turn = micro_batches[start : start + self._world_size]
+                # Ranks that walk through a partitioned base together must walk the same way.
+                longest = max(sum(lengths[index] for index in indices) for indices in in_turn)
+                recompute = backward and longest > plain_tokens_max
+                results = self._take_part(model, slot, call, in_turn, recompute)
+                self._share(data, in_turn, results, in_order)
         except BaseException:
-            model.waiting.restore(snapshot)
+            if backward:
+                model.waiting.put_back(before)
             raise
-        total = torch.tensor([loss], dtype=torch.float64, device=self._device)
+        total = torch.tensor([call.loss], dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
         return {"loss:sum": float(total)}
 
-    def _cut(self, data: Sequence[Datum]) -> list[list[int]]:
-        """Indices of the data of each micro-batch: neighbours, up to the token budget.
+    def _plain_tokens_max(self, slot: Slot) -> int:
+        """Tokens whose way back fits into memory without recomputation."""
+        if slot.shape not in self._bytes_per_token:
 
-        The budget shrinks where it would leave ranks without work.
-        """
-        share = -(-sum(len(datum.tokens) for datum in data) // self._world_size)
-        budget = min(self._micro_batch_tokens_max, share)
-        micro_batches: list[list[int]] = []
-        room = 0
-        for index, datum in enumerate(data):
-            if len(datum.tokens) > room or not micro_batches:
-                micro_batches.append([])
-                room = budget
-            micro_batches[-1].append(index)
-            room -= len(datum.tokens)
-        return micro_batches
+            def run(count: int) -> Any:
+                tokens = torch.zeros((1, count), dtype=torch.int64, device=self._device)
+                with torch.enable_grad(), self._adapters.active(slot.key) as causal_lm:
+                    return causal_lm.model(input_ids=tokens, use_cache=False)
 
-    def _idle(
+            self._bytes_per_token[slot.shape] = memory.activation_bytes_per_token(run)
+        return self._activation_bytes_max // self._bytes_per_token[slot.shape]
+
+    def _take_part(
         self,
-        causal_lm: Any,
-        model: _Model,
-        datum: Datum,
-        gradients: Sequence[torch.Tensor] | None,
-    ) -> None:
-        # With a partitioned base every rank must walk through it as often as the others do.
-        if self._zero_stage == 3:
-            unused = None if gradients is None else [torch.zeros_like(g) for g in gradients]
-            targets = datum.loss_fn_inputs["target_tokens"]
-            weights = np.zeros(targets.shape, np.float32)
-            nothing = Datum(datum.tokens, {"target_tokens": targets, "weights": weights})
-            compute_data(
-                causal_lm, model.parameters, [nothing], CrossEntropy(), unused, self._device
+        model: Model,
+        slot: Slot,
+        call: "_Call",
+        in_turn: Sequence[Sequence[int]],
+        recompute: bool,
+    ) -> dict[int, np.ndarray]:
+        """This rank's part of one round: logprobs by index of the datum."""
+        results: dict[int, np.ndarray] = {}
+
+        def compute(indices: Sequence[int], recompute: bool) -> None:
+            data = [call.data[index] for index in indices]
+            result = self._packed(slot, data, call.loss_fn, call.backward, recompute)
+            if call.backward:
+                model.waiting.add(result.gradients, slot.zero.layout, slot.zero.padded_count)
+            call.loss += result.loss
+            results.update(zip(indices, result.logprobs, strict=True))
+
+        if self._rank >= len(in_turn):
+            if self._partitioned:
+                # Every rank must walk through a partitioned base as often as the others do.
+                nothing = _without_weight(call.data[in_turn[0][0]])
+                self._packed(slot, [nothing], CrossEntropy(), call.backward, recompute)
+        elif self._partitioned and self._world_size > 1:
+            compute(in_turn[self._rank], recompute)
+        else:
+            memory.split_on_out_of_memory(compute, in_turn[self._rank], recompute)
+        return results
+
+    def _packed(
+        self,
+        slot: Slot,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        backward: bool,
+        recompute: bool,
+    ) -> PackedResult:
+        with self._adapters.active(slot.key) as causal_lm:
+            return compute_packed(
+                causal_lm,
+                self._adapters.head(slot.key),
+                slot.parameters,
+                data,
+                loss_fn,
+                self._device,
+                backward=backward,
+                recompute=recompute,
             )
 
     def _share(
         self,
         data: Sequence[Datum],
-        micro_batches: Sequence[Sequence[int]],
-        results: Sequence[DatumResult],
-        on_result: OnResult,
+        in_turn: Sequence[Sequence[int]],
+        results: Mapping[int, np.ndarray],
+        in_order: "_InOrder",
     ) -> None:
-        """Give every rank the results of one round, in the data's order."""
-        for owner, indices in enumerate(micro_batches):
+        """Give every rank the results of one round."""
+        for owner, indices in enumerate(in_turn):
             shapes = [data[index].loss_fn_inputs["target_tokens"].shape for index in indices]
-            if owner == self._rank:
-                flat = np.concatenate([result.logprobs.reshape(-1) for result in results])
+            if self._world_size == 1:
+                parts = [results[index] for index in indices]
             else:
                 flat = np.empty(sum(map(math.prod, shapes)), np.float32)
-            if self._world_size > 1:
+                if owner == self._rank:
+                    flat = np.concatenate([results[index].reshape(-1) for index in indices])
                 shared = torch.from_numpy(flat).to(self._device)
                 dist.broadcast(shared, src=owner)
-                flat = shared.cpu().numpy()
-            parts = np.split(flat, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+                parts = np.split(
+                    shared.cpu().numpy(), np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+                )
             for index, shape, part in zip(indices, shapes, parts, strict=True):
-                on_result(index, {"logprobs": part.reshape(shape)})
+                in_order.take(index, part.reshape(shape))
+
+    # --- the rest -----------------------------------------------------------------------------
+
+    def savepoint(self, model_id: str) -> None:
+        """Remember the waiting gradients, for `rollback`."""
+        self._models.get(model_id).waiting.save()
+
+    def rollback(self, model_id: str) -> None:
+        """Put the waiting gradients back to the `savepoint`, and forget it."""
+        self._models.get(model_id).waiting.roll_back()
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply one AdamW step with the waiting gradients and clear them."""
-        model = self._models[model_id]
-        gradients = model.waiting.buffers()
-        finite = torch.tensor([model.waiting.all_finite()], dtype=torch.int32, device=self._device)
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        model.waiting.clear()
-        if not int(finite):
-            raise non_finite_gradient()
+        model, slot = self._models.use(model_id)
+        gradients = model.waiting.take(slot.zero.padded_count, self._device)
         try:
-            norm = model.step(gradients, adam)
+            norm = slot.zero.step(gradients, adam)
         except Exception as error:
             raise ModelBroken(f"the step failed half-way: {error}") from error
         if not math.isfinite(norm):
             raise non_finite_gradient()
-        return {"grad_norm:last": norm, "step:last": float(model.step_count)}
+        return {"grad_norm:last": norm, "step:last": float(slot.zero.step_count)}
 
     def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:
         """Copy a model's state out, with or without its optimizer state."""
-        model = self._models[model_id]
+        _, slot = self._models.use(model_id)
         return AdapterState(
-            lora=self._adapters.lora(model_id),
-            weights=self._adapters.export_weights(model_id),
-            optimizer=model.moments() if optimizer and model.step_count else {},
-            step_count=model.step_count,
-            peft_config=self._adapters.adapter_config(model_id),
+            lora=self._models.get(model_id).lora,
+            weights=slot.zero.values(),
+            optimizer=slot.zero.moments() if optimizer else {},
+            step_count=slot.zero.step_count,
+            peft_config=self._adapters.adapter_config(slot.key),
         )
 
     def import_state(self, model_id: str, state: AdapterState, *, optimizer: bool) -> None:
         """Replace a model's weights by `state`'s and drop waiting gradients."""
-        model = self._models[model_id]
-        parameters = self._adapters.parameters(model_id)
-        moments = check_state(self._adapters.lora(model_id), parameters, state, optimizer=optimizer)
+        model, slot = self._models.use(model_id)
+        parameters = self._adapters.parameters(slot.key)
+        moments = check_state(model.lora, parameters, state, optimizer=optimizer)
         try:
-            self._adapters.import_weights(model_id, state.weights)
             model.waiting.clear()
-            model.reset_optimizer()
-            if moments is not None:
-                model.set_moments(moments, state.step_count)
+            slot.zero.load(state.weights, moments, state.step_count)
         except Exception as error:
             raise ModelBroken(f"the import failed half-way: {error}") from error
 
 
-def _partition(model: Any) -> None:
-    """Leave each rank its share of the frozen weights; hooks gather them as they are needed."""
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "steps_per_print": None,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    deepspeed.initialize(model=model, config=config, dist_init_required=False)
+class _Call:
+    """One call to `forward`, and this rank's share of its loss so far."""
+
+    def __init__(self, data: Sequence[Datum], loss_fn: LossFn, backward: bool) -> None:
+        self.data = data
+        self.loss_fn = loss_fn
+        self.backward = backward
+        self.loss = 0.0
+
+
+class _InOrder:
+    """Hands results on in the order of the data, as soon as that is possible."""
+
+    def __init__(self, on_result: OnResult) -> None:
+        self._on_result = on_result
+        self._early: dict[int, np.ndarray] = {}
+        self._next = 0
+
+    def take(self, index: int, logprobs: np.ndarray) -> None:
+        self._early[index] = logprobs
+        while self._next in self._early:
+            self._on_result(self._next, {"logprobs": self._early.pop(self._next)})
+            self._next += 1
+
+
+def _smallest(number: int, device: torch.device) -> int:
+    """The smallest of the ranks' numbers."""
+    shared = torch.tensor([number], device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    return int(shared)
+
+
+def _without_weight(datum: Datum) -> Datum:
+    """A datum as long as another, of no effect."""
+    targets = datum.loss_fn_inputs["target_tokens"]
+    weights = np.zeros(targets.shape, np.float32)
+    return Datum(datum.tokens, {"target_tokens": targets, "weights": weights})

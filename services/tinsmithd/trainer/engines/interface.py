@@ -55,6 +55,12 @@ class TrainingEngine(Protocol):
             Metrics named `name:reduction`; `loss:sum` is always there.
         """
 
+    def savepoint(self, model_id: str) -> None:
+        """Remember the waiting gradients, for `rollback`; the one remembered before is dropped."""
+
+    def rollback(self, model_id: str) -> None:
+        """Put the waiting gradients back to the `savepoint`, and forget it."""
+
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply one AdamW step with the waiting gradients and clear them.
 

@@ -4,7 +4,7 @@ Symbols: `lp` the model's logprobs of the target tokens, `q` the input `logprobs
 `advantages`, `r = exp(lp - q)`; all of shape `(N,)`, for cross-entropy also `(N, K)`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,44 @@ from tinsmithd.domain import (
 LOG_RATIO_MAX = 80.0
 """Ratios are cut at e^80, where float32 would overflow and turn 0 * inf into NaN."""
 
+SEQUENCE_RATIO = "sequence_ratio"
+"""Name under which a sequence-wise loss finds each token's ratio of its whole sequence."""
+
+
+def is_sequence_wise(loss_fn: LossFn) -> bool:
+    """True where a token's loss depends on the other tokens of its datum."""
+    return isinstance(loss_fn, Gspo)
+
+
+def sequence_ratios(
+    lp: Tensor, inputs: Mapping[str, Tensor], segment_lengths: Sequence[int]
+) -> Tensor:
+    """The ratio of each token's sequence, for some data in a row.
+
+    Args:
+        lp: `(T, 1)` logprobs of the target tokens.
+        inputs: Their inputs, each `(T, 1)`.
+        segment_lengths: Tokens of each datum, T in all.
+
+    Returns:
+        `(T, 1)`, without a graph.
+    """
+    mask = (inputs["sequence_ratio_mask"] != 0).to(lp.dtype)
+    distance = (lp.detach() - inputs["logprobs"]) * mask
+    lengths = list(segment_lengths)
+    parts = zip(torch.split(distance, lengths), torch.split(mask, lengths), strict=True)
+    ratios = [_sequence_ratio(d, m).expand(len(d), 1) for d, m in parts]
+    return torch.cat(ratios)
+
 
 def loss_sum(loss_fn: LossFn, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The loss of one datum.
+    """The loss of one datum, or of some tokens of any data.
 
     Args:
         loss_fn: Which loss, and its settings.
         lp: Logprobs of the target tokens, `(N,)` or `(N, K)`, with their graph.
-        inputs: The datum's `loss_fn_inputs`, of the same shape.
+        inputs: The datum's `loss_fn_inputs`, of the same shape. For a sequence-wise loss
+            these are all tokens of one datum, or `SEQUENCE_RATIO` is among them.
 
     Returns:
         A scalar whose gradient with respect to `lp` is the loss's.
@@ -68,11 +98,17 @@ def _dro(loss_fn: Dro, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _gspo(loss_fn: Gspo, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """PPO with the sequence's ratio (Zheng et al. 2025, the token form of section 4.3)."""
-    mask = (inputs["sequence_ratio_mask"] != 0).to(lp.dtype)
-    distance = (lp.detach() - inputs["logprobs"]) * mask
-    sequence_ratio = (distance.sum() / mask.sum().clamp(min=1)).clamp(max=LOG_RATIO_MAX).exp()
+    if SEQUENCE_RATIO in inputs:
+        sequence_ratio = inputs[SEQUENCE_RATIO]
+    else:
+        mask = (inputs["sequence_ratio_mask"] != 0).to(lp.dtype)
+        sequence_ratio = _sequence_ratio((lp.detach() - inputs["logprobs"]) * mask, mask)
     # The value of the sequence's ratio with the gradient of the token's own logprob.
     return _clipped(sequence_ratio * (lp - lp.detach()).exp(), inputs["advantages"], loss_fn)
+
+
+def _sequence_ratio(distance: Tensor, mask: Tensor) -> Tensor:
+    return (distance.sum() / mask.sum().clamp(min=1)).clamp(max=LOG_RATIO_MAX).exp()
 
 
 def _ratio(lp: Tensor, q: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tinsmithd.domain import AdamParams, AdapterState, BaseModelInfo, Datum, Lor
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.lora import Adapters, check_same_shape
-from tinsmithd.trainer.engines.compute import WaitingGradients, compute_data
+from tinsmithd.trainer.engines.compute import compute_datum
 from tinsmithd.trainer.engines.interface import OnResult
 
 CLIP_EPS = 1e-6
@@ -29,8 +29,19 @@ class _Model:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.names = list(parameters)
         self.parameters = list(parameters.values())
-        self.waiting = WaitingGradients(self.parameters)
+        self.gradients: list[torch.Tensor] | None = None
+        self.savepoint: list[torch.Tensor] | None = None
         self.reset_optimizer()
+
+    def waiting(self) -> list[torch.Tensor]:
+        """The gradients that wait for a step, zero where nothing waits."""
+        if self.gradients is None:
+            self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        return self.gradients
+
+    def copy(self) -> list[torch.Tensor] | None:
+        """What waits, to go back to."""
+        return None if self.gradients is None else [g.clone() for g in self.gradients]
 
     def reset_optimizer(self) -> None:
         self.step_count = 0
@@ -73,32 +84,40 @@ class ReferenceEngine:
     ) -> Mapping[str, float]:
         """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
         model = self._models[model_id]
-        snapshot = model.waiting.snapshot()
-        gradients = model.waiting.buffers() if backward else None
+        before = model.copy()
+        gradients = model.waiting() if backward else None
         loss = 0.0
         try:
             with self._adapters.active(model_id) as causal_lm:
                 for index, datum in enumerate(data):
-                    (result,) = compute_data(
-                        causal_lm, model.parameters, [datum], loss_fn, gradients, self._device
+                    result = compute_datum(
+                        causal_lm, model.parameters, datum, loss_fn, gradients, self._device
                     )
                     loss += result.loss
                     on_result(index, {"logprobs": result.logprobs})
         except BaseException:
-            model.waiting.restore(snapshot)
+            model.gradients = before
             raise
         return {"loss:sum": loss}
+
+    def savepoint(self, model_id: str) -> None:
+        """Remember the waiting gradients, for `rollback`."""
+        self._models[model_id].savepoint = self._models[model_id].copy()
+
+    def rollback(self, model_id: str) -> None:
+        """Put the waiting gradients back to the `savepoint`, and forget it."""
+        model = self._models[model_id]
+        model.gradients, model.savepoint = model.savepoint, None
 
     @torch.no_grad()
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """One AdamW step (Loshchilov & Hutter 2019, algorithm 2, with schedule eta = lr)."""
         model = self._models[model_id]
-        gradients = model.waiting.buffers()
-        finite = model.waiting.all_finite()
-        model.waiting.clear()
+        gradients = model.waiting()
+        model.gradients = None
         # Finite gradients can have an infinite norm; their squares would spoil the moments.
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
-        if not finite or not bool(torch.isfinite(norm)):
+        if not bool(torch.isfinite(norm)):
             raise non_finite_gradient()
         scale = 1.0
         if adam.grad_clip_norm > 0:
@@ -139,7 +158,7 @@ class ReferenceEngine:
         parameters = self._adapters.parameters(model_id)
         moments = check_state(self._adapters.lora(model_id), parameters, state, optimizer=optimizer)
         self._adapters.import_weights(model_id, state.weights)
-        model.waiting.clear()
+        model.gradients = None
         model.reset_optimizer()
         if moments is not None:
             model.step_count = state.step_count

@@ -1,0 +1,119 @@
+"""How much a backward pass keeps, how much it may, and what to do when that was not enough."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from tinsmithd.errors import Reason, ResourceExhausted
+
+_log = logging.getLogger(__name__)
+
+SHARE_OF_FREE = 0.5
+"""Of the memory that is free when the engine starts, for what waits for the way back."""
+
+_PROBE_TOKENS = (16, 48)
+
+
+def activation_bytes_max(configured: int, device: torch.device, ranks_here: int) -> int:
+    """Bytes that a rank may keep for the way back.
+
+    Args:
+        configured: The setting; 0 takes a share of what is free now.
+        device: Where the model is.
+        ranks_here: Ranks that share this machine's memory.
+    """
+    if configured:
+        return configured
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = _available_bytes() // ranks_here
+    return int(free * SHARE_OF_FREE)
+
+
+def _available_bytes() -> int:
+    """Memory that this process may still take: the machine's, or its container's."""
+    free: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except OSError:
+        pass  # no control group says anything
+    return free
+
+
+def activation_bytes_per_token(run: Callable[[int], Any]) -> int:
+    """Bytes kept for the way back per token, found by running two small forwards.
+
+    Args:
+        run: Builds the graph of that many tokens and returns something that holds it.
+    """
+    kept = [_kept_bytes(run, count) for count in _PROBE_TOKENS]
+    return max(1, (kept[1] - kept[0]) // (_PROBE_TOKENS[1] - _PROBE_TOKENS[0]))
+
+
+def _kept_bytes(run: Callable[[int], Any], count: int) -> int:
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = run(count)
+    del graph
+    return sum(storages.values())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True where an allocation failed, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def split_on_out_of_memory(
+    compute: Callable[[Sequence[int], bool], None], indices: Sequence[int], recompute: bool
+) -> None:
+    """Compute some data; where memory does not suffice, in halves, at last with recomputation.
+
+    Args:
+        compute: Computes the data of some indices, with recomputation or not, and takes the
+            results in only when it has all of them: it may fail and be called again.
+        indices: The data.
+        recompute: Whether to recompute from the start.
+
+    Raises:
+        ResourceExhausted: One datum alone, with recomputation, does not fit (OUT_OF_MEMORY).
+    """
+    try:
+        compute(indices, recompute)
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    # Outside of the handler the error no longer holds the frames, and with them the tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(indices) > 1:
+        _log.warning("out of memory with %d data: computing them in halves", len(indices))
+        half = len(indices) // 2
+        split_on_out_of_memory(compute, indices[:half], recompute)
+        split_on_out_of_memory(compute, indices[half:], recompute)
+    elif not recompute:
+        _log.warning("out of memory with one datum: computing it with recomputation")
+        split_on_out_of_memory(compute, indices, True)
+    else:
+        raise ResourceExhausted(
+            f"data[{indices[0]}] does not fit into the trainer's memory: {reason}",
+            Reason.OUT_OF_MEMORY,
+        )

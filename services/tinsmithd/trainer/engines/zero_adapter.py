@@ -1,0 +1,259 @@
+"""One adapter's values and AdamW state, in a DeepSpeed engine.
+
+DeepSpeed sees one flat parameter: it lays it out over the ranks, holds this rank's slice of values
+and moments (ZeRO stages 1 and up; whole with stage 0; in host memory with `offload`), and the
+adapter's parameters look into its buffer. The gradients, which waited outside (ADR 0001), are
+handed to that slice directly: on the way through DeepSpeed's backward hooks they would be copied
+and scanned some ten times (ADR 0003).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinsmithd.domain import AdamParams
+from tinsmithd.trainer.engines.reference import CLIP_EPS, EPS_MIN
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """How models are spread over the ranks.
+
+    Attributes:
+        stage: ZeRO stage, 0 to 3. Stages 1 and up partition optimizer states; 3 also partitions
+            the base model.
+        offload: Keep optimizer states and, with stage 3, the base in host memory.
+        gathered_bytes_max: With stage 3, bytes of the base's weights that each rank keeps whole
+            once they were gathered. They are frozen, so they never go stale.
+    """
+
+    stage: int = 1
+    offload: bool = False
+    gathered_bytes_max: int = 0
+
+
+class Layout:
+    """Where each parameter of an adapter stands in a flat buffer."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.names = list(parameters)
+        self.shapes = [parameter.shape for parameter in parameters.values()]
+        self._counts = [parameter.numel() for parameter in parameters.values()]
+        self.count = sum(self._counts)
+        """Elements in all, without what pads them to equal slices."""
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' places in a buffer of at least `count` elements."""
+        parts = torch.split(flat[: self.count], self._counts)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def by_name(self, flat: Tensor) -> dict[str, np.ndarray]:
+        """Copies of the parameters' values."""
+        parts = self.views(flat.detach().cpu())
+        return {n: part.numpy().copy() for n, part in zip(self.names, parts, strict=True)}
+
+    def flatten(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
+        """One flat float32 tensor of `count` elements."""
+        flat = np.concatenate([np.asarray(arrays[n], np.float32).reshape(-1) for n in self.names])
+        return torch.from_numpy(flat)
+
+
+@dataclass
+class AdapterSnapshot:
+    """An adapter's state as this rank holds it, in host memory.
+
+    Attributes:
+        values: float32, all of them.
+        moments: This rank's slices, one per name of `MOMENTS`; empty before the first step.
+        step_count: Steps made.
+    """
+
+    values: Tensor
+    moments: list[Tensor] = field(default_factory=list)
+    step_count: int = 0
+
+
+class _Flat(torch.nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.flat = torch.nn.Parameter(values)
+
+
+class ZeroAdapter:
+    """Steps one adapter; every method is called on all ranks alike, but for those of snapshots."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: ZeroConfig) -> None:
+        self.layout = Layout(parameters)
+        self.parameters: Sequence[torch.nn.Parameter] = list(parameters.values())
+        self.step_count = 0
+        self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
+        module = _Flat(torch.cat([p.detach().reshape(-1) for p in self.parameters]))
+        self._adamw = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+        self._engine: Any = _initialize(module, self._adamw, config)
+        if config.stage == 0:
+            self._whole: Tensor = module.flat.data
+            self._slices = [self._whole]
+            self._own = module.flat
+        else:
+            zero = self._engine.optimizer
+            self._whole = zero.bit16_groups_flat[0]
+            self._slices = zero.parallel_partitioned_bit16_groups[0]
+            self._own = zero.single_partition_of_fp32_groups[0]
+        for parameter, view in zip(self.parameters, self.layout.views(self._whole), strict=True):
+            parameter.data = view
+
+    @property
+    def padded_count(self) -> int:
+        """Elements of a flat buffer for gradients: padded so that slices are equal."""
+        return self._whole.numel()
+
+    def step(self, gradients: Tensor, adam: AdamParams) -> float:
+        """Sum gradients over the ranks, clip and apply them.
+
+        Args:
+            gradients: float32 `(padded_count,)`, this rank's; overwritten.
+            adam: Settings of this step.
+
+        Returns:
+            The global L2 norm before clipping. Where it is not finite nothing was applied.
+        """
+        own = self._reduce(gradients)
+        norm = self._norm(own)
+        if not math.isfinite(norm):
+            return norm
+        if adam.grad_clip_norm > 0 and norm + CLIP_EPS > adam.grad_clip_norm:
+            own.mul_(adam.grad_clip_norm / (norm + CLIP_EPS))
+        (group,) = self._adamw.param_groups
+        group["lr"] = adam.learning_rate
+        group["betas"] = (adam.beta1, adam.beta2)
+        group["eps"] = max(adam.eps, EPS_MIN)
+        group["weight_decay"] = adam.weight_decay
+        self._own.grad = own.to(self._own.device)
+        self._adamw.step()
+        self._own.grad = None
+        self.step_count += 1
+        self._gather_values()
+        return norm
+
+    def _reduce(self, gradients: Tensor) -> Tensor:
+        """This rank's slice of the sum over the ranks."""
+        if self._world_size == 1:
+            return gradients
+        if len(self._slices) == 1:
+            dist.all_reduce(gradients)
+            return gradients
+        own = torch.empty_like(self._slices[self._rank])
+        dist.reduce_scatter_tensor(own, gradients)
+        return own
+
+    def _norm(self, own: Tensor) -> float:
+        norm = torch.linalg.vector_norm(own)
+        if len(self._slices) > 1:
+            norm = norm.double().square()
+            dist.all_reduce(norm)
+            norm = norm.sqrt()
+        return float(norm)
+
+    def _gather_values(self) -> None:
+        mine = self._slices[self._rank if len(self._slices) > 1 else 0]
+        if mine.data_ptr() != self._own.data_ptr():
+            mine.copy_(self._own.detach())
+        if len(self._slices) > 1:
+            dist.all_gather(list(self._slices), mine.clone())
+
+    # --- state in and out ---------------------------------------------------------------------
+
+    def values(self) -> dict[str, np.ndarray]:
+        """All values, by name."""
+        return self.layout.by_name(self._whole)
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """All moments, gathered from the ranks, as `<kind>.<name>`; empty before the first step."""
+        found: dict[str, np.ndarray] = {}
+        for kind, own in zip(MOMENTS, self._own_moments(), strict=False):
+            whole = own
+            if len(self._slices) > 1:
+                whole = torch.empty_like(self._whole)
+                dist.all_gather(list(whole.chunk(self._world_size)), own.to(whole.device))
+            found.update({f"{kind}.{n}": a for n, a in self.layout.by_name(whole).items()})
+        return found
+
+    def load(
+        self,
+        values: Mapping[str, np.ndarray],
+        moments: Mapping[str, Mapping[str, np.ndarray]] | None,
+        step_count: int,
+    ) -> None:
+        """Begin with given values and, if any, moments as kind to name to array."""
+        own_moments = []
+        for kind in MOMENTS if moments is not None else ():
+            assert moments is not None
+            padded = torch.zeros(self.padded_count)
+            padded[: self.layout.count] = self.layout.flatten(moments[kind])
+            own_moments.append(padded.chunk(len(self._slices))[self._own_index])
+        flat = self.layout.flatten(values)
+        self.restore(AdapterSnapshot(flat, own_moments, step_count if own_moments else 0))
+
+    def snapshot(self) -> AdapterSnapshot:
+        """Copy this rank's part of the state to host memory."""
+        moments = [moment.cpu().clone() for moment in self._own_moments()]
+        values = self._whole[: self.layout.count].cpu().clone()
+        return AdapterSnapshot(values, moments, self.step_count)
+
+    def restore(self, snapshot: AdapterSnapshot) -> None:
+        """Go on from a snapshot of this or of another adapter of the same shape."""
+        with torch.no_grad():
+            self._whole[: self.layout.count].copy_(snapshot.values)
+            self._own.copy_(self._slices[self._own_index])
+        self.step_count = snapshot.step_count
+        self._adamw.state.clear()
+        if snapshot.moments:
+            # clone: the optimizer works in place, and the snapshot may be used again.
+            kept = zip(MOMENTS, snapshot.moments, strict=True)
+            state: dict[str, Tensor] = {k: m.to(self._own.device, copy=True) for k, m in kept}
+            step = torch.tensor(float(snapshot.step_count), device=self._own.device)
+            self._adamw.state[self._own] = {"step": step, **state}
+
+    @property
+    def _own_index(self) -> int:
+        return self._rank if len(self._slices) > 1 else 0
+
+    def _own_moments(self) -> list[Tensor]:
+        state = self._adamw.state.get(self._own, {})
+        return [state[kind] for kind in MOMENTS if kind in state]
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds; the adapter keeps its values."""
+        for parameter in self.parameters:
+            parameter.data = parameter.data.clone()
+        self._engine.destroy()
+        self._engine = None
+
+
+def _initialize(module: torch.nn.Module, optimizer: Any, config: ZeroConfig) -> Any:
+    zero: dict[str, Any] = {"stage": min(config.stage, 2)}
+    if config.offload and config.stage:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it would be compiled; torch's is fused too
+        "steps_per_print": None,
+        "zero_optimization": zero,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine

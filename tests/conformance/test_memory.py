@@ -1,0 +1,53 @@
+"""What happens when memory does not suffice: a real limit on a real process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that takes long sequences."""
+    return write_tiny_model(tmp_path_factory.mktemp("long") / "model", context_length=100_000)
+
+
+def run(folder: Path, case: str) -> tuple[Any, str]:
+    """What the worker found, and what it logged."""
+    worker = Path(__file__).with_name("memory_worker.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, str(worker), str(folder), case],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_out_of_memory_splits_and_computes_the_same(folder: Path) -> None:
+    """The loss to 1e-5 and the weights after a step to 1e-5, with a third of the memory."""
+    enough, log = run(folder, "enough")
+    assert "out of memory" not in log
+    short, log = run(folder, "short")
+    assert "out of memory with 40 data" in log
+    np.testing.assert_allclose(short[0], enough[0], rtol=1e-5)
+    np.testing.assert_allclose(short[1], enough[1], atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_whole(folder: Path) -> None:
+    """The error names the datum; the next step applies what waited before, and nothing of it."""
+    (reason, message, norms), log = run(folder, "long")
+    assert "with recomputation" in log
+    assert reason == "OUT_OF_MEMORY"
+    assert message.startswith("data[1] does not fit into the trainer's memory")
+    assert norms[0] == norms[1] > 0

@@ -1,0 +1,76 @@
+"""The DeepSpeed engine on one rank and on two, in all ZeRO stages, against the reference engine."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rank_worker import CASES, script
+
+from tinsmithd.trainer.engines.factory import make_engine
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> Mapping[str, np.ndarray]:
+    """What the reference engine computes."""
+    engine = make_engine(
+        "reference", str(tiny_model), dtype="float32", zero_stage=0, on_progress=lambda _: None
+    )
+    return script(engine)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def results(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """Number of ranks, and the folder where they left what they computed in every case."""
+    out = tmp_path_factory.mktemp("ranks")
+    worker = Path(__file__).with_name("rank_worker.py")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        f"--nproc-per-node={request.param}",
+        *(str(worker), str(tiny_model), str(out), *CASES),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, out
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_with_the_reference(
+    expected: Mapping[str, np.ndarray], results: tuple[int, Path], case: str
+) -> None:
+    """Losses, logprobs and norms to 1e-5, weights to 1e-6, with more ranks than data too."""
+    found = dict(np.load(results[1] / f"{case}.npz"))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        if "weight" not in name:
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+        elif "eps 0.1" in name:
+            np.testing.assert_allclose(found[name], array, atol=1e-6, rtol=0, err_msg=name)
+
+
+def test_stage_3_holds_a_share_of_the_base_and_whole_adapters(
+    results: tuple[int, Path],
+) -> None:
+    """Each of two ranks about half of the base; a resident adapter is whole on each."""
+    ranks, folder = results
+    for rank in range(ranks):
+        partitioned = json.loads((folder / f"stage-3.{rank}.json").read_text())
+        plain = json.loads((folder / f"stage-1.{rank}.json").read_text())
+        kept = json.loads((folder / f"stage-3-kept.{rank}.json").read_text())
+        assert plain["base"] == plain["whole"] == partitioned["whole"]
+        assert partitioned["base"] == pytest.approx(plain["whole"] / ranks, rel=0.01)
+        # What was gathered within the budget stays, beside the rank's own share.
+        assert kept["base"] == plain["whole"] + partitioned["base"]
+        assert partitioned["adapters"] == plain["adapters"] > 0
