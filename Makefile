@@ -4,11 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= .models/SmolLM2-135M-Instruct
 OUT ?= quickstart-out
+BENCH_OUT ?= bench-out
+PAIRS ?= 9
+ROWS ?=
+SHAPE ?= 0.6b
 PROTO_SERVICES := $(shell cd protos && find tinsmith -name '*_service.proto' | sort)
 PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e clean
+.PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e \
+  bench bench-gpu gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +58,15 @@ service: setup model ## One server through the wire, and deploy/
 e2e: setup model ## A whole cluster through the wire
 	$(BIN)/pytest tests/e2e
 
+bench: setup ## Speed and memory beside plain loops; ROWS="1 3" chooses rows, PAIRS=9 rounds
+	PYTHONPATH=tests $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) $(ROWS)
+
+gpu: setup ## The engine on a GPU
+	$(BIN)/pytest tests/gpu
+
+bench-gpu: setup ## Rows G1 and G2, on a GPU; SHAPE=4b is the larger model
+	PYTHONPATH=tests $(BIN)/python tests/gpu/bench_gpu.py --out $(BENCH_OUT) --pairs $(PAIRS) --shape $(SHAPE)
+
 protos: setup ## Regenerate the Python stubs in client/ from protos/
 	$(call generate,client)
 
@@ -63,7 +77,7 @@ protos-check: setup ## Fail when the committed stubs are not what protos/ genera
 	  diff -q "$$f" "../../client/$$f" || { echo "run 'make protos' and commit the result"; exit 1; }; done
 
 clean: ## Remove what the targets made, but not the model
-	rm -rf $(VENV) build $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build $(OUT) $(BENCH_OUT) .pytest_cache .mypy_cache .ruff_cache
 
 define generate
 	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \

@@ -1,14 +1,49 @@
 """Runs whole clusters for tests: real processes, production wiring, free ports."""
 
 import asyncio
+import contextlib
 import os
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from tinsmithd.up import EmbeddedCluster, Options
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tinsmithd.up import SERVICES, EmbeddedCluster, Options
 
 START_S_MAX = 100.0
+
+
+def children(pid: int) -> Sequence[int]:
+    """Process ids of a process's children, in the order in which they were started."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return sorted(found)
+
+
+def until_health(address: str, *, serving: bool, service: str = SERVICES["training"]) -> None:
+    """Wait until a server says of its service that it serves, or that it does not."""
+    wanted = health_pb2.HealthCheckResponse.SERVING
+    if not serving:
+        wanted = health_pb2.HealthCheckResponse.NOT_SERVING
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while True:
+            with contextlib.suppress(grpc.RpcError):
+                asked = health_pb2.HealthCheckRequest(service=service)
+                if stub.Check(asked, timeout=5).status == wanted:
+                    return
+            time.sleep(0.05)
+
+
+def until_gone(pids: Sequence[int]) -> None:
+    """Wait until none of these processes is left, not even a stopped one."""
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.05)
 
 
 class RunningCluster:
@@ -51,6 +86,11 @@ class RunningCluster:
         process = self._cluster._children[name]._process
         assert process is not None
         return process.pid
+
+    def rank_pids(self) -> Sequence[int]:
+        """Process ids of the ranks, by rank: where there are several, torchrun's children."""
+        (child,) = children(self.pid("training"))
+        return children(child) or [child]
 
     def kill(self) -> None:
         """End every server with SIGKILL; the ranks follow their server."""

@@ -1,7 +1,6 @@
 """The ordered lane of one model: every rule about numbers, repeats and gaps."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,16 @@ from tinsmithd.errors import (
     Unavailable,
 )
 from tinsmithd.training.journal import Answer, Journal
-from tinsmithd.training.scheduler import Call, Lane, LaneLimits, model_not_found
+from tinsmithd.training.scheduler import (
+    Call,
+    Emit,
+    Lane,
+    LaneLimits,
+    TakeTurn,
+    model_not_found,
+)
 from tinsmithd.training.trainer import TrainerLost
+from tinsmithd.training.turns import Turns
 
 LIMITS = LaneLimits(8, 1000, gap_wait_s_max=30, answers_kept_max=4, answer_bytes_kept_max=1000)
 
@@ -31,17 +38,18 @@ class Recorder:
         self.applied: list[str] = []
         self.gate = asyncio.Event()
         self.gate.set()
-        self.turn = asyncio.Lock()
-        self.lane = Lane("model", limits, self.turn)
+        self.turns = Turns()
+        self.lane = Lane("model", limits, self.turns)
 
     def call(self, name: str, *, error: Exception | None = None, nbytes: int = 1) -> Call:
-        async def run(emit: Callable[[Any], None]) -> str:
-            await self.gate.wait()
-            if error is not None:
-                raise error
-            self.applied.append(name)
-            emit(f"part of {name}")
-            return name
+        async def run(emit: Emit, turn: TakeTurn) -> str:
+            async with turn(1):
+                await self.gate.wait()
+                if error is not None:
+                    raise error
+                self.applied.append(name)
+                emit(f"part of {name}")
+                return name
 
         return Call(name.encode(), nbytes, run)
 
@@ -226,21 +234,69 @@ async def test_deleting_fails_what_waits() -> None:
     await asyncio.wait_for(asyncio.gather(running.value(), return_exceptions=True), 5)
 
 
-async def test_lanes_take_turns() -> None:
-    """A long queue delays another lane by one call, not by its length."""
-    order: list[str] = []
-    turn = asyncio.Lock()
-    lanes = {name: Lane(name, LIMITS, turn) for name in ("heavy", "light")}
+class Lanes:
+    """Lanes that share a trainer, and the order in which their calls' parts ran."""
 
-    def call(name: str) -> Call:
-        async def run(emit: Callable[[Any], None]) -> None:
-            await asyncio.sleep(0)
-            order.append(name)
+    def __init__(self, *names: str) -> None:
+        self.order: list[str] = []
+        turns = Turns()
+        self.lanes = {name: Lane(name, LIMITS, turns) for name in names}
 
-        return Call(name.encode(), 1, run)
+    def submit(self, name: str, seq_id: int, parts: int, tokens: int = 1) -> Answer:
+        async def run(emit: Emit, turn: TakeTurn) -> None:
+            for part in range(parts):
+                async with turn(tokens):
+                    self.order.append(name)
+                    emit(part)
+                    await asyncio.sleep(0)
 
-    answers = [lanes["heavy"].submit(n, call(f"heavy {n}")) for n in range(1, 7)]
-    answers.append(lanes["light"].submit(1, call("light 1")))
+        return self.lanes[name].submit(seq_id, Call(f"{name} {seq_id}".encode(), 1, run))
+
+
+async def test_a_long_queue_delays_another_lane_by_one_call() -> None:
+    """Not by its length."""
+    lanes = Lanes("heavy", "light")
+    answers = [lanes.submit("heavy", n, parts=1) for n in range(1, 7)]
+    answers.append(lanes.submit("light", 1, parts=1))
     for answer in answers:
         await answer.value()
-    assert order.index("light 1") <= 1
+    assert lanes.order.index("light") <= 1
+
+
+async def test_a_large_call_delays_another_lane_by_one_part() -> None:
+    """Its other parts come afterwards, and its answer is whole."""
+    lanes = Lanes("heavy", "light")
+    large = lanes.submit("heavy", 1, parts=5, tokens=100)
+    while not lanes.order:
+        await asyncio.sleep(0)
+    await lanes.submit("light", 1, parts=1).value()
+    assert lanes.order == ["heavy", "light"]
+    assert [part async for part in large.parts()] == [0, 1, 2, 3, 4]
+    assert lanes.order == ["heavy", "light", *["heavy"] * 4]
+
+
+async def test_many_small_calls_get_as_many_tokens_as_few_large_ones() -> None:
+    """A lane that has more to do keeps its place when one of its calls ends."""
+    lanes = Lanes("large", "small")
+    answers = [lanes.submit("large", n, parts=1, tokens=10) for n in (1, 2)]
+    answers += [lanes.submit("small", n, parts=1, tokens=4) for n in range(1, 6)]
+    for answer in answers:
+        await answer.value()
+    assert lanes.order == [
+        *("small", "large", "small", "small"),  # 12 against 10
+        *("large", "small", "small"),
+    ]
+
+
+async def test_a_model_deleted_between_parts_runs_no_further() -> None:
+    """The call fails as not found, and the turns go on."""
+    lanes = Lanes("deleted", "other")
+    answer = lanes.submit("deleted", 1, parts=5)
+    while len(lanes.order) < 2:
+        await asyncio.sleep(0)
+    lanes.lanes["deleted"].close(model_not_found("deleted"))
+    with pytest.raises(TinsmithError) as refusal:
+        await answer.value()
+    assert refusal.value.reason is Reason.MODEL_NOT_FOUND
+    await lanes.submit("other", 1, parts=2).value()
+    assert lanes.order == ["deleted", "deleted", "other", "other"]

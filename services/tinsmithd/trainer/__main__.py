@@ -1,19 +1,31 @@
 """`python -m tinsmithd.trainer`: one rank; `torchrun -m tinsmithd.trainer`: several."""
 
+import ctypes
 import logging
+import os
+import signal
+import socket
 import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from tinsmithd.config import TrainerConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.process import load_or_exit, set_up
+from tinsmithd.trainer.heartbeat import MeetError
 
 EXIT_HOPELESS = 78
 """A restart cannot help (EX_CONFIG of sysexits.h)."""
 
+EXIT_AGAIN = 75
+"""The group is no more; a restart helps (EX_TEMPFAIL). `distributed.EXIT_GROUP_LOST`, too."""
+
+_PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
-def _serve(config: TrainerConfig) -> None:
+def _serve(config: TrainerConfig, farewells: list[Callable[[], None]]) -> None:
     # Heavy imports come after the settings were checked.
     import torch
 
@@ -31,11 +43,19 @@ def _serve(config: TrainerConfig) -> None:
         if loading is not None:
             loading.say(message)
 
+    if world_size > 1:
+        on_progress(f"waiting for {world_size} ranks")
+        distributed.init(config.collective_timeout_s)
+        farewells.append(distributed.leave)
     engine = make_engine(
         config.engine,
         config.base_model,
         dtype=config.dtype,
         zero_stage=config.zero_stage,
+        offload=config.offload,
+        gathered_bytes_max=config.gathered_bytes_max,
+        activation_bytes_max=config.activation_bytes_max,
+        resident_models_max=config.resident_models_max,
         micro_batch_tokens_max=config.micro_batch_tokens_max,
         on_progress=on_progress,
     )
@@ -48,17 +68,76 @@ def _serve(config: TrainerConfig) -> None:
     link.lead(commands, config.training_target, greeting, distributed.broadcast_bytes)
 
 
+def _end(status: int, farewells: Sequence[Callable[[], None]]) -> NoReturn:
+    for farewell in farewells:
+        farewell()
+    # Not by way of the interpreter's end, where threads of the process group could abort.
+    os._exit(status)
+
+
+def _end_on_signals(farewells: Sequence[Callable[[], None]]) -> None:
+    """Let SIGTERM and Ctrl-C end this process at once, after a goodbye to the other ranks.
+
+    Python's own handlers run in the main thread, which may be waiting in a collective for ever.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach())
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: None)
+
+    def wait() -> None:
+        (signum,) = receiver.recv(1)
+        _end(128 + signum, farewells)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _die_with_parent(config: TrainerConfig) -> None:
+    """Leave no orphan: not even a stopped process outlives torchrun, or the server it belongs to.
+
+    Only Linux can do this; elsewhere a rank finds out by its heartbeat.
+    """
+    started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform == "linux" and (started_by_torchrun or config.live_with_pid == os.getppid()):
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before that
+            os._exit(EXIT_AGAIN)
+
+
 def main() -> None:
     """Run one rank until it is ended."""
     config = load_or_exit(TrainerConfig, EXIT_HOPELESS)
+    _die_with_parent(config)
     set_up(config)
+    farewells: list[Callable[[], None]] = []
+    _end_on_signals(farewells)
     try:
-        _serve(config)
+        _serve(config, farewells)
     except TinsmithError as error:
         _log.error("%s", error.message)
-        sys.exit(EXIT_HOPELESS)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _end(EXIT_HOPELESS, farewells)
+    except MeetError as error:
+        _log.error("%s", error)
+        sys.exit(EXIT_AGAIN)
+    except Exception as error:
+        if not farewells:
+            raise
+        _end_among_others(error)
+
+
+def _end_among_others(error: Exception) -> None:
+    """End a rank of several at once: in what state the others are is unknown."""
+    from tinsmithd.trainer.engines import distributed
+
+    rank, _ = distributed.rank_and_world_size()
+    left = distributed.rank_that_left()
+    if left is None:
+        _log.error("rank %d failed", rank, exc_info=error)
+    else:
+        _log.info("rank %d ends: rank %d was ended", rank, left)
+    os._exit(EXIT_AGAIN)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Rank 0 answers through `reply`; the others do the same work and say nothing.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,14 +90,36 @@ class Commands:
             result = pb.DatumResult(datum_index=index, loss_fn_outputs=packed)
             reply(pb.AttachRequest(command_id=command.command_id, datum=result))
 
-        metrics = self._engine.forward(
-            command.model_id,
-            [convert.datum_from_pb(d, f"data[{i}]") for i, d in enumerate(compute.data)],
-            convert.loss_fn_from_pb(compute.loss_fn, "loss_fn"),
-            backward=compute.backward,
-            on_result=on_result,
-        )
+        with self._whole_call(command.model_id, compute.part):
+            metrics = self._engine.forward(
+                command.model_id,
+                [convert.datum_from_pb(d, f"data[{i}]") for i, d in enumerate(compute.data)],
+                convert.loss_fn_from_pb(compute.loss_fn, "loss_fn"),
+                backward=compute.backward,
+                on_result=on_result,
+            )
         return pb.Done(metrics=metrics)
+
+    @contextlib.contextmanager
+    def _whole_call(self, model_id: str, part: pb.CallPart.ValueType) -> Iterator[None]:
+        """Let a call that comes in several parts take effect wholly or not at all."""
+        if part == pb.CALL_PART_FIRST:
+            self._engine.savepoint(model_id)
+        try:
+            yield
+        except ModelBroken:
+            raise
+        except Exception:
+            if part != pb.CALL_PART_UNSPECIFIED:
+                self._roll_back(model_id)
+            raise
+
+    def _roll_back(self, model_id: str) -> None:
+        try:
+            self._engine.rollback(model_id)
+        except Exception as error:
+            text = f"the parts of a failed call could not be undone: {error}"
+            raise ModelBroken(text) from error
 
     def _optim_step(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
         adam = convert.adam_from_pb(command.optim_step.adam_params, "adam_params")

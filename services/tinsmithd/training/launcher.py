@@ -15,6 +15,7 @@ EXIT_HOPELESS = 78
 """Exit status of a rank for which a restart cannot help (EX_CONFIG of sysexits.h)."""
 
 RESTART_DELAY_S_MAX = 30.0
+STOP_S_MAX = 10.0
 
 
 class LaunchError(Exception):
@@ -82,7 +83,9 @@ class Launcher:
         environment = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
         # torchrun must find the same packages, and its ranks must not leave this machine.
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        return {"GLOO_SOCKET_IFNAME": "lo", **os.environ, **environment}
+        # What torchrun gives its ranks after SIGTERM; less than `_stop` gives torchrun.
+        ours = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+        return {**ours, **os.environ, **environment}
 
     async def _stop(self) -> None:
         process = self._process
@@ -90,8 +93,9 @@ class Launcher:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), timeout=10)
+            await asyncio.wait_for(process.wait(), STOP_S_MAX)
         except TimeoutError:
+            # Ranks have sessions of their own; the kernel ends them with torchrun, their parent.
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
 

@@ -19,7 +19,21 @@ from tinsmithd.convert.tensors import array_from_pb
 from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LoraConfig, LossFn
 from tinsmithd.errors import Internal, Reason, TinsmithError
 from tinsmithd.training.models import Models
-from tinsmithd.training.trainer import ModelBroken, OnPiece, OnResult, StateInfo, TrainerLost
+from tinsmithd.training.trainer import (
+    CallPart,
+    ModelBroken,
+    OnPiece,
+    OnResult,
+    Pieces,
+    StateInfo,
+    TrainerLost,
+)
+
+_PARTS = {
+    CallPart.WHOLE: pb.CALL_PART_UNSPECIFIED,
+    CallPart.FIRST: pb.CALL_PART_FIRST,
+    CallPart.LATER: pb.CALL_PART_LATER,
+}
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +104,7 @@ class RankGroup:
         loss_fn: LossFn,
         *,
         backward: bool,
+        part: CallPart,
         on_result: OnResult,
     ) -> Mapping[str, float]:
         """Forward, and backward too where asked; returns the metrics."""
@@ -97,6 +112,7 @@ class RankGroup:
             loss_fn=convert.loss_fn_to_pb(loss_fn),
             data=[convert.datum_to_pb(datum) for datum in data],
             backward=backward,
+            part=_PARTS[part],
         )
 
         async def take(message: pb.AttachRequest) -> None:
@@ -123,18 +139,14 @@ class RankGroup:
     async def import_state(
         self,
         model_id: str,
-        pieces: AsyncIterator[tuple[str, bytes]],
+        pieces: Pieces,
         *,
         optimizer: bool,
         create: bool,
     ) -> StateInfo:
-        """Replace the model's state, or create the model from it.
-
-        All pieces are read before the first goes out: a source that fails half-way must not
-        leave half a state on the ranks.
-        """
+        """Replace the model's state, or create the model from it."""
         command_id = self._take_command_id()
-        for file_name, data in [piece async for piece in pieces]:
+        for file_name, data in pieces:
             piece = pb.StatePiece(file_name=file_name, data=data)
             await self._send(pb.AttachResponse(command_id=command_id, piece=piece))
         command = pb.ImportState(optimizer=optimizer, create=create)

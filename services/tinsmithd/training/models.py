@@ -6,9 +6,8 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from tinsmithd.domain import (
     AdamParams,
@@ -29,14 +28,27 @@ from tinsmithd.errors import (
     TinsmithError,
     Unavailable,
 )
-from tinsmithd.training.checkpoints import CheckpointClient, SaveOptions
+from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter, SaveOptions
 from tinsmithd.training.journal import Answer
-from tinsmithd.training.scheduler import Call, Lane, LaneLimits, model_lost, model_not_found
-from tinsmithd.training.trainer import Trainer, TrainerLost
+from tinsmithd.training.parts import NOMINAL_TOKENS, add_metrics, cut, token_count
+from tinsmithd.training.scheduler import (
+    Call,
+    Emit,
+    Lane,
+    LaneLimits,
+    TakeTurn,
+    model_lost,
+    model_not_found,
+)
+from tinsmithd.training.trainer import Pieces, Trainer, TrainerLost
+from tinsmithd.training.turns import Turns
 from tinsmithd.training.validate import check_data
 
 REQUEST_IDS_KEPT_MAX = 10_000
 DRAIN_POLL_S = 0.05
+_COMING_AND_GOING = ""
+"""Whose turns create and delete models: all of these together count as one model."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +61,7 @@ class ModelLimits:
     targets_per_position_max: int
     ephemeral_ttl_s: int
     model_idle_ttl_s: float
+    quantum_tokens: int
     lane: LaneLimits
 
 
@@ -84,7 +97,7 @@ class NewModel:
 class Models:
     """All models of one rank group.
 
-    Lives on one event loop. Everything that touches the trainer holds `turn`.
+    Lives on one event loop. Everything that touches the trainer takes a turn.
     """
 
     def __init__(self, limits: ModelLimits, checkpoints: CheckpointClient) -> None:
@@ -94,7 +107,8 @@ class Models:
         self._deletions: set[asyncio.Task[None]] = set()
         self._requests: OrderedDict[str, tuple[bytes, asyncio.Task[Model]]] = OrderedDict()
         self._trainer: Trainer | None = None
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
+        self._reading = asyncio.Lock()
         self._created_count = 0
         self.progress = "none has attached yet"
         """What a trainer that is not ready is doing, for a person."""
@@ -166,24 +180,22 @@ class Models:
             message = f"no base model {base_model!r}; this cluster holds {trainer.info.name!r}"
             raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
         model_id = secrets.token_hex(16)
-        lane = Lane(model_id, self._limits.lane, self._turn)
+        lane = Lane(model_id, self._limits.lane, self._turns)
         assert lora is not None  # one of lora and path is set by the servicer
         self._created_count += 1
         model = Model(
             model_id, trainer.info, lora, request.user_metadata, lane, self._created_count
         )
         model.step_count = step_count
-        async with self._turn:
+        turn = self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS)
+        async with self._read(request.path) as pieces, turn:
             self._check_room()
             try:
                 if request.path is None:
                     await trainer.create_model(model_id, lora)
                 else:
                     await trainer.import_state(
-                        model_id,
-                        self._checkpoints.read(request.path),
-                        optimizer=request.with_optimizer,
-                        create=True,
+                        model_id, pieces, optimizer=request.with_optimizer, create=True
                     )
             except TrainerLost as error:
                 text = "the trainer was lost"
@@ -236,7 +248,7 @@ class Models:
         await asyncio.shield(task)
 
     async def _free(self, trainer: Trainer, model_id: str) -> None:
-        async with self._turn:
+        async with self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS):
             with contextlib.suppress(TrainerLost):  # then it went with its trainer
                 await trainer.delete_model(model_id)
 
@@ -273,10 +285,16 @@ class Models:
             most = self._limits.targets_per_position_max
             check_data(data, loss_fn, model.info, most)
 
-        async def run(emit: Callable[[Any], None]) -> Mapping[str, float]:
-            return await self.trainer.compute(
-                model.model_id, data, loss_fn, backward=backward, on_result=emit
-            )
+        async def run(emit: Emit, turn: TakeTurn) -> Mapping[str, float]:
+            metrics: dict[str, float] = {}
+            for part, some in cut(data, self._limits.quantum_tokens, backward=backward):
+                async with turn(token_count(some)):
+                    compute = self.trainer.compute
+                    found = await compute(
+                        model.model_id, some, loss_fn, backward=backward, part=part, on_result=emit
+                    )
+                add_metrics(metrics, found)
+            return metrics
 
         nbytes = sum(datum.nbytes for datum in data)
         return self._submit(model, seq_id, Call(digest, nbytes, run, _refusal(check)))
@@ -284,8 +302,9 @@ class Models:
     def optim_step(self, model: Model, seq_id: int, digest: bytes, adam: AdamParams) -> Answer:
         """Queue an optimizer step; the value is its metrics."""
 
-        async def run(_: Callable[[Any], None]) -> Mapping[str, float]:
-            metrics = await self.trainer.optim_step(model.model_id, adam)
+        async def run(_: Emit, turn: TakeTurn) -> Mapping[str, float]:
+            async with turn(NOMINAL_TOKENS):
+                metrics = await self.trainer.optim_step(model.model_id, adam)
             model.step_count += 1
             return metrics
 
@@ -295,17 +314,20 @@ class Models:
         """Queue a save; the value is `(path, size_bytes)`."""
         optimizer = options.path.kind is CheckpointKind.TRAINING
 
-        async def run(_: Callable[[Any], None]) -> tuple[CheckpointPath, int]:
-            writer = self._checkpoints.writer(
-                options, model.info.name, model.lora, model.step_count
-            )
+        async def run(_: Emit, turn: TakeTurn) -> tuple[CheckpointPath, int]:
+            writer: CheckpointWriter | None = None
             try:
-                await self.trainer.export_state(
-                    model.model_id, optimizer=optimizer, on_piece=writer.write
-                )
+                async with turn(NOMINAL_TOKENS):
+                    writer = self._checkpoints.writer(
+                        options, model.info.name, model.lora, model.step_count
+                    )
+                    await self.trainer.export_state(
+                        model.model_id, optimizer=optimizer, on_piece=writer.write
+                    )
                 return options.path, await writer.commit()
             except BaseException:
-                writer.cancel()
+                if writer is not None:
+                    writer.cancel()
                 raise
 
         return self._submit(model, seq_id, Call(digest, 0, run))
@@ -319,12 +341,13 @@ class Models:
             if path.kind is not CheckpointKind.TRAINING:
                 raise _wrong_kind(path)
 
-        async def run(_: Callable[[Any], None]) -> CheckpointPath:
+        async def run(_: Emit, turn: TakeTurn) -> CheckpointPath:
             found = await self._checkpoints.get(path)
             self._check_base_model(found.base_model, model.info.name)
-            state = await self.trainer.import_state(
-                model.model_id, self._checkpoints.read(path), optimizer=optimizer, create=False
-            )
+            async with self._read(path) as pieces, turn(NOMINAL_TOKENS):
+                state = await self.trainer.import_state(
+                    model.model_id, pieces, optimizer=optimizer, create=False
+                )
             model.step_count = state.step_count
             return path
 
@@ -333,7 +356,7 @@ class Models:
     def refuse(self, model: Model, seq_id: int, digest: bytes, error: TinsmithError) -> Answer:
         """Let a call that could not even be read consume its number."""
 
-        async def run(_: Callable[[Any], None]) -> None:
+        async def run(_: Emit, turn: TakeTurn) -> None:
             return None
 
         return self._submit(model, seq_id, Call(digest, 0, run, error))
@@ -343,6 +366,16 @@ class Models:
             raise InvalidArgument("seq_id", f"{seq_id} is below 0")
         model.last_request_time_s = time.time()
         return model.lane.submit(seq_id, call)
+
+    @contextlib.asynccontextmanager
+    async def _read(self, path: CheckpointPath | None) -> AsyncIterator[Pieces]:
+        """The files of a checkpoint, whole: one that fails half-way must not reach the ranks, and
+        one that comes slowly must not hold a turn. Only one at a time is in memory."""
+        if path is None:
+            yield ()
+            return
+        async with self._reading:
+            yield [piece async for piece in self._checkpoints.read(path)]
 
     def _check_base_model(self, found: str, wanted: str) -> None:
         if wanted and found != wanted:

@@ -1,15 +1,16 @@
 """One ordered lane per model: numbers in, effects in order, one at a time per lane.
 
 A lane admits calls by `seq_id`: the next number becomes ready, later ones are parked until the
-numbers before them arrived. Each lane runs its ready calls one after the other; lanes take turns
-at the trainer through a first-in-first-out lock, so that a lane with a long queue delays another
-by one call at most.
+numbers before them arrived. Each lane runs its ready calls one after the other. Lanes share the
+trainer by `Turns`: a call takes one turn, or one for each of its parts, so that a lane with a long
+queue or large calls delays another by one part at most.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +26,18 @@ from tinsmithd.errors import (
 )
 from tinsmithd.training.journal import Answer, Journal
 from tinsmithd.training.trainer import ModelBroken, TrainerLost
+from tinsmithd.training.turns import Turns
 
 _log = logging.getLogger(__name__)
 
-Run = Callable[[Callable[[Any], None]], Awaitable[Any]]
-"""Applies a call: takes where to put each part of the answer, returns the answer's value."""
+Emit = Callable[[Any], None]
+"""Takes the next part of an answer."""
+
+TakeTurn = Callable[[int], contextlib.AbstractAsyncContextManager[None]]
+"""A turn at the trainer that costs so many tokens; entering raises when the lane was closed."""
+
+Run = Callable[[Emit, TakeTurn], Awaitable[Any]]
+"""Applies a call, using the trainer only in turns that it takes; returns the answer's value."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,10 @@ class _Entry:
 class Lane:
     """The ordered calls of one model."""
 
-    def __init__(self, name: str, limits: LaneLimits, turn: asyncio.Lock) -> None:
+    def __init__(self, name: str, limits: LaneLimits, turns: Turns) -> None:
         self._name = name
         self._limits = limits
-        self._turn = turn
+        self._turns = turns
         self._journal = Journal(limits.answers_kept_max, limits.answer_bytes_kept_max)
         self._parked: dict[int, _Entry] = {}
         self._ready: deque[_Entry] = deque()
@@ -178,12 +186,17 @@ class Lane:
         finally:
             self._runner = None
 
+    @contextlib.asynccontextmanager
+    async def _turn(self, tokens: int) -> AsyncIterator[None]:
+        async with self._turns.take(self._name, tokens):
+            # While it waited the model may have been deleted, or lost with its trainer.
+            if self._closed is not None:
+                raise self._closed
+            yield
+
     async def _apply(self, entry: _Entry) -> None:
         try:
-            async with self._turn:
-                if self._closed is not None:
-                    raise self._closed
-                value = await entry.call.run(entry.answer.add)
+            value = await entry.call.run(entry.answer.add, self._turn)
         except (Unavailable, ResourceExhausted) as error:
             self._take_back(entry)
             entry.answer.fail(error)

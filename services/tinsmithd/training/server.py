@@ -40,6 +40,7 @@ class TrainingServer:
             targets_per_position_max=config.targets_per_position_max,
             ephemeral_ttl_s=config.ephemeral_ttl_s,
             model_idle_ttl_s=config.model_idle_ttl_s,
+            quantum_tokens=config.quantum_tokens,
             lane=LaneLimits(
                 lane_calls_max=config.lane_calls_max,
                 lane_bytes_max=config.lane_bytes_max,

@@ -1,7 +1,8 @@
 """What the Training server asks of a rank group. `link.RankGroup` is the one over gRPC."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,21 @@ OnResult = Callable[[Mapping[str, np.ndarray]], None]
 
 OnPiece = Callable[[str, bytes], Awaitable[None]]
 """Takes the next bytes of a state file: file name and data."""
+
+
+Pieces = Sequence[tuple[str, bytes]]
+"""All state files of a model, in the same form."""
+
+
+class CallPart(Enum):
+    """Which part of a call that adds gradients a `compute` is.
+
+    Where a part fails the ranks take back what the parts before it added.
+    """
+
+    WHOLE = "whole"
+    FIRST = "first"
+    LATER = "later"
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class Trainer(Protocol):
         loss_fn: LossFn,
         *,
         backward: bool,
+        part: CallPart,
         on_result: OnResult,
     ) -> Mapping[str, float]:
         """Forward, and backward too where asked; returns the metrics."""
@@ -67,7 +84,7 @@ class Trainer(Protocol):
     async def import_state(
         self,
         model_id: str,
-        pieces: AsyncIterator[tuple[str, bytes]],
+        pieces: Pieces,
         *,
         optimizer: bool,
         create: bool,

@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tinsmith.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _CallPart:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CallPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CallPart.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CALL_PART_UNSPECIFIED: _CallPart.ValueType  # 0
+    """The whole call, or no gradients to add: it undoes itself."""
+    CALL_PART_FIRST: _CallPart.ValueType  # 1
+    """The first of several: the waiting gradients are remembered before it."""
+    CALL_PART_LATER: _CallPart.ValueType  # 2
+    """A later one."""
+
+class CallPart(_CallPart, metaclass=_CallPartEnumTypeWrapper):
+    """Which of a call's parts a command is. Other models' commands may come between the parts."""
+
+CALL_PART_UNSPECIFIED: CallPart.ValueType  # 0
+"""The whole call, or no gradients to add: it undoes itself."""
+CALL_PART_FIRST: CallPart.ValueType  # 1
+"""The first of several: the waiting gradients are remembered before it."""
+CALL_PART_LATER: CallPart.ValueType  # 2
+"""A later one."""
+Global___CallPart: _TypeAlias = CallPart  # noqa: Y015
 
 @_typing.final
 class AttachRequest(_message.Message):
@@ -58,7 +83,9 @@ class AttachRequest(_message.Message):
 
     @_builtins.property
     def failed(self) -> Global___Failed:
-        """The command failed and had no effect, unless `model_broken`."""
+        """The command failed and had no effect, unless `model_broken`. A part of a call that failed also
+        took back the effect of the parts before it.
+        """
 
     def __init__(
         self,
@@ -165,7 +192,7 @@ class DatumResult(_message.Message):
     DATUM_INDEX_FIELD_NUMBER: _builtins.int
     LOSS_FN_OUTPUTS_FIELD_NUMBER: _builtins.int
     datum_index: _builtins.int
-    """Index in the call."""
+    """Index in the command's data."""
     @_builtins.property
     def loss_fn_outputs(self) -> _containers.MessageMap[_builtins.str, _types_pb2.Tensor]:
         """As in tinsmith.v1.DatumOutput, packed."""
@@ -422,8 +449,11 @@ class Compute(_message.Message):
     LOSS_FN_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     BACKWARD_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     backward: _builtins.bool
     """Add gradients."""
+    part: Global___CallPart.ValueType
+    """What of a call this is; only said where gradients are added."""
     @_builtins.property
     def loss_fn(self) -> _types_pb2.LossFn:
         """The loss, configuration filled in."""
@@ -438,10 +468,11 @@ class Compute(_message.Message):
         loss_fn: _types_pb2.LossFn | None = ...,
         data: _abc.Iterable[_types_pb2.Datum] | None = ...,
         backward: _builtins.bool = ...,
+        part: Global___CallPart.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss_fn", b"loss_fn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "data", b"data", "loss_fn", b"loss_fn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "data", b"data", "loss_fn", b"loss_fn", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

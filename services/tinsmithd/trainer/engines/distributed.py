@@ -1,15 +1,36 @@
 """The process group of the ranks: started by torchrun, or one process alone."""
 
 import datetime
+import logging
 import os
+import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from tinsmithd.trainer.heartbeat import Heartbeat, Loss, Member, meet
+
+COLLECTIVE_TIMEOUT_S = 30.0
+"""How long a rank may be silent; see `TrainerConfig.collective_timeout_s`."""
+
+PROCESS_GROUP_TIMEOUT_S = 24 * 3600
+"""How long a collective may take: longer than any computation that others may have to wait for.
+Ranks that are gone are found by the heartbeat, long before."""
+
+MEET_TIMEOUT_S = 600.0
+"""How long the first rank waits for the last one to start."""
 
 IDLE_S_MAX = 365 * 86_400
-"""How long ranks may wait for a command; a dead rank 0 ends them through torchrun."""
+"""How long ranks may wait for a command; the heartbeat ends them if rank 0 is gone."""
 
+EXIT_GROUP_LOST = 75
+"""Exit status of a rank whose group is no more: start the group again (EX_TEMPFAIL)."""
+
+_log = logging.getLogger(__name__)
 _control: dist.ProcessGroup | None = None
+_heartbeat: Heartbeat | None = None
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -17,27 +38,85 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def init() -> torch.device:
-    """Join the process group, once; returns this rank's device."""
-    global _control
+def init(collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> torch.device:
+    """Join the process group, once; returns this rank's device.
+
+    From then on this process ends by itself (`EXIT_GROUP_LOST`) when another rank is lost.
+
+    Args:
+        collective_timeout_s: A rank that gives no sign of life for longer is lost.
+
+    Raises:
+        MeetError: Not all ranks came.
+    """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        _, world_size = rank_and_world_size()
-        if world_size == 1:
+        if rank_and_world_size()[1] == 1:
             # Nobody to meet: no port is needed.
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
-            timeout = datetime.timedelta(seconds=IDLE_S_MAX)
-            _control = dist.new_group(backend="gloo", timeout=timeout)
+            _join(backend, collective_timeout_s)
         _init_deepspeed(backend)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def _join(backend: str, collective_timeout_s: float) -> None:
+    global _control, _heartbeat
+    # NCCL's own watchdog stays as torch sets it up: a communicator that fails (a peer that is
+    # gone resets its connections) ends the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=1), a
+    # collective that merely takes long only after the process group's timeout, and a watchdog
+    # thread that itself hangs in the driver after TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (8 minutes).
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    meet_timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
+    store, rank, world_size = next(rendezvous("env://", timeout=meet_timeout))
+    me = Member(node=os.environ.get("GROUP_RANK", str(rank)), pid=os.getpid())
+    group = meet(store, rank, world_size, me, timeout_s=MEET_TIMEOUT_S)
+
+    def on_loss(loss: Loss) -> None:
+        _log.log(
+            logging.INFO if loss.orderly else logging.ERROR,
+            "rank %d ends: %s",
+            rank,
+            loss.message,
+        )
+        for silent in loss.silent:
+            _end_sibling(me, group.members[silent])
+        os._exit(EXIT_GROUP_LOST)
+
+    _heartbeat = Heartbeat(
+        store.clone(), group, rank, timeout_s=collective_timeout_s, on_loss=on_loss
+    )
+    # Before the process group connects: that waits for the others as well.
+    _heartbeat.start()
+    # torchrun may keep the store between restarts. Under the name of this group nobody finds the
+    # addresses of ranks that are gone.
+    own_store = dist.PrefixStore(group.id, store)  # type: ignore[attr-defined]
+    timeout = datetime.timedelta(seconds=PROCESS_GROUP_TIMEOUT_S)
+    dist.init_process_group(
+        backend, store=own_store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    _control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=IDLE_S_MAX))
+
+
+def _end_sibling(me: Member, other: Member) -> None:
+    """End a silent rank of this node at once.
+
+    torchrun would ask it with SIGTERM, which a stopped process does not hear, and wait 30 s.
+    """
+    if other.node != me.node:
+        return
+    try:
+        status = Path(f"/proc/{other.pid}/stat").read_text()
+        if int(status.rpartition(")")[2].split()[1]) == os.getppid():
+            os.kill(other.pid, signal.SIGKILL)
+    except (OSError, ValueError, IndexError):
+        return  # it is gone, or this system has no /proc: then it takes torchrun's 30 s
 
 
 def _init_deepspeed(backend: str) -> None:
@@ -49,13 +128,27 @@ def _init_deepspeed(backend: str) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
+def leave() -> None:
+    """Tell the other ranks that this process is about to end on purpose."""
+    if _heartbeat is not None:
+        _heartbeat.leave()
+
+
+def rank_that_left() -> int | None:
+    """A rank that ended on purpose, if there is one: the reason why a collective failed."""
+    return _heartbeat.rank_that_left() if _heartbeat is not None else None
+
+
 def close() -> None:
     """Leave the process group, all ranks together: its threads must end before the process does."""
-    global _control
+    global _control, _heartbeat
+    leave()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    _control = None
+    if _heartbeat is not None:
+        _heartbeat.close()
+    _control = _heartbeat = None
 
 
 def broadcast_bytes(data: bytes | None) -> bytes:

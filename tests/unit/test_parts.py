@@ -1,0 +1,51 @@
+"""Cutting calls into parts."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinsmithd.config import ConfigError, TrainingConfig
+from tinsmithd.domain import Datum
+from tinsmithd.training.parts import add_metrics, cut, token_count
+from tinsmithd.training.trainer import CallPart
+
+
+def data_of(lengths: list[int]) -> list[Datum]:
+    return [Datum(np.full(length, index), {}) for index, length in enumerate(lengths)]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120), st.booleans())
+def test_parts_are_the_call_in_order_and_none_is_too_large(
+    lengths: list[int], quantum_tokens: int, backward: bool
+) -> None:
+    """No datum is lost; only a lone datum exceeds the quantum; no two neighbours fit together
+    further than they are; only a cut call that adds gradients says where a part stands."""
+    data = data_of(lengths)
+    parts = list(cut(data, quantum_tokens, backward=backward))
+    assert [datum for _, some in parts for datum in some] == data
+    for _, some in parts:
+        assert token_count(some) <= quantum_tokens or len(some) == 1
+    for (_, some), (_, after) in itertools.pairwise(parts):
+        assert token_count(some) + len(after[0].tokens) > quantum_tokens
+    places = [place for place, _ in parts]
+    if backward and len(parts) > 1:
+        assert places == [CallPart.FIRST, *[CallPart.LATER] * (len(parts) - 1)]
+    else:
+        assert set(places) == {CallPart.WHOLE}
+
+
+def test_sums_add_up_over_parts() -> None:
+    """What is not a sum is the last part's."""
+    total: dict[str, float] = {}
+    for part in ({"loss:sum": 1.5, "x:last": 1.0}, {"loss:sum": 2.0, "x:last": 3.0}):
+        add_metrics(total, part)
+    assert total == {"loss:sum": 3.5, "x:last": 3.0}
+
+
+def test_a_quantum_of_nothing_is_refused() -> None:
+    """Naming the key."""
+    with pytest.raises(ConfigError, match=r"training\.quantum_tokens: must be at least 1"):
+        TrainingConfig.load(["--quantum-tokens", "0"], {})
