@@ -114,7 +114,7 @@ class ReferenceEngine:
         """One AdamW step (Loshchilov & Hutter 2019, algorithm 2, with schedule eta = lr)."""
         model = self._models[model_id]
         gradients = model.waiting()
-        model.gradients = None
+        model.gradients = model.savepoint = None
         # Finite gradients can have an infinite norm; their squares would spoil the moments.
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if not bool(torch.isfinite(norm)):

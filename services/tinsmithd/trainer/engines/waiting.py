@@ -31,12 +31,13 @@ class WaitingGradients:
 
     def take(self, padded_count: int, device: torch.device) -> Tensor:
         """Hand the buffer out, zeros where nothing waits, and hold nothing any more."""
-        flat, self._flat = self._flat, None
+        flat = self._flat
+        self.clear()
         return torch.zeros(padded_count, device=device) if flat is None else flat
 
     def clear(self) -> None:
-        """Nothing waits any more."""
-        self._flat = None
+        """Nothing waits any more, and there is nothing to go back to."""
+        self._flat = self._savepoint = None
 
     def copy(self) -> Tensor | None:
         """What waits, for `put_back`."""

@@ -1,0 +1,92 @@
+"""`python -m bench [ROW ...]`: measure rows of the benchmark table, each beside a plain baseline.
+
+Both sides of a row run in turn in one process, on the same data and the same adapter, and must
+give the same logprobs and gradients; a row whose sides disagree FAILED, and the exit status is 1.
+A target that is missed is reported, and is no failure.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# As in a rank, for both sides; it is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from bench import report, rows_compute, rows_memory, rows_rpc, rows_step
+from bench.configs import SHAPES
+from bench.harness import Result
+from bench.sides import Settings
+
+ROWS: dict[str, Callable[[Settings], list[Result]]] = {
+    "1": rows_compute.dense,
+    "3": rows_compute.ragged,
+    "4": rows_compute.short,
+    "5": rows_compute.zero_weights,
+    "9": rows_step.optim_step,
+    "10": rows_memory.peak_memory,
+    "11": rows_rpc.rpc,
+    "25": rows_compute.growth,
+    "26": rows_step.idle_models,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and save; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all if none")
+    parser.add_argument("--pairs", type=int, default=9, help="rounds of each measurement")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for results")
+    parser.add_argument(
+        "--models", type=Path, default=Path("build/bench-models"), help="folder for model files"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="", help="instead of the rows' own")
+    parser.add_argument("--zero-stage", type=int, default=Settings.zero_stage)
+    parser.add_argument("--micro-batch-tokens-max", type=int)
+    given = parser.parse_args(argv)
+    for row in given.rows:
+        if row not in ROWS:
+            parser.error(f"no row {row!r}; there are {', '.join(ROWS)}")
+    torch.set_num_threads(given.threads)
+    settings = Settings(
+        models=given.models,
+        pairs=given.pairs,
+        threads=given.threads,
+        shape=given.shape,
+        zero_stage=given.zero_stage,
+        micro_batch_tokens_max=given.micro_batch_tokens_max,
+    )
+    given.out.mkdir(parents=True, exist_ok=True)
+    values = report.machine(given.threads, given.pairs)
+    print(report.machine_line(values), flush=True)
+    results: list[Result] = []
+    broken: list[str] = []
+    for row in given.rows or ROWS:
+        print(f"row {row} ...", file=sys.stderr, flush=True)
+        try:
+            results += ROWS[row](settings)
+        except Exception:
+            # The other rows are still worth having.
+            traceback.print_exc()
+            broken.append(row)
+    print(report.table(results))
+    print(report.remarks(results))
+    report.write_json(given.out / "bench.json", values, results)
+    report.write_png(given.out / "bench.png", values, results)
+    print(f"wrote {given.out / 'bench.json'} and {given.out / 'bench.png'}")
+    for row in broken:
+        print(f"row {row} FAILED: it raised, see above")
+    for result in results:
+        if result.failed:
+            print(f"row {result.row} FAILED: {result.what}: the sides do not agree")
+    return int(bool(broken) or any(result.failed for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Row 10: peak memory of a call above the weights."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from bench.configs import SHAPES, write_model
+from bench.harness import Result, compare, estimate
+from bench.sides import Ours, Settings
+from tinsmithd import state_files
+
+TARGET = 0.40
+TOKENS = 2048
+ROUNDS_MAX = 3
+"""Memory hardly varies, and each round starts two processes."""
+
+
+def peak_memory(settings: Settings) -> list[Result]:
+    """Row 10: one datum, each side in fresh processes in turn."""
+    shape = SHAPES[settings.shape or "H"]
+    folder = write_model(shape, settings.models)
+    start = Ours(folder, settings).start
+    peaks: dict[str, list[int]] = {"ours": [], "bare": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        state = Path(scratch) / "state"
+        state.mkdir()
+        for name, content in state_files.to_files(start).items():
+            (state / name).write_bytes(content)
+        for _ in range(min(settings.pairs, ROUNDS_MAX)):
+            for side, found in peaks.items():
+                out = Path(scratch) / f"{side}.npz"
+                found.append(_peak_bytes(side, folder, state, out, settings))
+        numbers = []
+        for side in peaks:
+            arrays = dict(np.load(Path(scratch) / f"{side}.npz"))
+            numbers.append(([arrays.pop("logprobs")], arrays))
+    ours, bare = (np.array(values, float) for values in peaks.values())
+    mib = {side: float(np.median(values)) / 2**20 for side, values in peaks.items()}
+    return [
+        Result(
+            "10",
+            f"peak memory above weights, {TOKENS} tokens, vocabulary {shape.vocab:,} / bare loop",
+            estimate(ours / bare),
+            target=TARGET,
+            agreement=compare(*numbers),
+            notes=f"VmHWM above VmRSS before the call, MiB: ours {mib['ours']:,.0f}, "
+            f"bare {mib['bare']:,.0f}",
+        )
+    ]
+
+
+def _peak_bytes(side: str, folder: Path, state: Path, out: Path, settings: Settings) -> int:
+    command = [
+        *(sys.executable, "-m", "bench.memory_worker", side, str(folder), str(state)),
+        *(str(TOKENS), str(settings.threads), str(settings.zero_stage), str(out)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{side} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return int(found["peak_bytes"] - found["before_bytes"])

@@ -1,0 +1,259 @@
+"""A rank that dies or stands still takes its group down, and the group comes back by itself."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+import tinsmith
+from clusters import RunningCluster, children, until_gone, until_health
+from tinsmith import tensors, types
+from tinsmith import v1 as pb
+from tiny_models import write_tiny_model
+
+TIMEOUT_S = 3
+"""How long a rank may be silent in these tests."""
+
+
+@pytest.fixture(autouse=True)
+def _short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINSMITH_TRAINER_COLLECTIVE_TIMEOUT_S", str(TIMEOUT_S))
+
+
+def make_data(count: int, length: int) -> list[types.Datum]:
+    """Random data of one length."""
+    rows = np.random.default_rng(0).integers(0, 256, (count, length + 1))
+    weights = np.ones(length, np.float32)
+    return [
+        types.Datum(
+            types.ModelInput.from_ints(row[:-1].tolist()),
+            {"target_tokens": row[1:], "weights": weights},
+        )
+        for row in rows
+    ]
+
+
+def assert_trains(address: str) -> None:
+    """A new model takes a step in the right direction."""
+    service = tinsmith.ServiceClient(address)
+    base_model = service.get_server_capabilities().supported_models[0].model_name
+    model = service.create_lora_training_client(base_model, rank=2).result(90)
+    before = model.forward_backward(make_data(2, 8), "cross_entropy").result(60).loss
+    model.optim_step(types.AdamParams(learning_rate=1e-2)).result(60)
+    assert model.forward(make_data(2, 8), "cross_entropy").result(60).loss < before
+
+
+def long_call(stubs: pb.Cluster) -> Iterator[pb.ForwardBackwardResponse]:
+    """The answers of a call that takes long; its first results are there already."""
+    lora = pb.LoraConfig(rank=2, seed=1)
+    model_id = stubs.training.CreateModel(pb.CreateModelRequest(lora_config=lora)).model.model_id
+    tokens = np.arange(256)
+    tensor = tensors.encode(tokens)
+    datum = pb.Datum(
+        model_input=pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensor)]),
+        loss_fn_inputs={"target_tokens": tensor, "weights": tensors.encode(np.ones(256, "f4"))},
+    )
+    loss_fn = pb.LossFn(cross_entropy=pb.CrossEntropyLoss())
+    request = pb.ForwardBackwardRequest(model_id=model_id, loss_fn=loss_fn, data=[datum] * 1000)
+    answers = stubs.training.ForwardBackward(iter([request]))
+    next(answers)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("signum", "rank", "under_way"),
+    [
+        pytest.param(signal.SIGKILL, 1, True, id="killed in the middle of a call"),
+        pytest.param(signal.SIGSTOP, 1, True, id="stopped in the middle of a call"),
+        pytest.param(signal.SIGSTOP, 1, False, id="stopped while idle"),
+        pytest.param(signal.SIGSTOP, 0, False, id="rank 0 stopped while idle"),
+    ],
+)
+def test_a_group_ends_with_any_of_its_ranks_and_comes_back(
+    tiny_model: Path, tmp_path: Path, signum: signal.Signals, rank: int, under_way: bool
+) -> None:
+    """Health says so both times, nobody of the old group is left, and new models train."""
+    with (
+        RunningCluster(tiny_model, tmp_path, ranks=2) as cluster,
+        pb.connect(cluster.address) as stubs,
+    ):
+        old = cluster.rank_pids()
+        assert len(old) == 2
+        answers = long_call(stubs) if under_way else iter([])
+        os.kill(old[rank], signum)
+        until_health(cluster.address, serving=False)
+        if under_way:
+            with pytest.raises(grpc.RpcError) as failure:
+                list(answers)
+            assert failure.value.code() == grpc.StatusCode.DATA_LOSS
+        until_health(cluster.address, serving=True)
+        until_gone(old)
+        assert_trains(cluster.address)
+        log = (cluster.logs / "training.log").read_text()
+        if signum == signal.SIGSTOP:
+            assert f"rank {1 - rank} ends: rank {rank} gave no sign of life for" in log
+
+
+def test_computing_for_long_is_no_silence(tmp_path: Path) -> None:
+    """One rank computes for more than twice the timeout, the other waits: both live on."""
+    base_model = write_tiny_model(tmp_path / "long", context_length=2**17)
+    with RunningCluster(base_model, tmp_path, ranks=2) as cluster:
+        ranks = cluster.rank_pids()
+        service = tinsmith.ServiceClient(cluster.address)
+        model = service.create_lora_training_client(cluster.base_model, rank=2).result()
+        length, took_s = 2**12, 0.0
+        while took_s < 2 * TIMEOUT_S:
+            length *= 2
+            assert length < 2**17, "this machine is too fast for this test"
+            started_s = time.monotonic()
+            result = model.forward_backward(make_data(1, length), "cross_entropy").result()
+            took_s = time.monotonic() - started_s
+            assert len(result.loss_fn_outputs) == 1
+        assert cluster.rank_pids() == ranks
+
+
+def test_the_end_of_a_cluster_leaves_no_stopped_rank_behind(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that hears no SIGTERM ends with the others, long before anybody calls it silent."""
+    monkeypatch.setenv("TINSMITH_TRAINER_COLLECTIVE_TIMEOUT_S", "600")
+    with RunningCluster(tiny_model, tmp_path, ranks=2) as cluster:
+        ranks = cluster.rank_pids()
+        os.kill(ranks[1], signal.SIGSTOP)
+    until_gone(ranks)
+
+
+def test_an_orderly_end_is_quiet(tiny_model: Path, tmp_path: Path) -> None:
+    """SIGTERM to the cluster: no rank complains of another one."""
+    with RunningCluster(tiny_model, tmp_path, ranks=2) as cluster:
+        assert_trains(cluster.address)
+        ranks = cluster.rank_pids()
+    until_gone(ranks)
+    log = (cluster.logs / "training.log").read_text()
+    assert " ERROR " not in log
+    # torchrun itself prints a trace that names the signal, which nothing can turn off.
+    assert log.count("Traceback") == log.count("SignalException: Process") <= 1
+
+
+# --- more than one node -----------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Nodes:
+    """A Training server that waits for ranks, and two torchrun agents on loopback."""
+
+    def __init__(self, base_model: Path, folder: Path, *rendezvous: Sequence[str]) -> None:
+        self._stack = ExitStack()
+        self._folder = folder
+        port_file = folder / "port"
+        settings = {
+            "TINSMITH_TRAINING_LISTEN_ADDRESS": "127.0.0.1:0",
+            "TINSMITH_TRAINING_PORT_FILE": str(port_file),
+        }
+        self.training = self._start("training", ["tinsmithd.training"], settings)
+        while not port_file.exists():
+            assert self.training.poll() is None
+            time.sleep(0.02)
+        self.address = f"127.0.0.1:{port_file.read_text().strip()}"
+        settings = {
+            "TINSMITH_TRAINER_TRAINING_TARGET": self.address,
+            "TINSMITH_TRAINER_BASE_MODEL": str(base_model),
+            "TINSMITH_TRAINER_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        self.agents = [
+            self._start(
+                f"agent-{node}",
+                [
+                    *("torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
+                    *("--max-restarts=3", *arguments, "-m", "tinsmithd.trainer"),
+                ],
+                settings,
+            )
+            for node, arguments in enumerate(rendezvous)
+        ]
+
+    def _start(
+        self, name: str, module: Sequence[str], settings: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        log = self._stack.enter_context((self._folder / f"{name}.log").open("wb"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                **settings,
+            },
+            stderr=log,
+        )
+        self._stack.callback(self._stop, process)
+        return process
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, by node."""
+        return [pid for agent in self.agents for pid in children(agent.pid)]
+
+    def logs(self) -> str:
+        """What everybody said."""
+        return "\n".join(f"--- {p}\n{p.read_text()}" for p in sorted(self._folder.glob("*.log")))
+
+    def __enter__(self) -> "Nodes":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._stack.close()
+        if error is not None:
+            error.add_note(self.logs()[-6000:])
+
+
+def rendezvous_of(kind: str) -> list[Sequence[str]]:
+    """What tells each of the two agents how to find the other."""
+    port = free_port()
+    if kind == "static":
+        return [
+            ("--master-addr=127.0.0.1", f"--master-port={port}", f"--node-rank={node}")
+            for node in range(2)
+        ]
+    endpoint = f"--rdzv-endpoint=127.0.0.1:{port}"
+    return [("--rdzv-backend=c10d", endpoint, "--rdzv-id=tinsmith", "--local-addr=127.0.0.1")] * 2
+
+
+@pytest.mark.parametrize("kind", ["c10d", "static"])
+def test_two_nodes_are_one_group_and_come_back_when_a_rank_is_killed(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    """torchrun's two ways to meet; each of the two ranks is killed once."""
+    with Nodes(tiny_model, tmp_path, *rendezvous_of(kind)) as nodes:
+        until_health(nodes.address, serving=True)
+        assert_trains(nodes.address)
+        for victim in (1, 0):
+            old = nodes.ranks()
+            assert len(old) == 2
+            os.kill(old[victim], signal.SIGKILL)
+            until_health(nodes.address, serving=False)
+            until_health(nodes.address, serving=True)
+            until_gone(old)
+            assert_trains(nodes.address)
+        assert [agent.poll() for agent in nodes.agents] == [None, None]
