@@ -271,6 +271,26 @@ def script(stubs: Cluster, model_id: str) -> list[bytes]:
     return [answer.SerializeToString(deterministic=True) for answer in answers]
 
 
+def weights_and_samples(stubs: Cluster, model_id: str) -> list[bytes]:
+    """The adapter's file as it is saved, and what a seeded request samples from it."""
+    save = pb.SaveCheckpointRequest(
+        model_id=model_id, seq_id=7, name="end", kind=pb.CHECKPOINT_KIND_SAMPLER
+    )
+    path = stubs.training.SaveCheckpoint(save).path
+    read = pb.ReadCheckpointRequest(path=path, file_names=["adapter_model.safetensors"])
+    pieces = [r.piece.data for r in stubs.checkpoint.ReadCheckpoint(read)]
+    prompt = pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensors.encode([5, 6, 7]))])
+    sample = pb.SampleRequest(
+        checkpoint_path=path,
+        prompt=prompt,
+        num_samples=4,
+        sampling_params=pb.SamplingParams(max_tokens=12, seed=3),
+    )
+    deltas = [d for r in stubs.sampler.Sample(sample) for d in r.deltas]
+    deltas.sort(key=lambda delta: delta.sequence_index)  # each in order, one after the other
+    return [b"".join(pieces), *(d.SerializeToString(deterministic=True) for d in deltas)]
+
+
 class Busy:
     """Models that train on large calls from threads of their own until the block ends.
 
@@ -311,14 +331,16 @@ class Busy:
         assert not self._errors
 
 
-def test_answers_are_bit_identical_alone_and_beside_busy_models(stubs: Cluster) -> None:
-    """Losses, logprobs, norms, and the weights that come of them."""
-    alone = script(stubs, create(stubs))
+def test_a_model_is_bit_identical_alone_and_beside_busy_models(stubs: Cluster) -> None:
+    """Losses, logprobs, norms, the weights that come of them, and samples."""
+    model_id = create(stubs)
+    alone = script(stubs, model_id) + weights_and_samples(stubs, model_id)
     with Busy(stubs, 3) as busy:
         while busy.count < 10:
             time.sleep(0.01)
         before = busy.count
-        beside = script(stubs, create(stubs))
+        model_id = create(stubs)
+        beside = script(stubs, model_id) + weights_and_samples(stubs, model_id)
         assert busy.count - before > 100  # they were there all the time
     assert beside == alone
 

@@ -22,6 +22,7 @@ from tinsmithd.domain import AdamParams
 from tinsmithd.trainer.engines.reference import CLIP_EPS, EPS_MIN
 
 NORM_PIECE = 65_536
+"""Elements whose squares are summed in one float32 sum."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -160,7 +161,7 @@ class ZeroAdapter:
     def _norm(self, own: Tensor) -> float:
         # Of pieces, then of their norms: one float32 sum over millions of squares would be off by
         # a tenth of a percent.
-        norm = torch.stack(torch._foreach_norm(own.split(NORM_PIECE))).double().norm()
+        norm = torch.stack(torch._foreach_norm(torch.split(own, NORM_PIECE))).double().norm()
         if len(self._slices) > 1:
             norm = norm.square()
             dist.all_reduce(norm)
