@@ -30,7 +30,7 @@ from recorded_cluster import (
 from tinsmith import tensors
 from tinsmith import v1 as pb
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
-from tinsmith.v1 import Cluster, connect
+from tinsmith.v1 import Cluster, connect, types_pb2
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import Datum, LoraConfig, LossFn
 from tinsmithd.errors import Reason, ResourceExhausted
@@ -274,7 +274,7 @@ def script(stubs: Cluster, model_id: str) -> list[bytes]:
 def weights_and_samples(stubs: Cluster, model_id: str) -> list[bytes]:
     """The adapter's file as it is saved, and what a seeded request samples from it."""
     save = pb.SaveCheckpointRequest(
-        model_id=model_id, seq_id=7, name="end", kind=pb.CHECKPOINT_KIND_SAMPLER
+        model_id=model_id, seq_id=7, name="end", kind=types_pb2.CHECKPOINT_KIND_SAMPLER
     )
     path = stubs.training.SaveCheckpoint(save).path
     read = pb.ReadCheckpointRequest(path=path, file_names=["adapter_model.safetensors"])
