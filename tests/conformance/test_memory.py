@@ -45,9 +45,9 @@ def test_out_of_memory_splits_and_computes_the_same(folder: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_whole(folder: Path) -> None:
-    """The error names the datum; the next step applies what waited before, and nothing of it."""
+    """The error says which datum; the next step applies what waited before, and nothing of it."""
     (reason, message, norms), log = run(folder, "long")
     assert "with recomputation" in log
     assert reason == "OUT_OF_MEMORY"
-    assert message.startswith("data[1] does not fit into the trainer's memory")
+    assert message.startswith("a datum of 20000 tokens does not fit into the trainer's memory")
     assert norms[0] == norms[1] > 0

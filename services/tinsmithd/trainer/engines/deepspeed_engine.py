@@ -171,7 +171,8 @@ class DeepSpeedEngine:
         elif self._partitioned and self._world_size > 1:
             compute(in_turn[self._rank], recompute)
         else:
-            memory.split_on_out_of_memory(compute, in_turn[self._rank], recompute)
+            lengths = [len(datum.tokens) for datum in call.data]
+            memory.split_on_out_of_memory(compute, in_turn[self._rank], recompute, lengths)
         return results
 
     def _packed(

@@ -81,7 +81,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def split_on_out_of_memory(
-    compute: Callable[[Sequence[int], bool], None], indices: Sequence[int], recompute: bool
+    compute: Callable[[Sequence[int], bool], None],
+    indices: Sequence[int],
+    recompute: bool,
+    lengths: Sequence[int],
 ) -> None:
     """Compute some data; where memory does not suffice, in halves, at last with recomputation.
 
@@ -90,6 +93,7 @@ def split_on_out_of_memory(
             results in only when it has all of them: it may fail and be called again.
         indices: The data.
         recompute: Whether to recompute from the start.
+        lengths: Tokens of each datum of the call, for the error.
 
     Raises:
         ResourceExhausted: One datum alone, with recomputation, does not fit (OUT_OF_MEMORY).
@@ -107,13 +111,14 @@ def split_on_out_of_memory(
     if len(indices) > 1:
         _log.warning("out of memory with %d data: computing them in halves", len(indices))
         half = len(indices) // 2
-        split_on_out_of_memory(compute, indices[:half], recompute)
-        split_on_out_of_memory(compute, indices[half:], recompute)
+        split_on_out_of_memory(compute, indices[:half], recompute, lengths)
+        split_on_out_of_memory(compute, indices[half:], recompute, lengths)
     elif not recompute:
         _log.warning("out of memory with one datum: computing it with recomputation")
-        split_on_out_of_memory(compute, indices, True)
+        split_on_out_of_memory(compute, indices, True, lengths)
     else:
         raise ResourceExhausted(
-            f"data[{indices[0]}] does not fit into the trainer's memory: {reason}",
+            f"a datum of {lengths[indices[0]]} tokens does not fit into the trainer's memory: "
+            f"{reason}",
             Reason.OUT_OF_MEMORY,
         )
