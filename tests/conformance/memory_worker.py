@@ -1,7 +1,7 @@
 """The process of `test_memory`: trains with and without enough memory, and says what came out.
 
-Arguments: model folder; `enough`, `short` or `long`. Prints one JSON object. Each is a process of
-its own, since freed memory stays with a process.
+Arguments: model folder; `enough`, `short` or `long`. Prints `found` and one JSON value.
+Each is a process of its own, since freed memory stays with a process.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from data import collect
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import TinsmithError
+from tinsmithd.trainer.engines import distributed
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 
@@ -86,7 +87,12 @@ def main() -> None:
     engine.create_model("m", LoraConfig(rank=4, seed=7))
     collect(engine, "m", [datum(8, 99)], backward=True)  # loads what is loaded lazily
     engine.optim_step("m", AdamParams(learning_rate=0.0))
-    print(json.dumps((too_long if case == "long" else train)(engine, ROOM[case])))
+    # One write, so that lines of two ranks do not mix.
+    sys.stdout.write(
+        "found " + json.dumps((too_long if case == "long" else train)(engine, ROOM[case])) + "\n"
+    )
+    sys.stdout.flush()
+    distributed.close()
 
 
 if __name__ == "__main__":

@@ -19,19 +19,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("long") / "model", context_length=100_000)
 
 
-def run(folder: Path, case: str) -> tuple[Any, str]:
-    """What the worker found, and what it logged."""
+def run(folder: Path, case: str, ranks: int = 1) -> tuple[Any, str]:
+    """What the worker found, one after the other where there are several, and what was logged."""
     worker = Path(__file__).with_name("memory_worker.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
     done = subprocess.run(
-        [sys.executable, str(worker), str(folder), case],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={ranks}", str(worker), str(folder), case),
+        ],
         env=environment,
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    found = [json.loads(line.removeprefix("found ")) for line in lines]
+    return (found[0] if ranks == 1 else found), done.stderr
 
 
 def test_out_of_memory_splits_and_computes_the_same(folder: Path) -> None:
@@ -51,3 +57,13 @@ def test_what_does_not_fit_is_refused_whole(folder: Path) -> None:
     assert reason == "OUT_OF_MEMORY"
     assert message.startswith("a datum of 20000 tokens does not fit into the trainer's memory")
     assert norms[0] == norms[1] > 0
+
+
+def test_ranks_stay_in_step_when_one_runs_out_of_memory(folder: Path) -> None:
+    """The long datum is on one of two ranks: both refuse the call, and both go on to a step."""
+    both, _ = run(folder, "long", ranks=2)
+    assert [reason for reason, _, _ in both] == ["OUT_OF_MEMORY"] * 2
+    messages = sorted(message for _, message, _ in both)
+    assert messages[0].startswith("a datum of 20000 tokens")
+    assert messages[1].startswith("a datum of this call does not fit into the memory of another")
+    assert all(norms[0] == norms[1] > 0 for _, _, norms in both)

@@ -100,21 +100,14 @@ def test_two_ranks_train_as_one_and_come_back_when_one_is_killed(
             losses.append(model.forward(data(0), "cross_entropy").result().loss)
             seen.append(losses)
             if ranks == 2:
-                os.kill(_a_rank_of(cluster), signal.SIGKILL)
+                ranks_before = cluster.rank_pids()
+                assert len(ranks_before) == 2
+                os.kill(ranks_before[-1], signal.SIGKILL)
                 with pytest.raises(tinsmith.DataLossError):
                     _train_until_it_fails(model)
                 again = service.create_lora_training_client(cluster.base_model, rank=4, seed=1)
                 assert again.forward(data(0), "cross_entropy").result(60).loss > 0
     assert seen[1] == pytest.approx(seen[0], rel=1e-4)
-
-
-def _a_rank_of(cluster: RunningCluster) -> int:
-    """Process id of the last rank: a grandchild of the Training server, under torchrun."""
-    training = cluster.pid("training")
-    (torchrun,) = Path(f"/proc/{training}/task/{training}/children").read_text().split()
-    ranks = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
-    assert len(ranks) == 2
-    return int(ranks[-1])
 
 
 def _train_until_it_fails(client: tinsmith.TrainingClient) -> None:

@@ -13,13 +13,10 @@ from typing import NoReturn
 from tinsmithd.config import TrainerConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.process import load_or_exit, set_up
-from tinsmithd.trainer.heartbeat import MeetError
+from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, MeetError
 
 EXIT_HOPELESS = 78
 """A restart cannot help (EX_CONFIG of sysexits.h)."""
-
-EXIT_AGAIN = 75
-"""The group is no more; a restart helps (EX_TEMPFAIL). `distributed.EXIT_GROUP_LOST`, too."""
 
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
@@ -103,7 +100,7 @@ def _die_with_parent(config: TrainerConfig) -> None:
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it ended before that
-            os._exit(EXIT_AGAIN)
+            os._exit(EXIT_GROUP_LOST)
 
 
 def main() -> None:
@@ -120,7 +117,7 @@ def main() -> None:
         _end(EXIT_HOPELESS, farewells)
     except MeetError as error:
         _log.error("%s", error)
-        sys.exit(EXIT_AGAIN)
+        sys.exit(EXIT_GROUP_LOST)
     except Exception as error:
         if not farewells:
             raise
@@ -137,7 +134,7 @@ def _end_among_others(error: Exception) -> None:
         _log.error("rank %d failed", rank, exc_info=error)
     else:
         _log.info("rank %d ends: rank %d was ended", rank, left)
-    os._exit(EXIT_AGAIN)
+    os._exit(EXIT_GROUP_LOST)
 
 
 if __name__ == "__main__":

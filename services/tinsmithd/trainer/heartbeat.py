@@ -27,6 +27,9 @@ FAREWELL_S_MAX = 1.0
 """How long an orderly end waits until the others can read of it."""
 _LEFT = b"left"
 
+EXIT_GROUP_LOST = 75
+"""Exit status of a rank whose group is no more: start the group again (EX_TEMPFAIL)."""
+
 _log = logging.getLogger(__name__)
 
 

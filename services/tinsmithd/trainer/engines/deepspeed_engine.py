@@ -25,6 +25,7 @@ from tinsmithd.domain import (
     LoraConfig,
     LossFn,
 )
+from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.packing import use_packed_attention
@@ -114,7 +115,7 @@ class DeepSpeedEngine:
             world_size=self._world_size,
         )
         before = model.waiting.copy() if backward else None
-        call = _Call(data, loss_fn, backward)
+        call = _Call(data, lengths, loss_fn, backward)
         in_order = _InOrder(on_result)
         try:
             for start in range(0, len(micro_batches), self._world_size):
@@ -122,7 +123,7 @@ class DeepSpeedEngine:
                 # Ranks that walk through a partitioned base together must walk the same way.
                 longest = max(sum(lengths[index] for index in indices) for indices in in_turn)
                 recompute = backward and longest > plain_tokens_max
-                results = self._take_part(model, slot, call, in_turn, recompute)
+                results = self._take_part_together(model, slot, call, in_turn, recompute)
                 self._share(data, in_turn, results, in_order)
         except BaseException:
             if backward:
@@ -143,6 +144,31 @@ class DeepSpeedEngine:
 
             self._bytes_per_token[slot.shape] = memory.activation_bytes_per_token(run)
         return self._activation_bytes_max // self._bytes_per_token[slot.shape]
+
+    def _take_part_together(
+        self,
+        model: Model,
+        slot: Slot,
+        call: "_Call",
+        in_turn: Sequence[Sequence[int]],
+        recompute: bool,
+    ) -> dict[int, np.ndarray]:
+        """`_take_part`, which fails on every rank where it fails on one: they stay in step."""
+        results: dict[int, np.ndarray] = {}
+        failure: ResourceExhausted | None = None
+        try:
+            results = self._take_part(model, slot, call, in_turn, recompute)
+        except ResourceExhausted as error:
+            failure = error
+        if self._world_size > 1:
+            failed = torch.tensor([failure is not None], dtype=torch.int32, device=self._device)
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+            if failure is None and int(failed):
+                message = "a datum of this call does not fit into the memory of another rank"
+                failure = ResourceExhausted(message, Reason.OUT_OF_MEMORY)
+        if failure is not None:
+            raise failure
+        return results
 
     def _take_part(
         self,
@@ -171,8 +197,7 @@ class DeepSpeedEngine:
         elif self._partitioned and self._world_size > 1:
             compute(in_turn[self._rank], recompute)
         else:
-            lengths = [len(datum.tokens) for datum in call.data]
-            memory.split_on_out_of_memory(compute, in_turn[self._rank], recompute, lengths)
+            memory.split_on_out_of_memory(compute, in_turn[self._rank], recompute, call.lengths)
         return results
 
     def _packed(
@@ -243,9 +268,9 @@ class DeepSpeedEngine:
 
     def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:
         """Copy a model's state out, with or without its optimizer state."""
-        _, slot = self._models.use(model_id)
+        model, slot = self._models.use(model_id)
         return AdapterState(
-            lora=self._models.get(model_id).lora,
+            lora=model.lora,
             weights=slot.zero.values(),
             optimizer=slot.zero.moments() if optimizer else {},
             step_count=slot.zero.step_count,
@@ -267,8 +292,11 @@ class DeepSpeedEngine:
 class _Call:
     """One call to `forward`, and this rank's share of its loss so far."""
 
-    def __init__(self, data: Sequence[Datum], loss_fn: LossFn, backward: bool) -> None:
+    def __init__(
+        self, data: Sequence[Datum], lengths: Sequence[int], loss_fn: LossFn, backward: bool
+    ) -> None:
         self.data = data
+        self.lengths = lengths
         self.loss_fn = loss_fn
         self.backward = backward
         self.loss = 0.0

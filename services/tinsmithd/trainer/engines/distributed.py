@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from tinsmithd.trainer.heartbeat import Heartbeat, Loss, Member, meet
+from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, Heartbeat, Loss, Member, meet
 
 COLLECTIVE_TIMEOUT_S = 30.0
 """How long a rank may be silent; see `TrainerConfig.collective_timeout_s`."""
@@ -24,9 +24,6 @@ MEET_TIMEOUT_S = 600.0
 
 IDLE_S_MAX = 365 * 86_400
 """How long ranks may wait for a command; the heartbeat ends them if rank 0 is gone."""
-
-EXIT_GROUP_LOST = 75
-"""Exit status of a rank whose group is no more: start the group again (EX_TEMPFAIL)."""
 
 _log = logging.getLogger(__name__)
 _control: dist.ProcessGroup | None = None

@@ -77,14 +77,6 @@ class ResidentModels:
         self._recent: OrderedDict[str, Model] = OrderedDict()
         """Models with a slot, the one used longest ago first."""
 
-    def __contains__(self, model_id: str) -> bool:
-        return model_id in self._models
-
-    @property
-    def resident_count(self) -> int:
-        """How many models are on the device."""
-        return len(self._recent)
-
     def add(self, model_id: str, lora: LoraConfig) -> None:
         """Add a model with first values drawn from its seed."""
         if model_id in self._models:
@@ -106,13 +98,6 @@ class ResidentModels:
         self._recent.pop(model_id, None)
         if model is not None and model.slot is not None:
             self._free.append(model.slot)
-
-    def clear(self) -> None:
-        """Drop all models and all slots."""
-        for model_id in list(self._models):
-            self.remove(model_id)
-        while self._free:
-            self._drop(self._free.pop())
 
     def get(self, model_id: str) -> Model:
         """A model, wherever it is."""
