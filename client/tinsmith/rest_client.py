@@ -160,10 +160,12 @@ class RestClient:
                 return found
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
-        """What a checkpoint's adapter is."""
+        """What a checkpoint holds."""
 
         def read(response: pb.GetCheckpointResponse) -> WeightsInfoResponse:
             found = response.checkpoint
+            if found.WhichOneof("tuning") == "full_config":
+                return WeightsInfoResponse(base_model=found.base_model, is_lora=False)
             lora = found.lora_config
             return WeightsInfoResponse(
                 base_model=found.base_model,
@@ -232,7 +234,10 @@ class RestClient:
         return self._ask("CopyCheckpoint", request, lambda r: str(r.checkpoint.path))
 
     def download_checkpoint(self, path: str, folder: str | Path) -> APIFuture[Path]:
-        """Download a checkpoint's adapter as a PEFT folder that `PeftModel.from_pretrained` takes.
+        """Download a checkpoint as a folder for `from_pretrained`.
+
+        Of an adapter it is one for `PeftModel`, of a model that trained all weights one for
+        `AutoModelForCausalLM` and `AutoTokenizer`.
 
         Args:
             path: The checkpoint, of either kind.
@@ -291,10 +296,10 @@ def _run_from_pb(model: training_service_pb2.Model, checkpoints: list[Checkpoint
         training_run_id=model.model_id,
         base_model=model.base_model,
         model_owner="",
-        is_lora=True,
+        is_lora=model.WhichOneof("tuning") != "full_config",
         last_request_time=model.last_request_time.ToDatetime(UTC),
         corrupted=model.state == training_service_pb2.MODEL_STATE_LOST,
-        lora_rank=model.lora_config.rank,
+        lora_rank=model.lora_config.rank or None,
         last_checkpoint=newest("training"),
         last_sampler_checkpoint=newest("sampler"),
         user_metadata=dict(model.user_metadata),

@@ -20,7 +20,8 @@ from tinsmith.v1 import types_pb2
 
 
 @async_twins(
-    *("create_lora_training_client", "create_training_client_from_state"),
+    *("create_lora_training_client", "create_full_training_client"),
+    "create_training_client_from_state",
     *("create_training_client_from_state_with_optimizer", "create_sampling_client"),
     "copy_weights",
     final=True,
@@ -97,6 +98,23 @@ class ServiceClient:
             train_unembed=train_unembed,
         )
         return self._create(user_metadata, base_model=base_model, lora_config=lora)
+
+    def create_full_training_client(
+        self, base_model: str, user_metadata: Mapping[str, str] | None = None
+    ) -> ClientFuture[TrainingClient]:
+        """Create a model that trains all weights of the base model, without an adapter.
+
+        It owns the trainer: there can be no other model beside it. Delete it to make room.
+
+        Args:
+            base_model: Name of a base model that the cluster holds.
+            user_metadata: Kept with the model.
+
+        Raises:
+            FailedPreconditionError: There are other models (RANK_GROUP_TAKEN).
+        """
+        full = types_pb2.FullConfig()
+        return self._create(user_metadata, base_model=base_model, full_config=full)
 
     def create_training_client_from_state(
         self,

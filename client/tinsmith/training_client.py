@@ -349,6 +349,9 @@ class TrainingClient:
             raise unsupported("record_stability_info", "stable_reinforce is not supported")
         if kind != "snapshot":
             raise unsupported("kind", f"{kind!r} is not supported, 'snapshot' is")
+        if self._is_full:
+            message = "a model that trains all weights is not served; save it and download it"
+            raise unsupported("save_weights_and_get_sampling_client", message)
         saved = self._save(
             "save_weights",
             types_pb2.CHECKPOINT_KIND_SAMPLER,
@@ -375,13 +378,18 @@ class TrainingClient:
 
     # --- about the model ----------------------------------------------------------------------
 
+    @property
+    def _is_full(self) -> bool:
+        return self._model.WhichOneof("tuning") == "full_config"
+
     def get_info(self) -> GetInfoResponse:
         """What the model is; asks nobody."""
         name = self._model.base_model
         return GetInfoResponse(
             model_id=self.model_id,
             model_data=ModelData(model_name=name, tokenizer_id=name),
-            lora_rank=self._model.lora_config.rank,
+            is_lora=not self._is_full,
+            lora_rank=self._model.lora_config.rank or None,
             model_name=name,
         )
 

@@ -6,7 +6,7 @@ Shapes: `N` tokens of one datum, `K` targets per position.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -29,6 +29,15 @@ class LoraConfig:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+
+
+@dataclass(frozen=True)
+class FullConfig:
+    """Train every weight of the base model, without an adapter (full fine-tuning)."""
+
+
+Tuning = LoraConfig | FullConfig
+"""What a model trains."""
 
 
 @dataclass(frozen=True)
@@ -153,19 +162,28 @@ class BaseModelInfo:
 
 
 @dataclass(frozen=True)
-class AdapterState:
-    """Everything that a checkpoint of a model holds, as arrays.
+class ModelState:
+    """Everything that a checkpoint of a model holds.
 
-    `weights` are in PEFT's names and shapes. `optimizer` has `exp_avg.<name>` and
-    `exp_avg_sq.<name>` for each weight, float32; empty in a SAMPLER checkpoint.
+    Attributes:
+        tuning: What the model trains.
+        weights: float32, in the names and shapes of PEFT's files for a LoRA adapter, and of
+            Hugging Face's for a full model. A weight that two layers share is there once.
+        optimizer: `exp_avg.<name>` and `exp_avg_sq.<name>` for each weight, float32; empty in a
+            SAMPLER checkpoint and before the first step.
+        step_count: Optimizer steps made.
+        config: The content of `adapter_config.json`, as PEFT reads it, or of a full model's
+            `config.json`.
+        files: What else a Hugging Face folder has, by file name: the tokenizer's files of a full
+            model. Empty for an adapter.
     """
 
-    lora: LoraConfig
+    tuning: Tuning
     weights: Mapping[str, np.ndarray]
     optimizer: Mapping[str, np.ndarray]
     step_count: int
-    peft_config: Mapping[str, Any]
-    """The content of `adapter_config.json`, as PEFT reads it."""
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 # --- sampling ---------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Reason(StrEnum):
     MODEL_LOST = "MODEL_LOST"
     CHECKPOINT_CORRUPT = "CHECKPOINT_CORRUPT"
     INTERNAL = "INTERNAL"
+    RANK_GROUP_TAKEN = "RANK_GROUP_TAKEN"
 
 
 class TinsmithError(Exception):

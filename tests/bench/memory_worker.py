@@ -44,7 +44,7 @@ def main() -> None:
     batch = workloads.make_batch([int(tokens)], vocab)
     if side == "ours":
         settings = Settings(models=Path(folder).parent, zero_stage=int(zero_stage))
-        ours = Ours(Path(folder), settings, lora=start.lora)
+        ours = Ours(Path(folder), settings, lora=start.tuning)
         run, clear, gradients = ours.forward_backward, ours.clear, ours.take_gradients
     else:
         bare = BareLoop(Path(folder), start)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.harness import Agreement, compare
 from tinsmithd.config import TrainerConfig
-from tinsmithd.domain import AdamParams, AdapterState, CrossEntropy, Datum, LoraConfig
+from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, ModelState
 from tinsmithd.modeling.base import DTYPES
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
@@ -115,13 +115,13 @@ class BareLoop:
     """
 
     def __init__(
-        self, folder: Path, start: AdapterState, *, dtype: str = "float32", device: str = "cpu"
+        self, folder: Path, start: ModelState, *, dtype: str = "float32", device: str = "cpu"
     ) -> None:
         base = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], attn_implementation="sdpa"
         )
         given = ("r", "lora_alpha", "target_modules", "target_parameters", "task_type")
-        config = peft.LoraConfig(**{key: start.peft_config[key] for key in given})
+        config = peft.LoraConfig(**{key: start.config[key] for key in given})
         with warnings.catch_warnings():
             # Of an attribute's old name, and that a head which is adapted shares its weight.
             warnings.simplefilter("ignore")
@@ -193,7 +193,7 @@ def agree(
     return compare((our_logprobs, ours.take_gradients()), (logprobs, bare.take_gradients()))
 
 
-def _with_random_b(state: AdapterState) -> AdapterState:
+def _with_random_b(state: ModelState) -> ModelState:
     rng = np.random.default_rng(1)
     weights: Mapping[str, np.ndarray] = {
         name: rng.normal(0, B_STANDARD_DEVIATION, array.shape).astype(np.float32)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data import collect, make_data, make_rl_data
-from tinsmithd.domain import AdamParams, Datum, Gspo, LoraConfig, Ppo
+from tinsmithd.domain import AdamParams, Datum, FullConfig, Gspo, LoraConfig, Ppo
 from tinsmithd.trainer.engines import distributed
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
@@ -31,6 +31,18 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1},
     "stage-3-offloaded": {"zero_stage": 3, "offload": True, "resident_models_max": 1},
 }
+FULL_CASES: Mapping[str, Mapping[str, Any]] = {
+    "full-stage-0": {"zero_stage": 0},
+    "full-stage-1": {"zero_stage": 1},
+    "full-stage-2": {"zero_stage": 2},
+    "full-stage-3": {"zero_stage": 3},
+    "full-recomputed": {"zero_stage": 0, "activation_bytes_max": 1},
+    "full-stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1},
+    "full-stage-3-offloaded": {"zero_stage": 3, "offload": True},
+    # Adapters keep gathered weights, which never get stale; a full model must not.
+    "full-stage-3-kept": {"zero_stage": 3, "gathered_bytes_max": 1 << 30},
+}
+"""One model that trains all weights."""
 MODELS = {"m": LoraConfig(rank=4, seed=7), "n": LoraConfig(rank=2, seed=8, train_mlp=False)}
 COUNTS = (3, 1, 2, 5)
 EPS = (0.1, 1e-12)
@@ -47,6 +59,38 @@ def script(engine: TrainingEngine) -> dict[str, np.ndarray]:
             results[f"eps {eps:g} {name}"] = array
         for model_id in MODELS:
             engine.delete_model(model_id)
+    return results
+
+
+def full_script(engine: TrainingEngine) -> dict[str, np.ndarray]:
+    """One full model at a time, uneven data, fewer data than ranks, a save and a load."""
+    results: dict[str, np.ndarray] = {}
+    for eps in EPS:
+        engine.create_model("full", FullConfig())
+        adam = AdamParams(
+            learning_rate=1e-2 if eps > 1e-3 else 1e-4,
+            eps=eps,
+            weight_decay=0.1,
+            grad_clip_norm=50.0,
+        )
+        for index, count in enumerate(COUNTS):
+            data = make_data(index, count)
+            metrics, logprobs = collect(engine, "full", data, backward=True)
+            results[f"eps {eps:g} loss {index}"] = np.array(metrics["loss:sum"])
+            results[f"eps {eps:g} logprobs {index}"] = np.concatenate(logprobs)
+            if index % 2:
+                step = engine.optim_step("full", adam)
+                results[f"eps {eps:g} norm {index}"] = np.array(step["grad_norm:last"])
+            metrics, _ = collect(engine, "full", data, backward=False)
+            results[f"eps {eps:g} loss without gradients {index}"] = np.array(metrics["loss:sum"])
+            if index == 1:
+                state = engine.export_state("full", optimizer=True)
+                engine.delete_model("full")
+                engine.create_model("full", state.tuning)
+                engine.import_state("full", state, optimizer=True)
+        for name, array in engine.export_state("full", optimizer=False).weights.items():
+            results[f"eps {eps:g} weight {name}"] = array
+        engine.delete_model("full")
     return results
 
 
@@ -68,7 +112,7 @@ def _train(engine: TrainingEngine, eps: float) -> dict[str, np.ndarray]:
         if index == 1:
             state = engine.export_state("m", optimizer=True)
             engine.delete_model("m")
-            engine.create_model("m", state.lora)
+            engine.create_model("m", state.tuning)
             engine.import_state("m", state, optimizer=True)
     for model_id in MODELS:
         state = engine.export_state(model_id, optimizer=True)
@@ -92,7 +136,7 @@ def _rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[Datu
 
 def held(engine: Any) -> dict[str, int]:
     """Elements that this rank holds: of the base, of all of it, and of the resident adapters."""
-    parameters = dict(engine._base.model.named_parameters())
+    parameters = dict(engine.engine._base.model.named_parameters())
     base = {name: p for name, p in parameters.items() if "lora_" not in name}
     partitioned = [p for p in base.values() if hasattr(p, "ds_tensor")]
     here = sum(p.ds_tensor.numel() for p in partitioned) + sum(p.numel() for p in base.values())
@@ -103,17 +147,40 @@ def held(engine: Any) -> dict[str, int]:
     }
 
 
+def held_by_full(engine: Any) -> dict[str, int]:
+    """Elements that this rank holds of a full model: weights, gradients, one of the moments."""
+    model, slot = engine.engine._models.use("full")
+    parameters = slot.parameters
+    partitioned = [p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor")]
+    return {
+        "weights": sum(partitioned) + sum(p.numel() for p in parameters),
+        "whole": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
+        "gradients": model.waiting.copy().numel(),
+        "moments": slot.zero._own_moments()[0].numel(),
+    }
+
+
 def main() -> None:
     folder, out, *cases = sys.argv[1:]
     torch.set_num_threads(1)
     rank, _ = distributed.rank_and_world_size()
     for case in cases:
+        settings = {**CASES, **FULL_CASES}[case]
         engine = make_engine(
-            "deepspeed", folder, dtype="float32", on_progress=lambda _: None, **CASES[case]
+            "deepspeed", folder, dtype="float32", on_progress=lambda _: None, **settings
         )
-        results = script(engine)
-        engine.create_model("resident", MODELS["m"])
-        Path(out, f"{case}.{rank}.json").write_text(json.dumps(held(engine)))
+        if case in FULL_CASES:
+            results = full_script(engine)
+            engine.create_model("full", FullConfig())
+            engine.optim_step("full", AdamParams())
+            collect(engine, "full", make_data(0, 2), backward=True)
+            engine.engine._release()
+            found = held_by_full(engine)
+        else:
+            results = script(engine)
+            engine.create_model("resident", MODELS["m"])
+            found = held(engine)
+        Path(out, f"{case}.{rank}.json").write_text(json.dumps(found))
         if rank == 0:
             np.savez(Path(out, f"{case}.npz"), **results)
     command = distributed.broadcast_bytes(b"end" if rank == 0 else None)

@@ -9,18 +9,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_worker import CASES, script
+from rank_worker import CASES, FULL_CASES, full_script, script
 
 from tinsmithd.trainer.engines.factory import make_engine
+from tinsmithd.trainer.engines.interface import TrainingEngine
+
+
+def reference(folder: Path) -> TrainingEngine:
+    return make_engine(
+        "reference", str(folder), dtype="float32", zero_stage=0, on_progress=lambda _: None
+    )
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_model: Path) -> Mapping[str, np.ndarray]:
     """What the reference engine computes."""
-    engine = make_engine(
-        "reference", str(tiny_model), dtype="float32", zero_stage=0, on_progress=lambda _: None
-    )
-    return script(engine)
+    return script(reference(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def expected_of_full(tiny_model: Path) -> Mapping[str, np.ndarray]:
+    """What the reference engine computes with a model that trains all weights."""
+    return full_script(reference(tiny_model))
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -33,7 +43,7 @@ def results(
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         f"--nproc-per-node={request.param}",
-        *(str(worker), str(tiny_model), str(out), *CASES),
+        *(str(worker), str(tiny_model), str(out), *CASES, *FULL_CASES),
     ]
     environment = {
         **os.environ,
@@ -51,7 +61,20 @@ def test_ranks_agree_with_the_reference(
     expected: Mapping[str, np.ndarray], results: tuple[int, Path], case: str
 ) -> None:
     """Losses, logprobs and norms to 1e-5, weights to 1e-6, with more ranks than data too."""
-    found = dict(np.load(results[1] / f"{case}.npz"))
+    compare(results[1] / f"{case}.npz", expected)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", FULL_CASES)
+def test_full_models_agree_with_the_reference(
+    expected_of_full: Mapping[str, np.ndarray], results: tuple[int, Path], case: str
+) -> None:
+    """All weights trained: as with adapters, and the base is as it was for the next model."""
+    compare(results[1] / f"{case}.npz", expected_of_full)
+
+
+def compare(file: Path, expected: Mapping[str, np.ndarray]) -> None:
+    found = dict(np.load(file))
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         if "weight" not in name:
@@ -74,3 +97,17 @@ def test_stage_3_holds_a_share_of_the_base_and_whole_adapters(
         # What was gathered within the budget stays, beside the rank's own share.
         assert kept["base"] == plain["whole"] + partitioned["base"]
         assert partitioned["adapters"] == plain["adapters"] > 0
+
+
+def test_stage_3_holds_a_share_of_a_full_model(results: tuple[int, Path]) -> None:
+    """Of weights, gradients and moments each of two ranks has about half; in stage 1 of moments."""
+    ranks, folder = results
+    for rank in range(ranks):
+        partitioned = json.loads((folder / f"full-stage-3.{rank}.json").read_text())
+        share = pytest.approx(partitioned["whole"] / ranks, rel=0.01)
+        assert partitioned["weights"] == share
+        assert partitioned["gradients"] == share
+        assert partitioned["moments"] == share
+        plain = json.loads((folder / f"full-stage-1.{rank}.json").read_text())
+        assert plain["weights"] == plain["whole"] == partitioned["whole"]
+        assert plain["moments"] == pytest.approx(plain["whole"] / ranks, rel=0.01)

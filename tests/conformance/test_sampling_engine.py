@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from data import make_data
 from tinsmithd.domain import (
     AdamParams,
-    AdapterState,
     CrossEntropy,
     LoraConfig,
+    ModelState,
     SampledTokens,
     SampleRequest,
     SamplingParams,
@@ -44,7 +44,7 @@ def engine(folder: Path) -> TransformersEngine:
     return engine
 
 
-def trained_state(folder: Path) -> AdapterState:
+def trained_state(folder: Path) -> ModelState:
     trainer = ReferenceEngine(load_base(str(folder), dtype="float32", on_progress=lambda _: None))
     trainer.create_model("m", LoraConfig(rank=4, seed=3))
     for seed in range(3):
@@ -192,7 +192,7 @@ def test_an_adapter_that_does_not_fit_is_refused(engine: TransformersEngine, fol
     state = trained_state(folder)
     weights = dict(state.weights)
     weights.pop(sorted(weights)[0])
-    bad = AdapterState(state.lora, weights, {}, 0, state.peft_config)
+    bad = ModelState(state.tuning, weights, {}, 0, state.config)
     with pytest.raises(FailedPrecondition):
         engine.load_adapter("bad", bad)
     assert not engine.has_adapter("bad")

@@ -17,11 +17,11 @@ from data import collect, make_data, make_rl_data
 from tinsmithd import state_files
 from tinsmithd.domain import (
     AdamParams,
-    AdapterState,
     CrossEntropy,
     Datum,
     ImportanceSampling,
     LoraConfig,
+    ModelState,
     Ppo,
 )
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason
@@ -89,12 +89,12 @@ def train(
 
 
 def plain_loop(
-    folder: Path, start: AdapterState, batches: Sequence[Sequence[Datum]], adam: AdamParams
+    folder: Path, start: ModelState, batches: Sequence[Sequence[Datum]], adam: AdamParams
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses and final weights of an ordinary training loop from the same first weights."""
     config = peft.LoraConfig(
-        **{k: start.peft_config[k] for k in ("r", "lora_alpha", "target_modules", "task_type")},
-        target_parameters=start.peft_config["target_parameters"],
+        **{k: start.config[k] for k in ("r", "lora_alpha", "target_modules", "task_type")},
+        target_parameters=start.config["target_parameters"],
     )
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = peft.get_peft_model(base, config)
@@ -387,7 +387,7 @@ def test_a_saved_state_continues_bit_identically(
     name = type(engine).__name__.removesuffix("Engine").lower()
     fresh = new_engine(name, folders("llama"))
     state = state_files.from_files(files)
-    fresh.create_model("again", state.lora)
+    fresh.create_model("again", state.tuning)
     collect(fresh, "again", batches[0], backward=True)  # dropped by the import
     fresh.import_state("again", state, optimizer=True)
     train(fresh, "again", batches[4:])

@@ -27,7 +27,7 @@ from tinsmithd import state_files
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy
 from tinsmithd.config import CheckpointConfig
-from tinsmithd.domain import AdapterState, LoraConfig
+from tinsmithd.domain import LoraConfig, ModelState
 from wire import reason_and_field
 
 PATH = "tinsmith://run/weights/one"
@@ -79,7 +79,7 @@ def files(seed: int = 0, *, optimizer: bool = True) -> dict[str, bytes]:
     rng = np.random.default_rng(seed)
     weights = {"a.lora_A.weight": rng.normal(size=(4, 900)).astype(np.float32)}
     moments = {f"exp_avg.{k}": v * 2 for k, v in weights.items()} if optimizer else {}
-    return state_files.to_files(AdapterState(LoraConfig(rank=4), weights, moments, 3, {"r": 4}))
+    return state_files.to_files(ModelState(LoraConfig(rank=4), weights, moments, 3, {"r": 4}))
 
 
 def messages(

@@ -25,7 +25,7 @@ from tinsmithd import state_files
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.convert.types import lora_to_pb
-from tinsmithd.domain import AdamParams, AdapterState, CrossEntropy, LoraConfig, SampledTokens
+from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState, SampledTokens
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.transformers_engine import TransformersGeneration
 from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
@@ -61,10 +61,10 @@ class Served:
                 made[delta.sequence_index] = (tokens, logprobs, delta.stop_reason)
         return [made[index] for index in sorted(made)]
 
-    async def write(self, state: AdapterState, path: str = PATH, **header: object) -> None:
+    async def write(self, state: ModelState, path: str = PATH, **header: object) -> None:
         fields = {
             "base_model": "tiny-llama",
-            "lora_config": lora_to_pb(state.lora),
+            "lora_config": lora_to_pb(state.tuning),
             "overwrite": True,
             **header,
         }
@@ -130,7 +130,7 @@ async def served(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def states(tiny_model: Path) -> list[AdapterState]:
+def states(tiny_model: Path) -> list[ModelState]:
     """Two differently trained adapters."""
     trainer = ReferenceEngine(load_base(str(tiny_model), dtype="float32", on_progress=print))
     trainer.create_model("m", LoraConfig(rank=4, seed=3))
@@ -340,7 +340,7 @@ async def test_capabilities_tell_the_enforced_limits(served: Served) -> None:
 
 
 async def test_a_checkpoint_changes_the_samples_and_a_replaced_one_again(
-    served: Served, states: list[AdapterState]
+    served: Served, states: list[ModelState]
 ) -> None:
     """A name that was overwritten is never served from memory; a deleted one is NOT_FOUND."""
     base = await served.sample()
@@ -360,7 +360,7 @@ async def test_a_checkpoint_changes_the_samples_and_a_replaced_one_again(
 
 
 async def test_checkpoints_that_do_not_fit_are_refused(
-    served: Served, states: list[AdapterState]
+    served: Served, states: list[ModelState]
 ) -> None:
     """Of another kind, of another base model, with weights missing."""
     path = "tinsmith://run/weights/one"
@@ -368,7 +368,7 @@ async def test_checkpoints_that_do_not_fit_are_refused(
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert reason_and_field(error)[0] == "WRONG_CHECKPOINT_KIND"
     weights = dict(list(states[0].weights.items())[1:])
-    part = AdapterState(states[0].lora, weights, {}, 0, states[0].peft_config)
+    part = ModelState(states[0].tuning, weights, {}, 0, states[0].config)
     for state, base_model in ((states[0], "other"), (part, "tiny-llama")):
         await served.write(state, base_model=base_model)
         error = await refusal(served.stub.Sample(sample_request(checkpoint_path=PATH)))
@@ -376,9 +376,7 @@ async def test_checkpoints_that_do_not_fit_are_refused(
         assert reason_and_field(error)[0] == "INCOMPATIBLE_CHECKPOINT"
 
 
-async def test_a_damaged_checkpoint_is_data_loss(
-    served: Served, states: list[AdapterState]
-) -> None:
+async def test_a_damaged_checkpoint_is_data_loss(served: Served, states: list[ModelState]) -> None:
     """A flipped bit on the disk is never sampled with."""
     await served.write(states[0])
     blobs = [path for path in (served.folder / "blobs").rglob("*") if path.is_file()]

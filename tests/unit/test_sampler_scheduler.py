@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tinsmithd.domain import (
-    AdapterState,
     BaseModelInfo,
     LoraConfig,
+    ModelState,
     PromptScores,
     SampledTokens,
     SampleRequest,
@@ -21,7 +21,7 @@ from tinsmithd.domain import (
 from tinsmithd.errors import NotFound, Reason, ResourceExhausted
 from tinsmithd.sampler.scheduler import Adapter, SamplerScheduler, SchedulerLimits
 
-STATE = AdapterState(LoraConfig(), {}, {}, 0, {})
+STATE = ModelState(LoraConfig(), {}, {}, 0, {})
 
 
 class Recorder:
@@ -45,7 +45,7 @@ class Recorder:
     def has_adapter(self, key: str) -> bool:
         return key in self.held
 
-    def load_adapter(self, key: str, state: AdapterState) -> None:
+    def load_adapter(self, key: str, state: ModelState) -> None:
         self.loads.append(key)
         self.held.add(key)
 
@@ -121,7 +121,7 @@ async def until(condition: object) -> None:
 def adapter(
     key: str, fetched: list[str] | None = None, gate: asyncio.Event | None = None
 ) -> Adapter:
-    async def fetch() -> AdapterState:
+    async def fetch() -> ModelState:
         if fetched is not None:
             fetched.append(key)
         if gate is not None:
@@ -260,7 +260,7 @@ async def test_a_load_that_failed_is_tried_again(
     """Also when everyone who waited for it had gone before it failed."""
     gate = asyncio.Event()
 
-    async def fail() -> AdapterState:
+    async def fail() -> ModelState:
         await gate.wait()
         raise NotFound("no such checkpoint", Reason.CHECKPOINT_NOT_FOUND)
 

@@ -29,20 +29,28 @@ class _ExportFormat:
 class _ExportFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExportFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXPORT_FORMAT_UNSPECIFIED: _ExportFormat.ValueType  # 0
-    """Same as PEFT_TAR."""
+    """PEFT_TAR for an adapter, HF_TAR for all weights."""
     EXPORT_FORMAT_PEFT_TAR: _ExportFormat.ValueType  # 1
     """A POSIX tar archive of a PEFT adapter folder: `adapter_config.json` and
-    `adapter_model.safetensors`.
+    `adapter_model.safetensors`. Only for checkpoints that hold an adapter.
+    """
+    EXPORT_FORMAT_HF_TAR: _ExportFormat.ValueType  # 2
+    """A POSIX tar archive of a Hugging Face model folder: `config.json`, `model.safetensors` and the
+    tokenizer's files. Only for checkpoints that hold all weights.
     """
 
 class ExportFormat(_ExportFormat, metaclass=_ExportFormatEnumTypeWrapper):
     """Format of an export."""
 
 EXPORT_FORMAT_UNSPECIFIED: ExportFormat.ValueType  # 0
-"""Same as PEFT_TAR."""
+"""PEFT_TAR for an adapter, HF_TAR for all weights."""
 EXPORT_FORMAT_PEFT_TAR: ExportFormat.ValueType  # 1
 """A POSIX tar archive of a PEFT adapter folder: `adapter_config.json` and
-`adapter_model.safetensors`.
+`adapter_model.safetensors`. Only for checkpoints that hold an adapter.
+"""
+EXPORT_FORMAT_HF_TAR: ExportFormat.ValueType  # 2
+"""A POSIX tar archive of a Hugging Face model folder: `config.json`, `model.safetensors` and the
+tokenizer's files. Only for checkpoints that hold all weights.
 """
 Global___ExportFormat: _TypeAlias = ExportFormat  # noqa: Y015
 
@@ -78,6 +86,7 @@ class Checkpoint(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
+    FULL_CONFIG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
@@ -103,7 +112,11 @@ class Checkpoint(_message.Message):
     """Optimizer steps that the model had made."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
-        """Shape of the adapter."""
+        """An adapter of this shape."""
+
+    @_builtins.property
+    def full_config(self) -> _types_pb2.FullConfig:
+        """All weights."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -130,6 +143,7 @@ class Checkpoint(_message.Message):
         name: _builtins.str = ...,
         base_model: _builtins.str = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
+        full_config: _types_pb2.FullConfig | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         size_bytes: _builtins.int = ...,
@@ -138,11 +152,13 @@ class Checkpoint(_message.Message):
         files: _abc.Iterable[Global___CheckpointFile] | None = ...,
         step_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "lora_config", b"lora_config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "expire_time", b"expire_time", "files", b"files", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "public", b"public", "size_bytes", b"size_bytes", "step_count", b"step_count", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "public", b"public", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
+    _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 
@@ -632,6 +648,7 @@ class WriteCheckpointHeader(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
+    FULL_CONFIG_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
     OVERWRITE_FIELD_NUMBER: _builtins.int
@@ -648,7 +665,11 @@ class WriteCheckpointHeader(_message.Message):
     """Replace a checkpoint of the same path, with all its metadata."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
-        """Shape of the adapter."""
+        """An adapter of this shape."""
+
+    @_builtins.property
+    def full_config(self) -> _types_pb2.FullConfig:
+        """All weights."""
 
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -660,18 +681,24 @@ class WriteCheckpointHeader(_message.Message):
         path: _builtins.str = ...,
         base_model: _builtins.str = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
+        full_config: _types_pb2.FullConfig | None = ...,
         step_count: _builtins.int = ...,
         ttl_seconds: _builtins.int | None = ...,
         overwrite: _builtins.bool = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "lora_config", b"lora_config", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "full_config", b"full_config", "lora_config", b"lora_config", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
+    _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___WriteCheckpointHeader: _TypeAlias = WriteCheckpointHeader  # noqa: Y015
 

@@ -30,7 +30,9 @@ class CheckpointServiceStub:
     of its storage.
 
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
-    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. Its path is
+    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
+    which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
+    and the tokenizer's files (as transformers writes them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
@@ -90,7 +92,9 @@ class CheckpointServiceServicer:
     of its storage.
 
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
-    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. Its path is
+    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
+    which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
+    and the tokenizer's files (as transformers writes them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
@@ -158,6 +162,7 @@ class CheckpointServiceServicer:
 
     def ExportCheckpoint(self, request, context):
         """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
+        Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,7 +224,9 @@ class CheckpointService:
     of its storage.
 
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
-    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. Its path is
+    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
+    which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
+    and the tokenizer's files (as transformers writes them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer

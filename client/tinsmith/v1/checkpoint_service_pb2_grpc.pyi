@@ -31,7 +31,9 @@ class CheckpointServiceStub:
     of its storage.
 
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
-    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. Its path is
+    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
+    which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
+    and the tokenizer's files (as transformers writes them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
@@ -71,7 +73,9 @@ class CheckpointServiceStub:
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match.
     """
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]
-    """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint."""
+    """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
+    Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
+    """
 
 @_typing.type_check_only
 class CheckpointServiceAsyncStub(CheckpointServiceStub):
@@ -79,7 +83,9 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     of its storage.
 
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
-    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. Its path is
+    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
+    which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
+    and the tokenizer's files (as transformers writes them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
@@ -116,14 +122,18 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match.
     """
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
-    """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint."""
+    """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
+    Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
+    """
 
 class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps checkpoints: immutable, named, verified by digest, whole or absent. It is the only writer
     of its storage.
 
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
-    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. Its path is
+    writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
+    which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
+    and the tokenizer's files (as transformers writes them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
@@ -206,6 +216,8 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.ExportCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_checkpoint_service_pb2.ExportCheckpointResponse], _abc.AsyncIterator[_checkpoint_service_pb2.ExportCheckpointResponse]]:
-        """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint."""
+        """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
+        Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
+        """
 
 def add_CheckpointServiceServicer_to_server(servicer: CheckpointServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -90,6 +90,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """DATA_LOSS. Stored or sent bytes do not match their digest."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 33
     """INTERNAL. A fault of the server; its log has the cause under `request_id`. Metadata: request_id."""
+    ERROR_REASON_RANK_GROUP_TAKEN: _ErrorReason.ValueType  # 34
+    """A model that trains all weights owns the rank group, or would have to: delete the others."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: `google.rpc.ErrorInfo.reason` holds the value's name without its prefix,
@@ -165,4 +167,6 @@ ERROR_REASON_CHECKPOINT_CORRUPT: ErrorReason.ValueType  # 32
 """DATA_LOSS. Stored or sent bytes do not match their digest."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 33
 """INTERNAL. A fault of the server; its log has the cause under `request_id`. Metadata: request_id."""
+ERROR_REASON_RANK_GROUP_TAKEN: ErrorReason.ValueType  # 34
+"""A model that trains all weights owns the rank group, or would have to: delete the others."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

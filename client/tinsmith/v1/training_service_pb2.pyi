@@ -214,7 +214,7 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """A trainable model: base model + adapter + optimizer state."""
+    """A trainable model: base model + adapter + optimizer state, or all weights + optimizer state."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -241,6 +241,7 @@ class Model(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
+    FULL_CONFIG_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     LAST_REQUEST_TIME_FIELD_NUMBER: _builtins.int
@@ -256,7 +257,11 @@ class Model(_message.Message):
     """Whether it can be trained."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
-        """Its adapter, defaults filled in."""
+        """An adapter."""
+
+    @_builtins.property
+    def full_config(self) -> _types_pb2.FullConfig:
+        """All weights."""
 
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -276,17 +281,20 @@ class Model(_message.Message):
         model_id: _builtins.str = ...,
         base_model: _builtins.str = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
+        full_config: _types_pb2.FullConfig | None = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         last_request_time: _timestamp_pb2.Timestamp | None = ...,
         next_seq_id: _builtins.int = ...,
         state: Global___ModelState.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_request_time", b"last_request_time", "lora_config", b"lora_config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "state", b"state", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "state", b"state", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
+    _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
 
@@ -318,6 +326,7 @@ class CreateModelRequest(_message.Message):
 
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
+    FULL_CONFIG_FIELD_NUMBER: _builtins.int
     CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     WITH_OPTIMIZER_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
@@ -332,7 +341,11 @@ class CreateModelRequest(_message.Message):
     """De-duplication key, up to 128 characters. Empty means not retry-safe."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
-        """Shape of the adapter. Must be unset when `checkpoint_path` is set: the checkpoint says it."""
+        """An adapter of this shape."""
+
+    @_builtins.property
+    def full_config(self) -> _types_pb2.FullConfig:
+        """All weights."""
 
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -343,16 +356,19 @@ class CreateModelRequest(_message.Message):
         *,
         base_model: _builtins.str = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
+        full_config: _types_pb2.FullConfig | None = ...,
         checkpoint_path: _builtins.str = ...,
         with_optimizer: _builtins.bool = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lora_config", b"lora_config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "lora_config", b"lora_config", "request_id", b"request_id", "user_metadata", b"user_metadata", "with_optimizer", b"with_optimizer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "full_config", b"full_config", "lora_config", b"lora_config", "request_id", b"request_id", "tuning", b"tuning", "user_metadata", b"user_metadata", "with_optimizer", b"with_optimizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
+    _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___CreateModelRequest: _TypeAlias = CreateModelRequest  # noqa: Y015
 
@@ -943,7 +959,9 @@ class LoadCheckpointRequest(_message.Message):
     seq_id: _builtins.int
     """Place in the model's order; 0 means now."""
     path: _builtins.str
-    """Path of a TRAINING checkpoint with the same LoRA shape on the same base model."""
+    """Path of a TRAINING checkpoint with the same LoRA shape, or with all weights too, on the same
+    base model.
+    """
     with_optimizer: _builtins.bool
     """Take its optimizer state too; else moments and step count start from zero."""
     def __init__(

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TrainingServiceStub:
-    """Trains LoRA adapters on a shared base model. Start with GetCapabilities.
+    """Trains LoRA adapters on a shared base model or, one model at a time, all of its weights. Start
+    with GetCapabilities.
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
@@ -108,7 +109,8 @@ class TrainingServiceStub:
 
 
 class TrainingServiceServicer:
-    """Trains LoRA adapters on a shared base model. Start with GetCapabilities.
+    """Trains LoRA adapters on a shared base model or, one model at a time, all of its weights. Start
+    with GetCapabilities.
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
@@ -140,11 +142,15 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateModel(self, request, context):
-        """Creates a model: base model + fresh adapter, or the state of a checkpoint.
+        """Creates a model: base model + fresh adapter, or the base model itself to train all of its
+        weights, or the state of a checkpoint.
+        A model that trains all weights owns the rank group: it can be created only while there is no
+        other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
+        and the first adapter after one, loads the base model again.
         A repeat with the same `request_id` and content returns the first model; with other content it
         is ALREADY_EXISTS / REQUEST_ID_CONFLICT.
         Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
-        FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+        FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
         RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -285,7 +291,8 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
-    """Trains LoRA adapters on a shared base model. Start with GetCapabilities.
+    """Trains LoRA adapters on a shared base model or, one model at a time, all of its weights. Start
+    with GetCapabilities.
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors

@@ -27,7 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrainingServiceStub:
-    """Trains LoRA adapters on a shared base model. Start with GetCapabilities.
+    """Trains LoRA adapters on a shared base model or, one model at a time, all of its weights. Start
+    with GetCapabilities.
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
@@ -59,11 +60,15 @@ class TrainingServiceStub:
     There are no method-specific errors.
     """
     CreateModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.CreateModelRequest, _training_service_pb2.CreateModelResponse]
-    """Creates a model: base model + fresh adapter, or the state of a checkpoint.
+    """Creates a model: base model + fresh adapter, or the base model itself to train all of its
+    weights, or the state of a checkpoint.
+    A model that trains all weights owns the rank group: it can be created only while there is no
+    other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
+    and the first adapter after one, loads the base model again.
     A repeat with the same `request_id` and content returns the first model; with other content it
     is ALREADY_EXISTS / REQUEST_ID_CONFLICT.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
-    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
     RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.GetModelRequest, _training_service_pb2.GetModelResponse]
@@ -107,7 +112,8 @@ class TrainingServiceStub:
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
-    """Trains LoRA adapters on a shared base model. Start with GetCapabilities.
+    """Trains LoRA adapters on a shared base model or, one model at a time, all of its weights. Start
+    with GetCapabilities.
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
@@ -136,11 +142,15 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     There are no method-specific errors.
     """
     CreateModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.CreateModelRequest, _training_service_pb2.CreateModelResponse]  # type: ignore[assignment]
-    """Creates a model: base model + fresh adapter, or the state of a checkpoint.
+    """Creates a model: base model + fresh adapter, or the base model itself to train all of its
+    weights, or the state of a checkpoint.
+    A model that trains all weights owns the rank group: it can be created only while there is no
+    other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
+    and the first adapter after one, loads the base model again.
     A repeat with the same `request_id` and content returns the first model; with other content it
     is ALREADY_EXISTS / REQUEST_ID_CONFLICT.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
-    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
     RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.GetModelRequest, _training_service_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -183,7 +193,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Trains LoRA adapters on a shared base model. Start with GetCapabilities.
+    """Trains LoRA adapters on a shared base model or, one model at a time, all of its weights. Start
+    with GetCapabilities.
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
@@ -222,11 +233,15 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.CreateModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.CreateModelResponse, _abc.Awaitable[_training_service_pb2.CreateModelResponse]]:
-        """Creates a model: base model + fresh adapter, or the state of a checkpoint.
+        """Creates a model: base model + fresh adapter, or the base model itself to train all of its
+        weights, or the state of a checkpoint.
+        A model that trains all weights owns the rank group: it can be created only while there is no
+        other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
+        and the first adapter after one, loads the base model again.
         A repeat with the same `request_id` and content returns the first model; with other content it
         is ALREADY_EXISTS / REQUEST_ID_CONFLICT.
         Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
-        FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+        FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
         RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
         """
 

@@ -80,9 +80,9 @@ class _CheckpointKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Checkp
     CHECKPOINT_KIND_UNSPECIFIED: _CheckpointKind.ValueType  # 0
     """Not said: INVALID_ARGUMENT in a request that needs a kind, "any" in a filter."""
     CHECKPOINT_KIND_TRAINING: _CheckpointKind.ValueType  # 1
-    """Adapter and optimizer state: to go on training. Path `tinsmith://<model>/weights/<name>`."""
+    """Adapter (or all weights) and optimizer state: to go on training. Path `tinsmith://<model>/weights/<name>`."""
     CHECKPOINT_KIND_SAMPLER: _CheckpointKind.ValueType  # 2
-    """Adapter only: to sample. Path `tinsmith://<model>/sampler_weights/<name>`."""
+    """Adapter (or all weights) only: to sample. Path `tinsmith://<model>/sampler_weights/<name>`."""
 
 class CheckpointKind(_CheckpointKind, metaclass=_CheckpointKindEnumTypeWrapper):
     """What a checkpoint holds and what it is for."""
@@ -90,9 +90,9 @@ class CheckpointKind(_CheckpointKind, metaclass=_CheckpointKindEnumTypeWrapper):
 CHECKPOINT_KIND_UNSPECIFIED: CheckpointKind.ValueType  # 0
 """Not said: INVALID_ARGUMENT in a request that needs a kind, "any" in a filter."""
 CHECKPOINT_KIND_TRAINING: CheckpointKind.ValueType  # 1
-"""Adapter and optimizer state: to go on training. Path `tinsmith://<model>/weights/<name>`."""
+"""Adapter (or all weights) and optimizer state: to go on training. Path `tinsmith://<model>/weights/<name>`."""
 CHECKPOINT_KIND_SAMPLER: CheckpointKind.ValueType  # 2
-"""Adapter only: to sample. Path `tinsmith://<model>/sampler_weights/<name>`."""
+"""Adapter (or all weights) only: to sample. Path `tinsmith://<model>/sampler_weights/<name>`."""
 Global___CheckpointKind: _TypeAlias = CheckpointKind  # noqa: Y015
 
 @_typing.final
@@ -521,6 +521,25 @@ class LoraConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__train_unembed) -> _WhichOneofReturnType__train_unembed | None: ...
 
 Global___LoraConfig: _TypeAlias = LoraConfig  # noqa: Y015
+
+@_typing.final
+class FullConfig(_message.Message):
+    """Trains every weight of the base model, without an adapter (full fine-tuning). Weights, gradients
+    and optimizer state are float32.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FullConfig: _TypeAlias = FullConfig  # noqa: Y015
 
 @_typing.final
 class AdamParams(_message.Message):

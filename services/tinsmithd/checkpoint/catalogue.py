@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tinsmithd.checkpoint.store import Blob
-from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, LoraConfig, Tuning
 from tinsmithd.errors import AlreadyExists, NotFound, Reason
 
 SCHEMA_VERSION = 1
@@ -49,7 +49,7 @@ class Checkpoint:
 
     path: CheckpointPath
     base_model: str
-    lora: LoraConfig
+    tuning: Tuning
     step_count: int
     create_time_s: float
     expire_time_s: float | None
@@ -116,7 +116,7 @@ class Catalogue:
         return Checkpoint(
             path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
             base_model=row["base_model"],
-            lora=LoraConfig(**json.loads(row["lora"])),
+            tuning=_tuning(row["lora"]),
             step_count=row["step_count"],
             create_time_s=row["create_time_s"],
             expire_time_s=row["expire_time_s"],
@@ -152,7 +152,7 @@ class Catalogue:
                 " VALUES (?,?,?,?,?,?,?,?,?,?)",
                 (
                     *(path.model_id, path.kind, path.name, checkpoint.base_model),
-                    *(json.dumps(asdict(checkpoint.lora)), checkpoint.step_count),
+                    *(_json(checkpoint.tuning), checkpoint.step_count),
                     *(checkpoint.create_time_s, checkpoint.expire_time_s),
                     *(json.dumps(dict(checkpoint.user_metadata)), checkpoint.public),
                 ),
@@ -243,3 +243,13 @@ class Catalogue:
         """SHA-256 of every file that a checkpoint refers to."""
         with self._lock:
             return {row[0] for row in self._db.execute("SELECT DISTINCT sha256 FROM files")}
+
+
+def _json(tuning: Tuning) -> str:
+    """The column `lora`: an adapter's shape, or null where there is no adapter."""
+    return json.dumps(None if isinstance(tuning, FullConfig) else asdict(tuning))
+
+
+def _tuning(column: str) -> Tuning:
+    lora = json.loads(column)
+    return FullConfig() if lora is None else LoraConfig(**lora)

@@ -1,15 +1,21 @@
-"""A checkpoint's adapter as a tar archive that plain PEFT reads once it is unpacked."""
+"""A checkpoint's weights as a tar archive that plain PEFT or transformers reads once unpacked."""
 
 import tarfile
 from collections.abc import Iterator, Sequence
 
 from tinsmithd import state_files
+from tinsmithd.checkpoint.catalogue import Checkpoint
 from tinsmithd.checkpoint.store import Blob
 
-EXPORTED_FILES = (state_files.PEFT_CONFIG_FILE, state_files.WEIGHTS_FILE)
+_OURS = (state_files.STATE_FILE, state_files.OPTIMIZER_FILE)
 
 
-def peft_tar(files: Sequence[tuple[Blob, Iterator[bytes]]]) -> Iterator[bytes]:
+def exported_files(checkpoint: Checkpoint) -> list[str]:
+    """Names of the files that an archive has: all but those that only this service reads."""
+    return [blob.name for blob in checkpoint.files if blob.name not in _OURS]
+
+
+def tar_of(files: Sequence[tuple[Blob, Iterator[bytes]]]) -> Iterator[bytes]:
     """The archive of opened files, piece by piece: the same bytes every time, never held whole.
 
     Raises:

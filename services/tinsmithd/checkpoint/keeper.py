@@ -13,7 +13,7 @@ from pathlib import Path
 from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint
 from tinsmithd.checkpoint.safety import check_file_name, check_files
 from tinsmithd.checkpoint.store import Blob, Staging, Store
-from tinsmithd.domain import CheckpointPath, LoraConfig
+from tinsmithd.domain import CheckpointPath, Tuning
 from tinsmithd.errors import DataLoss, InvalidArgument, NotFound, Reason
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Header:
 
     path: CheckpointPath
     base_model: str
-    lora: LoraConfig
+    tuning: Tuning
     step_count: int
     ttl_seconds: int | None
     overwrite: bool
@@ -52,7 +52,7 @@ class Write:
         Raises:
             InvalidArgument, ResourceExhausted: See `Staging.append` and `check_file_name`.
         """
-        check_file_name(name, self._header.path.kind)
+        check_file_name(name, self._header.path.kind, self._header.tuning)
         with self._lock:
             self._staged().append(name, offset, data)
 
@@ -68,7 +68,7 @@ class Write:
             staging = self._staged()
             found = staging.finish()
             _check_promised(found, promised)
-            check_files(staging, found)
+            check_files(staging, found, self._header.tuning)
             return self._keeper.publish(self._header, staging, found)
 
     def discard(self) -> None:
@@ -134,7 +134,7 @@ class Keeper:
         checkpoint = Checkpoint(
             path=header.path,
             base_model=header.base_model,
-            lora=header.lora,
+            tuning=header.tuning,
             step_count=header.step_count,
             create_time_s=now_s,
             expire_time_s=None if header.ttl_seconds is None else now_s + header.ttl_seconds,

@@ -2,32 +2,44 @@
 
 import json
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from tinsmithd import state_files
 from tinsmithd.checkpoint.store import Blob, Staging
-from tinsmithd.domain import CheckpointKind
+from tinsmithd.domain import CheckpointKind, FullConfig, Tuning
 from tinsmithd.errors import InvalidArgument, Reason
 
-REQUIRED_FILES = (
+LORA_FILES = (
     state_files.WEIGHTS_FILE,
     state_files.PEFT_CONFIG_FILE,
     state_files.STATE_FILE,
 )
-JSON_BYTES_MAX = 1024 * 1024
+FULL_FILES = (
+    state_files.FULL_WEIGHTS_FILE,
+    state_files.FULL_CONFIG_FILE,
+    state_files.STATE_FILE,
+)
+TEXT_BYTES_MAX = 1024 * 1024
+TOKENIZER_BYTES_MAX = 64 * 1024 * 1024
 HEADER_BYTES_MAX = 64 * 1024 * 1024
 
 
-def check_file_name(name: str, kind: CheckpointKind) -> None:
+def _required(tuning: Tuning) -> Sequence[str]:
+    return FULL_FILES if isinstance(tuning, FullConfig) else LORA_FILES
+
+
+def check_file_name(name: str, kind: CheckpointKind, tuning: Tuning) -> None:
     """Refuse a file that a checkpoint of this kind does not have.
 
     Raises:
         InvalidArgument: See above (INVALID_NAME).
     """
-    allowed = list(REQUIRED_FILES)
+    allowed = list(_required(tuning))
+    if isinstance(tuning, FullConfig):
+        allowed += state_files.TOKENIZER_FILES
     if kind is CheckpointKind.TRAINING:
         # Absent where no step was made yet.
         allowed.append(state_files.OPTIMIZER_FILE)
@@ -36,21 +48,21 @@ def check_file_name(name: str, kind: CheckpointKind) -> None:
         raise InvalidArgument("piece.file_name", message, Reason.INVALID_NAME)
 
 
-def check_files(staging: Staging, blobs: Collection[Blob]) -> None:
+def check_files(staging: Staging, blobs: Collection[Blob], tuning: Tuning) -> None:
     """Refuse files that are not what their names say.
 
     Raises:
-        InvalidArgument: One is missing, no safetensors file, or no JSON object.
+        InvalidArgument: One is missing, no safetensors file, no JSON object, or no text.
     """
     present = {blob.name for blob in blobs}
-    for name in REQUIRED_FILES:
+    for name in _required(tuning):
         if name not in present:
             raise InvalidArgument("commit.files", f"{name} is missing", Reason.MISSING_FIELD)
     for blob in blobs:
         if blob.name.endswith(".safetensors"):
             _check_safetensors(blob.name, staging.path(blob.name))
         else:
-            _check_json(blob, staging.path(blob.name))
+            _check_text(blob, staging.path(blob.name))
 
 
 def _check_safetensors(name: str, path: Path) -> None:
@@ -68,12 +80,21 @@ def _check_safetensors(name: str, path: Path) -> None:
         raise InvalidArgument("commit.files", message) from error
 
 
-def _check_json(blob: Blob, path: Path) -> None:
-    if blob.size_bytes > JSON_BYTES_MAX:
-        message = f"{blob.name} has more than {JSON_BYTES_MAX} bytes"
+def _check_text(blob: Blob, path: Path) -> None:
+    is_tokenizer = blob.name == state_files.TOKENIZER_FILE
+    bytes_max = TOKENIZER_BYTES_MAX if is_tokenizer else TEXT_BYTES_MAX
+    if blob.size_bytes > bytes_max:
+        message = f"{blob.name} has more than {bytes_max} bytes"
         raise InvalidArgument("commit.files", message, Reason.LIMIT_EXCEEDED)
     try:
-        if not isinstance(json.loads(path.read_bytes()), dict):
+        text = path.read_bytes().decode()
+    except ValueError as error:
+        message = f"{blob.name} is not UTF-8: {error}"
+        raise InvalidArgument("commit.files", message) from error
+    if blob.name == state_files.TEMPLATE_FILE:
+        return
+    try:
+        if not isinstance(json.loads(text), dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
         message = f"{blob.name} is not a JSON object: {error}"

@@ -11,10 +11,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from tinsmithd.checkpoint.catalogue import Checkpoint
-from tinsmithd.checkpoint.export import EXPORTED_FILES, peft_tar
+from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.keeper import Header, Keeper, Write
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.convert import types as convert
+from tinsmithd.domain import FullConfig
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 
 PIECE_BYTES_MAX = 4 * 1024 * 1024
@@ -139,8 +140,14 @@ class CheckpointServicer(CheckpointServiceServicer):
         path = convert.path_from_pb(request.path, "path")
         if request.format not in pb.ExportFormat.values():
             raise InvalidArgument("format", f"unknown format {request.format}")
-        _, files = await asyncio.to_thread(self._keeper.open, path, EXPORTED_FILES)
-        async for data in _threaded(peft_tar(files)):
+        found = await asyncio.to_thread(self._keeper.catalogue.get, path)
+        full = isinstance(found.tuning, FullConfig)
+        fits = pb.EXPORT_FORMAT_HF_TAR if full else pb.EXPORT_FORMAT_PEFT_TAR
+        if request.format not in (pb.EXPORT_FORMAT_UNSPECIFIED, fits):
+            message = f"{path} holds {'all weights' if full else 'an adapter'}"
+            raise InvalidArgument("format", f"{message}: ask for {pb.ExportFormat.Name(fits)}")
+        _, files = await asyncio.to_thread(self._keeper.open, path, exported_files(found))
+        async for data in _threaded(tar_of(files)):
             yield pb.ExportCheckpointResponse(data=data)
 
 
@@ -167,7 +174,7 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
     return Header(
         path=convert.path_from_pb(header.path, "header.path"),
         base_model=header.base_model,
-        lora=convert.lora_from_pb(header.lora_config, "header.lora_config", RANK_MAX),
+        tuning=convert.tuning_from_pb(header, "header.", RANK_MAX),
         step_count=header.step_count,
         ttl_seconds=convert.ttl_from_pb(ttl, "header.ttl_seconds"),
         overwrite=header.overwrite,
@@ -217,7 +224,7 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
         kind=convert.kind_to_pb(path.kind),
         name=path.name,
         base_model=checkpoint.base_model,
-        lora_config=convert.lora_to_pb(checkpoint.lora),
+        **convert.tuning_to_pb(checkpoint.tuning),
         create_time=_timestamp(checkpoint.create_time_s),
         size_bytes=checkpoint.size_bytes,
         user_metadata=checkpoint.user_metadata,

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,10 @@ from tinsmithd.domain import (
     CheckpointKind,
     CheckpointPath,
     Datum,
+    FullConfig,
     LoraConfig,
     LossFn,
+    Tuning,
 )
 from tinsmithd.errors import InvalidArgument, Reason
 
@@ -134,6 +137,26 @@ def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfi
 def lora_to_pb(lora: LoraConfig) -> pb.LoraConfig:
     """Write an adapter's shape."""
     return pb.LoraConfig(**dataclasses.asdict(lora))
+
+
+def tuning_from_pb(message: Any, prefix: str, rank_max: int) -> Tuning:
+    """Read what is trained from a message with `lora_config` and `full_config`.
+
+    Args:
+        message: It.
+        prefix: Stands before the names of its fields in errors, such as "header.".
+        rank_max: Largest LoRA rank.
+    """
+    if message.WhichOneof("tuning") == "full_config":
+        return FullConfig()
+    return lora_from_pb(message.lora_config, f"{prefix}lora_config", rank_max)
+
+
+def tuning_to_pb(tuning: Tuning) -> dict[str, Any]:
+    """Write what is trained as an argument of a message with `lora_config` and `full_config`."""
+    if isinstance(tuning, FullConfig):
+        return {"full_config": pb.FullConfig()}
+    return {"lora_config": lora_to_pb(tuning)}
 
 
 def adam_from_pb(message: pb.AdamParams, field: str) -> AdamParams:

@@ -22,7 +22,7 @@ import peft
 import torch
 from peft import PeftModel
 
-from tinsmithd.domain import AdapterState, LoraConfig
+from tinsmithd.domain import LoraConfig, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.fused_lora import FusedLoraLinear
@@ -43,12 +43,14 @@ class HeadLayer:
         lora_a: float32 `(r, d)`, or None where the adapter leaves the head alone.
         lora_b: float32 `(V, r)`, likewise.
         scaling: alpha / rank.
+        trained: Whether its own weight is trained.
     """
 
     module: torch.nn.Linear
     lora_a: torch.nn.Parameter | None = None
     lora_b: torch.nn.Parameter | None = None
     scaling: float = 1.0
+    trained: bool = False
 
 
 class Adapters:
@@ -71,11 +73,11 @@ class Adapters:
     def __contains__(self, key: str) -> bool:
         return key in self._loras
 
-    def lora(self, key: str) -> LoraConfig:
+    def tuning(self, key: str) -> LoraConfig:
         """Shape of an adapter."""
         return self._loras[key]
 
-    def add(self, key: str, lora: LoraConfig) -> None:
+    def add(self, key: str, lora: Tuning) -> None:
         """Add an adapter: A uniform in ±1/sqrt(fan_in), drawn from `lora.seed`; B zero.
 
         That is PEFT's and Hu et al.'s start; here each value depends on the seed and the
@@ -83,6 +85,8 @@ class Adapters:
         """
         if key in self._loras:
             raise ValueError(f"adapter {key!r} exists")
+        if not isinstance(lora, LoraConfig):
+            raise ValueError("an adapter has a LoraConfig")
         config, name = self._peft_config(lora), _module_name(key)
         if self._fused:
             config._register_custom_module({torch.nn.Linear: FusedLoraLinear})
@@ -97,17 +101,18 @@ class Adapters:
                 self._peft.add_adapter(name, config)
         self._loras[key] = lora
         shapes = {name: parameter.shape for name, parameter in self.parameters(key).items()}
-        self.import_weights(key, self.first_values(shapes, lora.seed))
+        self.import_weights(key, self.first_values(shapes, lora))
 
     @staticmethod
-    def first_values(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:
+    def first_values(shapes: Mapping[str, Sequence[int]], tuning: Tuning) -> dict[str, np.ndarray]:
         """What an adapter begins with: see `add`.
 
         Args:
             shapes: Of the parameters, by their sorted names.
-            seed: Of the adapter.
+            tuning: The adapter's, which has the seed.
         """
-        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        assert isinstance(tuning, LoraConfig)
+        generator = torch.Generator().manual_seed(tuning.seed % (1 << 63))
         values: dict[str, np.ndarray] = {}
         for name, shape in shapes.items():
             if ".lora_A." in name:
@@ -118,13 +123,13 @@ class Adapters:
                 values[name] = np.zeros(tuple(shape), np.float32)
         return values
 
-    def add_state(self, key: str, state: AdapterState) -> None:
+    def add_state(self, key: str, state: ModelState) -> None:
         """Add an adapter with a checkpoint's weights.
 
         Raises:
             FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
         """
-        self.add(key, state.lora)
+        self.add(key, state.tuning)
         try:
             self.import_weights(key, state.weights)
         except BaseException:
@@ -190,12 +195,12 @@ class Adapters:
                 as before.
         """
         parameters = self.parameters(key)
-        check_same_shape(parameters, weights)
+        check_same_shape({n: tuple(p.shape) for n, p in parameters.items()}, weights)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(torch.tensor(np.asarray(weights[name], dtype=np.float32)))
 
-    def adapter_config(self, key: str) -> dict[str, Any]:
+    def config(self, key: str) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
         config = self._peft_config(self._loras[key]).to_dict()
         config["inference_mode"] = True
@@ -204,6 +209,11 @@ class Adapters:
             name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for name, value in config.items()
         }
+
+    @staticmethod
+    def files(key: str) -> dict[str, bytes]:
+        """What a checkpoint holds besides: nothing."""
+        return {}
 
     def _peft_config(self, lora: LoraConfig) -> peft.LoraConfig:
         experts = self._base.model.config.model_type == "qwen3_moe"
@@ -227,16 +237,18 @@ class Adapters:
         )
 
 
-def check_same_shape(
-    parameters: Mapping[str, torch.nn.Parameter], arrays: Mapping[str, np.ndarray]
-) -> None:
+def check_same_shape(shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, np.ndarray]) -> None:
     """Refuse arrays that are not one for each parameter, of its shape.
+
+    Args:
+        shapes: Of the parameters, by name.
+        arrays: By name.
 
     Raises:
         FailedPrecondition: See above (INCOMPATIBLE_CHECKPOINT).
     """
-    for name in sorted(parameters.keys() | arrays.keys()):
-        ours = list(parameters[name].shape) if name in parameters else None
+    for name in sorted(shapes.keys() | arrays.keys()):
+        ours = list(shapes[name]) if name in shapes else None
         theirs = list(arrays[name].shape) if name in arrays else None
         if ours != theirs:
             message = f"the checkpoint has {name} of shape {theirs}, this model {ours}"

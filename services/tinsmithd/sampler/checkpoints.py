@@ -9,7 +9,7 @@ import grpc
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd import state_files
-from tinsmithd.domain import AdapterState, CheckpointKind, CheckpointPath
+from tinsmithd.domain import CheckpointKind, CheckpointPath, ModelState
 from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
 from tinsmithd.rpc.status import from_rpc_error
 from tinsmithd.sampler.scheduler import Adapter
@@ -39,8 +39,8 @@ class CheckpointSource:
 
         Raises:
             NotFound: There is no such checkpoint (CHECKPOINT_NOT_FOUND).
-            FailedPrecondition: It is of another kind (WRONG_CHECKPOINT_KIND) or of another base
-                model (INCOMPATIBLE_CHECKPOINT).
+            FailedPrecondition: It is of another kind (WRONG_CHECKPOINT_KIND), of another base
+                model, or no adapter (INCOMPATIBLE_CHECKPOINT).
             Unavailable: The Checkpoint server does not answer.
         """
         if path.kind is not CheckpointKind.SAMPLER:
@@ -55,10 +55,16 @@ class CheckpointSource:
         if found.base_model != base_model:
             message = f"{path} is of base model {found.base_model!r}, not {base_model!r}"
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        if found.WhichOneof("tuning") == "full_config":
+            message = (
+                f"{path} holds all weights of a model, which this Sampler does not serve; export "
+                "it and serve the folder as a base model"
+            )
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
         content = hashlib.sha256(b"".join(file.sha256 for file in found.files)).hexdigest()
         return Adapter(f"{path}@{content}", functools.partial(self._fetch, path, content))
 
-    async def _fetch(self, path: CheckpointPath, content: str) -> AdapterState:
+    async def _fetch(self, path: CheckpointPath, content: str) -> ModelState:
         listed: dict[str, bytes] = {}
         files: dict[str, bytearray] = {}
         try:

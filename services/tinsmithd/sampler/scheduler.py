@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tinsmithd.domain import AdapterState, BaseModelInfo, PromptScores, SampledTokens, SampleRequest
+from tinsmithd.domain import BaseModelInfo, ModelState, PromptScores, SampledTokens, SampleRequest
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.sampler.engines.interface import Generation, SamplingEngine
 
@@ -32,7 +32,7 @@ class Adapter:
     """An adapter that a request wants: its immutable key, and how to get it."""
 
     key: str
-    fetch: Callable[[], Awaitable[AdapterState]]
+    fetch: Callable[[], Awaitable[ModelState]]
 
 
 @dataclass(frozen=True)

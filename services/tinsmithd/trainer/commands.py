@@ -54,6 +54,8 @@ class Commands:
         except TinsmithError as error:
             answer.failed.CopyFrom(_failed(error))
         except ModelBroken as error:
+            self._engine.delete_model(command.model_id)
+            self._model_ids.discard(command.model_id)
             answer.failed.CopyFrom(pb.Failed(message=str(error), model_broken=True))
         except Exception:
             if self._world_size > 1:
@@ -72,8 +74,8 @@ class Commands:
     # --- one method per command ---------------------------------------------------------------
 
     def _create_model(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
-        lora = convert.lora_from_pb(command.create_model.lora_config, "lora_config", RANK_MAX)
-        self._engine.create_model(command.model_id, lora)
+        tuning = convert.tuning_from_pb(command.create_model, "", RANK_MAX)
+        self._engine.create_model(command.model_id, tuning)
         self._model_ids.add(command.model_id)
         return pb.Done()
 
@@ -143,7 +145,7 @@ class Commands:
         state = state_files.from_files(files)
         optimizer = command.import_state.optimizer
         if command.import_state.create:
-            self._engine.create_model(command.model_id, state.lora)
+            self._engine.create_model(command.model_id, state.tuning)
             self._model_ids.add(command.model_id)
             try:
                 self._engine.import_state(command.model_id, state, optimizer=optimizer)
@@ -154,12 +156,12 @@ class Commands:
         else:
             self._engine.import_state(command.model_id, state, optimizer=optimizer)
         if not optimizer:
-            return pb.Done(lora_config=convert.lora_to_pb(state.lora))
+            return pb.Done(**convert.tuning_to_pb(state.tuning))
         return _done(state)
 
 
 def _done(state: Any) -> pb.Done:
-    return pb.Done(step_count=state.step_count, lora_config=convert.lora_to_pb(state.lora))
+    return pb.Done(step_count=state.step_count, **convert.tuning_to_pb(state.tuning))
 
 
 def _failed(error: TinsmithError) -> pb.Failed:

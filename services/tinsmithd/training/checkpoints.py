@@ -12,7 +12,7 @@ import grpc
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.convert import types as convert
-from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig
+from tinsmithd.domain import CheckpointKind, CheckpointPath, Tuning
 from tinsmithd.errors import DataLoss, Reason
 from tinsmithd.rpc.status import from_rpc_error
 
@@ -29,7 +29,7 @@ class CheckpointInfo:
     path: CheckpointPath
     kind: CheckpointKind
     base_model: str
-    lora: LoraConfig
+    tuning: Tuning
     step_count: int
 
 
@@ -123,13 +123,13 @@ class CheckpointClient:
         await self._channel.close()
 
     def writer(
-        self, options: SaveOptions, base_model: str, lora: LoraConfig, step_count: int
+        self, options: SaveOptions, base_model: str, tuning: Tuning, step_count: int
     ) -> CheckpointWriter:
         """Begin a checkpoint."""
         header = pb.WriteCheckpointHeader(
             path=str(options.path),
             base_model=base_model,
-            lora_config=convert.lora_to_pb(lora),
+            **convert.tuning_to_pb(tuning),
             step_count=step_count,
             ttl_seconds=options.ttl_seconds,
             overwrite=options.overwrite,
@@ -155,7 +155,7 @@ class CheckpointClient:
             path=path,
             kind=convert.kind_from_pb(found.kind, "checkpoint.kind"),
             base_model=found.base_model,
-            lora=convert.lora_from_pb(found.lora_config, "checkpoint.lora_config", 1 << 30),
+            tuning=convert.tuning_from_pb(found, "checkpoint.", 1 << 30),
             step_count=found.step_count,
         )
 

@@ -16,7 +16,7 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import TrainerLinkServic
 from tinsmithd import errors
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import array_from_pb
-from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LoraConfig, LossFn
+from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, Tuning
 from tinsmithd.errors import Internal, Reason, TinsmithError
 from tinsmithd.training.models import Models
 from tinsmithd.training.trainer import (
@@ -88,9 +88,9 @@ class RankGroup:
         """Name of the engine."""
         return self._engine
 
-    async def create_model(self, model_id: str, lora: LoraConfig) -> None:
-        """Add a model with a fresh adapter."""
-        command = pb.CreateModel(lora_config=convert.lora_to_pb(lora))
+    async def create_model(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model."""
+        command = pb.CreateModel(**convert.tuning_to_pb(tuning))
         await self._execute(model_id, create_model=command)
 
     async def delete_model(self, model_id: str) -> None:
@@ -203,8 +203,7 @@ def _failure(failed: pb.Failed) -> Exception:
 
 
 def _state_info(done: pb.Done) -> StateInfo:
-    lora = convert.lora_from_pb(done.lora_config, "lora_config", 1 << 30)
-    return StateInfo(lora, done.step_count)
+    return StateInfo(convert.tuning_from_pb(done, "", 1 << 30), done.step_count)
 
 
 class TrainerLinkServicer(TrainerLinkServiceServicer):

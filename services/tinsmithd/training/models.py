@@ -15,8 +15,9 @@ from tinsmithd.domain import (
     CheckpointKind,
     CheckpointPath,
     Datum,
-    LoraConfig,
+    FullConfig,
     LossFn,
+    Tuning,
 )
 from tinsmithd.errors import (
     AlreadyExists,
@@ -71,7 +72,7 @@ class Model:
 
     model_id: str
     info: BaseModelInfo
-    lora: LoraConfig
+    tuning: Tuning
     user_metadata: Mapping[str, str]
     lane: Lane
     number: int
@@ -83,10 +84,10 @@ class Model:
 
 @dataclass(frozen=True)
 class NewModel:
-    """A checked request for a model; `lora` or `path`, never both."""
+    """A checked request for a model; `tuning` or `path`, never both."""
 
     base_model: str
-    lora: LoraConfig | None
+    tuning: Tuning | None
     path: CheckpointPath | None
     with_optimizer: bool
     user_metadata: Mapping[str, str]
@@ -167,32 +168,33 @@ class Models:
         return await asyncio.shield(known[1])
 
     async def _create(self, request: NewModel) -> Model:
-        lora, step_count = request.lora, 0
+        tuning, step_count = request.tuning, 0
         base_model, trainer = request.base_model, self.trainer
         if request.path is not None:
             if request.with_optimizer and request.path.kind is not CheckpointKind.TRAINING:
                 raise _wrong_kind(request.path)
             found = await self._checkpoints.get(request.path)
             self._check_base_model(found.base_model, request.base_model)
-            base_model, lora = found.base_model, found.lora
+            base_model, tuning = found.base_model, found.tuning
             step_count = found.step_count if request.with_optimizer else 0
         if base_model and base_model != trainer.info.name:
             message = f"no base model {base_model!r}; this cluster holds {trainer.info.name!r}"
             raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
         model_id = secrets.token_hex(16)
         lane = Lane(model_id, self._limits.lane, self._turns)
-        assert lora is not None  # one of lora and path is set by the servicer
+        assert tuning is not None  # one of tuning and path is set by the servicer
         self._created_count += 1
         model = Model(
-            model_id, trainer.info, lora, request.user_metadata, lane, self._created_count
+            model_id, trainer.info, tuning, request.user_metadata, lane, self._created_count
         )
         model.step_count = step_count
         turn = self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS)
         async with self._read(request.path) as pieces, turn:
             self._check_room()
+            self._check_alone(tuning)
             try:
                 if request.path is None:
-                    await trainer.create_model(model_id, lora)
+                    await trainer.create_model(model_id, tuning)
                 else:
                     await trainer.import_state(
                         model_id, pieces, optimizer=request.with_optimizer, create=True
@@ -217,6 +219,18 @@ class Models:
             Reason.TOO_MANY_MODELS,
             metadata={"limit": "models_max", "value": str(len(self._models) + 1)},
         )
+
+    def _check_alone(self, tuning: Tuning) -> None:
+        living = [model for model in self._models.values() if not model.lane.lost]
+        if any(isinstance(model.tuning, FullConfig) for model in living):
+            message = f"model {living[0].model_id} trains all weights and owns the rank group"
+            raise FailedPrecondition(message, Reason.RANK_GROUP_TAKEN)
+        if living and isinstance(tuning, FullConfig):
+            message = (
+                f"{len(living)} model(s) are on the rank group, and one that trains all weights "
+                "would own it; delete them first"
+            )
+            raise FailedPrecondition(message, Reason.RANK_GROUP_TAKEN)
 
     def get(self, model_id: str) -> Model:
         """One model.
@@ -319,7 +333,7 @@ class Models:
             try:
                 async with turn(NOMINAL_TOKENS):
                     writer = self._checkpoints.writer(
-                        options, model.info.name, model.lora, model.step_count
+                        options, model.info.name, model.tuning, model.step_count
                     )
                     await self.trainer.export_state(
                         model.model_id, optimizer=optimizer, on_piece=writer.write
@@ -344,6 +358,9 @@ class Models:
         async def run(_: Emit, turn: TakeTurn) -> CheckpointPath:
             found = await self._checkpoints.get(path)
             self._check_base_model(found.base_model, model.info.name)
+            if isinstance(found.tuning, FullConfig) != isinstance(model.tuning, FullConfig):
+                message = "of checkpoint and model, one is an adapter and the other all weights"
+                raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
             async with self._read(path) as pieces, turn(NOMINAL_TOKENS):
                 state = await self.trainer.import_state(
                     model.model_id, pieces, optimizer=optimizer, create=False

@@ -62,22 +62,22 @@ class TrainingServicer(TrainingServiceServicer):
     def _new_model(self, request: pb.CreateModelRequest) -> NewModel:
         if len(request.request_id) > REQUEST_ID_CHARS_MAX:
             raise InvalidArgument("request_id", f"more than {REQUEST_ID_CHARS_MAX} characters")
-        path = lora = None
+        path = tuning = None
         if request.checkpoint_path:
             path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
-            if request.HasField("lora_config"):
-                raise InvalidArgument("lora_config", "must be unset with checkpoint_path")
+            if given := request.WhichOneof("tuning"):
+                raise InvalidArgument(given, "must be unset with checkpoint_path")
         else:
             if request.with_optimizer:
                 message = "needed by with_optimizer"
                 raise InvalidArgument("checkpoint_path", message, Reason.MISSING_FIELD)
-            lora = convert.lora_from_pb(request.lora_config, "lora_config", self._config.rank_max)
+            tuning = convert.tuning_from_pb(request, "", self._config.rank_max)
         content = pb.CreateModelRequest()
         content.CopyFrom(request)
         content.ClearField("request_id")
         return NewModel(
             base_model=request.base_model,
-            lora=lora,
+            tuning=tuning,
             path=path,
             with_optimizer=request.with_optimizer,
             user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
@@ -222,7 +222,7 @@ def _model_to_pb(model: Model) -> pb.Model:
     return pb.Model(
         model_id=model.model_id,
         base_model=model.info.name,
-        lora_config=convert.lora_to_pb(model.lora),
+        **convert.tuning_to_pb(model.tuning),
         user_metadata=model.user_metadata,
         create_time=_timestamp(model.create_time_s),
         last_request_time=_timestamp(model.last_request_time_s),

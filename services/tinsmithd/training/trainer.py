@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LoraConfig, LossFn
+from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, Tuning
 
 OnResult = Callable[[Mapping[str, np.ndarray]], None]
 """Takes the outputs of the next datum, in datum order."""
@@ -35,7 +35,7 @@ class CallPart(Enum):
 class StateInfo:
     """What a state that went out or came in was."""
 
-    lora: LoraConfig
+    tuning: Tuning
     step_count: int
 
 
@@ -57,8 +57,8 @@ class Trainer(Protocol):
     def engine(self) -> str:
         """Name of the engine."""
 
-    async def create_model(self, model_id: str, lora: LoraConfig) -> None:
-        """Add a model with a fresh adapter."""
+    async def create_model(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model; one that trains all weights must be alone."""
 
     async def delete_model(self, model_id: str) -> None:
         """Drop a model; an unknown one is no error."""

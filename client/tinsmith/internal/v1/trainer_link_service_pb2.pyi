@@ -266,6 +266,7 @@ class Done(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
+    FULL_CONFIG_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Optimizer steps that an exported or imported state has."""
     @_builtins.property
@@ -274,7 +275,11 @@ class Done(_message.Message):
 
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
-        """Shape of an exported or imported adapter."""
+        """An adapter of this shape."""
+
+    @_builtins.property
+    def full_config(self) -> _types_pb2.FullConfig:
+        """All weights."""
 
     def __init__(
         self,
@@ -282,12 +287,15 @@ class Done(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         step_count: _builtins.int = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
+        full_config: _types_pb2.FullConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lora_config", b"lora_config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora_config", b"lora_config", "metrics", b"metrics", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
+    _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___Done: _TypeAlias = Done  # noqa: Y015
 
@@ -401,25 +409,33 @@ Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
 
 @_typing.final
 class CreateModel(_message.Message):
-    """Create a model with a fresh adapter."""
+    """Create a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
+    FULL_CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
-        """Its adapter, defaults filled in."""
+        """A fresh adapter."""
+
+    @_builtins.property
+    def full_config(self) -> _types_pb2.FullConfig:
+        """All weights of the base model; there is no other model."""
 
     def __init__(
         self,
         *,
         lora_config: _types_pb2.LoraConfig | None = ...,
+        full_config: _types_pb2.FullConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lora_config", b"lora_config"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora_config", b"lora_config"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
+    _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___CreateModel: _TypeAlias = CreateModel  # noqa: Y015
 
@@ -535,7 +551,7 @@ class ImportState(_message.Message):
     optimizer: _builtins.bool
     """With the optimizer state."""
     create: _builtins.bool
-    """Create the model first, with the state's adapter shape."""
+    """Create the model first, to train what the state holds."""
     def __init__(
         self,
         *,

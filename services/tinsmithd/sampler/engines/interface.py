@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tinsmithd.domain import (
-    AdapterState,
     BaseModelInfo,
+    ModelState,
     PromptScores,
     SampledTokens,
     SampleRequest,
@@ -53,7 +53,7 @@ class SamplingEngine(Protocol):
     def has_adapter(self, key: str) -> bool:
         """True when the adapter is loaded."""
 
-    def load_adapter(self, key: str, state: AdapterState) -> None:
+    def load_adapter(self, key: str, state: ModelState) -> None:
         """Add an adapter under an immutable key.
 
         Raises:

@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from tinsmithd.domain import (
-    AdapterState,
     BaseModelInfo,
+    ModelState,
     PromptScores,
     SampledTokens,
     SampleRequest,
@@ -174,7 +174,7 @@ class TransformersEngine:
         """True when the adapter is loaded."""
         return key in self._adapters
 
-    def load_adapter(self, key: str, state: AdapterState) -> None:
+    def load_adapter(self, key: str, state: ModelState) -> None:
         """Add an adapter under an immutable key."""
         self._adapters.add_state(key, state)
 

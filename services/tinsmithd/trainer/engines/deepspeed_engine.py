@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,16 @@ import torch.distributed as dist
 
 from tinsmithd.domain import (
     AdamParams,
-    AdapterState,
     BaseModelInfo,
     CrossEntropy,
     Datum,
-    LoraConfig,
     LossFn,
+    ModelState,
+    Tuning,
 )
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.full import FullWeights
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.packing import use_packed_attention
 from tinsmithd.trainer.engines import batching, distributed, memory
@@ -50,6 +52,7 @@ class DeepSpeedEngine:
         resident_models_max: Models on the device at once; others wait in host memory.
         activation_bytes_max: What a rank may keep for the way back before it recomputes layers
             instead; 0 takes half of what is free now.
+        full: One model trains all weights of the base, instead of many adapters.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class DeepSpeedEngine:
         micro_batch_tokens_max: int,
         resident_models_max: int,
         activation_bytes_max: int,
+        full: bool = False,
     ) -> None:
         self._device = distributed.init()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -67,32 +71,46 @@ class DeepSpeedEngine:
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
         use_packed_attention(base.model)
-        if self._partitioned:
-            partition(base.model, zero)
-        self._adapters = Adapters(base, fused=True)
+        # What is trained does get stale, so no gathered copy of it may be kept.
+        if full:
+            zero = replace(zero, gathered_bytes_max=0)
+        self._partition = partition(base.model, zero) if self._partitioned else None
+        self._weights = FullWeights(base) if full else Adapters(base, fused=True)
         self._models = ResidentModels(
-            self._adapters,
+            self._weights,
             zero,
             device=self._device,
             resident_models_max=resident_models_max,
+            release=self._release,
         )
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         bytes_max = memory.activation_bytes_max(activation_bytes_max, self._device, ranks_here)
         self._activation_bytes_max = _smallest(bytes_max, self._device)
-        self._bytes_per_token: dict[LoraConfig, int] = {}
+        self._bytes_per_token: dict[Tuning, int] = {}
 
     @property
     def info(self) -> BaseModelInfo:
         """The base model that this engine holds."""
         return self._base.info
 
-    def create_model(self, model_id: str, lora: LoraConfig) -> None:
-        """Add a model: A drawn from `lora.seed`, B zero, no optimizer state."""
-        self._models.add(model_id, lora)
+    def create_model(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model with its first values and no optimizer state."""
+        self._models.add(model_id, tuning)
 
     def delete_model(self, model_id: str) -> None:
         """Drop a model; an unknown id is no error."""
         self._models.remove(model_id)
+
+    def _release(self) -> None:
+        """Let every rank hold no more of a partitioned base than its share."""
+        if self._partition is not None:
+            self._partition.optimizer.partition_all_parameters()
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds; the engine is not used any more."""
+        self._models.close()
+        if self._partition is not None:
+            self._partition.destroy()
 
     # --- forward and backward -----------------------------------------------------------------
 
@@ -139,7 +157,7 @@ class DeepSpeedEngine:
 
             def run(count: int) -> Any:
                 tokens = torch.zeros((1, count), dtype=torch.int64, device=self._device)
-                with torch.enable_grad(), self._adapters.active(slot.key) as causal_lm:
+                with torch.enable_grad(), self._weights.active(slot.key) as causal_lm:
                     return causal_lm.model(input_ids=tokens, use_cache=False)
 
             self._bytes_per_token[slot.shape] = memory.activation_bytes_per_token(run)
@@ -183,8 +201,8 @@ class DeepSpeedEngine:
 
         def compute(indices: Sequence[int], recompute: bool) -> None:
             data = [call.data[index] for index in indices]
-            result = self._packed(slot, data, call.loss_fn, call.backward, recompute)
-            if call.backward:
+            result = self._packed(model, slot, data, call.loss_fn, call.backward, recompute)
+            if result.gradients:
                 model.waiting.add(result.gradients, slot.zero.layout, slot.zero.padded_count)
             call.loss += result.loss
             results.update(zip(indices, result.logprobs, strict=True))
@@ -193,7 +211,7 @@ class DeepSpeedEngine:
             if self._partitioned:
                 # Every rank must walk through a partitioned base as often as the others do.
                 nothing = _without_weight(call.data[in_turn[0][0]])
-                self._packed(slot, [nothing], CrossEntropy(), call.backward, recompute)
+                self._packed(model, slot, [nothing], CrossEntropy(), call.backward, recompute)
         elif self._partitioned and self._world_size > 1:
             compute(in_turn[self._rank], recompute)
         else:
@@ -202,22 +220,27 @@ class DeepSpeedEngine:
 
     def _packed(
         self,
+        model: Model,
         slot: Slot,
         data: Sequence[Datum],
         loss_fn: LossFn,
         backward: bool,
         recompute: bool,
     ) -> PackedResult:
-        with self._adapters.active(slot.key) as causal_lm:
+        with (
+            self._weights.active(slot.key) as causal_lm,
+            slot.zero.collecting(model.waiting) as sink,
+        ):
             return compute_packed(
                 causal_lm,
-                self._adapters.head(slot.key),
+                self._weights.head(slot.key),
                 slot.parameters,
                 data,
                 loss_fn,
                 self._device,
                 backward=backward,
                 recompute=recompute,
+                sink=sink,
             )
 
     def _share(
@@ -266,22 +289,24 @@ class DeepSpeedEngine:
             raise non_finite_gradient()
         return {"grad_norm:last": norm, "step:last": float(slot.zero.step_count)}
 
-    def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:
+    def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
         """Copy a model's state out, with or without its optimizer state."""
         model, slot = self._models.use(model_id)
-        return AdapterState(
-            lora=model.lora,
+        return ModelState(
+            tuning=model.tuning,
             weights=slot.zero.values(),
             optimizer=slot.zero.moments() if optimizer else {},
             step_count=slot.zero.step_count,
-            peft_config=self._adapters.adapter_config(slot.key),
+            config=self._weights.config(slot.key),
+            files=self._weights.files(slot.key),
         )
 
-    def import_state(self, model_id: str, state: AdapterState, *, optimizer: bool) -> None:
+    def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
         """Replace a model's weights by `state`'s and drop waiting gradients."""
         model, slot = self._models.use(model_id)
-        parameters = self._adapters.parameters(slot.key)
-        moments = check_state(model.lora, parameters, state, optimizer=optimizer)
+        layout = slot.zero.layout
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        moments = check_state(model.tuning, shapes, state, optimizer=optimizer)
         try:
             model.waiting.clear()
             slot.zero.load(state.weights, moments, state.step_count)

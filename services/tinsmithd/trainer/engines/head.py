@@ -36,16 +36,18 @@ class Head:
     """What turns hidden states into logits.
 
     Attributes:
-        weight: `(V, d)`, frozen, of the model's dtype.
+        weight: `(V, d)`, of the model's dtype.
         lora_a: float32 `(r, d)`, or None where the head has no adapter.
         lora_b: float32 `(V, r)`, likewise.
         scaling: alpha / rank.
+        trained: Whether the gradient of `weight` is wanted.
     """
 
     weight: Tensor
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
     scaling: float = 1.0
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class HeadResult:
         grad_hidden: `(T, d)` of the hidden states' dtype; None without backward.
         grad_a: float32 `(r, d)`, likewise, or None where the head has no adapter.
         grad_b: float32 `(V, r)`, likewise.
+        grad_weight: float32 `(V, d)`, likewise, or None where the head's weight is not trained.
     """
 
     logprobs: Tensor
@@ -65,6 +68,7 @@ class HeadResult:
     grad_hidden: Tensor | None = None
     grad_a: Tensor | None = None
     grad_b: Tensor | None = None
+    grad_weight: Tensor | None = None
 
 
 @torch.no_grad()
@@ -112,7 +116,7 @@ def head_pass(
             gradients.add(chunk, hidden[chunk], probabilities, wanted[chunk], g)
     if gradients is None:
         return HeadResult(logprobs, loss)
-    return HeadResult(logprobs, loss, gradients.hidden, gradients.a, gradients.b)
+    return HeadResult(logprobs, loss, gradients.hidden, gradients.a, gradients.b, gradients.weight)
 
 
 class _Scratch:
@@ -157,6 +161,7 @@ class _Gradients:
         self.hidden = torch.zeros_like(hidden)
         self.a = None if head.lora_a is None else torch.zeros_like(head.lora_a)
         self.b = None if head.lora_b is None else torch.zeros_like(head.lora_b)
+        self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if head.trained else None
 
     def add(self, chunk: slice, hidden: Tensor, p: Tensor, wanted: Tensor, g: Tensor) -> None:
         """Take in one chunk; `p` is overwritten."""
@@ -170,6 +175,8 @@ class _Gradients:
         d_hidden = torch.mm(
             d_logits.to(head.weight.dtype), head.weight, out=None if some else self.hidden[chunk]
         )
+        if self.weight is not None:
+            self.weight.addmm_(d_logits.t(), hidden.float())
         if self.a is not None and self.b is not None:
             assert head.lora_a is not None
             assert head.lora_b is not None

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tinsmithd.domain import AdamParams, AdapterState, BaseModelInfo, Datum, LoraConfig, LossFn
+from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, ModelState, Tuning
 
 LossOutputs = Mapping[str, np.ndarray]
 """Per datum: `logprobs`, float32, shaped like that datum's `target_tokens`."""
@@ -28,14 +28,24 @@ class ModelBroken(Exception):
 
 
 class TrainingEngine(Protocol):
-    """Holds one base model and any number of models (adapter + gradients + optimizer state)."""
+    """Holds one base model and any number of models (adapter + gradients + optimizer state).
+
+    Or one model that trains the base itself: it is alone, which the Training server sees to.
+    """
 
     @property
     def info(self) -> BaseModelInfo:
         """The base model that this engine holds."""
 
-    def create_model(self, model_id: str, lora: LoraConfig) -> None:
-        """Add a model: A drawn from `lora.seed`, B zero, no optimizer state."""
+    def create_model(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model without optimizer state.
+
+        An adapter begins with A drawn from its seed and B zero, a full model with the weights of
+        the base as it was loaded.
+
+        Raises:
+            ValueError: The id is taken, or a full model would not be alone.
+        """
 
     def delete_model(self, model_id: str) -> None:
         """Drop a model and free what it held. An unknown id is no error."""
@@ -74,10 +84,10 @@ class TrainingEngine(Protocol):
                 gradients are cleared, weights and optimizer state are as before.
         """
 
-    def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:
+    def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
         """Copy a model's state out, with or without its optimizer state."""
 
-    def import_state(self, model_id: str, state: AdapterState, *, optimizer: bool) -> None:
+    def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
         """Replace a model's weights by `state`'s and drop waiting gradients.
 
         With `optimizer` the moments and step count come too, else they start from zero.
@@ -86,3 +96,10 @@ class TrainingEngine(Protocol):
             FailedPrecondition: Rank, targets or shapes differ from the model's (reason
                 INCOMPATIBLE_CHECKPOINT); the model is as before.
         """
+
+
+class ClosableEngine(TrainingEngine, Protocol):
+    """An engine that another can take the place of."""
+
+    def close(self) -> None:
+        """Free what it holds; it is not used any more."""

@@ -15,6 +15,9 @@ from tinsmithd.domain import Datum, LossFn
 from tinsmithd.modeling.lora import HeadLayer
 from tinsmithd.trainer.engines.head import Head, HeadResult, head_pass
 
+Sink = Callable[[Tensor, Tensor], None]
+"""Takes the gradient of one parameter, of its shape, as soon as there is one."""
+
 _CHECKPOINT = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -25,7 +28,8 @@ class PackedResult:
     Attributes:
         logprobs: Per datum, float32, shaped like its `target_tokens`.
         loss: The sum.
-        gradients: One per parameter, or None where it has none; empty without backward.
+        gradients: One per parameter, or None where it has none; empty without backward, and where
+            a sink took them.
     """
 
     logprobs: list[np.ndarray]
@@ -43,6 +47,7 @@ def compute_packed(
     *,
     backward: bool,
     recompute: bool = False,
+    sink: Sink | None = None,
 ) -> PackedResult:
     """Losses, logprobs and gradients of some data.
 
@@ -50,12 +55,13 @@ def compute_packed(
         causal_lm: The Hugging Face model with the right adapter active, which takes
             `segment_lengths` (`modeling.packing`).
         head: Its head.
-        parameters: What gradients are wanted of; none may belong to the base under the head.
+        parameters: What gradients are wanted of.
         data: What to compute together.
         loss_fn: Which loss.
         device: Where the model is.
         backward: Whether gradients are wanted; without, no graph is built.
         recompute: Keep only each layer's input, and compute the layer again on the way back.
+        sink: Takes the head's gradient; those of all other parameters it gets by hooks.
     """
     lengths = [len(datum.tokens) for datum in data]
     inputs = {name: _stack(data, name, device) for name in data[0].loss_fn_inputs}
@@ -63,7 +69,9 @@ def compute_packed(
         hidden = _hidden(causal_lm, data, lengths, device)
     result = _through_head(head, hidden.detach(), loss_fn, inputs, lengths, backward=backward)
     gradients: list[Tensor | None] = []
-    if backward:
+    if backward and sink is not None:
+        _backward_into(sink, hidden, head, result)
+    elif backward:
         gradients = _backward(hidden, head, parameters, result)
     rows = np.split(result.logprobs.cpu().numpy(), np.cumsum(lengths)[:-1])
     logprobs = []
@@ -110,7 +118,8 @@ def _through_head(
     module = layer.module
 
     def run(_: Tensor) -> HeadResult:
-        head = Head(module.weight.detach(), layer.lora_a, layer.lora_b, layer.scaling)
+        weight = module.weight.detach()
+        head = Head(weight, layer.lora_a, layer.lora_b, layer.scaling, layer.trained)
         return head_pass(hidden, head, loss_fn, inputs, lengths, backward=backward)
 
     if not hasattr(module.weight, "ds_id"):
@@ -139,12 +148,26 @@ def _backward(
 ) -> list[Tensor | None]:
     of_head = {id(head.lora_a): result.grad_a, id(head.lora_b): result.grad_b}
     below = [p for p in parameters if id(p) not in of_head]
+    if head.trained:  # the input side may share its weight: then it has a gradient from there, too
+        of_head[id(head.module.weight)] = result.grad_weight
     found: dict[int, Tensor | None] = {}
     # Without an adapted layer under the head there is no graph.
     if below and hidden.requires_grad:
         gradients = torch.autograd.grad(hidden, below, result.grad_hidden, allow_unused=True)
         found = {id(p): g for p, g in zip(below, gradients, strict=True)}
-    return [of_head.get(id(p), found.get(id(p))) for p in parameters]
+    return [_sum(of_head.get(id(p)), found.get(id(p))) for p in parameters]
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _backward_into(sink: Sink, hidden: Tensor, head: HeadLayer, result: HeadResult) -> None:
+    assert result.grad_weight is not None
+    sink(head.module.weight, result.grad_weight)
+    torch.autograd.backward(hidden, result.grad_hidden)
 
 
 @contextmanager

@@ -9,9 +9,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from tinsmithd.domain import AdamParams, AdapterState, BaseModelInfo, Datum, LoraConfig, LossFn
+from tinsmithd.domain import (
+    AdamParams,
+    BaseModelInfo,
+    Datum,
+    LoraConfig,
+    LossFn,
+    ModelState,
+    Tuning,
+)
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.full import FullWeights, check_same_tuning
 from tinsmithd.modeling.lora import Adapters, check_same_shape
 from tinsmithd.trainer.engines.compute import compute_datum
 from tinsmithd.trainer.engines.interface import OnResult
@@ -24,7 +33,7 @@ EPS_MIN = 1e-30
 
 
 class _Model:
-    """One adapter with its waiting gradients and Adam moments."""
+    """What one model trains, with its waiting gradients and Adam moments."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.names = list(parameters)
@@ -50,28 +59,36 @@ class _Model:
 
 
 class ReferenceEngine:
-    """See `TrainingEngine`."""
+    """See `TrainingEngine`.
 
-    def __init__(self, base: BaseModel) -> None:
+    Args:
+        base: The base model; it is changed in place.
+        weights: What of it is trained: many adapters, or one model that trains all weights.
+    """
+
+    def __init__(self, base: BaseModel, weights: Adapters | FullWeights | None = None) -> None:
         self._base = base
-        self._adapters = Adapters(base)
+        self._weights = weights or Adapters(base)
         self._models: dict[str, _Model] = {}
         self._device = next(base.model.parameters()).device
+
+    def close(self) -> None:
+        """Nothing to free but memory."""
 
     @property
     def info(self) -> BaseModelInfo:
         """The base model that this engine holds."""
         return self._base.info
 
-    def create_model(self, model_id: str, lora: LoraConfig) -> None:
-        """Add a model: A drawn from `lora.seed`, B zero, no optimizer state."""
-        self._adapters.add(model_id, lora)
-        self._models[model_id] = _Model(self._adapters.parameters(model_id))
+    def create_model(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model with its first values and no optimizer state."""
+        self._weights.add(model_id, tuning)
+        self._models[model_id] = _Model(self._weights.parameters(model_id))
 
     def delete_model(self, model_id: str) -> None:
         """Drop a model; an unknown id is no error."""
         self._models.pop(model_id, None)
-        self._adapters.remove(model_id)
+        self._weights.remove(model_id)
 
     def forward(
         self,
@@ -88,7 +105,7 @@ class ReferenceEngine:
         gradients = model.waiting() if backward else None
         loss = 0.0
         try:
-            with self._adapters.active(model_id) as causal_lm:
+            with self._weights.active(model_id) as causal_lm:
                 for index, datum in enumerate(data):
                     result = compute_datum(
                         causal_lm, model.parameters, datum, loss_fn, gradients, self._device
@@ -136,7 +153,7 @@ class ReferenceEngine:
             )
         return {"grad_norm:last": float(norm), "step:last": float(model.step_count)}
 
-    def export_state(self, model_id: str, *, optimizer: bool) -> AdapterState:
+    def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
         """Copy a model's state out, with or without its optimizer state."""
         model = self._models[model_id]
         moments: dict[str, np.ndarray] = {}
@@ -144,20 +161,26 @@ class ReferenceEngine:
             for kind in ("exp_avg", "exp_avg_sq"):
                 for name, moment in zip(model.names, getattr(model, kind), strict=True):
                     moments[f"{kind}.{name}"] = moment.cpu().numpy().copy()
-        return AdapterState(
-            lora=self._adapters.lora(model_id),
-            weights=self._adapters.export_weights(model_id),
+        return ModelState(
+            tuning=self._weights.tuning(model_id),
+            weights=self._weights.export_weights(model_id),
             optimizer=moments,
             step_count=model.step_count,
-            peft_config=self._adapters.adapter_config(model_id),
+            config=self._weights.config(model_id),
+            files=self._weights.files(model_id),
         )
 
-    def import_state(self, model_id: str, state: AdapterState, *, optimizer: bool) -> None:
+    def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
         """Replace a model's weights by `state`'s and drop waiting gradients."""
         model = self._models[model_id]
-        parameters = self._adapters.parameters(model_id)
-        moments = check_state(self._adapters.lora(model_id), parameters, state, optimizer=optimizer)
-        self._adapters.import_weights(model_id, state.weights)
+        parameters = self._weights.parameters(model_id)
+        moments = check_state(
+            self._weights.tuning(model_id),
+            {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+            state,
+            optimizer=optimizer,
+        )
+        self._weights.import_weights(model_id, state.weights)
         model.gradients = None
         model.reset_optimizer()
         if moments is not None:
@@ -177,13 +200,19 @@ def non_finite_gradient() -> FailedPrecondition:
 
 
 def check_state(
-    lora: LoraConfig,
-    parameters: Mapping[str, torch.nn.Parameter],
-    state: AdapterState,
+    tuning: Tuning,
+    shapes: Mapping[str, Sequence[int]],
+    state: ModelState,
     *,
     optimizer: bool,
 ) -> Mapping[str, Mapping[str, np.ndarray]] | None:
     """Refuse a state that does not fit a model, before anything is changed.
+
+    Args:
+        tuning: What the model trains.
+        shapes: Of its parameters, by name.
+        state: What is to be loaded.
+        optimizer: Whether its optimizer state is wanted, too.
 
     Returns:
         With `optimizer`, the moments as kind to name to array, or None where no step was made.
@@ -191,13 +220,16 @@ def check_state(
     Raises:
         FailedPrecondition: It does not fit (INCOMPATIBLE_CHECKPOINT).
     """
-    if (lora.rank, lora.alpha) != (state.lora.rank, state.lora.alpha):
-        message = (
-            f"the checkpoint has rank {state.lora.rank} and alpha {state.lora.alpha:g}, "
-            f"this model {lora.rank} and {lora.alpha:g}"
-        )
-        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-    check_same_shape(parameters, state.weights)
+    check_same_tuning(tuning, state)
+    if isinstance(tuning, LoraConfig) and isinstance(state.tuning, LoraConfig):
+        ours, theirs = tuning, state.tuning
+        if (ours.rank, ours.alpha) != (theirs.rank, theirs.alpha):
+            message = (
+                f"the checkpoint has rank {theirs.rank} and alpha {theirs.alpha:g}, "
+                f"this model {ours.rank} and {ours.alpha:g}"
+            )
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+    check_same_shape(shapes, state.weights)
     if not optimizer or not state.optimizer:
         return None
     moments = {
@@ -209,5 +241,5 @@ def check_state(
         for kind in ("exp_avg", "exp_avg_sq")
     }
     for arrays in moments.values():
-        check_same_shape(parameters, arrays)
+        check_same_shape(shapes, arrays)
     return moments

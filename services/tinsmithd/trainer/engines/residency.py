@@ -6,15 +6,17 @@ rank takes the same decisions, since they follow from the order of the calls alo
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from tinsmithd.domain import LoraConfig
+from tinsmithd.domain import LoraConfig, Tuning
+from tinsmithd.modeling.full import FullWeights
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.trainer.engines.waiting import WaitingGradients
 from tinsmithd.trainer.engines.zero_adapter import AdapterSnapshot, ZeroAdapter, ZeroConfig
+from tinsmithd.trainer.engines.zero_partitioned import ZeroPartitioned, is_partitioned
 
 _HOST = torch.device("cpu")
 
@@ -24,18 +26,18 @@ class Slot:
     """A place on the device.
 
     Attributes:
-        key: Of the adapter in `Adapters`.
-        shape: What fits in: the seed is 0.
+        key: Of what is in it, in `Adapters` or `FullWeights`.
+        shape: What fits in: the seed of an adapter is 0.
         zero: Its values and optimizer.
     """
 
     key: str
-    shape: LoraConfig
-    zero: ZeroAdapter
+    shape: Tuning
+    zero: ZeroAdapter | ZeroPartitioned
 
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
-        """The adapter's parameters, sorted by name."""
+        """What is trained, sorted by name."""
         return self.zero.parameters
 
 
@@ -44,13 +46,13 @@ class Model:
     """One model, wherever it is.
 
     Attributes:
-        lora: Its adapter.
+        tuning: What it trains.
         waiting: Its gradients that wait for a step.
         slot: Where it is on the device, or None.
         away: Its state in host memory while it has no slot.
     """
 
-    lora: LoraConfig
+    tuning: Tuning
     waiting: WaitingGradients = field(default_factory=WaitingGradients)
     slot: Slot | None = None
     away: AdapterSnapshot | None = None
@@ -61,13 +63,15 @@ class ResidentModels:
 
     def __init__(
         self,
-        adapters: Adapters,
+        weights: Adapters | FullWeights,
         zero: ZeroConfig,
         *,
         device: torch.device,
         resident_models_max: int,
+        release: Callable[[], None],
     ) -> None:
-        self._adapters = adapters
+        self._weights = weights
+        self._release = release
         self._zero = zero
         self._device = device
         self._slots_max = resident_models_max
@@ -77,19 +81,21 @@ class ResidentModels:
         self._recent: OrderedDict[str, Model] = OrderedDict()
         """Models with a slot, the one used longest ago first."""
 
-    def add(self, model_id: str, lora: LoraConfig) -> None:
-        """Add a model with first values drawn from its seed."""
+    def add(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model with its first values."""
         if model_id in self._models:
             raise ValueError(f"model {model_id!r} exists")
-        slot = self._take_slot(lora)
+        slot = self._take_slot(tuning)
         try:
             names = slot.zero.layout.names
             shapes = dict(zip(names, slot.zero.layout.shapes, strict=True))
-            slot.zero.load(self._adapters.first_values(shapes, lora.seed), None, 0)
+            values = self._weights.first_values(shapes, tuning)
+            if values is not None:
+                slot.zero.load(values, None, 0)
         except BaseException:
             self._free.append(slot)
             raise
-        model = Model(lora, slot=slot)
+        model = Model(tuning, slot=slot)
         self._models[model_id] = self._recent[model_id] = model
 
     def remove(self, model_id: str) -> None:
@@ -108,7 +114,7 @@ class ResidentModels:
         model = self._models[model_id]
         if model.slot is None:
             assert model.away is not None
-            slot = self._take_slot(model.lora)
+            slot = self._take_slot(model.tuning)
             slot.zero.restore(model.away)
             model.waiting.move(self._device)
             model.slot, model.away = slot, None
@@ -116,9 +122,9 @@ class ResidentModels:
         self._recent.move_to_end(model_id)
         return model, model.slot
 
-    def _take_slot(self, lora: LoraConfig) -> Slot:
+    def _take_slot(self, tuning: Tuning) -> Slot:
         """A free slot of the right shape; without one, the model used longest ago leaves."""
-        shape = replace(lora, seed=0)
+        shape = replace(tuning, seed=0) if isinstance(tuning, LoraConfig) else tuning
         while True:
             for index, slot in enumerate(self._free):
                 if slot.shape == shape:
@@ -138,21 +144,44 @@ class ResidentModels:
         self._free.append(model.slot)
         model.slot = None
 
-    def _new_slot(self, shape: LoraConfig) -> Slot:
+    def _new_slot(self, shape: Tuning) -> Slot:
         used = {slot.key for slot in self._free} | {
             model.slot.key for model in self._recent.values() if model.slot is not None
         }
         key = next(k for k in (f"slot {i}" for i in range(len(used) + 1)) if k not in used)
-        self._adapters.add(key, shape)
+        self._weights.add(key, shape)
         try:
-            zero = ZeroAdapter(self._adapters.parameters(key), self._zero)
+            zero = sharded(self._weights.parameters(key), self._zero, self._release)
         except BaseException:
-            self._adapters.remove(key)
+            self._weights.remove(key)
             raise
         self._slot_count += 1
         return Slot(key, shape, zero)
 
+    def close(self) -> None:
+        """Drop everything; the engine is not used any more."""
+        self._models.clear()
+        for slot in [*self._free, *(m.slot for m in self._recent.values() if m.slot is not None)]:
+            self._drop(slot)
+        self._free.clear()
+        self._recent.clear()
+
     def _drop(self, slot: Slot) -> None:
         slot.zero.close()
-        self._adapters.remove(slot.key)
+        self._weights.remove(slot.key)
         self._slot_count -= 1
+
+
+def sharded(
+    parameters: Mapping[str, torch.nn.Parameter], zero: ZeroConfig, release: Callable[[], None]
+) -> ZeroAdapter | ZeroPartitioned:
+    """Values and optimizer of what is trained, the way that the ranks hold it.
+
+    Args:
+        parameters: By name, sorted.
+        zero: How models are spread over the ranks.
+        release: Makes DeepSpeed drop every weight that is gathered.
+    """
+    if all(is_partitioned(parameter) for parameter in parameters.values()):
+        return ZeroPartitioned(parameters, release)
+    return ZeroAdapter(parameters, zero)

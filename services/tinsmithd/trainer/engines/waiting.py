@@ -1,11 +1,36 @@
 """Gradients that wait for a step, in one flat buffer on this rank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmithd.trainer.engines.zero_adapter import Layout
+
+class Layout:
+    """Where each parameter of an adapter stands in a flat buffer."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.names = list(parameters)
+        self.shapes = [parameter.shape for parameter in parameters.values()]
+        self._counts = [parameter.numel() for parameter in parameters.values()]
+        self.count = sum(self._counts)
+        """Elements in all, without what pads them to equal slices."""
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' places in a buffer of at least `count` elements."""
+        parts = torch.split(flat[: self.count], self._counts)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def by_name(self, flat: Tensor) -> dict[str, np.ndarray]:
+        """Copies of the parameters' values."""
+        parts = self.views(flat.detach().cpu())
+        return {n: part.numpy().copy() for n, part in zip(self.names, parts, strict=True)}
+
+    def flatten(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
+        """One flat float32 tensor of `count` elements."""
+        flat = np.concatenate([np.asarray(arrays[n], np.float32).reshape(-1) for n in self.names])
+        return torch.from_numpy(flat)
 
 
 class WaitingGradients:
@@ -17,10 +42,8 @@ class WaitingGradients:
 
     def add(self, gradients: Sequence[Tensor | None], layout: Layout, padded_count: int) -> None:
         """Add one gradient per parameter, in the layout's order."""
-        flat = self._flat
-        if flat is None:
-            device = next((g.device for g in gradients if g is not None), None)
-            flat = self._flat = torch.zeros(padded_count, device=device)
+        device = next((g.device for g in gradients if g is not None), None)
+        flat = self.buffer(padded_count, device)
         pairs = [
             (view, gradient)
             for view, gradient in zip(layout.views(flat), gradients, strict=True)
@@ -28,6 +51,12 @@ class WaitingGradients:
         ]
         if pairs:
             torch._foreach_add_([view for view, _ in pairs], [gradient for _, gradient in pairs])
+
+    def buffer(self, padded_count: int, device: torch.device | None) -> Tensor:
+        """The buffer, to add to; zeros where nothing waits."""
+        if self._flat is None:
+            self._flat = torch.zeros(padded_count, device=device)
+        return self._flat
 
     def take(self, padded_count: int, device: torch.device) -> Tensor:
         """Hand the buffer out, zeros where nothing waits, and hold nothing any more."""

@@ -7,8 +7,7 @@ handed to that slice directly: on the way through DeepSpeed's backward hooks the
 and scanned some ten times (ADR 0003).
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinsmithd.domain import AdamParams
-from tinsmithd.trainer.engines.reference import CLIP_EPS, EPS_MIN
-
-NORM_PIECE = 65_536
-"""Elements whose squares are summed in one float32 sum."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from tinsmithd.trainer.engines.waiting import Layout
+from tinsmithd.trainer.engines.zero_slice import MOMENTS, ZeroSlice
 
 
 @dataclass(frozen=True)
@@ -42,32 +36,6 @@ class ZeroConfig:
     stage: int = 1
     offload: bool = False
     gathered_bytes_max: int = 0
-
-
-class Layout:
-    """Where each parameter of an adapter stands in a flat buffer."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self.names = list(parameters)
-        self.shapes = [parameter.shape for parameter in parameters.values()]
-        self._counts = [parameter.numel() for parameter in parameters.values()]
-        self.count = sum(self._counts)
-        """Elements in all, without what pads them to equal slices."""
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' places in a buffer of at least `count` elements."""
-        parts = torch.split(flat[: self.count], self._counts)
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def by_name(self, flat: Tensor) -> dict[str, np.ndarray]:
-        """Copies of the parameters' values."""
-        parts = self.views(flat.detach().cpu())
-        return {n: part.numpy().copy() for n, part in zip(self.names, parts, strict=True)}
-
-    def flatten(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
-        """One flat float32 tensor of `count` elements."""
-        flat = np.concatenate([np.asarray(arrays[n], np.float32).reshape(-1) for n in self.names])
-        return torch.from_numpy(flat)
 
 
 @dataclass
@@ -91,12 +59,15 @@ class _Flat(torch.nn.Module):
         self.flat = torch.nn.Parameter(values)
 
 
-class ZeroAdapter:
-    """Steps one adapter; every method is called on all ranks alike, but for those of snapshots."""
+class ZeroAdapter(ZeroSlice):
+    """Steps one adapter, or a whole model that each rank holds.
+
+    Every method is called on all ranks alike, but for those of snapshots.
+    """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: ZeroConfig) -> None:
         self.layout = Layout(parameters)
-        self.parameters: Sequence[torch.nn.Parameter] = list(parameters.values())
+        self.parameters = list(parameters.values())
         self.step_count = 0
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
         module = _Flat(torch.cat([p.detach().reshape(-1) for p in self.parameters]))
@@ -119,33 +90,9 @@ class ZeroAdapter:
         """Elements of a flat buffer for gradients: padded so that slices are equal."""
         return self._whole.numel()
 
-    def step(self, gradients: Tensor, adam: AdamParams) -> float:
-        """Sum gradients over the ranks, clip and apply them.
-
-        Args:
-            gradients: float32 `(padded_count,)`, this rank's; overwritten.
-            adam: Settings of this step.
-
-        Returns:
-            The global L2 norm before clipping. Where it is not finite nothing was applied.
-        """
-        own = self._reduce(gradients)
-        norm = self._norm(own)
-        if not math.isfinite(norm):
-            return norm
-        if adam.grad_clip_norm > 0 and norm + CLIP_EPS > adam.grad_clip_norm:
-            own.mul_(adam.grad_clip_norm / (norm + CLIP_EPS))
-        (group,) = self._adamw.param_groups
-        group["lr"] = adam.learning_rate
-        group["betas"] = (adam.beta1, adam.beta2)
-        group["eps"] = max(adam.eps, EPS_MIN)
-        group["weight_decay"] = adam.weight_decay
-        self._own.grad = own.to(self._own.device)
-        self._adamw.step()
-        self._own.grad = None
-        self.step_count += 1
-        self._gather_values()
-        return norm
+    @property
+    def _is_slice(self) -> bool:
+        return len(self._slices) > 1
 
     def _reduce(self, gradients: Tensor) -> Tensor:
         """This rank's slice of the sum over the ranks."""
@@ -158,21 +105,11 @@ class ZeroAdapter:
         dist.reduce_scatter_tensor(own, gradients)
         return own
 
-    def _norm(self, own: Tensor) -> float:
-        # Of pieces, then of their norms: one float32 sum over millions of squares would be off by
-        # a tenth of a percent.
-        norm = torch.stack(torch._foreach_norm(torch.split(own, NORM_PIECE))).double().norm()
-        if len(self._slices) > 1:
-            norm = norm.square()
-            dist.all_reduce(norm)
-            norm = norm.sqrt()
-        return float(norm)
-
-    def _gather_values(self) -> None:
-        mine = self._slices[self._rank if len(self._slices) > 1 else 0]
+    def _publish(self) -> None:
+        mine = self._slices[self._own_index]
         if mine.data_ptr() != self._own.data_ptr():
             mine.copy_(self._own.detach())
-        if len(self._slices) > 1:
+        if self._is_slice:
             dist.all_gather(list(self._slices), mine.clone())
 
     # --- state in and out ---------------------------------------------------------------------
@@ -186,7 +123,7 @@ class ZeroAdapter:
         found: dict[str, np.ndarray] = {}
         for kind, own in zip(MOMENTS, self._own_moments(), strict=False):
             whole = own
-            if len(self._slices) > 1:
+            if self._is_slice:
                 whole = torch.empty_like(self._whole)
                 dist.all_gather(list(whole.chunk(self._world_size)), own.to(whole.device))
             found.update({f"{kind}.{n}": a for n, a in self.layout.by_name(whole).items()})
@@ -219,22 +156,12 @@ class ZeroAdapter:
         with torch.no_grad():
             self._whole[: self.layout.count].copy_(snapshot.values)
             self._own.copy_(self._slices[self._own_index])
-        self.step_count = snapshot.step_count
-        self._adamw.state.clear()
-        if snapshot.moments:
-            # clone: the optimizer works in place, and the snapshot may be used again.
-            kept = zip(MOMENTS, snapshot.moments, strict=True)
-            state: dict[str, Tensor] = {k: m.to(self._own.device, copy=True) for k, m in kept}
-            step = torch.tensor(float(snapshot.step_count), device=self._own.device)
-            self._adamw.state[self._own] = {"step": step, **state}
+        # copied: the optimizer works in place, and the snapshot may be used again
+        self._set_moments(snapshot.moments, snapshot.step_count)
 
     @property
     def _own_index(self) -> int:
-        return self._rank if len(self._slices) > 1 else 0
-
-    def _own_moments(self) -> list[Tensor]:
-        state = self._adamw.state.get(self._own, {})
-        return [state[kind] for kind in MOMENTS if kind in state]
+        return self._rank if self._is_slice else 0
 
     def close(self) -> None:
         """Free what DeepSpeed holds; the adapter keeps its values."""

@@ -14,8 +14,12 @@ _KEPT = -1
 """Stands for a layer that always needs the weight; DeepSpeed's own have numbers from 0."""
 
 
-def partition(model: Any, zero: ZeroConfig) -> None:
-    """Leave each rank its share of the frozen weights; call it before PEFT wraps the model."""
+def partition(model: Any, zero: ZeroConfig) -> Any:
+    """Leave each rank its share of the frozen weights; call it before PEFT wraps the model.
+
+    Returns:
+        DeepSpeed's engine.
+    """
     settings: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if zero.offload:
         settings["offload_param"] = {"device": "cpu"}
@@ -24,8 +28,9 @@ def partition(model: Any, zero: ZeroConfig) -> None:
         "steps_per_print": None,
         "zero_optimization": settings,
     }
-    deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     _keep(model, zero.gathered_bytes_max)
+    return engine
 
 
 def _keep(model: Any, bytes_max: int) -> None:

@@ -1,0 +1,122 @@
+"""All weights of a base model as what is trained: full fine-tuning, without an adapter.
+
+It has the methods of `modeling.lora.Adapters`, so that an engine works with either; but there is
+one model only, and it changes the base itself.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinsmithd.domain import FullConfig, ModelState, Tuning
+from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.lora import HeadLayer, check_same_shape
+from tinsmithd.state_files import TOKENIZER_FILES
+
+
+class FullWeights:
+    """The weights of one base model, float32, all of them trained.
+
+    Args:
+        base: The base model, held in float32; it is changed in place.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._key: str | None = None
+
+    def tuning(self, key: str) -> Tuning:
+        """What is trained."""
+        assert key == self._key
+        return FullConfig()
+
+    def add(self, key: str, tuning: Tuning) -> None:
+        """Begin to train the base.
+
+        Raises:
+            ValueError: It was begun before, or an adapter is asked for.
+        """
+        if self._key is not None or not isinstance(tuning, FullConfig):
+            raise ValueError("a base is trained once, and without an adapter")
+        self._base.model.requires_grad_(True)
+        self._key = key
+
+    def remove(self, key: str) -> None:
+        """Train no longer; the base stays as it was left."""
+        if key == self._key:
+            self._base.model.requires_grad_(False)
+            self._key = None
+
+    @staticmethod
+    def first_values(shapes: Mapping[str, Sequence[int]], tuning: Tuning) -> None:
+        """None: a full model begins with the values that the base has."""
+
+    @contextlib.contextmanager
+    def active(self, key: str | None) -> Iterator[Any]:
+        """The causal language model."""
+        assert key == self._key
+        yield self._base.model
+
+    def head(self, key: str | None) -> HeadLayer:
+        """The model's head, whose weight is trained."""
+        return HeadLayer(self._base.model.get_output_embeddings(), trained=True)
+
+    def parameters(self, key: str) -> dict[str, torch.nn.Parameter]:
+        """The weights by Hugging Face's names, sorted; one that two layers share is there once."""
+        return dict(sorted(self._base.model.named_parameters()))
+
+    def export_weights(self, key: str) -> dict[str, np.ndarray]:
+        """Copy the weights out."""
+        return {
+            name: parameter.detach().cpu().numpy().copy()
+            for name, parameter in self.parameters(key).items()
+        }
+
+    def import_weights(self, key: str, weights: Mapping[str, np.ndarray]) -> None:
+        """Replace the weights.
+
+        Raises:
+            FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); the weights are
+                as before.
+        """
+        parameters = self.parameters(key)
+        check_same_shape({n: tuple(p.shape) for n, p in parameters.items()}, weights)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(torch.tensor(np.asarray(weights[name], dtype=np.float32)))
+
+    def config(self, key: str) -> dict[str, Any]:
+        """The content of `config.json`, with which transformers loads the weights."""
+        model = self._base.model
+        config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+        # `load_base` switched the cache off; without the name a model has its default again.
+        for name in ("use_cache", "_name_or_path", "_attn_implementation", "attn_implementation"):
+            config.pop(name, None)
+        return {**config, "architectures": [type(model).__name__], "dtype": "float32"}
+
+    def files(self, key: str) -> dict[str, bytes]:
+        """The files of the tokenizer."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._base.tokenizer.save_pretrained(folder)
+            found = {name: Path(folder, name) for name in TOKENIZER_FILES}
+            return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+
+
+def check_same_tuning(ours: Tuning, state: ModelState) -> None:
+    """Refuse a state of another kind of model.
+
+    Raises:
+        FailedPrecondition: See above (INCOMPATIBLE_CHECKPOINT).
+    """
+    if isinstance(ours, FullConfig) != isinstance(state.tuning, FullConfig):
+        kinds = ("a LoRA adapter", "all weights")
+        is_full = isinstance(state.tuning, FullConfig)
+        message = f"the checkpoint holds {kinds[is_full]}, this model trains {kinds[not is_full]}"
+        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
