@@ -27,7 +27,7 @@ from tinsmithd import state_files
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy
 from tinsmithd.config import CheckpointConfig
-from tinsmithd.domain import LoraConfig, ModelState
+from tinsmithd.domain import FullConfig, LoraConfig, ModelState
 from wire import reason_and_field
 
 PATH = "tinsmith://run/weights/one"
@@ -459,3 +459,61 @@ async def test_a_killed_server_keeps_what_was_committed_and_nothing_else(tmp_pat
         await channel.close()
         process.terminate()
         assert process.wait(20) == 0
+
+
+def full_files(**changed: bytes | None) -> dict[str, bytes]:
+    """Files of a full checkpoint; `None` leaves one out."""
+    weights = {"model.norm.weight": np.ones(8, np.float32)}
+    tokenizer = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
+    state = ModelState(FullConfig(), weights, {}, 3, {"model_type": "llama"}, tokenizer)
+    found = {**state_files.to_files(state), **{_file(k): v for k, v in changed.items()}}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def _file(keyword: str) -> str:
+    return keyword.replace("__", ".")
+
+
+FULL = {"lora_config": None, "full_config": types_pb2.FullConfig()}
+
+
+async def test_a_full_checkpoint_is_kept_and_exported_whole(served: Served) -> None:
+    """What it holds is listed, its files come back, and the archive has all but our own."""
+    content = full_files()
+    path = PATH.replace("/weights/", "/sampler_weights/")
+    await served.stub.WriteCheckpoint(messages(path, content, **FULL))
+    found = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=path))
+    assert found.checkpoint.WhichOneof("tuning") == "full_config"
+    assert await served.read(path) == content
+    export = served.stub.ExportCheckpoint(pb.ExportCheckpointRequest(path=path))
+    archive = b"".join([part.data async for part in export])
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        names = sorted(tar.getnames())
+    assert names == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "tuning"),
+    [
+        ({"model__safetensors": None}, FULL),
+        ({"config__json": None}, FULL),
+        ({"model__safetensors": b"\x80\x04cposix\nsystem\n."}, FULL),
+        ({"tokenizer__json": b"[]"}, FULL),
+        ({"chat_template__jinja": b"\xff\xfe"}, FULL),
+        ({"chat_template__jinja": b" " * (1 << 20) + b" "}, FULL),
+        ({"modeling_llama__py": b"import os"}, FULL),
+        ({"adapter_config__json": b"{}"}, FULL),
+        ({}, {}),  # said to be an adapter
+    ],
+)
+async def test_a_full_checkpoint_has_files_of_its_own(
+    served: Served, changed: dict[str, bytes | None], tuning: dict[str, object]
+) -> None:
+    """A missing, foreign or malformed file is refused, and nothing is left behind."""
+    with pytest.raises(grpc.RpcError) as refusal:
+        await served.stub.WriteCheckpoint(messages(PATH, full_files(**changed), **tuning))
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not served.leftovers()
+    with pytest.raises(grpc.RpcError) as refusal:
+        await served.read()
+    assert refusal.value.code() is grpc.StatusCode.NOT_FOUND

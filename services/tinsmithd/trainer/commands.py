@@ -12,6 +12,7 @@ import numpy as np
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1 import types_pb2
+from tinsmith.v1.training_service_pb2 import DatumOutput
 from tinsmithd import state_files
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import array_to_pb
@@ -89,8 +90,8 @@ class Commands:
 
         def on_result(index: int, outputs: Mapping[str, np.ndarray]) -> None:
             packed = {k: array_to_pb(v, types_pb2.TENSOR_FORMAT_PACKED) for k, v in outputs.items()}
-            result = pb.DatumResult(datum_index=index, loss_fn_outputs=packed)
-            reply(pb.AttachRequest(command_id=command.command_id, datum=result))
+            results = pb.DatumResults(outputs=[DatumOutput(loss_fn_outputs=packed)])
+            reply(pb.AttachRequest(command_id=command.command_id, results=results))
 
         with self._whole_call(command.model_id, compute.part):
             metrics = self._engine.forward(

@@ -21,6 +21,9 @@ from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import TrainingEngine
 
 RETRY_DELAY_S_MAX = 5.0
+RESULTS_BYTES_MAX = 1024 * 1024
+"""Results are put together up to so many bytes, and those of one datum more."""
+
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -43,11 +46,33 @@ class Link:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
         self._outgoing: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
         stub = TrainerLinkServiceStub(self._channel)
-        self.commands: Iterator[pb.AttachResponse] = stub.Attach(iter(self._outgoing.get, None))
+        self.commands: Iterator[pb.AttachResponse] = stub.Attach(self._messages())
 
     def send(self, message: pb.AttachRequest) -> None:
         """Send one message."""
         self._outgoing.put(message)
+
+    def _messages(self) -> Iterator[pb.AttachRequest]:
+        """What was sent, in order; results that wait together go out as one message."""
+        held: pb.AttachRequest | None = None
+        while True:
+            message, held = held or self._outgoing.get(), None
+            if message is None:
+                return
+            while message.HasField("results") and message.ByteSize() < RESULTS_BYTES_MAX:
+                try:
+                    following = self._outgoing.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    yield message
+                    return
+                if not following.HasField("results"):
+                    held = following
+                    break
+                # Of the same command: each ends with a message of another kind.
+                message.results.MergeFrom(following.results)
+            yield message
 
     def close(self) -> None:
         """End the stream."""

@@ -3,7 +3,7 @@
 import sys
 
 from tinsmithd.config import TrainingConfig
-from tinsmithd.process import load_or_exit, run, set_up
+from tinsmithd.process import keep_freed_memory, load_or_exit, run, set_up
 from tinsmithd.training.launcher import LaunchError
 from tinsmithd.training.server import TrainingServer
 
@@ -18,6 +18,7 @@ def main() -> None:
     """Serve until a signal."""
     config = load_or_exit(TrainingConfig)
     set_up(config)
+    keep_freed_memory()
     try:
         run(lambda: _serve(config))
     except LaunchError as error:

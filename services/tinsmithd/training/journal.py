@@ -6,7 +6,7 @@ that lose their connection, not towards a Training server that dies.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, TinsmithError
@@ -53,8 +53,11 @@ class Answer:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def parts(self) -> AsyncIterator[Any]:
-        """All parts from the first on, until the end.
+    async def parts(self, count_max: int = 1) -> AsyncIterator[Sequence[Any]]:
+        """All parts from the first on, until the end; those that are there together, together.
+
+        Args:
+            count_max: Most parts at once.
 
         Raises:
             TinsmithError: The answer is an error.
@@ -63,8 +66,9 @@ class Answer:
         while True:
             changed = self._changed
             while index < len(self._parts):
-                yield self._parts[index]
-                index += 1
+                some = self._parts[index : index + count_max]
+                yield some
+                index += len(some)
             if self._error is not None:
                 raise self._error
             if self._done:

@@ -116,8 +116,9 @@ class RankGroup:
         )
 
         async def take(message: pb.AttachRequest) -> None:
-            outputs = message.datum.loss_fn_outputs
-            on_result({name: array_from_pb(outputs[name], name, "float") for name in outputs})
+            for output in message.results.outputs:
+                found = output.loss_fn_outputs
+                on_result({name: array_from_pb(found[name], name, "float") for name in found})
 
         done = await self._execute(model_id, take, compute=command)
         return dict(done.metrics)

@@ -10,6 +10,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from tinsmith.v1 import training_service_pb2 as _training_service_pb2
 from tinsmith.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -55,7 +56,7 @@ class AttachRequest(_message.Message):
     COMMAND_ID_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     LOADING_FIELD_NUMBER: _builtins.int
-    DATUM_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
     PIECE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
@@ -70,8 +71,8 @@ class AttachRequest(_message.Message):
         """Progress while the base model loads, before `hello`."""
 
     @_builtins.property
-    def datum(self) -> Global___DatumResult:
-        """Results of one datum, in datum order. More follow."""
+    def results(self) -> Global___DatumResults:
+        """Results of the next data, in datum order. More follow."""
 
     @_builtins.property
     def piece(self) -> Global___StatePiece:
@@ -93,16 +94,16 @@ class AttachRequest(_message.Message):
         command_id: _builtins.int = ...,
         hello: Global___Hello | None = ...,
         loading: Global___Loading | None = ...,
-        datum: Global___DatumResult | None = ...,
+        results: Global___DatumResults | None = ...,
         piece: Global___StatePiece | None = ...,
         done: Global___Done | None = ...,
         failed: Global___Failed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "datum", b"datum", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "content", b"content", "datum", b"datum", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "datum", "piece", "done", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "results", "piece", "done", "failed"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -163,53 +164,28 @@ class Loading(_message.Message):
 Global___Loading: _TypeAlias = Loading  # noqa: Y015
 
 @_typing.final
-class DatumResult(_message.Message):
-    """Results of one datum."""
+class DatumResults(_message.Message):
+    """Results of some data, continuing from the message before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class LossFnOutputsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        @_builtins.property
-        def value(self) -> _types_pb2.Tensor: ...
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _types_pb2.Tensor | None = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    DATUM_INDEX_FIELD_NUMBER: _builtins.int
-    LOSS_FN_OUTPUTS_FIELD_NUMBER: _builtins.int
-    datum_index: _builtins.int
-    """Index in the command's data."""
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def loss_fn_outputs(self) -> _containers.MessageMap[_builtins.str, _types_pb2.Tensor]:
-        """As in tinsmith.v1.DatumOutput, packed."""
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_training_service_pb2.DatumOutput]:
+        """One per datum; tensors are packed."""
 
     def __init__(
         self,
         *,
-        datum_index: _builtins.int = ...,
-        loss_fn_outputs: _abc.Mapping[_builtins.str, _types_pb2.Tensor] | None = ...,
+        outputs: _abc.Iterable[_training_service_pb2.DatumOutput] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["datum_index", b"datum_index", "loss_fn_outputs", b"loss_fn_outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DatumResult: _TypeAlias = DatumResult  # noqa: Y015
+Global___DatumResults: _TypeAlias = DatumResults  # noqa: Y015
 
 @_typing.final
 class StatePiece(_message.Message):
