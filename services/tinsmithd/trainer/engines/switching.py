@@ -61,20 +61,27 @@ class SwitchingEngine:
         self._model_ids.add(model_id)
 
     def _load(self, *, full: bool) -> None:
-        # The memory of the one is free before the other is loaded. Where that fails there is no
-        # engine, and the next model that is created tries again.
+        # Where loading fails there is no engine, and the next model that is created tries again.
+        self._unload()
+        self._is_full = full
+        self._engine = self._make_full() if full else self._make_adapters()
+
+    def _unload(self) -> None:
+        """Free all memory: the one engine's before the other's is taken."""
         before, self._engine = self._engine, None
         if before is not None:
             before.close()
             del before
         gc.collect()
-        self._is_full = full
-        self._engine = self._make_full() if full else self._make_adapters()
 
     def delete_model(self, model_id: str) -> None:
         """Drop a model and free what it held. An unknown id is no error."""
-        if model_id in self._model_ids:
-            self._model_ids.discard(model_id)
+        if model_id not in self._model_ids:
+            return
+        self._model_ids.discard(model_id)
+        if self._is_full:
+            self._unload()
+        else:
             self.engine.delete_model(model_id)
 
     def forward(

@@ -46,9 +46,7 @@ class ZeroPartitioned(ZeroSlice):
         self._counts = [p.ds_tensor.numel() for p in self.parameters]
         shares = [p.ds_tensor.detach().reshape(-1).float() for p in self.parameters]
         self._own = torch.nn.Parameter(torch.cat(shares))
-        self._places = dict(
-            zip(map(id, self.parameters), torch.arange(len(self._counts)).tolist(), strict=True)
-        )
+        self._places = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         self._adamw = torch.optim.AdamW([self._own], lr=0.0, fused=True)
         for parameter, share in zip(self.parameters, self._shares(self._own.data), strict=True):
             if parameter.ds_tensor.dtype == torch.float32:
