@@ -151,9 +151,7 @@ def test_transformers_loads_what_was_exported(
     assert ours("one two three").input_ids == theirs("one two three").input_ids
 
 
-def test_a_saved_full_model_continues_bit_identically(
-    engine: TrainingEngine, request: pytest.FixtureRequest
-) -> None:
+def test_a_saved_full_model_continues_bit_identically(engine: TrainingEngine) -> None:
     """Export, files, delete, a fresh model, import, go on: as if nothing had happened."""
     batches = [make_data(seed, 2) for seed in range(8)]
     engine.create_model("m", FULL)

@@ -375,7 +375,7 @@ def test_finite_gradients_with_an_infinite_norm_are_refused(
 
 
 def test_a_saved_state_continues_bit_identically(
-    engine: TrainingEngine, folders: Callable[[str], Path]
+    engine: TrainingEngine, folders: Callable[[str], Path], request: pytest.FixtureRequest
 ) -> None:
     """Export, files, import into a fresh engine, go on: as if nothing had happened."""
     batches = [make_data(seed, 2) for seed in range(8)]
@@ -384,8 +384,7 @@ def test_a_saved_state_continues_bit_identically(
     files = state_files.to_files(engine.export_state("m", optimizer=True))
     train(engine, "m", batches[4:])
 
-    name = type(engine).__name__.removesuffix("Engine").lower()
-    fresh = new_engine(name, folders("llama"))
+    fresh = new_engine(request.node.callspec.params["engine"], folders("llama"))
     state = state_files.from_files(files)
     fresh.create_model("again", state.tuning)
     collect(fresh, "again", batches[0], backward=True)  # dropped by the import
