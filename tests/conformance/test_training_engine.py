@@ -24,7 +24,7 @@ from tinsmithd.domain import (
     ModelState,
     Ppo,
 )
-from tinsmithd.errors import FailedPrecondition, NotFound, Reason
+from tinsmithd.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tinsmithd.modeling.base import load_base
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
@@ -463,3 +463,20 @@ def test_unknown_base_models_fail_with_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(NotFound, match=text) as refusal:
             load_base(name, dtype="float32", on_progress=lambda _: None)
         assert refusal.value.reason is Reason.BASE_MODEL_NOT_FOUND
+
+
+def test_experts_of_a_partitioned_base_are_refused(folders: Callable[[str], Path]) -> None:
+    """DeepSpeed does not know what PEFT makes of them: a typed error; the rest can be trained."""
+    engine = make_engine(
+        "deepspeed",
+        str(folders("qwen3_moe")),
+        dtype="float32",
+        zero_stage=3,
+        on_progress=lambda _: None,
+    )
+    with pytest.raises(InvalidArgument) as refusal:
+        engine.create_model("m", LORA)
+    assert refusal.value.field == "lora_config.train_mlp"
+    engine.create_model("m", LoraConfig(rank=4, train_mlp=False))
+    losses = train(engine, "m", [make_data(0, 1)] * 4)
+    assert losses[2] != losses[0]

@@ -216,7 +216,7 @@ class Adapters:
         return {}
 
     def _peft_config(self, lora: LoraConfig) -> peft.LoraConfig:
-        experts = self._base.model.config.model_type == "qwen3_moe"
+        experts = adapts_experts(self._base, lora)
         modules: list[str] = []
         if lora.train_attn:
             modules += ATTN_MODULES
@@ -224,7 +224,7 @@ class Adapters:
             modules += MLP_MODULES
         if lora.train_unembed:
             modules.append(UNEMBED_MODULE)
-        parameters = list(EXPERT_PARAMETERS) if lora.train_mlp and experts else None
+        parameters = list(EXPERT_PARAMETERS) if experts else None
         alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -235,6 +235,13 @@ class Adapters:
             target_modules=modules,
             target_parameters=parameters,
         )
+
+
+def adapts_experts(base: BaseModel, tuning: Tuning) -> bool:
+    """True where an adapter stands on experts, which are parameters and not layers."""
+    if not isinstance(tuning, LoraConfig) or not tuning.train_mlp:
+        return False
+    return bool(base.model.config.model_type == "qwen3_moe")
 
 
 def check_same_shape(shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, np.ndarray]) -> None:

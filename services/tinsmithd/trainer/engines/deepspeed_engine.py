@@ -26,10 +26,10 @@ from tinsmithd.domain import (
     ModelState,
     Tuning,
 )
-from tinsmithd.errors import Reason, ResourceExhausted
+from tinsmithd.errors import InvalidArgument, Reason, ResourceExhausted
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.full import FullWeights
-from tinsmithd.modeling.lora import Adapters
+from tinsmithd.modeling.lora import Adapters, adapts_experts
 from tinsmithd.modeling.packing import use_packed_attention
 from tinsmithd.trainer.engines import batching, distributed, memory
 from tinsmithd.trainer.engines.interface import ModelBroken, OnResult
@@ -94,7 +94,14 @@ class DeepSpeedEngine:
         return self._base.info
 
     def create_model(self, model_id: str, tuning: Tuning) -> None:
-        """Add a model with its first values and no optimizer state."""
+        """Add a model with its first values and no optimizer state.
+
+        Raises:
+            InvalidArgument: An adapter would stand on experts of a partitioned base.
+        """
+        if self._partitioned and adapts_experts(self._base, tuning):
+            message = "experts cannot be adapted under ZeRO stage 3; set it to false"
+            raise InvalidArgument("lora_config.train_mlp", message)
         self._models.add(model_id, tuning)
 
     def delete_model(self, model_id: str) -> None:
