@@ -17,7 +17,7 @@ import torch
 from tinsmithd.domain import FullConfig, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.lora import HeadLayer, check_same_shape
+from tinsmithd.modeling.lora import HeadLayer, replace_values
 from tinsmithd.state_files import TOKENIZER_FILES
 
 
@@ -86,11 +86,7 @@ class FullWeights:
             FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); the weights are
                 as before.
         """
-        parameters = self.parameters(key)
-        check_same_shape({n: tuple(p.shape) for n, p in parameters.items()}, weights)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(torch.tensor(np.asarray(weights[name], dtype=np.float32)))
+        replace_values(self.parameters(key), weights)
 
     def config(self, key: str) -> dict[str, Any]:
         """The content of `config.json`, with which transformers loads the weights."""

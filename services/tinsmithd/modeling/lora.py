@@ -194,11 +194,7 @@ class Adapters:
             FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); the adapter is
                 as before.
         """
-        parameters = self.parameters(key)
-        check_same_shape({n: tuple(p.shape) for n, p in parameters.items()}, weights)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(torch.tensor(np.asarray(weights[name], dtype=np.float32)))
+        replace_values(self.parameters(key), weights)
 
     def config(self, key: str) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
@@ -242,6 +238,20 @@ def adapts_experts(base: BaseModel, tuning: Tuning) -> bool:
     if not isinstance(tuning, LoraConfig) or not tuning.train_mlp:
         return False
     return bool(base.model.config.model_type == "qwen3_moe")
+
+
+def replace_values(
+    parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, np.ndarray]
+) -> None:
+    """Copy arrays into the parameters of the same names.
+
+    Raises:
+        FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); nothing was copied.
+    """
+    check_same_shape({name: tuple(p.shape) for name, p in parameters.items()}, values)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(np.asarray(values[name], dtype=np.float32)))
 
 
 def check_same_shape(shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, np.ndarray]) -> None:

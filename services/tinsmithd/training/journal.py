@@ -6,7 +6,7 @@ that lose their connection, not towards a Training server that dies.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, TinsmithError
@@ -53,11 +53,8 @@ class Answer:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def parts(self, count_max: int = 1) -> AsyncIterator[Sequence[Any]]:
-        """All parts from the first on, until the end; those that are there together, together.
-
-        Args:
-            count_max: Most parts at once.
+    async def parts(self) -> AsyncIterator[Any]:
+        """All parts from the first on, until the end.
 
         Raises:
             TinsmithError: The answer is an error.
@@ -66,9 +63,8 @@ class Answer:
         while True:
             changed = self._changed
             while index < len(self._parts):
-                some = self._parts[index : index + count_max]
-                yield some
-                index += len(some)
+                yield self._parts[index]
+                index += 1
             if self._error is not None:
                 raise self._error
             if self._done:

@@ -2,10 +2,9 @@
 
 import importlib.metadata
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from tinsmith.v1 import training_service_pb2 as pb
@@ -22,7 +21,6 @@ from tinsmithd.training.requests import ComputeRequest, digest_of, read_call, re
 
 REQUEST_ID_CHARS_MAX = 128
 PAGE_SIZE_MAX = 1000
-RESULTS_BYTES_MAX = 1024 * 1024
 _LIMITS = [field.name for field in pb.Limits.DESCRIPTOR.fields]
 
 
@@ -154,10 +152,9 @@ class TrainingServicer(TrainingServiceServicer):
             answer = self._models.compute(
                 model, call.seq_id, call.digest, call.data, call.loss_fn, backward=backward
             )
-        # A message holds results of no more data than the largest ones leave room for.
-        most = max((datum.nbytes for datum in call.data), default=1)
-        async for some in answer.parts(max(1, RESULTS_BYTES_MAX // max(1, most))):
-            yield {"outputs": [_output_to_pb(outputs, call.tensor_format) for outputs in some]}
+        async for outputs in answer.parts():
+            tensors = {k: array_to_pb(v, call.tensor_format) for k, v in outputs.items()}
+            yield {"outputs": [pb.DatumOutput(loss_fn_outputs=tensors)]}
         yield {"metrics": await answer.value()}
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: Any) -> pb.OptimStepResponse:
@@ -218,11 +215,6 @@ class TrainingServicer(TrainingServiceServicer):
         except InvalidArgument as error:
             answer = self._models.refuse(model, request.seq_id, digest, error)
         return await answer.value()
-
-
-def _output_to_pb(outputs: Mapping[str, np.ndarray], tensor_format: int) -> pb.DatumOutput:
-    tensors = {name: array_to_pb(array, tensor_format) for name, array in outputs.items()}
-    return pb.DatumOutput(loss_fn_outputs=tensors)
 
 
 def _model_to_pb(model: Model) -> pb.Model:
