@@ -124,7 +124,7 @@ class Checkpoint(_message.Message):
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it will be deleted; unset means never."""
+        """From then on it is not found, and its bytes go some minutes later; unset means never."""
 
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -653,6 +653,8 @@ class WriteCheckpointHeader(_message.Message):
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
     OVERWRITE_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    WRITER_EPOCH_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where it will be found."""
     base_model: _builtins.str
@@ -663,6 +665,15 @@ class WriteCheckpointHeader(_message.Message):
     """Seconds until it is deleted, 1 to 315,360,000. Unset means never."""
     overwrite: _builtins.bool
     """Replace a checkpoint of the same path, with all its metadata."""
+    writer: _builtins.str
+    """Who writes, where one writer may be replaced by another: a name that both have, up to 128
+    characters. Empty: nobody else.
+    """
+    writer_epoch: _builtins.int
+    """Rises with every replacement of `writer`, and needs it. Below the highest that this server has seen
+    of that writer, at the header or at the commit, the write is refused as STALE_EPOCH, a repeat too. It
+    counts from the header on, even if the write fails.
+    """
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -686,10 +697,12 @@ class WriteCheckpointHeader(_message.Message):
         ttl_seconds: _builtins.int | None = ...,
         overwrite: _builtins.bool = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        writer: _builtins.str = ...,
+        writer_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "full_config", b"full_config", "lora_config", b"lora_config", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015

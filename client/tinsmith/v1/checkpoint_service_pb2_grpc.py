@@ -36,7 +36,10 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
-    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND).
+    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
+    (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
+    helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
+    room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
 
     def __init__(self, channel):
@@ -98,7 +101,10 @@ class CheckpointServiceServicer:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
-    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND).
+    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
+    (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
+    helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
+    room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
 
     def GetCheckpoint(self, request, context):
@@ -109,7 +115,8 @@ class CheckpointServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """Lists checkpoints, newest first, in pages. Errors: INVALID_ARGUMENT for a bad page.
+        """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
+        INVALID_ARGUMENT for a bad page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,7 +161,8 @@ class CheckpointServiceServicer:
         checkpoint.
         Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
         (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
-        DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match.
+        DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
+        (STALE_EPOCH) for a writer that was replaced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -230,7 +238,10 @@ class CheckpointService:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
-    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND).
+    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
+    (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
+    helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
+    room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
 
     @staticmethod

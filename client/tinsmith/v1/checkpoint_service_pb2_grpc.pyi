@@ -37,7 +37,10 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
-    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND).
+    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
+    (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
+    helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
+    room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
 
     @_typing.overload
@@ -47,7 +50,9 @@ class CheckpointServiceStub:
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.GetCheckpointRequest, _checkpoint_service_pb2.GetCheckpointResponse]
     """Returns what is known of one checkpoint."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ListCheckpointsRequest, _checkpoint_service_pb2.ListCheckpointsResponse]
-    """Lists checkpoints, newest first, in pages. Errors: INVALID_ARGUMENT for a bad page."""
+    """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
+    INVALID_ARGUMENT for a bad page.
+    """
     UpdateCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]
     """Changes the time to live, the metadata or the public flag. A repeat changes nothing more.
     Errors: INVALID_ARGUMENT for a mask with other fields.
@@ -70,7 +75,8 @@ class CheckpointServiceStub:
     checkpoint.
     Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
     (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
-    DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match.
+    DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
+    (STALE_EPOCH) for a writer that was replaced.
     """
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]
     """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
@@ -89,14 +95,19 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
-    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND).
+    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
+    (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
+    helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
+    room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.GetCheckpointRequest, _checkpoint_service_pb2.GetCheckpointResponse]  # type: ignore[assignment]
     """Returns what is known of one checkpoint."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ListCheckpointsRequest, _checkpoint_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
-    """Lists checkpoints, newest first, in pages. Errors: INVALID_ARGUMENT for a bad page."""
+    """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
+    INVALID_ARGUMENT for a bad page.
+    """
     UpdateCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]  # type: ignore[assignment]
     """Changes the time to live, the metadata or the public flag. A repeat changes nothing more.
     Errors: INVALID_ARGUMENT for a mask with other fields.
@@ -119,7 +130,8 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     checkpoint.
     Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
     (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
-    DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match.
+    DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
+    (STALE_EPOCH) for a writer that was replaced.
     """
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
     """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
@@ -137,7 +149,10 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
-    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND).
+    INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
+    (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
+    helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
+    room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
 
     @_abc_1.abstractmethod
@@ -154,7 +169,9 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.ListCheckpointsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_checkpoint_service_pb2.ListCheckpointsResponse]]:
-        """Lists checkpoints, newest first, in pages. Errors: INVALID_ARGUMENT for a bad page."""
+        """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
+        INVALID_ARGUMENT for a bad page.
+        """
 
     @_abc_1.abstractmethod
     def UpdateCheckpoint(
@@ -207,7 +224,8 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         checkpoint.
         Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
         (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
-        DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match.
+        DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
+        (STALE_EPOCH) for a writer that was replaced.
         """
 
     @_abc_1.abstractmethod

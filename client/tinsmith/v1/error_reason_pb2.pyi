@@ -75,7 +75,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 25
     """RESOURCE_EXHAUSTED. The device has not enough memory for this call."""
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 26
-    """RESOURCE_EXHAUSTED. The storage has no room."""
+    """RESOURCE_EXHAUSTED. The storage has no room. With google.rpc.RetryInfo where room may come back."""
     ERROR_REASON_TRAINER_UNAVAILABLE: _ErrorReason.ValueType  # 27
     """UNAVAILABLE. No trainer is attached: it is loading or it was lost."""
     ERROR_REASON_SAMPLER_UNAVAILABLE: _ErrorReason.ValueType  # 28
@@ -85,13 +85,23 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 30
     """UNAVAILABLE. The server is stopping."""
     ERROR_REASON_MODEL_LOST: _ErrorReason.ValueType  # 31
-    """DATA_LOSS. The trainer that held the model is gone; create it again from a checkpoint."""
+    """DATA_LOSS. The model's state is gone or not what it was; create it again from a checkpoint."""
     ERROR_REASON_CHECKPOINT_CORRUPT: _ErrorReason.ValueType  # 32
     """DATA_LOSS. Stored or sent bytes do not match their digest."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 33
     """INTERNAL. A fault of the server; its log has the cause under `request_id`. Metadata: request_id."""
     ERROR_REASON_RANK_GROUP_TAKEN: _ErrorReason.ValueType  # 34
     """A model that trains all weights owns the rank group, or would have to: delete the others."""
+    ERROR_REASON_CALL_POISONED: _ErrorReason.ValueType  # 35
+    """FAILED_PRECONDITION. The ranks died during this call, by themselves, as often as
+    `call_attempts_max` allows; its number is used and it had no effect.
+    """
+    ERROR_REASON_TRAINER_MISMATCH: _ErrorReason.ValueType  # 36
+    """UNAVAILABLE. The model's calls were computed by other ranks than are attached now: another base
+    model, precision or number of ranks. The message says what differs.
+    """
+    ERROR_REASON_STALE_EPOCH: _ErrorReason.ValueType  # 37
+    """FAILED_PRECONDITION. The writer was replaced by another one and must not write any more."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: `google.rpc.ErrorInfo.reason` holds the value's name without its prefix,
@@ -152,7 +162,7 @@ ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 24
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 25
 """RESOURCE_EXHAUSTED. The device has not enough memory for this call."""
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 26
-"""RESOURCE_EXHAUSTED. The storage has no room."""
+"""RESOURCE_EXHAUSTED. The storage has no room. With google.rpc.RetryInfo where room may come back."""
 ERROR_REASON_TRAINER_UNAVAILABLE: ErrorReason.ValueType  # 27
 """UNAVAILABLE. No trainer is attached: it is loading or it was lost."""
 ERROR_REASON_SAMPLER_UNAVAILABLE: ErrorReason.ValueType  # 28
@@ -162,11 +172,21 @@ ERROR_REASON_CHECKPOINT_UNAVAILABLE: ErrorReason.ValueType  # 29
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 30
 """UNAVAILABLE. The server is stopping."""
 ERROR_REASON_MODEL_LOST: ErrorReason.ValueType  # 31
-"""DATA_LOSS. The trainer that held the model is gone; create it again from a checkpoint."""
+"""DATA_LOSS. The model's state is gone or not what it was; create it again from a checkpoint."""
 ERROR_REASON_CHECKPOINT_CORRUPT: ErrorReason.ValueType  # 32
 """DATA_LOSS. Stored or sent bytes do not match their digest."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 33
 """INTERNAL. A fault of the server; its log has the cause under `request_id`. Metadata: request_id."""
 ERROR_REASON_RANK_GROUP_TAKEN: ErrorReason.ValueType  # 34
 """A model that trains all weights owns the rank group, or would have to: delete the others."""
+ERROR_REASON_CALL_POISONED: ErrorReason.ValueType  # 35
+"""FAILED_PRECONDITION. The ranks died during this call, by themselves, as often as
+`call_attempts_max` allows; its number is used and it had no effect.
+"""
+ERROR_REASON_TRAINER_MISMATCH: ErrorReason.ValueType  # 36
+"""UNAVAILABLE. The model's calls were computed by other ranks than are attached now: another base
+model, precision or number of ranks. The message says what differs.
+"""
+ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 37
+"""FAILED_PRECONDITION. The writer was replaced by another one and must not write any more."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -60,7 +60,9 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_READY: _ModelState.ValueType  # 1
     """It can be trained."""
     MODEL_STATE_LOST: _ModelState.ValueType  # 2
-    """The trainer that held it is gone; create it again from a checkpoint."""
+    """Its state is gone, or is not what it was; create it again from a checkpoint."""
+    MODEL_STATE_RECOVERING: _ModelState.ValueType  # 3
+    """Its state is being brought back to the ranks, or waits for ranks; calls wait. See `state_message`."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """State of a model."""
@@ -70,7 +72,9 @@ MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
 MODEL_STATE_READY: ModelState.ValueType  # 1
 """It can be trained."""
 MODEL_STATE_LOST: ModelState.ValueType  # 2
-"""The trainer that held it is gone; create it again from a checkpoint."""
+"""Its state is gone, or is not what it was; create it again from a checkpoint."""
+MODEL_STATE_RECOVERING: ModelState.ValueType  # 3
+"""Its state is being brought back to the ranks, or waits for ranks; calls wait. See `state_message`."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
@@ -167,6 +171,8 @@ class Limits(_message.Message):
     ANSWERS_KEPT_MAX_FIELD_NUMBER: _builtins.int
     LANE_BYTES_MAX_FIELD_NUMBER: _builtins.int
     ANSWER_BYTES_KEPT_MAX_FIELD_NUMBER: _builtins.int
+    JOURNAL_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    CALL_ATTEMPTS_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     data_per_call_max: _builtins.int
@@ -189,6 +195,12 @@ class Limits(_message.Message):
     """Most bytes of tensors that may wait in one model's lane."""
     answer_bytes_kept_max: _builtins.int
     """Most bytes of tensors in the answers kept per model; the newest answer is always kept."""
+    journal_bytes_max: _builtins.int
+    """Most bytes of one model's calls that are written down and in no snapshot yet; calls that add
+    gradients for so long without an OptimStep are RESOURCE_EXHAUSTED (STORAGE_FULL).
+    """
+    call_attempts_max: _builtins.int
+    """So many times may the ranks die during one call by themselves."""
     def __init__(
         self,
         *,
@@ -203,10 +215,12 @@ class Limits(_message.Message):
         answers_kept_max: _builtins.int = ...,
         lane_bytes_max: _builtins.int = ...,
         answer_bytes_kept_max: _builtins.int = ...,
+        journal_bytes_max: _builtins.int = ...,
+        call_attempts_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_bytes_max", b"call_bytes_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "message_bytes_max", b"message_bytes_max", "models_max", b"models_max", "rank_max", b"rank_max", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "message_bytes_max", b"message_bytes_max", "models_max", b"models_max", "rank_max", b"rank_max", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,6 +261,7 @@ class Model(_message.Message):
     LAST_REQUEST_TIME_FIELD_NUMBER: _builtins.int
     NEXT_SEQ_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    STATE_MESSAGE_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Server-given id, random."""
     base_model: _builtins.str
@@ -255,6 +270,8 @@ class Model(_message.Message):
     """The `seq_id` that the next call should carry."""
     state: Global___ModelState.ValueType
     """Whether it can be trained."""
+    state_message: _builtins.str
+    """What a state other than READY means here, for a person."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter."""
@@ -287,10 +304,11 @@ class Model(_message.Message):
         last_request_time: _timestamp_pb2.Timestamp | None = ...,
         next_seq_id: _builtins.int = ...,
         state: Global___ModelState.ValueType = ...,
+        state_message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "state", b"state", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "state", b"state", "state_message", b"state_message", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015

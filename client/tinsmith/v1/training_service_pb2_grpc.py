@@ -48,6 +48,15 @@ class TrainingServiceStub:
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
+    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
+    its connection sends the same call again. A replayed call that gives another result than it gave
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
+    consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
+    (STORAGE_FULL), with the time to wait.
     """
 
     def __init__(self, channel):
@@ -131,6 +140,15 @@ class TrainingServiceServicer:
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
+    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
+    its connection sends the same call again. A replayed call that gives another result than it gave
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
+    consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
+    (STORAGE_FULL), with the time to wait.
     """
 
     def GetCapabilities(self, request, context):
@@ -184,7 +202,8 @@ class TrainingServiceServicer:
         The request stream is one call: header fields in the first message, data in as many messages
         as needed, then half-close. One message is a complete call. Results stream back in datum
         order as they are computed; the last message has `metrics`. On an error the results that were
-        already sent are void.
+        already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
+        computed (0 where the answer is a repeat from before a restart).
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
         `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
         RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
@@ -204,7 +223,8 @@ class TrainingServiceServicer:
     def OptimStep(self, request, context):
         """Applies one optimizer step with the waiting gradients and clears them.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
-        (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged); DATA_LOSS.
+        (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
+        call brought them); DATA_LOSS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -313,6 +333,15 @@ class TrainingService:
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
+    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
+    its connection sends the same call again. A replayed call that gives another result than it gave
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
+    consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
+    (STORAGE_FULL), with the time to wait.
     """
 
     @staticmethod

@@ -49,6 +49,15 @@ class TrainingServiceStub:
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
+    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
+    its connection sends the same call again. A replayed call that gives another result than it gave
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
+    consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
+    (STORAGE_FULL), with the time to wait.
     """
 
     @_typing.overload
@@ -84,7 +93,8 @@ class TrainingServiceStub:
     The request stream is one call: header fields in the first message, data in as many messages
     as needed, then half-close. One message is a complete call. Results stream back in datum
     order as they are computed; the last message has `metrics`. On an error the results that were
-    already sent are void.
+    already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
+    computed (0 where the answer is a repeat from before a restart).
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
     `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
@@ -96,7 +106,8 @@ class TrainingServiceStub:
     OptimStep: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]
     """Applies one optimizer step with the waiting gradients and clears them.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
-    (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged); DATA_LOSS.
+    (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
+    call brought them); DATA_LOSS.
     """
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.SaveCheckpointRequest, _training_service_pb2.SaveCheckpointResponse]
     """Saves the model under a name, whole or not at all, and returns once it is durable.
@@ -134,6 +145,15 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
+    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
+    its connection sends the same call again. A replayed call that gives another result than it gave
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
+    consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
+    (STORAGE_FULL), with the time to wait.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -166,7 +186,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     The request stream is one call: header fields in the first message, data in as many messages
     as needed, then half-close. One message is a complete call. Results stream back in datum
     order as they are computed; the last message has `metrics`. On an error the results that were
-    already sent are void.
+    already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
+    computed (0 where the answer is a repeat from before a restart).
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
     `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
@@ -178,7 +199,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     OptimStep: _aio.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]  # type: ignore[assignment]
     """Applies one optimizer step with the waiting gradients and clears them.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
-    (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged); DATA_LOSS.
+    (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
+    call brought them); DATA_LOSS.
     """
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.SaveCheckpointRequest, _training_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     """Saves the model under a name, whole or not at all, and returns once it is durable.
@@ -215,6 +237,15 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
+    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
+    its connection sends the same call again. A replayed call that gives another result than it gave
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
+    consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
+    (STORAGE_FULL), with the time to wait.
     """
 
     @_abc_1.abstractmethod
@@ -281,7 +312,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         The request stream is one call: header fields in the first message, data in as many messages
         as needed, then half-close. One message is a complete call. Results stream back in datum
         order as they are computed; the last message has `metrics`. On an error the results that were
-        already sent are void.
+        already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
+        computed (0 where the answer is a repeat from before a restart).
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
         `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
         RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
@@ -305,7 +337,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_service_pb2.OptimStepResponse, _abc.Awaitable[_training_service_pb2.OptimStepResponse]]:
         """Applies one optimizer step with the waiting gradients and clears them.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
-        (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged); DATA_LOSS.
+        (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
+        call brought them); DATA_LOSS.
         """
 
     @_abc_1.abstractmethod

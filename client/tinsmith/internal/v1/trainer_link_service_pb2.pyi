@@ -60,8 +60,10 @@ class AttachRequest(_message.Message):
     PIECE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
+    CAPTURED_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
-    """The command that this answers; 0 in `hello`."""
+    """The command that this answers; 0 in `hello`, `loading` and `alive`."""
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message: the group is ready."""
@@ -88,6 +90,16 @@ class AttachRequest(_message.Message):
         took back the effect of the parts before it.
         """
 
+    @_builtins.property
+    def alive(self) -> Global___Alive:
+        """Said every two seconds, by a thread that computing does not stop: the process lives."""
+
+    @_builtins.property
+    def captured(self) -> Global___Captured:
+        """Answers `snapshot` at once: the state was copied and the next command may come. Its pieces and
+        `done` follow, in between what other commands answer.
+        """
+
     def __init__(
         self,
         *,
@@ -98,16 +110,52 @@ class AttachRequest(_message.Message):
         piece: Global___StatePiece | None = ...,
         done: Global___Done | None = ...,
         failed: Global___Failed | None = ...,
+        alive: Global___Alive | None = ...,
+        captured: Global___Captured | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "command_id", b"command_id", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "results", "piece", "done", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "results", "piece", "done", "failed", "alive", "captured"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class Alive(_message.Message):
+    """The process of rank 0 lives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alive: _TypeAlias = Alive  # noqa: Y015
+
+@_typing.final
+class Captured(_message.Message):
+    """The state was copied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Captured: _TypeAlias = Captured  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -115,9 +163,30 @@ class Hello(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class IdentityEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     world_size: _builtins.int
     """Number of ranks."""
     engine: _builtins.str
@@ -126,16 +195,23 @@ class Hello(_message.Message):
     def base_model(self) -> _types_pb2.BaseModel:
         """What it holds."""
 
+    @_builtins.property
+    def identity(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Everything besides the commands that the last bit of a result may depend on: settings, versions, the
+        processor, what the base model is. Two groups of equal identity compute the same.
+        """
+
     def __init__(
         self,
         *,
         base_model: _types_pb2.BaseModel | None = ...,
         world_size: _builtins.int = ...,
         engine: _builtins.str = ...,
+        identity: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "engine", b"engine", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "engine", b"engine", "identity", b"identity", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -243,8 +319,19 @@ class Done(_message.Message):
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
     FULL_CONFIG_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    NON_FINITE_FIELD_NUMBER: _builtins.int
+    ENGINE_S_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Optimizer steps that an exported or imported state has."""
+    plan: _builtins.bytes
+    """Of a compute: which data were computed together, in a form of the engine's own. The same command
+    with this plan gives the same bits again, on a group of the same identity.
+    """
+    non_finite: _builtins.bool
+    """Of a compute with backward: the gradients that wait now are not all finite."""
+    engine_s: _builtins.float
+    """Of a compute: seconds that the engine took."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics of a forward, forward_backward or optim_step."""
@@ -264,10 +351,13 @@ class Done(_message.Message):
         step_count: _builtins.int = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
         full_config: _types_pb2.FullConfig | None = ...,
+        plan: _builtins.bytes = ...,
+        non_finite: _builtins.bool = ...,
+        engine_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "non_finite", b"non_finite", "plan", b"plan", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -328,6 +418,8 @@ class AttachResponse(_message.Message):
     EXPORT_STATE_FIELD_NUMBER: _builtins.int
     PIECE_FIELD_NUMBER: _builtins.int
     IMPORT_STATE_FIELD_NUMBER: _builtins.int
+    WELCOME_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     """Number of the command, rising."""
     model_id: _builtins.str
@@ -360,6 +452,14 @@ class AttachResponse(_message.Message):
     def import_state(self) -> Global___ImportState:
         """Import the state that the pieces before made."""
 
+    @_builtins.property
+    def welcome(self) -> Global___Welcome:
+        """First message of all: this group is at work from now on."""
+
+    @_builtins.property
+    def snapshot(self) -> Global___Snapshot:
+        """Copy the model's state, then send it while other commands are carried out."""
+
     def __init__(
         self,
         *,
@@ -372,16 +472,57 @@ class AttachResponse(_message.Message):
         export_state: Global___ExportState | None = ...,
         piece: Global___StatePiece | None = ...,
         import_state: Global___ImportState | None = ...,
+        welcome: Global___Welcome | None = ...,
+        snapshot: Global___Snapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "export_state", b"export_state", "import_state", b"import_state", "optim_step", b"optim_step", "piece", b"piece"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "export_state", b"export_state", "import_state", b"import_state", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "export_state", b"export_state", "import_state", b"import_state", "model_id", b"model_id", "optim_step", b"optim_step", "piece", b"piece"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "export_state", b"export_state", "import_state", b"import_state", "model_id", b"model_id", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["create_model", "delete_model", "compute", "optim_step", "export_state", "piece", "import_state"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["create_model", "delete_model", "compute", "optim_step", "export_state", "piece", "import_state", "welcome", "snapshot"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class Welcome(_message.Message):
+    """The group is at work."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Rises with every group that is; later ones fence off earlier ones."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Snapshot(_message.Message):
+    """Copy and send the model's state, with its optimizer state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
 
 @_typing.final
 class CreateModel(_message.Message):
@@ -442,29 +583,35 @@ class Compute(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     BACKWARD_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     backward: _builtins.bool
     """Add gradients."""
     part: Global___CallPart.ValueType
     """What of a call this is; only said where gradients are added."""
+    plan: _builtins.bytes
+    """Compute in this composition, which an earlier `done` gave; empty lets the engine choose."""
     @_builtins.property
     def loss_fn(self) -> _types_pb2.LossFn:
         """The loss, configuration filled in."""
 
     @_builtins.property
-    def data(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Datum]:
-        """The data, checked and packed."""
+    def data(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The data: each a serialized tinsmith.v1.Datum, checked, in the bytes that came. (On the wire this is
+        `repeated Datum`; as bytes they need not be parsed on the way.)
+        """
 
     def __init__(
         self,
         *,
         loss_fn: _types_pb2.LossFn | None = ...,
-        data: _abc.Iterable[_types_pb2.Datum] | None = ...,
+        data: _abc.Iterable[_builtins.bytes] | None = ...,
         backward: _builtins.bool = ...,
         part: Global___CallPart.ValueType = ...,
+        plan: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss_fn", b"loss_fn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "data", b"data", "loss_fn", b"loss_fn", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "data", b"data", "loss_fn", b"loss_fn", "part", b"part", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -47,8 +47,13 @@ class TrainerLinkServiceServicer:
     """
 
     def Attach(self, request_iterator, context):
-        """Rank 0 attaches: it says hello, then answers commands until the stream ends. Commands are
-        executed one after the other in the order sent. A second attach replaces the first.
+        """Rank 0 attaches: it says hello, is welcomed with an epoch, then answers commands until the stream
+        ends. Commands are executed one after the other in the order sent.
+
+        One rank group is at work at a time. One that attaches beside it stands by, without a welcome,
+        until the one at work is gone: its stream broke, or it was silent for `rank_lease_s`. A group that
+        lost its place cannot get it back under its old epoch: what it still says is read by nobody, and
+        it must drop its models before it attaches again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

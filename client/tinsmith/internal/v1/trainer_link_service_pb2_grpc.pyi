@@ -36,8 +36,13 @@ class TrainerLinkServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TrainerLinkServiceAsyncStub: ...
     Attach: _grpc.StreamStreamMultiCallable[_trainer_link_service_pb2.AttachRequest, _trainer_link_service_pb2.AttachResponse]
-    """Rank 0 attaches: it says hello, then answers commands until the stream ends. Commands are
-    executed one after the other in the order sent. A second attach replaces the first.
+    """Rank 0 attaches: it says hello, is welcomed with an epoch, then answers commands until the stream
+    ends. Commands are executed one after the other in the order sent.
+
+    One rank group is at work at a time. One that attaches beside it stands by, without a welcome,
+    until the one at work is gone: its stream broke, or it was silent for `rank_lease_s`. A group that
+    lost its place cannot get it back under its old epoch: what it still says is read by nobody, and
+    it must drop its models before it attaches again.
     """
 
 @_typing.type_check_only
@@ -46,8 +51,13 @@ class TrainerLinkServiceAsyncStub(TrainerLinkServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.StreamStreamMultiCallable[_trainer_link_service_pb2.AttachRequest, _trainer_link_service_pb2.AttachResponse]  # type: ignore[assignment]
-    """Rank 0 attaches: it says hello, then answers commands until the stream ends. Commands are
-    executed one after the other in the order sent. A second attach replaces the first.
+    """Rank 0 attaches: it says hello, is welcomed with an epoch, then answers commands until the stream
+    ends. Commands are executed one after the other in the order sent.
+
+    One rank group is at work at a time. One that attaches beside it stands by, without a welcome,
+    until the one at work is gone: its stream broke, or it was silent for `rank_lease_s`. A group that
+    lost its place cannot get it back under its old epoch: what it still says is read by nobody, and
+    it must drop its models before it attaches again.
     """
 
 class TrainerLinkServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,8 +69,13 @@ class TrainerLinkServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_trainer_link_service_pb2.AttachRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_link_service_pb2.AttachResponse], _abc.AsyncIterator[_trainer_link_service_pb2.AttachResponse]]:
-        """Rank 0 attaches: it says hello, then answers commands until the stream ends. Commands are
-        executed one after the other in the order sent. A second attach replaces the first.
+        """Rank 0 attaches: it says hello, is welcomed with an epoch, then answers commands until the stream
+        ends. Commands are executed one after the other in the order sent.
+
+        One rank group is at work at a time. One that attaches beside it stands by, without a welcome,
+        until the one at work is gone: its stream broke, or it was silent for `rank_lease_s`. A group that
+        lost its place cannot get it back under its old epoch: what it still says is read by nobody, and
+        it must drop its models before it attaches again.
         """
 
 def add_TrainerLinkServiceServicer_to_server(servicer: TrainerLinkServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
