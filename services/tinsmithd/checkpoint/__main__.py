@@ -2,6 +2,7 @@
 
 import sys
 
+from tinsmithd.checkpoint.schema import CatalogueUnusable
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy
 from tinsmithd.config import CheckpointConfig
@@ -20,7 +21,7 @@ def main() -> None:
     set_up(config)
     try:
         run(lambda: _serve(config))
-    except StoreBusy as error:
+    except (StoreBusy, CatalogueUnusable) as error:
         sys.exit(f"tinsmithd.checkpoint: {error}")
 
 

@@ -1,46 +1,28 @@
-"""What checkpoints exist: one SQLite file, one row per checkpoint, one per file of it.
+"""What checkpoints exist: one SQLite file, one row per checkpoint, and the highest epochs seen.
 
 A checkpoint is visible from the commit of its row on and not before. Calls may come from any
 thread. Times are seconds since 1970, from an injected clock.
+
+Each row is checked against its digest whenever it is read. One that is damaged is DataLoss for
+whoever asks for it; it is left out of pages, never expires, and can be deleted or overwritten.
 """
 
+import contextlib
 import json
+import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tinsmithd.checkpoint import schema
+from tinsmithd.checkpoint.failures import storage_errors
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, LoraConfig, Tuning
-from tinsmithd.errors import AlreadyExists, NotFound, Reason
+from tinsmithd.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound, Reason
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE checkpoints (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    model_id TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    name TEXT NOT NULL,
-    base_model TEXT NOT NULL,
-    lora TEXT NOT NULL,
-    step_count INTEGER NOT NULL,
-    create_time_s REAL NOT NULL,
-    expire_time_s REAL,
-    user_metadata TEXT NOT NULL,
-    public INTEGER NOT NULL,
-    UNIQUE (model_id, kind, name)
-);
-CREATE TABLE files (
-    number INTEGER NOT NULL REFERENCES checkpoints ON DELETE CASCADE,
-    name TEXT NOT NULL,
-    size_bytes INTEGER NOT NULL,
-    sha256 TEXT NOT NULL,
-    PRIMARY KEY (number, name)
-);
-CREATE INDEX files_by_content ON files (sha256);
-CREATE INDEX checkpoints_by_expiry ON checkpoints (expire_time_s);
-"""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,68 +47,105 @@ class Checkpoint:
         return sum(blob.size_bytes for blob in self.files)
 
 
-class Catalogue:
-    """The checkpoints of one folder."""
+@dataclass(frozen=True)
+class Writer:
+    """Who writes, where one may be replaced by another: of one name only the highest epoch may."""
 
-    def __init__(self, file: Path, clock: Callable[[], float]) -> None:
+    name: str
+    epoch: int
+
+
+class Catalogue:
+    """The checkpoints of one folder.
+
+    Args:
+        file: SQLite's file; made where there is none.
+        clock: Seconds since 1970.
+        may_be_new: False where an empty catalogue can only be one that was lost.
+
+    Attributes:
+        removals: Rises with every checkpoint that went away: then there may be unused files.
+
+    Raises:
+        CatalogueUnusable: It is damaged, lost, or of a later version.
+
+    Besides what they say, all calls may raise DataLoss (CHECKPOINT_CORRUPT) where SQLite's file is
+    damaged, and Unavailable (CHECKPOINT_UNAVAILABLE) where the disk fails; those that write also
+    ResourceExhausted (STORAGE_FULL). Then nothing changed.
+    """
+
+    def __init__(self, file: Path, clock: Callable[[], float], *, may_be_new: bool = True) -> None:
         self._clock = clock
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            self._db.execute(f"PRAGMA {pragma}")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._db.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
-            )
-        elif version != SCHEMA_VERSION:
-            raise RuntimeError(f"{file} has schema {version}, this server knows {SCHEMA_VERSION}")
+        self._db = schema.open_file(file, may_be_new=may_be_new)
+        self._unsettled = False
+        self.removals = 0
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._db.close()
 
+    @contextlib.contextmanager
+    def _reading(self, subject: str = "the catalogue") -> Iterator[None]:
+        with self._lock, storage_errors(subject):
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self, subject: str = "the catalogue") -> Iterator[None]:
+        """One transaction: durable when it ends, or without effect."""
+        with self._reading(subject):
+            try:
+                with self._db:
+                    self._db.execute("BEGIN IMMEDIATE")
+                    yield
+            except sqlite3.Error:
+                # The disk may have what we were told it has not: see `settle`.
+                self._unsettled = True
+                raise
+
+    def settle(self) -> None:
+        """Make sure that no transaction which failed can come back after a crash.
+
+        A commit that could not be synced may be in the log all the same. Before anything is
+        removed because nothing refers to it, the log is emptied.
+        """
+        with self._reading():
+            if self._unsettled:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._unsettled = False
+
     def get(self, path: CheckpointPath) -> Checkpoint:
         """One checkpoint.
 
         Raises:
             NotFound: There is none, or it expired (CHECKPOINT_NOT_FOUND).
+            DataLoss: What is known of it is damaged (CHECKPOINT_CORRUPT).
         """
-        with self._lock:
+        with self._reading(str(path)):
             found = self._find(path)
             if found is None:
-                raise NotFound(f"no checkpoint {path}", Reason.CHECKPOINT_NOT_FOUND)
+                raise _not_found(path)
             return found
 
+    def _row(self, path: CheckpointPath) -> sqlite3.Row | None:
+        query = "SELECT * FROM checkpoints WHERE model_id=? AND kind=? AND name=?"
+        values = (path.model_id, path.kind, path.name)
+        row: sqlite3.Row | None = self._db.execute(query, values).fetchone()
+        return row
+
     def _find(self, path: CheckpointPath) -> Checkpoint | None:
-        row = self._db.execute(
-            "SELECT * FROM checkpoints WHERE model_id=? AND kind=? AND name=?"
-            " AND (expire_time_s IS NULL OR expire_time_s > ?)",
-            (path.model_id, path.kind, path.name, self._clock()),
-        ).fetchone()
-        return None if row is None else self._read(row)
+        row = self._row(path)
+        found = None if row is None else _read(row, str(path))
+        return None if found is None or self._expired(found) else found
 
-    def _read(self, row: sqlite3.Row) -> Checkpoint:
-        files = self._db.execute(
-            "SELECT name, size_bytes, sha256 FROM files WHERE number=? ORDER BY name",
-            (row["number"],),
-        ).fetchall()
-        return Checkpoint(
-            path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
-            base_model=row["base_model"],
-            tuning=_tuning(row["lora"]),
-            step_count=row["step_count"],
-            create_time_s=row["create_time_s"],
-            expire_time_s=row["expire_time_s"],
-            user_metadata=json.loads(row["user_metadata"]),
-            public=bool(row["public"]),
-            files=[Blob(*file) for file in files],
-            number=row["number"],
-        )
+    def _expired(self, checkpoint: Checkpoint) -> bool:
+        # Asked of what was read, not in the query: a damaged time must not hide a damaged row.
+        return checkpoint.expire_time_s is not None and checkpoint.expire_time_s <= self._clock()
 
-    def add(self, checkpoint: Checkpoint, *, overwrite: bool) -> Checkpoint:
+    def add(
+        self, checkpoint: Checkpoint, *, overwrite: bool, writer: Writer | None = None
+    ) -> Checkpoint:
         """Make a checkpoint visible, durably.
 
         Returns:
@@ -135,51 +154,58 @@ class Catalogue:
 
         Raises:
             AlreadyExists: There is one with other files (CHECKPOINT_EXISTS).
+            DataLoss: There is one, and it is damaged; overwriting helps (CHECKPOINT_CORRUPT).
+            FailedPrecondition: The writer was replaced (STALE_EPOCH).
         """
         path = checkpoint.path
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            found = self._find(path)
-            if found is not None and not overwrite:
+        with self._writing(str(path)):
+            if writer is not None:
+                self._check_epoch(writer)
+            if not overwrite and (found := self._find(path)) is not None:
                 if list(found.files) == list(checkpoint.files):
                     return found
                 message = f"{path} exists; save under another name, or overwrite it"
                 raise AlreadyExists(message, Reason.CHECKPOINT_EXISTS)
             self._delete(path)
             cursor = self._db.execute(
-                "INSERT INTO checkpoints (model_id, kind, name, base_model, lora, step_count,"
-                " create_time_s, expire_time_s, user_metadata, public)"
-                " VALUES (?,?,?,?,?,?,?,?,?,?)",
-                (
-                    *(path.model_id, path.kind, path.name, checkpoint.base_model),
-                    *(_json(checkpoint.tuning), checkpoint.step_count),
-                    *(checkpoint.create_time_s, checkpoint.expire_time_s),
-                    *(json.dumps(dict(checkpoint.user_metadata)), checkpoint.public),
-                ),
+                "INSERT INTO checkpoints (model_id, kind, name, expire_time_s, record, digest)"
+                " VALUES (?,?,?,NULL,'','')",
+                (path.model_id, path.kind, path.name),
             )
-            number = cursor.lastrowid
-            assert number is not None
-            self._db.executemany(
-                "INSERT INTO files VALUES (?,?,?,?)",
-                [(number, blob.name, blob.size_bytes, blob.sha256) for blob in checkpoint.files],
-            )
-            return replace(checkpoint, number=number)
+            assert cursor.lastrowid is not None
+            kept = replace(checkpoint, number=cursor.lastrowid)
+            self._write(kept)
+            return kept
 
-    def _delete(self, path: CheckpointPath) -> int:
-        return self._db.execute(
-            "DELETE FROM checkpoints WHERE model_id=? AND kind=? AND name=?",
-            (path.model_id, path.kind, path.name),
-        ).rowcount
+    def _write(self, checkpoint: Checkpoint) -> None:
+        path, number, record = checkpoint.path, checkpoint.number, _record(checkpoint)
+        expire_time_s = checkpoint.expire_time_s
+        if expire_time_s is not None:
+            expire_time_s = float(expire_time_s)  # as SQLite gives it back
+        key = (path.model_id, path.kind, path.name)
+        self._db.execute(
+            "UPDATE checkpoints SET expire_time_s=?, record=?, digest=? WHERE number=?",
+            (expire_time_s, record, schema.digest(number, *key, expire_time_s, record), number),
+        )
+
+    def _delete(self, path: CheckpointPath) -> None:
+        query = "DELETE FROM checkpoints WHERE model_id=? AND kind=? AND name=?"
+        values = (path.model_id, path.kind, path.name)
+        self.removals += self._db.execute(query, values).rowcount
 
     def delete(self, path: CheckpointPath) -> None:
-        """Remove a checkpoint.
+        """Remove a checkpoint, a damaged one too.
 
         Raises:
             NotFound: There is none (CHECKPOINT_NOT_FOUND).
         """
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self.get(path)
+        with self._writing(str(path)):
+            try:
+                found = self._find(path) is not None
+            except DataLoss:
+                found = True
+            if not found:
+                raise _not_found(path)
             self._delete(path)
 
     def update(
@@ -191,23 +217,19 @@ class Catalogue:
 
         Raises:
             NotFound: There is none (CHECKPOINT_NOT_FOUND).
+            DataLoss: What is known of it is damaged (CHECKPOINT_CORRUPT).
         """
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._writing(str(path)):
             changed = change(self.get(path))
-            self._db.execute(
-                "UPDATE checkpoints SET expire_time_s=?, user_metadata=?, public=? WHERE number=?",
-                (
-                    *(changed.expire_time_s, json.dumps(dict(changed.user_metadata))),
-                    *(changed.public, changed.number),
-                ),
-            )
+            self._write(changed)
             return changed
 
     def page(
         self, *, model_id: str, kind: CheckpointKind | None, before: int | None, size: int
     ) -> tuple[Sequence[Checkpoint], int]:
         """Checkpoints, newest first, and how many match in all.
+
+        What is damaged is left out, and logged; it is counted.
 
         Args:
             model_id: Only this model's; empty means all.
@@ -221,35 +243,153 @@ class Catalogue:
             where, values = where + " AND model_id=?", [*values, model_id]
         if kind is not None:
             where, values = where + " AND kind=?", [*values, kind]
-        with self._lock:
+        with self._reading():
             query = f"SELECT count(*) FROM checkpoints WHERE {where}"
             total = self._db.execute(query, values).fetchone()[0]
             if before is not None:
                 where, values = where + " AND number<?", [*values, before]
-            rows = self._db.execute(
-                f"SELECT * FROM checkpoints WHERE {where} ORDER BY number DESC LIMIT ?",
-                [*values, size],
-            ).fetchall()
-            return [self._read(row) for row in rows], total
+            query = f"SELECT * FROM checkpoints WHERE {where} ORDER BY number DESC"
+            found: list[Checkpoint] = []
+            with contextlib.closing(self._db.execute(query, values)) as rows:
+                for row in rows:
+                    with _logged():
+                        found.append(_read(row))
+                    if len(found) >= size:
+                        break
+            return found, total
 
-    def delete_expired(self) -> int:
-        """Remove what expired; returns how many."""
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            query = "DELETE FROM checkpoints WHERE expire_time_s <= ?"
-            return self._db.execute(query, (self._clock(),)).rowcount
+    def expired(self) -> Collection[int]:
+        """Numbers of all checkpoints that are expired now."""
+        query = "SELECT * FROM checkpoints WHERE expire_time_s <= ?"
+        numbers = []
+        with self._reading():
+            for row in self._db.execute(query, (self._clock(),)):
+                with _logged():
+                    numbers.append(_read(row).number)
+        return numbers
+
+    def delete_expired(self, numbers: Collection[int]) -> int:
+        """Remove those of these checkpoints that are expired still; returns how many."""
+        query = "DELETE FROM checkpoints WHERE number=? AND expire_time_s <= ?"
+        with self._writing():
+            now_s = self._clock()
+            removed = [self._db.execute(query, (number, now_s)).rowcount for number in numbers]
+        self.removals += sum(removed)
+        return sum(removed)
 
     def contents(self) -> Collection[str]:
-        """SHA-256 of every file that a checkpoint refers to."""
-        with self._lock:
-            return {row[0] for row in self._db.execute("SELECT DISTINCT sha256 FROM files")}
+        """SHA-256 of every file that a checkpoint refers to: the others may be removed.
+
+        Raises:
+            DataLoss: Something is damaged, so that nobody knows (CHECKPOINT_CORRUPT).
+        """
+        with self._reading():
+            self.settle()
+            try:
+                schema.check_whole(self._db)
+            except ValueError as error:
+                message = f"the catalogue of checkpoints is damaged: {error}"
+                raise DataLoss(message, Reason.CHECKPOINT_CORRUPT) from error
+            rows = self._db.execute("SELECT * FROM checkpoints")
+            return {blob.sha256 for row in rows for blob in _read(row).files}
+
+    def probe(self) -> None:
+        """Do nothing, as long as checkpoints can be looked up."""
+        with self._reading():
+            self._db.execute("SELECT number FROM checkpoints LIMIT 1").fetchall()
+
+    def admit(self, writer: Writer) -> None:
+        """Let a writer begin; from then on, durably, none of a lower epoch can write.
+
+        Raises:
+            FailedPrecondition: It was replaced by one of a higher epoch (STALE_EPOCH).
+            DataLoss: Nobody knows any more whether it was (CHECKPOINT_CORRUPT).
+        """
+        with self._writing():
+            highest = self._check_epoch(writer)
+            if highest is None or highest < writer.epoch:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO writers VALUES (?,?,?)",
+                    (writer.name, writer.epoch, schema.digest(writer.name, writer.epoch)),
+                )
+
+    def _check_epoch(self, writer: Writer) -> int | None:
+        """The highest epoch of this writer that was seen; None where there is none."""
+        query = "SELECT * FROM writers WHERE name=?"
+        row = self._db.execute(query, (writer.name,)).fetchone()
+        if row is None:
+            return None
+        if not _intact(row):
+            message = f"the epoch of writer {writer.name!r} is damaged"
+            raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
+        highest: int = row["epoch"]
+        if writer.epoch < highest:
+            message = f"writer {writer.name!r} of epoch {writer.epoch} was replaced by {highest}"
+            metadata = {"epoch": str(writer.epoch), "highest_epoch": str(highest)}
+            raise FailedPrecondition(message, Reason.STALE_EPOCH, metadata=metadata)
+        return highest
 
 
-def _json(tuning: Tuning) -> str:
-    """The column `lora`: an adapter's shape, or null where there is no adapter."""
-    return json.dumps(None if isinstance(tuning, FullConfig) else asdict(tuning))
+def _not_found(path: CheckpointPath) -> NotFound:
+    return NotFound(f"no checkpoint {path}", Reason.CHECKPOINT_NOT_FOUND)
 
 
-def _tuning(column: str) -> Tuning:
-    lora = json.loads(column)
-    return FullConfig() if lora is None else LoraConfig(**lora)
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """Log what is damaged and go on without it."""
+    try:
+        yield
+    except DataLoss as error:
+        _log.error("%s", error.message)
+
+
+def _intact(row: sqlite3.Row) -> bool:
+    *columns, digest = tuple(row)
+    try:
+        return bool(schema.digest(*columns) == digest)
+    except TypeError:
+        return False
+
+
+def _read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
+    """The checkpoint of a row.
+
+    Raises:
+        DataLoss: It is not what was written (CHECKPOINT_CORRUPT).
+    """
+    try:
+        if not _intact(row):
+            raise ValueError("the digest differs")
+        record = json.loads(row["record"])
+        return Checkpoint(
+            path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
+            base_model=record["base_model"],
+            tuning=FullConfig() if record["lora"] is None else LoraConfig(**record["lora"]),
+            step_count=record["step_count"],
+            create_time_s=record["create_time_s"],
+            expire_time_s=row["expire_time_s"],
+            user_metadata=record["user_metadata"],
+            public=record["public"],
+            files=[Blob(*file) for file in record["files"]],
+            number=row["number"],
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        subject = subject or f"{row['model_id']!r} {row['kind']!r} {row['name']!r}"
+        message = f"{subject}: entry {row['number']} of the catalogue is damaged: {error}"
+        raise DataLoss(message, Reason.CHECKPOINT_CORRUPT) from error
+
+
+def _record(checkpoint: Checkpoint) -> str:
+    """The column `record`; `lora` is null where there is no adapter."""
+    tuning = checkpoint.tuning
+    return json.dumps(
+        {
+            "base_model": checkpoint.base_model,
+            "lora": None if isinstance(tuning, FullConfig) else asdict(tuning),
+            "step_count": checkpoint.step_count,
+            "create_time_s": checkpoint.create_time_s,
+            "user_metadata": dict(checkpoint.user_metadata),
+            "public": checkpoint.public,
+            "files": [[blob.name, blob.size_bytes, blob.sha256] for blob in checkpoint.files],
+        }
+    )

@@ -10,11 +10,24 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint
+from tinsmithd import failpoints
+from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint, Writer
+from tinsmithd.checkpoint.failures import storage_errors
 from tinsmithd.checkpoint.safety import check_file_name, check_files
 from tinsmithd.checkpoint.store import Blob, Staging, Store
 from tinsmithd.domain import CheckpointPath, Tuning
-from tinsmithd.errors import DataLoss, InvalidArgument, NotFound, Reason
+from tinsmithd.errors import (
+    DataLoss,
+    InvalidArgument,
+    NotFound,
+    Reason,
+    ResourceExhausted,
+    TinsmithError,
+    Unavailable,
+)
+
+EXPIRY_GRACE_S = 600.0
+"""So long must a checkpoint have been seen as expired before its bytes go."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +43,8 @@ class Header:
     ttl_seconds: int | None
     overwrite: bool
     user_metadata: dict[str, str]
+    writer: Writer | None = None
+    """None where nobody else may write in its place."""
 
 
 class Write:
@@ -63,12 +78,15 @@ class Write:
             DataLoss: The bytes that came are not those (CHECKPOINT_CORRUPT).
             InvalidArgument: The files are not what a checkpoint is.
             AlreadyExists: The name is taken (CHECKPOINT_EXISTS).
+            FailedPrecondition: The writer was replaced meanwhile (STALE_EPOCH).
+            ResourceExhausted, Unavailable: The disk does not take it; what was there stays.
         """
         with self._lock:
             staging = self._staged()
             found = staging.finish()
             _check_promised(found, promised)
-            check_files(staging, found, self._header.tuning)
+            with storage_errors():
+                check_files(staging, found, self._header.tuning)
             return self._keeper.publish(self._header, staging, found)
 
     def discard(self) -> None:
@@ -101,27 +119,57 @@ def _check_promised(found: Sequence[Blob], promised: Sequence[Blob]) -> None:
 class Keeper:
     """The checkpoints of one folder.
 
+    EXPIRY. The wall clock (`clock`) decides: from its time on an expired checkpoint is not found.
+    Its bytes go only when sweeps saw it expired for `EXPIRY_GRACE_S` on end, by a clock that
+    cannot jump (`monotonic`). So a wall clock that is wrong for a shorter time costs nothing, one
+    that stays ahead costs at most as much of a lifetime as it jumped, and one that jumps back
+    only makes checkpoints live longer.
+
     Raises:
         StoreBusy: Another server has the folder.
+        CatalogueUnusable: Nobody can say what is in it.
     """
 
     def __init__(
-        self, folder: Path, *, checkpoint_bytes_max: int, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        *,
+        checkpoint_bytes_max: int,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = Store(folder)
-        self.catalogue = Catalogue(folder / "catalogue.sqlite", clock)
+        try:
+            file = folder / "catalogue.sqlite"
+            self.catalogue = Catalogue(file, clock, may_be_new=self._store.empty)
+        except BaseException:
+            self._store.close()
+            raise
         self._bytes_max = checkpoint_bytes_max
         self._clock = clock
+        self._monotonic = monotonic
+        self._expired_since: dict[int, float] = {}
+        # What `removals` was when unused blobs were last looked for; None where some are likely.
+        self._swept: int | None = None
         # Held from a blob's arrival to its first reference, so that no sweep comes between.
         self._publishing = threading.Lock()
+        # Held from a lookup until the blobs are open, so that no sweep comes between.
+        self._opening = threading.Lock()
 
     def close(self) -> None:
-        """Close everything."""
-        self.catalogue.close()
-        self._store.close()
+        """Close everything, once what moves blobs has ended: the next server may come at once."""
+        with self._publishing:
+            self.catalogue.close()
+            self._store.close()
 
     def begin(self, header: Header) -> Write:
-        """Begin to write a checkpoint."""
+        """Begin to write a checkpoint.
+
+        Raises:
+            FailedPrecondition: The writer was replaced (STALE_EPOCH).
+        """
+        if header.writer is not None:
+            self.catalogue.admit(header.writer)
         return Write(self, header)
 
     def stage(self) -> Staging:
@@ -143,8 +191,27 @@ class Keeper:
             files=files,
         )
         with self._publishing:
-            self._store.publish(staging, files)
-            return self.catalogue.add(checkpoint, overwrite=header.overwrite)
+            try:
+                with storage_errors():
+                    self._store.publish(staging, files)
+                    failpoints.hit("ckpt_post_rename")
+                    added = self.catalogue.add(
+                        checkpoint, overwrite=header.overwrite, writer=header.writer
+                    )
+            except Exception as error:
+                self._swept = None
+                if isinstance(error, ResourceExhausted | Unavailable):
+                    self._give_room_back()
+                raise
+        failpoints.hit("ckpt_post_commit")
+        return added
+
+    def _give_room_back(self) -> None:
+        # A full disk must not stay full until the next sweep with what was refused.
+        try:
+            self._remove_unused()
+        except (OSError, TinsmithError) as error:
+            _log.warning("files of a refused write stay until the next sweep: %s", error)
 
     def copy(
         self, source: CheckpointPath, destination: CheckpointPath, ttl_seconds: int | None
@@ -170,16 +237,24 @@ class Keeper:
         return replace(checkpoint, expire_time_s=expire_time_s)
 
     def open(
-        self, path: CheckpointPath, names: Collection[str] = ()
+        self,
+        path: CheckpointPath,
+        choose: Callable[[Checkpoint], Collection[str]] = lambda found: (),
     ) -> tuple[Checkpoint, list[tuple[Blob, Iterator[bytes]]]]:
-        """A checkpoint and its files (or some), opened: a delete does not disturb the reading.
+        """A checkpoint and its files, opened: nothing that is deleted disturbs the reading.
+
+        Args:
+            path: Which one.
+            choose: Names the files that are wanted; no name means all.
 
         Raises:
             NotFound: There is no such checkpoint, or no such file in it (CHECKPOINT_NOT_FOUND).
-            DataLoss: A file cannot be opened (CHECKPOINT_CORRUPT); while reading: see `Store.read`.
+            DataLoss: It is damaged (CHECKPOINT_CORRUPT); while reading: see `Store.read`.
+            Unavailable: It cannot be read now (CHECKPOINT_UNAVAILABLE).
         """
-        with self._publishing:
+        with self._opening:
             found = self.catalogue.get(path)
+            names = choose(found)
             present = {blob.name for blob in found.files}
             for name in names:
                 if name not in present:
@@ -189,9 +264,38 @@ class Keeper:
             return found, [(blob, self._store.read(blob)) for blob in wanted]
 
     def sweep(self) -> None:
-        """Remove what expired and what nothing refers to any more."""
-        expired = self.catalogue.delete_expired()
+        """Remove what expired and what nothing refers to any more.
+
+        Raises:
+            DataLoss: The catalogue is damaged: nothing is removed on its word.
+            ResourceExhausted, Unavailable, OSError: The disk fails.
+        """
+        now_s = self._monotonic()
+        expired = self.catalogue.expired()
+        self._expired_since = {n: self._expired_since.get(n, now_s) for n in expired}
+        due = [n for n, since_s in self._expired_since.items() if now_s - since_s >= EXPIRY_GRACE_S]
+        removed = self.catalogue.delete_expired(due) if due else 0
         with self._publishing:
-            removed = self._store.sweep(self.catalogue.contents)
-        if expired or removed:
-            _log.info("removed %d expired checkpoints, %d unused blobs", expired, removed)
+            blobs = 0
+            if self._swept != self.catalogue.removals:
+                blobs = self._remove_unused()
+        if removed or blobs:
+            _log.info("removed %d expired checkpoints, %d unused blobs", removed, blobs)
+
+    def _remove_unused(self) -> int:
+        """Remove blobs that nothing refers to; the caller holds `_publishing`."""
+        removals = self.catalogue.removals
+        kept = self.catalogue.contents()
+        with self._opening:
+            removed = self._store.sweep(kept)
+        self._swept = removals
+        return removed
+
+    def probe(self) -> None:
+        """Do nothing, as long as an intact checkpoint could be read.
+
+        Raises:
+            DataLoss, Unavailable: It could not.
+        """
+        self.catalogue.probe()
+        self._store.probe()

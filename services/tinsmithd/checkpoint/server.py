@@ -1,4 +1,11 @@
-"""Puts the Checkpoint server together."""
+"""Puts the Checkpoint server together.
+
+HEALTH. The service's own name is SERVING while checkpoints can be read: that is what most calls
+do, and a load balancer that takes a server away for a disk which is full or read-only would turn
+"nothing can be saved" into "nothing can be loaded". A write that cannot be made says so itself,
+with an error that can be retried. The name is NOT_SERVING while the catalogue cannot be looked
+into or the folder of blobs is gone or unreadable; one damaged checkpoint changes nothing.
+"""
 
 import asyncio
 import contextlib
@@ -12,7 +19,10 @@ from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceService
 from tinsmithd.checkpoint.keeper import Keeper
 from tinsmithd.checkpoint.servicer import CheckpointServicer
 from tinsmithd.config import CheckpointConfig
+from tinsmithd.errors import TinsmithError
 from tinsmithd.rpc.server import RpcServer
+
+PROBE_INTERVAL_S = 5.0
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["CheckpointService"].full_name
 _log = logging.getLogger(__name__)
@@ -23,17 +33,28 @@ class CheckpointServer:
 
     Raises:
         StoreBusy: Another server has the data folder.
+        CatalogueUnusable: The catalogue is damaged.
     """
 
-    def __init__(self, config: CheckpointConfig, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
         folder = Path(config.data_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._keeper = Keeper(folder, checkpoint_bytes_max=config.checkpoint_bytes_max, clock=clock)
+        self._keeper = Keeper(
+            folder,
+            checkpoint_bytes_max=config.checkpoint_bytes_max,
+            clock=clock,
+            monotonic=monotonic,
+        )
         self._rpc = RpcServer(config, SERVICE_NAME)
         servicer = CheckpointServicer(self._keeper)
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
-        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def port(self) -> int:
@@ -44,7 +65,7 @@ class CheckpointServer:
         """Bind and serve."""
         await self._rpc.start()
         await self._rpc.set_serving(True)
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._watch())]
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -54,16 +75,30 @@ class CheckpointServer:
     async def stop(self) -> None:
         """Stop gracefully."""
         await self._rpc.stop()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in self._tasks:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeper
+                await task
         self._keeper.close()
 
     async def _sweep(self) -> None:
         while True:
             try:
                 await asyncio.to_thread(self._keeper.sweep)
-            except OSError:
-                _log.exception("the sweep failed and is tried again later")
+            except (OSError, TinsmithError) as error:
+                _log.error("the sweep failed and is tried again later: %s", error)
             await asyncio.sleep(self._config.sweep_interval_s)
+
+    async def _watch(self) -> None:
+        serving = True
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            try:
+                await asyncio.to_thread(self._keeper.probe)
+                reason = ""
+            except TinsmithError as error:
+                reason = error.message
+            if serving == bool(reason):
+                serving = not reason
+                _log.warning("reads: %s", reason or "possible again")
+                await self._rpc.set_serving(serving)

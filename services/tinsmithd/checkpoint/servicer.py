@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
-from tinsmithd.checkpoint.catalogue import Checkpoint
+from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.keeper import Header, Keeper, Write
 from tinsmithd.checkpoint.store import Blob
@@ -21,6 +21,7 @@ from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 PIECE_BYTES_MAX = 4 * 1024 * 1024
 PAGE_SIZE_MAX = 1000
 RANK_MAX = 1 << 20
+WRITER_CHARACTERS_MAX = 128
 UPDATABLE = ("ttl_seconds", "user_metadata", "public")
 
 
@@ -109,7 +110,8 @@ class CheckpointServicer(CheckpointServiceServicer):
     ) -> AsyncIterator[pb.ReadCheckpointResponse]:
         """Stream the files of a checkpoint."""
         path = convert.path_from_pb(request.path, "path")
-        found, files = await asyncio.to_thread(self._keeper.open, path, list(request.file_names))
+        names = list(request.file_names)
+        found, files = await asyncio.to_thread(self._keeper.open, path, lambda found: names)
         yield pb.ReadCheckpointResponse(checkpoint=_to_pb(found))
         for blob, content in files:
             offset = 0
@@ -125,7 +127,7 @@ class CheckpointServicer(CheckpointServiceServicer):
     ) -> pb.WriteCheckpointResponse:
         """Write a checkpoint."""
         header = await _header(request_iterator)
-        write = self._keeper.begin(header)
+        write = await asyncio.to_thread(self._keeper.begin, header)
         try:
             promised = await _pieces(request_iterator, write)
             committed = await asyncio.to_thread(write.commit, promised)
@@ -140,13 +142,16 @@ class CheckpointServicer(CheckpointServiceServicer):
         path = convert.path_from_pb(request.path, "path")
         if request.format not in pb.ExportFormat.values():
             raise InvalidArgument("format", f"unknown format {request.format}")
-        found = await asyncio.to_thread(self._keeper.catalogue.get, path)
-        full = isinstance(found.tuning, FullConfig)
-        fits = pb.EXPORT_FORMAT_HF_TAR if full else pb.EXPORT_FORMAT_PEFT_TAR
-        if request.format not in (pb.EXPORT_FORMAT_UNSPECIFIED, fits):
-            message = f"{path} holds {'all weights' if full else 'an adapter'}"
-            raise InvalidArgument("format", f"{message}: ask for {pb.ExportFormat.Name(fits)}")
-        _, files = await asyncio.to_thread(self._keeper.open, path, exported_files(found))
+
+        def chosen(found: Checkpoint) -> list[str]:
+            full = isinstance(found.tuning, FullConfig)
+            fits = pb.EXPORT_FORMAT_HF_TAR if full else pb.EXPORT_FORMAT_PEFT_TAR
+            if request.format not in (pb.EXPORT_FORMAT_UNSPECIFIED, fits):
+                message = f"{path} holds {'all weights' if full else 'an adapter'}"
+                raise InvalidArgument("format", f"{message}: ask for {pb.ExportFormat.Name(fits)}")
+            return exported_files(found)
+
+        _, files = await asyncio.to_thread(self._keeper.open, path, chosen)
         async for data in _threaded(tar_of(files)):
             yield pb.ExportCheckpointResponse(data=data)
 
@@ -179,7 +184,23 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
         ttl_seconds=convert.ttl_from_pb(ttl, "header.ttl_seconds"),
         overwrite=header.overwrite,
         user_metadata=convert.metadata_from_pb(header.user_metadata, "header.user_metadata"),
+        writer=_writer(header),
     )
+
+
+def _writer(header: pb.WriteCheckpointHeader) -> Writer | None:
+    if header.writer_epoch < 0:
+        raise InvalidArgument("header.writer_epoch", "is below 0")
+    if len(header.writer) > WRITER_CHARACTERS_MAX:
+        message = f"has more than {WRITER_CHARACTERS_MAX} characters"
+        raise InvalidArgument("header.writer", message, Reason.LIMIT_EXCEEDED)
+    if not header.writer:
+        if header.writer_epoch:
+            # A fence that nobody is behind would be taken for one.
+            message = "must be set with writer_epoch"
+            raise InvalidArgument("header.writer", message, Reason.MISSING_FIELD)
+        return None
+    return Writer(header.writer, header.writer_epoch)
 
 
 async def _pieces(requests: AsyncIterator[pb.WriteCheckpointRequest], write: Write) -> list[Blob]:

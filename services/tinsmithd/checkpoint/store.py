@@ -4,8 +4,9 @@
     <folder>/staging/<random>/     what is being written; emptied when the server starts
     <folder>/lock                  held by the one server that may write here
 
-A blob is synced before it is renamed into place, and its folder after, so that a name that exists
-has its bytes, whatever happens to the power. Names that tenants choose never become paths.
+A blob is synced before it is renamed into place, then its folder, then the folder of folders: a
+name that `Store.publish` returned for has its bytes, whatever happens to the power. Names that
+tenants choose never become paths.
 """
 
 import contextlib
@@ -15,12 +16,14 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinsmithd.errors import DataLoss, InvalidArgument, Reason, ResourceExhausted
+from tinsmithd import failpoints
+from tinsmithd.checkpoint.failures import of_disk, storage_errors
+from tinsmithd.errors import DataLoss, InvalidArgument, Reason, ResourceExhausted, TinsmithError
 
 READ_BYTES = 1024 * 1024
 
@@ -39,7 +42,11 @@ class Blob:
 
 
 class Staging:
-    """Files on their way in. `append` their bytes, `finish`, then hand it to `Store.publish`."""
+    """Files on their way in. `append` their bytes, `finish`, then hand it to `Store.publish`.
+
+    Besides what they say, calls raise ResourceExhausted (STORAGE_FULL) and Unavailable
+    (CHECKPOINT_UNAVAILABLE) where the disk does not take it.
+    """
 
     def __init__(self, folder: Path, bytes_max: int) -> None:
         self._folder = folder
@@ -47,9 +54,9 @@ class Staging:
         self._bytes = 0
         self._sizes: dict[str, int] = {}
         self._digests: dict[str, hashlib._Hash] = {}
-        self._open_name = ""
-        self._open_file: Any = None
-        with full_disk():
+        self._files: dict[str, Any] = {}
+        self._last_name = ""
+        with storage_errors():
             folder.mkdir()
 
     def append(self, name: str, offset: int, data: bytes) -> None:
@@ -57,11 +64,10 @@ class Staging:
 
         Raises:
             InvalidArgument: They are not the next bytes (MALFORMED_STREAM).
-            ResourceExhausted: The disk is full (STORAGE_FULL), or they are too many
-                (LIMIT_EXCEEDED).
+            ResourceExhausted: They are too many (LIMIT_EXCEEDED).
         """
         expected = self._sizes.get(name, 0)
-        if offset != expected or (name in self._sizes and name != self._open_name):
+        if offset != expected or (name in self._sizes and name != self._last_name):
             message = f"offset {offset} of {name!r} does not follow what was sent before"
             raise InvalidArgument("piece.offset", message, Reason.MALFORMED_STREAM)
         self._bytes += len(data)
@@ -72,20 +78,26 @@ class Staging:
                 field="piece.data",
                 metadata={"limit": "checkpoint_bytes_max", "value": str(self._bytes)},
             )
-        with full_disk():
+        with storage_errors():
             if name not in self._sizes:
-                self._close_file()
-                self._open_name = name
-                self._open_file = self._path(name).open("wb")
+                self._last_name = name
+                self._files[name] = self._path(name).open("wb")
                 self._digests[name] = hashlib.sha256()
-            self._open_file.write(data)
+            self._files[name].write(data)
+            failpoints.hit("ckpt_mid_write")
         self._sizes[name] = expected + len(data)
         self._digests[name].update(data)
 
     def finish(self) -> list[Blob]:
-        """Everything was sent; returns what came, sorted by name."""
-        with full_disk():
-            self._close_file()
+        """Everything was sent; makes it durable and returns what came, sorted by name."""
+        with storage_errors():
+            for file in self._files.values():
+                file.flush()
+            failpoints.hit("ckpt_pre_fsync")
+            # Through the descriptor that wrote: it hears of a write-back that failed.
+            for file in self._files.values():
+                os.fsync(file.fileno())
+                file.close()
         return [
             Blob(name, self._sizes[name], self._digests[name].hexdigest())
             for name in sorted(self._sizes)
@@ -97,21 +109,14 @@ class Staging:
 
     def discard(self) -> None:
         """Forget it all."""
-        with contextlib.suppress(OSError):
-            if self._open_file is not None:
-                self._open_file.close()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         # A name that someone sent is hashed before it meets the file system.
         return self._folder / hashlib.sha256(name.encode()).hexdigest()
-
-    def _close_file(self) -> None:
-        if self._open_file is not None:
-            self._open_file.flush()
-            os.fsync(self._open_file.fileno())
-            self._open_file.close()
-            self._open_file = None
 
 
 class Store:
@@ -128,8 +133,17 @@ class Store:
         except BlockingIOError as error:
             self._lock.close()
             raise StoreBusy(f"{folder} is used by another Checkpoint server") from error
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir()
+        self._staging.mkdir(exist_ok=True)
+        for left in self._staging.iterdir():
+            shutil.rmtree(left, ignore_errors=True)
+        sync_folder(folder)
+        with contextlib.suppress(PermissionError):  # of someone else, such as a mount point's
+            sync_folder(folder.parent)
+
+    @property
+    def empty(self) -> bool:
+        """True where there is no blob."""
+        return next(self._blobs.glob("*/*"), None) is None
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -140,15 +154,23 @@ class Store:
         return Staging(self._staging / secrets.token_hex(16), bytes_max)
 
     def publish(self, staging: Staging, blobs: Collection[Blob]) -> None:
-        """Move finished files to their places; a content that is there already stays."""
-        with full_disk():
-            for blob in blobs:
-                place = self._place(blob.sha256)
-                if _holds(place, blob):
-                    continue
-                place.parent.mkdir(exist_ok=True)
-                os.replace(staging.path(blob.name), place)
-                sync_folder(place.parent)
+        """Move finished files to their places, durably; a content that is there already stays.
+
+        Raises:
+            ResourceExhausted, Unavailable: As `Staging`; some may be in their places.
+        """
+        places = [self._place(blob.sha256) for blob in blobs]
+        with storage_errors():
+            failpoints.hit("ckpt_pre_rename")
+            for index, (blob, place) in enumerate(zip(blobs, places, strict=True)):
+                if index:
+                    failpoints.hit("ckpt_mid_rename")
+                if not _holds(place, blob):
+                    place.parent.mkdir(exist_ok=True)
+                    os.replace(staging.path(blob.name), place)
+            # Also for what was there: its writer may have died before it came to this.
+            for folder in sorted({place.parent for place in places}):
+                sync_folder(folder)
             sync_folder(self._blobs)
 
     def read(self, blob: Blob) -> Iterator[bytes]:
@@ -158,12 +180,20 @@ class Store:
 
         Raises:
             DataLoss: It is gone, or not what was written (CHECKPOINT_CORRUPT).
+            Unavailable: It cannot be opened now (CHECKPOINT_UNAVAILABLE).
         """
         try:
             file = self._place(blob.sha256).open("rb")
         except OSError as error:
-            raise _corrupt(blob, "cannot be opened") from error
+            raise self._unreadable(blob, error) from error
         return self._verified(file, blob)
+
+    def _unreadable(self, blob: Blob, error: OSError) -> TinsmithError:
+        # Where all blobs are gone the disk is, not this one. EIO is what a worn-out disk says.
+        lost = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+        if lost and self._blobs.is_dir():
+            return _corrupt(blob, f"cannot be read: {error.strerror}")
+        return of_disk(error)
 
     def _verified(self, file: Any, blob: Blob) -> Iterator[bytes]:
         with file:
@@ -177,45 +207,36 @@ class Store:
             if size != blob.size_bytes or digest.hexdigest() != blob.sha256:
                 raise _corrupt(blob, "is not what was written")
 
-    @staticmethod
-    def _read_some(file: Any, blob: Blob) -> bytes:
+    def _read_some(self, file: Any, blob: Blob) -> bytes:
         try:
             return bytes(file.read(READ_BYTES))
         except OSError as error:
-            raise _corrupt(blob, "cannot be read") from error
+            raise self._unreadable(blob, error) from error
 
-    def sweep(self, referenced: Callable[[], Collection[str]]) -> int:
-        """Remove blobs that nothing refers to; returns how many.
+    def probe(self) -> None:
+        """Do nothing, as long as blobs can be found.
 
-        Nothing may be published between the call of `referenced` and the end: the caller sees to
-        that. Readers that have a blob open keep it.
+        Raises:
+            Unavailable: They cannot (CHECKPOINT_UNAVAILABLE).
         """
-        kept, removed = set(referenced()), 0
-        for folder in self._blobs.iterdir():
-            for blob in folder.iterdir():
-                if blob.name not in kept:
-                    blob.unlink(missing_ok=True)
-                    removed += 1
+        with storage_errors(), os.scandir(self._blobs) as entries:
+            next(entries, None)
+
+    def sweep(self, kept: Collection[str]) -> int:
+        """Remove blobs of other contents than these; returns how many.
+
+        Nothing may be published, and no name looked up for reading, from before `kept` was made
+        until the end: the caller sees to that. Readers that have a blob open keep it.
+        """
+        removed = 0
+        for blob in self._blobs.glob("*/*"):
+            if blob.name not in kept:
+                blob.unlink(missing_ok=True)
+                removed += 1
         return removed
 
     def _place(self, sha256: str) -> Path:
         return self._blobs / sha256[:2] / sha256
-
-
-@contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """Turn a full disk into its error.
-
-    Raises:
-        ResourceExhausted: No space is left (STORAGE_FULL).
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = "no space is left for checkpoints"
-        raise ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=30.0) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -228,10 +249,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def _holds(place: Path, blob: Blob) -> bool:
-    if not place.exists() or place.stat().st_size != blob.size_bytes:
-        return False
-    with place.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == blob.sha256
+    try:
+        if place.stat().st_size != blob.size_bytes:
+            return False
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == blob.sha256
+    except OSError:
+        return False  # not there, or not readable: what was sent now replaces it
 
 
 def _corrupt(blob: Blob, what: str) -> DataLoss:

@@ -1,0 +1,232 @@
+"""Checkpoints for tests: their files, the messages that write them, and servers in processes."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+import numpy as np
+
+from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmith.v1 import types_pb2
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd import state_files
+from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
+from tinsmithd.checkpoint.keeper import Header, Keeper
+from tinsmithd.checkpoint.store import Blob
+from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
+
+PATH = "tinsmith://run/weights/one"
+START_S_MAX = 30.0
+LORA = LoraConfig(rank=4)
+
+
+class Clock:
+    """A clock that tests move."""
+
+    def __init__(self) -> None:
+        self.now_s = time.time()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def files(seed: int = 0, *, optimizer: bool = True, columns: int = 900) -> dict[str, bytes]:
+    """The files of a small adapter, other ones for each seed."""
+    rng = np.random.default_rng(seed)
+    weights = {"a.lora_A.weight": rng.normal(size=(4, columns)).astype(np.float32)}
+    moments = {f"exp_avg.{k}": v * 2 for k, v in weights.items()} if optimizer else {}
+    return state_files.to_files(ModelState(LORA, weights, moments, 3, {"r": 4}))
+
+
+def messages(
+    path: str, content: Mapping[str, bytes], *, piece_bytes: int = 5000, **header: object
+) -> Iterator[pb.WriteCheckpointRequest]:
+    """A whole write."""
+    lora = types_pb2.LoraConfig(rank=4, seed=0)
+    fields = {"base_model": "tiny", "lora_config": lora, "step_count": 3, **header}
+    yield pb.WriteCheckpointRequest(header=pb.WriteCheckpointHeader(path=path, **fields))
+    for name, data in content.items():
+        for start in range(0, len(data), piece_bytes):
+            yield piece(name, start, data[start : start + piece_bytes])
+    yield commit(content)
+
+
+def piece(
+    name: str, offset: int, data: bytes, crc32: int | None = None
+) -> pb.WriteCheckpointRequest:
+    """One piece; with `crc32`, under that checksum."""
+    crc32 = zlib.crc32(data) if crc32 is None else crc32
+    part = pb.CheckpointPiece(file_name=name, offset=offset, data=data, crc32=crc32)
+    return pb.WriteCheckpointRequest(piece=part)
+
+
+def commit(content: Mapping[str, bytes]) -> pb.WriteCheckpointRequest:
+    """The commit of these files."""
+    listed = [
+        pb.CheckpointFile(name=n, size_bytes=len(d), sha256=hashlib.sha256(d).digest())
+        for n, d in content.items()
+    ]
+    return pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=listed))
+
+
+def joined(responses: Iterator[pb.ReadCheckpointResponse]) -> dict[str, bytes]:
+    """The files that a read gave; raises what it raised."""
+    got: dict[str, bytes] = {}
+    for response in responses:
+        if response.HasField("piece"):
+            got[response.piece.file_name] = (
+                got.get(response.piece.file_name, b"") + response.piece.data
+            )
+    return got
+
+
+# --- without a wire ---------------------------------------------------------------------------
+
+
+def keep(
+    keeper: Keeper,
+    content: Mapping[str, bytes],
+    path: str = PATH,
+    *,
+    overwrite: bool = False,
+    ttl_seconds: int | None = None,
+    writer: Writer | None = None,
+) -> Checkpoint:
+    """Write a checkpoint into a keeper, as the servicer does."""
+    header = Header(
+        path=CheckpointPath.parse(path),
+        base_model="tiny",
+        tuning=LORA,
+        step_count=3,
+        ttl_seconds=ttl_seconds,
+        overwrite=overwrite,
+        user_metadata={"who": "a test"},
+        writer=writer,
+    )
+    write = keeper.begin(header)
+    try:
+        for name, data in content.items():
+            for start in range(0, len(data), 5000):
+                write.append(name, start, data[start : start + 5000])
+        return write.commit(
+            [Blob(n, len(d), hashlib.sha256(d).hexdigest()) for n, d in content.items()]
+        )
+    finally:
+        write.discard()
+
+
+def kept(keeper: Keeper, path: str = PATH) -> dict[str, bytes]:
+    """The files of a checkpoint in a keeper."""
+    _, opened = keeper.open(CheckpointPath.parse(path))
+    return {blob.name: b"".join(content) for blob, content in opened}
+
+
+def blobs(folder: Path) -> list[Path]:
+    """All blobs of a data folder."""
+    return sorted(path for path in (folder / "blobs").rglob("*") if path.is_file())
+
+
+def staged(folder: Path) -> list[Path]:
+    """What is in staging."""
+    return sorted((folder / "staging").iterdir())
+
+
+# --- in a process of its own ------------------------------------------------------------------
+
+
+class ServerProcess:
+    """`python -m tinsmithd.checkpoint` on a free port; a context manager that kills it.
+
+    Args:
+        folder: Its data folder.
+        failpoints: `TINSMITH_FAILPOINTS` for it.
+        beside: Folder for its port file and log; None is the one that has the data folder.
+
+    Attributes:
+        process: The process.
+        stub: Calls it; only where it came up.
+        log: What it wrote to standard error.
+    """
+
+    def __init__(self, folder: Path, failpoints: str = "", beside: Path | None = None) -> None:
+        beside = beside or folder.parent
+        port_file = beside / f"{folder.name}.port"
+        port_file.unlink(missing_ok=True)
+        self._log_file = beside / f"{folder.name}.log"
+        settings = {
+            "TINSMITH_CHECKPOINT_LISTEN_ADDRESS": "127.0.0.1:0",
+            "TINSMITH_CHECKPOINT_DATA_FOLDER": str(folder),
+            "TINSMITH_CHECKPOINT_PORT_FILE": str(port_file),
+            "TINSMITH_CHECKPOINT_LIVE_WITH_PID": str(os.getpid()),
+            "TINSMITH_CHECKPOINT_STOP_GRACE_S": "5",
+            "TINSMITH_FAILPOINTS": failpoints,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        command = [sys.executable, "-m", "tinsmithd.checkpoint"]
+        with self._log_file.open("wb") as log:
+            self.process = subprocess.Popen(command, env={**os.environ, **settings}, stderr=log)
+        deadline = time.monotonic() + START_S_MAX
+        while not port_file.exists() and self.process.poll() is None:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.005)
+        if self.process.poll() is None:
+            self.address = f"127.0.0.1:{port_file.read_text().strip()}"
+            self.channel = grpc.insecure_channel(self.address)
+            self.stub = CheckpointServiceStub(self.channel)
+
+    @property
+    def log(self) -> str:
+        return self._log_file.read_text()
+
+    def write(self, content: Mapping[str, bytes], path: str = PATH, **header: object):
+        """Write a checkpoint; the server's answer."""
+        stream = messages(path, content, **header)
+        return self.stub.WriteCheckpoint(stream, timeout=60).checkpoint
+
+    def read(self, path: str = PATH) -> dict[str, bytes]:
+        """The files of a checkpoint."""
+        return joined(self.stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=path), timeout=60))
+
+    def get(self, path: str = PATH) -> pb.Checkpoint:
+        """What is known of a checkpoint."""
+        request = pb.GetCheckpointRequest(path=path)
+        return self.stub.GetCheckpoint(request, timeout=60).checkpoint
+
+    def paths(self) -> list[str]:
+        """Paths of all checkpoints, newest first."""
+        response = self.stub.ListCheckpoints(pb.ListCheckpointsRequest(), timeout=60)
+        return [checkpoint.path for checkpoint in response.checkpoints]
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.channel.close()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        self.channel.close()
+        return self.process.wait(30)
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            error.add_note(f"--- the server's log\n{self.log[-3000:]}")
+        if self.process.poll() is None:
+            self.kill()
