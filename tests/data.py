@@ -51,11 +51,11 @@ def collect(
 ) -> tuple[Mapping[str, float], list[np.ndarray]]:
     """Metrics of a call, and the logprobs of each datum."""
     logprobs: list[np.ndarray] = []
-    metrics = engine.forward(
+    result = engine.forward(
         model_id,
         data,
         loss_fn or CrossEntropy(),
         backward=backward,
         on_result=lambda _, outputs: logprobs.append(outputs["logprobs"]),
     )
-    return metrics, logprobs
+    return result.metrics, logprobs

@@ -8,7 +8,7 @@ transformers does. `model_state.json` has our settings and the step count;
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,36 @@ TOKENIZER_FILES = (
 )
 """Of what a tokenizer saves, the files that a Hugging Face folder needs; not all have each."""
 FORMAT_VERSION = 1
+_HEADER_ALIGNMENT = 8
 
 
 def to_files(state: ModelState) -> dict[str, bytes]:
     """Write a state as file name to content; the optimizer file only where there is state."""
+    files = _plain_files(state)
+    for name, (arrays, metadata) in _tensor_files(state).items():
+        files[name] = save(_contiguous(arrays), metadata=metadata)
+    return files
+
+
+def to_pieces(state: ModelState, bytes_max: int) -> Iterator[tuple[str, bytes]]:
+    """What `to_files` writes, byte for byte, as (file name, next bytes).
+
+    No file is ever held whole, and no call takes long: safetensors writes a file in one call,
+    during which no other thread of Python's runs.
+
+    Args:
+        state: What to write; it must not change before the last piece was taken.
+        bytes_max: Bytes of a piece; only the last one of a file has fewer.
+    """
+    for name, content in _plain_files(state).items():
+        for data in _cut([memoryview(content)], bytes_max):
+            yield name, data
+    for name, (arrays, metadata) in _tensor_files(state).items():
+        for data in _cut(_safetensors(_contiguous(arrays), metadata), bytes_max):
+            yield name, data
+
+
+def _plain_files(state: ModelState) -> dict[str, bytes]:
     full = isinstance(state.tuning, FullConfig)
     about = {
         "format_version": FORMAT_VERSION,
@@ -45,17 +71,54 @@ def to_files(state: ModelState) -> dict[str, bytes]:
         "step_count": state.step_count,
         "has_optimizer": bool(state.optimizer),
     }
-    files = {
+    return {
         **state.files,
-        FULL_WEIGHTS_FILE if full else WEIGHTS_FILE: save(
-            _contiguous(state.weights), metadata={"format": "pt"}
-        ),
         FULL_CONFIG_FILE if full else PEFT_CONFIG_FILE: _json(state.config),
         STATE_FILE: _json(about),
     }
+
+
+def _tensor_files(
+    state: ModelState,
+) -> dict[str, tuple[Mapping[str, np.ndarray], dict[str, str] | None]]:
+    """Arrays and metadata of each safetensors file."""
+    weights_file = FULL_WEIGHTS_FILE if isinstance(state.tuning, FullConfig) else WEIGHTS_FILE
+    files: dict[str, tuple[Mapping[str, np.ndarray], dict[str, str] | None]] = {
+        weights_file: (state.weights, {"format": "pt"})
+    }
     if state.optimizer:
-        files[OPTIMIZER_FILE] = save(_contiguous(state.optimizer))
+        files[OPTIMIZER_FILE] = (state.optimizer, None)
     return files
+
+
+def _safetensors(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
+) -> Iterator[memoryview]:
+    """A file of float32 tensors: length of the header, header, then the tensors in its order."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    start = 0
+    for name, array in arrays.items():
+        end = start + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for array in arrays.values():
+        yield array.astype("<f4", copy=False).reshape(-1).view(np.uint8).data
+
+
+def _cut(buffers: Iterable[memoryview], bytes_max: int) -> Iterator[bytes]:
+    waiting: list[memoryview] = []
+    room = bytes_max
+    for buffer in buffers:
+        while len(buffer) >= room:
+            yield b"".join([*waiting, buffer[:room]])
+            buffer, waiting, room = buffer[room:], [], bytes_max
+        waiting.append(buffer)
+        room -= len(buffer)
+    if room < bytes_max:
+        yield b"".join(waiting)
 
 
 def from_files(files: Mapping[str, bytes]) -> ModelState:

@@ -1,5 +1,7 @@
 """Loads a base model: a Hugging Face name or folder, frozen, with its tokenizer."""
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +24,12 @@ from tinsmithd.errors import NotFound, Reason
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Architectures whose LoRA targets and numbers the conformance suite checks."""
 
+FINGERPRINT_ELEMENTS = 256
+"""Elements of each parameter that a fingerprint reads, or up to twice as many."""
+
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
+"""Entries of a configuration that say where and by what it was written."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,11 +41,13 @@ class BaseModel:
         model: The causal language model, every parameter frozen, in evaluation mode.
         tokenizer: Its tokenizer.
         info: What it is.
+        fingerprint: Tells it from another base model, of the same name too.
     """
 
     model: Any
     tokenizer: Any
     info: BaseModelInfo
+    fingerprint: str
 
 
 def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], None]) -> BaseModel:
@@ -74,6 +84,8 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError) as error:
         raise _not_found(f"cannot load base model {name_or_folder!r}: {_line(error)}") from error
+    # Here, while each weight is whole and in host memory.
+    fingerprint = _fingerprint(config, model)
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -91,7 +103,25 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
         layer_count=config.num_hidden_layers,
         parameter_count=count,
     )
-    return BaseModel(model, tokenizer, info)
+    return BaseModel(model, tokenizer, info, fingerprint)
+
+
+def _fingerprint(config: Any, model: Any) -> str:
+    """A digest of the configuration and, per parameter, of name, shape, dtype and some elements.
+
+    The elements stand at equal distances, so that one read of a bounded number of places tells
+    apart models that were trained differently, however large they are. It does not find a model
+    of which a few elements were changed on purpose.
+    """
+    digest = hashlib.sha256()
+    known = {k: v for k, v in config.to_dict().items() if k not in NOT_OF_THE_MODEL}
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)].contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _not_found(message: str) -> NotFound:

@@ -22,7 +22,11 @@ _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
-def _serve(config: TrainerConfig, farewells: list[Callable[[], None]]) -> None:
+Words = list[Callable[[], None]]
+"""What to say before the end."""
+
+
+def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
     # Heavy imports come after the settings were checked.
     import torch
 
@@ -56,13 +60,17 @@ def _serve(config: TrainerConfig, farewells: list[Callable[[], None]]) -> None:
         micro_batch_tokens_max=config.micro_batch_tokens_max,
         on_progress=on_progress,
     )
-    commands = Commands(engine, world_size=world_size)
+    commands = Commands(engine, world_size=world_size, rank=rank)
     if loading is None:
         link.follow(commands, distributed.broadcast_bytes)
         return
     loading.close()
     greeting = link.hello(engine, config.engine, world_size)
-    link.lead(commands, config.training_target, greeting, distributed.broadcast_bytes)
+
+    def on_link(begun: link.Link) -> None:
+        last_words[:] = [begun.leave]
+
+    link.lead(commands, config.training_target, greeting, distributed.broadcast_bytes, on_link)
 
 
 def _end(status: int, farewells: Sequence[Callable[[], None]]) -> NoReturn:
@@ -72,8 +80,8 @@ def _end(status: int, farewells: Sequence[Callable[[], None]]) -> NoReturn:
     os._exit(status)
 
 
-def _end_on_signals(farewells: Sequence[Callable[[], None]]) -> None:
-    """Let SIGTERM and Ctrl-C end this process at once, after a goodbye to the other ranks.
+def _end_on_signals(last_words: Words, farewells: Words) -> None:
+    """Let SIGTERM and Ctrl-C end this process at once, after a goodbye to server and other ranks.
 
     Python's own handlers run in the main thread, which may be waiting in a collective for ever.
     """
@@ -85,7 +93,7 @@ def _end_on_signals(farewells: Sequence[Callable[[], None]]) -> None:
 
     def wait() -> None:
         (signum,) = receiver.recv(1)
-        _end(128 + signum, farewells)
+        _end(128 + signum, [*last_words, *farewells])
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
@@ -108,10 +116,11 @@ def main() -> None:
     config = load_or_exit(TrainerConfig, EXIT_HOPELESS)
     _die_with_parent(config)
     set_up(config)
-    farewells: list[Callable[[], None]] = []
-    _end_on_signals(farewells)
+    last_words: Words = []
+    farewells: Words = []
+    _end_on_signals(last_words, farewells)
     try:
-        _serve(config, farewells)
+        _serve(config, last_words, farewells)
     except TinsmithError as error:
         _log.error("%s", error.message)
         _end(EXIT_HOPELESS, farewells)

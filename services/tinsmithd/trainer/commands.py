@@ -5,21 +5,28 @@ Rank 0 answers through `reply`; the others do the same work and say nothing.
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1 import types_pb2
-from tinsmith.v1.training_service_pb2 import DatumOutput
 from tinsmithd import state_files
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import array_to_pb
-from tinsmithd.errors import Internal, TinsmithError
-from tinsmithd.trainer.engines.interface import ModelBroken, TrainingEngine
+from tinsmithd.domain import ModelState
+from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
+from tinsmithd.trainer.answers import done_with, failed
+from tinsmithd.trainer.engines.interface import (
+    ForwardResult,
+    ModelBroken,
+    PlanMismatch,
+    TrainingEngine,
+)
+from tinsmithd.trainer.snapshots import Later, Snapshots, send_state
 
-PIECE_BYTES_MAX = 1024 * 1024
 RANK_MAX = 1 << 30
 """The Training server has checked the rank."""
 
@@ -28,17 +35,37 @@ _log = logging.getLogger(__name__)
 Reply = Callable[[pb.AttachRequest], None]
 
 
-class Commands:
-    """Applies commands, one after the other, to one engine."""
+@dataclass(frozen=True)
+class _Replies:
+    """Where answers go: at once, or when nothing else is to be sent."""
 
-    def __init__(self, engine: TrainingEngine, *, world_size: int) -> None:
+    now: Reply
+    later: Later
+
+
+class Commands:
+    """Applies commands, one after the other, to one engine.
+
+    Args:
+        engine: The engine.
+        world_size: Number of ranks.
+        rank: This one; only rank 0 sends states.
+    """
+
+    def __init__(self, engine: TrainingEngine, *, world_size: int, rank: int = 0) -> None:
         self._engine = engine
         self._world_size = world_size
         self._model_ids: set[str] = set()
-        self._pieces: dict[str, bytearray] = {}
+        self._pieces: dict[str, list[bytes]] = {}
+        self._snapshots = Snapshots() if rank == 0 else None
 
-    def apply(self, command: pb.AttachResponse, reply: Reply) -> None:
+    def apply(self, command: pb.AttachResponse, reply: Reply, later: Later | None = None) -> None:
         """Carry out one command and answer it.
+
+        Args:
+            command: The command.
+            reply: Takes the answers.
+            later: Takes those that have time; without it they go to `reply`, too.
 
         Raises:
             Exception: Something unexpected, with more than one rank: they may no longer be in
@@ -46,14 +73,18 @@ class Commands:
         """
         case = command.WhichOneof("command")
         if case == "piece":
-            self._pieces.setdefault(command.piece.file_name, bytearray()).extend(command.piece.data)
+            self._pieces.setdefault(command.piece.file_name, []).append(command.piece.data)
             return
-        handler: Callable[[pb.AttachResponse, Reply], pb.Done] = getattr(self, f"_{case}")
+        handler: Callable[[pb.AttachResponse, _Replies], pb.Done | None]
+        handler = getattr(self, f"_{case}")
         answer = pb.AttachRequest(command_id=command.command_id)
         try:
-            answer.done.CopyFrom(handler(command, reply))
+            done = handler(command, _Replies(reply, later or _at_once(reply)))
+            if done is None:
+                return
+            answer.done.CopyFrom(done)
         except TinsmithError as error:
-            answer.failed.CopyFrom(_failed(error))
+            answer.failed.CopyFrom(failed(error))
         except ModelBroken as error:
             self._engine.delete_model(command.model_id)
             self._model_ids.discard(command.model_id)
@@ -62,7 +93,7 @@ class Commands:
             if self._world_size > 1:
                 raise
             _log.exception("%s of model %s failed", case, command.model_id)
-            answer.failed.CopyFrom(_failed(Internal()))
+            answer.failed.CopyFrom(failed(Internal()))
         reply(answer)
 
     def forget_models(self) -> None:
@@ -74,34 +105,60 @@ class Commands:
 
     # --- one method per command ---------------------------------------------------------------
 
-    def _create_model(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
+    def _create_model(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         tuning = convert.tuning_from_pb(command.create_model, "", RANK_MAX)
         self._engine.create_model(command.model_id, tuning)
         self._model_ids.add(command.model_id)
         return pb.Done()
 
-    def _delete_model(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
+    def _delete_model(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         self._engine.delete_model(command.model_id)
         self._model_ids.discard(command.model_id)
         return pb.Done()
 
-    def _compute(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
+    def _compute(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
+        with self._whole_call(command.model_id, command.compute.part):
+            try:
+                result, engine_s = self._forward(command, replies)
+            except PlanMismatch as error:
+                raise InvalidArgument("plan", str(error)) from error
+        return pb.Done(
+            metrics=result.metrics,
+            plan=result.plan,
+            non_finite=result.non_finite,
+            engine_s=engine_s,
+        )
+
+    def _forward(
+        self, command: pb.AttachResponse, replies: _Replies
+    ) -> tuple[ForwardResult, float]:
+        """Compute, and say how long the engine took."""
         compute = command.compute
 
         def on_result(index: int, outputs: Mapping[str, np.ndarray]) -> None:
-            packed = {k: array_to_pb(v, types_pb2.TENSOR_FORMAT_PACKED) for k, v in outputs.items()}
-            results = pb.DatumResults(outputs=[DatumOutput(loss_fn_outputs=packed)])
-            reply(pb.AttachRequest(command_id=command.command_id, results=results))
+            message = pb.AttachRequest(command_id=command.command_id)
+            # Filled in place: a message that is given to another one is copied.
+            output = message.results.outputs.add()
+            for name, array in outputs.items():
+                tensor = array_to_pb(array, types_pb2.TENSOR_FORMAT_PACKED)
+                output.loss_fn_outputs[name].CopyFrom(tensor)
+            replies.now(message)
 
-        with self._whole_call(command.model_id, compute.part):
-            metrics = self._engine.forward(
-                command.model_id,
-                [convert.datum_from_pb(d, f"data[{i}]") for i, d in enumerate(compute.data)],
-                convert.loss_fn_from_pb(compute.loss_fn, "loss_fn"),
-                backward=compute.backward,
-                on_result=on_result,
-            )
-        return pb.Done(metrics=metrics)
+        data = [
+            convert.datum_from_pb(types_pb2.Datum.FromString(datum), f"data[{i}]")
+            for i, datum in enumerate(compute.data)
+        ]
+        loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
+        start_s = time.perf_counter()
+        result = self._engine.forward(
+            command.model_id,
+            data,
+            loss_fn,
+            backward=compute.backward,
+            on_result=on_result,
+            plan=compute.plan,
+        )
+        return result, time.perf_counter() - start_s
 
     @contextlib.contextmanager
     def _whole_call(self, model_id: str, part: pb.CallPart.ValueType) -> Iterator[None]:
@@ -124,24 +181,28 @@ class Commands:
             text = f"the parts of a failed call could not be undone: {error}"
             raise ModelBroken(text) from error
 
-    def _optim_step(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
+    def _optim_step(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         adam = convert.adam_from_pb(command.optim_step.adam_params, "adam_params")
         return pb.Done(metrics=self._engine.optim_step(command.model_id, adam))
 
-    def _export_state(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
+    def _export_state(self, command: pb.AttachResponse, replies: _Replies) -> None:
         state = self._engine.export_state(
             command.model_id, optimizer=command.export_state.optimizer
         )
-        for file_name, data in state_files.to_files(state).items():
-            for start in range(0, len(data), PIECE_BYTES_MAX):
-                piece = pb.StatePiece(
-                    file_name=file_name, data=data[start : start + PIECE_BYTES_MAX]
-                )
-                reply(pb.AttachRequest(command_id=command.command_id, piece=piece))
-        return _done(state)
+        if self._snapshots is not None:
+            send_state(command.command_id, state, replies.later)
 
-    def _import_state(self, command: pb.AttachResponse, reply: Reply) -> pb.Done:
-        files = {name: bytes(data) for name, data in self._pieces.items()}
+    def _snapshot(self, command: pb.AttachResponse, replies: _Replies) -> None:
+        def copy() -> ModelState:
+            return self._engine.export_state(command.model_id, optimizer=True)
+
+        if self._snapshots is None:
+            copy()  # the ranks do it together
+        else:
+            self._snapshots.take(command.command_id, copy, replies.now, replies.later)
+
+    def _import_state(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
+        files = {name: b"".join(pieces) for name, pieces in self._pieces.items()}
         self._pieces.clear()
         state = state_files.from_files(files)
         optimizer = command.import_state.optimizer
@@ -158,17 +219,12 @@ class Commands:
             self._engine.import_state(command.model_id, state, optimizer=optimizer)
         if not optimizer:
             return pb.Done(**convert.tuning_to_pb(state.tuning))
-        return _done(state)
+        return done_with(state)
 
 
-def _done(state: Any) -> pb.Done:
-    return pb.Done(step_count=state.step_count, **convert.tuning_to_pb(state.tuning))
+def _at_once(reply: Reply) -> Later:
+    def send(message: pb.AttachRequest) -> bool:
+        reply(message)
+        return True
 
-
-def _failed(error: TinsmithError) -> pb.Failed:
-    return pb.Failed(
-        error=type(error).__name__,
-        reason=str(error.reason),
-        message=error.message,
-        field=error.field,
-    )
+    return send

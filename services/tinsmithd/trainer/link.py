@@ -1,12 +1,16 @@
 """Rank 0's end of the stream to the Training server, and the loop that all ranks share.
 
-Rank 0 reads a command, broadcasts its bytes, and every rank carries it out. A stream that ends
-means that the Training server is gone and nobody knows the models any more: the ranks drop them,
-keep the base model and attach again.
+Rank 0 says hello and stands by, for as long as it takes, until it is welcomed: then its group is at
+work. It reads a command, broadcasts its bytes, and every rank carries it out. A stream that ends
+means that the Training server is gone, or has given the group's place to another: nobody here knows
+the models any more. The ranks drop them, keep the base model and attach again.
+
+A group that was stopped for a while and goes on may finish its command and answer on a stream that
+is over: nobody reads that, and the next message that it waits for does not come.
 """
 
 import logging
-import queue
+import os
 import random
 import threading
 import time
@@ -15,15 +19,20 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
-from tinsmith.internal.v1.trainer_link_service_pb2_grpc import TrainerLinkServiceStub
 from tinsmithd.convert import types as convert
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.outgoing import Outgoing
 
+ALIVE_INTERVAL_S = 2.0
+"""How often rank 0 says that it lives."""
+LEAVE_S = 0.1
+"""What a last word needs to leave this process."""
+RETRY_DELAY_S = 0.2
+"""After a stream that held; twice as long after each that did not."""
 RETRY_DELAY_S_MAX = 5.0
-RESULTS_BYTES_MAX = 1024 * 1024
-"""Results are put together up to so many bytes, and those of one datum more."""
 
+_ATTACH = "/{}/{}".format(pb.DESCRIPTOR.services_by_name["TrainerLinkService"].full_name, "Attach")
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -40,51 +49,61 @@ _log = logging.getLogger(__name__)
 
 
 class Link:
-    """One stream to the Training server; messages may be sent from any thread."""
+    """One stream to the Training server; messages may be sent from any thread.
+
+    Attributes:
+        commands: What the server says: each a serialized `AttachResponse`, since that is how the
+            other ranks get it.
+        welcomed: Whether the group is, or was, at work on this stream.
+        send: Sends a message.
+        send_later: Sends one when nothing else is to be sent, and waits for that; False once the
+            stream is over.
+    """
 
     def __init__(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
-        self._outgoing: queue.SimpleQueue[pb.AttachRequest | None] = queue.SimpleQueue()
-        stub = TrainerLinkServiceStub(self._channel)
-        self.commands: Iterator[pb.AttachResponse] = stub.Attach(self._messages())
+        self._outgoing = Outgoing()
+        self.welcomed = False
+        self.send = self._outgoing.put
+        self.send_later = self._outgoing.put_later
+        attach: grpc.StreamStreamMultiCallable = self._channel.stream_stream(
+            _ATTACH, request_serializer=pb.AttachRequest.SerializeToString
+        )
+        self.commands: Iterator[bytes] = attach(iter(self._outgoing))
+        # Not only when the next command is awaited: a snapshot may be waiting to be sent.
+        if not self.commands.add_callback(self._outgoing.end):
+            self._outgoing.end()
 
-    def send(self, message: pb.AttachRequest) -> None:
-        """Send one message."""
-        self._outgoing.put(message)
+    def say_alive(self) -> None:
+        """Say every two seconds that this process lives, until the stream is over."""
 
-    def _messages(self) -> Iterator[pb.AttachRequest]:
-        """What was sent, in order; results that wait together go out as one message."""
-        held: pb.AttachRequest | None = None
-        while True:
-            message, held = held or self._outgoing.get(), None
-            if message is None:
-                return
-            while message.HasField("results") and message.ByteSize() < RESULTS_BYTES_MAX:
-                try:
-                    following = self._outgoing.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    yield message
-                    return
-                if not following.HasField("results"):
-                    held = following
-                    break
-                # Of the same command: each ends with a message of another kind.
-                message.results.MergeFrom(following.results)
-            yield message
+        def say() -> None:
+            while not self._outgoing.ended.wait(ALIVE_INTERVAL_S):
+                self.send(pb.AttachRequest(alive=pb.Alive()))
+
+        threading.Thread(target=say, name="alive", daemon=True).start()
+
+    def leave(self) -> None:
+        """Say that this process ends because it was asked to; it should end soon after."""
+        self.send(pb.AttachRequest(leaving=pb.Leaving()))
+        time.sleep(LEAVE_S)
 
     def close(self) -> None:
         """End the stream."""
-        self._outgoing.put(None)
+        self._outgoing.end()
         self._channel.close()
 
 
 def hello(engine: TrainingEngine, engine_name: str, world_size: int) -> pb.AttachRequest:
     """The message that says that the group is ready."""
-    info = convert.base_model_to_pb(engine.info)
     return pb.AttachRequest(
-        hello=pb.Hello(base_model=info, world_size=world_size, engine=engine_name)
+        hello=pb.Hello(
+            base_model=convert.base_model_to_pb(engine.info),
+            world_size=world_size,
+            engine=engine_name,
+            identity=engine.identity,
+            pid=os.getpid(),
+        )
     )
 
 
@@ -112,27 +131,54 @@ class LoadingLink:
         self._link.close()
 
 
-def lead(commands: Commands, target: str, greeting: pb.AttachRequest, broadcast: Broadcast) -> None:
-    """Rank 0: attach, carry out commands with the group, attach again when the stream ends."""
-    delay_s = 0.2
+def lead(
+    commands: Commands,
+    target: str,
+    greeting: pb.AttachRequest,
+    broadcast: Broadcast,
+    on_link: Callable[[Link], None] = lambda _: None,
+) -> None:
+    """Rank 0: attach, carry out commands with the group, attach again when the stream ends.
+
+    Args:
+        commands: What carries them out.
+        target: The Training server.
+        greeting: See `hello`.
+        broadcast: Passes commands on to the other ranks.
+        on_link: Told of each stream as it begins.
+    """
+    delay_s = RETRY_DELAY_S
     while True:
         link = Link(target)
+        on_link(link)
         link.send(greeting)
+        link.say_alive()
+        start_s = time.monotonic()
         try:
-            for command in link.commands:
-                delay_s = 0.2
-                broadcast(command.SerializeToString())
-                commands.apply(command, link.send)
+            for data in link.commands:
+                _carry_out(data, commands, link, broadcast)
         except grpc.RpcError as error:
-            _log.warning("no Training server at %s (%s)", target, _code(error))
+            _log.warning("the stream to the Training server at %s broke (%s)", target, _why(error))
         else:
             _log.warning("the Training server ended the stream")
         finally:
             link.close()
         broadcast(_FORGET)
         commands.forget_models()
+        if link.welcomed or time.monotonic() - start_s > RETRY_DELAY_S_MAX:
+            delay_s = RETRY_DELAY_S
         time.sleep(delay_s * random.uniform(0.75, 1.25))
         delay_s = min(2 * delay_s, RETRY_DELAY_S_MAX)
+
+
+def _carry_out(data: bytes, commands: Commands, link: Link, broadcast: Broadcast) -> None:
+    command = pb.AttachResponse.FromString(data)
+    if command.HasField("welcome"):
+        link.welcomed = True
+        _log.info("at work, in epoch %d", command.welcome.epoch)
+        return
+    broadcast(data)
+    commands.apply(command, link.send, link.send_later)
 
 
 def follow(commands: Commands, broadcast: Broadcast) -> None:
@@ -145,5 +191,7 @@ def follow(commands: Commands, broadcast: Broadcast) -> None:
             commands.apply(pb.AttachResponse.FromString(data), lambda _: None)
 
 
-def _code(error: grpc.RpcError) -> str:
-    return error.code().name if isinstance(error, grpc.Call) else type(error).__name__
+def _why(error: grpc.RpcError) -> str:
+    if not isinstance(error, grpc.Call):
+        return type(error).__name__
+    return f"{error.code().name}: {error.details() or ''}"

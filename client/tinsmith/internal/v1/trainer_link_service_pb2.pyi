@@ -62,6 +62,7 @@ class AttachRequest(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
     CAPTURED_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     """The command that this answers; 0 in `hello`, `loading` and `alive`."""
     @_builtins.property
@@ -100,6 +101,10 @@ class AttachRequest(_message.Message):
         `done` follow, in between what other commands answer.
         """
 
+    @_builtins.property
+    def leaving(self) -> Global___Leaving:
+        """Somebody asked this process to end (SIGTERM); it ends now, whatever it was doing."""
+
     def __init__(
         self,
         *,
@@ -112,16 +117,34 @@ class AttachRequest(_message.Message):
         failed: Global___Failed | None = ...,
         alive: Global___Alive | None = ...,
         captured: Global___Captured | None = ...,
+        leaving: Global___Leaving | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "leaving", b"leaving", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "command_id", b"command_id", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "command_id", b"command_id", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "leaving", b"leaving", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "results", "piece", "done", "failed", "alive", "captured"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "results", "piece", "done", "failed", "alive", "captured", "leaving"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class Leaving(_message.Message):
+    """The process of rank 0 ends because it was asked to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
 
 @_typing.final
 class Alive(_message.Message):
@@ -187,10 +210,13 @@ class Hello(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     world_size: _builtins.int
     """Number of ranks."""
     engine: _builtins.str
     """Name of its engine."""
+    pid: _builtins.int
+    """Process id of rank 0 on its machine."""
     @_builtins.property
     def base_model(self) -> _types_pb2.BaseModel:
         """What it holds."""
@@ -208,10 +234,11 @@ class Hello(_message.Message):
         world_size: _builtins.int = ...,
         engine: _builtins.str = ...,
         identity: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "engine", b"engine", "identity", b"identity", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "engine", b"engine", "identity", b"identity", "pid", b"pid", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

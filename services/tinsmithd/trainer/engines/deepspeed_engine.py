@@ -13,29 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from tinsmithd.domain import (
-    AdamParams,
-    BaseModelInfo,
-    CrossEntropy,
-    Datum,
-    LossFn,
-    ModelState,
-    Tuning,
-)
-from tinsmithd.errors import InvalidArgument, Reason, ResourceExhausted
+from tinsmithd import failpoints
+from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, ModelState, Tuning
+from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.full import FullWeights
 from tinsmithd.modeling.lora import Adapters, adapts_experts
 from tinsmithd.modeling.packing import use_packed_attention
-from tinsmithd.trainer.engines import batching, distributed, memory
-from tinsmithd.trainer.engines.interface import ModelBroken, OnResult
-from tinsmithd.trainer.engines.packed import PackedResult, compute_packed
+from tinsmithd.trainer.engines import batching, distributed, identity, memory
+from tinsmithd.trainer.engines import plan as plans
+from tinsmithd.trainer.engines.interface import ForwardResult, ModelBroken, OnResult
+from tinsmithd.trainer.engines.plan import MicroBatch, Round
 from tinsmithd.trainer.engines.reference import check_state, non_finite_gradient
-from tinsmithd.trainer.engines.residency import Model, ResidentModels, Slot
+from tinsmithd.trainer.engines.residency import ResidentModels, Slot
+from tinsmithd.trainer.engines.rounds import Call, Place
 from tinsmithd.trainer.engines.zero_adapter import ZeroConfig
 from tinsmithd.trainer.engines.zero_base import partition
 
@@ -66,16 +60,22 @@ class DeepSpeedEngine:
         full: bool = False,
     ) -> None:
         self._device = distributed.init()
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._partitioned = zero.stage == 3
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
         use_packed_attention(base.model)
+        self._zero = zero
         # What is trained does get stale, so no gathered copy of it may be kept.
         if full:
             zero = replace(zero, gathered_bytes_max=0)
-        self._partition = partition(base.model, zero) if self._partitioned else None
+        self._partition = partition(base.model, zero) if zero.stage == 3 else None
         self._weights = FullWeights(base) if full else Adapters(base, fused=True)
+        self._place = Place(
+            self._weights,
+            self._device,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            partitioned=zero.stage == 3,
+        )
         self._models = ResidentModels(
             self._weights,
             zero,
@@ -93,13 +93,29 @@ class DeepSpeedEngine:
         """The base model that this engine holds."""
         return self._base.info
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that the last bit of a result may depend on, besides calls and their plans."""
+        # Not in here, since no number depends on it: `micro_batch_tokens_max` and
+        # `activation_bytes_max`, which only say how a call is composed, and plans have that;
+        # `gathered_bytes_max`, since weights have the same values whenever they are gathered; and
+        # `resident_models_max`, since a model leaves the device and comes back by copying.
+        return identity.describe(
+            "deepspeed",
+            self._base,
+            self._device,
+            world_size=self._place.world_size,
+            zero_stage=self._zero.stage,
+            offload=self._zero.offload,
+        )
+
     def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model with its first values and no optimizer state.
 
         Raises:
             InvalidArgument: An adapter would stand on experts of a partitioned base.
         """
-        if self._partitioned and adapts_experts(self._base, tuning):
+        if self._place.partitioned and adapts_experts(self._base, tuning):
             message = "experts cannot be adapted under ZeRO stage 3; set it to false"
             raise InvalidArgument("lora_config.train_mlp", message)
         self._models.add(model_id, tuning)
@@ -129,34 +145,58 @@ class DeepSpeedEngine:
         *,
         backward: bool,
         on_result: OnResult,
-    ) -> Mapping[str, float]:
+        plan: bytes = b"",
+    ) -> ForwardResult:
         """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
+        given = self._read(plan, len(data)) if plan else None
         model, slot = self._models.use(model_id)
-        lengths = [len(datum.tokens) for datum in data]
-        plain_tokens_max = self._plain_tokens_max(slot) if backward else sum(lengths)
-        micro_batches = batching.cut(
-            lengths,
-            tokens_max=min(self._micro_batch_tokens_max, max(plain_tokens_max, 1)),
-            world_size=self._world_size,
-        )
+        rounds = self._compose(slot, data, backward) if given is None else given
         before = model.waiting.copy() if backward else None
-        call = _Call(data, lengths, loss_fn, backward)
-        in_order = _InOrder(on_result)
+        call = Call(
+            self._place, model, slot, data, loss_fn, backward=backward, exactly=given is not None
+        )
         try:
-            for start in range(0, len(micro_batches), self._world_size):
-                in_turn = micro_batches[start : start + self._world_size]
-                # Ranks that walk through a partitioned base together must walk the same way.
-                longest = max(sum(lengths[index] for index in indices) for indices in in_turn)
-                recompute = backward and longest > plain_tokens_max
-                results = self._take_part_together(model, slot, call, in_turn, recompute)
-                self._share(data, in_turn, results, in_order)
+            call.run(rounds, on_result)
         except BaseException:
             if backward:
                 model.waiting.put_back(before)
             raise
-        total = torch.tensor([call.loss], dtype=torch.float64, device=self._device)
-        dist.all_reduce(total)
-        return {"loss:sum": float(total)}
+        non_finite = backward and not model.waiting.all_finite()
+        totals = torch.tensor([call.loss, non_finite], dtype=torch.float64, device=self._device)
+        dist.all_reduce(totals)
+        loss, non_finite_ranks = totals.tolist()
+        plan = plans.encode(call.executed, self._place.world_size)
+        return ForwardResult({"loss:sum": loss}, plan, non_finite=non_finite_ranks > 0)
+
+    def _read(self, plan: bytes, data_count: int) -> list[Round]:
+        return plans.decode(
+            plan,
+            data_count=data_count,
+            world_size=self._place.world_size,
+            in_step=self._place.in_step,
+        )
+
+    def _compose(self, slot: Slot, data: Sequence[Datum], backward: bool) -> list[Round]:
+        """Choose what is computed together, and on which rank."""
+        lengths = [len(datum.tokens) for datum in data]
+        world_size = self._place.world_size
+        plain_tokens_max = self._plain_tokens_max(slot) if backward else sum(lengths)
+        micro_batches = batching.cut(
+            lengths,
+            tokens_max=min(self._micro_batch_tokens_max, max(plain_tokens_max, 1)),
+            world_size=world_size,
+        )
+        rounds: list[Round] = []
+        for start in range(0, len(micro_batches), world_size):
+            in_turn = micro_batches[start : start + world_size]
+            # Ranks that walk through a partitioned base together must walk the same way.
+            longest = max(sum(lengths[index] for index in indices) for indices in in_turn)
+            recompute = backward and longest > plain_tokens_max
+            of_ranks: list[tuple[MicroBatch, ...]] = [()] * world_size
+            for rank, indices in enumerate(in_turn):
+                of_ranks[rank] = (MicroBatch(tuple(indices), recompute),)
+            rounds.append(tuple(of_ranks))
+        return rounds
 
     def _plain_tokens_max(self, slot: Slot) -> int:
         """Tokens whose way back fits into memory without recomputation."""
@@ -170,110 +210,6 @@ class DeepSpeedEngine:
             self._bytes_per_token[slot.shape] = memory.activation_bytes_per_token(run)
         return self._activation_bytes_max // self._bytes_per_token[slot.shape]
 
-    def _take_part_together(
-        self,
-        model: Model,
-        slot: Slot,
-        call: "_Call",
-        in_turn: Sequence[Sequence[int]],
-        recompute: bool,
-    ) -> dict[int, np.ndarray]:
-        """`_take_part`, which fails on every rank where it fails on one: they stay in step."""
-        results: dict[int, np.ndarray] = {}
-        failure: ResourceExhausted | None = None
-        try:
-            results = self._take_part(model, slot, call, in_turn, recompute)
-        except ResourceExhausted as error:
-            failure = error
-        if self._world_size > 1:
-            failed = torch.tensor([failure is not None], dtype=torch.int32, device=self._device)
-            dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-            if failure is None and int(failed):
-                message = "a datum of this call does not fit into the memory of another rank"
-                failure = ResourceExhausted(message, Reason.OUT_OF_MEMORY)
-        if failure is not None:
-            raise failure
-        return results
-
-    def _take_part(
-        self,
-        model: Model,
-        slot: Slot,
-        call: "_Call",
-        in_turn: Sequence[Sequence[int]],
-        recompute: bool,
-    ) -> dict[int, np.ndarray]:
-        """This rank's part of one round: logprobs by index of the datum."""
-        results: dict[int, np.ndarray] = {}
-
-        def compute(indices: Sequence[int], recompute: bool) -> None:
-            data = [call.data[index] for index in indices]
-            result = self._packed(model, slot, data, call.loss_fn, call.backward, recompute)
-            if result.gradients:
-                model.waiting.add(result.gradients, slot.zero.layout, slot.zero.padded_count)
-            call.loss += result.loss
-            results.update(zip(indices, result.logprobs, strict=True))
-
-        if self._rank >= len(in_turn):
-            if self._partitioned:
-                # Every rank must walk through a partitioned base as often as the others do.
-                nothing = _without_weight(call.data[in_turn[0][0]])
-                self._packed(model, slot, [nothing], CrossEntropy(), call.backward, recompute)
-        elif self._partitioned and self._world_size > 1:
-            compute(in_turn[self._rank], recompute)
-        else:
-            memory.split_on_out_of_memory(compute, in_turn[self._rank], recompute, call.lengths)
-        return results
-
-    def _packed(
-        self,
-        model: Model,
-        slot: Slot,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        backward: bool,
-        recompute: bool,
-    ) -> PackedResult:
-        with (
-            self._weights.active(slot.key) as causal_lm,
-            slot.zero.collecting(model.waiting) as sink,
-        ):
-            return compute_packed(
-                causal_lm,
-                self._weights.head(slot.key),
-                slot.parameters,
-                data,
-                loss_fn,
-                self._device,
-                backward=backward,
-                recompute=recompute,
-                sink=sink,
-            )
-
-    def _share(
-        self,
-        data: Sequence[Datum],
-        in_turn: Sequence[Sequence[int]],
-        results: Mapping[int, np.ndarray],
-        in_order: "_InOrder",
-    ) -> None:
-        """Give every rank the results of one round."""
-        for owner, indices in enumerate(in_turn):
-            shapes = [data[index].loss_fn_inputs["target_tokens"].shape for index in indices]
-            if self._world_size == 1:
-                parts = [results[index] for index in indices]
-            else:
-                flat = np.empty(sum(map(math.prod, shapes)), np.float32)
-                if owner == self._rank:
-                    flat = np.concatenate([results[index].reshape(-1) for index in indices])
-                shared = torch.from_numpy(flat).to(self._device)
-                dist.broadcast(shared, src=owner)
-                parts = np.split(
-                    shared.cpu().numpy(), np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-                )
-            for index, shape, part in zip(indices, shapes, parts, strict=True):
-                in_order.take(index, part.reshape(shape))
-
     # --- the rest -----------------------------------------------------------------------------
 
     def savepoint(self, model_id: str) -> None:
@@ -286,10 +222,12 @@ class DeepSpeedEngine:
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply one AdamW step with the waiting gradients and clear them."""
+        failpoints.hit("pre_optim")
         model, slot = self._models.use(model_id)
         gradients = model.waiting.take(slot.zero.padded_count, self._device)
         try:
             norm = slot.zero.step(gradients, adam)
+            failpoints.hit("post_optim_pre_ack")
         except Exception as error:
             raise ModelBroken(f"the step failed half-way: {error}") from error
         if not math.isfinite(norm):
@@ -321,43 +259,8 @@ class DeepSpeedEngine:
             raise ModelBroken(f"the import failed half-way: {error}") from error
 
 
-class _Call:
-    """One call to `forward`, and this rank's share of its loss so far."""
-
-    def __init__(
-        self, data: Sequence[Datum], lengths: Sequence[int], loss_fn: LossFn, backward: bool
-    ) -> None:
-        self.data = data
-        self.lengths = lengths
-        self.loss_fn = loss_fn
-        self.backward = backward
-        self.loss = 0.0
-
-
-class _InOrder:
-    """Hands results on in the order of the data, as soon as that is possible."""
-
-    def __init__(self, on_result: OnResult) -> None:
-        self._on_result = on_result
-        self._early: dict[int, np.ndarray] = {}
-        self._next = 0
-
-    def take(self, index: int, logprobs: np.ndarray) -> None:
-        self._early[index] = logprobs
-        while self._next in self._early:
-            self._on_result(self._next, {"logprobs": self._early.pop(self._next)})
-            self._next += 1
-
-
 def _smallest(number: int, device: torch.device) -> int:
     """The smallest of the ranks' numbers."""
     shared = torch.tensor([number], device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MIN)
     return int(shared)
-
-
-def _without_weight(datum: Datum) -> Datum:
-    """A datum as long as another, of no effect."""
-    targets = datum.loss_fn_inputs["target_tokens"]
-    weights = np.zeros(targets.shape, np.float32)
-    return Datum(datum.tokens, {"target_tokens": targets, "weights": weights})

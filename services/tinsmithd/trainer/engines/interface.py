@@ -10,6 +10,7 @@ A call takes effect wholly or not at all: an engine that cannot undo what it hal
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,28 @@ class ModelBroken(Exception):
     """A call failed half-way and its effect cannot be undone; the model must not be used."""
 
 
+class PlanMismatch(ValueError):
+    """A plan is not one of such a call on such ranks; nothing was done."""
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """What a `forward` gave besides the results of its data.
+
+    Attributes:
+        metrics: Named `name:reduction`; `loss:sum` is always there.
+        plan: In which composition the data were computed, as executed. The same call with this
+            plan on a model in the same state, by an engine of equal `identity`, gives the same
+            bits on a CPU.
+        non_finite: With gradients, whether those that wait for this model's step are no longer all
+            finite, on whichever rank; else False.
+    """
+
+    metrics: Mapping[str, float]
+    plan: bytes
+    non_finite: bool = False
+
+
 class TrainingEngine(Protocol):
     """Holds one base model and any number of models (adapter + gradients + optimizer state).
 
@@ -36,6 +59,10 @@ class TrainingEngine(Protocol):
     @property
     def info(self) -> BaseModelInfo:
         """The base model that this engine holds."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that the last bit of a result may depend on, besides calls and their plans."""
 
     def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model without optimizer state.
@@ -58,11 +85,23 @@ class TrainingEngine(Protocol):
         *,
         backward: bool,
         on_result: OnResult,
-    ) -> Mapping[str, float]:
+        plan: bytes = b"",
+    ) -> ForwardResult:
         """Compute the summed loss and, with `backward`, add its gradients to those waiting.
 
-        Returns:
-            Metrics named `name:reduction`; `loss:sum` is always there.
+        Args:
+            model_id: Which model.
+            data: What to compute.
+            loss_fn: Which loss.
+            backward: Whether to add gradients.
+            on_result: Takes the results.
+            plan: Compute in exactly this composition, which an earlier result gave; empty lets
+                the engine choose.
+
+        Raises:
+            PlanMismatch: The plan is not one of this call.
+            ResourceExhausted: Memory does not suffice (OUT_OF_MEMORY): for a datum alone or, since
+                a plan is followed and not changed, for one of the plan's micro-batches.
         """
 
     def savepoint(self, model_id: str) -> None:
@@ -80,12 +119,16 @@ class TrainingEngine(Protocol):
             `grad_norm:last`, the global L2 norm before clipping, and `step:last`.
 
         Raises:
+            ModelBroken: It failed half-way.
             FailedPrecondition: A gradient is not finite (reason NON_FINITE_GRADIENT). The
                 gradients are cleared, weights and optimizer state are as before.
         """
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
-        """Copy a model's state out, with or without its optimizer state."""
+        """Copy a model's state out, with or without its optimizer state.
+
+        It is a copy, which no later call changes, made with as few passes as the ranks allow.
+        """
 
     def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
         """Replace a model's weights by `state`'s and drop waiting gradients.

@@ -80,6 +80,39 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def refuse_on_out_of_memory(
+    compute: Callable[[Sequence[int], bool], None],
+    indices: Sequence[int],
+    recompute: bool,
+    lengths: Sequence[int],
+) -> None:
+    """Compute some data together and in no other way.
+
+    Args:
+        compute: Computes the data of some indices, with recomputation or not.
+        indices: The data.
+        recompute: Whether to recompute.
+        lengths: Tokens of each datum of the call, for the error.
+
+    Raises:
+        ResourceExhausted: They do not fit (OUT_OF_MEMORY).
+    """
+    try:
+        compute(indices, recompute)
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    _empty_cache()
+    tokens = sum(lengths[index] for index in indices)
+    raise ResourceExhausted(
+        f"{len(indices)} data of {tokens} tokens, which must be computed together, do not fit into "
+        f"the trainer's memory: {reason}",
+        Reason.OUT_OF_MEMORY,
+    )
+
+
 def split_on_out_of_memory(
     compute: Callable[[Sequence[int], bool], None],
     indices: Sequence[int],
@@ -104,10 +137,8 @@ def split_on_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
-    # Outside of the handler the error no longer holds the frames, and with them the tensors.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        reason = str(error).partition("\n")[0]
+    _empty_cache()
     if len(indices) > 1:
         _log.warning("out of memory with %d data: computing them in halves", len(indices))
         half = len(indices) // 2
@@ -122,3 +153,9 @@ def split_on_out_of_memory(
             f"{reason}",
             Reason.OUT_OF_MEMORY,
         )
+
+
+def _empty_cache() -> None:
+    # To be called outside of an error's handler: the error holds frames, and those hold tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

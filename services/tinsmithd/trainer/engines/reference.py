@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from tinsmithd import failpoints
 from tinsmithd.domain import (
     AdamParams,
     BaseModelInfo,
@@ -22,14 +23,23 @@ from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.full import FullWeights, check_same_tuning
 from tinsmithd.modeling.lora import Adapters, check_same_shape
+from tinsmithd.trainer.engines import identity
 from tinsmithd.trainer.engines.compute import compute_datum
-from tinsmithd.trainer.engines.interface import OnResult
+from tinsmithd.trainer.engines.interface import (
+    ForwardResult,
+    ModelBroken,
+    OnResult,
+    PlanMismatch,
+)
 
 CLIP_EPS = 1e-6
 """Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
 
 EPS_MIN = 1e-30
 """Stands for an eps of 0, with which a gradient of 0 would be divided by 0."""
+
+PLAN = b"one by one"
+"""Of every call: there is no other composition."""
 
 
 class _Model:
@@ -80,6 +90,11 @@ class ReferenceEngine:
         """The base model that this engine holds."""
         return self._base.info
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that the last bit of a result may depend on, besides the calls."""
+        return identity.describe("reference", self._base, self._device, world_size=1)
+
     def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model with its first values and no optimizer state."""
         self._weights.add(model_id, tuning)
@@ -98,8 +113,12 @@ class ReferenceEngine:
         *,
         backward: bool,
         on_result: OnResult,
-    ) -> Mapping[str, float]:
+        plan: bytes = b"",
+    ) -> ForwardResult:
         """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
+        if plan not in (b"", PLAN):
+            raise PlanMismatch("not a plan of this engine, which computes one by one")
+        failpoint = "mid_backward" if backward else "mid_forward"
         model = self._models[model_id]
         before = model.copy()
         gradients = model.waiting() if backward else None
@@ -107,15 +126,20 @@ class ReferenceEngine:
         try:
             with self._weights.active(model_id) as causal_lm:
                 for index, datum in enumerate(data):
+                    if index:
+                        failpoints.hit(failpoint)
                     result = compute_datum(
                         causal_lm, model.parameters, datum, loss_fn, gradients, self._device
                     )
                     loss += result.loss
+                    if len(data) == 1:
+                        failpoints.hit(failpoint)
                     on_result(index, {"logprobs": result.logprobs})
         except BaseException:
             model.gradients = before
             raise
-        return {"loss:sum": loss}
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients or ())
+        return ForwardResult({"loss:sum": loss}, PLAN, non_finite=not finite)
 
     def savepoint(self, model_id: str) -> None:
         """Remember the waiting gradients, for `rollback`."""
@@ -128,7 +152,8 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """One AdamW step (Loshchilov & Hutter 2019, algorithm 2, with schedule eta = lr)."""
+        """Apply one AdamW step with the waiting gradients and clear them."""
+        failpoints.hit("pre_optim")
         model = self._models[model_id]
         gradients = model.waiting()
         model.gradients = model.savepoint = None
@@ -139,18 +164,11 @@ class ReferenceEngine:
         scale = 1.0
         if adam.grad_clip_norm > 0:
             scale = min(1.0, adam.grad_clip_norm / (float(norm) + CLIP_EPS))
-        model.step_count += 1
-        correction1 = 1 - adam.beta1**model.step_count
-        correction2 = 1 - adam.beta2**model.step_count
-        for i, parameter in enumerate(model.parameters):
-            gradient = gradients[i] * scale
-            model.exp_avg[i].lerp_(gradient, 1 - adam.beta1)
-            model.exp_avg_sq[i].mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
-            parameter.mul_(1 - adam.learning_rate * adam.weight_decay)
-            denominator = model.exp_avg_sq[i].sqrt() / correction2**0.5 + max(adam.eps, EPS_MIN)
-            parameter.addcdiv_(
-                model.exp_avg[i], denominator, value=-adam.learning_rate / correction1
-            )
+        try:
+            _adamw(model, gradients, scale, adam)
+            failpoints.hit("post_optim_pre_ack")
+        except Exception as error:
+            raise ModelBroken(f"the step failed half-way: {error}") from error
         return {"grad_norm:last": float(norm), "step:last": float(model.step_count)}
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
@@ -188,6 +206,24 @@ class ReferenceEngine:
             for i, name in enumerate(model.names):
                 model.exp_avg[i].copy_(torch.from_numpy(moments["exp_avg"][name].copy()))
                 model.exp_avg_sq[i].copy_(torch.from_numpy(moments["exp_avg_sq"][name].copy()))
+
+
+def _adamw(
+    model: _Model, gradients: Sequence[torch.Tensor], scale: float, adam: AdamParams
+) -> None:
+    """One step (Loshchilov & Hutter 2019, algorithm 2, with schedule eta = lr)."""
+    model.step_count += 1
+    correction1 = 1 - adam.beta1**model.step_count
+    correction2 = 1 - adam.beta2**model.step_count
+    for i, parameter in enumerate(model.parameters):
+        if i == len(model.parameters) // 2:
+            failpoints.hit("mid_optim")
+        gradient = gradients[i] * scale
+        model.exp_avg[i].lerp_(gradient, 1 - adam.beta1)
+        model.exp_avg_sq[i].mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
+        parameter.mul_(1 - adam.learning_rate * adam.weight_decay)
+        denominator = model.exp_avg_sq[i].sqrt() / correction2**0.5 + max(adam.eps, EPS_MIN)
+        parameter.addcdiv_(model.exp_avg[i], denominator, value=-adam.learning_rate / correction1)
 
 
 def non_finite_gradient() -> FailedPrecondition:

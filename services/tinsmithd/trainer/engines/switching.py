@@ -16,7 +16,7 @@ from tinsmithd.domain import (
     ModelState,
     Tuning,
 )
-from tinsmithd.trainer.engines.interface import ClosableEngine, OnResult
+from tinsmithd.trainer.engines.interface import ClosableEngine, ForwardResult, OnResult
 
 
 class SwitchingEngine:
@@ -38,6 +38,7 @@ class SwitchingEngine:
         self._is_full = False
         self._engine: ClosableEngine | None = make_adapters()
         self._info = self._engine.info
+        self._identity = self._engine.identity
 
     @property
     def engine(self) -> ClosableEngine:
@@ -49,6 +50,11 @@ class SwitchingEngine:
     def info(self) -> BaseModelInfo:
         """The base model that this engine holds."""
         return self._info
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that the last bit of a result may depend on, besides calls and their plans."""
+        return self._identity
 
     def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model; the base may have to be loaded for it first."""
@@ -92,9 +98,12 @@ class SwitchingEngine:
         *,
         backward: bool,
         on_result: OnResult,
-    ) -> Mapping[str, float]:
+        plan: bytes = b"",
+    ) -> ForwardResult:
         """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
-        return self.engine.forward(model_id, data, loss_fn, backward=backward, on_result=on_result)
+        return self.engine.forward(
+            model_id, data, loss_fn, backward=backward, on_result=on_result, plan=plan
+        )
 
     def savepoint(self, model_id: str) -> None:
         """Remember the waiting gradients, for `rollback`."""

@@ -23,9 +23,8 @@ class Layout:
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def by_name(self, flat: Tensor) -> dict[str, np.ndarray]:
-        """Copies of the parameters' values."""
-        parts = self.views(flat.detach().cpu())
-        return {n: part.numpy().copy() for n, part in zip(self.names, parts, strict=True)}
+        """The parameters' places in a buffer in host memory, as arrays that look into it."""
+        return {n: v.numpy() for n, v in zip(self.names, self.views(flat), strict=True)}
 
     def flatten(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
         """One flat float32 tensor of `count` elements."""
@@ -86,9 +85,27 @@ class WaitingGradients:
             (self._flat,) = self._savepoint
             self._savepoint = None
 
+    def all_finite(self) -> bool:
+        """Whether each element on this rank is finite."""
+        if self._flat is None:
+            return True
+        # One pass: a sum is finite only if all that went into it is. Where finite elements
+        # overflow, a second one finds out; NaN goes into both of its results.
+        if bool(self._flat.sum().isfinite()):
+            return True
+        low, high = torch.aminmax(self._flat)
+        return bool(low.isfinite() & high.isfinite())
+
     def move(self, device: torch.device) -> None:
         """Hold everything on another device."""
         if self._flat is not None:
             self._flat = self._flat.to(device)
         if self._savepoint is not None and self._savepoint[0] is not None:
             self._savepoint = (self._savepoint[0].to(device),)
+
+
+def host_copy(flat: Tensor) -> Tensor:
+    """A float32 copy in host memory, made in one pass, wherever the original is."""
+    # numpy asks the kernel for large pages; most of the time of a copy into a fresh buffer of
+    # torch's goes into page faults.
+    return torch.from_numpy(np.empty(flat.shape, np.float32)).copy_(flat.detach())

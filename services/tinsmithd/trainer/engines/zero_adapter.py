@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinsmithd.trainer.engines.waiting import Layout
+from tinsmithd.trainer.engines.waiting import Layout, host_copy
 from tinsmithd.trainer.engines.zero_slice import MOMENTS, ZeroSlice
 
 
@@ -115,17 +115,19 @@ class ZeroAdapter(ZeroSlice):
     # --- state in and out ---------------------------------------------------------------------
 
     def values(self) -> dict[str, np.ndarray]:
-        """All values, by name."""
-        return self.layout.by_name(self._whole)
+        """A copy of all values, by name."""
+        return self.layout.by_name(host_copy(self._whole[: self.layout.count]))
 
     def moments(self) -> dict[str, np.ndarray]:
-        """All moments, gathered from the ranks, as `<kind>.<name>`; empty before the first step."""
+        """A copy of all moments, as `<kind>.<name>`; empty before the first step."""
         found: dict[str, np.ndarray] = {}
         for kind, own in zip(MOMENTS, self._own_moments(), strict=False):
-            whole = own
             if self._is_slice:
-                whole = torch.empty_like(self._whole)
-                dist.all_gather(list(whole.chunk(self._world_size)), own.to(whole.device))
+                gathered = torch.empty_like(self._whole)
+                dist.all_gather(list(gathered.chunk(self._world_size)), own.to(gathered.device))
+                whole = gathered[: self.layout.count].detach().cpu()
+            else:
+                whole = host_copy(own[: self.layout.count])
             found.update({f"{kind}.{n}": a for n, a in self.layout.by_name(whole).items()})
         return found
 

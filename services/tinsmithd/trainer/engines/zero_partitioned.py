@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinsmithd.trainer.engines.packed import Sink
-from tinsmithd.trainer.engines.waiting import Layout, WaitingGradients
+from tinsmithd.trainer.engines.waiting import Layout, WaitingGradients, host_copy
 from tinsmithd.trainer.engines.zero_adapter import AdapterSnapshot
 from tinsmithd.trainer.engines.zero_slice import MOMENTS, ZeroSlice
 
@@ -35,6 +35,8 @@ class ZeroPartitioned(ZeroSlice):
         parameters: By name, sorted, partitioned.
         release: Makes DeepSpeed drop every weight that is gathered.
     """
+
+    adds_while_computing = True
 
     def __init__(self, parameters: Mapping[str, Any], release: Callable[[], None]) -> None:
         shapes = {name: torch.empty(p.ds_shape, device="meta") for name, p in parameters.items()}
@@ -124,11 +126,13 @@ class ZeroPartitioned(ZeroSlice):
         for name, shape, share in zip(
             self.layout.names, self.layout.shapes, self._shares(own), strict=True
         ):
-            whole = share
             if self._world_size > 1:
                 whole = torch.empty(share.numel() * self._world_size, device=share.device)
                 dist.all_gather_into_tensor(whole, share.contiguous())
-            found[name] = whole[: shape.numel()].view(shape).cpu().numpy().copy()
+                whole = whole[: shape.numel()].cpu()
+            else:
+                whole = host_copy(share[: shape.numel()])
+            found[name] = whole.view(shape).numpy()
         return found
 
     def load(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinsmithd import failpoints
 from tinsmithd.domain import AdamParams
 from tinsmithd.trainer.engines.packed import Sink
 from tinsmithd.trainer.engines.reference import CLIP_EPS, EPS_MIN
@@ -27,8 +28,11 @@ class ZeroSlice(ABC):
     Attributes:
         parameters: What is trained, sorted by name.
         step_count: Steps made.
+        adds_while_computing: Gradients are added to those waiting one by one, while they are made,
+            so a computation that fails half-way has an effect.
     """
 
+    adds_while_computing = False
     parameters: list[Any]
     step_count: int
     _own: Tensor
@@ -72,6 +76,7 @@ class ZeroSlice(ABC):
         self._adamw.step()
         self._own.grad = None
         self.step_count += 1
+        failpoints.hit("mid_optim")
         self._publish()
         return norm
 

@@ -1,0 +1,81 @@
+"""What the last bit of a result may depend on, besides the calls and their plans.
+
+Two rank groups of equal identity compute the same on CPUs. On GPUs they compute the same to
+rounding: kernels there may add up in another order each time.
+"""
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from tinsmithd.modeling.base import BaseModel
+
+PACKAGES = ("tinsmith", "transformers", "peft", "deepspeed")
+"""Whose code decides how something is computed; of torch the build says more."""
+
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+"""Environment variables by which the libraries under torch choose other kernels."""
+
+
+def describe(
+    engine: str, base: BaseModel, device: torch.device, **settings: object
+) -> Mapping[str, str]:
+    """Name and value of each thing; the names are `lower_snake`.
+
+    Args:
+        engine: Name of the engine.
+        base: The base model, which brings its dtype and its fingerprint.
+        device: Where it is computed.
+        settings: Those of the engine that numbers depend on.
+    """
+    chosen = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    found: dict[str, object] = {
+        "engine": engine,
+        **settings,
+        "base_model": base.fingerprint,
+        "dtype": base.info.dtype,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda or "",
+        "environment": " ".join(chosen),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in PACKAGES},
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""  # it runs from a folder
+
+
+def _processor() -> str:
+    """Model of the processor, whose caches and instructions the libraries go by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    pairs = [line.partition(":") for line in lines]
+    values = {name.strip(): value.strip() for name, _, value in pairs}
+    named = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
+    # A virtual machine may hide the name, but not the numbers.
+    return " / ".join(values[name] for name in named if name in values) or platform.processor()

@@ -1,0 +1,141 @@
+"""In which composition a call is computed: its plan, as it was executed and as it can be repeated.
+
+A call is computed in rounds. In a round each rank computes its micro-batches one after the other,
+then all ranks share the results. The rounding of a number depends on which data are computed
+together, on whether layers are recomputed on the way back, and on the rank that adds them up; not
+on anything else that a setting or free memory may change. So a call that is repeated by its plan
+gives the same bits.
+
+As bytes a plan is compact JSON:
+
+    {"ranks": 2, "rounds": [[[[0, [3, 1]]], [[0, [2]], [1, [0]]]]]}
+
+rounds, in it ranks, in it micro-batches as `[recompute, indices of the data]`.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from tinsmithd.trainer.engines.interface import PlanMismatch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Data that are computed together.
+
+    Attributes:
+        indices: Of the data in the call, in the order in which they stand in the micro-batch.
+        recompute: Whether each layer is computed again on the way back.
+    """
+
+    indices: tuple[int, ...]
+    recompute: bool = False
+
+
+Round = tuple[tuple[MicroBatch, ...], ...]
+"""For each rank, what it computes before the ranks share results."""
+
+
+def encode(rounds: Sequence[Round], world_size: int) -> bytes:
+    """Write a plan."""
+    found = [
+        [[[int(m.recompute), list(m.indices)] for m in of_rank] for of_rank in round_]
+        for round_ in rounds
+    ]
+    return json.dumps({"ranks": world_size, "rounds": found}, separators=(",", ":")).encode()
+
+
+def decode(plan: bytes, *, data_count: int, world_size: int, in_step: bool) -> list[Round]:
+    """Read a plan.
+
+    Args:
+        plan: What `encode` wrote.
+        data_count: Data of the call.
+        world_size: Number of ranks.
+        in_step: The ranks must walk through the model together: in a round each computes at most
+            one micro-batch, and all recompute or none does.
+
+    Raises:
+        PlanMismatch: It is no plan, or not one of such a call on such ranks.
+    """
+    try:
+        document = json.loads(plan)
+        ranks = document["ranks"]
+        rounds = [_round(found) for found in document["rounds"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise PlanMismatch(f"not a plan of this engine: {error!r}") from error
+    if ranks != world_size or any(len(round_) != world_size for round_ in rounds):
+        raise PlanMismatch(f"the plan is one of {ranks} rank(s), here are {world_size}")
+    indices = [i for round_ in rounds for m in _micro_batches(round_) for i in m.indices]
+    if sorted(indices) != list(range(data_count)):
+        raise PlanMismatch(f"the plan does not have each of {data_count} data once")
+    if in_step and not all(_is_in_step(round_) for round_ in rounds):
+        raise PlanMismatch("the plan lets ranks part that share one base")
+    return rounds
+
+
+def _round(found: Any) -> Round:
+    return tuple(tuple(_micro_batch(*pair) for pair in of_rank) for of_rank in found)
+
+
+def _micro_batch(recompute: Any, indices: Any) -> MicroBatch:
+    numbers = [recompute, *indices]
+    if not indices or not all(type(number) is int for number in numbers):
+        raise ValueError("a micro-batch has one or more indices")
+    return MicroBatch(tuple(indices), bool(recompute))
+
+
+def _is_in_step(round_: Round) -> bool:
+    one_each = all(len(of_rank) <= 1 for of_rank in round_)
+    return one_each and len({m.recompute for m in _micro_batches(round_)}) == 1
+
+
+def _micro_batches(round_: Round) -> Iterator[MicroBatch]:
+    for of_rank in round_:
+        yield from of_rank
+
+
+def indices_of(of_rank: Sequence[MicroBatch]) -> list[int]:
+    """All data that a rank computes in a round, in order."""
+    return [index for micro_batch in of_rank for index in micro_batch.indices]
+
+
+# --- where one rank had to split what it computed, all must know --------------------------------
+
+
+def marks(planned: Round, rank: int, executed: Sequence[MicroBatch]) -> list[int]:
+    """What a rank executed as one number for each datum of the round, 0 for those of other ranks.
+
+    So the sum over the ranks says what each executed.
+    """
+    found: list[int] = []
+    for other, of_rank in enumerate(planned):
+        if other != rank:
+            found += [0] * len(indices_of(of_rank))
+            continue
+        for place, micro_batch in enumerate(executed, 1):
+            found += [2 * place + micro_batch.recompute] * len(micro_batch.indices)
+    return found
+
+
+def from_marks(planned: Round, summed: Sequence[int]) -> Round:
+    """The round as it was executed.
+
+    Args:
+        planned: As it was to be executed; splitting keeps the order of a rank's data.
+        summed: Sum of the ranks' `marks`.
+    """
+    rest = iter(summed)
+    executed = []
+    for of_rank in planned:
+        pairs = [(next(rest), index) for index in indices_of(of_rank)]
+        executed.append(
+            tuple(
+                MicroBatch(tuple(index for _, index in group), bool(mark % 2))
+                for mark, group in groupby(pairs, key=lambda pair: pair[0])
+            )
+        )
+    return tuple(executed)

@@ -1,0 +1,101 @@
+"""Sends copies of models' states to the Training server while the ranks go on with other work."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmithd import state_files
+from tinsmithd.domain import ModelState
+from tinsmithd.errors import Internal
+from tinsmithd.trainer.answers import done_with, failed
+
+PIECE_BYTES_MAX = 256 * 1024
+"""Small, since an answer may have to wait for one or two on the wire; a state takes as long in
+pieces of a megabyte, and calls beside it twice as long."""
+COPIES_MAX = 2
+"""Copies in memory: the one that is being sent and others; one more waits before it is made."""
+
+Later = Callable[[pb.AttachRequest], bool]
+"""Sends a message when there is nothing else to send, and waits for that; False once it cannot."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    command_id: int
+    state: ModelState
+    later: Later
+
+
+class Snapshots:
+    """Writes and sends snapshots, one after the other, on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._room = threading.BoundedSemaphore(COPIES_MAX)
+        self._copies: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def take(
+        self,
+        command_id: int,
+        copy: Callable[[], ModelState],
+        reply: Callable[[pb.AttachRequest], None],
+        later: Later,
+    ) -> None:
+        """Copy a state and say so; it is sent later.
+
+        Waits while there are `COPIES_MAX` copies. Where the stream of an earlier one ended, that
+        one is dropped.
+
+        Args:
+            command_id: Of the command that asked for it.
+            copy: Copies the state.
+            reply: Sends a message at once.
+            later: Takes the pieces, and `done` or `failed` at last.
+
+        Raises:
+            Exception: The state could not be copied.
+        """
+        self._room.acquire()
+        try:
+            state = copy()
+        except BaseException:
+            self._room.release()
+            raise
+        reply(pb.AttachRequest(command_id=command_id, captured=pb.Captured()))
+        self._copies.put(_Copy(command_id, state, later))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._send_next()
+            self._room.release()  # only now: nothing here holds the copy any more
+
+    def _send_next(self) -> None:
+        copy = self._copies.get()
+        try:
+            send_state(copy.command_id, copy.state, copy.later)
+        except Exception:
+            _log.exception("a snapshot could not be written")
+            copy.later(pb.AttachRequest(command_id=copy.command_id, failed=failed(Internal())))
+
+
+def send_state(command_id: int, state: ModelState, later: Later) -> None:
+    """Send a state's files and then `done`, as far as the stream lasts.
+
+    Args:
+        command_id: Of the command that this answers.
+        state: The state, which must not change meanwhile.
+        later: Takes the messages; its order is kept.
+    """
+    for file_name, data in state_files.to_pieces(state, PIECE_BYTES_MAX):
+        piece = pb.StatePiece(file_name=file_name, data=data)
+        if not later(pb.AttachRequest(command_id=command_id, piece=piece)):
+            return
+    later(pb.AttachRequest(command_id=command_id, done=done_with(state)))

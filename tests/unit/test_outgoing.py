@@ -1,0 +1,94 @@
+"""What goes out on a rank's stream, and in which order."""
+
+import threading
+import time
+
+from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmith.v1.training_service_pb2 import DatumOutput
+from tinsmithd.trainer.outgoing import RESULTS_BYTES_MAX, Outgoing
+
+
+def results(command_id: int, count: int = 1) -> pb.AttachRequest:
+    outputs = [DatumOutput() for _ in range(count)]
+    return pb.AttachRequest(command_id=command_id, results=pb.DatumResults(outputs=outputs))
+
+
+def piece(data: bytes) -> pb.AttachRequest:
+    return pb.AttachRequest(command_id=9, piece=pb.StatePiece(file_name="f", data=data))
+
+
+def done(command_id: int) -> pb.AttachRequest:
+    return pb.AttachRequest(command_id=command_id, done=pb.Done())
+
+
+def test_results_that_wait_together_are_one_message() -> None:
+    """Of one command only; what comes in between keeps its place."""
+    outgoing = Outgoing()
+    alive = pb.AttachRequest(alive=pb.Alive())
+    for message in (results(1), results(1, 2), done(1), results(2), alive, results(2), done(2)):
+        outgoing.put(message)
+    outgoing.end()
+    assert list(outgoing) == [
+        *(results(1, 3), done(1)),
+        *(results(2), alive, results(2), done(2)),
+    ]
+
+
+def test_large_results_are_not_put_together() -> None:
+    """Beyond a size, and those of one more datum."""
+    outgoing = Outgoing()
+    large = results(1)
+    tensor = large.results.outputs[0].loss_fn_outputs["logprobs"]
+    tensor.data = bytes(RESULTS_BYTES_MAX // 2)
+    for _ in range(5):
+        copy = pb.AttachRequest()
+        copy.CopyFrom(large)
+        outgoing.put(copy)
+    outgoing.end()
+    assert [len(message.results.outputs) for message in outgoing] == [2, 2, 1]
+
+
+def test_answers_go_before_pieces() -> None:
+    """A piece leaves when nothing else is there, and only then is there room for the next one."""
+    outgoing = Outgoing()
+    sent: list[bool] = []
+
+    def send() -> None:
+        sent.append(outgoing.put_later(piece(b"1")))
+        sent.append(outgoing.put_later(piece(b"2")))
+
+    sender = threading.Thread(target=send)
+    outgoing.put(done(1))
+    sender.start()
+    messages = iter(outgoing)
+    while not sent:
+        time.sleep(0.001)
+    outgoing.put(done(2))
+    assert [next(messages) for _ in range(3)] == [done(1), done(2), piece(b"1")]
+    sender.join(10)
+    outgoing.put(done(3))
+    assert [next(messages), next(messages)] == [done(3), piece(b"2")]
+    assert sent == [True, True]
+
+
+def test_the_end_of_the_stream_lets_everybody_go() -> None:
+    """Who waits for room, and who waits for messages; later pieces are not taken."""
+    outgoing = Outgoing()
+    assert outgoing.put_later(piece(b"1"))
+    answers: list[bool] = []
+    sender = threading.Thread(target=lambda: answers.append(outgoing.put_later(piece(b"2"))))
+    sender.start()
+    outgoing.end()
+    sender.join(10)
+    assert answers == [False]
+    assert list(outgoing) == []
+    assert not outgoing.put_later(piece(b"3"))
+
+    waiting = Outgoing()
+    found: list[list[pb.AttachRequest]] = []
+    reader = threading.Thread(target=lambda: found.append(list(waiting)))
+    reader.start()
+    waiting.put(done(1))
+    waiting.end()
+    reader.join(10)
+    assert found == [[done(1)]]

@@ -1,0 +1,254 @@
+"""What a rank does with a command, on an engine that only pretends."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinsmith import tensors
+from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmithd import state_files
+from tinsmithd.convert import types as convert
+from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, LossFn, ModelState, Tuning
+from tinsmithd.trainer.commands import Commands
+from tinsmithd.trainer.engines.interface import ForwardResult, OnResult, PlanMismatch
+from tinsmithd.trainer.snapshots import COPIES_MAX, PIECE_BYTES_MAX
+
+LORA = LoraConfig(rank=2)
+
+
+class Pretender:
+    """An engine that computes nothing.
+
+    Attributes:
+        calls: What it was asked to compute: data and plan.
+        value: In all its weights.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Sequence[Datum], bytes]] = []
+        self.value = 1.0
+        self.copies_count = 0
+
+    def create_model(self, model_id: str, tuning: Tuning) -> None: ...
+
+    def delete_model(self, model_id: str) -> None: ...
+
+    def forward(
+        self,
+        model_id: str,
+        data: Sequence[Datum],
+        loss_fn: LossFn,
+        *,
+        backward: bool,
+        on_result: OnResult,
+        plan: bytes = b"",
+    ) -> ForwardResult:
+        if plan == b"of another call":
+            raise PlanMismatch("it does not fit")
+        self.calls.append((data, plan))
+        for index, datum in enumerate(data):
+            on_result(index, {"logprobs": np.full(len(datum.tokens), index, np.float32)})
+        return ForwardResult({"loss:sum": 2.5}, b"as planned", non_finite=backward)
+
+    def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
+        self.value += 1
+        return {"step:last": self.value}
+
+    def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
+        if model_id == "absent":
+            raise KeyError(model_id)
+        self.copies_count += 1
+        weights = {"w": np.full(3_000_000, self.value, np.float32)}
+        moments = {f"{kind}.w": weights["w"] for kind in ("exp_avg", "exp_avg_sq")}
+        return ModelState(LORA, weights, moments if optimizer else {}, int(self.value), {"r": 2})
+
+
+@pytest.fixture
+def engine() -> Pretender:
+    return Pretender()
+
+
+def compute(plan: bytes = b"", *, backward: bool = True) -> pb.AttachResponse:
+    """Two data of three tokens."""
+    datum = Datum(np.arange(3), {"target_tokens": np.arange(3), "weights": np.ones(3, np.float32)})
+    message = pb.Compute(
+        loss_fn=convert.loss_fn_to_pb(CrossEntropy()),
+        data=[convert.datum_to_pb(datum).SerializeToString()] * 2,
+        backward=backward,
+        plan=plan,
+    )
+    return pb.AttachResponse(command_id=7, model_id="m", compute=message)
+
+
+def snapshot(command_id: int, model_id: str = "m") -> pb.AttachResponse:
+    return pb.AttachResponse(command_id=command_id, model_id=model_id, snapshot=pb.Snapshot())
+
+
+def test_a_compute_answers_with_its_plan_and_what_it_took(engine: Pretender) -> None:
+    """Results per datum first; data come as bytes, and the plan goes to the engine."""
+    answers: list[pb.AttachRequest] = []
+    Commands(engine, world_size=1).apply(compute(b"so"), answers.append)
+    *results, last = answers
+    assert [a.command_id for a in answers] == [7] * len(answers)
+    (data, plan) = engine.calls[0]
+    assert plan == b"so"
+    assert [datum.tokens.tolist() for datum in data] == [[0, 1, 2]] * 2
+    found = [tensors.decode(a.results.outputs[0].loss_fn_outputs["logprobs"]) for a in results]
+    np.testing.assert_array_equal(found, [[0, 0, 0], [1, 1, 1]])
+    assert dict(last.done.metrics) == {"loss:sum": 2.5}
+    assert (last.done.plan, last.done.non_finite) == (b"as planned", True)
+    assert 0 < last.done.engine_s < 10
+    Commands(engine, world_size=1).apply(compute(backward=False), answers.append)
+    assert not answers[-1].done.non_finite
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_plan_that_does_not_fit_is_a_refusal(engine: Pretender, ranks: int) -> None:
+    """All ranks see it alike, so it does not end the group."""
+    answers: list[pb.AttachRequest] = []
+    Commands(engine, world_size=ranks).apply(compute(b"of another call"), answers.append)
+    (answer,) = answers
+    assert (answer.failed.error, answer.failed.field) == ("InvalidArgument", "plan")
+    assert "it does not fit" in answer.failed.message
+
+
+class Later:
+    """Takes what has time, as fast as a test allows.
+
+    Attributes:
+        messages: What came.
+        open: Whether the stream is.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[pb.AttachRequest] = []
+        self.go = threading.Event()
+        self.open = True
+        self.ended = threading.Event()
+
+    def __call__(self, message: pb.AttachRequest) -> bool:
+        assert self.go.wait(10)
+        if not self.open:
+            self.ended.set()
+            return False
+        self.messages.append(message)
+        if message.WhichOneof("content") in ("done", "failed"):
+            self.ended.set()
+        return True
+
+    def wait(self) -> None:
+        assert self.ended.wait(10)
+
+
+def files_of(messages: Sequence[pb.AttachRequest]) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for message in messages:
+        assert len(message.piece.data) <= PIECE_BYTES_MAX
+        name = message.piece.file_name
+        files[name] = files.get(name, b"") + message.piece.data
+    return files
+
+
+def test_a_snapshot_is_what_the_model_was_when_it_was_copied(engine: Pretender) -> None:
+    """`captured` at once; the pieces and `done` later, whatever is answered in between."""
+    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    expected = state_files.to_files(engine.export_state("m", optimizer=True))
+    commands.apply(snapshot(1), answers.append, later)
+    assert answers == [pb.AttachRequest(command_id=1, captured=pb.Captured())]
+    step = pb.AttachResponse(command_id=2, model_id="m", optim_step=pb.OptimStep())
+    commands.apply(step, answers.append, later)
+    assert answers[-1].done.metrics["step:last"] == 2
+    later.go.set()
+    later.wait()
+    *pieces, last = later.messages
+    assert {message.command_id for message in later.messages} == {1}
+    assert last.done.step_count == 1
+    assert last.done.lora_config.rank == 2
+    assert files_of(pieces) == expected
+
+
+def test_few_copies_are_held_at_once(engine: Pretender) -> None:
+    """One more is not even made before there is room for it."""
+    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    for command_id in range(COPIES_MAX):
+        commands.apply(snapshot(command_id + 1), answers.append, later)
+    one_more = threading.Thread(
+        target=commands.apply, args=(snapshot(COPIES_MAX + 1), answers.append, later)
+    )
+    one_more.start()
+    one_more.join(0.2)
+    assert one_more.is_alive()
+    assert (engine.copies_count, len(answers)) == (COPIES_MAX, COPIES_MAX)
+    later.go.set()
+    one_more.join(10)
+    assert (engine.copies_count, len(answers)) == (COPIES_MAX + 1, COPIES_MAX + 1)
+
+
+def test_a_stream_that_ended_gives_its_copies_back(engine: Pretender) -> None:
+    """And the snapshots of the stream after it are taken."""
+    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    for command_id in range(COPIES_MAX):
+        commands.apply(snapshot(command_id + 1), answers.append, later)
+    later.open = False
+    later.go.set()
+    again = Later()
+    again.go.set()
+    commands.apply(snapshot(9), answers.append, again)
+    again.wait()
+    assert again.messages[-1].done.step_count == 1
+    assert later.messages == []
+
+
+def test_a_snapshot_that_fails_says_so(engine: Pretender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be copied, in place of `captured`; where it cannot be written, later."""
+    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    later.go.set()
+    commands.apply(snapshot(1, "absent"), answers.append, later)
+    assert answers[-1].failed.error == "Internal"
+
+    def break_off(state: ModelState, bytes_max: int) -> Any:
+        yield "f", b"1"
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(state_files, "to_pieces", break_off)
+    commands.apply(snapshot(2), answers.append, later)
+    assert answers[-1].HasField("captured")
+    later.wait()
+    assert [m.WhichOneof("content") for m in later.messages] == ["piece", "failed"]
+    assert later.messages[-1].failed.error == "Internal"
+    monkeypatch.undo()
+    later.ended.clear()
+    for command_id in range(3, 3 + COPIES_MAX):
+        commands.apply(snapshot(command_id), answers.append, later)
+    later.wait()
+
+
+def test_only_rank_0_answers(engine: Pretender) -> None:
+    """The others make the copy, which the ranks do together, and nothing of it."""
+    answers: list[pb.AttachRequest] = []
+    other: Callable[..., None] = Commands(engine, world_size=2, rank=1).apply
+    other(snapshot(1), answers.append)
+    assert (engine.copies_count, answers) == (1, [])
+    export = pb.AttachResponse(command_id=2, model_id="m", export_state=pb.ExportState())
+    other(export, answers.append)
+    assert (engine.copies_count, answers) == (2, [])
+
+
+def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
+    """What was exported is imported; the bytes are joined in order."""
+    taken: list[ModelState] = []
+    engine.import_state = lambda _, state, *, optimizer: taken.append(state)  # type: ignore[attr-defined]
+    commands, answers = Commands(engine, world_size=1), list[pb.AttachRequest]()
+    export = pb.ExportState(optimizer=True)
+    commands.apply(pb.AttachResponse(command_id=1, export_state=export), answers.append)
+    *pieces, done = answers
+    assert done.done.step_count == 1
+    for message in pieces:
+        commands.apply(pb.AttachResponse(command_id=2, piece=message.piece), answers.append)
+    command = pb.ImportState(optimizer=True, create=True)
+    commands.apply(pb.AttachResponse(command_id=2, import_state=command), answers.append)
+    assert answers[-1].done.step_count == 1
+    np.testing.assert_array_equal(taken[0].weights["w"], np.ones(3_000_000, np.float32))
