@@ -93,8 +93,9 @@ class RankZero:
         assert not self._thread.is_alive()
 
 
-def token_count(data: Sequence[pb.Datum]) -> int:
-    return sum(len(convert.datum_from_pb(datum, "").tokens) for datum in data)
+def token_count(data: Sequence[bytes]) -> int:
+    """Tokens of some data, as a command has them."""
+    return sum(len(convert.datum_from_pb(pb.Datum.FromString(d), "").tokens) for d in data)
 
 
 class RecordedCluster:
@@ -156,7 +157,9 @@ async def recorded_cluster(
     engine: TrainingEngine, quantum_tokens: int
 ) -> AsyncIterator[RecordedCluster]:
     """Run one on free ports."""
-    config = TrainingConfig(listen_address="127.0.0.1:0", quantum_tokens=quantum_tokens)
+    config = TrainingConfig(
+        listen_address="127.0.0.1:0", quantum_tokens=quantum_tokens, durability="none"
+    )
     server = TrainingServer(config)
     await server.start()
     rank = RankZero(engine, server.port)

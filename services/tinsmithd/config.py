@@ -153,6 +153,23 @@ class TrainingConfig(ServerConfig):
     """What clients are told, as `sampler_address`."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server itself reaches the Checkpoint server."""
+    data_folder: str = "tinsmith-data/training"
+    """Where the journal and the snapshots are kept; one server at a time has it."""
+    durability: str = "fsync"
+    """What survives: fsync (a loss of power), async (the death of any process), none."""
+    snapshot_steps: int = 20
+    """A snapshot of a model is taken after so many optimizer steps."""
+    snapshot_interval_s: float = 600.0
+    """Or with the next step after so long."""
+    replay_check: str = "exact"
+    """What calls that are made again after a crash must give: exact (the same bits, on ranks of the
+    same kind) or close (the same metrics but for rounding). On GPUs it is always close."""
+    rank_lease_s: float = 30.0
+    """A rank group that says nothing for so long is replaced."""
+    call_attempts_max: int = 2
+    """A call during which the ranks died so often by themselves is refused."""
+    journal_bytes_max: int = 16 * 1024 * MIB
+    """Bytes of one model's calls since its last snapshot."""
     data_per_call_max: int = 1024
     call_bytes_max: int = 256 * MIB
     targets_per_position_max: int = 64
@@ -171,6 +188,8 @@ class TrainingConfig(ServerConfig):
     """A larger call is computed in parts of so many tokens; other models have turns in between."""
     spawn_ranks: int = 0
     """Start this many ranks on this machine; 0 waits for a rank group to attach."""
+    spawn_spare_groups: int = 0
+    """Start so many more rank groups, which stand by with the base model loaded."""
     spawn_base_model: str = ""
     """Base model for spawned ranks."""
     spawn_dtype: str = "float32"
@@ -183,8 +202,13 @@ class TrainingConfig(ServerConfig):
         super().check()
         if self.spawn_ranks and not self.spawn_base_model:
             raise ConfigError("training.spawn_base_model: needed with spawn_ranks")
-        if not self.quantum_tokens:
-            raise ConfigError("training.quantum_tokens: must be at least 1")
+        _one_of("training.replay_check", self.replay_check, ("exact", "close"))
+        _one_of("training.durability", self.durability, ("fsync", "async", "none"))
+        for key in ("quantum_tokens", "snapshot_steps", "call_attempts_max"):
+            if not getattr(self, key):
+                raise ConfigError(f"training.{key}: must be at least 1")
+        if self.rank_lease_s < 1:
+            raise ConfigError("training.rank_lease_s: must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ class Options:
     engine: str = "deepspeed"
     zero_stage: int = 1
     threads: int = 0
+    spare_groups: int = 0
+    durability: str = ""
+    """Empty leaves it to the Training server's own settings."""
 
 
 class _Child:
@@ -172,10 +175,13 @@ class EmbeddedCluster:
                 "checkpoint_target": addresses["checkpoint"],
             }
         return {
+            "data_folder": options.data.resolve() / "training",
             "sampler_address": f":{self._children['sampler'].port}",
             "checkpoint_address": f":{self._children['checkpoint'].port}",
             "checkpoint_target": addresses["checkpoint"],
+            **({"durability": options.durability} if options.durability else {}),
             "spawn_ranks": options.ranks,
+            "spawn_spare_groups": options.spare_groups,
             "spawn_base_model": base_model,
             "spawn_dtype": options.dtype,
             "spawn_engine": options.engine,
@@ -256,10 +262,19 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
     up.add_argument("--base-model", required=True, help="Hugging Face name or folder")
     up.add_argument("--data", type=Path, default=Path("tinsmith-data"), help="folder for all data")
     up.add_argument("--ranks", type=int, default=defaults.ranks, help="training processes")
+    up.add_argument(
+        "--spare-groups", type=int, default=0, help="rank groups that stand by for a quick return"
+    )
     up.add_argument("--port", type=int, default=defaults.port, help="Training's; 0 takes free ones")
     up.add_argument("--dtype", choices=("float32", "bfloat16"), default=defaults.dtype)
     up.add_argument("--engine", choices=("deepspeed", "reference"), default=defaults.engine)
-    up.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=defaults.zero_stage)
+    up.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=defaults.zero_stage)
+    up.add_argument(
+        "--durability",
+        choices=("fsync", "async", "none"),
+        default=defaults.durability,
+        help="what survives: a loss of power (the default), the death of any process, nothing",
+    )
     up.add_argument("--threads", type=int, default=0, help="CPU threads per process")
     up.add_argument("run", nargs="*", metavar="-- COMMAND", help="run this against it, then stop")
     args = vars(parser.parse_args(argv))

@@ -169,13 +169,14 @@ def test_ranks_and_sampler_hold_the_same_base_model(manifests: list[Manifest]) -
         assert config.base_model.startswith(mount["mountPath"] + "/")
 
 
-def test_checkpoints_are_on_the_claimed_volume(manifests: list[Manifest]) -> None:
-    """The Checkpoint server writes below the mount of its volumeClaimTemplate."""
-    config = load(CheckpointConfig, {})
-    assert isinstance(config, CheckpointConfig)
-    spec = find(manifests, "StatefulSet", "checkpoint")["spec"]
+@pytest.mark.parametrize("name", ["training", "checkpoint"])
+def test_data_are_on_the_claimed_volume(manifests: list[Manifest], name: str) -> None:
+    """Journal and checkpoints are written below the mount of a volumeClaimTemplate."""
+    config = load(SECTIONS[name], {})
+    assert isinstance(config, TrainingConfig | CheckpointConfig)
+    spec = find(manifests, "StatefulSet", name)["spec"]
     (claim,) = spec["volumeClaimTemplates"]
-    mounts = container_of(manifests, "checkpoint")["volumeMounts"]
+    mounts = container_of(manifests, name)["volumeMounts"]
     (mount,) = [m for m in mounts if m["name"] == claim["metadata"]["name"]]
     assert config.data_folder.startswith(mount["mountPath"] + "/")
     assert spec["replicas"] == 1
@@ -268,11 +269,11 @@ def test_pod_has_no_rights(manifests: list[Manifest], name: str) -> None:
     assert "memory" in container["resources"]["limits"]
 
 
-@pytest.mark.parametrize("name", ["training", "trainer"])
-def test_there_is_never_a_second_one(manifests: list[Manifest], name: str) -> None:
-    """The Training server and the rank group are replaced, not rolled."""
-    spec = find(manifests, "Deployment", name)["spec"]
+def test_there_is_never_a_second_one(manifests: list[Manifest]) -> None:
+    """The rank group is replaced, not rolled; so is the pod of a StatefulSet."""
+    spec = find(manifests, "Deployment", "trainer")["spec"]
     assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate")
+    assert find(manifests, "StatefulSet", "training")["spec"]["replicas"] == 1
 
 
 def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.modeling.base import load_base
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.factory import make_engine
-from tinsmithd.trainer.engines.interface import OnResult
+from tinsmithd.trainer.engines.interface import ForwardResult, OnResult
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from wire import reason_and_field
 
@@ -63,11 +63,14 @@ class RunsOutOnce(ReferenceEngine):
         *,
         backward: bool,
         on_result: OnResult,
-    ) -> Mapping[str, float]:
+        plan: bytes = b"",
+    ) -> ForwardResult:
         if not self.failed and any(UNLUCKY_TOKEN in datum.tokens for datum in data):
             self.failed = True
             raise ResourceExhausted("no memory is left", Reason.OUT_OF_MEMORY)
-        return super().forward(model_id, data, loss_fn, backward=backward, on_result=on_result)
+        return super().forward(
+            model_id, data, loss_fn, backward=backward, on_result=on_result, plan=plan
+        )
 
 
 def reference(folder: Path) -> ReferenceEngine:
@@ -198,9 +201,8 @@ def test_an_engine_that_fails_within_a_part_keeps_what_waited(
         return answers[-1]
 
     def compute(model_id: str, data: Sequence[Datum], part: link_pb.CallPart.ValueType) -> str:
-        command = link_pb.Compute(
-            loss_fn=CROSS_ENTROPY, data=domain_to_pb(data), backward=True, part=part
-        )
+        packed = [datum.SerializeToString() for datum in domain_to_pb(data)]
+        command = link_pb.Compute(loss_fn=CROSS_ENTROPY, data=packed, backward=True, part=part)
         return str(apply(model_id, compute=command).WhichOneof("content"))
 
     good, more = make_data(1, 3), make_data(2, 3)

@@ -510,6 +510,6 @@ def test_capabilities_name_every_limit(stubs: Cluster, cluster: RunningCluster) 
     found = stubs.training.GetCapabilities(pb.GetCapabilitiesRequest())
     assert [m.name for m in found.base_models] == [cluster.base_model]
     assert (found.engine, found.world_size) == ("deepspeed", 1)
-    assert found.durability_mode == pb.DurabilityMode.DURABILITY_MODE_NONE
+    assert found.durability_mode == pb.DurabilityMode.DURABILITY_MODE_FSYNC
     for field in found.limits.DESCRIPTOR.fields:
         assert getattr(found.limits, field.name) > 0, field.name

@@ -1,9 +1,8 @@
 """The ordered lane of one model: every rule about numbers, repeats and gaps."""
 
 import asyncio
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import pytest
 
 from tinsmithd.errors import (
@@ -16,52 +15,76 @@ from tinsmithd.errors import (
     TinsmithError,
     Unavailable,
 )
-from tinsmithd.training.journal import Answer, Journal
-from tinsmithd.training.scheduler import (
-    Call,
-    Emit,
-    Lane,
-    LaneLimits,
-    TakeTurn,
-    model_not_found,
-)
+from tinsmithd.training.answers import Answer, Answers
+from tinsmithd.training.journal import NoJournal
+from tinsmithd.training.rules import Call, Done, Emit, LaneLimits, TakeTurn, model_not_found
+from tinsmithd.training.scheduler import Lane
 from tinsmithd.training.trainer import TrainerLost
 from tinsmithd.training.turns import Turns
+from tinsmithd.training.works import ComputeWork, RefusedWork, Work
 
 LIMITS = LaneLimits(8, 1000, gap_wait_s_max=30, answers_kept_max=4, answer_bytes_kept_max=1000)
 
 
 class Recorder:
-    """Makes calls that write down when they took effect."""
+    """The rules of a lane whose calls write down when they took effect."""
 
     def __init__(self, limits: LaneLimits = LIMITS) -> None:
         self.applied: list[str] = []
         self.gate = asyncio.Event()
         self.gate.set()
-        self.turns = Turns()
-        self.lane = Lane("model", limits, self.turns)
+        self.errors: dict[str, Exception] = {}
+        self.lane = Lane("model", limits, Turns(), NoJournal(), self)
 
-    def call(self, name: str, *, error: Exception | None = None, nbytes: int = 1) -> Call:
-        async def run(emit: Emit, turn: TakeTurn) -> str:
-            async with turn(1):
-                await self.gate.wait()
-                if error is not None:
-                    raise error
-                self.applied.append(name)
-                emit(f"part of {name}")
-                return name
+    def check_room(self, nbytes: int) -> None:
+        pass
 
-        return Call(name.encode(), nbytes, run)
+    def wrote(self, position: int, nbytes: int) -> None:
+        pass
 
-    def submit(self, seq_id: int, name: str, **kwargs: Any) -> Answer:
-        return self.lane.submit(seq_id, self.call(name, **kwargs))
+    def forgot(self, positions: Sequence[int]) -> None:
+        pass
+
+    async def forget(self) -> None:
+        pass
+
+    async def execute(
+        self, position: int, seq_id: int, work: Work, emit: Emit, turn: TakeTurn
+    ) -> Done:
+        assert isinstance(work, ComputeWork)
+        name = work.loss.decode()
+        async with turn(1):
+            await self.gate.wait()
+            if name in self.errors:
+                raise self.errors.pop(name)
+            self.applied.append(name)
+            emit(f"part of {name}".encode())
+        return Done({"name": name})
+
+    async def restore(self, turn: TakeTurn) -> None:
+        raise AssertionError("nothing is kept to restore from")
+
+    async def settled(self, position: int, work: Work, turn: TakeTurn) -> None:
+        pass
+
+    def submit(
+        self, seq_id: int, name: str, *, error: Exception | None = None, nbytes: int = 1
+    ) -> Answer:
+        if error is not None:
+            self.errors[name] = error
+        work = ComputeWork(name.encode(), [], [], backward=False)
+        return self.lane.submit(seq_id, Call(name.encode(), work, nbytes))
+
+
+async def name_of(answer: Answer) -> str:
+    return str((await answer.value())["name"])
 
 
 async def test_calls_take_effect_in_the_order_of_their_numbers() -> None:
     """Numbers decide, not arrival."""
     r = Recorder()
     answers = [r.submit(n, str(n)) for n in (3, 1, 4, 2)]
-    assert [await a.value() for a in answers] == ["3", "1", "4", "2"]
+    assert [await name_of(a) for a in answers] == ["3", "1", "4", "2"]
     assert r.applied == ["1", "2", "3", "4"]
 
 
@@ -73,7 +96,7 @@ async def test_a_repeat_gets_the_first_answer_and_has_no_effect() -> None:
     late = r.submit(1, "a")
     assert first is early is late
     assert r.applied == ["a"]
-    assert [part async for part in late.parts()] == ["part of a"]
+    assert [part async for part in late.parts()] == [b"part of a"]
 
 
 async def test_other_content_under_a_used_number_is_refused() -> None:
@@ -100,19 +123,19 @@ async def test_an_old_answer_expires_and_says_so() -> None:
 
 async def test_kept_answers_are_bounded_in_bytes() -> None:
     """The newest stays whatever its size; older ones go while the sum is too large."""
-    journal = Journal(answers_kept_max=10, answer_bytes_kept_max=100)
+    answers = Answers(kept_max=10, bytes_kept_max=100)
     for seq_id in range(1, 5):
         answer = Answer()
-        answer.add({"logprobs": np.zeros(10, np.float32)})
-        answer.finish(None)
-        journal.record(seq_id, b"", answer)
-        journal.next_seq_id = seq_id + 1
-        journal.trim()
-    assert journal.find(4, b"") is not None
-    assert journal.find(3, b"") is not None
+        answer.add(bytes(40))
+        answer.finish({})
+        answers.record(seq_id, b"", answer, position=seq_id)
+        answers.next_seq_id = seq_id + 1
+        assert answers.trim() == max(0, seq_id - 2)
+    assert answers.find(4, b"") is not None
+    assert answers.find(3, b"") is not None
     for seq_id in (1, 2):
         with pytest.raises(FailedPrecondition):
-            journal.find(seq_id, b"")
+            answers.find(seq_id, b"")
 
 
 async def test_a_gap_fails_in_time_and_leaves_the_number_free() -> None:
@@ -124,7 +147,7 @@ async def test_a_gap_fails_in_time_and_leaves_the_number_free() -> None:
     assert refusal.value.reason is Reason.SEQ_ID_GAP
     assert refusal.value.metadata == {"seq_id": "2", "next_seq_id": "1"}
     answers = [r.submit(2, "b"), r.submit(1, "a")]
-    assert [await a.value() for a in answers] == ["b", "a"]
+    assert [await name_of(a) for a in answers] == ["b", "a"]
     assert r.applied == ["a", "b"]
 
 
@@ -133,12 +156,10 @@ async def test_a_refused_call_uses_up_its_number() -> None:
     r = Recorder()
     error = InvalidArgument("data", "is bad")
     for _ in range(2):
-        bad = r.call("bad")
-        bad.refusal = error
-        answer = r.lane.submit(1, bad)
+        answer = r.lane.submit(1, Call(b"bad", RefusedWork(error)))
         with pytest.raises(InvalidArgument):
             await answer.value()
-    assert await r.submit(2, "good").value() == "good"
+    assert await name_of(r.submit(2, "good")) == "good"
     assert r.applied == ["good"]
 
 
@@ -159,7 +180,7 @@ async def test_unavailable_gives_the_number_back(error: TinsmithError) -> None:
     assert not second.done
     assert r.lane.next_seq_id == 1
     again = r.submit(1, "a")
-    assert [await again.value(), await second.value()] == ["a", "b"]
+    assert [await name_of(again), await name_of(second)] == ["a", "b"]
     assert r.applied == ["a", "b"]
 
 
@@ -170,7 +191,7 @@ async def test_an_unexpected_failure_is_internal_and_uses_up_its_number() -> Non
         await r.submit(1, "a", error=RuntimeError("secret")).value()
     assert failure.value.reason is Reason.INTERNAL
     assert "secret" not in failure.value.message
-    assert await r.submit(2, "b").value() == "b"
+    assert await name_of(r.submit(2, "b")) == "b"
 
 
 async def test_number_zero_runs_after_what_is_queued_and_is_no_repeat() -> None:
@@ -179,7 +200,7 @@ async def test_number_zero_runs_after_what_is_queued_and_is_no_repeat() -> None:
     r.gate.clear()
     answers = [r.submit(1, "a"), r.submit(0, "x"), r.submit(0, "x"), r.submit(2, "b")]
     r.gate.set()
-    assert [await a.value() for a in answers] == ["a", "x", "x", "b"]
+    assert [await name_of(a) for a in answers] == ["a", "x", "x", "b"]
     assert r.applied == ["a", "x", "x", "b"]
 
 
@@ -195,7 +216,7 @@ async def test_a_full_lane_refuses_but_never_the_missing_number() -> None:
     for answer in answers:
         await answer.value()
     assert r.applied == [str(n) for n in range(1, 10)]
-    assert await r.submit(10, "10").value() == "10"
+    assert await name_of(r.submit(10, "10")) == "10"
 
 
 async def test_waiting_bytes_are_bounded() -> None:
@@ -217,7 +238,7 @@ async def test_a_lost_trainer_fails_what_waits_and_what_comes() -> None:
     with pytest.raises(DataLoss):
         r.submit(4, "d")
     assert r.lane.lost
-    assert await r.submit(1, "a").value() == "a"
+    assert await name_of(r.submit(1, "a")) == "a"
 
 
 async def test_deleting_fails_what_waits() -> None:
@@ -234,23 +255,37 @@ async def test_deleting_fails_what_waits() -> None:
     await asyncio.wait_for(asyncio.gather(running.value(), return_exceptions=True), 5)
 
 
+class _Shared(Recorder):
+    """Writes down whose part runs; how many parts and tokens a call has is in its `loss`."""
+
+    def __init__(self, name: str, turns: Turns, order: list[str]) -> None:
+        self._name, self._order = name, order
+        self.lane = Lane(name, LIMITS, turns, NoJournal(), self)
+
+    async def execute(
+        self, position: int, seq_id: int, work: Work, emit: Emit, turn: TakeTurn
+    ) -> Done:
+        assert isinstance(work, ComputeWork)
+        parts, tokens = map(int, work.loss.split())
+        for part in range(parts):
+            async with turn(tokens):
+                self._order.append(self._name)
+                emit(bytes([part]))
+                await asyncio.sleep(0)
+        return Done()
+
+
 class Lanes:
     """Lanes that share a trainer, and the order in which their calls' parts ran."""
 
     def __init__(self, *names: str) -> None:
         self.order: list[str] = []
         turns = Turns()
-        self.lanes = {name: Lane(name, LIMITS, turns) for name in names}
+        self.lanes = {name: _Shared(name, turns, self.order).lane for name in names}
 
     def submit(self, name: str, seq_id: int, parts: int, tokens: int = 1) -> Answer:
-        async def run(emit: Emit, turn: TakeTurn) -> None:
-            for part in range(parts):
-                async with turn(tokens):
-                    self.order.append(name)
-                    emit(part)
-                    await asyncio.sleep(0)
-
-        return self.lanes[name].submit(seq_id, Call(f"{name} {seq_id}".encode(), 1, run))
+        work = ComputeWork(f"{parts} {tokens}".encode(), [], [], backward=False)
+        return self.lanes[name].submit(seq_id, Call(f"{name} {seq_id}".encode(), work, 1))
 
 
 async def test_a_long_queue_delays_another_lane_by_one_call() -> None:
@@ -270,8 +305,8 @@ async def test_a_large_call_delays_another_lane_by_one_part() -> None:
     while not lanes.order:
         await asyncio.sleep(0)
     await lanes.submit("light", 1, parts=1).value()
-    assert lanes.order == ["heavy", "light"]
-    assert [part async for part in large.parts()] == [0, 1, 2, 3, 4]
+    assert lanes.order[:2] == ["heavy", "light"]
+    assert [part async for part in large.parts()] == [bytes([n]) for n in range(5)]
     assert lanes.order == ["heavy", "light", *["heavy"] * 4]
 
 

@@ -2,19 +2,14 @@
 
 import itertools
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmithd.config import ConfigError, TrainingConfig
-from tinsmithd.domain import Datum
-from tinsmithd.training.parts import add_metrics, cut, token_count
+from tinsmithd.training.parts import add_metrics, cut, parts
 from tinsmithd.training.trainer import CallPart
-
-
-def data_of(lengths: list[int]) -> list[Datum]:
-    return [Datum(np.full(length, index), {}) for index, length in enumerate(lengths)]
+from tinsmithd.training.works import ComputeWork
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120), st.booleans())
@@ -23,16 +18,20 @@ def test_parts_are_the_call_in_order_and_none_is_too_large(
 ) -> None:
     """No datum is lost; only a lone datum exceeds the quantum; no two neighbours fit together
     further than they are; only a cut call that adds gradients says where a part stands."""
-    data = data_of(lengths)
-    parts = list(cut(data, quantum_tokens, backward=backward))
-    assert [datum for _, some in parts for datum in some] == data
-    for _, some in parts:
-        assert token_count(some) <= quantum_tokens or len(some) == 1
-    for (_, some), (_, after) in itertools.pairwise(parts):
-        assert token_count(some) + len(after[0].tokens) > quantum_tokens
-    places = [place for place, _ in parts]
-    if backward and len(parts) > 1:
-        assert places == [CallPart.FIRST, *[CallPart.LATER] * (len(parts) - 1)]
+    data = [bytes([index]) for index in range(len(lengths))]
+    work = ComputeWork(b"loss", data, lengths, backward)
+    counts = cut(lengths, quantum_tokens)
+    found = list(parts(work, counts))
+    assert [datum for _, some in found for datum in some.data] == data
+    assert [length for _, some in found for length in some.lengths] == lengths
+    for _, some in found:
+        assert sum(some.lengths) <= quantum_tokens or len(some.data) == 1
+        assert (some.loss, some.backward) == (b"loss", backward)
+    for (_, some), (_, after) in itertools.pairwise(found):
+        assert sum(some.lengths) + after.lengths[0] > quantum_tokens
+    places = [place for place, _ in found]
+    if backward and len(found) > 1:
+        assert places == [CallPart.FIRST, *[CallPart.LATER] * (len(found) - 1)]
     else:
         assert set(places) == {CallPart.WHOLE}
 

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -40,9 +41,12 @@ class RpcServer:
         shutting_down: Set as soon as a stop began.
     """
 
-    def __init__(self, config: ServerConfig, service_name: str) -> None:
+    def __init__(
+        self, config: ServerConfig, service_name: str, more_names: Sequence[str] = ()
+    ) -> None:
         self._config = config
         self.service_name = service_name
+        self._more_names = more_names
         self.port = 0
         self.shutting_down = asyncio.Event()
         self.grpc_server = grpc.aio.server(
@@ -58,6 +62,7 @@ class RpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
+        self._said: dict[str, bool] = {}
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         add_reflection(self.grpc_server, [service_name, health.SERVICE_NAME])
@@ -70,7 +75,8 @@ class RpcServer:
             OSError: The address cannot be bound.
         """
         await self._set("", True)
-        await self._set(self.service_name, False)
+        for name in (self.service_name, *self._more_names):
+            await self._set(name, False)
         try:
             self.port = self.grpc_server.add_insecure_port(self._config.listen_address)
         except RuntimeError as error:
@@ -82,12 +88,15 @@ class RpcServer:
         host = self._config.listen_address.rpartition(":")[0]
         _log.info("%s listens on %s:%d", self.service_name, host, self.port)
 
-    async def set_serving(self, serving: bool) -> None:
-        """Say whether a real call would succeed now."""
+    async def set_serving(self, serving: bool, name: str = "") -> None:
+        """Say whether a real call would succeed now; with a name, what else that health has."""
         if not self.shutting_down.is_set():
-            await self._set(self.service_name, serving)
+            await self._set(name or self.service_name, serving)
 
     async def _set(self, name: str, serving: bool) -> None:
+        if self._said.get(name) == serving:
+            return
+        self._said[name] = serving
         states = health_pb2.HealthCheckResponse
         await self._health.set(name, states.SERVING if serving else states.NOT_SERVING)
 

@@ -8,7 +8,7 @@ import grpc
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmithd import state_files
+from tinsmithd import failpoints, state_files
 from tinsmithd.domain import CheckpointKind, CheckpointPath, ModelState
 from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
 from tinsmithd.rpc.status import from_rpc_error
@@ -78,6 +78,7 @@ class CheckpointSource:
                 if zlib.crc32(piece.data) != piece.crc32:
                     raise _corrupt(f"{piece.file_name} of {path} was damaged on its way")
                 files.setdefault(piece.file_name, bytearray()).extend(piece.data)
+                failpoints.hit("sampler_mid_swap")
         except grpc.RpcError as error:
             raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
         if hashlib.sha256(b"".join(listed.values())).hexdigest() != content:

@@ -4,6 +4,7 @@ import sys
 
 from tinsmithd.config import TrainingConfig
 from tinsmithd.process import keep_freed_memory, load_or_exit, run, set_up
+from tinsmithd.training.journal import Fenced, StoreDamaged
 from tinsmithd.training.launcher import LaunchError
 from tinsmithd.training.server import TrainingServer
 
@@ -21,8 +22,10 @@ def main() -> None:
     keep_freed_memory()
     try:
         run(lambda: _serve(config))
-    except LaunchError as error:
+    except (LaunchError, StoreDamaged) as error:
         sys.exit(f"tinsmithd.training: {error}")
+    except Fenced:
+        sys.exit("tinsmithd.training: another Training server has taken over")
 
 
 if __name__ == "__main__":

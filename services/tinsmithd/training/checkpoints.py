@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from tinsmithd.convert import types as convert
 from tinsmithd.domain import CheckpointKind, CheckpointPath, Tuning
 from tinsmithd.errors import DataLoss, Reason
 from tinsmithd.rpc.status import from_rpc_error
+from tinsmithd.training.works import SaveOptions
 
 if TYPE_CHECKING:
     from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceAsyncStub
@@ -31,16 +32,6 @@ class CheckpointInfo:
     base_model: str
     tuning: Tuning
     step_count: int
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """How a checkpoint is to be kept."""
-
-    path: CheckpointPath
-    ttl_seconds: int | None
-    overwrite: bool
-    user_metadata: Mapping[str, str]
 
 
 class CheckpointWriter:
@@ -111,9 +102,14 @@ class CheckpointWriter:
 
 
 class CheckpointClient:
-    """Writes and reads checkpoints through the Checkpoint server."""
+    """Writes and reads checkpoints through the Checkpoint server.
+
+    Attributes:
+        writer_name, writer_epoch: Fence off a Training server that was replaced.
+    """
 
     def __init__(self, target: str) -> None:
+        self.writer_name, self.writer_epoch = "", 0
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self._channel = grpc.aio.insecure_channel(target, options=options)
         self._stub = CheckpointServiceStub(self._channel)
@@ -134,6 +130,8 @@ class CheckpointClient:
             ttl_seconds=options.ttl_seconds,
             overwrite=options.overwrite,
             user_metadata=dict(options.user_metadata),
+            writer=self.writer_name,
+            writer_epoch=self.writer_epoch,
         )
         return CheckpointWriter(self._stub, header)
 

@@ -1,141 +1,462 @@
-"""The calls of one model by number, with their answers: what makes a repeat a repeat.
+"""What must not be lost, written down in order: models, their calls, answers, and snapshots.
 
-This journal lives in memory (durability mode NONE): it makes calls exactly-once towards clients
-that lose their connection, not towards a Training server that dies.
+`Journal` puts what is written at the same time into one commit, and says when it is durable.
+Where the bytes go is a `JournalStore`: SQLite in production, a simulated disk in the simulator.
+
+A store belongs to the process that claimed it last. Each claim has a higher epoch, every commit
+is made under the epoch of its process, and one of an earlier epoch is refused: a process that was
+stopped, replaced, and goes on cannot write.
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+import errno
+import logging
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, TinsmithError
+from tinsmithd import failpoints
+from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
+from tinsmithd.training.works import Outcome, Work
+
+T = TypeVar("T")
+
+CLOSE_POLL_S = 0.01
+RETRY_S = 0.5
+"""How often what must be written is tried again while the disk is full."""
+
+_log = logging.getLogger(__name__)
 
 
-class Answer:
-    """An answer as it comes into being; any number of readers follow it from its start.
+class Fenced(Exception):
+    """Another process claimed the store: this one must end."""
 
-    It has parts (results of one datum each) and then ends with a value or an error.
+
+class StoreUnwritable(Exception):
+    """The store cannot be written now; reading it works.
+
+    Attributes:
+        full: It is for want of room.
     """
 
-    def __init__(self) -> None:
-        self._parts: list[Any] = []
-        self._value: Any = None
-        self._error: TinsmithError | None = None
-        self._done = False
-        self._changed = asyncio.Event()
-        self.nbytes = 0
-        """Bytes of the arrays in its parts."""
+    def __init__(self, message: str, *, full: bool) -> None:
+        super().__init__(message)
+        self.full = full
 
-    @property
-    def done(self) -> bool:
-        """True once it has ended."""
-        return self._done
 
-    def add(self, part: Any) -> None:
-        """Append a part."""
-        self._parts.append(part)
-        if isinstance(part, Mapping):
-            self.nbytes += sum(getattr(value, "nbytes", 0) for value in part.values())
-        self._wake()
+class StoreDamaged(Exception):
+    """What is read is not what was written."""
 
-    def finish(self, value: Any) -> None:
-        """End it with a value."""
-        self._value, self._done = value, True
-        self._wake()
 
-    def fail(self, error: TinsmithError) -> None:
-        """End it with an error; its parts are void."""
-        self._error, self._done, self._parts, self.nbytes = error, True, [], 0
-        self._wake()
+# --- what is written --------------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
-    async def parts(self) -> AsyncIterator[Any]:
-        """All parts from the first on, until the end.
+@dataclass(frozen=True)
+class AddModel:
+    """A model exists from now on. `about` is what `models` keeps of it; JSON can hold it."""
+
+    model_id: str
+    number: int
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DeleteModel:
+    """A model is gone, with everything of it."""
+
+    model_id: str
+
+
+@dataclass(frozen=True)
+class LoseModel:
+    """A model's state is gone for good; why, for a person."""
+
+    model_id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class AddCall:
+    """A call has its place in the model's order."""
+
+    model_id: str
+    position: int
+    seq_id: int
+    digest: bytes
+    work: Work
+
+
+@dataclass(frozen=True)
+class AddResult:
+    """What a call answers, and in which composition it was computed.
+
+    With `keep` the answer itself stays, until `DropAnswers`; its digest always does.
+    """
+
+    model_id: str
+    position: int
+    outcome: Outcome
+    plan: bytes = b""
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class ForgetCalls:
+    """Calls that took no effect and whose numbers are free again."""
+
+    model_id: str
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class CountAttempt:
+    """The ranks died during this call so many times."""
+
+    model_id: str
+    position: int
+    attempts: int
+
+
+@dataclass(frozen=True)
+class AddSnapshot:
+    """The state of a model after the call at `position` is in `folder`."""
+
+    model_id: str
+    position: int
+    step_count: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Drop what nobody needs any more: calls up to `position`, and snapshots before it."""
+
+    model_id: str
+    position: int
+
+
+@dataclass(frozen=True)
+class DropAnswers:
+    """Answers of calls up to `position` are not kept any more."""
+
+    model_id: str
+    position: int
+
+
+Write = (
+    AddModel
+    | DeleteModel
+    | LoseModel
+    | AddCall
+    | AddResult
+    | ForgetCalls
+    | CountAttempt
+    | AddSnapshot
+    | Trim
+    | DropAnswers
+)
+
+
+# --- what is read -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredCall:
+    """A call, without its payload.
+
+    Attributes:
+        payload_bytes: Of the payload, 0 once it was dropped.
+        result_digest: SHA-256 of the answer; None while there is none.
+        answer_bytes: Of the answer where it is still kept, else 0.
+    """
+
+    position: int
+    seq_id: int
+    digest: bytes
+    payload_bytes: int
+    attempts: int
+    result_digest: bytes | None
+    answer_bytes: int
+    plan: bytes
+
+
+@dataclass(frozen=True)
+class StoredSnapshot:
+    """A snapshot that was finished."""
+
+    position: int
+    step_count: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model, as it was written down; calls and snapshots rise by position.
+
+    Attributes:
+        trimmed_to: Up to this position calls may be gone; 0 where all are there.
+    """
+
+    model_id: str
+    number: int
+    about: Mapping[str, Any]
+    lost: str
+    trimmed_to: int
+    calls: Sequence[StoredCall]
+    snapshots: Sequence[StoredSnapshot]
+
+
+@dataclass
+class Contents:
+    """All that a store has when it is claimed."""
+
+    cluster_id: str
+    epoch: int
+    models: Sequence[StoredModel] = field(default_factory=list)
+
+
+class JournalStore(Protocol):
+    """Keeps what is committed, whole or not at all.
+
+    `commit` of a later call may not be durable before one of an earlier call.
+    """
+
+    async def claim(self) -> Contents:
+        """Take the store over from whoever had it, and read it.
 
         Raises:
-            TinsmithError: The answer is an error.
+            StoreDamaged: It cannot be read.
         """
-        index = 0
-        while True:
-            changed = self._changed
-            while index < len(self._parts):
-                yield self._parts[index]
-                index += 1
-            if self._error is not None:
-                raise self._error
-            if self._done:
-                return
-            if changed is self._changed:
-                await changed.wait()
 
-    async def value(self) -> Any:
-        """The value, once it is there.
+    async def commit(self, writes: Sequence[Write]) -> None:
+        """Write all of this or nothing; durable, as far as the mode goes, when it returns.
 
         Raises:
-            TinsmithError: The answer is an error.
+            Fenced: The store was claimed by another process.
+            StoreUnwritable: The disk is full or cannot be written. Nothing was written.
         """
-        async for _ in self.parts():
-            pass
-        return self._value
+
+    async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
+        """The calls of a model after a position, as they are now.
+
+        Raises:
+            Fenced: The store was claimed by another process.
+        """
+
+    async def work(self, model_id: str, position: int) -> Work:
+        """The payload of a call.
+
+        Raises:
+            Fenced: The store was claimed by another process.
+            StoreDamaged: It is gone or damaged.
+        """
+
+    async def outcome(self, model_id: str, position: int) -> Outcome:
+        """The answer of a call.
+
+        Raises:
+            Fenced: The store was claimed by another process.
+            StoreDamaged: It is gone or damaged.
+        """
+
+    async def close(self) -> None:
+        """Close it."""
+
+
+# --- the journal ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Entry:
+    """Some writes that belong into one commit; with `must` they are tried until they are made."""
+
+    writes: Sequence[Write]
+    must: bool
+    done: "asyncio.Future[None]"
 
 
 class Journal:
-    """Content digest and answer of each numbered call of one model, the newest of them."""
+    """Group commit over a store: what is handed in while one commit runs is in the next one.
 
-    def __init__(self, answers_kept_max: int, answer_bytes_kept_max: int) -> None:
-        self._kept_max = answers_kept_max
-        self._bytes_kept_max = answer_bytes_kept_max
-        self._calls: OrderedDict[int, tuple[bytes, Answer]] = OrderedDict()
-        self.next_seq_id = 1
-        """The number that is to take effect next."""
+    Attributes:
+        store: What it writes to.
+        cluster_id: Names this store, for ever.
+        epoch: Of this process.
+        fenced: Set once another process has the store; nothing can be written any more.
+        writable: False while writing fails; it is tried again until it works.
+    """
 
-    def find(self, seq_id: int, digest: bytes) -> Answer | None:
-        """The answer of an earlier call with this number, if there was one.
+    keeps: ClassVar[bool] = True
+    """Whether what is written can be read again."""
+
+    def __init__(self, store: JournalStore) -> None:
+        self.store = store
+        self.cluster_id = ""
+        self.epoch = 0
+        self.fenced = asyncio.Event()
+        self.writable = True
+        self._waiting: list[_Entry] = []
+        self._wake = asyncio.Event()
+        self._busy = False
+        self._writer: asyncio.Task[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+
+    async def open(self) -> Contents:
+        """Claim the store; from now on writes are taken."""
+        contents = await self.store.claim()
+        self.cluster_id, self.epoch = contents.cluster_id, contents.epoch
+        self._writer = asyncio.create_task(self._write(), name="journal")
+        return contents
+
+    async def failed(self) -> None:
+        """Wait until nothing can be written any more.
 
         Raises:
-            AlreadyExists: That call had other content (SEQ_ID_CONFLICT).
-            FailedPrecondition: It was long ago (ANSWER_EXPIRED).
+            Fenced: Another process has the store.
+            Exception: Something unexpected.
         """
-        metadata = {"seq_id": str(seq_id), "next_seq_id": str(self.next_seq_id)}
-        if seq_id in self._calls:
-            first, answer = self._calls[seq_id]
-            if first != digest:
-                message = f"seq_id {seq_id} was used with other content"
-                raise AlreadyExists(message, Reason.SEQ_ID_CONFLICT, metadata=metadata)
-            return answer
-        if seq_id < self.next_seq_id:
-            message = f"the answer of seq_id {seq_id} is no longer kept"
-            raise FailedPrecondition(message, Reason.ANSWER_EXPIRED, metadata=metadata)
-        return None
+        assert self._writer is not None
+        await asyncio.shield(self._writer)
+        raise Fenced
 
-    def record(self, seq_id: int, digest: bytes, answer: Answer) -> None:
-        """Write a call down, before it is queued."""
-        self._calls[seq_id] = (digest, answer)
+    async def calls(self, model_id: str) -> Sequence[StoredCall]:
+        """All calls of a model, see `JournalStore.calls`."""
+        return await self._read(self.store.calls(model_id, 0))
 
-    def forget(self, seq_id: int) -> None:
-        """Strike out a call that was never applied, so that it can be sent again."""
-        self._calls.pop(seq_id, None)
+    async def work(self, model_id: str, position: int) -> Work:
+        """See `JournalStore.work`."""
+        return await self._read(self.store.work(model_id, position))
 
-    def trim(self) -> None:
-        """Drop the oldest answers beyond what is kept, in number and in bytes."""
-        done = sorted(
-            seq_id
-            for seq_id, (_, answer) in self._calls.items()
-            if answer.done and seq_id < self.next_seq_id
-        )
-        kept = nbytes = 0
-        for seq_id in reversed(done):
-            nbytes += self._calls[seq_id][1].nbytes
-            # The newest stays however large it is: its caller may still have to ask again.
-            if kept and (kept == self._kept_max or nbytes > self._bytes_kept_max):
-                del self._calls[seq_id]
-            else:
-                kept += 1
+    async def outcome(self, model_id: str, position: int) -> Outcome:
+        """See `JournalStore.outcome`."""
+        return await self._read(self.store.outcome(model_id, position))
 
-    def clear(self) -> None:
-        """Forget all calls."""
-        self._calls.clear()
+    async def _read(self, reading: Awaitable[T]) -> T:
+        try:
+            return await reading
+        except Fenced:
+            self._wake.set()  # the writer finds out, too, and this process ends
+            raise
+
+    async def flush(self) -> None:
+        """Wait until all that was handed in is durable."""
+        if self._waiting or self._busy:
+            await self.commit(must=True)
+
+    async def close(self) -> None:
+        """Write what waits, as far as that is possible, and close the store."""
+        while self.writable and not self.fenced.is_set() and (self._waiting or self._busy):
+            await asyncio.sleep(CLOSE_POLL_S)
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+        await self.store.close()
+
+    def commit(self, *writes: Write, must: bool = False) -> "asyncio.Future[None]":
+        """Write some things, all of them or none; the future is done when they are durable.
+
+        Args:
+            writes: What to write, in order; after all that was handed in before.
+            must: It happened already, so it is tried until it can be written.
+
+        Raises (the future):
+            ResourceExhausted: There is no room (STORAGE_FULL); never with `must`.
+            Unavailable: The disk cannot be written (STORAGE_FULL); never with `must`.
+            Fenced: Another process has the store.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Whoever waited may be gone, and then nobody has to hear of a failure.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if self.fenced.is_set():
+            future.set_exception(Fenced())
+        else:
+            self._waiting.append(_Entry(writes, must, future))
+            self._wake.set()
+        return future
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._waiting = self._waiting, []
+            self._busy = True
+            try:
+                failpoints.hit("wal_append")
+                await self.store.commit([write for entry in batch for write in entry.writes])
+            except Fenced:
+                self._fence(batch)
+                return
+            except StoreUnwritable as error:
+                self._refuse(batch, error)
+                continue
+            except OSError as error:
+                self._refuse(batch, StoreUnwritable(str(error), full=error.errno == errno.ENOSPC))
+                continue
+            finally:
+                self._busy = False
+            if not self.writable:
+                _log.info("the journal can be written again")
+            self.writable = True
+            for entry in batch:
+                if not entry.done.done():
+                    entry.done.set_result(None)
+
+    def _fence(self, batch: Sequence[_Entry]) -> None:
+        _log.error("another Training server has taken the journal over; this one must end")
+        self.fenced.set()
+        for entry in [*batch, *self._waiting]:
+            if not entry.done.done():
+                entry.done.set_exception(Fenced())
+        self._waiting.clear()
+
+    def _refuse(self, batch: Sequence[_Entry], error: StoreUnwritable) -> None:
+        if self.writable:
+            _log.error("the journal cannot be written: %s", error)
+        self.writable = False
+        for entry in batch:
+            if not entry.must and not entry.done.done():
+                entry.done.set_exception(_refusal(error))
+        self._waiting[:0] = [entry for entry in batch if entry.must]
+        # Tried again even where nothing waits: somebody has to find out that it works again.
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._wake.set)
+
+
+def _refusal(error: StoreUnwritable) -> TinsmithError:
+    message = f"the call cannot be written down: {error}"
+    if error.full:
+        return ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=1.0)
+    return Unavailable(message, Reason.STORAGE_FULL, retry_after_s=1.0)
+
+
+class NoJournal(Journal):
+    """Keeps nothing: models live as long as the processes that hold them."""
+
+    keeps = False
+
+    def __init__(self) -> None:
+        """There is no store."""
+        self.cluster_id, self.epoch = "", 0
+        self.writable = True
+        self.fenced = asyncio.Event()
+
+    async def open(self) -> Contents:
+        """Nothing is there."""
+        return Contents("", 0)
+
+    def commit(self, *writes: Write, must: bool = False) -> "asyncio.Future[None]":
+        """Done at once."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_result(None)
+        return future
+
+    async def failed(self) -> None:
+        """Never."""
+        await asyncio.Event().wait()
+
+    async def flush(self) -> None:
+        """Nothing waits."""
+
+    async def close(self) -> None:
+        """Nothing to close."""

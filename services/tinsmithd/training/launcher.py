@@ -1,11 +1,13 @@
-"""Starts the rank group on this machine and starts it again when it dies."""
+"""Starts rank groups on this machine and starts them again when they die."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tinsmithd.config import TrainingConfig
 
@@ -14,8 +16,15 @@ _log = logging.getLogger(__name__)
 EXIT_HOPELESS = 78
 """Exit status of a rank for which a restart cannot help (EX_CONFIG of sysexits.h)."""
 
+RESTART_DELAY_S_FIRST = 0.1
 RESTART_DELAY_S_MAX = 30.0
 STOP_S_MAX = 10.0
+SETTLED_S = 3.0
+"""Ranks that lived for so long are started again without delay."""
+CAUSE_WAIT_S_MAX = 3.0
+"""A connection that broke says nothing; the process that had it ends about then."""
+ENDED_KEPT_MAX = 64
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 
 
 class LaunchError(Exception):
@@ -23,15 +32,49 @@ class LaunchError(Exception):
 
 
 class Launcher:
-    """Keeps one rank group running as child processes.
+    """Keeps rank groups running as child processes: one, and those that stand by.
 
-    One rank is a plain child; several are started by `torchrun`, which ends all when one dies.
+    A group of one rank is a plain child; several ranks are started by `torchrun`, which ends all
+    when one dies.
     """
 
     def __init__(self, config: TrainingConfig, port: int) -> None:
         self._config = config
         self._port = port
-        self._process: asyncio.subprocess.Process | None = None
+        self._running: dict[int, asyncio.subprocess.Process] = {}
+        self._ended: dict[int, int] = {}
+        self._out_of_memory_count = _out_of_memory_count()
+
+    async def blamed(self, pid: int) -> bool:
+        """Whether a group that is just going ends by itself, not by somebody's hand.
+
+        With several ranks it is torchrun that ends, which does not say why: they are blamed.
+
+        Args:
+            pid: Process id of its rank 0.
+        """
+        process = self._running.get(pid)
+        if process is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(process.wait()), CAUSE_WAIT_S_MAX)
+        elif self._config.spawn_ranks > 1:
+            return True
+        status = self._ended.get(pid) if process is None else process.returncode
+        if status is None:  # it lives, and lost its connection
+            return False
+        before, self._out_of_memory_count = self._out_of_memory_count, _out_of_memory_count()
+        return status not in _FROM_OUTSIDE or self._out_of_memory_count > before
+
+    def end(self, pid: int) -> None:
+        """End a group at once; it is started again.
+
+        Args:
+            pid: Process id of its rank 0.
+        """
+        for child in (pid, _parent(pid)):
+            if child in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
 
     async def run(self) -> None:
         """Run until cancelled.
@@ -39,25 +82,46 @@ class Launcher:
         Raises:
             LaunchError: The ranks say that a restart cannot help; their log says why.
         """
-        delay_s = 1.0
-        loop = asyncio.get_running_loop()
+        groups = [
+            asyncio.create_task(self._keep()) for _ in range(1 + self._config.spawn_spare_groups)
+        ]
         try:
-            while True:
-                started_s = loop.time()
-                # A session of its own: Ctrl-C goes to this server, which then stops the ranks.
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command(), env=self._environment(), start_new_session=True
-                )
-                status = await self._process.wait()
-                if status == EXIT_HOPELESS:
-                    raise LaunchError("the trainer cannot start; its log says why")
-                if loop.time() - started_s > RESTART_DELAY_S_MAX:
-                    delay_s = 1.0
-                _log.error("the rank group ended (%s); restart in %g s", _describe(status), delay_s)
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, RESTART_DELAY_S_MAX)
+            await asyncio.gather(*groups)
         finally:
-            await self._stop()
+            for group in groups:
+                group.cancel()
+            await asyncio.gather(*groups, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        """Keep one group running."""
+        delay_s = RESTART_DELAY_S_FIRST
+        loop = asyncio.get_running_loop()
+        while True:
+            started_s = loop.time()
+            # A session of its own: Ctrl-C goes to this server, which then stops the ranks.
+            process = await asyncio.create_subprocess_exec(
+                *self._command(), env=self._environment(), start_new_session=True
+            )
+            self._running[process.pid] = process
+            try:
+                status = await process.wait()
+            finally:
+                await _stop(process)
+                self._forget(process)
+            if status == EXIT_HOPELESS:
+                raise LaunchError("the trainer cannot start; its log says why")
+            if loop.time() - started_s > delay_s + SETTLED_S:
+                delay_s = RESTART_DELAY_S_FIRST
+            _log.error("a rank group ended (%s); restart in %g s", _describe(status), delay_s)
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RESTART_DELAY_S_MAX)
+
+    def _forget(self, process: asyncio.subprocess.Process) -> None:
+        del self._running[process.pid]
+        if process.returncode is not None:
+            self._ended[process.pid] = process.returncode
+        while len(self._ended) > ENDED_KEPT_MAX:
+            del self._ended[next(iter(self._ended))]
 
     def _command(self) -> Sequence[str]:
         if self._config.spawn_ranks == 1:
@@ -87,17 +151,34 @@ class Launcher:
         ours = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
         return {**ours, **os.environ, **environment}
 
-    async def _stop(self) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(process.wait(), STOP_S_MAX)
-        except TimeoutError:
-            # Ranks have sessions of their own; the kernel ends them with torchrun, their parent.
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        await asyncio.wait_for(process.wait(), STOP_S_MAX)
+    except TimeoutError:
+        # Ranks have sessions of their own; the kernel ends them with torchrun, their parent.
+        os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def _parent(pid: int) -> int:
+    """Process id of a process's parent; 0 where there is none to be found."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return 0
+
+
+def _out_of_memory_count() -> int:
+    """How often the kernel has ended a process of this machine for want of memory."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _describe(status: int) -> str:

@@ -1,12 +1,13 @@
 """The Training server's end of the stream that rank 0 holds open: `RankGroup` is the `Trainer`.
 
 A command goes out with a number; answers come back with that number, any parts first, then `done`
-or `failed`. One command is under way at a time, since the scheduler gives out one turn.
+or `failed`. One command is under way at a time, since the scheduler gives out one turn; only the
+pieces of a snapshot may still be coming in meanwhile.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -15,12 +16,12 @@ from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.internal.v1.trainer_link_service_pb2_grpc import TrainerLinkServiceServicer
 from tinsmithd import errors
 from tinsmithd.convert import types as convert
-from tinsmithd.convert.tensors import array_from_pb
-from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, Tuning
+from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
 from tinsmithd.errors import Internal, Reason, TinsmithError
 from tinsmithd.training.models import Models
 from tinsmithd.training.trainer import (
     CallPart,
+    Computed,
     ModelBroken,
     OnPiece,
     OnResult,
@@ -28,6 +29,10 @@ from tinsmithd.training.trainer import (
     StateInfo,
     TrainerLost,
 )
+from tinsmithd.training.works import ComputeWork
+
+EPOCH_BITS = 20
+"""Of a group's epoch count the groups of one Training server; those above are the server's own."""
 
 _PARTS = {
     CallPart.WHOLE: pb.CALL_PART_UNSPECIFIED,
@@ -39,16 +44,26 @@ _log = logging.getLogger(__name__)
 
 
 class RankGroup:
-    """An attached rank group."""
+    """A rank group that attached."""
 
-    def __init__(self, hello: pb.Hello) -> None:
+    def __init__(self, hello: pb.Hello, clock: Callable[[], float]) -> None:
         self._info = convert.base_model_from_pb(hello.base_model)
         self._world_size = hello.world_size
         self._engine = hello.engine
+        self._identity = dict(hello.identity)
+        self.pid = hello.pid
+        """Process id of rank 0 on its machine."""
+        self._clock = clock
         self._next_command_id = 1
         self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue(maxsize=16)
-        self._answers: asyncio.Queue[pb.AttachRequest | None] = asyncio.Queue()
-        self._lost = ""
+        self._answers: dict[int, asyncio.Queue[pb.AttachRequest | None]] = {}
+        self._lost: TrainerLost | None = None
+        self.gone = asyncio.Event()
+        """Set when nothing more will come of it."""
+        self.leaving = False
+        """It said that it was asked to end: no call is to blame."""
+        self.heard_s = clock()
+        """When it last said anything."""
 
     # --- the stream's side --------------------------------------------------------------------
 
@@ -59,14 +74,20 @@ class RankGroup:
 
     def answered(self, message: pb.AttachRequest) -> None:
         """Take in what rank 0 said."""
-        self._answers.put_nowait(message)
+        self.heard_s = self._clock()
+        self.leaving = self.leaving or message.HasField("leaving")
+        answers = self._answers.get(message.command_id)
+        if answers is not None:
+            answers.put_nowait(message)
 
-    def lose(self, why: str) -> None:
+    def lose(self, why: str, *, blamed: bool = False) -> None:
         """The group is gone; everything that waits for it raises `TrainerLost`."""
-        if self._lost:
+        if self._lost is not None:
             return
-        self._lost = why
-        self._answers.put_nowait(None)
+        self._lost = TrainerLost(why, blamed=blamed)
+        self.gone.set()
+        for answers in self._answers.values():
+            answers.put_nowait(None)
         while not self._outgoing.empty():
             self._outgoing.get_nowait()
         self._outgoing.put_nowait(None)
@@ -88,6 +109,11 @@ class RankGroup:
         """Name of the engine."""
         return self._engine
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that the last bit of a result depends on, besides commands and plans."""
+        return self._identity
+
     async def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model."""
         command = pb.CreateModel(**convert.tuning_to_pb(tuning))
@@ -100,28 +126,22 @@ class RankGroup:
     async def compute(
         self,
         model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
+        work: ComputeWork,
         *,
-        backward: bool,
         part: CallPart,
+        plan: bytes,
         on_result: OnResult,
-    ) -> Mapping[str, float]:
-        """Forward, and backward too where asked; returns the metrics."""
-        command = pb.Compute(
-            loss_fn=convert.loss_fn_to_pb(loss_fn),
-            data=[convert.datum_to_pb(datum) for datum in data],
-            backward=backward,
-            part=_PARTS[part],
-        )
+    ) -> Computed:
+        """Forward, and backward too where asked."""
+        command = pb.Compute(data=work.data, backward=work.backward, part=_PARTS[part], plan=plan)
+        command.loss_fn.ParseFromString(work.loss)
 
         async def take(message: pb.AttachRequest) -> None:
             for output in message.results.outputs:
-                found = output.loss_fn_outputs
-                on_result({name: array_from_pb(found[name], name, "float") for name in found})
+                on_result(output.SerializeToString(deterministic=True))
 
         done = await self._execute(model_id, take, compute=command)
-        return dict(done.metrics)
+        return Computed(dict(done.metrics), done.plan, done.non_finite, done.engine_s)
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply the waiting gradients; returns the metrics."""
@@ -136,6 +156,22 @@ class RankGroup:
 
         command = pb.ExportState(optimizer=optimizer)
         return _state_info(await self._execute(model_id, take, export_state=command))
+
+    async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
+        """Copy the model's state; what is returned sends it to `on_piece`."""
+        answers = await self._begin(model_id, snapshot=pb.Snapshot())
+        first = await self._next(answers)
+        if first.WhichOneof("content") == "failed":
+            self._answers.pop(answers.command_id)
+            raise _failure(first.failed)
+
+        async def send() -> StateInfo:
+            async def take(message: pb.AttachRequest) -> None:
+                await on_piece(message.piece.file_name, message.piece.data)
+
+            return _state_info(await self._finish(answers, take))
+
+        return send()
 
     async def import_state(
         self,
@@ -160,33 +196,66 @@ class RankGroup:
         return self._next_command_id - 1
 
     async def _send(self, message: pb.AttachResponse) -> None:
-        if self._lost:
-            raise TrainerLost(self._lost)
+        if self._lost is not None:
+            raise self._lost_again()
         await self._outgoing.put(message)
 
+    def _lost_again(self) -> TrainerLost:
+        # A new one each time: several callers raise it. Only the call under way is to blame.
+        assert self._lost is not None
+        return TrainerLost(str(self._lost))
+
     async def _execute(self, model_id: str, on_part: Any = None, **command: Any) -> pb.Done:
-        command_id = self._take_command_id()
-        await self._send(pb.AttachResponse(command_id=command_id, model_id=model_id, **command))
+        return await self._finish(await self._begin(model_id, **command), on_part)
+
+    async def _begin(self, model_id: str, **command: Any) -> "_Answers":
+        answers = _Answers(self._take_command_id())
+        self._answers[answers.command_id] = answers
+        try:
+            await self._send(
+                pb.AttachResponse(command_id=answers.command_id, model_id=model_id, **command)
+            )
+        except BaseException:
+            del self._answers[answers.command_id]
+            raise
+        return answers
+
+    async def _next(self, answers: "_Answers") -> pb.AttachRequest:
+        message = await answers.get()
+        if message is None:
+            assert self._lost is not None
+            raise TrainerLost(str(self._lost), blamed=self._lost.blamed)
+        return message
+
+    async def _finish(self, answers: "_Answers", on_part: Any) -> pb.Done:
+        """Read the answers of a command up to its last one."""
         failure: Exception | None = None
-        while True:
-            message = await self._answers.get()
-            if message is None or self._lost:
-                self._answers.put_nowait(None)  # for whoever asks next
-                raise TrainerLost(self._lost)
-            if message.command_id != command_id:
-                continue  # of a command whose caller was cancelled
-            case = message.WhichOneof("content")
-            if case == "failed":
-                raise failure or _failure(message.failed)
-            if case == "done":
-                if failure is not None:
-                    raise failure
-                return message.done
-            if failure is None:
-                try:
-                    await on_part(message)
-                except Exception as error:
-                    failure = error  # the rest of the parts must be read all the same
+        try:
+            while True:
+                message = await self._next(answers)
+                case = message.WhichOneof("content")
+                if case == "failed":
+                    raise failure or _failure(message.failed)
+                if case == "done":
+                    if failure is not None:
+                        raise failure
+                    return message.done
+                if failure is None:
+                    try:
+                        await on_part(message)
+                    except Exception as error:
+                        failure = error  # the rest of the parts must be read all the same
+        finally:
+            # What still comes of a command whose caller was cancelled is of no interest.
+            self._answers.pop(answers.command_id, None)
+
+
+class _Answers(asyncio.Queue[pb.AttachRequest | None]):
+    """What rank 0 says of one command; None when it is gone."""
+
+    def __init__(self, command_id: int) -> None:
+        super().__init__()
+        self.command_id = command_id
 
 
 def _failure(failed: pb.Failed) -> Exception:
@@ -208,54 +277,124 @@ def _state_info(done: pb.Done) -> StateInfo:
 
 
 class TrainerLinkServicer(TrainerLinkServiceServicer):
-    """Takes rank 0's stream and makes it the trainer of `models`."""
+    """Takes rank 0's streams and makes one of them the trainer of `models`; others stand by.
 
-    def __init__(self, models: Models) -> None:
+    Args:
+        models: What the rank group works for.
+        lease_s: A group that says nothing for so long has lost its place.
+        cause: Whether a group that is gone was not ended from outside, as far as can be known; by
+            process id of its rank 0.
+        on_silent: Told when a group lost its place that way.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        lease_s: float,
+        cause: Callable[[int], Awaitable[bool]],
+        on_silent: Callable[[int], None],
+    ) -> None:
         self._models = models
-        self._group: RankGroup | None = None
+        self._lease_s = lease_s
+        self._cause = cause
+        self._on_silent = on_silent
+        self._place = asyncio.Lock()
+        self._groups: set[RankGroup] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._attached_count = 0
+        self._closing = False
 
     async def Attach(  # type: ignore[override]  # grpc.aio's form of the method
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Any
     ) -> AsyncIterator[pb.AttachResponse]:
         """Serve one rank group until its stream ends."""
         group = await self._hello(request_iterator)
-        if group is None:
+        if group is None or self._closing:
             return
-        if self._group is not None:
-            _log.warning("a new rank group takes the place of the one before")
-            self._group.lose("another rank group took its place")
-            self._models.detach(self._group)
-        self._group = group
+        self._groups.add(group)
+        reader = asyncio.create_task(self._read(group, request_iterator))
+        has_place = False
+        try:
+            if self._place.locked():
+                _log.info("a rank group stands by: %s", group.info.name)
+            has_place = await self._wait_for_place(group)
+            if has_place:
+                yield self._welcome(group)
+                async for command in group.commands():
+                    yield command
+        finally:
+            reader.cancel()
+            # A task of its own: this one may be cancelled, and to find out why a group went takes
+            # a moment.
+            task = asyncio.create_task(self._leave(group, has_place=has_place))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _wait_for_place(self, group: RankGroup) -> bool:
+        """Wait until this group is the one at work; False where it went away before."""
+        place: asyncio.Task[Any] | None = asyncio.create_task(self._place.acquire())
+        gone = asyncio.create_task(group.gone.wait())
+        assert place is not None
+        try:
+            await asyncio.wait([place, gone], return_when=asyncio.FIRST_COMPLETED)
+            if group.gone.is_set():
+                return False
+            placed, place = place, None
+            return placed.done()
+        finally:
+            gone.cancel()
+            if place is not None and not place.cancel():
+                self._place.release()
+
+    async def _leave(self, group: RankGroup, *, has_place: bool) -> None:
+        await self._lose(group, "the rank group's connection ended")
+        self._groups.discard(group)
+        if has_place:
+            self._models.detach(group)
+            self._place.release()
+            _log.warning("trainer detached")
+
+    async def _lose(self, group: RankGroup, why: str) -> None:
+        if not group.gone.is_set():
+            group.lose(why, blamed=not group.leaving and await self._cause(group.pid))
+
+    def _welcome(self, group: RankGroup) -> pb.AttachResponse:
+        self._attached_count += 1
         info = group.info
         _log.info(
             "trainer attached: %s, %d rank(s), %s engine, %s",
             *(info.name, group.world_size, group.engine, info.dtype),
         )
         self._models.attach(group)
-        reader = asyncio.create_task(self._read(group, request_iterator))
-        try:
-            async for command in group.commands():
-                yield command
-        finally:
-            reader.cancel()
-            group.lose("the rank group's connection ended")
-            self._models.detach(group)
-            if self._group is group:
-                self._group = None
-            _log.warning("trainer detached")
+        # Rises over restarts of this server, too: its own epoch does.
+        epoch = (self._models.epoch << EPOCH_BITS) + self._attached_count
+        return pb.AttachResponse(welcome=pb.Welcome(epoch=epoch))
+
+    async def watch(self) -> None:
+        """Take the place from a group that fell silent, until cancelled."""
+        while True:
+            await asyncio.sleep(min(1.0, self._lease_s / 4))
+            oldest_s = asyncio.get_running_loop().time() - self._lease_s
+            for group in list(self._groups):
+                if group.heard_s < oldest_s:
+                    message = f"the rank group said nothing for {self._lease_s:g} s"
+                    _log.error("%s: it has lost its place", message)
+                    group.lose(message)
+                    self._on_silent(group.pid)
 
     def close(self) -> None:
-        """Let the attached group go."""
-        if self._group is not None:
-            self._group.lose("the Training server stops")
+        """Let all groups go."""
+        self._closing = True
+        for group in list(self._groups):
+            group.lose("the Training server stops")
 
     async def _hello(self, requests: AsyncIterator[pb.AttachRequest]) -> RankGroup | None:
         async for request in requests:
             if request.WhichOneof("content") == "loading":
                 _log.info("trainer: %s", request.loading.message)
-                self._models.progress = request.loading.message
+                self._models.place.progress = request.loading.message
             elif request.WhichOneof("content") == "hello":
-                return RankGroup(request.hello)
+                return RankGroup(request.hello, asyncio.get_running_loop().time)
         return None
 
     async def _read(self, group: RankGroup, requests: AsyncIterator[pb.AttachRequest]) -> None:
@@ -263,6 +402,6 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
             async for request in requests:
                 group.answered(request)
         except (grpc.RpcError, TinsmithError) as error:
-            group.lose(f"the rank group's stream broke: {error}")
+            await self._lose(group, f"the rank group's stream broke: {error}")
         else:
-            group.lose("the rank group ended")
+            await self._lose(group, "the rank group ended")

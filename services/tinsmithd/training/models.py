@@ -1,4 +1,5 @@
-"""The models of the cluster and what can be done with one: the rules of the Training service."""
+"""The models of the cluster: how they come, go, and come back. What can be done with one is in
+`calls`, in which order in `scheduler`."""
 
 import asyncio
 import contextlib
@@ -6,19 +7,11 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from tinsmithd.domain import (
-    AdamParams,
-    BaseModelInfo,
-    CheckpointKind,
-    CheckpointPath,
-    Datum,
-    FullConfig,
-    LossFn,
-    Tuning,
-)
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -26,24 +19,36 @@ from tinsmithd.errors import (
     NotFound,
     Reason,
     ResourceExhausted,
-    TinsmithError,
     Unavailable,
 )
-from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter, SaveOptions
-from tinsmithd.training.journal import Answer
-from tinsmithd.training.parts import NOMINAL_TOKENS, add_metrics, cut, token_count
-from tinsmithd.training.scheduler import (
-    Call,
-    Emit,
-    Lane,
-    LaneLimits,
-    TakeTurn,
-    model_lost,
-    model_not_found,
+from tinsmithd.training.answers import Answer
+from tinsmithd.training.calls import (
+    CallLimits,
+    CheckpointFiles,
+    ModelRules,
+    add_snapshot,
+    check_base_model,
+    wrong_kind,
 )
-from tinsmithd.training.trainer import Pieces, Trainer, TrainerLost
+from tinsmithd.training.checkpoints import CheckpointClient
+from tinsmithd.training.journal import (
+    AddModel,
+    DeleteModel,
+    Fenced,
+    Journal,
+    StoreDamaged,
+    StoredModel,
+    Write,
+)
+from tinsmithd.training.model import Model
+from tinsmithd.training.parts import NOMINAL_TOKENS
+from tinsmithd.training.place import TrainerPlace
+from tinsmithd.training.rules import Call, LaneLimits, model_lost, model_not_found, shutting_down
+from tinsmithd.training.scheduler import Lane
+from tinsmithd.training.snapshots import Snapshots
+from tinsmithd.training.trainer import Trainer, TrainerLost
 from tinsmithd.training.turns import Turns
-from tinsmithd.training.validate import check_data
+from tinsmithd.training.works import Outcome, Work
 
 REQUEST_IDS_KEPT_MAX = 10_000
 DRAIN_POLL_S = 0.05
@@ -58,28 +63,9 @@ class ModelLimits:
     """Bounds on models and calls; the names are those of the settings."""
 
     models_max: int
-    data_per_call_max: int
-    targets_per_position_max: int
-    ephemeral_ttl_s: int
     model_idle_ttl_s: float
-    quantum_tokens: int
     lane: LaneLimits
-
-
-@dataclass
-class Model:
-    """One model: what it is, and its lane."""
-
-    model_id: str
-    info: BaseModelInfo
-    tuning: Tuning
-    user_metadata: Mapping[str, str]
-    lane: Lane
-    number: int
-    """Rises with every model created; orders pages."""
-    create_time_s: float = field(default_factory=time.time)
-    last_request_time_s: float = field(default_factory=time.time)
-    step_count: int = 0
+    calls: CallLimits
 
 
 @dataclass(frozen=True)
@@ -90,7 +76,7 @@ class NewModel:
     tuning: Tuning | None
     path: CheckpointPath | None
     with_optimizer: bool
-    user_metadata: Mapping[str, str]
+    user_metadata: dict[str, str]
     request_id: str
     digest: bytes
 
@@ -99,55 +85,138 @@ class Models:
     """All models of one rank group.
 
     Lives on one event loop. Everything that touches the trainer takes a turn.
+
+    Args:
+        limits: Bounds.
+        checkpoints: The Checkpoint server.
+        journal: Where everything is written down; open.
+        snapshots: Where states are kept; None where the journal keeps nothing.
+        new_id: Makes the id of a model, which nobody can guess.
+
+    Attributes:
+        place: Where the rank group is to be found.
     """
 
-    def __init__(self, limits: ModelLimits, checkpoints: CheckpointClient) -> None:
+    def __init__(
+        self,
+        limits: ModelLimits,
+        checkpoints: CheckpointClient,
+        journal: Journal,
+        snapshots: Snapshots | None,
+        new_id: Callable[[], str] = lambda: secrets.token_hex(16),
+    ) -> None:
         self._limits = limits
-        self._checkpoints = checkpoints
+        self._checkpoints = CheckpointFiles(checkpoints)
+        self._journal = journal
+        self._snapshots = snapshots
+        self._new_id = new_id
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._deletions: set[asyncio.Task[None]] = set()
-        self._requests: OrderedDict[str, tuple[bytes, asyncio.Task[Model]]] = OrderedDict()
-        self._trainer: Trainer | None = None
+        self._requests: OrderedDict[str, tuple[bytes, asyncio.Future[Model]]] = OrderedDict()
+        self.place = TrainerPlace()
         self._turns = Turns()
-        self._reading = asyncio.Lock()
         self._created_count = 0
-        self.progress = "none has attached yet"
-        """What a trainer that is not ready is doing, for a person."""
 
     # --- the trainer comes and goes -----------------------------------------------------------
 
     @property
-    def trainer(self) -> Trainer:
-        """The rank group.
-
-        Raises:
-            Unavailable: None is attached (TRAINER_UNAVAILABLE).
-        """
-        if self._trainer is None:
-            raise Unavailable(
-                f"the trainer is not ready: {self.progress}",
-                Reason.TRAINER_UNAVAILABLE,
-                retry_after_s=1.0,
-            )
-        return self._trainer
+    def epoch(self) -> int:
+        """Of this process, among all that had its journal."""
+        return self._journal.epoch
 
     @property
     def ready(self) -> bool:
-        """True while a rank group is attached."""
-        return self._trainer is not None
+        """True while calls can be taken in and carried out."""
+        return self.place.current is not None and self._journal.writable
+
+    @property
+    def recovering(self) -> Sequence[Model]:
+        """Models that the ranks do not have."""
+        return [model for model in self._models.values() if model.lane.recovering]
 
     def attach(self, trainer: Trainer) -> None:
         """Use a rank group from now on."""
-        self._trainer = trainer
+        self.place.set(trainer)
+        if self.recovering:
+            _log.info("%d model(s) have to be brought back", len(self.recovering))
 
     def detach(self, trainer: Trainer) -> None:
-        """A rank group is gone, and with it every model it held."""
-        if self._trainer is not trainer:
+        """A rank group is gone, and with it the models as it held them."""
+        if self.place.current is not trainer:
             return
-        self._trainer = None
-        self.progress = "it went away and has to start again"
+        self.place.set(None)
+        self.place.progress = "it went away and has to start again"
         for model in self._models.values():
-            model.lane.close(model_lost(model.model_id))
+            if self._journal.keeps:
+                model.lane.lose_trainer()
+            else:
+                model.lane.close(model_lost(model.model_id))
+
+    async def recall(self, stored: Sequence[StoredModel]) -> None:
+        """Take up the models that the journal has."""
+        if self._snapshots is not None:
+            self._snapshots.epoch = self._journal.epoch
+        kept: list[str] = []
+        for found in stored:
+            model = Model.recalled(found.model_id, found.number, found.about)
+            model.snapshots = list(found.snapshots)
+            model.trimmed_to = found.trimmed_to
+            kept += [snapshot.folder for snapshot in found.snapshots]
+            self._created_count = max(self._created_count, found.number)
+            self._take_in(model)
+            self._remember(model)
+            if found.lost:
+                model.lane.close(model_lost(model.model_id, found.lost))
+            await self._recall_calls(model, found)
+            model.lane.lose_trainer()
+        if self._snapshots is not None:
+            await self._snapshots.keep_only(kept)
+        if stored:
+            _log.info("the journal has %d model(s)", len(stored))
+
+    async def _recall_calls(self, model: Model, found: StoredModel) -> None:
+        journal = self._journal
+        works: dict[int, Work] = {}
+        try:
+            for call in found.calls:
+                if call.result_digest is None and not found.lost:
+                    works[call.position] = await journal.work(model.model_id, call.position)
+        except StoreDamaged as error:
+            _log.error("model %s is lost: %s", model.model_id, error)
+            model.lane.close(model_lost(model.model_id, str(error)))
+            return
+
+        def read(position: int) -> Callable[[], object]:
+            async def outcome() -> Outcome:
+                try:
+                    return await journal.outcome(model.model_id, position)
+                except Fenced as error:
+                    raise shutting_down() from error
+
+            return outcome
+
+        model.lane.recall(found.calls, works, read)
+
+    def _rules(self, model: Model) -> ModelRules:
+        return ModelRules(
+            model,
+            self._limits.calls,
+            self.place,
+            self._checkpoints,
+            self._journal,
+            self._snapshots,
+        )
+
+    def _take_in(self, model: Model) -> None:
+        limits, rules = self._limits.lane, self._rules(model)
+        model.lane = Lane(model.model_id, limits, self._turns, self._journal, rules)
+        self._models[model.model_id] = model
+
+    def _remember(self, model: Model) -> None:
+        if model.request_id:
+            made: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
+            made.set_result(model)
+            self._requests[model.request_id] = (model.request_digest, made)
 
     # --- models -------------------------------------------------------------------------------
 
@@ -169,49 +238,81 @@ class Models:
 
     async def _create(self, request: NewModel) -> Model:
         tuning, step_count = request.tuning, 0
-        base_model, trainer = request.base_model, self.trainer
+        base_model, trainer = request.base_model, self.place.need()
         if request.path is not None:
             if request.with_optimizer and request.path.kind is not CheckpointKind.TRAINING:
-                raise _wrong_kind(request.path)
-            found = await self._checkpoints.get(request.path)
-            self._check_base_model(found.base_model, request.base_model)
+                raise wrong_kind(request.path)
+            found = await self._checkpoints.client.get(request.path)
+            check_base_model(found.base_model, request.base_model)
             base_model, tuning = found.base_model, found.tuning
             step_count = found.step_count if request.with_optimizer else 0
         if base_model and base_model != trainer.info.name:
             message = f"no base model {base_model!r}; this cluster holds {trainer.info.name!r}"
             raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
-        model_id = secrets.token_hex(16)
-        lane = Lane(model_id, self._limits.lane, self._turns)
         assert tuning is not None  # one of tuning and path is set by the servicer
         self._created_count += 1
         model = Model(
-            model_id, trainer.info, tuning, request.user_metadata, lane, self._created_count
+            self._new_id(),
+            trainer.info,
+            tuning,
+            request.user_metadata,
+            self._created_count,
+            trainer.identity,
+            from_checkpoint=request.path is not None,
+            request_id=request.request_id,
+            request_digest=request.digest,
+            step_count=step_count,
         )
-        model.step_count = step_count
-        turn = self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS)
-        async with self._read(request.path) as pieces, turn:
-            self._check_room()
-            self._check_alone(tuning)
-            try:
-                if request.path is None:
-                    await trainer.create_model(model_id, tuning)
-                else:
-                    await trainer.import_state(
-                        model_id, pieces, optimizer=request.with_optimizer, create=True
-                    )
-            except TrainerLost as error:
-                text = "the trainer was lost"
-                raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
-            self._models[model_id] = model
-        if self._trainer is not trainer:
-            lane.close(model_lost(model_id))
+        await self._begin(model, trainer, request)
         return model
+
+    async def _begin(self, model: Model, trainer: Trainer, request: NewModel) -> None:
+        """Put a new model onto the ranks and write it down; from then on it is there."""
+        turn = self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS)
+        try:
+            if request.path is None:
+                async with turn:
+                    self._check_room()
+                    self._check_alone(model.tuning)
+                    await trainer.create_model(model.model_id, model.tuning)
+                    await self._write_down(model, trainer)
+                return
+            async with self._checkpoints.read(request.path) as pieces, turn:
+                self._check_room()
+                self._check_alone(model.tuning)
+                optimizer = request.with_optimizer
+                await trainer.import_state(model.model_id, pieces, optimizer=optimizer, create=True)
+                rules = self._rules(model)
+                snapshot = await rules.keep(0, pieces, optimizer, model.step_count)
+                model.snapshots = [] if snapshot is None else [snapshot]
+                await self._write_down(model, trainer)
+        except TrainerLost as error:
+            text = "the trainer was lost"
+            raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
+        except Fenced as error:
+            raise shutting_down() from error
+
+    async def _write_down(self, model: Model, trainer: Trainer) -> None:
+        writes: list[Write] = [AddModel(model.model_id, model.number, model.about())]
+        writes += [add_snapshot(model.model_id, snapshot) for snapshot in model.snapshots]
+        try:
+            await self._journal.commit(*writes)
+        except BaseException:
+            with contextlib.suppress(TrainerLost):
+                await trainer.delete_model(model.model_id)
+            raise
+        self._take_in(model)
+        if self.place.current is not trainer:
+            if self._journal.keeps:
+                model.lane.lose_trainer()
+            else:
+                model.lane.close(model_lost(model.model_id))
 
     def _check_room(self) -> None:
         if len(self._models) < self._limits.models_max:
             return
         for model in list(self._models.values()):
-            if model.lane.lost:  # only a tombstone; the oldest may go
+            if model.lane.lost and not self._journal.keeps:  # only a tombstone; the oldest may go
                 del self._models[model.model_id]
                 return
         raise ResourceExhausted(
@@ -250,16 +351,31 @@ class Models:
     async def delete(self, model_id: str) -> None:
         """Delete a model; calls that still wait for it fail as not found."""
         model = self.get(model_id)
-        del self._models[model_id]
+        try:
+            await self._journal.commit(DeleteModel(model_id))
+        except Fenced as error:
+            raise shutting_down() from error
+        if self._models.pop(model_id, None) is None:
+            return  # somebody else deleted it in the same moment
         was_lost = model.lane.lost
         model.lane.close(model_not_found(model_id))
         model.lane.forget()
-        if was_lost or self._trainer is None:
+        self._later(self._sweep(model))
+        trainer = self.place.current
+        if (was_lost and not self._journal.keeps) or trainer is None:
             return
-        task = asyncio.create_task(self._free(self._trainer, model_id))
+        await asyncio.shield(self._later(self._free(trainer, model_id)))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
         self._deletions.add(task)
         task.add_done_callback(self._deletions.discard)
-        await asyncio.shield(task)
+        return task
+
+    async def _sweep(self, model: Model) -> None:
+        # The call under way, or a snapshot, may still add some.
+        await model.lane.ended()
+        await model.lane.rules.forget()
 
     async def _free(self, trainer: Trainer, model_id: str) -> None:
         async with self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS):
@@ -283,137 +399,15 @@ class Models:
 
     # --- calls on one model -------------------------------------------------------------------
 
-    def compute(
-        self,
-        model: Model,
-        seq_id: int,
-        digest: bytes,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        *,
-        backward: bool,
+    def submit(
+        self, model: Model, seq_id: int, digest: bytes, work: Work, nbytes: int = 0
     ) -> Answer:
-        """Queue a forward or forward_backward; parts are outputs, the value is the metrics."""
-
-        def check() -> None:
-            most = self._limits.targets_per_position_max
-            check_data(data, loss_fn, model.info, most)
-
-        async def run(emit: Emit, turn: TakeTurn) -> Mapping[str, float]:
-            metrics: dict[str, float] = {}
-            for part, some in cut(data, self._limits.quantum_tokens, backward=backward):
-                async with turn(token_count(some)):
-                    compute = self.trainer.compute
-                    found = await compute(
-                        model.model_id, some, loss_fn, backward=backward, part=part, on_result=emit
-                    )
-                add_metrics(metrics, found)
-            return metrics
-
-        nbytes = sum(datum.nbytes for datum in data)
-        return self._submit(model, seq_id, Call(digest, nbytes, run, _refusal(check)))
-
-    def optim_step(self, model: Model, seq_id: int, digest: bytes, adam: AdamParams) -> Answer:
-        """Queue an optimizer step; the value is its metrics."""
-
-        async def run(_: Emit, turn: TakeTurn) -> Mapping[str, float]:
-            async with turn(NOMINAL_TOKENS):
-                metrics = await self.trainer.optim_step(model.model_id, adam)
-            model.step_count += 1
-            return metrics
-
-        return self._submit(model, seq_id, Call(digest, 0, run))
-
-    def save(self, model: Model, seq_id: int, digest: bytes, options: SaveOptions) -> Answer:
-        """Queue a save; the value is `(path, size_bytes)`."""
-        optimizer = options.path.kind is CheckpointKind.TRAINING
-
-        async def run(_: Emit, turn: TakeTurn) -> tuple[CheckpointPath, int]:
-            writer: CheckpointWriter | None = None
-            try:
-                async with turn(NOMINAL_TOKENS):
-                    writer = self._checkpoints.writer(
-                        options, model.info.name, model.tuning, model.step_count
-                    )
-                    await self.trainer.export_state(
-                        model.model_id, optimizer=optimizer, on_piece=writer.write
-                    )
-                return options.path, await writer.commit()
-            except BaseException:
-                if writer is not None:
-                    writer.cancel()
-                raise
-
-        return self._submit(model, seq_id, Call(digest, 0, run))
-
-    def load(
-        self, model: Model, seq_id: int, digest: bytes, path: CheckpointPath, *, optimizer: bool
-    ) -> Answer:
-        """Queue a load; the value is the path."""
-
-        def check() -> None:
-            if path.kind is not CheckpointKind.TRAINING:
-                raise _wrong_kind(path)
-
-        async def run(_: Emit, turn: TakeTurn) -> CheckpointPath:
-            found = await self._checkpoints.get(path)
-            self._check_base_model(found.base_model, model.info.name)
-            if isinstance(found.tuning, FullConfig) != isinstance(model.tuning, FullConfig):
-                message = "of checkpoint and model, one is an adapter and the other all weights"
-                raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-            async with self._read(path) as pieces, turn(NOMINAL_TOKENS):
-                state = await self.trainer.import_state(
-                    model.model_id, pieces, optimizer=optimizer, create=False
-                )
-            model.step_count = state.step_count
-            return path
-
-        return self._submit(model, seq_id, Call(digest, 0, run, _refusal(check)))
-
-    def refuse(self, model: Model, seq_id: int, digest: bytes, error: TinsmithError) -> Answer:
-        """Let a call that could not even be read consume its number."""
-
-        async def run(_: Emit, turn: TakeTurn) -> None:
-            return None
-
-        return self._submit(model, seq_id, Call(digest, 0, run, error))
-
-    def _submit(self, model: Model, seq_id: int, call: Call) -> Answer:
+        """Queue a call; see `works` for what its answer holds."""
         if seq_id < 0:
             raise InvalidArgument("seq_id", f"{seq_id} is below 0")
         model.last_request_time_s = time.time()
-        return model.lane.submit(seq_id, call)
-
-    @contextlib.asynccontextmanager
-    async def _read(self, path: CheckpointPath | None) -> AsyncIterator[Pieces]:
-        """The files of a checkpoint, whole: one that fails half-way must not reach the ranks, and
-        one that comes slowly must not hold a turn. Only one at a time is in memory."""
-        if path is None:
-            yield ()
-            return
-        async with self._reading:
-            yield [piece async for piece in self._checkpoints.read(path)]
-
-    def _check_base_model(self, found: str, wanted: str) -> None:
-        if wanted and found != wanted:
-            message = f"the checkpoint is of base model {found!r}, not {wanted!r}"
-            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        return model.lane.submit(seq_id, Call(digest, work, nbytes))
 
 
-def _refusal(check: Callable[[], None]) -> TinsmithError | None:
-    try:
-        check()
-    except TinsmithError as error:
-        return error
-    return None
-
-
-def _failed(task: asyncio.Task[Model]) -> bool:
-    return task.cancelled() or task.exception() is not None
-
-
-def _wrong_kind(path: CheckpointPath) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"{path} has no optimizer state: a TRAINING checkpoint is needed",
-        Reason.WRONG_CHECKPOINT_KIND,
-    )
+def _failed(made: "asyncio.Future[Model]") -> bool:
+    return made.cancelled() or made.exception() is not None

@@ -1,43 +1,49 @@
 """Cuts large calls into parts, between which other models have turns at the ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from tinsmithd.domain import Datum
 from tinsmithd.training.trainer import CallPart
+from tinsmithd.training.works import ComputeWork
 
 NOMINAL_TOKENS = 512
 """What a turn costs that computes no data, such as an optimizer step or a save."""
 
 
-def token_count(data: Sequence[Datum]) -> int:
-    """Tokens of some data: what computing them costs."""
-    return sum(len(datum.tokens) for datum in data)
-
-
-def cut(
-    data: Sequence[Datum], quantum_tokens: int, *, backward: bool
-) -> Iterator[tuple[CallPart, Sequence[Datum]]]:
-    """The parts of a call: neighbours, as many as `quantum_tokens` allow, but at least one datum.
+def cut(lengths: Sequence[int], quantum_tokens: int) -> list[int]:
+    """How many data each part of a call has: as many as `quantum_tokens` allow, but at least one.
 
     Where the cuts are depends on the call's own data alone, and with them every number computed.
 
     Args:
-        data: All data of the call.
+        lengths: Tokens of each datum of the call.
         quantum_tokens: Most tokens of a part that has more than one datum.
-        backward: Whether gradients are added: only then there is something to undo, and parts
-            after the first are not WHOLE.
+    """
+    counts: list[int] = []
+    room = 0
+    for length in lengths:
+        if counts and length <= room:
+            counts[-1] += 1
+            room -= length
+        else:
+            counts.append(1)
+            room = quantum_tokens - length
+    return counts
+
+
+def parts(work: ComputeWork, counts: Sequence[int]) -> Iterator[tuple[CallPart, ComputeWork]]:
+    """The parts of a call.
+
+    Only where gradients are added there is something to undo; only then parts are not WHOLE.
     """
     start = 0
-    while start < len(data):
-        end, room = start + 1, quantum_tokens - len(data[start].tokens)
-        while end < len(data) and len(data[end].tokens) <= room:
-            room -= len(data[end].tokens)
-            end += 1
-        if not backward or (start == 0 and end == len(data)):
+    for count in counts:
+        end = start + count
+        if not work.backward or len(counts) == 1:
             part = CallPart.WHOLE
         else:
             part = CallPart.FIRST if start == 0 else CallPart.LATER
-        yield part, data[start:end]
+        yield part, replace(work, data=work.data[start:end], lengths=work.lengths[start:end])
         start = end
 
 

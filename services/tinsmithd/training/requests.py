@@ -14,8 +14,10 @@ from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import check_format
-from tinsmithd.domain import CrossEntropy, Datum, LossFn
+from tinsmithd.domain import BaseModelInfo, CrossEntropy, Datum, LossFn
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
+from tinsmithd.training.validate import check_data
+from tinsmithd.training.works import ComputeWork, RefusedWork, Work
 
 ComputeRequest = pb.ForwardRequest | pb.ForwardBackwardRequest
 _HEADER_FIELDS = ("model_id", "seq_id", "loss_fn", "tensor_format")
@@ -30,8 +32,26 @@ class ComputeCall:
     tensor_format: int
     digest: bytes = b""
     loss_fn: LossFn = field(default_factory=CrossEntropy)
+    loss: bytes = b""
     data: list[Datum] = field(default_factory=list)
+    packed: list[bytes] = field(default_factory=list)
     refusal: TinsmithError | None = None
+
+    def work(self, info: BaseModelInfo, targets_per_position_max: int, *, backward: bool) -> Work:
+        """What it asks for, once it is held against the base model, the loss and the limits."""
+        try:
+            if self.refusal is not None:
+                raise self.refusal
+            check_data(self.data, self.loss_fn, info, targets_per_position_max)
+        except TinsmithError as error:
+            return RefusedWork(error)
+        lengths = [len(datum.tokens) for datum in self.data]
+        return ComputeWork(self.loss, self.packed, lengths, backward)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return sum(map(len, self.packed))
 
 
 def digest_of(request: Message) -> bytes:
@@ -66,6 +86,7 @@ async def read_call(
     try:
         check_format(first.tensor_format, "tensor_format")
         call.loss_fn = convert.loss_fn_from_pb(first.loss_fn, "loss_fn")
+        call.loss = convert.loss_fn_to_pb(call.loss_fn).SerializeToString(deterministic=True)
     except InvalidArgument as error:
         call.refusal = error
     try:
@@ -77,7 +98,7 @@ async def read_call(
         call.refusal = call.refusal or error
     call.digest = content.digest()
     if call.refusal is not None:
-        call.data = []
+        call.data, call.packed = [], []
     return call
 
 
@@ -128,5 +149,6 @@ def _take(
         if call.refusal is None:
             try:
                 call.data.append(convert.datum_from_pb(datum, f"data[{index}]"))
+                call.packed.append(packed)
             except InvalidArgument as error:
                 call.refusal = error

@@ -1,8 +1,7 @@
 """Puts the Training server together: rules, faces, the link to the ranks, and their launcher."""
 
 import asyncio
-import contextlib
-import logging
+from pathlib import Path
 
 from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
     add_TrainerLinkServiceServicer_to_server,
@@ -11,17 +10,53 @@ from tinsmith.v1.training_service_pb2 import DESCRIPTOR
 from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from tinsmithd.config import TrainingConfig
 from tinsmithd.rpc.server import RpcServer
+from tinsmithd.training.calls import CallLimits
 from tinsmithd.training.checkpoints import CheckpointClient
+from tinsmithd.training.journal import Journal, NoJournal
 from tinsmithd.training.launcher import Launcher
 from tinsmithd.training.link import TrainerLinkServicer
 from tinsmithd.training.models import ModelLimits, Models
-from tinsmithd.training.scheduler import LaneLimits
+from tinsmithd.training.recovery import SnapshotRule
+from tinsmithd.training.rules import LaneLimits
 from tinsmithd.training.servicer import TrainingServicer
+from tinsmithd.training.snapshots import DiskSnapshots, Snapshots
+from tinsmithd.training.sqlite_store import SqliteStore
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["TrainingService"].full_name
 WATCH_INTERVAL_S = 0.2
 IDLE_SWEEP_INTERVAL_S = 60.0
-_log = logging.getLogger(__name__)
+RECOVERY_NAME = f"{SERVICE_NAME}/recovery"
+"""In health: SERVING while the ranks have all models, NOT_SERVING while some are brought back."""
+
+
+def _storage(config: TrainingConfig) -> tuple[Journal, Snapshots | None]:
+    if config.durability == "none":
+        return NoJournal(), None
+    folder = Path(config.data_folder)
+    store = SqliteStore(folder, sync=config.durability == "fsync")
+    return Journal(store), DiskSnapshots(folder / "snapshots")
+
+
+def _limits(config: TrainingConfig) -> ModelLimits:
+    return ModelLimits(
+        models_max=config.models_max,
+        model_idle_ttl_s=config.model_idle_ttl_s,
+        lane=LaneLimits(
+            lane_calls_max=config.lane_calls_max,
+            lane_bytes_max=config.lane_bytes_max,
+            gap_wait_s_max=config.gap_wait_s_max,
+            answers_kept_max=config.answers_kept_max,
+            answer_bytes_kept_max=config.answer_bytes_kept_max,
+            call_attempts_max=config.call_attempts_max,
+        ),
+        calls=CallLimits(
+            quantum_tokens=config.quantum_tokens,
+            journal_bytes_max=config.journal_bytes_max,
+            snapshots=SnapshotRule(
+                config.snapshot_steps, config.snapshot_interval_s, config.replay_check == "exact"
+            ),
+        ),
+    )
 
 
 class TrainingServer:
@@ -34,27 +69,16 @@ class TrainingServer:
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
         self._checkpoints = CheckpointClient(config.checkpoint_target)
-        limits = ModelLimits(
-            models_max=config.models_max,
-            data_per_call_max=config.data_per_call_max,
-            targets_per_position_max=config.targets_per_position_max,
-            ephemeral_ttl_s=config.ephemeral_ttl_s,
-            model_idle_ttl_s=config.model_idle_ttl_s,
-            quantum_tokens=config.quantum_tokens,
-            lane=LaneLimits(
-                lane_calls_max=config.lane_calls_max,
-                lane_bytes_max=config.lane_bytes_max,
-                gap_wait_s_max=config.gap_wait_s_max,
-                answers_kept_max=config.answers_kept_max,
-                answer_bytes_kept_max=config.answer_bytes_kept_max,
-            ),
-        )
-        self._models = Models(limits, self._checkpoints)
-        self._rpc = RpcServer(config, SERVICE_NAME)
+        self._journal, snapshots = _storage(config)
+        self._models = Models(_limits(config), self._checkpoints, self._journal, snapshots)
+        self._rpc = RpcServer(config, SERVICE_NAME, (RECOVERY_NAME,))
         add_TrainingServiceServicer_to_server(
             TrainingServicer(config, self._models), self._rpc.grpc_server
         )
-        self._link = TrainerLinkServicer(self._models)
+        self._launcher: Launcher | None = None
+        self._link = TrainerLinkServicer(
+            self._models, config.rank_lease_s, self._cause, self._end_ranks
+        )
         add_TrainerLinkServiceServicer_to_server(self._link, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -64,20 +88,34 @@ class TrainingServer:
         return self._rpc.port
 
     async def start(self) -> None:
-        """Bind, serve, and start the ranks where this server is to do that."""
+        """Read the journal, bind, serve, and start the ranks where this server is to do that.
+
+        Raises:
+            StoreDamaged: The journal cannot be used.
+        """
+        contents = await self._journal.open()
+        # A Training server that this one replaced may still be there: it can write neither the
+        # journal nor checkpoints any more.
+        self._checkpoints.writer_name = contents.cluster_id
+        self._checkpoints.writer_epoch = contents.epoch
+        await self._models.recall(contents.models)
         await self._rpc.start()
         self._tasks = [
-            asyncio.create_task(self._watch_trainer()),
+            asyncio.create_task(self._watch()),
             asyncio.create_task(self._sweep()),
+            asyncio.create_task(self._link.watch()),
+            asyncio.create_task(self._journal.failed()),
         ]
         if self._config.spawn_ranks:
-            self._tasks.append(asyncio.create_task(Launcher(self._config, self.port).run()))
+            self._launcher = Launcher(self._config, self.port)
+            self._tasks.append(asyncio.create_task(self._launcher.run()))
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
         Raises:
             LaunchError: The ranks cannot start.
+            Fenced: Another Training server has taken over.
         """
         serving = asyncio.create_task(self._rpc.until_signal())
         done, _ = await asyncio.wait([serving, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -88,23 +126,33 @@ class TrainingServer:
     async def stop(self) -> None:
         """Stop gracefully; returns when all calls and the ranks ended."""
         stopping = asyncio.create_task(self._rpc.stop())
-        await self._models.drained(self._config.stop_grace_s)
+        await self._models.drained(0.0 if self._journal.fenced.is_set() else self._drain_s)
         # Only now: calls under way needed the ranks, and their stream is a call that never ends.
         self._link.close()
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await stopping
+        await self._journal.close()
         await self._checkpoints.close()
 
-    async def _watch_trainer(self) -> None:
-        serving = False
+    @property
+    def _drain_s(self) -> float:
+        return self._config.stop_grace_s
+
+    async def _cause(self, pid: int) -> bool:
+        """Whether ranks that are going ended by themselves: unknown counts as yes."""
+        return True if self._launcher is None else await self._launcher.blamed(pid)
+
+    def _end_ranks(self, pid: int) -> None:
+        if self._launcher is not None:
+            self._launcher.end(pid)
+
+    async def _watch(self) -> None:
+        """Let health say what is true."""
         while True:
-            if serving != self._models.ready:
-                serving = self._models.ready
-                await self._rpc.set_serving(serving)
+            await self._rpc.set_serving(self._models.ready)
+            await self._rpc.set_serving(not self._models.recovering, RECOVERY_NAME)
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def _sweep(self) -> None:

@@ -2,25 +2,40 @@
 
 import importlib.metadata
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from tinsmith.v1 import training_service_pb2 as pb
+from tinsmith.v1 import types_pb2
 from tinsmith.v1.training_service_pb2_grpc import TrainingServiceServicer
+from tinsmithd import failpoints
 from tinsmithd.config import TrainingConfig
 from tinsmithd.convert import types as convert
-from tinsmithd.convert.tensors import array_to_pb
+from tinsmithd.convert.tensors import array_from_pb, array_to_pb
 from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath
 from tinsmithd.errors import InvalidArgument, Reason
-from tinsmithd.training.checkpoints import SaveOptions
-from tinsmithd.training.journal import Answer
-from tinsmithd.training.models import Model, Models, NewModel
+from tinsmithd.training.model import Model
+from tinsmithd.training.models import Models, NewModel
 from tinsmithd.training.requests import ComputeRequest, digest_of, read_call, read_header
+from tinsmithd.training.works import (
+    LoadWork,
+    RefusedWork,
+    SaveOptions,
+    SaveWork,
+    StepWork,
+    Work,
+)
 
 REQUEST_ID_CHARS_MAX = 128
 PAGE_SIZE_MAX = 1000
+ENGINE_SECONDS = "tinsmith-engine-seconds"
+_DURABILITY = {
+    "none": pb.DURABILITY_MODE_NONE,
+    "async": pb.DURABILITY_MODE_ASYNC,
+    "fsync": pb.DURABILITY_MODE_FSYNC,
+}
 _LIMITS = [field.name for field in pb.Limits.DESCRIPTOR.fields]
 
 
@@ -38,13 +53,13 @@ class TrainingServicer(TrainingServiceServicer):
         response = pb.GetCapabilitiesResponse(
             loss_fns=list(LOSSES),
             limits=pb.Limits(**{name: getattr(self._config, name) for name in _LIMITS}),
-            durability_mode=pb.DURABILITY_MODE_NONE,
+            durability_mode=_DURABILITY[self._config.durability],
             sampler_address=self._config.sampler_address,
             checkpoint_address=self._config.checkpoint_address,
             server_version=importlib.metadata.version("tinsmith"),
         )
-        if self._models.ready:
-            trainer = self._models.trainer
+        trainer = self._models.place.current
+        if trainer is not None:
             response.base_models.append(convert.base_model_to_pb(trainer.info))
             response.engine = trainer.engine
             response.world_size = trainer.world_size
@@ -80,7 +95,7 @@ class TrainingServicer(TrainingServiceServicer):
             tuning=tuning,
             path=path,
             with_optimizer=request.with_optimizer,
-            user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
+            user_metadata=dict(convert.metadata_from_pb(request.user_metadata, "user_metadata")),
             request_id=request.request_id,
             digest=digest_of(content),
         )
@@ -146,37 +161,29 @@ class TrainingServicer(TrainingServiceServicer):
         # To grpc a cancelled stream ends like a finished one. Answering tells them apart: it fails
         # on a call that is gone, and until it is done the cancellation has reached this task.
         await context.send_initial_metadata(())
-        if call.refusal is not None:
-            answer = self._models.refuse(model, call.seq_id, call.digest, call.refusal)
-        else:
-            answer = self._models.compute(
-                model, call.seq_id, call.digest, call.data, call.loss_fn, backward=backward
-            )
-        async for outputs in answer.parts():
-            tensors = {k: array_to_pb(v, call.tensor_format) for k, v in outputs.items()}
-            yield {"outputs": [pb.DatumOutput(loss_fn_outputs=tensors)]}
-        yield {"metrics": await answer.value()}
+        failpoints.hit("recv")
+        work = call.work(model.info, self._config.targets_per_position_max, backward=backward)
+        answer = self._models.submit(model, call.seq_id, call.digest, work, call.nbytes)
+        async for part in answer.parts():
+            yield {"outputs": [_output(part, call.tensor_format)]}
+        metrics = (await answer.value())["metrics"]
+        context.set_trailing_metadata(((ENGINE_SECONDS, f"{answer.engine_s:.6f}"),))
+        yield {"metrics": metrics}
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: Any) -> pb.OptimStepResponse:
         """Apply one optimizer step."""
-
-        def submit(model: Model, digest: bytes) -> Answer:
-            adam = convert.adam_from_pb(request.adam_params, "adam_params")
-            return self._models.optim_step(model, request.seq_id, digest, adam)
-
-        return pb.OptimStepResponse(metrics=await self._submit(request, submit))
+        value = await self._submit(
+            request,
+            lambda: StepWork(convert.adam_from_pb(request.adam_params, "adam_params")),
+        )
+        return pb.OptimStepResponse(metrics=value["metrics"])
 
     async def SaveCheckpoint(
         self, request: pb.SaveCheckpointRequest, context: Any
     ) -> pb.SaveCheckpointResponse:
         """Save the model under a name."""
-
-        def submit(model: Model, digest: bytes) -> Answer:
-            options = self._save_options(request)
-            return self._models.save(model, request.seq_id, digest, options)
-
-        path, size_bytes = await self._submit(request, submit)
-        return pb.SaveCheckpointResponse(path=str(path), size_bytes=size_bytes)
+        value = await self._submit(request, lambda: SaveWork(self._save_options(request)))
+        return pb.SaveCheckpointResponse(path=value["path"], size_bytes=value["size_bytes"])
 
     def _save_options(self, request: pb.SaveCheckpointRequest) -> SaveOptions:
         kind = convert.kind_from_pb(request.kind, "kind")
@@ -197,28 +204,40 @@ class TrainingServicer(TrainingServiceServicer):
         self, request: pb.LoadCheckpointRequest, context: Any
     ) -> pb.LoadCheckpointResponse:
         """Replace the model's state by a checkpoint's."""
+        value = await self._submit(
+            request,
+            lambda: LoadWork(convert.path_from_pb(request.path, "path"), request.with_optimizer),
+        )
+        return pb.LoadCheckpointResponse(path=value["path"])
 
-        def submit(model: Model, digest: bytes) -> Answer:
-            path = convert.path_from_pb(request.path, "path")
-            return self._models.load(
-                model, request.seq_id, digest, path, optimizer=request.with_optimizer
-            )
-
-        return pb.LoadCheckpointResponse(path=str(await self._submit(request, submit)))
-
-    async def _submit(self, request: Any, submit: Callable[[Model, bytes], Answer]) -> Any:
+    async def _submit(self, request: Any, read: Callable[[], Work]) -> Mapping[str, Any]:
         # What cannot be read is refused in the model's order, so that its number is used up.
         model = self._models.get(request.model_id)
-        digest = digest_of(request)
         try:
-            answer = submit(model, digest)
+            work = read()
         except InvalidArgument as error:
-            answer = self._models.refuse(model, request.seq_id, digest, error)
+            work = RefusedWork(error)
+        failpoints.hit("recv")
+        answer = self._models.submit(model, request.seq_id, digest_of(request), work)
         return await answer.value()
 
 
+def _output(part: bytes, tensor_format: int) -> pb.DatumOutput:
+    """One datum's results as the caller wants them; packed is how the ranks give them."""
+    output = pb.DatumOutput.FromString(part)
+    if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN:
+        for name in output.loss_fn_outputs:
+            array = array_from_pb(output.loss_fn_outputs[name], name, "float")
+            output.loss_fn_outputs[name].CopyFrom(array_to_pb(array, tensor_format))
+    return output
+
+
 def _model_to_pb(model: Model) -> pb.Model:
-    lost = model.lane.lost
+    state = pb.MODEL_STATE_READY
+    if model.lane.lost:
+        state = pb.MODEL_STATE_LOST
+    elif model.lane.recovering:
+        state = pb.MODEL_STATE_RECOVERING
     return pb.Model(
         model_id=model.model_id,
         base_model=model.info.name,
@@ -227,7 +246,8 @@ def _model_to_pb(model: Model) -> pb.Model:
         create_time=_timestamp(model.create_time_s),
         last_request_time=_timestamp(model.last_request_time_s),
         next_seq_id=model.lane.next_seq_id,
-        state=pb.MODEL_STATE_LOST if lost else pb.MODEL_STATE_READY,
+        state=state,
+        state_message=model.state_message if state == pb.MODEL_STATE_RECOVERING else "",
     )
 
 

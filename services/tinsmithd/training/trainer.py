@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-import numpy as np
+from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
+from tinsmithd.training.works import ComputeWork
 
-from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, Tuning
-
-OnResult = Callable[[Mapping[str, np.ndarray]], None]
-"""Takes the outputs of the next datum, in datum order."""
+OnResult = Callable[[bytes], None]
+"""Takes the outputs of the next datum, in datum order and in the form that callers get."""
 
 OnPiece = Callable[[str, bytes], Awaitable[None]]
 """Takes the next bytes of a state file: file name and data."""
@@ -39,6 +38,23 @@ class StateInfo:
     step_count: int
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a compute gave, besides the outputs.
+
+    Attributes:
+        metrics: By `name:reduction`.
+        plan: The composition in which it was computed; the same again gives the same bits.
+        non_finite: The gradients that wait now are not all finite.
+        engine_s: Seconds that the engine took.
+    """
+
+    metrics: Mapping[str, float]
+    plan: bytes = b""
+    non_finite: bool = False
+    engine_s: float = 0.0
+
+
 class Trainer(Protocol):
     """One rank group. It does one thing at a time; whoever calls sees to that.
 
@@ -57,6 +73,10 @@ class Trainer(Protocol):
     def engine(self) -> str:
         """Name of the engine."""
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that the last bit of a result depends on, besides commands and plans."""
+
     async def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model; one that trains all weights must be alone."""
 
@@ -66,20 +86,26 @@ class Trainer(Protocol):
     async def compute(
         self,
         model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
+        work: ComputeWork,
         *,
-        backward: bool,
         part: CallPart,
+        plan: bytes,
         on_result: OnResult,
-    ) -> Mapping[str, float]:
-        """Forward, and backward too where asked; returns the metrics."""
+    ) -> Computed:
+        """Forward, and backward too where asked; an empty plan leaves the composition open."""
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply the waiting gradients; returns the metrics."""
 
     async def export_state(self, model_id: str, *, optimizer: bool, on_piece: OnPiece) -> StateInfo:
         """Send the model's state files, piece by piece."""
+
+    async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
+        """Copy the model's state, with its optimizer state; other calls may follow at once.
+
+        Returns:
+            What sends the copy's files to `on_piece`; it may fail as any other method.
+        """
 
     async def import_state(
         self,
@@ -93,7 +119,15 @@ class Trainer(Protocol):
 
 
 class TrainerLost(Exception):
-    """The rank group is gone, with every model it held."""
+    """The rank group is gone, with every model it held.
+
+    Attributes:
+        blamed: It may be for what it was asked to do: nobody else ended it.
+    """
+
+    def __init__(self, message: str, *, blamed: bool = False) -> None:
+        super().__init__(message)
+        self.blamed = blamed
 
 
 class ModelBroken(Exception):

@@ -1,0 +1,335 @@
+"""What the calls of a model do: `ModelRules` carries them out on the ranks."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig
+from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
+from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter
+from tinsmithd.training.composition import Composition
+from tinsmithd.training.journal import AddSnapshot, Journal, StoredSnapshot, Trim
+from tinsmithd.training.model import Model
+from tinsmithd.training.parts import NOMINAL_TOKENS, add_metrics, cut, parts
+from tinsmithd.training.place import TrainerPlace
+from tinsmithd.training.recovery import Recovery, SnapshotRule
+from tinsmithd.training.rules import Done, Emit, TakeTurn
+from tinsmithd.training.snapshots import Snapshots
+from tinsmithd.training.trainer import Pieces, Trainer, TrainerLost
+from tinsmithd.training.works import ComputeWork, LoadWork, SaveWork, StepWork, Work
+
+
+@dataclass(frozen=True)
+class CallLimits:
+    """The names are those of the settings."""
+
+    quantum_tokens: int
+    journal_bytes_max: int
+    snapshots: SnapshotRule
+
+
+class CheckpointFiles:
+    """Reads checkpoints whole, one at a time: one that fails half-way must not reach the ranks, and
+    one that comes slowly must not hold a turn."""
+
+    def __init__(self, client: CheckpointClient) -> None:
+        self.client = client
+        self._reading = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def read(self, path: CheckpointPath) -> AsyncIterator[Pieces]:
+        """The files of a checkpoint, in memory for the body of the `async with`."""
+        async with self._reading:
+            yield [piece async for piece in self.client.read(path)]
+
+
+class _Held:
+    """Bytes of calls by position."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        self.nbytes = 0
+
+    def add(self, position: int, nbytes: int) -> None:
+        """Positions rise."""
+        if nbytes:
+            self._sizes[position] = nbytes
+            self.nbytes += nbytes
+
+    def drop(self, positions: Sequence[int]) -> None:
+        """Not these."""
+        for position in positions:
+            self.nbytes -= self._sizes.pop(position, 0)
+
+    def drop_until(self, end: int) -> None:
+        """Not those up to this position."""
+        while self._sizes and (first := next(iter(self._sizes))) <= end:
+            self.drop([first])
+
+
+class ModelRules:
+    """See `scheduler.Rules`."""
+
+    def __init__(
+        self,
+        model: Model,
+        limits: CallLimits,
+        place: TrainerPlace,
+        checkpoints: CheckpointFiles,
+        journal: Journal,
+        snapshots: Snapshots | None,
+    ) -> None:
+        self._model = model
+        self._limits = limits
+        self._place = place
+        self._checkpoints = checkpoints
+        self._journal = journal
+        self._snapshots = snapshots
+        self._recovery = Recovery(model, place, journal, snapshots, self, limits.snapshots)
+        self._since_step, self._since_snapshot = _Held(), _Held()
+
+    # --- the lane's side ----------------------------------------------------------------------
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse a call that would make the journal of this model too large.
+
+        Raises:
+            ResourceExhausted: Its calls since the last snapshot are too many (STORAGE_FULL).
+        """
+        held = nbytes + self._since_step.nbytes
+        # A call without data must get in: the step among them is what makes room.
+        if nbytes and self._journal.keeps and held > self._limits.journal_bytes_max:
+            raise ResourceExhausted(
+                f"calls of this model without a snapshot hold {held} bytes, journal_bytes_max is "
+                f"{self._limits.journal_bytes_max}: an optim_step lets a snapshot be taken",
+                Reason.STORAGE_FULL,
+                retry_after_s=1.0,
+                metadata={"limit": "journal_bytes_max", "value": str(held)},
+            )
+
+    def wrote(self, position: int, nbytes: int) -> None:
+        """A call was written down."""
+        self._since_step.add(position, nbytes)
+        self._since_snapshot.add(position, nbytes)
+
+    def forgot(self, positions: Sequence[int]) -> None:
+        """Calls were taken back; they will be written down again."""
+        for held in (self._since_step, self._since_snapshot):
+            held.drop(positions)
+
+    def stepped(self, position: int) -> None:
+        """A step was made, and lets a snapshot be taken."""
+        self._since_step.drop_until(position)
+
+    async def execute(
+        self, position: int, seq_id: int, work: Work, emit: Emit, turn: TakeTurn
+    ) -> Done:
+        """Carry a call out on the ranks."""
+        trainer = self._trainer()
+        match work:
+            case ComputeWork() | StepWork():
+                call = f"seq_id {seq_id}" if seq_id else f"call {position} (without seq_id)"
+                return await self.change(trainer, call, work, None, emit, turn)
+            case SaveWork():
+                return await self._save(trainer, work, turn)
+            case LoadWork():
+                return await self._load(trainer, position, work, turn)
+        raise TypeError(type(work).__name__)
+
+    def _trainer(self) -> Trainer:
+        if self._place.current is None and self._journal.keeps:
+            raise TrainerLost(self._place.progress)
+        return self._place.need()
+
+    async def restore(self, turn: TakeTurn) -> None:
+        """Wait for ranks and bring the model to the state after the last recorded call."""
+        await self._recovery.restore(turn)
+
+    async def settled(self, position: int, work: Work, turn: TakeTurn) -> None:
+        """Take a snapshot when one is due."""
+        if isinstance(work, StepWork):
+            self.stepped(position)
+            if self._model.snapshots:
+                self._since_snapshot.drop_until(self._model.snapshots[-1].position)
+            full = 2 * self._since_snapshot.nbytes > self._limits.journal_bytes_max
+            await self._recovery.stepped(position, turn, full=full)
+        elif isinstance(work, LoadWork):
+            await self._recovery.sweep()
+
+    async def forget(self) -> None:
+        """The model is deleted and its lane has ended: remove its snapshots."""
+        await self._recovery.quiet()
+        if self._snapshots is not None:
+            for folder in [*self._model.garbage, *(s.folder for s in self._model.snapshots)]:
+                await self._snapshots.remove(folder)
+
+    # --- calls that change the model on the ranks ---------------------------------------------
+
+    async def change(
+        self,
+        trainer: Trainer,
+        call: str,
+        work: ComputeWork | StepWork,
+        composition: Composition | None,
+        emit: Emit,
+        turn: TakeTurn,
+    ) -> Done:
+        """Compute, or step; in a given composition, it is the same again."""
+        if isinstance(work, ComputeWork):
+            return await self._compute(trainer, call, work, composition, emit, turn)
+        return await self._step(trainer, work, turn)
+
+    async def _compute(
+        self,
+        trainer: Trainer,
+        call: str,
+        work: ComputeWork,
+        composition: Composition | None,
+        emit: Emit,
+        turn: TakeTurn,
+    ) -> Done:
+        counts = (
+            composition.counts if composition else cut(work.lengths, self._limits.quantum_tokens)
+        )
+        metrics: dict[str, float] = {}
+        plans: list[bytes] = []
+        engine_s = 0.0
+        for index, (part, some) in enumerate(parts(work, counts)):
+            plan = composition.plans[index] if composition else b""
+            async with turn(sum(some.lengths)):
+                computed = await trainer.compute(
+                    self._model.model_id, some, part=part, plan=plan, on_result=emit
+                )
+            add_metrics(metrics, computed.metrics)
+            plans.append(computed.plan)
+            engine_s += computed.engine_s
+            if work.backward and computed.non_finite and not self._model.non_finite_since:
+                self._model.non_finite_since = call
+        if not work.backward:  # nothing changed: there is nothing to make again
+            return Done({"metrics": metrics}, engine_s=engine_s)
+        made = Composition(trainer.identity, counts, plans, metrics)
+        return Done({"metrics": metrics}, plan=made.encode(), engine_s=engine_s)
+
+    async def _step(self, trainer: Trainer, work: StepWork, turn: TakeTurn) -> Done:
+        try:
+            async with turn(NOMINAL_TOKENS):
+                metrics = await trainer.optim_step(self._model.model_id, work.adam)
+        except FailedPrecondition as error:
+            if error.reason is not Reason.NON_FINITE_GRADIENT:
+                raise
+            since = self._model.non_finite_since
+            self._model.non_finite_since = ""
+            if since:
+                error.message += f"; they became so with {since}"
+                error.metadata["since"] = since
+            return Done(error=error, plan=Composition(trainer.identity).encode())
+        self._model.non_finite_since = ""
+        self._model.step_count += 1
+        made = Composition(trainer.identity, metrics=metrics)
+        return Done({"metrics": dict(metrics)}, plan=made.encode())
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    async def _save(self, trainer: Trainer, work: SaveWork, turn: TakeTurn) -> Done:
+        # Made again after a crash, this writes the same files under the same name, which the
+        # Checkpoint server takes for the repeat that it is.
+        model, options = self._model, work.options
+        optimizer = options.path.kind is CheckpointKind.TRAINING
+        writer: CheckpointWriter | None = None
+        try:
+            async with turn(NOMINAL_TOKENS):
+                writer = self._checkpoints.client.writer(
+                    options, model.info.name, model.tuning, model.step_count
+                )
+                await trainer.export_state(
+                    model.model_id, optimizer=optimizer, on_piece=writer.write
+                )
+            # What others can see must not rest on results that this process alone knows.
+            await self._journal.flush()
+            size_bytes = await writer.commit()
+        except BaseException:
+            if writer is not None:
+                writer.cancel()
+            raise
+        return Done({"path": str(options.path), "size_bytes": size_bytes})
+
+    async def _load(self, trainer: Trainer, position: int, work: LoadWork, turn: TakeTurn) -> Done:
+        model = self._model
+        if work.path.kind is not CheckpointKind.TRAINING:
+            raise wrong_kind(work.path)
+        found = await self._checkpoints.client.get(work.path)
+        check_base_model(found.base_model, model.info.name)
+        if isinstance(found.tuning, FullConfig) != isinstance(model.tuning, FullConfig):
+            message = "of checkpoint and model, one is an adapter and the other all weights"
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        step_count = found.step_count if work.optimizer else 0
+        await self._recovery.quiet()  # one of before must not come to count after this one
+        async with self._checkpoints.read(work.path) as pieces:
+            # The checkpoint may be deleted or replaced later: what was loaded is a snapshot, which
+            # is written first, since what the ranks have taken in cannot be undone.
+            snapshot = await self.keep(position, pieces, work.optimizer, step_count)
+            try:
+                async with turn(NOMINAL_TOKENS):
+                    await trainer.import_state(
+                        model.model_id, pieces, optimizer=work.optimizer, create=False
+                    )
+            except BaseException:
+                await self.drop(snapshot)
+                raise
+        model.step_count, model.non_finite_since = step_count, ""
+        value = {"path": str(work.path)}
+        if snapshot is None:
+            return Done(value)
+        # Not removed yet: the journal still refers to them.
+        model.garbage += [old.folder for old in model.snapshots]
+        model.snapshots, model.trimmed_to = [snapshot], position
+        self._recovery.loaded(step_count)
+        trim = Trim(model.model_id, position)
+        return Done(value, writes=[add_snapshot(model.model_id, snapshot), trim])
+
+    async def keep(
+        self, position: int, pieces: Pieces, optimizer: bool, step_count: int
+    ) -> StoredSnapshot | None:
+        """Write files of a checkpoint as a snapshot; None where nothing is kept.
+
+        Raises:
+            ResourceExhausted: The disk is full (STORAGE_FULL).
+        """
+        if self._snapshots is None:
+            return None
+        draft = self._snapshots.begin(self._model.model_id, position)
+        try:
+            for name, data in pieces:
+                await draft.write(name, data)
+            folder = await draft.finish(optimizer=optimizer, step_count=step_count)
+        except OSError as error:
+            await draft.discard()
+            message = f"a snapshot cannot be written: {error}"
+            raise ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=1.0) from error
+        return StoredSnapshot(position, step_count, folder)
+
+    async def drop(self, snapshot: StoredSnapshot | None) -> None:
+        """Remove a snapshot's files."""
+        if snapshot is not None and self._snapshots is not None:
+            await self._snapshots.remove(snapshot.folder)
+
+
+def add_snapshot(model_id: str, snapshot: StoredSnapshot) -> AddSnapshot:
+    """The write that makes a snapshot count."""
+    return AddSnapshot(model_id, snapshot.position, snapshot.step_count, snapshot.folder)
+
+
+def check_base_model(found: str, wanted: str) -> None:
+    """Refuse a checkpoint of another base model than the one that was asked for, if any was."""
+    if wanted and found != wanted:
+        message = f"the checkpoint is of base model {found!r}, not {wanted!r}"
+        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+
+
+def wrong_kind(path: CheckpointPath) -> FailedPrecondition:
+    """The error of a checkpoint without the optimizer state that is needed."""
+    return FailedPrecondition(
+        f"{path} has no optimizer state: a TRAINING checkpoint is needed",
+        Reason.WRONG_CHECKPOINT_KIND,
+    )

@@ -1,0 +1,272 @@
+"""Brings a model back to the ranks, bit for bit, and takes the snapshots that make it quick.
+
+A model comes back from the newest snapshot that verifies, and from the calls after it, which are
+made again as they were made first: same data, same composition, same order. What each gives is held
+against what it gave then. Two snapshots are kept, and the journal behind the older one is dropped,
+so that one damaged snapshot costs time and nothing else.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tinsmithd import failpoints
+from tinsmithd.errors import Reason, TinsmithError, Unavailable
+from tinsmithd.training.composition import Composition, are_close, difference
+from tinsmithd.training.journal import (
+    AddSnapshot,
+    Fenced,
+    Journal,
+    StoreDamaged,
+    StoredCall,
+    StoredSnapshot,
+    Trim,
+)
+from tinsmithd.training.model import Model
+from tinsmithd.training.parts import NOMINAL_TOKENS
+from tinsmithd.training.place import TrainerPlace
+from tinsmithd.training.rules import Done, Emit, TakeTurn, model_lost
+from tinsmithd.training.snapshots import Draft, Snapshot, Snapshots
+from tinsmithd.training.trainer import StateInfo, Trainer, TrainerLost
+from tinsmithd.training.works import ComputeWork, Outcome, StepWork, digest_of
+
+BASE_KEYS = ("base_model", "dtype")
+"""Of an identity: a model without calls to make again needs these alone to be the same."""
+CLOSE_KEYS = (*BASE_KEYS, "engine", "world_size", "zero_stage")
+"""Where replays are held to be close, calls to be made again need these to be the same."""
+PAUSE_S_MAX = 60.0
+"""A model during whose return ranks die again and again lets others go first for so long."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SnapshotRule:
+    """When a snapshot is taken: with the step after so many steps, or after so long.
+
+    With `exact` what is made again must give the same bits, on ranks of one identity; else the same
+    metrics but for rounding. No GPU is held to bits: many kernels there add up in any order.
+    """
+
+    steps: int
+    interval_s: float
+    exact: bool = True
+
+
+class Changes(Protocol):
+    """Makes calls on the ranks, in a given composition."""
+
+    async def change(
+        self,
+        trainer: Trainer,
+        call: str,
+        work: ComputeWork | StepWork,
+        composition: Composition | None,
+        emit: Emit,
+        turn: TakeTurn,
+    ) -> Done:
+        """Compute, or step."""
+
+    def stepped(self, position: int) -> None:
+        """A step was made again."""
+
+
+class Recovery:
+    """Recovery and snapshots of one model."""
+
+    def __init__(
+        self,
+        model: Model,
+        place: TrainerPlace,
+        journal: Journal,
+        snapshots: Snapshots | None,
+        changes: Changes,
+        rule: SnapshotRule,
+    ) -> None:
+        self._model = model
+        self._place = place
+        self._journal = journal
+        self._snapshots = snapshots
+        self._changes = changes
+        self._rule = rule
+        self._taken_step = model.snapshots[-1].step_count if model.snapshots else model.step_count
+        self._taken_s = 0.0
+        self._taking: asyncio.Task[None] | None = None
+        self._failures = 0
+
+    # --- back to the ranks --------------------------------------------------------------------
+
+    async def restore(self, turn: TakeTurn) -> None:
+        """Wait for ranks and bring the model to the state after the last recorded call."""
+        model = self._model
+        model.state_message = "waits for the trainer"
+        if self._failures > 1:
+            await asyncio.sleep(min(2.0**self._failures, PAUSE_S_MAX))
+        trainer = await self._place.wait()
+        try:
+            await self._journal.flush()
+            await self._restore(trainer, turn)
+        except TrainerLost as error:
+            self._failures += error.blamed
+            raise
+        self._failures = 0
+        model.state_message = ""
+
+    async def _restore(self, trainer: Trainer, turn: TakeTurn) -> None:
+        model = self._model
+        # What it finds must not be trimmed meanwhile.
+        await self.quiet()
+        stored = await self._journal.calls(model.model_id)
+        # A snapshot is read in a turn: one at a time is in memory.
+        async with turn(NOMINAL_TOKENS):
+            begin, snapshot = await self._newest()
+            calls = [call for call in stored if call.position > begin and call.plan]
+            self._check_fits(trainer, calls)
+            model.state_message = f"is brought back, {len(calls)} calls after its snapshot"
+            await trainer.delete_model(model.model_id)
+            if snapshot is None:
+                await trainer.create_model(model.model_id, model.tuning)
+            else:
+                await trainer.import_state(
+                    model.model_id, snapshot.pieces, optimizer=snapshot.optimizer, create=True
+                )
+            snapshot_step = model.step_count = 0 if snapshot is None else snapshot.step_count
+            del snapshot
+        model.non_finite_since = ""
+        for index, call in enumerate(calls):
+            model.state_message = f"is brought back, call {index + 1} of {len(calls)}"
+            await self._replay(trainer, call, turn)
+            failpoints.hit("restore_mid")
+        _log.info(
+            "model %s is back at step %d: snapshot of step %d and %d calls",
+            *(model.model_id, model.step_count, snapshot_step, len(calls)),
+        )
+
+    async def _newest(self) -> tuple[int, Snapshot | None]:
+        """The newest snapshot that verifies, with its position; None for the model's beginning."""
+        model = self._model
+        assert self._snapshots is not None
+        for found in reversed(list(model.snapshots)):
+            try:
+                return found.position, await self._snapshots.read(found.folder)
+            except StoreDamaged as error:
+                _log.error("model %s: %s", model.model_id, error)
+                # The next one is taken soon, and must not count on this one.
+                model.snapshots.remove(found)
+                model.garbage.append(found.folder)
+                self._taken_step = found.step_count - self._rule.steps
+        if model.from_checkpoint or model.trimmed_to:
+            raise model_lost(model.model_id, "no snapshot of it is whole")
+        return 0, None
+
+    def _check_fits(self, trainer: Trainer, calls: Sequence[StoredCall]) -> None:
+        identity = trainer.identity
+        what = difference(self._model.identity, identity, BASE_KEYS)
+        keys = () if self._is_exact(trainer) else CLOSE_KEYS
+        for call in calls:
+            what = what or difference(Composition.decode(call.plan).identity, identity, keys)
+        if what:
+            message = f"model {self._model.model_id} cannot go on with this trainer: {what}"
+            self._model.state_message = message
+            raise Unavailable(message, Reason.TRAINER_MISMATCH, retry_after_s=5.0)
+
+    def _is_exact(self, trainer: Trainer) -> bool:
+        return self._rule.exact and trainer.identity.get("device", "cpu") == "cpu"
+
+    async def _replay(self, trainer: Trainer, call: StoredCall, turn: TakeTurn) -> None:
+        model = self._model
+        try:
+            work = await self._journal.work(model.model_id, call.position)
+        except StoreDamaged as error:
+            raise model_lost(model.model_id, str(error)) from error
+        if not isinstance(work, ComputeWork | StepWork):
+            raise TypeError(f"call {call.position} changes nothing on the ranks: {work.kind}")
+        composition = Composition.decode(call.plan)
+        given: list[bytes] = []
+        name = f"seq_id {call.seq_id}" if call.seq_id else f"call {call.position}"
+        done = await self._changes.change(trainer, name, work, composition, given.append, turn)
+        outcome = Outcome(given, done.value) if done.error is None else Outcome(error=done.error)
+        same = digest_of(outcome) == call.result_digest
+        if not same and not self._is_exact(trainer):
+            same = are_close(composition.metrics, done.value.get("metrics", {}))
+        if not same:
+            why = f"{name} gave another result than it gave before"
+            raise model_lost(model.model_id, why)
+        if isinstance(work, StepWork):
+            self._changes.stepped(call.position)
+
+    # --- snapshots ----------------------------------------------------------------------------
+
+    async def quiet(self) -> None:
+        """Wait until no snapshot is on its way."""
+        if self._taking is not None:
+            await asyncio.wait([self._taking])
+
+    async def sweep(self) -> None:
+        """Remove the files of snapshots that the journal does not refer to any more."""
+        if self._snapshots is not None and self._model.garbage:
+            await self._journal.flush()
+            garbage, self._model.garbage = self._model.garbage, []
+            for folder in garbage:
+                await self._snapshots.remove(folder)
+
+    def loaded(self, step_count: int) -> None:
+        """A checkpoint was loaded, and is a snapshot."""
+        self._taken_step = step_count
+
+    async def stepped(self, position: int, turn: TakeTurn, *, full: bool) -> None:
+        """After a step, which leaves no gradients: take a snapshot when one is due.
+
+        Returns as soon as the ranks have copied the state.
+        """
+        model = self._model
+        steps = model.step_count - self._taken_step
+        now_s = asyncio.get_running_loop().time()
+        self._taken_s = self._taken_s or now_s
+        late = now_s - self._taken_s > self._rule.interval_s
+        if self._snapshots is None or self._taking is not None or steps < 1:
+            return
+        if steps < self._rule.steps and not late and not full:
+            return
+        trainer = self._place.current
+        if trainer is None:
+            return
+        draft = self._snapshots.begin(model.model_id, position)
+        try:
+            async with turn(NOMINAL_TOKENS):
+                sending = await trainer.snapshot(model.model_id, draft.write)
+        except TinsmithError as error:
+            _log.warning("no snapshot of model %s: %s", model.model_id, error)
+            return
+        self._taken_step, self._taken_s = model.step_count, now_s
+        self._taking = asyncio.create_task(self._take(position, draft, sending))
+
+    async def _take(self, position: int, draft: Draft, sending: Awaitable[StateInfo]) -> None:
+        model = self._model
+        assert self._snapshots is not None
+        folder = ""
+        try:
+            state = await sending
+            folder = await draft.finish(optimizer=True, step_count=state.step_count)
+            await self._snapshots.verify(folder)
+            snapshot = StoredSnapshot(position, state.step_count, folder)
+            older = model.snapshots[-1:]
+            trim = [Trim(model.model_id, old.position) for old in older]
+            add = AddSnapshot(model.model_id, position, state.step_count, folder)
+            await self._journal.commit(add, *trim)
+        except (TinsmithError, TrainerLost, StoreDamaged, OSError, Fenced) as error:
+            _log.warning("no snapshot of model %s: %s", model.model_id, error)
+            await draft.discard()
+            if folder:
+                await self._snapshots.remove(folder)
+        else:
+            garbage = model.garbage + [old.folder for old in model.snapshots[:-1]]
+            model.snapshots, model.garbage = [*older, snapshot], []
+            if older:
+                model.trimmed_to = older[0].position
+            for old_folder in garbage:
+                await self._snapshots.remove(old_folder)
+        finally:
+            self._taking = None

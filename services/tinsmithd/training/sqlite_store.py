@@ -1,0 +1,362 @@
+"""The journal's bytes in one SQLite file: WAL, one commit for each batch.
+
+    <folder>/journal.sqlite
+
+`synchronous=FULL` makes a commit durable against the loss of power; with NORMAL it survives the
+death of any process. Payloads and answers carry a CRC-32 that is checked when they are read; what
+SQLite itself finds damaged is damage, too.
+"""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from tinsmithd import failpoints
+from tinsmithd.training.journal import (
+    AddCall,
+    AddModel,
+    AddResult,
+    AddSnapshot,
+    Contents,
+    CountAttempt,
+    DeleteModel,
+    DropAnswers,
+    Fenced,
+    ForgetCalls,
+    LoseModel,
+    StoreDamaged,
+    StoredCall,
+    StoredModel,
+    StoredSnapshot,
+    StoreUnwritable,
+    Trim,
+    Write,
+)
+from tinsmithd.training.works import (
+    Outcome,
+    Work,
+    decode,
+    decode_outcome,
+    digest_of,
+    encode,
+    encode_outcome,
+)
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+BUSY_TIMEOUT_S = 10.0
+_UNWRITABLE = {
+    sqlite3.SQLITE_FULL: True,
+    sqlite3.SQLITE_IOERR: False,
+    sqlite3.SQLITE_READONLY: False,
+    sqlite3.SQLITE_CANTOPEN: False,
+    sqlite3.SQLITE_BUSY: False,
+    sqlite3.SQLITE_PERM: False,
+}
+"""Primary result codes after which a later try may work, and whether room is what is wanting."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value NOT NULL);
+CREATE TABLE IF NOT EXISTS models (
+    model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, lost TEXT NOT NULL,
+    trimmed_to INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS calls (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, seq_id INTEGER NOT NULL,
+    digest BLOB NOT NULL, payload_bytes INTEGER NOT NULL, attempts INTEGER NOT NULL,
+    result_digest BLOB, answer_bytes INTEGER NOT NULL, plan BLOB NOT NULL,
+    PRIMARY KEY (model_id, position)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS payloads (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS payloads_by_place ON payloads (model_id, position);
+CREATE TABLE IF NOT EXISTS answers (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS answers_by_place ON answers (model_id, position);
+CREATE TABLE IF NOT EXISTS snapshots (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, step_count INTEGER NOT NULL,
+    folder TEXT NOT NULL, PRIMARY KEY (model_id, position)
+) WITHOUT ROWID;
+"""
+_TABLES = ("calls", "payloads", "answers", "snapshots", "models")
+
+
+class SqliteStore:
+    """See `JournalStore`.
+
+    Args:
+        folder: Where the file is; made when absent.
+        sync: Whether a commit survives the loss of power.
+    """
+
+    def __init__(self, folder: Path, *, sync: bool) -> None:
+        self._folder = folder
+        self._sync = sync
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._db: sqlite3.Connection | None = None
+        self._epoch = 0
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def claim(self) -> Contents:
+        """Take the store over and read it."""
+        return await self._in_thread(self._claim)
+
+    async def commit(self, writes: Sequence[Write]) -> None:
+        """Write all of this or nothing."""
+        await self._in_thread(lambda: self._commit(writes))
+
+    async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
+        """The calls of a model after a position."""
+        return await self._in_thread(lambda: self._calls(model_id, after))
+
+    async def work(self, model_id: str, position: int) -> Work:
+        """The payload of a call."""
+        return decode(await self._in_thread(lambda: self._blob("payloads", model_id, position)))
+
+    async def outcome(self, model_id: str, position: int) -> Outcome:
+        """The answer of a call."""
+        data = await self._in_thread(lambda: self._blob("answers", model_id, position))
+        return decode_outcome(data)
+
+    async def close(self) -> None:
+        """Close it."""
+        if self._db is not None:
+            await self._in_thread(self._db.close)
+        self._thread.shutdown()
+
+    # --- in the thread ------------------------------------------------------------------------
+
+    def _claim(self) -> Contents:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            db = sqlite3.connect(
+                self._folder / "journal.sqlite",
+                isolation_level=None,
+                timeout=BUSY_TIMEOUT_S,
+                check_same_thread=False,
+            )
+            self._db = db
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
+            db.execute("PRAGMA foreign_keys=ON")
+            with _transaction(db):
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    db.execute(statement)
+                self._epoch = self._claim_epoch(db)
+            cluster_id = db.execute("SELECT value FROM meta WHERE name='cluster_id'").fetchone()[0]
+            return Contents(cluster_id, self._epoch, self._models(db))
+        except (sqlite3.Error, OSError) as error:
+            raise StoreDamaged(f"the journal in {self._folder} cannot be used: {error}") from error
+
+    def _claim_epoch(self, db: sqlite3.Connection) -> int:
+        meta = dict(db.execute("SELECT name, value FROM meta"))
+        version = meta.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise StoreDamaged(
+                f"the journal in {self._folder} has format {version}, this server {FORMAT_VERSION}"
+            )
+        epoch = int(meta.get("epoch", 0)) + 1
+        values = {
+            "format_version": FORMAT_VERSION,
+            "epoch": epoch,
+            "cluster_id": meta.get("cluster_id", secrets.token_hex(16)),
+        }
+        db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+        return epoch
+
+    def _models(self, db: sqlite3.Connection) -> list[StoredModel]:
+        found = []
+        for row in db.execute(
+            "SELECT model_id, number, about, lost, trimmed_to FROM models ORDER BY number"
+        ):
+            model_id, number, about, lost, trimmed_to = row
+            snapshots = db.execute(
+                "SELECT position, step_count, folder FROM snapshots "
+                "WHERE model_id=? ORDER BY position",
+                (model_id,),
+            )
+            found.append(
+                StoredModel(
+                    model_id,
+                    number,
+                    json.loads(about),
+                    lost,
+                    trimmed_to,
+                    self._calls(model_id, 0),
+                    [StoredSnapshot(*snapshot) for snapshot in snapshots],
+                )
+            )
+        return found
+
+    def _check_epoch(self) -> None:
+        assert self._db is not None
+        (epoch,) = self._db.execute("SELECT value FROM meta WHERE name='epoch'").fetchone()
+        if epoch != self._epoch:
+            raise Fenced
+
+    def _calls(self, model_id: str, after: int) -> list[StoredCall]:
+        assert self._db is not None
+        self._check_epoch()
+        rows = self._db.execute(
+            "SELECT position, seq_id, digest, payload_bytes, attempts, result_digest, "
+            "answer_bytes, plan FROM calls WHERE model_id=? AND position>? ORDER BY position",
+            (model_id, after),
+        )
+        return [StoredCall(*row) for row in rows]
+
+    def _blob(self, table: str, model_id: str, position: int) -> bytes:
+        assert self._db is not None
+        try:
+            row = self._db.execute(
+                f"SELECT crc32, data FROM {table} WHERE model_id=? AND position=?",
+                (model_id, position),
+            ).fetchone()
+            # Asked last: what is gone may be gone because another process has the store.
+            self._check_epoch()
+        except sqlite3.Error as error:
+            raise StoreDamaged(f"{table} of {model_id} cannot be read: {error}") from error
+        if row is None or zlib.crc32(row[1]) != row[0]:
+            what = "is gone" if row is None else "is damaged"
+            raise StoreDamaged(f"call {position} of {model_id} {what} in {table}")
+        return bytes(row[1])
+
+    def _commit(self, writes: Sequence[Write]) -> None:
+        assert self._db is not None
+        try:
+            with _transaction(self._db):
+                self._check_epoch()
+                if not writes:  # to see whether it can be written
+                    self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', 0)")
+                for write in writes:
+                    _apply(self._db, write)
+                failpoints.hit("wal_fsync")
+        except sqlite3.OperationalError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code not in _UNWRITABLE:
+                raise
+            raise StoreUnwritable(str(error), full=_UNWRITABLE[code]) from error
+        except OSError as error:
+            raise StoreUnwritable(str(error), full=True) from error
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    # IMMEDIATE: the epoch that is read must still be the epoch when it is committed.
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):  # a full disk may have rolled it back already
+            db.execute("ROLLBACK")
+        raise
+
+
+def _apply(db: sqlite3.Connection, write: Write) -> None:
+    match write:
+        case AddModel():
+            about = json.dumps(write.about)
+            values = (write.model_id, write.number, about, "", 0)
+            db.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?)", values)
+        case DeleteModel():
+            for table in _TABLES:
+                db.execute(f"DELETE FROM {table} WHERE model_id=?", (write.model_id,))
+        case LoseModel():
+            values2 = (write.why, write.model_id)
+            db.execute("UPDATE models SET lost=? WHERE model_id=?", values2)
+        case AddCall():
+            _add_call(db, write)
+        case AddResult():
+            _add_result(db, write)
+        case ForgetCalls():
+            for table in ("calls", "payloads", "answers"):
+                db.executemany(
+                    f"DELETE FROM {table} WHERE model_id=? AND position=?",
+                    [(write.model_id, position) for position in write.positions],
+                )
+        case CountAttempt():
+            db.execute(
+                "UPDATE calls SET attempts=? WHERE model_id=? AND position=?",
+                (write.attempts, write.model_id, write.position),
+            )
+        case AddSnapshot():
+            db.execute(
+                "INSERT OR REPLACE INTO snapshots SELECT ?, ?, ?, ? "
+                "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
+                (
+                    *(write.model_id, write.position, write.step_count, write.folder),
+                    write.model_id,
+                ),
+            )
+        case Trim():
+            _trim(db, write)
+        case DropAnswers():
+            _drop_answers(db, write)
+
+
+def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
+    payload = encode(write.work)
+    # A model that was deleted meanwhile must not leave anything behind.
+    db.execute(
+        "INSERT INTO calls SELECT ?, ?, ?, ?, ?, 0, NULL, 0, x'' "
+        "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
+        (
+            *(write.model_id, write.position, write.seq_id, write.digest, len(payload)),
+            write.model_id,
+        ),
+    )
+    _add_blob(db, "payloads", write.model_id, write.position, payload)
+
+
+def _add_result(db: sqlite3.Connection, write: AddResult) -> None:
+    answer = encode_outcome(write.outcome)
+    kept_bytes = len(answer) if write.keep else 0
+    db.execute(
+        "UPDATE calls SET result_digest=?, answer_bytes=?, plan=? WHERE model_id=? AND position=?",
+        (digest_of(write.outcome), kept_bytes, write.plan, write.model_id, write.position),
+    )
+    if write.keep:
+        _add_blob(db, "answers", write.model_id, write.position, answer)
+
+
+def _add_blob(
+    db: sqlite3.Connection, table: str, model_id: str, position: int, data: bytes
+) -> None:
+    db.execute(
+        f"INSERT INTO {table} SELECT ?, ?, ?, ? "
+        "WHERE EXISTS (SELECT 1 FROM calls WHERE model_id=? AND position=?)",
+        (model_id, position, zlib.crc32(data), data, model_id, position),
+    )
+
+
+def _trim(db: sqlite3.Connection, write: Trim) -> None:
+    place = (write.model_id, write.position)
+    db.execute("UPDATE models SET trimmed_to=max(trimmed_to, ?) WHERE model_id=?", place[::-1])
+    db.execute("DELETE FROM snapshots WHERE model_id=? AND position<?", place)
+    db.execute("DELETE FROM payloads WHERE model_id=? AND position<=?", place)
+    db.execute("UPDATE calls SET payload_bytes=0, plan=x'' WHERE model_id=? AND position<=?", place)
+    # The newest call stays even without an answer: it says which number is next.
+    db.execute(
+        "DELETE FROM calls WHERE model_id=? AND position<=? AND answer_bytes=0 AND position < "
+        "(SELECT max(position) FROM calls WHERE model_id=?)",
+        (*place, write.model_id),
+    )
+
+
+def _drop_answers(db: sqlite3.Connection, write: DropAnswers) -> None:
+    place = (write.model_id, write.position)
+    db.execute("DELETE FROM answers WHERE model_id=? AND position<=?", place)
+    db.execute("UPDATE calls SET answer_bytes=0 WHERE model_id=? AND position<=?", place)
+    db.execute("DELETE FROM calls WHERE model_id=? AND position<=? AND payload_bytes=0", place)
