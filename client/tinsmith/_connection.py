@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from tinsmith._retry import retrying
-from tinsmith.errors import FailedPreconditionError, InvalidArgumentError, unsupported
+from tinsmith._retry import is_lost, retrying
+from tinsmith._waiting import Attempts, Waiting
+from tinsmith.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnavailableError,
+    from_rpc_error,
+    unsupported,
+)
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.connection import CHANNEL_OPTIONS, service_address
@@ -22,8 +29,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GIVE_UP_AFTER_S = 600.0
+GIVE_UP_AFTER_S = 3600.0
+"""Longer than a node of a cluster takes to be replaced and to load a large model; a person who does
+not want to wait for it reads who is waited for, and stops the script."""
 
+ASK_TIMEOUT_S = 5.0
+TRAINING, SAMPLER, CHECKPOINT = "training", "sampler", "checkpoint"
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -48,7 +59,7 @@ class Connection:
 
     Args:
         address: `host:port` of the Training server.
-        give_up_after_s: How long a call is repeated while the service does not answer.
+        give_up_after_s: How long a call is repeated while it meets nothing but failures.
     """
 
     def __init__(self, address: str, give_up_after_s: float = GIVE_UP_AFTER_S) -> None:
@@ -56,44 +67,98 @@ class Connection:
         self.give_up_after_s = give_up_after_s
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._capabilities: training_service_pb2.GetCapabilitiesResponse | None = None
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[training_service_pb2.GetCapabilitiesResponse] | None = None
+        self._unreachable: set[str] = set()
+        self._waiting = Waiting(self._ask_model)
         self._closed = False
 
-    async def retrying(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call until it is answered; see `_retry.retrying`."""
-        return await retrying(what, call, self.give_up_after_s)
+    async def retrying(
+        self,
+        what: str,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        service: str = TRAINING,
+        model_id: str = "",
+    ) -> T:
+        """Make a call until it is answered; see `_retry.retrying`.
+
+        Args:
+            what: Names the call in the line that is logged while it waits.
+            attempt: Makes one attempt.
+            service: `TRAINING`, `SAMPLER` or `CHECKPOINT`: where the call goes.
+            model_id: The model whose order the call is part of.
+        """
+
+        async def watched() -> T:
+            try:
+                return await attempt()
+            except grpc.RpcError as error:
+                if service != TRAINING and is_lost(from_rpc_error(error)):
+                    self._unreachable.add(service)  # it may have come back somewhere else
+                raise
+
+        call = Attempts(what, service, model_id)
+        return await retrying(call, watched, self._waiting, self.give_up_after_s)
 
     def training(self) -> "TrainingServiceAsyncStub":
         """Stub of the Training service."""
         return TrainingServiceStub(self._channel(self.address))
 
     async def sampler(self) -> "SamplerServiceAsyncStub":
-        """Stub of the Sampler."""
-        found = await self.capabilities()
-        return SamplerServiceStub(
-            self._channel(service_address(self.address, found.sampler_address))
-        )
+        """Stub of the Sampler; one attempt to find it. To be called anew in every attempt."""
+        return SamplerServiceStub(await self._channel_of(SAMPLER))
 
     async def checkpoint(self) -> "CheckpointServiceAsyncStub":
-        """Stub of the Checkpoint service."""
-        found = await self.capabilities()
-        return CheckpointServiceStub(
-            self._channel(service_address(self.address, found.checkpoint_address))
-        )
+        """Stub of the Checkpoint service; as `sampler`."""
+        return CheckpointServiceStub(await self._channel_of(CHECKPOINT))
 
-    async def capabilities(
-        self, *, fresh: bool = False
-    ) -> training_service_pb2.GetCapabilitiesResponse:
-        """What the cluster says of itself; kept after the first time, unless `fresh`."""
-        async with self._asking:
-            if self._capabilities is None or fresh:
-                request = training_service_pb2.GetCapabilitiesRequest()
+    async def _channel_of(self, service: str) -> grpc.aio.Channel:
+        found = self._capabilities
+        if found is None or service in self._unreachable:
+            try:
+                found = await self._ask_capabilities()
+            except grpc.RpcError:
+                if found is None:
+                    raise
+                # The Training server is away, which says nothing of where this one was.
+            else:
+                self._unreachable.discard(service)
+        given = found.sampler_address if service == SAMPLER else found.checkpoint_address
+        return self._channel(service_address(self.address, given))
 
-                async def ask() -> training_service_pb2.GetCapabilitiesResponse:
-                    return await self.training().GetCapabilities(request)
+    async def capabilities(self) -> training_service_pb2.GetCapabilitiesResponse:
+        """What the cluster says of itself, once it has a base model.
 
-                self._capabilities = await self.retrying("get_server_capabilities", ask)
-            return self._capabilities
+        It has none while its ranks load or come back, and a script that is started just then wants
+        to know what it can train, not that it can train nothing.
+        """
+
+        async def ask() -> training_service_pb2.GetCapabilitiesResponse:
+            found = await self._ask_capabilities()
+            if not found.base_models:
+                message = "the trainer is loading"
+                raise UnavailableError(message, reason="TRAINER_UNAVAILABLE", retry_after_s=0.5)
+            return found
+
+        return await self.retrying("get_server_capabilities", ask)
+
+    async def _ask_capabilities(self) -> training_service_pb2.GetCapabilitiesResponse:
+        # Many calls may want to know at once; one of them asks.
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> training_service_pb2.GetCapabilitiesResponse:
+        request = training_service_pb2.GetCapabilitiesRequest()
+        stub = self.training()
+        self._capabilities = await stub.GetCapabilities(request, timeout=ASK_TIMEOUT_S)
+        return self._capabilities
+
+    async def _ask_model(self, model_id: str) -> training_service_pb2.Model:
+        request = training_service_pb2.GetModelRequest(model_id=model_id)
+        response = await self.training().GetModel(request, timeout=ASK_TIMEOUT_S)
+        return response.model
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if self._closed:

@@ -26,6 +26,10 @@ from tinsmith.v1 import training_service_pb2 as pb
 
 T = TypeVar("T")
 
+WINDOW = 128
+"""So many calls are sent before the first of them is answered. It keeps the service busy, fits into
+its lane, and bounds what has to be sent again after a broken connection."""
+
 
 class Lane:
     """The calls of one model.
@@ -43,6 +47,10 @@ class Lane:
         self._lock = threading.Lock()
         self._undelivered: TinsmithError | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        # All numbers before `_first` have ended, and those in `_ended`; only used on the loop.
+        self._first = next_seq_id
+        self._ended: set[int] = set()
+        self._held: dict[int, asyncio.Event] = {}
 
     def submit(
         self, count: int, start: Callable[[Sequence[int]], Coroutine[Any, Any, T]]
@@ -57,17 +65,20 @@ class Lane:
         with self._lock:  # begins in the order of the numbers, from any thread
             numbers = range(self._next_seq_id, self._next_seq_id + count)
             self._next_seq_id += count
-            _loop.loop().call_soon_threadsafe(self._begin, start(numbers), future)
+            _loop.loop().call_soon_threadsafe(self._begin, start(numbers), numbers, future)
         return future
 
-    def _begin(self, work: Coroutine[Any, Any, T], future: "Future[T]") -> None:
+    def _begin(
+        self, work: Coroutine[Any, Any, T], numbers: Sequence[int], future: "Future[T]"
+    ) -> None:
         # Not chained to the future: whoever waits may give up at any moment; the work may not.
         task = asyncio.ensure_future(work)
         self._tasks.add(task)  # the loop itself holds tasks only weakly
-        task.add_done_callback(lambda ended: self._end(ended, future))
+        task.add_done_callback(lambda ended: self._end(ended, numbers, future))
 
-    def _end(self, task: "asyncio.Task[T]", future: "Future[T]") -> None:
+    def _end(self, task: "asyncio.Task[T]", numbers: Sequence[int], future: "Future[T]") -> None:
         self._tasks.discard(task)
+        self._move_window(numbers)
         error = None if task.cancelled() else task.exception()
         if not future.set_running_or_notify_cancel():
             return  # nobody waits any more
@@ -77,6 +88,22 @@ class Lane:
             future.set_exception(error)
         else:
             future.set_result(task.result())
+
+    async def _in_window(self, seq_id: int) -> None:
+        if seq_id >= self._first + WINDOW:
+            await self._held.setdefault(seq_id, asyncio.Event()).wait()
+
+    def _move_window(self, ended: Sequence[int]) -> None:
+        self._ended.update(ended)
+        while self._first in self._ended:
+            self._ended.remove(self._first)
+            held = self._held.pop(self._first + WINDOW, None)
+            self._first += 1
+            if held is not None:
+                held.set()
+
+    async def _retrying(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        return await self._connection.retrying(what, attempt, model_id=self._model_id)
 
     async def call(self, what: str, seq_id: int, attempt: Callable[[], Awaitable[T]]) -> T:
         """Send one numbered call until it is answered.
@@ -100,8 +127,9 @@ class Lane:
                 )
             return await attempt()
 
+        await self._in_window(seq_id)
         try:
-            return await self._connection.retrying(what, checked)
+            return await self._retrying(what, checked)
         except TinsmithError as error:
             if is_retryable(error):  # and given up
                 self._undelivered = self._undelivered or error
@@ -128,7 +156,7 @@ class Lane:
         if self._undelivered is not None:
             return
         try:
-            await self._connection.retrying("skip", attempt)
+            await self._retrying("skip", attempt)
         except (InvalidArgumentError, AlreadyExistsError):
             pass
         except TinsmithError as error:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tinsmith._connection import Connection
+from tinsmith._connection import SAMPLER, Connection
 from tinsmith.v1 import sampler_service_pb2 as pb
 
 
@@ -25,7 +25,7 @@ async def fetch_tokenizer(connection: Connection, base_model: str) -> Path:
             files.setdefault(Path(response.file_name).name, bytearray()).extend(response.data)
         return files
 
-    files = await connection.retrying("get_tokenizer", fetch)
+    files = await connection.retrying("get_tokenizer", fetch, service=SAMPLER)
     content = hashlib.sha256()
     for name in sorted(files):
         content.update(name.encode() + hashlib.sha256(files[name]).digest())

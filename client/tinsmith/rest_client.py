@@ -4,15 +4,16 @@ import asyncio
 import io
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tinsmith import _loop
-from tinsmith._connection import Connection, address_of
+from tinsmith._connection import CHECKPOINT, Connection, address_of
 from tinsmith._convert import checkpoint_from_pb
 from tinsmith._twins import async_twins
 from tinsmith.errors import InvalidArgumentError, unsupported
@@ -37,7 +38,7 @@ PAGE_SIZE = 1000
 
 async def capabilities_of(connection: Connection) -> GetServerCapabilitiesResponse:
     """What the cluster can do now."""
-    found = await connection.capabilities(fresh=True)
+    found = await connection.capabilities()
     models = [SupportedModel(m.name, m.context_length) for m in found.base_models]
     return GetServerCapabilitiesResponse(models)
 
@@ -185,7 +186,20 @@ class RestClient:
 
     def delete_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
         """Delete a checkpoint."""
-        return self._ask("DeleteCheckpoint", pb.DeleteCheckpointRequest(path=path), _nothing)
+        request = pb.DeleteCheckpointRequest(path=path)
+        attempts = 0
+
+        async def attempt() -> None:
+            nonlocal attempts
+            attempts += 1
+            try:
+                await (await self._connection.checkpoint()).DeleteCheckpoint(request)
+            except grpc.RpcError as error:
+                # An attempt before this one may have deleted it, and its answer was lost.
+                if attempts == 1 or error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+
+        return APIFuture(_loop.run(self._retrying("DeleteCheckpoint", attempt)))
 
     def publish_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
         """Let other tenants read a checkpoint."""
@@ -251,7 +265,7 @@ class RestClient:
             return b"".join([part.data async for part in stub.ExportCheckpoint(request)])
 
         async def download() -> Path:
-            archive = await self._connection.retrying("download_checkpoint", fetch)
+            archive = await self._retrying("download_checkpoint", fetch)
             await asyncio.to_thread(_unpack, archive, target)
             return target
 
@@ -263,7 +277,10 @@ class RestClient:
         async def attempt() -> Any:
             return await getattr(await self._connection.checkpoint(), method)(request)
 
-        return await self._connection.retrying(method, attempt)
+        return await self._retrying(method, attempt)
+
+    async def _retrying(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        return await self._connection.retrying(what, attempt, service=CHECKPOINT)
 
     def _ask(self, method: str, request: Any, read: Callable[[Any], T]) -> APIFuture[T]:
         async def ask() -> T:

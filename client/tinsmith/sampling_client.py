@@ -2,15 +2,15 @@
 
 import queue
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tinsmith import _loop, tensors
-from tinsmith._connection import Connection
+from tinsmith._connection import CHECKPOINT, SAMPLER, Connection
 from tinsmith._convert import (
     delta_from_pb,
     model_input_to_pb,
@@ -19,7 +19,7 @@ from tinsmith._convert import (
 )
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
-from tinsmith.errors import unsupported
+from tinsmith.errors import DataLossError, unsupported
 from tinsmith.futures import APIFuture, ClientFuture
 from tinsmith.types import (
     ModelInput,
@@ -34,6 +34,8 @@ from tinsmith.v1 import checkpoint_service_pb2
 from tinsmith.v1 import sampler_service_pb2 as pb
 
 SEED_BITS = 62
+
+T = TypeVar("T")
 
 
 @async_twins("sample", "compute_logprobs", final=True)
@@ -63,7 +65,7 @@ class SamplingClient:
             async def ask() -> checkpoint_service_pb2.GetCheckpointResponse:
                 return await (await connection.checkpoint()).GetCheckpoint(request)
 
-            found = await connection.retrying("create_sampling_client", ask)
+            found = await connection.retrying("create_sampling_client", ask, service=CHECKPOINT)
             return cls(connection, base_model or found.checkpoint.base_model, model_path)
 
         return ClientFuture(_loop.run(build()))
@@ -117,7 +119,7 @@ class SamplingClient:
                 samples.add(response)
             return samples.result()
 
-        return APIFuture(_loop.run(self._connection.retrying("sample", attempt)))
+        return APIFuture(_loop.run(self._retrying("sample", attempt)))
 
     def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams | None
@@ -143,29 +145,27 @@ class SamplingClient:
         """Sample and get tokens as they are made; ending the iteration stops the work.
 
         A stream that breaks is begun again and goes on after the tokens that were given out.
+
+        Raises:
+            DataLossError: Begun again, it made other tokens than before (SAMPLE_DIFFERS): another
+                Sampler computes otherwise, and the two cannot be one sample.
         """
         request = self._request(prompt, num_samples, sampling_params)
         items: queue.SimpleQueue[SampledTokens | None] = queue.SimpleQueue()
 
         async def pump() -> None:
-            given = [0] * max(num_samples, 1)
-            ended: set[int] = set()
+            given = [_Given() for _ in range(max(num_samples, 1))]
 
             async def attempt() -> None:
-                seen = [0] * len(given)
+                for sequence in given:
+                    sequence.seen = 0
                 async for part in self._parts(request):
-                    index = part.sequence_index
-                    known = max(given[index] - seen[index], 0)  # an earlier attempt gave these
-                    seen[index] += len(part.tokens)
-                    given[index] = max(given[index], seen[index])
-                    tokens, logprobs = part.tokens[known:], part.logprobs[known:]
-                    if tokens or (part.stop_reason is not None and index not in ended):
-                        items.put(replace(part, tokens=tokens, logprobs=logprobs))
-                    if part.stop_reason is not None:
-                        ended.add(index)
+                    new = given[part.sequence_index].take(part)
+                    if new is not None:
+                        items.put(new)
 
             try:
-                await self._connection.retrying("sample", attempt)
+                await self._retrying("sample", attempt)
             finally:
                 items.put(None)
 
@@ -176,6 +176,9 @@ class SamplingClient:
             future.result()
         finally:
             future.cancel()
+
+    async def _retrying(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        return await self._connection.retrying(what, attempt, service=SAMPLER)
 
     async def _parts(self, request: pb.SampleRequest) -> AsyncIterator[SampledTokens]:
         async for response in (await self._connection.sampler()).Sample(request):
@@ -198,7 +201,7 @@ class SamplingClient:
             response = await (await self._connection.sampler()).ComputeLogprobs(request)
             return nan_to_none(tensors.decode(response.prompt_logprobs.logprobs))
 
-        return APIFuture(_loop.run(self._connection.retrying("compute_logprobs", attempt)))
+        return APIFuture(_loop.run(self._retrying("compute_logprobs", attempt)))
 
     def get_base_model(self) -> str:
         """Name of the base model."""
@@ -218,6 +221,33 @@ class SamplingClient:
 
 def _rebuild(address: str, base_model: str, model_path: str | None) -> SamplingClient:
     return SamplingClient(Connection(address), base_model, model_path)
+
+
+class _Given:
+    """What was given out of one sequence, over all attempts of its stream."""
+
+    def __init__(self) -> None:
+        self.seen = 0  # tokens of the present attempt
+        self._tokens: list[int] = []
+        self._ended = False
+
+    def take(self, part: SampledTokens) -> SampledTokens | None:
+        """The part without what was given out before; None when nothing is left.
+
+        Raises:
+            DataLossError: It has other tokens than those that were given out.
+        """
+        start, self.seen = self.seen, self.seen + len(part.tokens)
+        known = self._tokens[start : self.seen]
+        if part.tokens[: len(known)] != known:
+            raise DataLossError(
+                "the stream broke, and begun again it made other tokens", reason="SAMPLE_DIFFERS"
+            )
+        tokens, logprobs = part.tokens[len(known) :], part.logprobs[len(known) :]
+        self._tokens.extend(tokens)
+        ends = part.stop_reason is not None and not self._ended
+        self._ended = self._ended or ends
+        return replace(part, tokens=tokens, logprobs=logprobs) if tokens or ends else None
 
 
 class _Samples:

@@ -37,7 +37,9 @@ class ServiceClient:
             127.0.0.1:50051.
         api_key: Ignored; there are no keys yet.
         display_name: Ignored.
-        give_up_after_s: Seconds for which a call is repeated while the service does not answer.
+        give_up_after_s: Seconds for which a call is repeated while nothing but failures comes. They
+            start anew with every answer to another call of the same model or, for what belongs to
+            no model, of the same service.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class ServiceClient:
     # --- about the cluster --------------------------------------------------------------------
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
-        """What the cluster can do; waits for the answer."""
+        """What the cluster can do; waits until it can do something."""
         return _loop.run(capabilities_of(self._connection)).result()
 
     async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
