@@ -8,12 +8,15 @@ BENCH_OUT ?= bench-out
 PAIRS ?= 9
 ROWS ?=
 SHAPE ?= 0.6b
+SEEDS ?= 2000
+KILLS ?= 100
+FAULTS_OUT ?= faults-out
 PROTO_SERVICES := $(shell cd protos && find tinsmith -name '*_service.proto' | sort)
 PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e \
-  bench bench-gpu gpu clean
+.PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e faults-short \
+  sim faults bench bench-gpu gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,7 +39,7 @@ quickstart: setup model ## Fine-tune a real model on a cluster on this machine, 
 	  $(BIN)/python client/examples/check_adapter.py --base $(MODEL) --adapter $(OUT)/adapter \
 	    --checkpoint "$$(cat $(OUT)/checkpoint.txt)"'
 
-test: setup model lint unit conformance service e2e ## Everything that must pass before a change lands
+test: setup model lint unit conformance service e2e faults-short ## Everything that must pass before a change lands
 
 lint: setup ## Style, types, who may import whom, the contract and its generated stubs
 	$(BIN)/ruff check
@@ -58,6 +61,16 @@ service: setup model ## One server through the wire, and deploy/
 e2e: setup model ## A whole cluster through the wire
 	$(BIN)/pytest tests/e2e
 
+faults-short: setup model ## A short round of simulator, kills, full disks and flipped bits
+	$(BIN)/pytest tests/sim tests/faults
+
+sim: setup ## The durable core on a simulated world with faults, SEEDS=2000 times
+	PYTHONPATH=tests $(BIN)/python -m sim --seeds $(SEEDS)
+
+faults: setup ## Real processes killed KILLS=100 times, compared with an undisturbed twin
+	rm -rf $(FAULTS_OUT)
+	PYTHONPATH=tests $(BIN)/python -m faults --kills $(KILLS) --out $(FAULTS_OUT)
+
 bench: setup ## Speed and memory beside plain loops; ROWS="1 3" chooses rows, PAIRS=9 rounds
 	PYTHONPATH=tests $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) $(ROWS)
 
@@ -77,7 +90,7 @@ protos-check: setup ## Fail when the committed stubs are not what protos/ genera
 	  diff -q "$$f" "../../client/$$f" || { echo "run 'make protos' and commit the result"; exit 1; }; done
 
 clean: ## Remove what the targets made, but not the model
-	rm -rf $(VENV) build $(OUT) $(BENCH_OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build $(OUT) $(BENCH_OUT) $(FAULTS_OUT) .pytest_cache .mypy_cache .ruff_cache
 
 define generate
 	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
