@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import os
+import random
+import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tinsmithd.up import SERVICES, EmbeddedCluster, Options
 
 START_S_MAX = 100.0
+PORTS = range(20_000, 30_000, 3)
+"""Below those that the kernel gives to whoever asks: a server must get its port back."""
 
 
 def children(pid: int) -> Sequence[int]:
@@ -46,8 +51,27 @@ def until_gone(pids: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
+def free_ports() -> int:
+    """The first of three free ports that follow each other."""
+    for first in random.sample(PORTS, len(PORTS)):
+        with ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + 3):
+                probe = stack.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", port))
+            return first
+    raise RuntimeError("no free ports")
+
+
 class RunningCluster:
     """A cluster that runs until `stop`; a context manager.
+
+    Args:
+        base_model: Folder of the base model.
+        data: Where it keeps everything.
+        engine: As in `tinsmith up`.
+        ranks: As in `tinsmith up`.
+        port: Training's; the others have the next two. 0 takes free ones.
+        keep: Start again what dies, as `tinsmith up` does.
 
     Attributes:
         address: Training's `host:port`.
@@ -56,15 +80,23 @@ class RunningCluster:
     """
 
     def __init__(
-        self, base_model: Path, data: Path, *, engine: str = "deepspeed", ranks: int = 1
+        self,
+        base_model: Path,
+        data: Path,
+        *,
+        engine: str = "deepspeed",
+        ranks: int = 1,
+        port: int = 0,
+        keep: bool = False,
     ) -> None:
         options = Options(
-            base_model=str(base_model), data=data, port=0, engine=engine, ranks=ranks, threads=1
+            base_model=str(base_model), data=data, port=port, engine=engine, ranks=ranks, threads=1
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._cluster = EmbeddedCluster(options, quiet=True)
+        self._keeper: asyncio.Task[None] | None = None
         self.logs = data / "logs"
         self.base_model = base_model.name
         try:
@@ -76,21 +108,35 @@ class RunningCluster:
             raise
         self.address = self._cluster.address
         self.addresses = self._cluster.addresses
+        if keep:
+            self._run(self._keep())
 
     def _run(self, coroutine: object) -> object:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[arg-type]
         return future.result(START_S_MAX)
 
+    async def _keep(self) -> None:
+        self._keeper = asyncio.create_task(self._cluster.keep_running())
+
+    async def _stop(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        await self._cluster.stop()
+
     def pid(self, name: str) -> int:
-        """Process id of a server."""
+        """Process id of a server; of one that died and is not started again yet, the old one."""
         process = self._cluster._children[name]._process
         assert process is not None
         return process.pid
 
     def rank_pids(self) -> Sequence[int]:
-        """Process ids of the ranks, by rank: where there are several, torchrun's children."""
-        (child,) = children(self.pid("training"))
-        return children(child) or [child]
+        """Process ids of the ranks, by rank: where there are several, torchrun's children. None
+        while the rank group is not there."""
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            for child in children(self.pid("training")):
+                return children(child) or [child]
+        return []
 
     def kill(self) -> None:
         """End every server with SIGKILL; the ranks follow their server."""
@@ -101,7 +147,7 @@ class RunningCluster:
     def stop(self) -> None:
         """Stop gracefully."""
         if self._loop.is_running():
-            self._run(self._cluster.stop())
+            self._run(self._stop())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 

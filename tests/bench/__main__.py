@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import report, rows_compute, rows_memory, rows_rpc, rows_step
+from bench import report, rows_compute, rows_durable, rows_memory, rows_rpc, rows_step
 from bench.configs import SHAPES
 from bench.harness import Result
 from bench.sides import Settings
@@ -31,8 +31,10 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "9": rows_step.optim_step,
     "10": rows_memory.peak_memory,
     "11": rows_rpc.rpc,
+    "16": rows_durable.durable_step,
     "25": rows_compute.growth,
     "26": rows_step.idle_models,
+    "28": rows_durable.back_again,
 }
 
 

@@ -1,0 +1,147 @@
+"""Single processes of a cluster, for tests that let one die, stop or find something changed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+START_S_MAX = 60.0
+
+
+class Process:
+    """`python -m tinsmithd.<kind>` with settings; a context manager that kills it at the end.
+
+    Attributes:
+        port: What it listens on; 0 for a rank.
+        log: Its log file.
+    """
+
+    def __init__(self, kind: str, folder: Path, settings: Mapping[str, object], **env: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob(f"{kind}-*.log")))
+        self.log = folder / f"{kind}-{number}.log"
+        port_file = folder / f"{kind}-{number}.port"
+        every = dict(settings)
+        if kind != "trainer":
+            every = {"listen_address": "127.0.0.1:0", **every, "port_file": port_file}
+        prefix = f"TINSMITH_{kind.upper()}_"
+        environment = {prefix + key.upper(): str(value) for key, value in every.items()}
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"tinsmithd.{kind}"],
+                env={**os.environ, **environment, **env},
+                stderr=log,
+                start_new_session=True,
+            )
+        self.port = 0
+        if kind != "trainer":
+            self.until(port_file.exists)
+            self.port = int(port_file.read_text())
+
+    def until(self, condition: object) -> None:
+        """Wait until something is true while this process lives."""
+        end_s = time.monotonic() + START_S_MAX
+        while not condition():  # type: ignore[operator]
+            assert self._process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < end_s, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def says(self, text: str) -> bool:
+        """Whether its log has a text."""
+        return text in self.log.read_text()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait until it ends; returns its exit status."""
+        return self._process.wait(START_S_MAX)
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+
+class Training:
+    """A Training server and one rank, without the other servers.
+
+    Args:
+        base_model: Folder of the base model.
+        folder: Data and logs.
+        settings: Of the Training server, beside those that make it run.
+    """
+
+    def __init__(self, base_model: Path, folder: Path, **settings: object) -> None:
+        self._base_model = base_model
+        self.folder = folder
+        self.data = folder / "data"
+        self._settings = {"data_folder": self.data, "snapshot_steps": 3, **settings}
+        self.server = self.start_server()
+        self.ranks: list[Process] = []
+
+    @property
+    def address(self) -> str:
+        """The server's."""
+        return f"127.0.0.1:{self.server.port}"
+
+    def start_server(self, **settings: object) -> Process:
+        """Start a Training server on the same data."""
+        return Process("training", self.folder, {**self._settings, **settings})
+
+    def start_rank(self, *, env: Mapping[str, str] | None = None, **settings: object) -> Process:
+        """Start a rank group of one that attaches."""
+        every = {
+            "training_target": self.address,
+            "base_model": self._base_model,
+            "threads": 1,
+            **settings,
+        }
+        rank = Process("trainer", self.folder, every, **(env or {}))
+        self.ranks.append(rank)
+        return rank
+
+    def restart_server(self, **settings: object) -> None:
+        """Kill the server and start it again on the same port."""
+        port = self.server.port
+        self.server.kill()
+        self.server = self.start_server(listen_address=f"127.0.0.1:{port}", **settings)
+
+    def kill(self) -> None:
+        """End all with SIGKILL."""
+        self.server.kill()
+        for rank in self.ranks:
+            rank.kill()
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
