@@ -1,162 +1,15 @@
 """Numbers, repeats and faults, against a small real server that fails as it is told to."""
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 
 import tinsmith
-from tinsmith import _loop, _retry, tensors
-from tinsmith.v1 import sampler_service_pb2 as spb
-from tinsmith.v1 import training_service_pb2 as pb
-from tinsmith.v1.sampler_service_pb2_grpc import (
-    SamplerServiceServicer,
-    add_SamplerServiceServicer_to_server,
-)
-from tinsmith.v1.training_service_pb2_grpc import (
-    TrainingServiceServicer,
-    add_TrainingServiceServicer_to_server,
-)
-
-Fault = Callable[[Any], Any]
-
-
-async def refuse(
-    context: Any, code: grpc.StatusCode, reason: str = "", *, retry_s: float | None = None
-) -> None:
-    """End a call with a status as Tinsmith's servers write it."""
-    details = [error_details_pb2.ErrorInfo(reason=reason, domain="tinsmith")] if reason else []
-    if retry_s is not None:
-        delay = Duration()
-        delay.FromNanoseconds(int(retry_s * 1e9))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    packed = []
-    for detail in details:
-        message = AnyMessage()
-        message.Pack(detail)
-        packed.append(message)
-    status = status_pb2.Status(code=code.value[0], message=reason or "no reason", details=packed)
-    trailing = (("grpc-status-details-bin", status.SerializeToString()),) if packed else ()
-    await context.abort(code, reason or "no reason", trailing)
-
-
-class Faulty(TrainingServiceServicer, SamplerServiceServicer):
-    """One model that applies calls in order; faults are (before or after effect, what to do)."""
-
-    def __init__(self) -> None:
-        self.applied: list[tuple[int, str]] = []
-        self.messages: dict[int, list[int]] = {}
-        self.arrived: list[int] = []
-        self.before: dict[int, list[Fault]] = {}
-        self.after: dict[int, list[Fault]] = {}
-        self.created: list[str] = []
-        self.create_faults: list[Fault] = []
-        self.sample_seeds: list[int] = []
-        self._turn = asyncio.Condition()
-        self._next = 1
-
-    async def GetCapabilities(self, request: Any, context: Any) -> pb.GetCapabilitiesResponse:
-        return pb.GetCapabilitiesResponse()
-
-    async def CreateModel(self, request: Any, context: Any) -> pb.CreateModelResponse:
-        self.created.append(request.request_id)
-        if self.create_faults:
-            await self.create_faults.pop(0)(context)
-        return pb.CreateModelResponse(
-            model=pb.Model(model_id="m", base_model=request.base_model, next_seq_id=1)
-        )
-
-    async def _number(self, seq_id: int, what: str, context: Any, *, valid: bool = True) -> None:
-        self.arrived.append(seq_id)
-        if self.before.get(seq_id):
-            await self.before[seq_id].pop(0)(context)
-        async with self._turn:
-            await self._turn.wait_for(lambda: self._next >= seq_id)
-            if self._next == seq_id:  # else a repeat: no second effect
-                self._next += 1
-                if valid:
-                    self.applied.append((seq_id, what))
-                self._turn.notify_all()
-        if not valid:
-            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "MISSING_FIELD")
-        if self.after.get(seq_id):
-            await self.after[seq_id].pop(0)(context)
-
-    async def _compute(self, requests: Any, what: str, context: Any) -> Any:
-        messages = [message async for message in requests]
-        first, data = messages[0], [datum for message in messages for datum in message.data]
-        self.messages[first.seq_id] = [message.ByteSize() for message in messages]
-        valid = first.HasField("loss_fn") and all(d.loss_fn_inputs for d in data)
-        await self._number(first.seq_id, what, context, valid=valid)
-        shapes = [tensors.decode(d.loss_fn_inputs["target_tokens"]).shape for d in data]
-        values = [np.full(shape, -1.0, np.float32) for shape in shapes]
-        return [pb.DatumOutput(loss_fn_outputs={"logprobs": tensors.encode(v)}) for v in values]
-
-    async def Forward(self, requests: Any, context: Any) -> AsyncIterator[pb.ForwardResponse]:
-        outputs = await self._compute(requests, "forward", context)
-        yield pb.ForwardResponse(outputs=outputs, metrics={"loss:sum": 0.0})
-
-    async def ForwardBackward(
-        self, requests: Any, context: Any
-    ) -> AsyncIterator[pb.ForwardBackwardResponse]:
-        outputs = await self._compute(requests, "forward_backward", context)
-        for output in outputs:
-            yield pb.ForwardBackwardResponse(outputs=[output])
-        yield pb.ForwardBackwardResponse(metrics={"loss:sum": 1.0})
-
-    async def OptimStep(self, request: Any, context: Any) -> pb.OptimStepResponse:
-        await self._number(request.seq_id, "optim_step", context)
-        return pb.OptimStepResponse(metrics={"step:last": 1.0})
-
-    async def Sample(self, request: Any, context: Any) -> AsyncIterator[spb.SampleResponse]:
-        self.sample_seeds.append(request.sampling_params.seed)
-        first_attempt = len(self.sample_seeds) == 1
-        # The second attempt cuts the same tokens elsewhere.
-        for tokens in [[1, 2, 3], [4, 5]] if first_attempt else [[1, 2], [3, 4], [5]]:
-            if first_attempt and tokens == [4, 5]:
-                await refuse(context, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
-            delta = spb.SequenceDelta(
-                tokens=tensors.encode(np.array(tokens)),
-                logprobs=tensors.encode(np.full(len(tokens), -0.5)),
-            )
-            yield spb.SampleResponse(deltas=[delta])
-        # The reason comes alone, without a token.
-        last = spb.SequenceDelta(
-            stop_reason=spb.STOP_REASON_STOP,
-            tokens=tensors.encode(np.zeros(0, np.int64)),
-            logprobs=tensors.encode(np.zeros(0, np.float32)),
-        )
-        yield spb.SampleResponse(deltas=[last])
-
-
-class Peer:
-    """A `Faulty` server on a thread of its own."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.address, self.server, self.servicer = asyncio.run_coroutine_threadsafe(
-            self._start(), self.loop
-        ).result(10)
-
-    async def _start(self) -> tuple[str, grpc.aio.Server, Faulty]:
-        server, servicer = grpc.aio.server(), Faulty()
-        add_TrainingServiceServicer_to_server(servicer, server)
-        add_SamplerServiceServicer_to_server(servicer, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        return f"127.0.0.1:{port}", server, servicer
-
-    def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(0), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
+from faults.peer import Fault, Peer, full, gap, too_large, unavailable
+from tinsmith import _loop, _retry
 
 
 @pytest.fixture
@@ -174,22 +27,6 @@ def trainer(peer: Peer) -> tinsmith.TrainingClient:
     """A client of the peer."""
     service = tinsmith.ServiceClient(peer.address, give_up_after_s=20.0)
     return service.create_lora_training_client("base").result(10)
-
-
-def unavailable(context: Any) -> Any:
-    return refuse(context, grpc.StatusCode.UNAVAILABLE, "TRAINER_UNAVAILABLE")
-
-
-def full(context: Any) -> Any:
-    return refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", retry_s=0.01)
-
-
-def gap(context: Any) -> Any:
-    return refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "SEQ_ID_GAP")
-
-
-def too_large(context: Any) -> Any:
-    return refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 def data(length: int = 3) -> list[tinsmith.Datum]:
