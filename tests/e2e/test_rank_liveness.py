@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
@@ -81,7 +80,8 @@ def long_call(stubs: pb.Cluster) -> Iterator[pb.ForwardBackwardResponse]:
 def test_a_group_ends_with_any_of_its_ranks_and_comes_back(
     tiny_model: Path, tmp_path: Path, signum: signal.Signals, rank: int, under_way: bool
 ) -> None:
-    """Health says so both times, nobody of the old group is left, and new models train."""
+    """Health says so both times, nobody of the old group is left, a call that was under way is
+    answered, and new models train."""
     with (
         RunningCluster(tiny_model, tmp_path, ranks=2) as cluster,
         pb.connect(cluster.address) as stubs,
@@ -91,11 +91,9 @@ def test_a_group_ends_with_any_of_its_ranks_and_comes_back(
         answers = long_call(stubs) if under_way else iter([])
         os.kill(old[rank], signum)
         until_health(cluster.address, serving=False)
-        if under_way:
-            with pytest.raises(grpc.RpcError) as failure:
-                list(answers)
-            assert failure.value.code() == grpc.StatusCode.DATA_LOSS
         until_health(cluster.address, serving=True)
+        if under_way:
+            assert list(answers)[-1].metrics  # made again by the next group, and the caller waited
         until_gone(old)
         assert_trains(cluster.address)
         log = (cluster.logs / "training.log").read_text()

@@ -107,9 +107,9 @@ class Training:
         """The server's."""
         return f"127.0.0.1:{self.server.port}"
 
-    def start_server(self, **settings: object) -> Process:
+    def start_server(self, *, env: Mapping[str, str] | None = None, **settings: object) -> Process:
         """Start a Training server on the same data."""
-        return Process("training", self.folder, {**self._settings, **settings})
+        return Process("training", self.folder, {**self._settings, **settings}, **(env or {}))
 
     def start_rank(self, *, env: Mapping[str, str] | None = None, **settings: object) -> Process:
         """Start a rank group of one that attaches."""
@@ -123,11 +123,11 @@ class Training:
         self.ranks.append(rank)
         return rank
 
-    def restart_server(self, **settings: object) -> None:
+    def restart_server(self, *, env: Mapping[str, str] | None = None, **settings: object) -> None:
         """Kill the server and start it again on the same port."""
         port = self.server.port
         self.server.kill()
-        self.server = self.start_server(listen_address=f"127.0.0.1:{port}", **settings)
+        self.server = self.start_server(env=env, listen_address=f"127.0.0.1:{port}", **settings)
 
     def kill(self) -> None:
         """End all with SIGKILL."""

@@ -289,6 +289,28 @@ def test_row_24_a_gradient_that_is_not_finite_is_named_and_cleared(training: Tra
     assert train(client, 1, 2)
 
 
+def test_row_28_a_disk_that_fails_refuses_calls_and_says_so(
+    training: Training, undisturbed: Seen
+) -> None:
+    """UNAVAILABLE without effect, health NOT_SERVING, reading goes on; a server whose disk works
+    again goes on, bit for bit."""
+    training.start_rank()
+    client = model_of(tinsmith.ServiceClient(training.address))
+    seen = train(client, 0, 2)
+    training.restart_server(env={"TINSMITH_FAILPOINTS": "wal_append:io"})
+    with grpc.insecure_channel(training.address) as channel:
+        stub = pb.TrainingServiceStub(channel)
+        request = pb.OptimStepRequest(model_id=client.model_id, seq_id=5)
+        with pytest.raises(grpc.RpcError) as refusal:
+            stub.OptimStep(request, timeout=60)
+    assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason_and_field(refusal.value)[0] == "STORAGE_FULL"
+    until_health(training.address, serving=False)
+    assert state(training, client.model_id).next_seq_id == 5
+    training.restart_server()
+    assert seen + train(client, 2, 2 * STEPS) == undisturbed
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 32 MiB."""

@@ -64,7 +64,10 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
             status = status_pb2.Status.FromString(value)
     if status is None:
         code = error.code() if hasattr(error, "code") else None
-        text = f"no answer ({code.name if code else type(error).__name__})"
+        server = unreachable.removesuffix("_UNAVAILABLE").capitalize()
+        text = (
+            f"the {server} server does not answer ({code.name if code else type(error).__name__})"
+        )
         return errors.Unavailable(text, unreachable, retry_after_s=1.0)
     info = error_details_pb2.ErrorInfo()
     for detail in status.details:

@@ -43,7 +43,7 @@ class Composition:
         """Read what `encode` wrote."""
         values = json.loads(data)
         plans = [base64.b64decode(plan) for plan in values["plans"]]
-        return cls(values["identity"], values["counts"], plans, values["metrics"])
+        return cls(values["identity"], values["counts"], plans, values.get("metrics", {}))
 
 
 def difference(

@@ -31,6 +31,8 @@ from tinsmithd.training.trainer import (
 )
 from tinsmithd.training.works import ComputeWork
 
+LEAVE_S_MAX = 1.0
+"""How long the stream of a group that lost its place may take to end."""
 EPOCH_BITS = 20
 """Of a group's epoch count the groups of one Training server; those above are the server's own."""
 
@@ -60,6 +62,8 @@ class RankGroup:
         self._lost: TrainerLost | None = None
         self.gone = asyncio.Event()
         """Set when nothing more will come of it."""
+        self.task: asyncio.Task[Any] | None = None
+        """Serves its stream."""
         self.leaving = False
         """It said that it was asked to end: no call is to blame."""
         self.heard_s = clock()
@@ -312,6 +316,7 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         if group is None or self._closing:
             return
         self._groups.add(group)
+        group.task = asyncio.current_task()
         reader = asyncio.create_task(self._read(group, request_iterator))
         has_place = False
         try:
@@ -380,7 +385,10 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
                     message = f"the rank group said nothing for {self._lease_s:g} s"
                     _log.error("%s: it has lost its place", message)
                     group.lose(message)
+                    self._models.detach(group)
                     self._on_silent(group.pid)
+                    if group.task is not None:  # it may wait for ever to write to that group
+                        asyncio.get_running_loop().call_later(LEAVE_S_MAX, group.task.cancel)
 
     def close(self) -> None:
         """Let all groups go."""

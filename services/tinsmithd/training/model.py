@@ -20,6 +20,8 @@ class Model:
         identity: Of the ranks that it was created on.
         from_checkpoint: Whether it began as a checkpoint.
         request_id, request_digest: Of the call that created it.
+        last_request_time_s, last_used_s: When a call last came, for people and on a clock that no
+            one sets.
         step_count: Optimizer steps made.
         snapshots: Of it, the older one first; two at most.
         garbage: Folders of snapshots that are to be removed.
@@ -39,6 +41,7 @@ class Model:
     request_digest: bytes = b""
     create_time_s: float = field(default_factory=time.time)
     last_request_time_s: float = field(default_factory=time.time)
+    last_used_s: float = field(default_factory=time.monotonic)
     step_count: int = 0
     snapshots: list[StoredSnapshot] = field(default_factory=list)
     garbage: list[str] = field(default_factory=list)

@@ -14,6 +14,7 @@ from typing import Any
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import (
     AlreadyExists,
+    DataLoss,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -166,7 +167,9 @@ class Models:
             self._take_in(model)
             self._remember(model)
             if found.lost:
-                model.lane.close(model_lost(model.model_id, found.lost))
+                metadata = {"model_id": model.model_id}
+                error = DataLoss(found.lost, Reason.MODEL_LOST, metadata=metadata)
+                model.lane.close(error)
             await self._recall_calls(model, found)
             model.lane.lose_trainer()
         if self._snapshots is not None:
@@ -183,8 +186,8 @@ class Models:
                     works[call.position] = await journal.work(model.model_id, call.position)
         except StoreDamaged as error:
             _log.error("model %s is lost: %s", model.model_id, error)
+            # Its answers stay: what was acknowledged can be asked for again.
             model.lane.close(model_lost(model.model_id, str(error)))
-            return
 
         def read(position: int) -> Callable[[], object]:
             async def outcome() -> Outcome:
@@ -391,9 +394,9 @@ class Models:
 
     async def delete_idle(self) -> None:
         """Delete the models that no call used for `model_idle_ttl_s`."""
-        oldest_s = time.time() - self._limits.model_idle_ttl_s
+        oldest_s = time.monotonic() - self._limits.model_idle_ttl_s
         for model in list(self._models.values()):
-            if model.last_request_time_s < oldest_s and model.lane.idle:
+            if model.last_used_s < oldest_s and model.lane.idle:
                 _log.info("model %s was idle too long and is deleted", model.model_id)
                 await self.delete(model.model_id)
 
@@ -405,7 +408,7 @@ class Models:
         """Queue a call; see `works` for what its answer holds."""
         if seq_id < 0:
             raise InvalidArgument("seq_id", f"{seq_id} is below 0")
-        model.last_request_time_s = time.time()
+        model.last_request_time_s, model.last_used_s = time.time(), time.monotonic()
         return model.lane.submit(seq_id, Call(digest, work, nbytes))
 
 

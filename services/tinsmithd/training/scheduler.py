@@ -475,7 +475,7 @@ class Lane:
 def _poisoned(entry: _Entry, why: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"the trainer failed {entry.attempts} times during this call; it is not tried again and "
-        f"had no effect ({why})",
+        f"changed nothing of the model ({why})",
         Reason.CALL_POISONED,
         metadata={"attempts": str(entry.attempts)},
     )

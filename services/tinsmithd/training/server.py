@@ -1,6 +1,7 @@
 """Puts the Training server together: rules, faces, the link to the ranks, and their launcher."""
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
@@ -9,6 +10,7 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
 from tinsmith.v1.training_service_pb2 import DESCRIPTOR
 from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from tinsmithd.config import TrainingConfig
+from tinsmithd.errors import TinsmithError
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.training.calls import CallLimits
 from tinsmithd.training.checkpoints import CheckpointClient
@@ -92,6 +94,7 @@ class TrainingServer:
 
         Raises:
             StoreDamaged: The journal cannot be used.
+            Fenced: Another Training server has taken over.
         """
         contents = await self._journal.open()
         # A Training server that this one replaced may still be there: it can write neither the
@@ -99,6 +102,9 @@ class TrainingServer:
         self._checkpoints.writer_name = contents.cluster_id
         self._checkpoints.writer_epoch = contents.epoch
         await self._models.recall(contents.models)
+        # What was read may belong to another server by now, if this one was stopped meanwhile.
+        with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
+            await self._journal.commit()
         await self._rpc.start()
         self._tasks = [
             asyncio.create_task(self._watch()),

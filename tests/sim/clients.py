@@ -1,0 +1,275 @@
+"""Clients: each uses some models, and sends every call until it is answered."""
+
+import asyncio
+import hashlib
+import random
+from typing import TYPE_CHECKING, Any
+
+from sim import engine
+from sim.network import Connection
+from sim.server import CallRequest, CreateRequest, DeleteRequest, Request
+from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, LoraConfig
+from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
+from tinsmithd.training.models import NewModel
+from tinsmithd.training.works import (
+    ComputeWork,
+    LoadWork,
+    Outcome,
+    SaveOptions,
+    SaveWork,
+    StepWork,
+    Work,
+    encode,
+    encode_outcome,
+)
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+KINDS = {
+    "forward": 2.0,
+    "forward_backward": 6.0,
+    "step": 4.0,
+    "save": 1.0,
+    "load": 0.8,
+    "unreadable": 0.4,
+}
+
+STEP_EVERY = 3
+DATA_MAX = 4
+DATUM_BYTES = 100
+TIGHT_BYTES = 2 * (STEP_EVERY - 1) * (DATA_MAX * DATUM_BYTES + 150)
+"""Room in the journal for twice what a client sends between two steps."""
+
+
+def retryable(error: TinsmithError) -> bool:
+    """Whether the same call can succeed later."""
+    if isinstance(error, ResourceExhausted):
+        return error.retry_after_s is not None
+    return isinstance(error, Unavailable) or error.reason is Reason.SEQ_ID_GAP
+
+
+class Script:
+    """The calls that one model gets, drawn at random."""
+
+    def __init__(self, rng: random.Random, model_id: str, odd: float, *, tight: bool) -> None:
+        self._rng = rng
+        self._model_id = model_id
+        self._odd = odd
+        self._tight = tight
+        self._saved: list[CheckpointPath] = []
+
+    def call(self, seq_id: int) -> CallRequest:
+        """The call of this number."""
+        kind = self._rng.choices(list(KINDS), list(KINDS.values()))[0]
+        if self._tight and seq_id % STEP_EVERY == 0:
+            kind = "step"
+        work = self._work(kind, seq_id)
+        content = encode(work) if work is not None else b"unreadable %d" % seq_id
+        digest = hashlib.sha256(content).digest()
+        nbytes = work.nbytes if isinstance(work, ComputeWork) else 0
+        return CallRequest(self._model_id, seq_id, digest, work, nbytes)
+
+    def _work(self, kind: str, seq_id: int) -> Work | None:
+        if kind in ("forward", "forward_backward"):
+            return self._compute(seq_id, backward=kind == "forward_backward")
+        if kind == "step":
+            return StepWork(AdamParams(learning_rate=float(seq_id)))
+        if kind == "save":
+            return self._save(seq_id)
+        if kind == "load":
+            path = CheckpointPath(self._model_id, CheckpointKind.TRAINING, "absent")
+            if self._saved and self._rng.random() < 0.9:
+                path = self._rng.choice(self._saved)
+            return LoadWork(path, self._rng.random() < 0.7)
+        return None
+
+    def _compute(self, seq_id: int, *, backward: bool) -> ComputeWork:
+        count = self._rng.choice([1, 1, 2, 3, DATA_MAX])
+        data, odd = [], self._odd
+        for index in range(count):
+            kind = engine.NORMAL
+            if self._rng.random() < odd:
+                kind = self._rng.choice([b"x", b"x", b"r", b"m", b"p"])
+                odd = 0.0
+            data.append(engine.datum(kind, seq_id, index, DATUM_BYTES if self._tight else 0))
+        lengths = [self._rng.randint(1, 6) for _ in data]
+        return ComputeWork(b"loss", data, lengths, backward)
+
+    def _save(self, seq_id: int) -> SaveWork:
+        kind = self._rng.choice(list(CheckpointKind))
+        name = f"s{seq_id}" if self._rng.random() < 0.7 else "again"
+        overwrite = name == "again" and self._rng.random() < 0.5
+        path = CheckpointPath(self._model_id, kind, name)
+        if path not in self._saved:
+            self._saved.append(path)
+        return SaveWork(SaveOptions(path, None, overwrite, {}))
+
+
+class ModelUser:
+    """The life of one model, from its creation to its end.
+
+    Attributes:
+        calls: What was submitted, by number.
+        answers: First answers, by number; `encode_outcome` of each.
+        deleting: Its deletion was asked for.
+        deleted: Its deletion was acknowledged.
+    """
+
+    def __init__(self, world: "World", name: str, call_count: int) -> None:
+        self.world = world
+        self.name = name
+        self.rng = world.stream(f"client {name}")
+        self.model_id = ""
+        self.new: NewModel | None = None
+        self.calls: dict[int, CallRequest] = {}
+        self.answers: dict[int, bytes] = {}
+        self.deleting = self.deleted = False
+        self._call_count = call_count
+        self._window = self.rng.choice([1, 2, 4, 7])
+        self._delete_at = self.rng.randint(1, 2 * call_count) if self.rng.random() < 0.4 else 0
+        self._odd = 0.0 if world.tight else self.rng.choice([0.0, 0.03, 0.15])
+
+    async def run(self) -> None:
+        """Do all of it."""
+        await self._create()
+        script = Script(self.rng, self.model_id, self._odd, tight=self.world.tight)
+        tasks: list[asyncio.Task[None]] = []
+        calls: list[asyncio.Task[None]] = []
+        for seq_id in range(1, self._call_count + 1):
+            if seq_id == self._delete_at:
+                tasks.append(self.world.spawn(self._delete()))
+            # So many may be under way, as the real client has it: counted from the first of them.
+            await asyncio.gather(*calls[: max(0, seq_id - self._window)])
+            self.calls[seq_id] = script.call(seq_id)
+            calls.append(self.world.spawn(self._deliver(seq_id)))
+            if self.rng.random() < 0.5:
+                await asyncio.sleep(self.rng.uniform(0, self.world.pace_s))
+        await asyncio.gather(*tasks, *calls)
+        if not self.deleting:
+            await self._ask_again()
+        if self._delete_at > self._call_count:
+            await self._delete()
+        if self.deleted:
+            await self._check_gone()
+
+    async def _create(self) -> None:
+        seed = self.rng.randrange(1000)
+        path, tuning, optimizer = self._source(), None, False
+        if path is None:
+            tuning = LoraConfig(seed=seed)
+        else:
+            optimizer = path.kind is CheckpointKind.TRAINING and self.rng.random() < 0.5
+        request_id = f"create {self.name}"
+        digest = hashlib.sha256(repr((tuning, str(path), optimizer)).encode()).digest()
+        self.new = NewModel("base", tuning, path, optimizer, {}, request_id, digest)
+        outcome = await self._ask(CreateRequest(self.new), "create")
+        if outcome.error is not None:
+            self.world.fail(f"{self.name} cannot be created: {outcome.error!r}")
+            raise outcome.error
+        self.model_id = outcome.value["model_id"]
+
+    def _source(self) -> CheckpointPath | None:
+        if self.rng.random() < 0.6:
+            return None
+        saved = [found.about.path for found in self.world.checkpoints.saved.values()]
+        saved = [path for path in saved if path.name != "again"]
+        return self.rng.choice(saved) if saved else None
+
+    async def _deliver(self, seq_id: int) -> None:
+        outcome = await self._ask(self.calls[seq_id], f"call {seq_id}")
+        self.world.log("answer", self.name, seq_id, encode_outcome(outcome))
+
+    async def _delete(self) -> None:
+        self.deleting = True
+        outcome = await self._ask(DeleteRequest(self.model_id), "delete")
+        if outcome.error is not None and outcome.error.reason is not Reason.MODEL_NOT_FOUND:
+            self.world.fail(f"{self.name} cannot be deleted: {outcome.error!r}")
+        self.deleted = True
+
+    async def _ask_again(self) -> None:
+        """Repeats, and other content under used numbers."""
+        for _ in range(2):
+            seq_id = self.rng.randint(1, self._call_count)
+            await self._ask(self.calls[seq_id], f"repeat of {seq_id}")
+            call = self.calls[seq_id]
+            other = CallRequest(self.model_id, seq_id, b"other" + call.digest, call.work)
+            outcome = await self._ask(other, f"other content for {seq_id}")
+            found = "" if outcome.error is None else outcome.error.reason
+            if found not in (Reason.SEQ_ID_CONFLICT, Reason.ANSWER_EXPIRED, Reason.MODEL_LOST):
+                self.world.fail(f"{self.name}: other content for {seq_id} gives {outcome}")
+            self.world.checked("conflict")
+
+    async def ask_last(self) -> None:
+        """The newest answer is there after any restart, and the next number is known."""
+        before = self.world.checks["repeat"]
+        outcome = await self._ask(self.calls[self._call_count], "last repeat")
+        if self.world.checks["repeat"] == before:
+            self.world.fail(f"{self.name}: the newest answer is gone: {outcome}")
+
+    @property
+    def next_seq_id(self) -> int:
+        """What the server should say."""
+        return self._call_count + 1
+
+    async def _check_gone(self) -> None:
+        call = CallRequest(self.model_id, self._call_count + 1, b"late", None)
+        outcome = await self._ask(call, "call on a deleted model")
+        found = "" if outcome.error is None else outcome.error.reason
+        if found is not Reason.MODEL_NOT_FOUND:
+            self.world.fail(f"{self.name} was deleted and answers {outcome}")
+        self.world.checked("deleted stays deleted")
+
+    # --- one call -----------------------------------------------------------------------------
+
+    async def _ask(self, request: Request, about: str) -> Outcome:
+        """Send a request until it has an answer that waiting does not change."""
+        delay_s = 0.2
+        while True:
+            connection = self.world.network.send(request)
+            connection.outcome.add_done_callback(lambda done: self._note(request, done.result()))
+            try:
+                async with asyncio.timeout(self.rng.uniform(2.0, 15.0)):
+                    outcome = await asyncio.shield(connection.outcome)
+            except TimeoutError:
+                self._give_up(connection)
+                continue
+            error = outcome.error
+            if error is None or not retryable(error):
+                return outcome
+            self.world.count(f"told to wait: {error.reason}")
+            wait_s = max(delay_s, error.retry_after_s or 0.0) * self.rng.uniform(0.75, 1.5)
+            await asyncio.sleep(wait_s)
+            delay_s = min(2 * delay_s, 3.0)
+
+    def _give_up(self, connection: Connection) -> None:
+        self.world.count("attempts given up")
+        if self.rng.random() < 0.5:
+            connection.abandon()
+
+    def _note(self, request: Request, outcome: Outcome) -> None:
+        """Hold every answer, however late it comes, against the first one."""
+        error = outcome.error
+        if not isinstance(request, CallRequest) or self.calls.get(request.seq_id) is not request:
+            return
+        if error is not None and retryable(error):
+            return
+        seq_id, found = request.seq_id, encode_outcome(outcome)
+        reason: Any = None if error is None else error.reason
+        if reason is Reason.MODEL_NOT_FOUND and self.deleting:
+            self.answers.setdefault(seq_id, found)
+            return
+        if reason is Reason.MODEL_LOST and self.world.may_be_lost(self.model_id):
+            self.answers.setdefault(seq_id, found)
+            return
+        first = self.answers.get(seq_id)
+        if reason is Reason.ANSWER_EXPIRED and first is not None:
+            self.world.checked("answer expired")
+            return
+        if first is None:
+            self.answers[seq_id] = found
+            return
+        self.world.checked("repeat")
+        gone = b'"MODEL_NOT_FOUND"' in first
+        if first != found and not gone:
+            self.world.fail(f"{self.name}: call {seq_id} gives {found!r}, first {first!r}")

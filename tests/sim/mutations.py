@@ -1,0 +1,126 @@
+"""Bugs put in on purpose, to see that the simulator finds them.
+
+A mutation replaces some text in the source of one production function for the length of a run.
+Where that text is not there any more it says so, and has to be written anew.
+"""
+
+import contextlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sim.disk import SimStore
+from sim.world import Result, simulate
+from tinsmithd.training import calls, recovery, snapshots
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.scheduler import Lane
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug.
+
+    Attributes:
+        owner: The class or module that has the function.
+        name: The function.
+        old, new: Text in its source, and what it becomes.
+    """
+
+    owner: Any
+    name: str
+    old: str
+    new: str
+
+
+_ANSWER_EARLY = """
+            self._commits = getattr(self, "_commits", 0) + 1
+            if self._commits % 3 == 0:
+                for early in batch:
+                    if not early.done.done():
+                        early.done.set_result(None)
+"""
+
+MUTATIONS = {
+    "durable-too-early": Mutation(
+        Journal,
+        "_write",
+        'failpoints.hit("wal_append")',
+        'failpoints.hit("wal_append")' + _ANSWER_EARLY,
+    ),
+    "snapshot-unverified": Mutation(
+        snapshots, "_verified", 'if digest.hexdigest() != about["sha256"]:', "if False:"
+    ),
+    "replay-unchecked": Mutation(
+        recovery.Recovery,
+        "_replay",
+        "digest_of(outcome) == call.result_digest",
+        "True",
+    ),
+    "no-fence": Mutation(SimStore, "_check_epoch", "if self._disk.epoch != self._epoch:", "if 0:"),
+    "plan-ignored": Mutation(
+        calls.ModelRules,
+        "_compute",
+        'plan = composition.plans[index] if composition else b""',
+        'plan = b""',
+    ),
+    "answer-before-record": Mutation(
+        Lane,
+        "_settle",
+        "self._recording += 1",
+        "self._recording += 1\n    entry.answer.fail(outcome.error) if outcome.error else "
+        "entry.answer.finish(outcome.value)",
+    ),
+    "attempts-uncounted": Mutation(
+        Lane, "_again", "entry.attempts += blamed", "entry.attempts += 0"
+    ),
+    "everyone-blamed": Mutation(Lane, "_again", "entry.attempts += blamed", "entry.attempts += 1"),
+    "stale-ranks": Mutation(Lane, "_apply", "if self.recovering:", "if False:"),
+    "save-before-record": Mutation(
+        calls.ModelRules, "_save", "await self._journal.flush()", "pass"
+    ),
+    "trim-too-much": Mutation(
+        recovery.Recovery,
+        "_take",
+        "Trim(model.model_id, old.position)",
+        "Trim(model.model_id, position)",
+    ),
+    "load-beside-snapshot": Mutation(
+        calls.ModelRules, "_load", "await self._recovery.quiet()", "pass"
+    ),
+    "orphans-kept": Mutation(
+        Lane, "recall", "elif call.seq_id not in (0, self._answers.next_seq_id):", "elif False:"
+    ),
+}
+
+
+@contextlib.contextmanager
+def applied(name: str | None) -> Iterator[None]:
+    """Have a mutation in place for the body of the `with`."""
+    if name is None:
+        yield
+        return
+    mutation = MUTATIONS[name]
+    good = inspect.getattr_static(mutation.owner, mutation.name)
+    source = textwrap.dedent(inspect.getsource(good))
+    if mutation.old not in source:
+        raise LookupError(f"{name}: {mutation.name} has no {mutation.old!r}")
+    space = dict(vars(sys.modules[good.__module__]))
+    exec(compile(source.replace(mutation.old, mutation.new), f"<{name}>", "exec"), space)
+    setattr(mutation.owner, mutation.name, space[mutation.name])
+    try:
+        yield
+    finally:
+        setattr(mutation.owner, mutation.name, good)
+
+
+def find(name: str, seeds: Iterable[int]) -> Result | None:
+    """The first run that shows a mutation, or None."""
+    with applied(name):
+        for seed in seeds:
+            result = simulate(seed)
+            if result.failures:
+                return result
+    return None

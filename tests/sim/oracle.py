@@ -1,0 +1,197 @@
+"""What must be true: each model as if its calls had been applied once, in order, undisturbed."""
+
+from typing import TYPE_CHECKING
+
+from sim import engine
+from sim.checkpoints import training
+from sim.clients import ModelUser
+from sim.engine import State
+from tinsmithd.domain import CheckpointPath
+from tinsmithd.errors import Reason
+from tinsmithd.training.works import (
+    ComputeWork,
+    LoadWork,
+    Outcome,
+    SaveWork,
+    StepWork,
+    Work,
+    decode_outcome,
+)
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+Files = tuple[tuple[str, bytes], ...]
+
+
+class Wrong(Exception):
+    """An answer is not what it must be."""
+
+
+class Oracle:
+    """One model.
+
+    Attributes:
+        state: After the calls so far.
+        user: Who calls.
+        ended: It was deleted or lost: nothing more is known.
+    """
+
+    def __init__(self, world: "World", user: ModelUser) -> None:
+        self._world = world
+        self.user = user
+        self._saved: dict[str, set[Files | None]] = {}
+        self.ended = False
+        assert user.new is not None
+        if user.new.path is None:
+            assert user.new.tuning is not None
+            self.state = engine.fresh(getattr(user.new.tuning, "seed", 0))
+        else:
+            pieces = world.checkpoints.saved[str(user.new.path)].pieces
+            self.state = engine.load(pieces, user.new.with_optimizer)
+
+    def check(self) -> None:
+        """Apply all calls and hold their answers against what they must be.
+
+        Raises:
+            Wrong: One is not.
+        """
+        for seq_id, call in sorted(self.user.calls.items()):
+            found = self.user.answers.get(seq_id)
+            if found is None:
+                raise Wrong(f"call {seq_id} has no answer")
+            outcome = decode_outcome(found)
+            reason = None if outcome.error is None else outcome.error.reason
+            if reason is Reason.MODEL_NOT_FOUND and self.user.deleting:
+                self.ended = True
+                return
+            if reason is Reason.MODEL_LOST and self._world.may_be_lost(self.user.model_id):
+                self.ended = True
+                return
+            try:
+                self._apply(seq_id, call.work, outcome, reason)
+            except Wrong as error:
+                raise Wrong(
+                    f"{self.user.name} ({self.user.model_id}) call {seq_id} {call.work}: "
+                    f"{error}; answer {found!r}; state {engine.show(self.state)}"
+                ) from None
+            self._world.checked("answer")
+
+    def _apply(
+        self, seq_id: int, work: Work | None, outcome: Outcome, reason: Reason | None
+    ) -> None:
+        if reason is Reason.CALL_POISONED:
+            self._check_poisoned(seq_id, work)
+            return
+        match work:
+            case None:
+                _expect(reason, Reason.INVALID_FIELD)
+            case ComputeWork():
+                self._compute(work, outcome, reason)
+            case StepWork():
+                self._step(work, outcome, reason)
+            case SaveWork():
+                self._save(work, outcome, reason)
+            case LoadWork():
+                self._load(work, outcome, reason)
+
+    def _check_poisoned(self, seq_id: int, work: Work | None) -> None:
+        key = str(seq_id)
+        if isinstance(work, SaveWork):
+            key = "export"
+            # Its first try may have gone through, and nobody knew.
+            path = str(work.options.path)
+            self._saved.setdefault(path, {None}).add(self._files(work))
+        elif isinstance(work, LoadWork):
+            key = "import"
+        deaths = self._world.blames.get(f"{self.user.model_id} {key}", 0)
+        if deaths < self._world.limits.lane.call_attempts_max:
+            raise Wrong(f"poisoned after {deaths} deaths")
+        self._world.checked("poisoned")
+
+    def _compute(self, work: ComputeWork, outcome: Outcome, reason: Reason | None) -> None:
+        for datum in work.data:
+            if datum[:1] == engine.REFUSED:
+                _expect(reason, Reason.INVALID_FIELD)
+                return
+            if datum[:1] == engine.POISON:
+                raise Wrong("a poison call went through")
+        _expect(reason, None)
+        if len(outcome.parts) != len(work.data):
+            raise Wrong(f"{len(outcome.parts)} results for {len(work.data)} data")
+        before = self.state
+        for datum, result in zip(work.data, outcome.parts, strict=True):
+            wanted = engine.output(before, work.loss, datum, engine.plan_of(result))
+            if result != wanted:
+                raise Wrong(f"result {result!r}, expected {wanted!r}")
+            if work.backward:
+                self.state = engine.add_gradient(self.state, datum, result)
+        wanted_metrics = engine.compute_metrics(self.state, outcome.parts)
+        _expect(dict(outcome.value), {"metrics": wanted_metrics})
+
+    def _step(self, work: StepWork, outcome: Outcome, reason: Reason | None) -> None:
+        if self.state.non_finite:
+            _expect(reason, Reason.NON_FINITE_GRADIENT)
+            self.state = engine.cleared(self.state)
+            return
+        _expect(reason, None)
+        self.state, metrics = engine.step(self.state, work.adam)
+        _expect(dict(outcome.value), {"metrics": metrics})
+
+    def _files(self, work: SaveWork) -> Files:
+        return tuple(engine.files(self.state, training(work.options.path)))
+
+    def _save(self, work: SaveWork, outcome: Outcome, reason: Reason | None) -> None:
+        path, files = str(work.options.path), self._files(work)
+        there = self._saved.setdefault(path, {None})
+        if reason is Reason.CHECKPOINT_EXISTS:
+            there -= {None, files}
+            if not there or work.options.overwrite:
+                raise Wrong("there is none with other files")
+            return
+        _expect(reason, None)
+        if not work.options.overwrite and not there & {None, files}:
+            raise Wrong("there is one with other files")
+        self._saved[path] = {files}
+        size = sum(len(data) for _, data in files)
+        _expect(dict(outcome.value), {"path": path, "size_bytes": size})
+
+    def _load(self, work: LoadWork, outcome: Outcome, reason: Reason | None) -> None:
+        path = str(work.path)
+        if not training(work.path):
+            _expect(reason, Reason.WRONG_CHECKPOINT_KIND)
+            return
+        there = self._saved.setdefault(path, {None})
+        if reason is Reason.CHECKPOINT_NOT_FOUND:
+            if None not in there:
+                raise Wrong("there is one")
+            there &= {None}
+            return
+        _expect(reason, None)
+        whole = [files for files in there if files is not None]
+        if len(whole) != 1:
+            raise Wrong(f"{len(whole)} checkpoints may be there")
+        self._saved[path] = {whole[0]}
+        self.state = engine.load(whole[0], work.optimizer)
+        _expect(dict(outcome.value), {"path": path})
+
+    def check_saved(self) -> None:
+        """Hold what the Checkpoint server has against what was saved."""
+        for text, there in self._saved.items():
+            found = self._world.checkpoints.saved.get(text)
+            pieces = found.pieces if found is not None else None
+            if pieces not in there:
+                raise Wrong(f"{text} holds {pieces}, expected one of {there}")
+            assert CheckpointPath.parse(text)
+            self._world.checked("checkpoint")
+
+
+def _expect(found: object, wanted: object) -> None:
+    if found != wanted:
+        raise Wrong(f"{found!r}, expected {wanted!r}")
+
+
+def check_state(oracle: Oracle, found: State | None) -> None:
+    """Hold a model on the ranks against what it must be."""
+    if found != oracle.state:
+        raise Wrong(f"the ranks have {found}, expected {oracle.state}")

@@ -1,0 +1,184 @@
+"""One process of the Training server: the production rules, put together as `server.py` does it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sim.checkpoints import SimCheckpointClient
+from sim.disk import SimStore, Unclaimable
+from sim.loop import Process
+from sim.ranks import SimTrainer
+from sim.snapshots import SimSnapshots
+from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
+from tinsmithd.training.calls import CallLimits
+from tinsmithd.training.journal import Fenced, Journal, StoreDamaged
+from tinsmithd.training.models import ModelLimits, Models, NewModel
+from tinsmithd.training.recovery import SnapshotRule
+from tinsmithd.training.rules import LaneLimits
+from tinsmithd.training.works import RefusedWork, Work
+
+if TYPE_CHECKING:
+    import random
+
+    from sim.network import Connection
+    from sim.world import World
+
+DRAIN_S = 2.0
+
+
+@dataclass(frozen=True)
+class CallRequest:
+    """A numbered call; `work` None is one that cannot be read."""
+
+    model_id: str
+    seq_id: int
+    digest: bytes
+    work: Work | None
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class CreateRequest:
+    """A new model."""
+
+    new: NewModel
+
+
+@dataclass(frozen=True)
+class DeleteRequest:
+    """A model is to go."""
+
+    model_id: str
+
+
+Request = CallRequest | CreateRequest | DeleteRequest
+
+
+def limits(rng: "random.Random") -> ModelLimits:
+    """Settings of one run."""
+    lane = LaneLimits(
+        lane_calls_max=rng.choice([3, 8, 64]),
+        lane_bytes_max=rng.choice([200, 2000, 100_000]),
+        gap_wait_s_max=rng.choice([1.0, 10.0]),
+        answers_kept_max=rng.choice([8, 12]),
+        answer_bytes_kept_max=100_000,
+        call_attempts_max=rng.choice([2, 2, 3]),
+    )
+    rule = SnapshotRule(rng.choice([1, 1, 2, 3, 100]), rng.choice([3.0, 30.0, 600.0]))
+    calls = CallLimits(rng.choice([6, 12, 1000]), 1_000_000, rule)
+    return ModelLimits(models_max=100, model_idle_ttl_s=1e9, lane=lane, calls=calls)
+
+
+class Server:
+    """One process, from its start to its end.
+
+    Attributes:
+        up: It takes requests.
+        failed: It could not start, or ended by itself.
+    """
+
+    def __init__(self, world: "World", name: str) -> None:
+        self.world = world
+        self.name = name
+        self.process = Process(world.loop, name)
+        self.up = False
+        self.link: SimTrainer | None = None
+        self.connections: list[Connection] = []
+        client: Any = SimCheckpointClient(world.checkpoints)
+        self.client = client
+        self.journal = Journal(SimStore(world.disk))
+        self.models = Models(
+            world.limits, client, self.journal, SimSnapshots(world.disk), world.new_model_id
+        )
+
+    def start(self) -> None:
+        """Begin."""
+        self.process.start(self._main(), self.name)
+
+    async def _main(self) -> None:
+        try:
+            contents = await self.journal.open()
+            self.client.writer_name = contents.cluster_id
+            self.client.writer_epoch = contents.epoch
+            await self.models.recall(contents.models)
+            self.up = True
+            self.world.server_is_up(self)
+            await self.journal.failed()
+        except Fenced:
+            self.world.count("servers fenced")
+        except Unclaimable:
+            self.world.count("starts refused by the disk")
+        except StoreDamaged as error:
+            self.world.fail(f"{self.name} does not start: {error}")
+        except Exception as error:
+            self.world.fail(f"{self.name} ends with {error!r}", error)
+        self.world.server_exits(self)
+
+    def stop_gracefully(self) -> None:
+        """End as on SIGTERM."""
+        self.up = False
+        self.process.start(self._stop(), f"{self.name} stops")
+
+    async def _stop(self) -> None:
+        await self.models.drained(DRAIN_S)
+        self.world.detach(self, "the Training server stops")
+        await self.journal.close()
+        self.world.server_exits(self)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def take(self, request: Request, connection: "Connection") -> None:
+        """A request has arrived."""
+        if not self.process.alive or not self.up:
+            connection.refused()
+            return
+        self.process.call(self._begin, request, connection)
+
+    def _begin(self, request: Request, connection: "Connection") -> None:
+        connection.server = self
+        self.connections.append(connection)
+        connection.handler = self.process.start(self._serve(request, connection))
+
+    async def _serve(self, request: Request, connection: "Connection") -> None:
+        try:
+            async for part in self._handle(request):
+                connection.send(part)
+        except TinsmithError as error:
+            connection.send(error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self.world.fail(f"a request ends with {error!r}", error)
+
+    async def _handle(self, request: Request) -> AsyncIterator[Any]:
+        """The parts of an answer as bytes, then its value."""
+        match request:
+            case CreateRequest():
+                model = await self.models.create(request.new)
+                yield {"model_id": model.model_id}
+            case DeleteRequest():
+                await self.models.delete(request.model_id)
+                yield {}
+            case CallRequest():
+                model = self.models.get(request.model_id)
+                work = request.work
+                if work is None:
+                    work = RefusedWork(InvalidArgument("adam_params", "is not one"))
+                answer = self.models.submit(
+                    model, request.seq_id, request.digest, work, request.nbytes
+                )
+                async for part in answer.parts():
+                    yield part
+                yield dict(await answer.value())
+
+
+def tight(found: ModelLimits, journal_bytes_max: int) -> ModelLimits:
+    """The same with little room in the journal, and snapshots that make some."""
+    calls = replace(found.calls, journal_bytes_max=journal_bytes_max)
+    return replace(found, calls=calls, lane=replace(found.lane, lane_bytes_max=100_000))
+
+
+def lost_connection() -> Unavailable:
+    """What a caller sees of a connection that broke."""
+    return Unavailable("the connection broke", Reason.SHUTTING_DOWN)

@@ -1,0 +1,205 @@
+"""What a journal holds, as plain values: the meaning of each `Write`, without any disk."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tinsmithd.training.journal import (
+    AddCall,
+    AddModel,
+    AddResult,
+    AddSnapshot,
+    CountAttempt,
+    DeleteModel,
+    DropAnswers,
+    ForgetCalls,
+    LoseModel,
+    StoreDamaged,
+    StoredCall,
+    StoredModel,
+    StoredSnapshot,
+    Trim,
+    Write,
+)
+from tinsmithd.training.works import (
+    Outcome,
+    Work,
+    decode,
+    decode_outcome,
+    digest_of,
+    encode,
+    encode_outcome,
+)
+
+
+@dataclass
+class Blob:
+    """Bytes with their checksum."""
+
+    crc32: int
+    data: bytes
+
+    @classmethod
+    def of(cls, data: bytes) -> "Blob":
+        """Bytes as they are now."""
+        return cls(zlib.crc32(data), data)
+
+
+class ModelTable:
+    """All of one model."""
+
+    def __init__(self, number: int, about: str) -> None:
+        self.number = number
+        self.about = about
+        self.lost = ""
+        self.calls: dict[int, StoredCall] = {}
+        self.payloads: dict[int, Blob] = {}
+        self.answers: dict[int, Blob] = {}
+        self.snapshots: dict[int, StoredSnapshot] = {}
+        self.trimmed_to = 0
+
+    @property
+    def from_checkpoint(self) -> bool:
+        """Whether the model began as a checkpoint."""
+        return bool(json.loads(self.about)["from_checkpoint"])
+
+
+class Tables:
+    """All models."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.models: dict[str, ModelTable] = {}
+
+    def commit(self, writes: Sequence[Write]) -> None:
+        """Make all of these."""
+        for write in writes:
+            self._apply(write)
+
+    def stored_models(self) -> list[StoredModel]:
+        """What `claim` reads."""
+        found = sorted(self.models.items(), key=lambda item: item[1].number)
+        return [
+            StoredModel(
+                model_id,
+                table.number,
+                json.loads(table.about),
+                table.lost,
+                table.trimmed_to,
+                self.stored_calls(model_id, 0),
+                [snapshot for _, snapshot in sorted(table.snapshots.items())],
+            )
+            for model_id, table in found
+        ]
+
+    def stored_calls(self, model_id: str, after: int) -> list[StoredCall]:
+        """Calls after a position."""
+        table = self.models.get(model_id)
+        calls = sorted(table.calls.items()) if table else []
+        return [call for position, call in calls if position > after]
+
+    def work(self, model_id: str, position: int) -> Work:
+        """A payload."""
+        return decode(self._blob("payloads", model_id, position))
+
+    def outcome(self, model_id: str, position: int) -> Outcome:
+        """An answer."""
+        return decode_outcome(self._blob("answers", model_id, position))
+
+    def _blob(self, kind: str, model_id: str, position: int) -> bytes:
+        table = self.models.get(model_id)
+        blob = getattr(table, kind).get(position) if table else None
+        if blob is None or zlib.crc32(blob.data) != blob.crc32:
+            raise StoreDamaged(f"call {position} of {model_id} in {kind}")
+        data: bytes = blob.data
+        return data
+
+    def _apply(self, write: Write) -> None:
+        if isinstance(write, AddModel):
+            assert write.model_id not in self.models
+            self.models[write.model_id] = ModelTable(write.number, json.dumps(write.about))
+            return
+        table = self.models.get(write.model_id)
+        if table is None:  # a model that was deleted leaves nothing behind
+            return
+        match write:
+            case DeleteModel():
+                del self.models[write.model_id]
+            case LoseModel():
+                table.lost = write.why
+            case AddCall():
+                _add_call(table, write)
+            case AddResult():
+                _add_result(table, write)
+            case ForgetCalls():
+                for position in write.positions:
+                    for rows in (table.calls, table.payloads, table.answers):
+                        rows.pop(position, None)
+            case CountAttempt():
+                _change(table, write.position, attempts=write.attempts)
+            case AddSnapshot():
+                snapshot = StoredSnapshot(write.position, write.step_count, write.folder)
+                table.snapshots[write.position] = snapshot
+            case Trim():
+                _trim(table, write.position)
+            case DropAnswers():
+                _drop_answers(table, write.position)
+            case _:
+                raise TypeError(type(write).__name__)
+
+
+def _change(table: ModelTable, position: int, **values: Any) -> None:
+    if position in table.calls:
+        table.calls[position] = replace(table.calls[position], **values)
+
+
+def _add_call(table: ModelTable, write: AddCall) -> None:
+    assert write.position not in table.calls
+    payload = Blob.of(encode(write.work))
+    size = len(payload.data)
+    call = StoredCall(write.position, write.seq_id, write.digest, size, 0, None, 0, b"")
+    table.calls[write.position] = call
+    table.payloads[write.position] = payload
+
+
+def _add_result(table: ModelTable, write: AddResult) -> None:
+    if write.position not in table.calls:
+        return
+    answer = Blob.of(encode_outcome(write.outcome))
+    _change(
+        table,
+        write.position,
+        result_digest=digest_of(write.outcome),
+        answer_bytes=len(answer.data) if write.keep else 0,
+        plan=write.plan,
+    )
+    if write.keep:
+        table.answers[write.position] = answer
+
+
+def _trim(table: ModelTable, end: int) -> None:
+    table.trimmed_to = max(table.trimmed_to, end)
+    for position in [at for at in table.snapshots if at < end]:
+        del table.snapshots[position]
+    for position in [at for at in table.payloads if at <= end]:
+        del table.payloads[position]
+    newest = max(table.calls, default=0)
+    for position, call in list(table.calls.items()):
+        if position > end:
+            continue
+        if call.answer_bytes == 0 and position < newest:
+            del table.calls[position]
+        else:
+            _change(table, position, payload_bytes=0, plan=b"")
+
+
+def _drop_answers(table: ModelTable, end: int) -> None:
+    for position, call in list(table.calls.items()):
+        if position <= end:
+            table.answers.pop(position, None)
+            if call.payload_bytes == 0:
+                del table.calls[position]
+            else:
+                _change(table, position, answer_bytes=0)
