@@ -10,13 +10,14 @@ ROWS ?=
 SHAPE ?= 0.6b
 SEEDS ?= 2000
 KILLS ?= 100
+RANKS ?= 1
 FAULTS_OUT ?= faults-out
 PROTO_SERVICES := $(shell cd protos && find tinsmith -name '*_service.proto' | sort)
 PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e faults-short \
-  sim faults bench bench-gpu gpu clean
+  sim faults kills bench bench-gpu gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,9 +68,13 @@ faults-short: setup model ## A short round of simulator, kills, full disks and f
 sim: setup ## The durable core on a simulated world with faults, SEEDS=2000 times
 	PYTHONPATH=tests $(BIN)/python -m sim --seeds $(SEEDS)
 
-faults: setup ## Real processes killed KILLS=100 times, compared with an undisturbed twin
+faults: setup model ## All fault tests in full, then KILLS=100 kills, compared with undisturbed twins
+	TINSMITH_TEST_FAULTS=full TINSMITH_FAULTS_FULL=1 $(BIN)/pytest tests/faults
+	$(MAKE) kills
+
+kills: setup ## Real processes killed KILLS=100 times while scripts train; RANKS=2 for two ranks
 	rm -rf $(FAULTS_OUT)
-	PYTHONPATH=tests $(BIN)/python -m faults --kills $(KILLS) --out $(FAULTS_OUT)
+	PYTHONPATH=tests $(BIN)/python -m faults --kills $(KILLS) --ranks $(RANKS) --out $(FAULTS_OUT)
 
 bench: setup ## Speed and memory beside plain loops; ROWS="1 3" chooses rows, PAIRS=9 rounds
 	PYTHONPATH=tests $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) $(ROWS)

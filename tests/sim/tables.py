@@ -175,6 +175,9 @@ def _add_result(table: ModelTable, write: AddResult) -> None:
         answer_bytes=len(answer.data) if write.keep else 0,
         plan=write.plan,
     )
+    if not write.plan:
+        table.payloads.pop(write.position, None)
+        _change(table, write.position, payload_bytes=0)
     if write.keep:
         table.answers[write.position] = answer
 
@@ -196,10 +199,11 @@ def _trim(table: ModelTable, end: int) -> None:
 
 
 def _drop_answers(table: ModelTable, end: int) -> None:
+    newest = max(table.calls, default=0)
     for position, call in list(table.calls.items()):
         if position <= end:
             table.answers.pop(position, None)
-            if call.payload_bytes == 0:
+            if call.payload_bytes == 0 and position < newest:
                 del table.calls[position]
             else:
                 _change(table, position, answer_bytes=0)

@@ -114,7 +114,7 @@ class ModelRules:
         self._since_snapshot.add(position, nbytes)
 
     def forgot(self, positions: Sequence[int]) -> None:
-        """Calls were taken back; they will be written down again."""
+        """Calls were taken back, to be written down again, or are never made again."""
         for held in (self._since_step, self._since_snapshot):
             held.drop(positions)
 

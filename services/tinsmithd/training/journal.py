@@ -90,7 +90,8 @@ class AddCall:
 class AddResult:
     """What a call answers, and in which composition it was computed.
 
-    With `keep` the answer itself stays, until `DropAnswers`; its digest always does.
+    Without a plan it is never made again, and its payload goes. With `keep` the answer itself
+    stays, until `DropAnswers`; its digest always does.
     """
 
     model_id: str

@@ -118,7 +118,10 @@ class Recovery:
         model = self._model
         # What it finds must not be trimmed meanwhile.
         await self.quiet()
-        stored = await self._journal.calls(model.model_id)
+        try:
+            stored = await self._journal.calls(model.model_id)
+        except StoreDamaged as error:
+            raise model_lost(model.model_id, str(error)) from error
         # A snapshot is read in a turn: one at a time is in memory.
         async with turn(NOMINAL_TOKENS):
             begin, snapshot = await self._newest()

@@ -61,7 +61,7 @@ class Rules(Protocol):
         """A call of this size was handed to the journal."""
 
     def forgot(self, positions: Sequence[int]) -> None:
-        """Calls at these positions were taken back."""
+        """Calls at these positions were taken back, or are never made again."""
 
     async def execute(
         self, position: int, seq_id: int, work: Work, emit: Emit, turn: TakeTurn

@@ -381,6 +381,8 @@ class Lane:
         keep = bool(entry.seq_id)
         result = AddResult(self._name, entry.position, outcome, plan, keep)
         self._recording += 1
+        if not plan:
+            self._rules.forgot([entry.position])
         recorded = self._journal.commit(result, *writes, must=True)
         recorded.add_done_callback(lambda done: self._answer(entry, outcome, done))
 

@@ -3,8 +3,8 @@
     <folder>/journal.sqlite
 
 `synchronous=FULL` makes a commit durable against the loss of power; with NORMAL it survives the
-death of any process. Payloads and answers carry a CRC-32 that is checked when they are read; what
-SQLite itself finds damaged is damage, too.
+death of any process. Each row has a CRC-32 over all that it says and where it says it (`seal`),
+which is checked when it is read; what SQLite itself finds damaged is damage, too.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tinsmithd import failpoints
 from tinsmithd.training.journal import (
@@ -67,12 +67,12 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value NOT NULL);
 CREATE TABLE IF NOT EXISTS models (
     model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, lost TEXT NOT NULL,
-    trimmed_to INTEGER NOT NULL
+    trimmed_to INTEGER NOT NULL, crc32 INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS calls (
     model_id TEXT NOT NULL, position INTEGER NOT NULL, seq_id INTEGER NOT NULL,
     digest BLOB NOT NULL, payload_bytes INTEGER NOT NULL, attempts INTEGER NOT NULL,
-    result_digest BLOB, answer_bytes INTEGER NOT NULL, plan BLOB NOT NULL,
+    result_digest BLOB, answer_bytes INTEGER NOT NULL, plan BLOB NOT NULL, crc32 INTEGER NOT NULL,
     PRIMARY KEY (model_id, position)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS payloads (
@@ -85,9 +85,14 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE UNIQUE INDEX IF NOT EXISTS answers_by_place ON answers (model_id, position);
 CREATE TABLE IF NOT EXISTS snapshots (
     model_id TEXT NOT NULL, position INTEGER NOT NULL, step_count INTEGER NOT NULL,
-    folder TEXT NOT NULL, PRIMARY KEY (model_id, position)
+    folder TEXT NOT NULL, crc32 INTEGER NOT NULL, PRIMARY KEY (model_id, position)
 ) WITHOUT ROWID;
 """
+_CALL = "position, seq_id, digest, payload_bytes, attempts, result_digest, answer_bytes, plan"
+_CALL_SEAL = f"seal(model_id, {_CALL})"
+_MODEL = "model_id, number, about, lost, trimmed_to"
+_SNAPSHOT = "position, step_count, folder"
+_SNAPSHOT_SEAL = f"seal(model_id, {_SNAPSHOT})"
 _TABLES = ("calls", "payloads", "answers", "snapshots", "models")
 
 
@@ -148,6 +153,7 @@ class SqliteStore:
                 check_same_thread=False,
             )
             self._db = db
+            db.create_function("seal", -1, _seal, deterministic=True)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
             db.execute("PRAGMA foreign_keys=ON")
@@ -157,7 +163,7 @@ class SqliteStore:
                 self._epoch = self._claim_epoch(db)
             cluster_id = db.execute("SELECT value FROM meta WHERE name='cluster_id'").fetchone()[0]
             return Contents(cluster_id, self._epoch, self._models(db))
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             raise StoreDamaged(f"the journal in {self._folder} cannot be used: {error}") from error
 
     def _claim_epoch(self, db: sqlite3.Connection) -> int:
@@ -179,26 +185,29 @@ class SqliteStore:
     def _models(self, db: sqlite3.Connection) -> list[StoredModel]:
         found = []
         for row in db.execute(
-            "SELECT model_id, number, about, lost, trimmed_to FROM models ORDER BY number"
+            f"SELECT {_MODEL}, crc32 IS seal({_MODEL}) FROM models ORDER BY number"
         ):
-            model_id, number, about, lost, trimmed_to = row
-            snapshots = db.execute(
-                "SELECT position, step_count, folder FROM snapshots "
-                "WHERE model_id=? ORDER BY position",
-                (model_id,),
-            )
-            found.append(
-                StoredModel(
-                    model_id,
-                    number,
-                    json.loads(about),
-                    lost,
-                    trimmed_to,
-                    self._calls(model_id, 0),
-                    [StoredSnapshot(*snapshot) for snapshot in snapshots],
-                )
-            )
+            model_id, number, about, lost, trimmed_to, good = row
+            if not good:
+                raise StoreDamaged(f"model {model_id} is damaged in the journal")
+            calls: list[StoredCall] = []
+            snapshots: list[StoredSnapshot] = []
+            try:
+                calls, snapshots = self._calls(model_id, 0), self._snapshots(model_id)
+            except StoreDamaged as error:  # this model's alone
+                lost = lost or f"model {model_id} is lost: {error}"
+            content = json.loads(about)
+            found.append(StoredModel(model_id, number, content, lost, trimmed_to, calls, snapshots))
         return found
+
+    def _snapshots(self, model_id: str) -> list[StoredSnapshot]:
+        assert self._db is not None
+        rows = self._db.execute(
+            f"SELECT {_SNAPSHOT}, crc32 IS {_SNAPSHOT_SEAL} FROM snapshots "
+            "WHERE model_id=? ORDER BY position",
+            (model_id,),
+        )
+        return [StoredSnapshot(*_good(row, f"a snapshot of {model_id}")) for row in rows]
 
     def _check_epoch(self) -> None:
         assert self._db is not None
@@ -208,13 +217,17 @@ class SqliteStore:
 
     def _calls(self, model_id: str, after: int) -> list[StoredCall]:
         assert self._db is not None
-        self._check_epoch()
-        rows = self._db.execute(
-            "SELECT position, seq_id, digest, payload_bytes, attempts, result_digest, "
-            "answer_bytes, plan FROM calls WHERE model_id=? AND position>? ORDER BY position",
-            (model_id, after),
-        )
-        return [StoredCall(*row) for row in rows]
+        try:
+            rows = self._db.execute(
+                f"SELECT {_CALL}, crc32 IS {_CALL_SEAL} FROM calls "
+                "WHERE model_id=? AND position>? ORDER BY position",
+                (model_id, after),
+            ).fetchall()
+            # Asked last: what is gone may be gone because another process has the store.
+            self._check_epoch()
+        except sqlite3.Error as error:
+            raise StoreDamaged(f"the calls of {model_id} cannot be read: {error}") from error
+        return [StoredCall(*_good(row, f"a call of {model_id}")) for row in rows]
 
     def _blob(self, table: str, model_id: str, position: int) -> bytes:
         assert self._db is not None
@@ -223,11 +236,10 @@ class SqliteStore:
                 f"SELECT crc32, data FROM {table} WHERE model_id=? AND position=?",
                 (model_id, position),
             ).fetchone()
-            # Asked last: what is gone may be gone because another process has the store.
-            self._check_epoch()
+            self._check_epoch()  # asked last, as above
         except sqlite3.Error as error:
             raise StoreDamaged(f"{table} of {model_id} cannot be read: {error}") from error
-        if row is None or zlib.crc32(row[1]) != row[0]:
+        if row is None or _seal(model_id, position, row[1]) != row[0]:
             what = "is gone" if row is None else "is damaged"
             raise StoreDamaged(f"call {position} of {model_id} {what} in {table}")
         return bytes(row[1])
@@ -251,6 +263,23 @@ class SqliteStore:
             raise StoreUnwritable(str(error), full=True) from error
 
 
+def _seal(*values: object) -> int:
+    """CRC-32 over some values, their types and lengths."""
+    crc = 0
+    for value in values:
+        data = value if isinstance(value, bytes) else repr(value).encode()
+        crc = zlib.crc32(f"{type(value).__name__} {len(data)} ".encode(), crc)
+        crc = zlib.crc32(data, crc)
+    return crc
+
+
+def _good(row: Sequence[Any], what: str) -> Sequence[Any]:
+    """A row without its last column, which says whether its seal is right."""
+    if not row[-1]:
+        raise StoreDamaged(f"{what} is damaged in the journal")
+    return row[:-1]
+
+
 @contextlib.contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     # IMMEDIATE: the epoch that is read must still be the epoch when it is committed.
@@ -267,15 +296,16 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 def _apply(db: sqlite3.Connection, write: Write) -> None:
     match write:
         case AddModel():
-            about = json.dumps(write.about)
-            values = (write.model_id, write.number, about, "", 0)
-            db.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?)", values)
+            values = (write.model_id, write.number, json.dumps(write.about), "", 0)
+            db.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?, 0)", values)
+            _seal_model(db, write.model_id)
         case DeleteModel():
             for table in _TABLES:
                 db.execute(f"DELETE FROM {table} WHERE model_id=?", (write.model_id,))
         case LoseModel():
-            values2 = (write.why, write.model_id)
-            db.execute("UPDATE models SET lost=? WHERE model_id=?", values2)
+            lost = (write.why, write.model_id)
+            db.execute("UPDATE models SET lost=? WHERE model_id=?", lost)
+            _seal_model(db, write.model_id)
         case AddCall():
             _add_call(db, write)
         case AddResult():
@@ -291,14 +321,19 @@ def _apply(db: sqlite3.Connection, write: Write) -> None:
                 "UPDATE calls SET attempts=? WHERE model_id=? AND position=?",
                 (write.attempts, write.model_id, write.position),
             )
+            _seal_calls(db, "position=?", write.model_id, write.position)
         case AddSnapshot():
             db.execute(
-                "INSERT OR REPLACE INTO snapshots SELECT ?, ?, ?, ? "
+                "INSERT OR REPLACE INTO snapshots SELECT ?, ?, ?, ?, 0 "
                 "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
                 (
                     *(write.model_id, write.position, write.step_count, write.folder),
                     write.model_id,
                 ),
+            )
+            db.execute(
+                f"UPDATE snapshots SET crc32={_SNAPSHOT_SEAL} WHERE model_id=? AND position=?",
+                (write.model_id, write.position),
             )
         case Trim():
             _trim(db, write)
@@ -310,13 +345,14 @@ def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
     payload = encode(write.work)
     # A model that was deleted meanwhile must not leave anything behind.
     db.execute(
-        "INSERT INTO calls SELECT ?, ?, ?, ?, ?, 0, NULL, 0, x'' "
+        "INSERT INTO calls SELECT ?, ?, ?, ?, ?, 0, NULL, 0, x'', 0 "
         "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
         (
             *(write.model_id, write.position, write.seq_id, write.digest, len(payload)),
             write.model_id,
         ),
     )
+    _seal_calls(db, "position=?", write.model_id, write.position)
     _add_blob(db, "payloads", write.model_id, write.position, payload)
 
 
@@ -327,6 +363,11 @@ def _add_result(db: sqlite3.Connection, write: AddResult) -> None:
         "UPDATE calls SET result_digest=?, answer_bytes=?, plan=? WHERE model_id=? AND position=?",
         (digest_of(write.outcome), kept_bytes, write.plan, write.model_id, write.position),
     )
+    if not write.plan:  # it is never made again
+        place = (write.model_id, write.position)
+        db.execute("DELETE FROM payloads WHERE model_id=? AND position=?", place)
+        db.execute("UPDATE calls SET payload_bytes=0 WHERE model_id=? AND position=?", place)
+    _seal_calls(db, "position=?", write.model_id, write.position)
     if write.keep:
         _add_blob(db, "answers", write.model_id, write.position, answer)
 
@@ -337,16 +378,28 @@ def _add_blob(
     db.execute(
         f"INSERT INTO {table} SELECT ?, ?, ?, ? "
         "WHERE EXISTS (SELECT 1 FROM calls WHERE model_id=? AND position=?)",
-        (model_id, position, zlib.crc32(data), data, model_id, position),
+        (model_id, position, _seal(model_id, position, data), data, model_id, position),
     )
+
+
+def _seal_calls(db: sqlite3.Connection, which: str, model_id: str, position: int) -> None:
+    db.execute(
+        f"UPDATE calls SET crc32={_CALL_SEAL} WHERE model_id=? AND {which}", (model_id, position)
+    )
+
+
+def _seal_model(db: sqlite3.Connection, model_id: str) -> None:
+    db.execute(f"UPDATE models SET crc32=seal({_MODEL}) WHERE model_id=?", (model_id,))
 
 
 def _trim(db: sqlite3.Connection, write: Trim) -> None:
     place = (write.model_id, write.position)
     db.execute("UPDATE models SET trimmed_to=max(trimmed_to, ?) WHERE model_id=?", place[::-1])
+    _seal_model(db, write.model_id)
     db.execute("DELETE FROM snapshots WHERE model_id=? AND position<?", place)
     db.execute("DELETE FROM payloads WHERE model_id=? AND position<=?", place)
     db.execute("UPDATE calls SET payload_bytes=0, plan=x'' WHERE model_id=? AND position<=?", place)
+    _seal_calls(db, "position<=?", *place)
     # The newest call stays even without an answer: it says which number is next.
     db.execute(
         "DELETE FROM calls WHERE model_id=? AND position<=? AND answer_bytes=0 AND position < "
@@ -359,4 +412,10 @@ def _drop_answers(db: sqlite3.Connection, write: DropAnswers) -> None:
     place = (write.model_id, write.position)
     db.execute("DELETE FROM answers WHERE model_id=? AND position<=?", place)
     db.execute("UPDATE calls SET answer_bytes=0 WHERE model_id=? AND position<=?", place)
-    db.execute("DELETE FROM calls WHERE model_id=? AND position<=? AND payload_bytes=0", place)
+    # Of what is trimmed only the newest call is of use: it says which number is next.
+    db.execute(
+        "DELETE FROM calls WHERE model_id=? AND position<=? AND payload_bytes=0 AND position < "
+        "(SELECT max(position) FROM calls WHERE model_id=?)",
+        (*place, write.model_id),
+    )
+    _seal_calls(db, "position<=?", *place)

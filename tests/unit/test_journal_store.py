@@ -1,0 +1,572 @@
+"""What the journal and the snapshots keep: whole and as it was written, or known to be damaged."""
+
+import asyncio
+import contextlib
+import random
+import shutil
+import sqlite3
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.disk import SimDisk, SimStore
+from tinsmithd import errors
+from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
+from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
+from tinsmithd.training import journal as j
+from tinsmithd.training import sqlite_store, works
+from tinsmithd.training.journal import Fenced, StoreDamaged
+from tinsmithd.training.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
+from tinsmithd.training.sqlite_store import SqliteStore
+from tinsmithd.training.works import ComputeWork, Outcome, Work
+
+DATUM_BYTES = 1500
+FLIPS = 50
+
+
+class SqliteDisk:
+    """A folder with a journal in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def store(self) -> SqliteStore:
+        return SqliteStore(self.folder, sync=False)
+
+    @contextlib.asynccontextmanager
+    async def full(self, store: SqliteStore) -> AsyncIterator[None]:
+        """There is no room meanwhile."""
+        assert store._db is not None
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        (most,) = store._db.execute("PRAGMA max_page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count={pages}")
+        yield
+        store._db.execute(f"PRAGMA max_page_count={most}")
+
+    def rows(self) -> int:
+        """How much is kept of models."""
+        with contextlib.closing(sqlite3.connect(self.folder / "journal.sqlite")) as db:
+            tables = ("models", "calls", "payloads", "answers", "snapshots")
+            counts = [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in tables]
+        return sum(count for (count,) in counts)
+
+    def tamper(self, statement: str) -> None:
+        """Change the file behind the store's back."""
+        with contextlib.closing(sqlite3.connect(self.folder / "journal.sqlite")) as db, db:
+            assert db.execute(statement).rowcount > 0
+
+
+class Sim:
+    """As much of the simulator's world as its disk needs, on any event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        world: Any = self
+        self._disk = SimDisk(world)
+
+    def store(self) -> SimStore:
+        return SimStore(self._disk)
+
+    @contextlib.asynccontextmanager
+    async def full(self, store: SimStore) -> AsyncIterator[None]:
+        self._disk.failure = "full"
+        yield
+        self._disk.failure = ""
+
+    def rows(self) -> int:
+        return len(self._disk.tables.models)
+
+    def stream(self, name: str) -> random.Random:
+        return random.Random(name)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        return asyncio.get_running_loop().create_task(work)
+
+    def log(self, *event: object) -> None: ...
+
+    def count(self, what: str, times: int = 1) -> None: ...
+
+    def written(self, epoch: int, writes: object) -> None: ...
+
+
+@pytest.fixture(params=[SqliteDisk, Sim])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    return request.param(tmp_path / "journal")
+
+
+@pytest.fixture
+def sqlite_disk(tmp_path: Path) -> SqliteDisk:
+    return SqliteDisk(tmp_path / "journal")
+
+
+def work(position: int) -> Work:
+    return ComputeWork(b"loss", [bytes([position]) * DATUM_BYTES], [position], True)
+
+
+def answer(position: int) -> Outcome:
+    return Outcome([bytes([100 + position]) * DATUM_BYTES], {"loss": position / 7})
+
+
+def call(position: int, model_id: str = "a") -> j.AddCall:
+    return j.AddCall(model_id, position, position + 10, b"%02d" % position * 16, work(position))
+
+
+def result(position: int, model_id: str = "a", *, keep: bool = True) -> j.AddResult:
+    return j.AddResult(model_id, position, answer(position), b"plan", keep)
+
+
+def stored(position: int, **changes: Any) -> j.StoredCall:
+    """What is to be found of a call with a kept answer."""
+    values = {
+        "position": position,
+        "seq_id": position + 10,
+        "digest": b"%02d" % position * 16,
+        "payload_bytes": len(works.encode(work(position))),
+        "attempts": 0,
+        "result_digest": works.digest_of(answer(position)),
+        "answer_bytes": len(works.encode_outcome(answer(position))),
+        "plan": b"plan",
+    }
+    return j.StoredCall(**{**values, **changes})
+
+
+OPEN = {"result_digest": None, "answer_bytes": 0, "plan": b""}
+"""A call without answer."""
+TRIMMED = {"payload_bytes": 0, "plan": b""}
+
+
+async def begun(disk: Any, *writes: j.Write) -> j.JournalStore:
+    """A store that was claimed, with the models `a` and `b`."""
+    store: j.JournalStore = disk.store()
+    await store.claim()
+    await store.commit([j.AddModel("b", 2, {"r": 4}), j.AddModel("a", 1, {"base": "ü"}), *writes])
+    return store
+
+
+async def model(disk: Any, store: j.JournalStore, model_id: str = "a") -> j.StoredModel:
+    """What the next process finds of a model."""
+    await store.close()
+    following = disk.store()
+    contents = await following.claim()
+    await following.close()
+    (found,) = [found for found in contents.models if found.model_id == model_id]
+    return found
+
+
+# --- every store ------------------------------------------------------------------------------
+
+
+async def test_what_is_committed_is_there_after_a_reopen(disk: Any) -> None:
+    """A committed batch is what the next process finds, models by number and calls by position."""
+    store = await begun(disk, call(1), call(2), call(3), j.AddSnapshot("a", 1, 5, "folder"))
+    await store.commit([result(1), result(2, keep=False)])
+    await store.close()
+    store = disk.store()
+    contents = await store.claim()
+    calls = [stored(1), stored(2, answer_bytes=0), stored(3, **OPEN)]
+    assert list(contents.models) == [
+        j.StoredModel("a", 1, {"base": "ü"}, "", 0, calls, [j.StoredSnapshot(1, 5, "folder")]),
+        j.StoredModel("b", 2, {"r": 4}, "", 0, [], []),
+    ]
+    assert list(await store.calls("a", 1)) == calls[1:]
+    assert list(await store.calls("unknown", 0)) == []
+
+
+async def test_what_is_never_made_again_keeps_no_payload(disk: Any) -> None:
+    """A forward, say: any number of them leaves answers alone, and those only for a while."""
+    forward = j.AddResult("a", 1, answer(1))
+    store = await begun(disk, call(1), forward, call(2), result(2))
+    with pytest.raises(StoreDamaged):
+        await store.work("a", 1)
+    await store.commit([j.DropAnswers("a", 2)])
+    found = await model(disk, store)
+    assert found.calls == [stored(2, answer_bytes=0)]
+    assert [await store.work("a", position) for position in (1, 2, 3)] == [*map(work, (1, 2, 3))]
+    assert await store.outcome("a", 1) == answer(1)
+    for position in (2, 3):
+        with pytest.raises(StoreDamaged):
+            await store.outcome("a", position)
+    await store.close()
+
+
+async def test_a_claim_fences_whoever_had_the_store(disk: Any) -> None:
+    """After a claim of a higher epoch the earlier process neither writes nor reads."""
+    old = await begun(disk, call(1), result(1))
+    new = disk.store()
+    first, second = await new.claim(), await disk.store().claim()
+    assert (first.epoch, second.epoch) == (2, 3)
+    assert first.cluster_id == second.cluster_id != ""
+    for store in (old, new):
+        tries = [
+            *(store.commit([call(2)]), store.commit([]), store.commit([j.DeleteModel("a")])),
+            *(store.calls("a", 0), store.work("a", 1), store.outcome("a", 1)),
+            store.work("a", 9),
+        ]
+        for attempt in tries:
+            with pytest.raises(Fenced):
+                await attempt
+    await new.close()
+    assert (await model(disk, old)).calls == [stored(1)]
+
+
+async def test_a_batch_without_room_is_absent_and_nothing_is_broken(disk: Any) -> None:
+    """A full disk refuses the whole batch and is said to be full; reads and later writes work."""
+    store = await begun(disk, call(1))
+    batch = [j.CountAttempt("a", 1, 1), j.LoseModel("b", "why"), *map(call, range(2, 40))]
+    async with disk.full(store):
+        for _ in range(2):
+            with pytest.raises(j.StoreUnwritable) as refused:
+                await store.commit(batch)
+            assert refused.value.full
+        assert list(await store.calls("a", 0)) == [stored(1, **OPEN)]
+        assert await store.work("a", 1) == work(1)
+    assert list(await store.calls("a", 0)) == [stored(1, **OPEN)]
+    await store.commit([])
+    await store.commit(batch)
+    found = await model(disk, store)
+    assert found.calls[0] == stored(1, **OPEN, attempts=1)
+    assert [each.position for each in found.calls] == [*range(1, 40)]
+
+
+async def test_trim_drops_payloads_snapshots_and_calls_without_answer(disk: Any) -> None:
+    """Kept answers and everything later stay, and so does the newest call: the next number."""
+    store = await begun(disk, *map(call, range(1, 7)), result(1), result(2), result(4))
+    await store.commit([result(3, keep=False), *(j.AddSnapshot("a", n, n, f"{n}") for n in (2, 4))])
+    await store.commit([j.Trim("a", 4), j.Trim("a", 2), j.Trim("unknown", 9)])
+    assert await store.outcome("a", 4) == answer(4)
+    with pytest.raises(StoreDamaged):
+        await store.work("a", 4)
+    assert await store.work("a", 5) == work(5)
+    found = await model(disk, store)
+    assert found.trimmed_to == 4
+    assert found.snapshots == [j.StoredSnapshot(4, 4, "4")]
+    kept = [stored(position, **TRIMMED) for position in (1, 2, 4)]
+    assert found.calls == [*kept, stored(5, **OPEN), stored(6, **OPEN)]
+    store = disk.store()
+    await store.claim()
+    await store.commit([j.Trim("a", 100)])
+    found = await model(disk, store)
+    assert found.calls == [*kept, stored(6, **{**OPEN, **TRIMMED})]
+    assert (found.snapshots, found.trimmed_to) == ([], 100)
+
+
+async def test_a_call_goes_with_the_last_of_payload_and_answer(disk: Any) -> None:
+    """Dropped answers leave their digests while payloads stay; a call with neither goes."""
+    store = await begun(disk, *map(call, (1, 2, 3, 4)), *map(result, (1, 2, 3, 4)))
+    await store.commit([j.DropAnswers("a", 2)])
+    dropped = [stored(position, answer_bytes=0) for position in (1, 2)]
+    assert list(await store.calls("a", 0)) == [*dropped, stored(3), stored(4)]
+    with pytest.raises(StoreDamaged):
+        await store.outcome("a", 2)
+    assert await store.work("a", 2) == work(2)
+    await store.commit([j.Trim("a", 4), j.DropAnswers("a", 3)])
+    assert await store.outcome("a", 4) == answer(4)
+    assert (await model(disk, store)).calls == [stored(4, **TRIMMED)]
+
+
+async def test_forgotten_calls_free_their_places(disk: Any) -> None:
+    """Of a forgotten call nothing stays, and its place can be used again."""
+    store = await begun(disk, *map(call, (1, 2, 3)), result(3), call(2, "b"))
+    await store.commit([j.ForgetCalls("a", [2, 3, 9]), j.ForgetCalls("a", [])])
+    for read in (store.work, store.outcome):
+        with pytest.raises(StoreDamaged):
+            await read("a", 3)
+    again = j.AddCall("a", 2, 12, b"02" * 16, work(2))
+    await store.commit([again, result(2), call(3)])
+    assert await store.work("b", 2) == work(2)
+    assert (await model(disk, store)).calls == [stored(1, **OPEN), stored(2), stored(3, **OPEN)]
+
+
+async def test_what_is_said_of_a_model_is_said_of_it_alone(disk: Any) -> None:
+    """Why it is lost, attempts of a call, and the newest snapshot of a position are kept."""
+    store = await begun(disk, call(1), call(2), call(1, "b"), j.AddSnapshot("a", 1, 1, "old"))
+    await store.commit(
+        [j.LoseModel("a", "gone"), j.CountAttempt("a", 2, 1), j.CountAttempt("a", 9, 1)]
+    )
+    await store.commit([j.CountAttempt("a", 2, 3), j.AddSnapshot("a", 1, 2, "new")])
+    found = await model(disk, store)
+    assert found.lost == "gone"
+    assert found.calls == [stored(1, **OPEN), stored(2, **OPEN, attempts=3)]
+    assert found.snapshots == [j.StoredSnapshot(1, 2, "new")]
+    assert await model(disk, disk.store(), "b") == j.StoredModel(
+        "b", 2, {"r": 4}, "", 0, [stored(1, **OPEN)], []
+    )
+
+
+async def test_a_deleted_model_leaves_nothing_behind(disk: Any) -> None:
+    """Not even what is written for it afterwards, in the same batch or a later one."""
+    late = [call(2), result(1), result(2), j.AddSnapshot("a", 2, 1, "x"), j.CountAttempt("a", 1, 2)]
+    late += [
+        j.LoseModel("a", "why"),
+        j.Trim("a", 1),
+        j.DropAnswers("a", 1),
+        j.ForgetCalls("a", [1]),
+    ]
+    store = await begun(disk, call(1), result(1), j.AddSnapshot("a", 1, 1, "x"), call(1, "b"))
+    await store.commit([j.DeleteModel("a"), *late])
+    await store.commit([*late, j.DeleteModel("a"), j.DeleteModel("unknown")])
+    assert await store.work("b", 1) == work(1)
+    await store.commit([j.DeleteModel("b")])
+    assert disk.rows() == 0
+    await store.commit([j.AddModel("a", 3, {})])
+    assert await model(disk, store) == j.StoredModel("a", 3, {}, "", 0, [], [])
+
+
+# --- SQLite -----------------------------------------------------------------------------------
+
+
+async def test_a_batch_that_fails_midway_is_absent(
+    sqlite_disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an error nor a death between the writes and the commit leaves a part of them."""
+    store = await begun(sqlite_disk, call(1))
+    with pytest.raises(TypeError):
+        await store.commit([j.CountAttempt("a", 1, 1), j.AddModel("c", 3, {"not": b"JSON"})])
+    died = SqliteDisk(sqlite_disk.folder.with_name("died"))
+
+    def die(name: str) -> None:
+        shutil.copytree(sqlite_disk.folder, died.folder, ignore=shutil.ignore_patterns("*-shm"))
+        raise OSError("no more")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(sqlite_store.failpoints, "hit", die)
+        with pytest.raises(j.StoreUnwritable):
+            await store.commit([j.CountAttempt("a", 1, 1), *map(call, range(2, 40))])
+    assert (await model(sqlite_disk, store)).calls == [stored(1, **OPEN)]
+    assert (await model(died, died.store())).calls == [stored(1, **OPEN)]
+
+
+async def filled(disk: SqliteDisk) -> None:
+    """Calls of both models, with answers, in a closed file."""
+    pairs = [(position, model_id) for position in range(1, 9) for model_id in "ab"]
+    store = await begun(disk, *(add(*pair) for pair in pairs for add in (call, result)))
+    await store.close()
+
+
+async def read_all(disk: SqliteDisk, *, calls: bool = False) -> int:
+    """Read all that `filled` wrote; it is that or known to be damaged. Returns how much was."""
+    store = disk.store()
+    damaged = 0
+    try:
+        found = (await store.claim()).models
+        if calls:
+            whole = [[*map(stored, range(1, 9))]] * 2
+            damaged += sum(bool(each.lost) for each in found)
+            assert damaged or [list(each.calls) for each in found] == whole
+        for position, model_id in ((n, name) for n in range(1, 9) for name in "ab"):
+            for read, expected in ((store.work, work), (store.outcome, answer)):
+                try:
+                    assert await read(model_id, position) == expected(position)
+                except StoreDamaged:
+                    damaged += 1
+    except StoreDamaged:
+        damaged += 1  # it is not even taken over
+    finally:
+        await store.close()
+    return damaged
+
+
+@pytest.mark.parametrize("table", ["payloads", "answers"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data=CAST(replace(data, x'01', x'03') || x'00' AS BLOB)",
+        "data=substr(data, 1, length(data) - 1)",
+        "data=x''",
+        "data=zeroblob(length(data))",
+        "crc32=crc32 + 1",
+        "crc32='none'",
+        "position=position + 100",
+    ],
+)
+async def test_changed_content_is_damage(sqlite_disk: SqliteDisk, table: str, change: str) -> None:
+    """A payload or an answer that is not what was written is never handed out."""
+    await filled(sqlite_disk)
+    sqlite_disk.tamper(f"UPDATE {table} SET {change} WHERE model_id='a' AND position=2")
+    assert await read_all(sqlite_disk) == 1
+
+
+async def test_flipped_bits_of_the_file_never_give_other_content(sqlite_disk: SqliteDisk) -> None:
+    """Wherever a bit flips, payloads and answers are what was written, or damaged."""
+    await filled(sqlite_disk)
+    data = (sqlite_disk.folder / "journal.sqlite").read_bytes()
+    rng, noticed = random.Random(0), 0
+    for number in range(FLIPS):
+        rotten = SqliteDisk(sqlite_disk.folder.with_name(f"rotten-{number}"))
+        rotten.folder.mkdir()
+        changed = bytearray(data)
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (rotten.folder / "journal.sqlite").write_bytes(changed)
+        noticed += await read_all(rotten) > 0
+    assert noticed > FLIPS // 2
+
+
+@pytest.mark.parametrize(
+    ("statement", "damaged"),
+    [
+        ("UPDATE payloads SET data=CAST('text' AS TEXT) WHERE position=2", 2),
+        ("UPDATE OR REPLACE payloads SET position=2 WHERE position=3", 4),
+        ("UPDATE models SET about='{'", 1),
+        ("UPDATE models SET about=x'ff'", 1),
+        ("UPDATE meta SET value='x' WHERE name='epoch'", 1),
+        ("UPDATE calls SET seq_id=13 WHERE position=2", 2),
+    ],
+    ids=["type", "place", "about", "about is no text", "epoch", "call"],
+)
+async def test_damage_to_types_places_and_rows_is_found(
+    sqlite_disk: SqliteDisk, statement: str, damaged: int
+) -> None:
+    """Other types, places and rows than were written are damage, as a claim's refusal or later."""
+    await filled(sqlite_disk)
+    sqlite_disk.tamper(statement)
+    assert await read_all(sqlite_disk, calls=True) == damaged
+
+
+# --- snapshots --------------------------------------------------------------------------------
+
+FILES = {"weights": random.Random(1).randbytes(PIECE_BYTES + 9), "ü": b"config", "empty": b""}
+
+
+async def written(snapshots: DiskSnapshots, position: int = 7) -> str:
+    """A snapshot of `FILES`, in pieces."""
+    draft = snapshots.begin("a", position)
+    for name, data in FILES.items():
+        await draft.write(name, data[:5])
+        await draft.write(name, data[5:])
+    folder = await draft.finish(optimizer=True, step_count=3)
+    await draft.discard()
+    return folder
+
+
+async def expect_damage(snapshots: DiskSnapshots, folder: str) -> None:
+    for read in (snapshots.read, snapshots.verify):
+        with pytest.raises(StoreDamaged):
+            await read(folder)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE])
+async def test_a_snapshot_is_whole_or_damaged(tmp_path: Path, name: str) -> None:
+    """It is read to the bit; flipped bits, cut, longer and missing files are always damage."""
+    snapshots = DiskSnapshots(tmp_path)
+    folder = await written(snapshots)
+    found = await snapshots.read(folder)
+    files = {each: b"".join(data for of, data in found.pieces if of == each) for each in FILES}
+    assert (files, found.optimizer, found.step_count) == (FILES, True, 3)
+    assert {of for of, _ in found.pieces} == FILES.keys()
+    file = tmp_path / folder / name
+    data, rng = file.read_bytes(), random.Random(name)
+    damaged = [data + b"\1"]
+    for at in rng.sample(range(len(data)), min(len(data), 40 if len(data) < 10_000 else 4)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << rng.randrange(8)
+        damaged += [bytes(flipped), data[:at]]
+    for content in damaged:
+        file.write_bytes(content)
+        await expect_damage(snapshots, folder)
+    file.unlink()
+    await expect_damage(snapshots, folder)
+    await expect_damage(snapshots, "unknown")
+    file.write_bytes(data)
+    await snapshots.verify(folder)
+
+
+async def test_a_discarded_draft_leaves_nothing(tmp_path: Path) -> None:
+    """Neither before the first byte nor in the middle; after `finish` it removes nothing."""
+    snapshots = DiskSnapshots(tmp_path)
+    await snapshots.begin("a", 1).discard()
+    draft = snapshots.begin("a", 1)
+    await draft.write("weights", b"half")
+    await draft.discard()
+    assert not [*tmp_path.rglob("*.*"), *tmp_path.rglob("weights")]
+    folder = await written(snapshots)
+    assert {found.name for found in tmp_path.iterdir()} == {"staging", folder}
+    assert not [*(tmp_path / "staging").iterdir()]
+    await snapshots.verify(folder)
+
+
+async def test_only_what_is_named_stays_and_what_a_later_process_made(tmp_path: Path) -> None:
+    """Sweeping takes drafts, too, and spares all of a higher epoch, drafts as well."""
+    snapshots, later = DiskSnapshots(tmp_path), DiskSnapshots(tmp_path)
+    snapshots.epoch, later.epoch = 9, 10
+    kept, swept, newer = [await written(each) for each in (snapshots, snapshots, later)]
+    drafts = [each.begin("a", 8) for each in (snapshots, later)]
+    for draft in drafts:
+        await draft.write("weights", b"half")
+    (tmp_path / "stray").mkdir()
+    await snapshots.keep_only([kept])
+    assert {found.name for found in tmp_path.iterdir()} == {"staging", kept, newer}
+    assert len([*(tmp_path / "staging").iterdir()]) == 1
+    last = await drafts[1].finish(optimizer=False, step_count=4)
+    for folder in (kept, newer, last):
+        await snapshots.verify(folder)
+    await snapshots.remove(kept)
+    await snapshots.remove(swept)
+    await later.keep_only([])
+    assert [found.name for found in tmp_path.iterdir()] == ["staging"]
+    assert not [*(tmp_path / "staging").iterdir()]
+
+
+# --- calls and answers as bytes ---------------------------------------------------------------
+
+names = st.text("abcXYZ019", min_size=1, max_size=8)
+paths = st.builds(CheckpointPath, names, st.sampled_from(CheckpointKind), names)
+numbers = st.floats(allow_nan=False)
+blobs = st.lists(st.binary(max_size=40), max_size=4)
+notes = st.dictionaries(st.text(), st.text(), max_size=3)
+values = st.dictionaries(st.text(), st.one_of(numbers, st.text(), st.none(), notes), max_size=3)
+kinds = st.sampled_from(
+    [getattr(errors, each.__name__) for each in TinsmithError.__subclasses__()]
+).filter(lambda kind: kind not in (InvalidArgument, errors.Internal))
+refusals = st.one_of(
+    st.builds(
+        lambda kind, *args, **more: kind(*args, **more),
+        *(kinds, st.text(), st.sampled_from(Reason)),
+        field=st.text(),
+        retry_after_s=st.none() | numbers,
+        metadata=notes,
+    ),
+    st.builds(InvalidArgument, st.text(), st.text(), st.sampled_from(Reason), metadata=notes),
+    st.builds(errors.Internal, st.text()),
+)
+asked = st.one_of(
+    st.builds(ComputeWork, st.binary(), blobs, st.lists(st.integers(0)), st.booleans()),
+    st.builds(works.StepWork, st.builds(AdamParams, *[numbers] * 6)),
+    st.builds(
+        works.SaveWork,
+        st.builds(works.SaveOptions, paths, st.none() | st.integers(1), st.booleans(), notes),
+    ),
+    st.builds(works.LoadWork, paths, st.booleans()),
+)
+
+
+def same(found: TinsmithError | None, error: TinsmithError) -> bool:
+    """Class, words and all fields."""
+    said = (type(found), str(found), vars(found))
+    return said == (type(error), str(error), vars(error))
+
+
+@given(asked)
+def test_a_call_is_read_as_it_was_written(asking: Work) -> None:
+    """All kinds of calls survive being written down."""
+    assert works.decode(works.encode(asking)) == asking
+
+
+@given(blobs, values)
+def test_an_answer_is_read_as_it_was_written(parts: list[bytes], value: dict[str, Any]) -> None:
+    """Parts and value survive, and equal answers give equal bytes."""
+    written_down = works.encode_outcome(Outcome(parts, value))
+    assert works.decode_outcome(written_down) == Outcome(parts, value)
+    turned = dict(reversed(value.items()))
+    assert works.encode_outcome(Outcome(tuple(parts), turned)) == written_down
+
+
+@given(refusals)
+def test_a_refusal_is_read_as_it_was_written(error: TinsmithError) -> None:
+    """Class, message, reason, field, wait and metadata survive, as a call and as an answer."""
+    refused = works.decode(works.encode(works.RefusedWork(error)))
+    assert isinstance(refused, works.RefusedWork)
+    assert same(refused.error, error)
+    assert same(works.decode_outcome(works.encode_outcome(Outcome(error=error))).error, error)
