@@ -173,6 +173,12 @@ async def test_what_is_committed_is_there_after_a_reopen(disk: Any) -> None:
     ]
     assert list(await store.calls("a", 1)) == calls[1:]
     assert list(await store.calls("unknown", 0)) == []
+    assert [await store.work("a", position) for position in (1, 2, 3)] == [*map(work, (1, 2, 3))]
+    assert await store.outcome("a", 1) == answer(1)
+    for position in (2, 3):
+        with pytest.raises(StoreDamaged):
+            await store.outcome("a", position)
+    await store.close()
 
 
 async def test_what_is_never_made_again_keeps_no_payload(disk: Any) -> None:
@@ -184,12 +190,6 @@ async def test_what_is_never_made_again_keeps_no_payload(disk: Any) -> None:
     await store.commit([j.DropAnswers("a", 2)])
     found = await model(disk, store)
     assert found.calls == [stored(2, answer_bytes=0)]
-    assert [await store.work("a", position) for position in (1, 2, 3)] == [*map(work, (1, 2, 3))]
-    assert await store.outcome("a", 1) == answer(1)
-    for position in (2, 3):
-        with pytest.raises(StoreDamaged):
-            await store.outcome("a", position)
-    await store.close()
 
 
 async def test_a_claim_fences_whoever_had_the_store(disk: Any) -> None:
