@@ -55,7 +55,7 @@ def main() -> None:
     )
 
     request = training_service_pb2.CreateModelRequest(
-        base_model=cluster.base_models[0].name, lora_config=types_pb2.LoraConfig(rank=8, seed=0)
+        lora_config=types_pb2.LoraConfig(rank=8, seed=0)  # on the one base model that there is
     )
     model_id = training.CreateModel(request).model.model_id
     datum = types_pb2.Datum(
