@@ -84,11 +84,11 @@ def _step(cluster: Cluster, seen: list[np.ndarray]) -> Callable[[], None]:
     return step
 
 
-def _request(model_id: str) -> pb.ForwardBackwardRequest:
+def _request(model_id: str, count: int = DATA) -> pb.ForwardBackwardRequest:
     rng = np.random.default_rng(0)
     request = pb.ForwardBackwardRequest(model_id=model_id)
     request.loss_fn.cross_entropy.SetInParent()
-    for _ in range(DATA):
+    for _ in range(count):
         chunk = pb.ModelInputChunk(tokens=tensors.encode(rng.integers(0, 256, DATUM_TOKENS)))
         inputs = {
             "target_tokens": tensors.encode(rng.integers(0, 256, DATUM_TOKENS)),
@@ -102,8 +102,8 @@ def back_again(settings: Settings) -> list[Result]:
     """From kill -9 of the ranks until a call is answered, less what a rank needs to start.
 
     The start is measured in turn, of a group that attaches beside the one at work: process,
-    imports, base model. What is left is noticing, bringing the model back with some calls, and the
-    call itself.
+    imports, base model. What is left is noticing, bringing the model back with some small calls,
+    and the call itself.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_tiny_model(Path(scratch) / "tiny-llama")
@@ -124,7 +124,7 @@ def back_again(settings: Settings) -> list[Result]:
             unit="s",
             target=BACK_TARGET_S,
             sides={name: middle(found) for name, found in timings.items()},
-            notes=f"tiny model; {2 * REPLAYED} calls and more are replayed",
+            notes=f"tiny model; {2 * REPLAYED} small calls and more are replayed",
         )
     ]
 
@@ -133,7 +133,7 @@ def _times(training: Training, stub: pb.TrainingServiceStub, pairs: int) -> dict
     training.start_rank()
     model_id = _created(stub)
     for _ in range(REPLAYED):
-        list(stub.ForwardBackward(iter([_request(model_id)])))
+        list(stub.ForwardBackward(iter([_request(model_id, 1)])))
         stub.OptimStep(pb.OptimStepRequest(model_id=model_id))
 
     def start() -> None:
