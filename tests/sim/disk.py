@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.loop import PROCESS
 from sim.tables import Tables
-from tinsmithd.training.journal import (
+from tinsmithd.training.records import (
     Contents,
     Fenced,
     StoreDamaged,

@@ -12,8 +12,9 @@ from sim.ranks import SimTrainer
 from sim.snapshots import SimSnapshots
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
 from tinsmithd.training.calls import CallLimits
-from tinsmithd.training.journal import Fenced, Journal, StoreDamaged
+from tinsmithd.training.journal import Journal
 from tinsmithd.training.models import ModelLimits, Models, NewModel
+from tinsmithd.training.records import Fenced, StoreDamaged
 from tinsmithd.training.recovery import SnapshotRule
 from tinsmithd.training.rules import LaneLimits
 from tinsmithd.training.works import RefusedWork, Work

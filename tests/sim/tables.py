@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tinsmithd.training.journal import (
+from tinsmithd.training.records import (
     AddCall,
     AddModel,
     AddResult,

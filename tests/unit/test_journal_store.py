@@ -17,9 +17,9 @@ from sim.disk import SimDisk, SimStore
 from tinsmithd import errors
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
-from tinsmithd.training import journal as j
+from tinsmithd.training import records as j
 from tinsmithd.training import sqlite_store, works
-from tinsmithd.training.journal import Fenced, StoreDamaged
+from tinsmithd.training.records import Fenced, StoreDamaged
 from tinsmithd.training.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
 from tinsmithd.training.sqlite_store import SqliteStore
 from tinsmithd.training.works import ComputeWork, Outcome, Work

@@ -4,8 +4,8 @@ import sys
 
 from tinsmithd.config import TrainingConfig
 from tinsmithd.process import keep_freed_memory, load_or_exit, run, set_up
-from tinsmithd.training.journal import Fenced, StoreDamaged
 from tinsmithd.training.launcher import LaunchError
+from tinsmithd.training.records import Fenced, StoreDamaged
 from tinsmithd.training.server import TrainingServer
 
 

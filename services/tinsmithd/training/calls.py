@@ -9,10 +9,11 @@ from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
 from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter
 from tinsmithd.training.composition import Composition
-from tinsmithd.training.journal import AddSnapshot, Journal, StoredSnapshot, Trim
+from tinsmithd.training.journal import Journal
 from tinsmithd.training.model import Model
 from tinsmithd.training.parts import NOMINAL_TOKENS, add_metrics, cut, parts
 from tinsmithd.training.place import TrainerPlace
+from tinsmithd.training.records import AddSnapshot, StoredSnapshot, Trim
 from tinsmithd.training.recovery import Recovery, SnapshotRule
 from tinsmithd.training.rules import Done, Emit, TakeTurn
 from tinsmithd.training.snapshots import Snapshots

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmithd.domain import BaseModelInfo, FullConfig, LoraConfig, Tuning
-from tinsmithd.training.journal import StoredSnapshot
+from tinsmithd.training.records import StoredSnapshot
 from tinsmithd.training.scheduler import Lane
 
 

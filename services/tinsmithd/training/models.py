@@ -32,18 +32,18 @@ from tinsmithd.training.calls import (
     wrong_kind,
 )
 from tinsmithd.training.checkpoints import CheckpointClient
-from tinsmithd.training.journal import (
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.model import Model
+from tinsmithd.training.parts import NOMINAL_TOKENS
+from tinsmithd.training.place import TrainerPlace
+from tinsmithd.training.records import (
     AddModel,
     DeleteModel,
     Fenced,
-    Journal,
     StoreDamaged,
     StoredModel,
     Write,
 )
-from tinsmithd.training.model import Model
-from tinsmithd.training.parts import NOMINAL_TOKENS
-from tinsmithd.training.place import TrainerPlace
 from tinsmithd.training.rules import Call, LaneLimits, model_lost, model_not_found, shutting_down
 from tinsmithd.training.scheduler import Lane
 from tinsmithd.training.snapshots import Snapshots

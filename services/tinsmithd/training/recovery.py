@@ -15,18 +15,18 @@ from typing import Protocol
 from tinsmithd import failpoints
 from tinsmithd.errors import Reason, TinsmithError, Unavailable
 from tinsmithd.training.composition import Composition, are_close, difference
-from tinsmithd.training.journal import (
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.model import Model
+from tinsmithd.training.parts import NOMINAL_TOKENS
+from tinsmithd.training.place import TrainerPlace
+from tinsmithd.training.records import (
     AddSnapshot,
     Fenced,
-    Journal,
     StoreDamaged,
     StoredCall,
     StoredSnapshot,
     Trim,
 )
-from tinsmithd.training.model import Model
-from tinsmithd.training.parts import NOMINAL_TOKENS
-from tinsmithd.training.place import TrainerPlace
 from tinsmithd.training.rules import Done, Emit, TakeTurn, model_lost
 from tinsmithd.training.snapshots import Draft, Snapshot, Snapshots
 from tinsmithd.training.trainer import StateInfo, Trainer, TrainerLost

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tinsmithd.errors import DataLoss, NotFound, Reason, TinsmithError, Unavailable
-from tinsmithd.training.journal import Write
+from tinsmithd.training.records import Write
 from tinsmithd.training.works import Work
 
 Emit = Callable[[bytes], None]

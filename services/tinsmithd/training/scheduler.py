@@ -29,14 +29,14 @@ from tinsmithd.errors import (
     Unavailable,
 )
 from tinsmithd.training.answers import Answer, Answers
-from tinsmithd.training.journal import (
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.records import (
     AddCall,
     AddResult,
     CountAttempt,
     DropAnswers,
     Fenced,
     ForgetCalls,
-    Journal,
     LoseModel,
     StoredCall,
     Write,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinsmithd import failpoints
-from tinsmithd.training.journal import StoreDamaged
+from tinsmithd.training.records import StoreDamaged
 from tinsmithd.training.trainer import Pieces
 
 MANIFEST_FILE = "manifest.json"

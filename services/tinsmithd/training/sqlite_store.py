@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinsmithd import failpoints
-from tinsmithd.training.journal import (
+from tinsmithd.training.records import (
     AddCall,
     AddModel,
     AddResult,
