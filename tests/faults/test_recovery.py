@@ -16,6 +16,7 @@ from clusters import until_health
 from faults.processes import Training
 from tinsmith import types
 from tinsmith import v1 as pb
+from tinsmithd.training import sqlite_store
 from wire import reason_and_field
 
 STEPS = 7
@@ -208,10 +209,11 @@ def test_a_replay_that_gives_another_result_is_data_loss_of_that_model(
     train(other, 0, 2)
     training.kill()
     with sqlite3.connect(training.data / "journal.sqlite") as journal:
-        journal.execute(
-            "UPDATE calls SET result_digest=zeroblob(32) WHERE model_id=? AND position=1",
-            (client.model_id,),
-        )
+        # Sealed again: the row is whole, and what it says is not what the replay will give.
+        journal.create_function("seal", -1, sqlite_store._seal, deterministic=True)
+        of_first = "WHERE model_id=? AND position=1"
+        for change in ("result_digest=zeroblob(32)", f"crc32={sqlite_store._CALL_SEAL}"):
+            journal.execute(f"UPDATE calls SET {change} {of_first}", (client.model_id,))
     training.restart_server()
     training.start_rank()
     with pytest.raises(tinsmith.DataLossError, match="gave another result"):
