@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -42,10 +42,10 @@ class Process:
             self.until(port_file.exists)
             self.port = int(port_file.read_text())
 
-    def until(self, condition: object) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is true while this process lives."""
         end_s = time.monotonic() + START_S_MAX
-        while not condition():  # type: ignore[operator]
+        while not condition():
             assert self._process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < end_s, self.log.read_text()[-3000:]
             time.sleep(0.02)

@@ -355,12 +355,12 @@ def _fill(file: Path) -> None:
             pass
 
 
-def _forward_until_refused(stub: object, model_id: str, first: int) -> None:
+def _forward_until_refused(stub: pb.TrainingServiceStub, model_id: str, first: int) -> None:
     for number in range(first, first + 2000):
         _forward(stub, model_id, number)
 
 
-def _forward(stub: object, model_id: str, seq_id: int) -> object:
+def _forward(stub: pb.TrainingServiceStub, model_id: str, seq_id: int) -> object:
     tensor = pb.Tensor(dtype=pb.Dtype.DTYPE_INT64, ints=[1] * 64)
     datum = pb.Datum(
         model_input=pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensor)]),
@@ -375,4 +375,4 @@ def _forward(stub: object, model_id: str, seq_id: int) -> object:
         data=[datum] * 8,
         loss_fn=pb.LossFn(cross_entropy=pb.CrossEntropyLoss()),
     )
-    return list(stub.Forward(iter([request]), timeout=30))  # type: ignore[attr-defined]
+    return list(stub.Forward(iter([request]), timeout=30))

@@ -1,4 +1,4 @@
-"""What the journal and the snapshots keep: whole and as it was written, or known to be damaged."""
+"""What the journal keeps: whole and as it was written, or known to be damaged."""
 
 import asyncio
 import contextlib
@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sim.disk import SimDisk, SimStore
-from tinsmithd import errors
-from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
-from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
 from tinsmithd.training import records as j
 from tinsmithd.training import sqlite_store, works
 from tinsmithd.training.records import Fenced, StoreDamaged
-from tinsmithd.training.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
 from tinsmithd.training.sqlite_store import SqliteStore
 from tinsmithd.training.works import ComputeWork, Outcome, Work
 
@@ -423,150 +417,3 @@ async def test_damage_to_types_places_and_rows_is_found(
     await filled(sqlite_disk)
     sqlite_disk.tamper(statement)
     assert await read_all(sqlite_disk, calls=True) == damaged
-
-
-# --- snapshots --------------------------------------------------------------------------------
-
-FILES = {"weights": random.Random(1).randbytes(PIECE_BYTES + 9), "ü": b"config", "empty": b""}
-
-
-async def written(snapshots: DiskSnapshots, position: int = 7) -> str:
-    """A snapshot of `FILES`, in pieces."""
-    draft = snapshots.begin("a", position)
-    for name, data in FILES.items():
-        await draft.write(name, data[:5])
-        await draft.write(name, data[5:])
-    folder = await draft.finish(optimizer=True, step_count=3)
-    await draft.discard()
-    return folder
-
-
-async def expect_damage(snapshots: DiskSnapshots, folder: str) -> None:
-    for read in (snapshots.read, snapshots.verify):
-        with pytest.raises(StoreDamaged):
-            await read(folder)
-
-
-@pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE])
-async def test_a_snapshot_is_whole_or_damaged(tmp_path: Path, name: str) -> None:
-    """It is read to the bit; flipped bits, cut, longer and missing files are always damage."""
-    snapshots = DiskSnapshots(tmp_path)
-    folder = await written(snapshots)
-    found = await snapshots.read(folder)
-    files = {each: b"".join(data for of, data in found.pieces if of == each) for each in FILES}
-    assert (files, found.optimizer, found.step_count) == (FILES, True, 3)
-    assert {of for of, _ in found.pieces} == FILES.keys()
-    file = tmp_path / folder / name
-    data, rng = file.read_bytes(), random.Random(name)
-    damaged = [data + b"\1"]
-    for at in rng.sample(range(len(data)), min(len(data), 40 if len(data) < 10_000 else 4)):
-        flipped = bytearray(data)
-        flipped[at] ^= 1 << rng.randrange(8)
-        damaged += [bytes(flipped), data[:at]]
-    for content in damaged:
-        file.write_bytes(content)
-        await expect_damage(snapshots, folder)
-    file.unlink()
-    await expect_damage(snapshots, folder)
-    await expect_damage(snapshots, "unknown")
-    file.write_bytes(data)
-    await snapshots.verify(folder)
-
-
-async def test_a_discarded_draft_leaves_nothing(tmp_path: Path) -> None:
-    """Neither before the first byte nor in the middle; after `finish` it removes nothing."""
-    snapshots = DiskSnapshots(tmp_path)
-    await snapshots.begin("a", 1).discard()
-    draft = snapshots.begin("a", 1)
-    await draft.write("weights", b"half")
-    await draft.discard()
-    assert not [*tmp_path.rglob("*.*"), *tmp_path.rglob("weights")]
-    folder = await written(snapshots)
-    assert {found.name for found in tmp_path.iterdir()} == {"staging", folder}
-    assert not [*(tmp_path / "staging").iterdir()]
-    await snapshots.verify(folder)
-
-
-async def test_only_what_is_named_stays_and_what_a_later_process_made(tmp_path: Path) -> None:
-    """Sweeping takes drafts, too, and spares all of a higher epoch, drafts as well."""
-    snapshots, later = DiskSnapshots(tmp_path), DiskSnapshots(tmp_path)
-    snapshots.epoch, later.epoch = 9, 10
-    kept, swept, newer = [await written(each) for each in (snapshots, snapshots, later)]
-    drafts = [each.begin("a", 8) for each in (snapshots, later)]
-    for draft in drafts:
-        await draft.write("weights", b"half")
-    (tmp_path / "stray").mkdir()
-    await snapshots.keep_only([kept])
-    assert {found.name for found in tmp_path.iterdir()} == {"staging", kept, newer}
-    assert len([*(tmp_path / "staging").iterdir()]) == 1
-    last = await drafts[1].finish(optimizer=False, step_count=4)
-    for folder in (kept, newer, last):
-        await snapshots.verify(folder)
-    await snapshots.remove(kept)
-    await snapshots.remove(swept)
-    await later.keep_only([])
-    assert [found.name for found in tmp_path.iterdir()] == ["staging"]
-    assert not [*(tmp_path / "staging").iterdir()]
-
-
-# --- calls and answers as bytes ---------------------------------------------------------------
-
-names = st.text("abcXYZ019", min_size=1, max_size=8)
-paths = st.builds(CheckpointPath, names, st.sampled_from(CheckpointKind), names)
-numbers = st.floats(allow_nan=False)
-blobs = st.lists(st.binary(max_size=40), max_size=4)
-notes = st.dictionaries(st.text(), st.text(), max_size=3)
-values = st.dictionaries(st.text(), st.one_of(numbers, st.text(), st.none(), notes), max_size=3)
-kinds = st.sampled_from(
-    [getattr(errors, each.__name__) for each in TinsmithError.__subclasses__()]
-).filter(lambda kind: kind not in (InvalidArgument, errors.Internal))
-refusals = st.one_of(
-    st.builds(
-        lambda kind, *args, **more: kind(*args, **more),
-        *(kinds, st.text(), st.sampled_from(Reason)),
-        field=st.text(),
-        retry_after_s=st.none() | numbers,
-        metadata=notes,
-    ),
-    st.builds(InvalidArgument, st.text(), st.text(), st.sampled_from(Reason), metadata=notes),
-    st.builds(errors.Internal, st.text()),
-)
-asked = st.one_of(
-    st.builds(ComputeWork, st.binary(), blobs, st.lists(st.integers(0)), st.booleans()),
-    st.builds(works.StepWork, st.builds(AdamParams, *[numbers] * 6)),
-    st.builds(
-        works.SaveWork,
-        st.builds(works.SaveOptions, paths, st.none() | st.integers(1), st.booleans(), notes),
-    ),
-    st.builds(works.LoadWork, paths, st.booleans()),
-)
-
-
-def same(found: TinsmithError | None, error: TinsmithError) -> bool:
-    """Class, words and all fields."""
-    said = (type(found), str(found), vars(found))
-    return said == (type(error), str(error), vars(error))
-
-
-@given(asked)
-def test_a_call_is_read_as_it_was_written(asking: Work) -> None:
-    """All kinds of calls survive being written down."""
-    assert works.decode(works.encode(asking)) == asking
-
-
-@given(blobs, values)
-def test_an_answer_is_read_as_it_was_written(parts: list[bytes], value: dict[str, Any]) -> None:
-    """Parts and value survive, and equal answers give equal bytes."""
-    written_down = works.encode_outcome(Outcome(parts, value))
-    assert works.decode_outcome(written_down) == Outcome(parts, value)
-    turned = dict(reversed(value.items()))
-    assert works.encode_outcome(Outcome(tuple(parts), turned)) == written_down
-
-
-@given(refusals)
-def test_a_refusal_is_read_as_it_was_written(error: TinsmithError) -> None:
-    """Class, message, reason, field, wait and metadata survive, as a call and as an answer."""
-    refused = works.decode(works.encode(works.RefusedWork(error)))
-    assert isinstance(refused, works.RefusedWork)
-    assert same(refused.error, error)
-    assert same(works.decode_outcome(works.encode_outcome(Outcome(error=error))).error, error)

@@ -24,6 +24,7 @@ from typing import Any
 from tinsmithd import failpoints
 from tinsmithd.checkpoint.failures import of_disk, storage_errors
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason, ResourceExhausted, TinsmithError
+from tinsmithd.files import sync_folder
 
 READ_BYTES = 1024 * 1024
 
@@ -237,15 +238,6 @@ class Store:
 
     def _place(self, sha256: str) -> Path:
         return self._blobs / sha256[:2] / sha256
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _holds(place: Path, blob: Blob) -> bool:

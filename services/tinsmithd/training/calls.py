@@ -160,10 +160,7 @@ class ModelRules:
 
     async def forget(self) -> None:
         """The model is deleted and its lane has ended: remove its snapshots."""
-        await self._recovery.quiet()
-        if self._snapshots is not None:
-            for folder in [*self._model.garbage, *(s.folder for s in self._model.snapshots)]:
-                await self._snapshots.remove(folder)
+        await self._recovery.forget()
 
     # --- calls that change the model on the ranks ---------------------------------------------
 
@@ -287,7 +284,7 @@ class ModelRules:
         model.snapshots, model.trimmed_to = [snapshot], position
         self._recovery.loaded(step_count)
         trim = Trim(model.model_id, position)
-        return Done(value, writes=[add_snapshot(model.model_id, snapshot), trim])
+        return Done(value, writes=[AddSnapshot.of(model.model_id, snapshot), trim])
 
     async def keep(
         self, position: int, pieces: Pieces, optimizer: bool, step_count: int
@@ -314,11 +311,6 @@ class ModelRules:
         """Remove a snapshot's files."""
         if snapshot is not None and self._snapshots is not None:
             await self._snapshots.remove(snapshot.folder)
-
-
-def add_snapshot(model_id: str, snapshot: StoredSnapshot) -> AddSnapshot:
-    """The write that makes a snapshot count."""
-    return AddSnapshot(model_id, snapshot.position, snapshot.step_count, snapshot.folder)
 
 
 def check_base_model(found: str, wanted: str) -> None:

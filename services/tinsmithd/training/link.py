@@ -154,11 +154,8 @@ class RankGroup:
 
     async def export_state(self, model_id: str, *, optimizer: bool, on_piece: OnPiece) -> StateInfo:
         """Send the model's state files, piece by piece."""
-
-        async def take(message: pb.AttachRequest) -> None:
-            await on_piece(message.piece.file_name, message.piece.data)
-
         command = pb.ExportState(optimizer=optimizer)
+        take = _pieces_to(on_piece)
         return _state_info(await self._execute(model_id, take, export_state=command))
 
     async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
@@ -170,10 +167,7 @@ class RankGroup:
             raise _failure(first.failed)
 
         async def send() -> StateInfo:
-            async def take(message: pb.AttachRequest) -> None:
-                await on_piece(message.piece.file_name, message.piece.data)
-
-            return _state_info(await self._finish(answers, take))
+            return _state_info(await self._finish(answers, _pieces_to(on_piece)))
 
         return send()
 
@@ -260,6 +254,15 @@ class _Answers(asyncio.Queue[pb.AttachRequest | None]):
     def __init__(self, command_id: int) -> None:
         super().__init__()
         self.command_id = command_id
+
+
+def _pieces_to(on_piece: OnPiece) -> Callable[[pb.AttachRequest], Awaitable[None]]:
+    """Passes the pieces that rank 0 sends on."""
+
+    async def take(message: pb.AttachRequest) -> None:
+        await on_piece(message.piece.file_name, message.piece.data)
+
+    return take
 
 
 def _failure(failed: pb.Failed) -> Exception:

@@ -27,7 +27,6 @@ from tinsmithd.training.calls import (
     CallLimits,
     CheckpointFiles,
     ModelRules,
-    add_snapshot,
     check_base_model,
     wrong_kind,
 )
@@ -38,6 +37,7 @@ from tinsmithd.training.parts import NOMINAL_TOKENS
 from tinsmithd.training.place import TrainerPlace
 from tinsmithd.training.records import (
     AddModel,
+    AddSnapshot,
     DeleteModel,
     Fenced,
     StoreDamaged,
@@ -148,10 +148,14 @@ class Models:
         self.place.set(None)
         self.place.progress = "it went away and has to start again"
         for model in self._models.values():
-            if self._journal.keeps:
-                model.lane.lose_trainer()
-            else:
-                model.lane.close(model_lost(model.model_id))
+            self._lose_trainer(model)
+
+    def _lose_trainer(self, model: Model) -> None:
+        """The ranks do not have a model any more: bring it back, where that can be done."""
+        if self._journal.keeps:
+            model.lane.lose_trainer()
+        else:
+            model.lane.close(model_lost(model.model_id))
 
     async def recall(self, stored: Sequence[StoredModel]) -> None:
         """Take up the models that the journal has."""
@@ -297,7 +301,7 @@ class Models:
 
     async def _write_down(self, model: Model, trainer: Trainer) -> None:
         writes: list[Write] = [AddModel(model.model_id, model.number, model.about())]
-        writes += [add_snapshot(model.model_id, snapshot) for snapshot in model.snapshots]
+        writes += [AddSnapshot.of(model.model_id, snapshot) for snapshot in model.snapshots]
         try:
             await self._journal.commit(*writes)
         except BaseException:
@@ -306,10 +310,7 @@ class Models:
             raise
         self._take_in(model)
         if self.place.current is not trainer:
-            if self._journal.keeps:
-                model.lane.lose_trainer()
-            else:
-                model.lane.close(model_lost(model.model_id))
+            self._lose_trainer(model)
 
     def _check_room(self) -> None:
         if len(self._models) < self._limits.models_max:

@@ -109,6 +109,11 @@ class AddSnapshot:
     step_count: int
     folder: str
 
+    @classmethod
+    def of(cls, model_id: str, snapshot: "StoredSnapshot") -> "AddSnapshot":
+        """The write that makes a finished snapshot count."""
+        return cls(model_id, snapshot.position, snapshot.step_count, snapshot.folder)
+
 
 @dataclass(frozen=True)
 class Trim:

@@ -125,8 +125,12 @@ class Recovery:
         # A snapshot is read in a turn: one at a time is in memory.
         async with turn(NOMINAL_TOKENS):
             begin, snapshot = await self._newest()
-            calls = [call for call in stored if call.position > begin and call.plan]
-            self._check_fits(trainer, calls)
+            calls = [
+                (call, Composition.decode(call.plan))
+                for call in stored
+                if call.position > begin and call.plan
+            ]
+            self._check_fits(trainer, [composition for _, composition in calls])
             model.state_message = f"is brought back, {len(calls)} calls after its snapshot"
             await trainer.delete_model(model.model_id)
             if snapshot is None:
@@ -138,9 +142,9 @@ class Recovery:
             snapshot_step = model.step_count = 0 if snapshot is None else snapshot.step_count
             del snapshot
         model.non_finite_since = ""
-        for index, call in enumerate(calls):
+        for index, (call, composition) in enumerate(calls):
             model.state_message = f"is brought back, call {index + 1} of {len(calls)}"
-            await self._replay(trainer, call, turn)
+            await self._replay(trainer, call, composition, turn)
             failpoints.hit("restore_mid")
         _log.info(
             "model %s is back at step %d: snapshot of step %d and %d calls",
@@ -164,12 +168,12 @@ class Recovery:
             raise model_lost(model.model_id, "no snapshot of it is whole")
         return 0, None
 
-    def _check_fits(self, trainer: Trainer, calls: Sequence[StoredCall]) -> None:
+    def _check_fits(self, trainer: Trainer, compositions: Sequence[Composition]) -> None:
         identity = trainer.identity
         what = difference(self._model.identity, identity, BASE_KEYS)
         keys = () if self._is_exact(trainer) else CLOSE_KEYS
-        for call in calls:
-            what = what or difference(Composition.decode(call.plan).identity, identity, keys)
+        for composition in compositions:
+            what = what or difference(composition.identity, identity, keys)
         if what:
             message = f"model {self._model.model_id} cannot go on with this trainer: {what}"
             self._model.state_message = message
@@ -178,7 +182,9 @@ class Recovery:
     def _is_exact(self, trainer: Trainer) -> bool:
         return self._rule.exact and trainer.identity.get("device", "cpu") == "cpu"
 
-    async def _replay(self, trainer: Trainer, call: StoredCall, turn: TakeTurn) -> None:
+    async def _replay(
+        self, trainer: Trainer, call: StoredCall, composition: Composition, turn: TakeTurn
+    ) -> None:
         model = self._model
         try:
             work = await self._journal.work(model.model_id, call.position)
@@ -186,7 +192,6 @@ class Recovery:
             raise model_lost(model.model_id, str(error)) from error
         if not isinstance(work, ComputeWork | StepWork):
             raise TypeError(f"call {call.position} changes nothing on the ranks: {work.kind}")
-        composition = Composition.decode(call.plan)
         given: list[bytes] = []
         name = f"seq_id {call.seq_id}" if call.seq_id else f"call {call.position}"
         done = await self._changes.change(trainer, name, work, composition, given.append, turn)
@@ -209,8 +214,18 @@ class Recovery:
 
     async def sweep(self) -> None:
         """Remove the files of snapshots that the journal does not refer to any more."""
-        if self._snapshots is not None and self._model.garbage:
+        if self._model.garbage:
             await self._journal.flush()
+            await self._remove_garbage()
+
+    async def forget(self) -> None:
+        """The model is deleted: remove all of its snapshots."""
+        await self.quiet()
+        self._model.garbage += [snapshot.folder for snapshot in self._model.snapshots]
+        await self._remove_garbage()
+
+    async def _remove_garbage(self) -> None:
+        if self._snapshots is not None:
             garbage, self._model.garbage = self._model.garbage, []
             for folder in garbage:
                 await self._snapshots.remove(folder)
@@ -257,19 +272,17 @@ class Recovery:
             snapshot = StoredSnapshot(position, state.step_count, folder)
             older = model.snapshots[-1:]
             trim = [Trim(model.model_id, old.position) for old in older]
-            add = AddSnapshot(model.model_id, position, state.step_count, folder)
-            await self._journal.commit(add, *trim)
+            await self._journal.commit(AddSnapshot.of(model.model_id, snapshot), *trim)
         except (TinsmithError, TrainerLost, StoreDamaged, OSError, Fenced) as error:
             _log.warning("no snapshot of model %s: %s", model.model_id, error)
             await draft.discard()
             if folder:
                 await self._snapshots.remove(folder)
         else:
-            garbage = model.garbage + [old.folder for old in model.snapshots[:-1]]
-            model.snapshots, model.garbage = [*older, snapshot], []
+            model.garbage += [old.folder for old in model.snapshots[:-1]]
+            model.snapshots = [*older, snapshot]
             if older:
                 model.trimmed_to = older[0].position
-            for old_folder in garbage:
-                await self._snapshots.remove(old_folder)
+            await self._remove_garbage()
         finally:
             self._taking = None

@@ -322,9 +322,6 @@ class Lane:
         except TinsmithError as error:  # there is no room to write it down
             await self._take_back(entry, error, written=False)
             return
-        except Fenced:
-            entry.answer.fail(shutting_down())
-            raise
         failpoints.hit("enqueue")
         if isinstance(work, RefusedWork):
             self._settle(entry, Outcome(error=work.error))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinsmithd import failpoints
+from tinsmithd.files import sync_folder
 from tinsmithd.training.records import StoreDamaged
 from tinsmithd.training.trainer import Pieces
 
@@ -156,10 +157,10 @@ class DiskDraft:
             file.write(json.dumps(sealed).encode())
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(self._staging)
+        sync_folder(self._staging)
         failpoints.hit("snapshot_pre_rename")
         os.rename(self._staging, self._parent / self._name)
-        _sync_folder(self._parent)
+        sync_folder(self._parent)
         failpoints.hit("snapshot_post_rename")
 
 
@@ -252,11 +253,3 @@ def _verified(folder: Path, about: Mapping[str, Any]) -> Iterator[bytes]:
             yield piece
     if digest.hexdigest() != about["sha256"]:
         raise ValueError(f"{about['name']} is damaged")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
