@@ -27,14 +27,15 @@ ADAM = pb.AdamParams(learning_rate=0.01, eps=0.1)
 CROSS_ENTROPY = pb.LossFn(cross_entropy=pb.CrossEntropyLoss())
 
 
-def data_of(seed: int, count: int, tokens: int) -> list[pb.Datum]:
-    """Random cross-entropy data of equal length."""
+def data_of(seed: int, count: int, tokens: int, targets: int = 0) -> list[pb.Datum]:
+    """Random cross-entropy data of equal length, with some targets per position or just one."""
+    shape = (tokens, targets) if targets else tokens
     rng = np.random.default_rng(seed)
     data = []
     for _ in range(count):
         inputs = {
-            "target_tokens": tensors.encode(rng.integers(0, 256, tokens)),
-            "weights": tensors.encode(rng.normal(size=tokens).astype(np.float32)),
+            "target_tokens": tensors.encode(rng.integers(0, 256, shape)),
+            "weights": tensors.encode(rng.normal(size=shape).astype(np.float32)),
         }
         chunk = pb.ModelInputChunk(tokens=tensors.encode(rng.integers(0, 256, tokens)))
         data.append(pb.Datum(model_input=pb.ModelInput(chunks=[chunk]), loss_fn_inputs=inputs))

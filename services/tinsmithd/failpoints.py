@@ -21,7 +21,7 @@ NAMES = (
     "recv",  # Training: a call was read whole
     "wal_append",  # Training: before a batch is written to the journal
     "wal_fsync",  # Training: a batch is written and not yet durable
-    "enqueue",  # Training: a call is durable and not yet queued
+    "enqueue",  # Training: a call is about to be carried out
     "pre_result",  # Training: the ranks have answered, nothing is recorded
     "post_result_pre_ack",  # Training: the result is recorded, the caller has no answer
     "snapshot_mid_write",  # Training: half of a snapshot is written

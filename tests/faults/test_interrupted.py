@@ -111,7 +111,7 @@ def test_a_deadline_that_is_shorter_than_the_computing_counts_the_call_once(
         assert found.next_seq_id in (1, 2, 3)
         for _ in range(2):
             answers = list(stubs.training.ForwardBackward(iter([compute]), timeout=60))
-            assert len(answers) == len(many) + 1
+            assert sum(len(answer.outputs) for answer in answers) == len(many)
             assert stubs.training.OptimStep(step, timeout=60).metrics["step:last"] == 1
         after = pb.OptimStepRequest(model_id=model_id, seq_id=3)
         metrics = stubs.training.OptimStep(after, timeout=60).metrics

@@ -328,25 +328,34 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_row_27_a_full_disk_refuses_calls_and_recovers(
     tiny_model: Path, tmp_path: Path, small_disk: Path, undisturbed: Seen
 ) -> None:
-    """New calls are RESOURCE_EXHAUSTED with RetryInfo and have no effect, reading goes on, health
-    says so; when there is room again everything goes on, bit for bit."""
+    """New calls are RESOURCE_EXHAUSTED with RetryInfo and have no effect, although the ranks may
+    have begun; reading goes on, health says so; when there is room again everything goes on, bit
+    for bit."""
     with Training(tiny_model, tmp_path, data_folder=small_disk / "data") as training:
         training.start_rank()
-        client = model_of(tinsmith.ServiceClient(training.address))
+        service = tinsmith.ServiceClient(training.address)
+        client = model_of(service)
         seen = train(client, 0, 2)
         _fill(small_disk / "filler")
         stub = pb.TrainingServiceStub(grpc.insecure_channel(training.address))
-        next_seq_id = state(training, client.model_id).next_seq_id
-        with pytest.raises(grpc.RpcError) as refusal:
-            _forward_until_refused(stub, client.model_id, next_seq_id)
-        assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert reason_and_field(refusal.value)[0] == "STORAGE_FULL"
+        first = state(training, client.model_id).next_seq_id
+        answers, refusal = _until_refused(stub, client.model_id, first)
         refused = state(training, client.model_id).next_seq_id  # reading works
+        assert refused == first + len(answers)
+        none, refusal_again = _until_refused(stub, client.model_id, refused)
+        assert none == []
+        for error in (refusal, refusal_again):
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert reason_and_field(error)[0] == "STORAGE_FULL"
         until_health(training.address, serving=False)
         (small_disk / "filler").unlink()
         until_health(training.address, serving=True)
-        assert _forward(stub, client.model_id, refused)
-    assert seen == undisturbed[:4]
+        answers += [_call(stub, client.model_id, refused + more) for more in range(4)]
+        twin = model_of(service)
+        assert train(twin, 0, 2) == seen == undisturbed[:4]
+        assert answers == [
+            _call(stub, twin.model_id, number) for number in range(first, refused + 4)
+        ]
 
 
 def _fill(file: Path) -> None:
@@ -355,13 +364,25 @@ def _fill(file: Path) -> None:
             pass
 
 
-def _forward_until_refused(stub: pb.TrainingServiceStub, model_id: str, first: int) -> None:
-    for number in range(first, first + 2000):
-        _forward(stub, model_id, number)
+def _until_refused(
+    stub: pb.TrainingServiceStub, model_id: str, first: int
+) -> tuple[Seen, grpc.RpcError]:
+    answers: Seen = []
+    while len(answers) < 2000:
+        try:
+            answers.append(_call(stub, model_id, first + len(answers)))
+        except grpc.RpcError as refusal:
+            return answers, refusal
+    raise AssertionError("nothing was refused")
 
 
-def _forward(stub: pb.TrainingServiceStub, model_id: str, seq_id: int) -> object:
-    tensor = pb.Tensor(dtype=pb.Dtype.DTYPE_INT64, ints=[1] * 64)
+def _call(stub: pb.TrainingServiceStub, model_id: str, seq_id: int) -> object:
+    """A step under an even number, gradients under an odd one."""
+    if seq_id % 2 == 0:
+        adam = pb.AdamParams(learning_rate=1e-2)
+        request = pb.OptimStepRequest(model_id=model_id, seq_id=seq_id, adam_params=adam)
+        return dict(stub.OptimStep(request).metrics)
+    tensor = pb.Tensor(dtype=pb.Dtype.DTYPE_INT64, ints=[seq_id % 200] * 64)
     datum = pb.Datum(
         model_input=pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensor)]),
         loss_fn_inputs={
@@ -369,10 +390,11 @@ def _forward(stub: pb.TrainingServiceStub, model_id: str, seq_id: int) -> object
             "weights": pb.Tensor(dtype=pb.Dtype.DTYPE_FLOAT32, floats=[1.0] * 64),
         },
     )
-    request = pb.ForwardRequest(
+    call = pb.ForwardBackwardRequest(
         model_id=model_id,
         seq_id=seq_id,
         data=[datum] * 8,
         loss_fn=pb.LossFn(cross_entropy=pb.CrossEntropyLoss()),
     )
-    return list(stub.Forward(iter([request]), timeout=30))
+    answers = stub.ForwardBackward(iter([call]))
+    return [answer.SerializeToString(deterministic=True) for answer in answers]

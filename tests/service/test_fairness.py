@@ -269,7 +269,7 @@ def script(stubs: Cluster, model_id: str) -> list[bytes]:
             answers += stubs.training.ForwardBackward(iter([call]))
     last = pb.ForwardRequest(model_id=model_id, loss_fn=CROSS_ENTROPY, data=data_of(9, 20, 25))
     answers += stubs.training.Forward(iter([last]))
-    assert len(answers) == 5 * 21 + 2
+    assert sum(len(getattr(answer, "outputs", ())) for answer in answers) == 5 * 20
     return [answer.SerializeToString(deterministic=True) for answer in answers]
 
 
@@ -352,17 +352,16 @@ def test_results_stream_in_order_and_losses_add_up_over_parts(stubs: Cluster) ->
     data = data_of(3, 30, 25)
     model_id = create(stubs)
     call = pb.ForwardRequest(model_id=model_id, loss_fn=CROSS_ENTROPY, data=data)
-    *outputs, last = stubs.training.Forward(iter([call]))
+    (answer,) = stubs.training.Forward(iter([call]))
     loss = 0.0
-    assert [len(response.outputs) for response in outputs] == [1] * 30
-    for response, datum in zip(outputs, data, strict=True):
-        found = tensors.decode(response.outputs[0].loss_fn_outputs["logprobs"])
+    for output, datum in zip(answer.outputs, data, strict=True):
+        found = tensors.decode(output.loss_fn_outputs["logprobs"])
         weights = tensors.decode(datum.loss_fn_inputs["weights"])
         own = pb.ForwardRequest(model_id=model_id, loss_fn=CROSS_ENTROPY, data=[datum])
         single = next(stubs.training.Forward(iter([own]))).outputs[0].loss_fn_outputs["logprobs"]
         np.testing.assert_allclose(found, tensors.decode(single), atol=1e-5)
         loss -= float((found * weights).sum())
-    assert last.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5)
+    assert answer.metrics["loss:sum"] == pytest.approx(loss, rel=1e-5)
 
 
 async def test_a_light_call_is_answered_long_before_a_heavy_one(
@@ -382,7 +381,7 @@ async def test_a_light_call_is_answered_long_before_a_heavy_one(
 
         async def read() -> None:
             nonlocal received
-            data = data_of(1, 800, 30)
+            data = data_of(1, 800, 30, targets=16)
             async for response in stub.ForwardBackward(iter([forward_backward(heavy, 1, data)])):
                 received += len(response.outputs)
                 begun.set()
@@ -391,7 +390,7 @@ async def test_a_light_call_is_answered_long_before_a_heavy_one(
         await begun.wait()
         for seq_id in range(1, 6):
             call = forward_backward(light, seq_id, data_of(seq_id, 1, 10))
-            assert [len(r.outputs) async for r in stub.ForwardBackward(iter([call]))] == [1, 0]
+            assert [len(r.outputs) async for r in stub.ForwardBackward(iter([call]))] == [1]
             assert received < 800
         assert not reading.done()
         await reading

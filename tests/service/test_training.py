@@ -121,8 +121,32 @@ def test_messages_of_one_call_may_be_cut_anywhere(stubs: Cluster, model: pb.Mode
     parts = [pb.ForwardBackwardRequest(data=[d]) for d in data[1:]]
     cut = forward_backward(stubs, call(model.model_id, 1, data=data[:1]), *parts)
     assert whole == cut
-    assert [len(response.outputs) for response in whole] == [1, 1, 1, 0]
+    assert [len(response.outputs) for response in whole] == [3]
     assert set(whole[-1].metrics) == {"loss:sum"}
+
+
+def test_results_go_out_in_messages_of_a_quarter_mebibyte(stubs: Cluster, model: pb.Model) -> None:
+    """So many whole data in each, in order, and the metrics in the last; a repeat equals it."""
+    wide = np.zeros((60, 64), np.int64)
+    inputs = {"target_tokens": tensors.encode(wide)}
+    tokens = tensors.encode(np.arange(60) % 50)
+    data = [
+        pb.Datum(
+            model_input=pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tokens)]),
+            loss_fn_inputs={**inputs, "weights": tensors.encode(np.full(wide.shape, n / 1e3))},
+        )
+        for n in range(40)
+    ]
+    found = forward_backward(stubs, call(model.model_id, 1, data=data))
+    # 18 times 60 * 64 * 4 bytes are the first that are 256 KiB.
+    assert [len(response.outputs) for response in found] == [18, 18, 4]
+    assert [bool(response.metrics) for response in found] == [False, False, True]
+    losses = [
+        float((tensors.decode(output.loss_fn_outputs["logprobs"]) * n / -1e3).sum())
+        for n, output in enumerate(output for response in found for output in response.outputs)
+    ]
+    assert found[-1].metrics["loss:sum"] == pytest.approx(sum(losses), rel=1e-4)
+    assert found == forward_backward(stubs, call(model.model_id, 1, data=data))
 
 
 def test_create_with_a_request_id_is_one_model(stubs: Cluster) -> None:
@@ -154,9 +178,9 @@ def test_plain_numbers_in_and_out(stubs: Cluster, model: pb.Model) -> None:
         },
     )
     plain = call(model.model_id, data=[typed], tensor_format=pb.TensorFormat.TENSOR_FORMAT_PLAIN)
-    (first, last) = forward_backward(stubs, plain)
-    values = first.outputs[0].loss_fn_outputs["logprobs"].floats
-    assert last.metrics["loss:sum"] == pytest.approx(-sum(values), abs=1e-4)
+    (answer,) = forward_backward(stubs, plain)
+    values = answer.outputs[0].loss_fn_outputs["logprobs"].floats
+    assert answer.metrics["loss:sum"] == pytest.approx(-sum(values), abs=1e-4)
     np.testing.assert_array_equal(np.float32(values), logprobs(stubs, model.model_id))
 
 

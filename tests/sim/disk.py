@@ -142,6 +142,9 @@ class SimStore:
         """Write all of this or nothing."""
         await self._disk.do(lambda: self._commit(writes), self._thread)
 
+    async def tidy(self) -> None:
+        """Nothing is put off."""
+
     async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
         """The calls of a model after a position."""
         found: Sequence[StoredCall] = await self._read(

@@ -17,6 +17,7 @@ from sim.world import Result, simulate
 from tinsmithd.training import calls, recovery, snapshots
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.scheduler import Lane
+from tinsmithd.training.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,15 @@ MUTATIONS = {
     ),
     "everyone-blamed": Mutation(Lane, "_again", "entry.attempts += blamed", "entry.attempts += 1"),
     "stale-ranks": Mutation(Lane, "_apply", "if self.recovering:", "if False:"),
+    "refused-kept": Mutation(
+        Lane,
+        "_is_written",
+        "self._losses += begun and changes_model(entry.call.work)",
+        "pass",
+    ),
+    "answer-unwritten": Mutation(
+        Lane, "_apply", "if not await self._is_written(entry, begun=True):", "if False:"
+    ),
     "save-before-record": Mutation(
         calls.ModelRules, "_save", "await self._journal.flush()", "pass"
     ),
@@ -91,7 +101,7 @@ MUTATIONS = {
         calls.ModelRules, "_load", "await self._recovery.quiet()", "pass"
     ),
     "orphans-kept": Mutation(
-        Lane, "recall", "elif call.seq_id not in (0, self._answers.next_seq_id):", "elif False:"
+        Waiting, "recall", "elif call.seq_id not in (0, self.answers.next_seq_id):", "elif False:"
     ),
 }
 

@@ -49,8 +49,8 @@ class TrainingServiceStub:
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
-    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
-    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
+    answer ends. When ranks or this server die, the model is brought back from its newest
     snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
     its connection sends the same call again. A replayed call that gives another result than it gave
     before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
@@ -141,8 +141,8 @@ class TrainingServiceServicer:
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
-    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
-    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
+    answer ends. When ranks or this server die, the model is brought back from its newest
     snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
     its connection sends the same call again. A replayed call that gives another result than it gave
     before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
@@ -201,8 +201,8 @@ class TrainingServiceServicer:
         """Computes losses and logprobs; changes nothing but still takes its turn in the order.
         The request stream is one call: header fields in the first message, data in as many messages
         as needed, then half-close. One message is a complete call. Results stream back in datum
-        order as they are computed; the last message has `metrics`. On an error the results that were
-        already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
+        order as they are computed, a message for each 256 KiB of them or more; the last message has
+        the rest and `metrics`. On an error the results that were already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
         computed (0 where the answer is a repeat from before a restart).
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
         `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
@@ -334,8 +334,8 @@ class TrainingService:
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
-    FAILURES. In durability modes FSYNC and ASYNC a call is written down before it is queued, and its
-    answer before it is given. When ranks or this server die, the model is brought back from its newest
+    FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
+    answer ends. When ranks or this server die, the model is brought back from its newest
     snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
     its connection sends the same call again. A replayed call that gives another result than it gave
     before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died

@@ -170,6 +170,8 @@ class Journal:
             for entry in batch:
                 if not entry.done.done():
                     entry.done.set_result(None)
+            if not self._waiting:
+                await self.store.tidy()
 
     def _fence(self, batch: Sequence[_Entry]) -> None:
         _log.error("another Training server has taken the journal over; this one must end")

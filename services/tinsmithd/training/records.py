@@ -224,6 +224,9 @@ class JournalStore(Protocol):
             StoreUnwritable: The disk is full or cannot be written. Nothing was written.
         """
 
+    async def tidy(self) -> None:
+        """Do what it has put off, now that nobody waits for a commit; it may find nothing to do."""
+
     async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
         """The calls of a model after a position, as they are now.
 

@@ -1,10 +1,10 @@
 """One ordered lane per model: numbers in, effects in order, one at a time per lane.
 
-A lane admits calls by `seq_id`: the next number becomes ready, later ones are parked until the
-numbers before them arrived. What is ready is written to the journal, and carried out once it is
-durable; what it answers is recorded before anybody hears it. Lanes share the trainer by `Turns`: a
-call takes one turn, or one for each of its parts, so that a lane with a long queue or large calls
-delays another by one part at most.
+Calls come in by number and are written to the journal (`Waiting`). What changes nothing but the
+ranks begins while it is written, all else once it is durable; what a call answers is recorded,
+after the call itself, before anybody hears it. Lanes share the trainer by `Turns`: a call takes one
+turn, or one for each of its parts, so that a lane with a long queue or large calls delays another
+by one part at most.
 
 When the ranks die the lane brings its model back (`Rules.restore`) and goes on with the call that
 was under way; its callers just wait.
@@ -13,9 +13,7 @@ was under way; its callers just wait.
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmithd import failpoints
@@ -28,15 +26,13 @@ from tinsmithd.errors import (
     TinsmithError,
     Unavailable,
 )
-from tinsmithd.training.answers import Answer, Answers
+from tinsmithd.training.answers import Answer
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.records import (
-    AddCall,
     AddResult,
     CountAttempt,
     DropAnswers,
     Fenced,
-    ForgetCalls,
     LoseModel,
     StoredCall,
     Write,
@@ -50,23 +46,20 @@ from tinsmithd.training.rules import (
 )
 from tinsmithd.training.trainer import ModelBroken, TrainerLost
 from tinsmithd.training.turns import Turns
-from tinsmithd.training.works import Outcome, RefusedWork, Work
+from tinsmithd.training.waiting import Entry, Waiting
+from tinsmithd.training.works import (
+    ComputeWork,
+    Outcome,
+    RefusedWork,
+    StepWork,
+    Work,
+    changes_model,
+)
 
 BROKEN_PAUSE_S = 1.0
 """Between two tries to bring a model back that the ranks could not hold."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Entry:
-    seq_id: int
-    call: Call
-    answer: Answer = field(default_factory=Answer)
-    position: int = 0
-    written: "asyncio.Future[None] | None" = None
-    attempts: int = 0
-    gap_timer: asyncio.TimerHandle | None = None
 
 
 class Lane:
@@ -88,14 +81,12 @@ class Lane:
         self._turns = turns
         self._journal = journal
         self._rules = rules
-        self._answers = Answers(limits.answers_kept_max, limits.answer_bytes_kept_max)
-        self._parked: dict[int, _Entry] = {}
-        self._ready: deque[_Entry] = deque()
+        self._waiting = Waiting(name, limits, journal, rules)
+        self._answers = self._waiting.answers
         self._recording = 0
-        self._next_position = 1
         self._losses = self._restored_losses = 0
         self._runner: asyncio.Task[None] | None = None
-        self._under_way: _Entry | None = None
+        self._under_way: Entry | None = None
         self._ended = asyncio.Event()
         self._ended.set()
         self._closed: TinsmithError | None = None
@@ -122,9 +113,13 @@ class Lane:
         return self._closed is None and self._losses != self._restored_losses
 
     @property
+    def _has_work(self) -> bool:
+        return self._closed is None and (self._waiting.ready or self.recovering)
+
+    @property
     def idle(self) -> bool:
         """True when nothing waits and nothing runs."""
-        return self._runner is None and not self._parked and not self._recording
+        return self._runner is None and not self._waiting.parked and not self._recording
 
     # --- calls come in ------------------------------------------------------------------------
 
@@ -143,75 +138,9 @@ class Lane:
         refusal = self._closed or self._blocked
         if refusal is not None:
             raise refusal
-        self._check_room(seq_id, call)
-        entry = _Entry(seq_id, call)
-        if not seq_id:
-            self._make_ready(entry)
-        else:
-            self._answers.record(seq_id, call.digest, entry.answer)
-            self._park(entry)
-            self._admit()
+        answer = self._waiting.add(seq_id, call)
         self._start()
-        return entry.answer
-
-    def _check_room(self, seq_id: int, call: Call) -> None:
-        # The call that the parked ones wait for must always get in, or they would wait for ever.
-        waiting = list(self._ready)
-        if seq_id != self._answers.next_seq_id:
-            waiting += self._parked.values()
-        nbytes = call.nbytes + sum(entry.call.nbytes for entry in waiting)
-        for limit, value, most in (
-            ("lane_calls_max", len(waiting) + 1, self._limits.lane_calls_max),
-            ("lane_bytes_max", nbytes, self._limits.lane_bytes_max),
-        ):
-            if value > most:
-                raise ResourceExhausted(
-                    f"too much waits for this model: {limit} is {most}",
-                    Reason.QUEUE_FULL,
-                    retry_after_s=1.0,
-                    metadata={"limit": limit, "value": str(value)},
-                )
-        self._rules.check_room(call.nbytes)
-
-    def _park(self, entry: _Entry) -> None:
-        self._parked[entry.seq_id] = entry
-        if entry.seq_id != self._answers.next_seq_id:
-            loop = asyncio.get_running_loop()
-            entry.gap_timer = loop.call_later(self._limits.gap_wait_s_max, self._gap, entry)
-
-    def _gap(self, entry: _Entry) -> None:
-        del self._parked[entry.seq_id]
-        self._answers.forget(entry.seq_id)
-        entry.answer.fail(
-            FailedPrecondition(
-                f"seq_id {self._answers.next_seq_id} did not arrive within "
-                f"{self._limits.gap_wait_s_max:g} s; {entry.seq_id} is unused",
-                Reason.SEQ_ID_GAP,
-                metadata={
-                    "seq_id": str(entry.seq_id),
-                    "next_seq_id": str(self._answers.next_seq_id),
-                },
-            )
-        )
-
-    def _admit(self) -> None:
-        while (entry := self._parked.pop(self._answers.next_seq_id, None)) is not None:
-            if entry.gap_timer is not None:
-                entry.gap_timer.cancel()
-            self._answers.next_seq_id += 1
-            self._make_ready(entry)
-
-    def _make_ready(self, entry: _Entry) -> None:
-        entry.position = self._next_position
-        self._next_position += 1
-        call = entry.call
-        if entry.seq_id:
-            self._answers.record(entry.seq_id, call.digest, entry.answer, entry.position)
-        entry.written = self._journal.commit(
-            AddCall(self._name, entry.position, entry.seq_id, call.digest, call.work)
-        )
-        self._rules.wrote(entry.position, call.nbytes)
-        self._ready.append(entry)
+        return answer
 
     def recall(
         self,
@@ -219,38 +148,8 @@ class Lane:
         works: Mapping[int, Work],
         read: Callable[[int], Callable[[], Any]],
     ) -> None:
-        """Go on where an earlier process ended; `lose_trainer` comes next.
-
-        Args:
-            calls: What the journal has of this model.
-            works: Payloads of the calls without answer, by position.
-            read: Makes what reads the answer of a position.
-        """
-        orphans = []
-        for call in calls:
-            self._next_position = call.position + 1
-            self._rules.wrote(call.position, call.payload_bytes)
-            if call.result_digest is not None:
-                if call.seq_id:
-                    self._answers.next_seq_id = call.seq_id + 1
-                if call.seq_id and call.answer_bytes:
-                    answer = Answer(read(call.position))
-                    self._answers.restore(
-                        call.seq_id, call.digest, answer, call.position, call.answer_bytes
-                    )
-            elif self._closed is not None:
-                continue  # the model is lost, and what waited for it is not made any more
-            elif call.seq_id not in (0, self._answers.next_seq_id):
-                orphans.append(call.position)  # what it followed was never written down
-            else:
-                entry = _Entry(call.seq_id, Call(call.digest, works[call.position]))
-                entry.position, entry.attempts = call.position, call.attempts
-                if call.seq_id:
-                    self._answers.next_seq_id += 1
-                    self._answers.record(call.seq_id, call.digest, entry.answer, call.position)
-                self._ready.append(entry)
-        if orphans:
-            self._journal.commit(ForgetCalls(self._name, orphans), must=True)
+        """Go on where an earlier process ended, see `Waiting.recall`; `lose_trainer` comes next."""
+        self._waiting.recall(calls, works if self._closed is None else {}, read)
 
     # --- calls are carried out ----------------------------------------------------------------
 
@@ -260,17 +159,17 @@ class Lane:
         self._start()
 
     def _start(self) -> None:
-        if self._runner is None and self._closed is None and (self._ready or self.recovering):
+        if self._runner is None and self._has_work:
             self._ended.clear()
             self._runner = asyncio.create_task(self._run(), name=f"lane {self._name}")
 
     async def _run(self) -> None:
         try:
-            while self._closed is None and (self._ready or self.recovering):
+            while self._has_work:
                 if self.recovering:
                     await self._restore()
                 else:
-                    self._under_way = self._ready.popleft()
+                    self._under_way = self._waiting.take()
                     await self._apply(self._under_way)
                     self._under_way = None
         except Fenced:
@@ -314,50 +213,74 @@ class Lane:
                 raise self._closed
             yield
 
-    async def _apply(self, entry: _Entry) -> None:
+    async def _apply(self, entry: Entry) -> None:
         work = entry.call.work
-        try:
-            if entry.written is not None:
-                await entry.written
-        except TinsmithError as error:  # there is no room to write it down
-            await self._take_back(entry, error, written=False)
+        early = isinstance(work, ComputeWork | StepWork) and self._journal.writable
+        if not early and not await self._is_written(entry):
             return
         failpoints.hit("enqueue")
         if isinstance(work, RefusedWork):
             self._settle(entry, Outcome(error=work.error))
             return
         if self.recovering:  # other ranks came while it was written down
-            self._ready.appendleft(entry)
+            self._waiting.put_back(entry)
             return
         try:
             done = await self._rules.execute(
                 entry.position, entry.seq_id, work, lambda part: self._emit(entry, part), self._turn
             )
-        except (Unavailable, ResourceExhausted) as error:
-            await self._take_back(entry, error)
-        except TinsmithError as error:
+        except Exception as error:
+            if await self._is_written(entry, begun=True):
+                await self._fail(entry, error)
+            return
+        if not await self._is_written(entry, begun=True):
+            return
+        failpoints.hit("pre_result")
+        entry.answer.engine_s = done.engine_s
+        outcome = Outcome(entry.answer.sent, done.value)
+        if done.error is not None:
+            outcome = Outcome(error=done.error)
+        self._settle(entry, outcome, done.plan, done.writes)
+        with contextlib.suppress(TrainerLost):  # then it is brought back before the next call
+            await self._rules.settled(entry.position, work, self._turn)
+
+    async def _is_written(self, entry: Entry, *, begun: bool = False) -> bool:
+        """Wait until a call is durable; one that cannot be written is refused, and its effect goes.
+
+        Args:
+            entry: The call.
+            begun: The ranks may have its effect.
+        """
+        try:
+            if entry.written is not None:
+                await entry.written
+        except TinsmithError as error:  # there is no room to write it down
+            # Brought back, the model is without it: the journal does not have it.
+            self._losses += begun and changes_model(entry.call.work)
+            await self._waiting.take_back(entry, error, written=False)
+            return False
+        return True
+
+    async def _fail(self, entry: Entry, error: Exception) -> None:
+        """A call was not carried out."""
+        if isinstance(error, Unavailable | ResourceExhausted):
+            await self._waiting.take_back(entry, error, written=True)
+        elif isinstance(error, TinsmithError):
             if self._closed is not None:  # nothing is recorded of a model that is gone
                 entry.answer.fail(error)
             else:
                 self._settle(entry, Outcome(error=error))
-        except TrainerLost as error:
+        elif isinstance(error, TrainerLost):
             await self._again(entry, str(error), blamed=error.blamed)
-        except ModelBroken as error:
+        elif isinstance(error, ModelBroken):
             await self._again(entry, str(error), blamed=True)
-        except Exception:
-            _log.exception("a call of model %s failed", self._name)
-            self._settle(entry, Outcome(error=Internal()))
+        elif isinstance(error, Fenced):
+            raise error
         else:
-            failpoints.hit("pre_result")
-            entry.answer.engine_s = done.engine_s
-            outcome = Outcome(entry.answer.sent, done.value)
-            if done.error is not None:
-                outcome = Outcome(error=done.error)
-            self._settle(entry, outcome, done.plan, done.writes)
-            with contextlib.suppress(TrainerLost):  # then it is brought back before the next call
-                await self._rules.settled(entry.position, work, self._turn)
+            _log.error("a call of model %s failed", self._name, exc_info=error)
+            self._settle(entry, Outcome(error=Internal()))
 
-    def _emit(self, entry: _Entry, part: bytes) -> None:
+    def _emit(self, entry: Entry, part: bytes) -> None:
         if entry.answer.add(part):
             return
         # Readers have had results of ranks that died, and these are others (no CPU does that). They
@@ -372,7 +295,7 @@ class Lane:
             self._answers.record(entry.seq_id, entry.call.digest, fresh, entry.position)
 
     def _settle(
-        self, entry: _Entry, outcome: Outcome, plan: bytes = b"", writes: Sequence[Write] = ()
+        self, entry: Entry, outcome: Outcome, plan: bytes = b"", writes: Sequence[Write] = ()
     ) -> None:
         """Record what a call answers, and answer once that is durable."""
         keep = bool(entry.seq_id)
@@ -383,7 +306,7 @@ class Lane:
         recorded = self._journal.commit(result, *writes, must=True)
         recorded.add_done_callback(lambda done: self._answer(entry, outcome, done))
 
-    def _answer(self, entry: _Entry, outcome: Outcome, recorded: "asyncio.Future[None]") -> None:
+    def _answer(self, entry: Entry, outcome: Outcome, recorded: "asyncio.Future[None]") -> None:
         self._recording -= 1
         if recorded.cancelled() or recorded.exception() is not None:
             entry.answer.fail(shutting_down())
@@ -397,28 +320,7 @@ class Lane:
         if dropped and self._closed is None:
             self._journal.commit(DropAnswers(self._name, dropped), must=True)
 
-    async def _take_back(
-        self, entry: _Entry, error: TinsmithError, *, written: bool = True
-    ) -> None:
-        """Nothing happened and the number is free: what came after has to wait for it again."""
-        free = [entry.position] if written else []
-        if entry.seq_id:
-            self._answers.forget(entry.seq_id)
-            self._answers.next_seq_id = entry.seq_id
-            later = [e for e in self._ready if e.seq_id]
-            self._ready = deque(e for e in self._ready if not e.seq_id)
-            for waiting in later:
-                free.append(waiting.position)
-                self._park(waiting)
-        self._rules.forgot([entry.position, *free])
-        forgotten = self._journal.commit(ForgetCalls(self._name, free), must=True)
-        if written:
-            # Before that the caller may not hear that the number is free: it could be used for
-            # something else, and after a restart this call would be there again.
-            await forgotten
-        entry.answer.fail(error)
-
-    async def _again(self, entry: _Entry, why: str, *, blamed: bool) -> None:
+    async def _again(self, entry: Entry, why: str, *, blamed: bool) -> None:
         """The ranks died during this call: bring the model back, and make the call once more."""
         if not self._journal.keeps:
             _log.error("model %s is lost: %s", self._name, why)
@@ -440,7 +342,7 @@ class Lane:
             return
         _log.warning("call %d of model %s has to be made again: %s", entry.seq_id, self._name, why)
         entry.answer.rewind()
-        self._ready.appendleft(entry)
+        self._waiting.put_back(entry)
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -453,12 +355,7 @@ class Lane:
     def close(self, error: TinsmithError) -> None:
         """Fail all that waits and all that comes with `error`; kept answers stay."""
         self._closed = error
-        waiting = [*self._ready, *self._parked.values()]
-        self._ready.clear()
-        self._parked.clear()
-        for entry in waiting:
-            if entry.gap_timer is not None:
-                entry.gap_timer.cancel()
+        for entry in self._waiting.clear():
             if not entry.answer.done:
                 entry.answer.fail(error)
 
@@ -471,7 +368,7 @@ class Lane:
         self._answers.clear()
 
 
-def _poisoned(entry: _Entry, why: str) -> FailedPrecondition:
+def _poisoned(entry: Entry, why: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"the trainer failed {entry.attempts} times during this call; it is not tried again and "
         f"changed nothing of the model ({why})",

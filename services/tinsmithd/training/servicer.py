@@ -3,7 +3,7 @@
 import importlib.metadata
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -31,12 +31,17 @@ from tinsmithd.training.works import (
 REQUEST_ID_CHARS_MAX = 128
 PAGE_SIZE_MAX = 1000
 ENGINE_SECONDS = "tinsmith-engine-seconds"
+RESPONSE_BYTES = 256 * 1024
+"""Results go out in messages of so many bytes, and those of one datum more: each message costs as
+much time as sending some tens of kilobytes."""
 _DURABILITY = {
     "none": pb.DURABILITY_MODE_NONE,
     "async": pb.DURABILITY_MODE_ASYNC,
     "fsync": pb.DURABILITY_MODE_FSYNC,
 }
 _LIMITS = [field.name for field in pb.Limits.DESCRIPTOR.fields]
+
+Response = TypeVar("Response", pb.ForwardResponse, pb.ForwardBackwardResponse)
 
 
 class TrainingServicer(TrainingServiceServicer):
@@ -137,19 +142,26 @@ class TrainingServicer(TrainingServiceServicer):
         self, request_iterator: AsyncIterator[pb.ForwardRequest], context: Any
     ) -> AsyncIterator[pb.ForwardResponse]:
         """Compute losses and logprobs."""
-        async for parts in self._compute(request_iterator, context, backward=False):
-            yield pb.ForwardResponse(**parts)
+        responses = self._compute(request_iterator, context, pb.ForwardResponse, backward=False)
+        async for response in responses:
+            yield response
 
     async def ForwardBackward(  # type: ignore[override]  # grpc.aio's form of the method
         self, request_iterator: AsyncIterator[pb.ForwardBackwardRequest], context: Any
     ) -> AsyncIterator[pb.ForwardBackwardResponse]:
         """Compute losses and logprobs and add the gradients."""
-        async for parts in self._compute(request_iterator, context, backward=True):
-            yield pb.ForwardBackwardResponse(**parts)
+        kind = pb.ForwardBackwardResponse
+        async for response in self._compute(request_iterator, context, kind, backward=True):
+            yield response
 
     async def _compute(
-        self, requests: AsyncIterator[ComputeRequest], context: Any, *, backward: bool
-    ) -> AsyncIterator[dict[str, Any]]:
+        self,
+        requests: AsyncIterator[ComputeRequest],
+        context: Any,
+        response_type: type[Response],
+        *,
+        backward: bool,
+    ) -> AsyncIterator[Response]:
         first = await read_header(requests)
         model = self._models.get(first.model_id)
         call = await read_call(
@@ -164,11 +176,17 @@ class TrainingServicer(TrainingServiceServicer):
         failpoints.hit("recv")
         work = call.work(model.info, self._config.targets_per_position_max, backward=backward)
         answer = self._models.submit(model, call.seq_id, call.digest, work, call.nbytes)
+        # Cut by size alone, never by what is there already: a repeat gets the same messages.
+        response, nbytes = response_type(), 0
         async for part in answer.parts():
-            yield {"outputs": [_output(part, call.tensor_format)]}
-        metrics = (await answer.value())["metrics"]
+            _read_output(response.outputs.add(), part, call.tensor_format)
+            nbytes += len(part)
+            if nbytes >= RESPONSE_BYTES:
+                yield response
+                response, nbytes = response_type(), 0
+        response.metrics.update((await answer.value())["metrics"])
         context.set_trailing_metadata(((ENGINE_SECONDS, f"{answer.engine_s:.6f}"),))
-        yield {"metrics": metrics}
+        yield response
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: Any) -> pb.OptimStepResponse:
         """Apply one optimizer step."""
@@ -222,14 +240,13 @@ class TrainingServicer(TrainingServiceServicer):
         return await answer.value()
 
 
-def _output(part: bytes, tensor_format: int) -> pb.DatumOutput:
-    """One datum's results as the caller wants them; packed is how the ranks give them."""
-    output = pb.DatumOutput.FromString(part)
+def _read_output(output: pb.DatumOutput, part: bytes, tensor_format: int) -> None:
+    """Fill in one datum's results as the caller wants them; packed is how the ranks give them."""
+    output.MergeFromString(part)
     if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN:
         for name in output.loss_fn_outputs:
             array = array_from_pb(output.loss_fn_outputs[name], name, "float")
             output.loss_fn_outputs[name].CopyFrom(array_to_pb(array, tensor_format))
-    return output
 
 
 def _model_to_pb(model: Model) -> pb.Model:

@@ -40,6 +40,7 @@ from tinsmithd.training.records import (
     Write,
 )
 from tinsmithd.training.works import (
+    ComputeWork,
     Outcome,
     Work,
     decode,
@@ -53,6 +54,13 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
+LOG_BYTES = 4 * 1024 * 1024
+"""The write-ahead log is copied into the file when it is about so long and nobody waits, for a
+commit that did it would take several times as long as another."""
+LOG_PAGES_MAX = 16_384
+"""A commit does copy it when it has so many pages all the same."""
+COMMIT_BYTES = 16 * 1024
+"""About what a commit adds to it besides data."""
 _UNWRITABLE = {
     sqlite3.SQLITE_FULL: True,
     sqlite3.SQLITE_IOERR: False,
@@ -110,6 +118,7 @@ class SqliteStore:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._db: sqlite3.Connection | None = None
         self._epoch = 0
+        self._log_bytes = 0
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
@@ -121,6 +130,11 @@ class SqliteStore:
     async def commit(self, writes: Sequence[Write]) -> None:
         """Write all of this or nothing."""
         await self._in_thread(lambda: self._commit(writes))
+
+    async def tidy(self) -> None:
+        """Copy the write-ahead log into the file, once it is long."""
+        if self._log_bytes > LOG_BYTES:
+            await self._in_thread(self._checkpoint)
 
     async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
         """The calls of a model after a position."""
@@ -156,7 +170,11 @@ class SqliteStore:
             db.create_function("seal", -1, _seal, deterministic=True)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
+            # Some builds of SQLite zero what is deleted: all payloads would be written once more,
+            # to be dropped.
+            db.execute("PRAGMA secure_delete=FAST")
             db.execute("PRAGMA foreign_keys=ON")
+            db.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES_MAX}")
             with _transaction(db):
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     db.execute(statement)
@@ -254,6 +272,7 @@ class SqliteStore:
                 for write in writes:
                     _apply(self._db, write)
                 failpoints.hit("wal_fsync")
+            self._log_bytes += COMMIT_BYTES + sum(map(_nbytes, writes))
         except sqlite3.OperationalError as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code not in _UNWRITABLE:
@@ -261,6 +280,20 @@ class SqliteStore:
             raise StoreUnwritable(str(error), full=_UNWRITABLE[code]) from error
         except OSError as error:
             raise StoreUnwritable(str(error), full=True) from error
+
+    def _checkpoint(self) -> None:
+        assert self._db is not None
+        self._log_bytes = 0
+        # What is not copied now, since the disk is full or somebody reads, is copied another time.
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+
+def _nbytes(write: Write) -> int:
+    """About what a write adds to the log, besides a few pages."""
+    if isinstance(write, AddCall) and isinstance(write.work, ComputeWork):
+        return write.work.nbytes
+    return sum(map(len, write.outcome.parts)) if isinstance(write, AddResult) else 0
 
 
 def _seal(*values: object) -> int:

@@ -108,6 +108,13 @@ class Outcome:
     error: TinsmithError | None = None
 
 
+def changes_model(work: Work) -> bool:
+    """Whether carrying it out leaves the ranks with another state than before."""
+    return isinstance(work, StepWork | LoadWork) or (
+        isinstance(work, ComputeWork) and work.backward
+    )
+
+
 def encode(work: Work) -> bytes:
     """Write a call down."""
     match work:
