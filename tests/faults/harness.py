@@ -234,6 +234,22 @@ class Harness:
 
 
 @contextlib.contextmanager
+def victims_of(
+    base_model: Path, folder: Path, **settings: str
+) -> Iterator[tuple[RunningCluster, Victims]]:
+    """A cluster that starts again what dies, and its processes, which take failpoints."""
+    once = folder / "once"
+    once.mkdir()
+    taken = {"PYTHONPATH": ONCE, "TINSMITH_TEST_ONCE": str(once.resolve())}
+    with (
+        environment(**taken, **settings),
+        RunningCluster(base_model, folder / "cluster", port=free_ports(), keep=True) as cluster,
+        contextlib.closing(Victims(cluster, once)) as victims,
+    ):
+        yield cluster, victims
+
+
+@contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
     """Set variables for a while; processes that start meanwhile have them."""
     before = {name: os.environ.get(name) for name in values}

@@ -1,10 +1,9 @@
 """Row 8: the Checkpoint server dies at every moment of a save. Real processes, real SIGKILL.
 
-`make test` has a short round; with TINSMITH_FAULTS_FULL=1 each failpoint has ten crashes per kind
-of write, 120 in all, and the unaimed kills are 20.
+`make test` has a short round; in full each failpoint has ten crashes per kind of write, 120 in all,
+and the unaimed kills are 20.
 """
 
-import os
 import random
 import signal
 import threading
@@ -15,10 +14,10 @@ import grpc
 import pytest
 
 from checkpoints import PATH, ServerProcess, blobs, files, staged
+from faults.amount import amount
 
-FULL = bool(os.environ.get("TINSMITH_FAULTS_FULL"))
-CRASHES = 10 if FULL else 1
-KILLS = 20 if FULL else 2
+CRASHES = amount(1, full=10)
+KILLS = amount(2, full=20)
 FILES = 4
 AFTER_COMMIT = "ckpt_post_commit"
 FAILPOINTS = (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import tinsmith
-from clusters import RunningCluster, free_ports
+from clusters import RunningCluster
 from faults.amount import FULL
-from faults.harness import ONCE, environment
+from faults.harness import victims_of
 from faults.script import make_data
 from faults.users import delete_models, read_files
 from faults.victims import RANK_POINTS, TRAINING_POINTS, Victims, alive, wait_until
@@ -38,34 +38,28 @@ CHOSEN = [name for name in ROWS if FULL or name in ALWAYS]
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a failpoint waits for the next process; calls have parts to be killed between."""
-    folder = tmp_path_factory.mktemp("once")
-    with environment(
-        PYTHONPATH=ONCE,
-        TINSMITH_TEST_ONCE=str(folder),
-        TINSMITH_TRAINING_SNAPSHOT_STEPS=str(SNAPSHOT_STEPS),
-        TINSMITH_TRAINER_MICRO_BATCH_TOKENS_MAX="24",
-    ):
-        yield folder
+def running(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RunningCluster, Victims]]:
+    """Calls have parts to be killed between."""
+    settings = {
+        "TINSMITH_TRAINING_SNAPSHOT_STEPS": str(SNAPSHOT_STEPS),
+        "TINSMITH_TRAINER_MICRO_BATCH_TOKENS_MAX": "24",
+    }
+    with victims_of(tiny_model, tmp_path_factory.mktemp("kept"), **settings) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def kept(
-    once: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
+def kept(running: tuple[RunningCluster, Victims]) -> RunningCluster:
     """A cluster that starts again what dies."""
-    folder = tmp_path_factory.mktemp("kept")
-    with RunningCluster(tiny_model, folder, port=free_ports(), keep=True) as running:
-        yield running
+    return running[0]
 
 
 @pytest.fixture(scope="module")
-def victims(kept: RunningCluster, once: Path) -> Iterator[Victims]:
+def victims(running: tuple[RunningCluster, Victims]) -> Victims:
     """The cluster's processes."""
-    found = Victims(kept, once)
-    yield found
-    found.close()
+    return running[1]
 
 
 def create(cluster: RunningCluster) -> tinsmith.TrainingClient:

@@ -67,14 +67,14 @@ class Script:
 
 
 def read_files(checkpoint_address: str, path: str) -> dict[str, bytes]:
-    """The files of a checkpoint that are compared."""
+    """The files of a checkpoint that are compared; one for the Sampler has no optimizer's."""
     files: dict[str, bytearray] = {}
     with grpc.insecure_channel(checkpoint_address) as channel:
         stub = pb.CheckpointServiceStub(channel)
         for response in stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=path)):
             if response.HasField("piece"):
                 files.setdefault(response.piece.file_name, bytearray()).extend(response.piece.data)
-    return {name: bytes(files[name]) for name in COMPARED_FILES}
+    return {name: bytes(files[name]) for name in COMPARED_FILES if name in files}
 
 
 def delete_models(address: str) -> None:

@@ -18,6 +18,7 @@ from tinsmithd.up import SERVICES
 
 RANK_POINTS = tuple(name for name in NAMES if name.startswith(("mid_", "pre_optim", "post_optim")))
 TRAINING_POINTS = NAMES[: NAMES.index("restore_mid") + 1]
+CHECKPOINT_POINTS = tuple(name for name in NAMES if name.startswith("ckpt_"))
 LATEST: Mapping[str, int] = {
     **dict.fromkeys(TRAINING_POINTS, 20),
     **dict.fromkeys(RANK_POINTS, 12),
@@ -32,6 +33,13 @@ SETTLE_S = 0.5
 """Health is looked after at intervals: so long may it still speak of the time before."""
 HEALTH = (*SERVICES.items(), ("training", f"{SERVICES['training']}/recovery"))
 """What must serve; the last one says that the ranks have all models again."""
+
+
+def kind_of(point: str) -> str:
+    """The kind of process that reaches a failpoint."""
+    if point in CHECKPOINT_POINTS:
+        return "checkpoint"
+    return "trainer" if point in RANK_POINTS else "training"
 
 
 class NotBack(Exception):
@@ -88,11 +96,11 @@ class Victims:
 
     def kill_process(self, kind: str) -> list[int]:
         """SIGKILL to who must start anew so that a process of this kind takes a failpoint."""
-        return self.kill("training" if kind == "training" else GROUP, random.Random(0))
+        return self.kill(GROUP if kind == "trainer" else kind, random.Random(0))
 
     def arm(self, point: str, at: int) -> str:
         """Give the next process of the right kind a failpoint; returns the kind."""
-        kind = "trainer" if point in RANK_POINTS else "training"
+        kind = kind_of(point)
         (self._once / f"{kind}.claimed").unlink(missing_ok=True)
         part = self._once / f"{kind}.part"
         part.write_text(f"{point}:kill@{at}")
