@@ -13,10 +13,15 @@ from tinsmithd import state_files
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, LossFn, ModelState, Tuning
 from tinsmithd.trainer.commands import Commands
-from tinsmithd.trainer.engines.interface import ForwardResult, OnResult, PlanMismatch
+from tinsmithd.trainer.engines.interface import ForwardResult, ModelBroken, OnResult, PlanMismatch
 from tinsmithd.trainer.snapshots import COPIES_MAX, PIECE_BYTES_MAX
 
 LORA = LoraConfig(rank=2)
+BREAKING_STEP = pb.AttachResponse(
+    command_id=7,
+    model_id="m",
+    optim_step=pb.OptimStep(adam_params=convert.adam_to_pb(AdamParams(learning_rate=666))),
+)
 
 
 class Pretender:
@@ -25,16 +30,19 @@ class Pretender:
     Attributes:
         calls: What it was asked to compute: data and plan.
         value: In all its weights.
+        deleted: Models that it was told to drop.
     """
 
     def __init__(self) -> None:
         self.calls: list[tuple[Sequence[Datum], bytes]] = []
         self.value = 1.0
         self.copies_count = 0
+        self.deleted: list[str] = []
 
     def create_model(self, model_id: str, tuning: Tuning) -> None: ...
 
-    def delete_model(self, model_id: str) -> None: ...
+    def delete_model(self, model_id: str) -> None:
+        self.deleted.append(model_id)
 
     def forward(
         self,
@@ -54,6 +62,8 @@ class Pretender:
         return ForwardResult({"loss:sum": 2.5}, b"as planned", non_finite=backward)
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
+        if adam.learning_rate == 666:
+            raise ModelBroken("half-way")
         self.value += 1
         return {"step:last": self.value}
 
@@ -113,6 +123,23 @@ def test_a_plan_that_does_not_fit_is_a_refusal(engine: Pretender, ranks: int) ->
     (answer,) = answers
     assert (answer.failed.error, answer.failed.field) == ("InvalidArgument", "plan")
     assert "it does not fit" in answer.failed.message
+
+
+def test_a_model_that_breaks_is_dropped_and_said_to_be(engine: Pretender) -> None:
+    """Its state is half changed; the Training server brings it back."""
+    answers: list[pb.AttachRequest] = []
+    Commands(engine, world_size=1).apply(BREAKING_STEP, answers.append)
+    (answer,) = answers
+    assert (answer.failed.model_broken, answer.failed.message) == (True, "half-way")
+    assert engine.deleted == ["m"]
+
+
+def test_a_model_that_breaks_on_one_of_several_ranks_ends_the_group(engine: Pretender) -> None:
+    """The others may wait for this one in the middle of the step."""
+    answers: list[pb.AttachRequest] = []
+    with pytest.raises(ModelBroken):
+        Commands(engine, world_size=2).apply(BREAKING_STEP, answers.append)
+    assert answers == []
 
 
 class Later:

@@ -68,8 +68,8 @@ class Commands:
             later: Takes those that have time; without it they go to `reply`, too.
 
         Raises:
-            Exception: Something unexpected, with more than one rank: they may no longer be in
-                step, so the group must end and start again.
+            Exception: Something unexpected, or a model that broke, with more than one rank: they
+                may no longer be in step, so the group must end and start again.
         """
         case = command.WhichOneof("command")
         if case == "piece":
@@ -86,6 +86,8 @@ class Commands:
         except TinsmithError as error:
             answer.failed.CopyFrom(failed(error))
         except ModelBroken as error:
+            if self._world_size > 1:
+                raise
             self._engine.delete_model(command.model_id)
             self._model_ids.discard(command.model_id)
             answer.failed.CopyFrom(pb.Failed(message=str(error), model_broken=True))
