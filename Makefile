@@ -69,7 +69,7 @@ sim: setup ## The durable core on a simulated world with faults, SEEDS=2000 time
 	PYTHONPATH=tests $(BIN)/python -m sim --seeds $(SEEDS)
 
 faults: setup model ## All fault tests in full, then KILLS=100 kills, compared with undisturbed twins
-	TINSMITH_TEST_FAULTS=full $(BIN)/pytest tests/faults
+	TINSMITH_TEST_FAULTS=full $(BIN)/pytest tests/faults tests/e2e/test_rank_liveness.py
 	$(MAKE) kills
 
 kills: setup ## Real processes killed KILLS=100 times while scripts train; RANKS=2 for two ranks
