@@ -39,7 +39,7 @@ LATEST: Mapping[str, int] = {
     ),
     "ckpt_post_commit": 3,
 }
-"""A failpoint acts when it is reached for the n-th time, n from 1 to this or 1: a round has nine
+"""A failpoint acts when it is reached for the n-th time, n from 1 to this or 1: a round has ten
 calls, three of them steps and three of them saves."""
 Files = dict[str, bytes]
 
@@ -58,21 +58,25 @@ def running(
 
 
 def create(cluster: RunningCluster) -> tinsmith.TrainingClient:
+    """A model with gradients that have to be made again by whoever is started anew."""
     service = tinsmith.ServiceClient(cluster.address)
-    return service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result(100)
+    client = service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result(100)
+    data = make_data(np.random.default_rng(0), 3, 12)
+    client.forward_backward(data, "cross_entropy").result(100)
+    return client
 
 
 def train_and_save(client: tinsmith.TrainingClient, number: int) -> None:
-    """Gradients of which a server that starts anew has to be told, then nine calls, all sent at
-    once: a save between all others, one name again and again, and two that are new."""
+    """Ten calls, all sent at once: saves between all others, one under a name that is used again
+    and again, and two under new ones."""
     rng = np.random.default_rng(number)
     adam = types.AdamParams(learning_rate=1e-2 / number)
 
     def add() -> Any:
         return client.forward_backward(make_data(rng, 3, 12), "cross_entropy")
 
-    add().result(100)
     futures: list[Any] = [
+        add(),
         client.optim_step(adam),
         client.save_state("rolling", overwrite=True),
         add(),
