@@ -8,9 +8,6 @@ import pytest
 from tinsmithd.training.records import StoreDamaged
 from tinsmithd.training.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
 
-DATUM_BYTES = 1500
-FLIPS = 50
-
 FILES = {"weights": random.Random(1).randbytes(PIECE_BYTES + 9), "ü": b"config", "empty": b""}
 
 

@@ -11,9 +11,6 @@ from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
 from tinsmithd.training import works
 from tinsmithd.training.works import ComputeWork, Outcome, Work
 
-DATUM_BYTES = 1500
-FLIPS = 50
-
 names = st.text("abcXYZ019", min_size=1, max_size=8)
 paths = st.builds(CheckpointPath, names, st.sampled_from(CheckpointKind), names)
 numbers = st.floats(allow_nan=False)

@@ -51,9 +51,9 @@ class TrainingServiceStub:
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
     FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
-    answer ends. When ranks or this server die, the model is brought back from its newest
-    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
-    its connection sends the same call again. A replayed call that gives another result than it gave
+    answer ends. When ranks or this server die, the model is brought back from its newest snapshot
+    and the calls after that, bit for bit; calls under way take longer, and a caller that lost its
+    connection sends the same call again. A replayed call that gives another result than it gave
     before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
     `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
     consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
@@ -93,8 +93,9 @@ class TrainingServiceStub:
     The request stream is one call: header fields in the first message, data in as many messages
     as needed, then half-close. One message is a complete call. Results stream back in datum
     order as they are computed, a message for each 256 KiB of them or more; the last message has
-    the rest and `metrics`. On an error the results that were already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
-    computed (0 where the answer is a repeat from before a restart).
+    the rest and `metrics`. On an error the results that were already sent are void. The trailing
+    metadata `tinsmith-engine-seconds` says how long the ranks computed (0 where the answer is a
+    repeat from before a restart).
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
     `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
@@ -147,9 +148,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
     FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
-    answer ends. When ranks or this server die, the model is brought back from its newest
-    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
-    its connection sends the same call again. A replayed call that gives another result than it gave
+    answer ends. When ranks or this server die, the model is brought back from its newest snapshot
+    and the calls after that, bit for bit; calls under way take longer, and a caller that lost its
+    connection sends the same call again. A replayed call that gives another result than it gave
     before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
     `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
     consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
@@ -186,8 +187,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     The request stream is one call: header fields in the first message, data in as many messages
     as needed, then half-close. One message is a complete call. Results stream back in datum
     order as they are computed, a message for each 256 KiB of them or more; the last message has
-    the rest and `metrics`. On an error the results that were already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
-    computed (0 where the answer is a repeat from before a restart).
+    the rest and `metrics`. On an error the results that were already sent are void. The trailing
+    metadata `tinsmith-engine-seconds` says how long the ranks computed (0 where the answer is a
+    repeat from before a restart).
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
     `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
@@ -239,9 +241,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
     FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
-    answer ends. When ranks or this server die, the model is brought back from its newest
-    snapshot and the calls after that, bit for bit; calls under way take longer, and a caller that lost
-    its connection sends the same call again. A replayed call that gives another result than it gave
+    answer ends. When ranks or this server die, the model is brought back from its newest snapshot
+    and the calls after that, bit for bit; calls under way take longer, and a caller that lost its
+    connection sends the same call again. A replayed call that gives another result than it gave
     before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
     `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
     consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
@@ -312,8 +314,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         The request stream is one call: header fields in the first message, data in as many messages
         as needed, then half-close. One message is a complete call. Results stream back in datum
         order as they are computed, a message for each 256 KiB of them or more; the last message has
-        the rest and `metrics`. On an error the results that were already sent are void. The trailing metadata `tinsmith-engine-seconds` says how long the ranks
-        computed (0 where the answer is a repeat from before a restart).
+        the rest and `metrics`. On an error the results that were already sent are void. The trailing
+        metadata `tinsmith-engine-seconds` says how long the ranks computed (0 where the answer is a
+        repeat from before a restart).
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
         `data[3].loss_fn_inputs["weights"]`; ALREADY_EXISTS; FAILED_PRECONDITION;
         RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).

@@ -217,7 +217,7 @@ class Waiting:
             written: It is in the journal.
         """
         forgotten = self._free(entry, written=written)
-        if written:
+        if written and forgotten is not None:
             # Before that the caller may not hear that the number is free: it could be used for
             # something else, and after a restart this call would be there again.
             await forgotten
@@ -231,8 +231,13 @@ class Waiting:
             self._free(entry, written=False)
             entry.answer.fail(error)
 
-    def _free(self, entry: Entry, *, written: bool) -> "asyncio.Future[None]":
-        """Free a call's number, and park what came after; done when the journal has it so."""
+    def _free(self, entry: Entry, *, written: bool) -> "asyncio.Future[None] | None":
+        """Free a call's number, and park what came after.
+
+        Returns:
+            Done when the journal has it so; None where it has nothing to forget. On a full disk
+            each refused call would else leave a commit behind that waits for room.
+        """
         free = [entry.position] if written else []
         if entry.seq_id:
             self.answers.forget(entry.seq_id)
@@ -243,4 +248,6 @@ class Waiting:
                 free.append(waiting.position)
                 self._park(waiting)
         self._rules.forgot([entry.position, *free])
+        if not free:
+            return None
         return self._journal.commit(ForgetCalls(self._name, free), must=True)
