@@ -1,9 +1,9 @@
 """The client's types to messages and back."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
-from typing import Any
+from typing import Any, TypeVar
 
 from tinsmith import tensors
 from tinsmith.errors import InvalidArgumentError
@@ -16,10 +16,23 @@ from tinsmith.types.outputs import (
     TopkLogprobs,
 )
 from tinsmith.types.tensor import as_like
-from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, types_pb2
+from tinsmith.v1 import (
+    checkpoint_service_pb2,
+    sampler_service_pb2,
+    training_service_pb2,
+    types_pb2,
+)
 
-MESSAGE_BYTES = 4 * 1024 * 1024
-"""A call's data are cut into messages of about this size."""
+MESSAGE_BYTES = 256 * 1024
+"""A call's data are cut into messages of about this size: while one is read at the other end, the
+next is written here, into memory that the one before has left. A whole call in one message takes
+new pages from the system each time, at several times the cost of sending them."""
+
+ComputeRequest = TypeVar(
+    "ComputeRequest",
+    training_service_pb2.ForwardRequest,
+    training_service_pb2.ForwardBackwardRequest,
+)
 
 _STOP_REASONS: Mapping[int, StopReason] = {
     sampler_service_pb2.STOP_REASON_STOP: "stop",
@@ -29,28 +42,41 @@ _STOP_REASONS: Mapping[int, StopReason] = {
 
 def model_input_to_pb(model_input: ModelInput, where: str) -> types_pb2.ModelInput:
     """Write tokens; `where` names the field in an error."""
-    chunk = types_pb2.ModelInputChunk(tokens=tensors.encode(int_tokens(model_input, where)))
-    return types_pb2.ModelInput(chunks=[chunk])
+    message = types_pb2.ModelInput()
+    tensors.write(message.chunks.add().tokens, int_tokens(model_input, where))
+    return message
 
 
-def data_to_pb(data: Sequence[Datum]) -> list[types_pb2.Datum]:
-    """Write data.
+def requests_of(
+    kind: type[ComputeRequest], data: Sequence[Datum], loss_fn: types_pb2.LossFn
+) -> list[ComputeRequest]:
+    """Write a call with data: messages of about `MESSAGE_BYTES`; a larger datum has its own.
+
+    The first still lacks the model and the number.
 
     Raises:
-        InvalidArgumentError: There is none, or one is no Datum or has no token.
+        InvalidArgumentError: There are no data, or one is no Datum or has no token.
     """
-    data = list(data)
     if not data:
         raise InvalidArgumentError("data: must not be empty", field="data", reason="MISSING_FIELD")
-    messages = []
+    requests = [kind(loss_fn=loss_fn)]
+    room = MESSAGE_BYTES
     for index, datum in enumerate(data):
         if not isinstance(datum, Datum):
             message = f"data[{index}]: expected a Datum, got {type(datum).__name__}"
             raise InvalidArgumentError(message, field=f"data[{index}]")
-        inputs = {k: tensors.encode(v.to_numpy()) for k, v in datum.loss_fn_inputs.items()}
-        tokens = model_input_to_pb(datum.model_input, f"data[{index}].model_input")
-        messages.append(types_pb2.Datum(model_input=tokens, loss_fn_inputs=inputs))
-    return messages
+        tokens = int_tokens(datum.model_input, f"data[{index}].model_input")
+        inputs = {name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()}
+        nbytes = tokens.nbytes + sum(array.nbytes for array in inputs.values())
+        if nbytes > room and requests[-1].data:
+            requests.append(kind())
+            room = MESSAGE_BYTES
+        room -= nbytes
+        written = requests[-1].data.add()
+        tensors.write(written.model_input.chunks.add().tokens, tokens)
+        for name, array in inputs.items():
+            tensors.write(written.loss_fn_inputs[name], array)
+    return requests
 
 
 def loss_fn_to_pb(name: str, config: Mapping[str, float | str] | None) -> types_pb2.LossFn:
@@ -76,20 +102,6 @@ def loss_fn_to_pb(name: str, config: Mapping[str, float | str] | None) -> types_
             raise InvalidArgumentError(f"{where}: {value!r} is not a finite number", field=where)
         setattr(settings, key, float(value))
     return message
-
-
-def messages_of(data: Sequence[types_pb2.Datum]) -> Iterator[list[types_pb2.Datum]]:
-    """Cut data into messages of about `MESSAGE_BYTES`; a larger datum goes alone."""
-    batch: list[types_pb2.Datum] = []
-    size = 0
-    for datum in data:
-        nbytes = datum.ByteSize()
-        if batch and size + nbytes > MESSAGE_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(datum)
-        size += nbytes
-    yield batch
 
 
 def output_from_pb(

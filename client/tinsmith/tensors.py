@@ -36,9 +36,20 @@ class TensorError(ValueError):
 
 
 def encode(values: ArrayLike, *, plain: bool = False) -> pb.Tensor:
-    """Write an array as a message.
+    """Write an array as a message; arguments and errors as `write`."""
+    tensor = pb.Tensor()
+    write(tensor, values, plain=plain)
+    return tensor
+
+
+def write(tensor: pb.Tensor, values: ArrayLike, *, plain: bool = False) -> None:
+    """Write an array into an empty message, such as one that is a field of another message.
+
+    A message that is given to another one is copied with all its bytes; one that is filled in its
+    place is not: `write(datum.loss_fn_inputs["weights"], weights)`.
 
     Args:
+        tensor: Where to.
         values: Array, or nested lists, of a float or integer dtype and any shape.
         plain: Carry the values as plain numbers instead of bytes.
 
@@ -58,11 +69,14 @@ def encode(values: ArrayLike, *, plain: bool = False) -> pb.Tensor:
     else:
         raise TensorError("dtype", f"cannot send dtype {array.dtype}; use a float or an int")
     packed = np.ascontiguousarray(array, dtype=_DTYPES[code])
+    tensor.dtype = code
+    tensor.shape.extend(array.shape)
     if not plain:
-        return pb.Tensor(dtype=code, shape=array.shape, data=packed.tobytes())
-    if code == pb.DTYPE_FLOAT32:
-        return pb.Tensor(dtype=code, shape=array.shape, floats=packed.ravel())
-    return pb.Tensor(dtype=code, shape=array.shape, ints=map(int, packed.ravel()))
+        tensor.data = packed.tobytes()
+    elif code == pb.DTYPE_FLOAT32:
+        tensor.floats.extend(packed.ravel())
+    else:
+        tensor.ints.extend(map(int, packed.ravel()))
 
 
 def decode(tensor: pb.Tensor) -> NDArray[Any]:

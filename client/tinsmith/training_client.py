@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tinsmith import _loop
 from tinsmith._connection import Connection
-from tinsmith._convert import data_to_pb, loss_fn_to_pb, messages_of, output_from_pb
+from tinsmith._convert import loss_fn_to_pb, output_from_pb, requests_of
 from tinsmith._custom_loss import (
     CustomLossFn,
     backward_data,
@@ -35,7 +35,7 @@ from tinsmith.types import (
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 
-_ComputeRequest = type[pb.ForwardRequest] | type[pb.ForwardBackwardRequest]
+_Requests = Sequence[pb.ForwardRequest] | Sequence[pb.ForwardBackwardRequest]
 
 
 @async_twins(
@@ -100,10 +100,15 @@ class TrainingClient:
         backward: bool,
     ) -> APIFuture[ForwardBackwardOutput]:
         data = list(data)
-        messages, loss = data_to_pb(data), loss_fn_to_pb(loss_fn, config)
+        loss = loss_fn_to_pb(loss_fn, config)
+        requests: _Requests
+        if backward:
+            requests = requests_of(pb.ForwardBackwardRequest, data, loss)
+        else:
+            requests = requests_of(pb.ForwardRequest, data, loss)
 
         async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
-            return await self._send(numbers[0], data, messages, loss, backward=backward)
+            return await self._send(numbers[0], data, requests)
 
         return APIFuture(self._lane.submit(1, start))
 
@@ -111,27 +116,17 @@ class TrainingClient:
         self,
         seq_id: int,
         data: Sequence[Datum],
-        messages: Sequence[types_pb2.Datum],
-        loss: types_pb2.LossFn,
-        *,
-        backward: bool,
+        requests: _Requests,
     ) -> ForwardBackwardOutput:
-        kind: _ComputeRequest = pb.ForwardBackwardRequest if backward else pb.ForwardRequest
+        requests[0].model_id, requests[0].seq_id = self.model_id, seq_id
+        backward = isinstance(requests[0], pb.ForwardBackwardRequest)
         stub = self._connection.training()
         method: Any = stub.ForwardBackward if backward else stub.Forward
 
         async def attempt() -> ForwardBackwardOutput:
-            header: dict[str, Any] = {"model_id": self.model_id, "seq_id": seq_id, "loss_fn": loss}
-
-            async def requests() -> Any:
-                nonlocal header
-                for batch in messages_of(messages):
-                    yield kind(data=batch, **header)
-                    header = {}
-
             outputs: list[Any] = []
             metrics: dict[str, float] = {}
-            async for response in method(requests()):
+            async for response in method(iter(requests)):
                 outputs.extend(response.outputs)
                 metrics.update(response.metrics)
             return output_from_pb(outputs, metrics, data)
@@ -162,21 +157,22 @@ class TrainingClient:
         """
         data = list(data)
         prepared = forward_data(data)
-        messages, loss = data_to_pb(prepared), loss_fn_to_pb("cross_entropy", None)
+        loss = loss_fn_to_pb("cross_entropy", None)
+        requests = requests_of(pb.ForwardRequest, prepared, loss)
 
         async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
             first, second = numbers
             try:
-                forward = await self._send(first, prepared, messages, loss, backward=False)
+                forward = await self._send(first, prepared, requests)
                 logprobs = [output["logprobs"] for output in forward.loss_fn_outputs]
                 arrays = [tensor.to_numpy() for tensor in logprobs]
                 value, metrics, gradients = await asyncio.to_thread(run_loss, loss_fn, data, arrays)
                 weighted = backward_data(data, gradients)
-                weighted_messages = data_to_pb(weighted)
+                weighted_requests = requests_of(pb.ForwardBackwardRequest, weighted, loss)
             except BaseException:
                 await self._lane.skip(second)  # it is taken, and later calls wait for it
                 raise
-            output = await self._send(second, data, weighted_messages, loss, backward=True)
+            output = await self._send(second, data, weighted_requests)
             return ForwardBackwardOutput(
                 output.loss_fn_outputs, metrics_of(value, metrics, output.metrics)
             )

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.bare_hops import overheads_s
 from bench.harness import Agreement, Result, Side, Timing, estimate, measure, middle, walls
-from bench.rpc_client import DATUM_TOKENS, request_of, wide_data
+from bench.rpc_client import DATUM_TOKENS, requests_of, wide_data
 from bench.sides import Settings
 from clusters import RunningCluster
 from faults.harness import environment
@@ -36,7 +37,7 @@ def rpc(settings: Settings) -> list[Result]:
     """A call that does nothing, and one of a megabyte less what its engine took.
 
     The engine's time is what the rank says of that very call; an engine of the same kind in this
-    process must give the same numbers.
+    process must give the same numbers. What of the rest is gRPC's own is measured beside it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the cluster's rank
@@ -56,7 +57,9 @@ def rpc(settings: Settings) -> list[Result]:
                 model_id = created.model.model_id
                 if durability == "none":
                     results += _no_op(cluster, model_id, settings)
-                results += _megabyte(running, model_id, folder, settings, durability)
+                rows, engine_s = _megabyte(running, model_id, folder, settings, durability)
+                results += rows
+        results.append(_bare_hops(engine_s, settings))
     torch.set_num_threads(threads)
     return results
 
@@ -82,8 +85,11 @@ def _no_op(cluster: Cluster, model_id: str, settings: Settings) -> list[Result]:
 
 def _megabyte(
     running: RunningCluster, model_id: str, folder: Path, settings: Settings, durability: str
-) -> list[Result]:
-    """Client time less engine time of one ForwardBackward, and its share of a step of a second."""
+) -> tuple[list[Result], float]:
+    """Client time less engine time of one ForwardBackward, and its share of a step of a second.
+
+    Also the engine's seconds.
+    """
     calls = settings.pairs * CALLS_PER_PAIR
     pids = _with_children([running.pid(name) for name in running.addresses])
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,18 +107,41 @@ def _megabyte(
     }
     expected = _engine_logprobs(folder, settings)
     apart = [np.abs(found[f"logprobs_{i}"] - array).max() for i, array in enumerate(expected)]
-    size = request_of(model_id, wide_data()).ByteSize()
+    size = sum(each.ByteSize() for each in requests_of(model_id, wide_data()))
     what = f"ForwardBackward of {size / 1e6:.2f} MB, {durability}: client - engine time"
     share = f"the same in percent of a step of {STEP_S:g} s"
     percent = overhead_ms / 1e3 / STEP_S * 100
-    own_ms = float(np.median(found["engine_s"])) * 1e3
-    notes = f"p50 of {calls} calls; the engine said {own_ms:.1f} ms; CPU is of all processes"
+    engine_s = float(np.median(found["engine_s"]))
+    notes = (
+        f"p50 of {calls} calls; the engine said {engine_s * 1e3:.1f} ms; CPU is of all processes"
+    )
     agreement = Agreement(float(np.max(apart)), 0.0)
     common = {"sides": sides, "agreement": agreement, "notes": notes}
-    return [
+    rows = [
         Result("11", what, estimate(overhead_ms), "ms", target=OVERHEAD_TARGET_MS, **common),
         Result("12", share, estimate(percent), "%", target=SHARE_TARGET_PERCENT, **common),
     ]
+    return rows, engine_s
+
+
+def _bare_hops(work_s: float, settings: Settings) -> Result:
+    """The same bytes through two hops of gRPC with nobody looking at them."""
+    data = wide_data()
+    calls = settings.pairs * CALLS_PER_PAIR
+    seconds = overheads_s(
+        [request.SerializeToString() for request in requests_of("bench", data)],
+        sum(datum.loss_fn_inputs["weights"].nbytes for datum in data),
+        work_s,
+        WARM_UPS,
+        calls,
+    )
+    return Result(
+        "11",
+        "of that, two hops of bare gRPC with the same bytes",
+        estimate(seconds * 1e3),
+        "ms",
+        notes=f"p50 of {calls} calls; no servers of ours, nothing serialised, read or kept",
+    )
 
 
 def _engine_logprobs(folder: Path, settings: Settings) -> list[np.ndarray]:

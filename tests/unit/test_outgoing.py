@@ -4,42 +4,59 @@ import threading
 import time
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
-from tinsmith.v1.training_service_pb2 import DatumOutput
 from tinsmithd.trainer.outgoing import RESULTS_BYTES_MAX, Outgoing
 
 
 def results(command_id: int, count: int = 1) -> pb.AttachRequest:
-    outputs = [DatumOutput() for _ in range(count)]
-    return pb.AttachRequest(command_id=command_id, results=pb.DatumResults(outputs=outputs))
+    outputs = pb.DatumResults(outputs=[b"datum"] * count)
+    return pb.AttachRequest(command_id=command_id, results=outputs)
 
 
 def piece(data: bytes) -> pb.AttachRequest:
     return pb.AttachRequest(command_id=9, piece=pb.StatePiece(file_name="f", data=data))
 
 
-def done(command_id: int) -> pb.AttachRequest:
-    return pb.AttachRequest(command_id=command_id, done=pb.Done())
+def done(command_id: int, count: int = 0) -> pb.AttachRequest:
+    message = pb.Done(results=results(command_id, count).results if count else None)
+    return pb.AttachRequest(command_id=command_id, done=message)
 
 
 def test_results_that_wait_together_are_one_message() -> None:
-    """Of one command only; what comes in between keeps its place."""
+    """Of one command only, with its end; what comes in between keeps its place."""
     outgoing = Outgoing()
     alive = pb.AttachRequest(alive=pb.Alive())
-    for message in (results(1), results(1, 2), done(1), results(2), alive, results(2), done(2)):
+    failed = pb.AttachRequest(command_id=3, failed=pb.Failed())
+    for message in (
+        *(results(1), results(1, 2), done(1)),
+        *(results(2), alive, results(2), done(2)),
+        *(results(3), results(3), failed),
+        *(done(4), results(5), done(5)),
+    ):
         outgoing.put(message)
     outgoing.end()
     assert list(outgoing) == [
-        *(results(1, 3), done(1)),
-        *(results(2), alive, results(2), done(2)),
+        done(1, 3),
+        *(results(2), alive, done(2, 1)),
+        *(results(3, 2), failed),
+        *(done(4), done(5, 1)),
     ]
+
+
+def test_results_wait_a_moment_for_the_end_of_their_command() -> None:
+    """Both leave together when the end comes at once; without it, the results leave alone."""
+    for wait_s, expected in ((60, [done(1, 1)]), (0, [results(1), done(1)])):
+        outgoing = Outgoing(results_wait_s=wait_s)
+        outgoing.put(results(1))
+        end = threading.Timer(0.1, lambda to: (to.put(done(1)), to.end()), [outgoing])
+        end.start()
+        assert list(outgoing) == expected
 
 
 def test_large_results_are_not_put_together() -> None:
     """Beyond a size, and those of one more datum."""
     outgoing = Outgoing()
     large = results(1)
-    tensor = large.results.outputs[0].loss_fn_outputs["logprobs"]
-    tensor.data = bytes(RESULTS_BYTES_MAX // 2)
+    large.results.outputs[0] = bytes(RESULTS_BYTES_MAX // 2)
     for _ in range(5):
         copy = pb.AttachRequest()
         copy.CopyFrom(large)

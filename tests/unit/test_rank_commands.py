@@ -9,6 +9,7 @@ import pytest
 
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmith.v1.training_service_pb2 import DatumOutput
 from tinsmithd import state_files
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, LossFn, ModelState, Tuning
@@ -106,7 +107,8 @@ def test_a_compute_answers_with_its_plan_and_what_it_took(engine: Pretender) -> 
     (data, plan) = engine.calls[0]
     assert plan == b"so"
     assert [datum.tokens.tolist() for datum in data] == [[0, 1, 2]] * 2
-    found = [tensors.decode(a.results.outputs[0].loss_fn_outputs["logprobs"]) for a in results]
+    outputs = [DatumOutput.FromString(answer.results.outputs[0]) for answer in results]
+    found = [tensors.decode(output.loss_fn_outputs["logprobs"]) for output in outputs]
     np.testing.assert_array_equal(found, [[0, 0, 0], [1, 1, 1]])
     assert dict(last.done.metrics) == {"loss:sum": 2.5}
     assert (last.done.plan, last.done.non_finite) == (b"as planned", True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
-from tinsmith.v1 import types_pb2
+from tinsmith.v1 import training_service_pb2, types_pb2
 from tinsmithd import state_files
 from tinsmithd.convert import types as convert
-from tinsmithd.convert.tensors import array_to_pb
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
 from tinsmithd.trainer.answers import done_with, failed
@@ -138,12 +138,11 @@ class Commands:
         compute = command.compute
 
         def on_result(index: int, outputs: Mapping[str, np.ndarray]) -> None:
-            message = pb.AttachRequest(command_id=command.command_id)
-            # Filled in place: a message that is given to another one is copied.
-            output = message.results.outputs.add()
+            output = training_service_pb2.DatumOutput()
             for name, array in outputs.items():
-                tensor = array_to_pb(array, types_pb2.TENSOR_FORMAT_PACKED)
-                output.loss_fn_outputs[name].CopyFrom(tensor)
+                tensors.write(output.loss_fn_outputs[name], array)
+            message = pb.AttachRequest(command_id=command.command_id)
+            message.results.outputs.append(output.SerializeToString(deterministic=True))
             replies.now(message)
 
         data = [

@@ -1,6 +1,7 @@
 """What rank 0 says on one stream, in the order in which it goes out."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -8,6 +9,9 @@ from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 
 RESULTS_BYTES_MAX = 1024 * 1024
 """Results are put together up to so many bytes, and those of one datum more."""
+RESULTS_WAIT_S = 0.002
+"""So long results wait for more of them, or for the end of their command, to go out with. Without
+that, sending them would also take turns with the computing thread at the interpreter."""
 
 
 class Outgoing:
@@ -17,11 +21,15 @@ class Outgoing:
     is held up meanwhile, so an answer is never behind more than one of them here, and a state is
     not in memory once more.
 
+    Args:
+        results_wait_s: See `RESULTS_WAIT_S`.
+
     Attributes:
         ended: Set when the stream is over; what is put from then on goes nowhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, results_wait_s: float = RESULTS_WAIT_S) -> None:
+        self._results_wait_s = results_wait_s
         self.ended = threading.Event()
         self._lock = threading.Lock()
         self._filled = threading.Condition(self._lock)
@@ -60,15 +68,19 @@ class Outgoing:
             self._has_room.notify_all()
 
     def __iter__(self) -> Iterator[pb.AttachRequest]:
-        """The messages; results that wait together go out as one."""
+        """The messages; results that wait together go out as one, the last with their `done`."""
         while (taken := self._take()) is not None:
             first, *others = taken
             for other in others:
-                first.results.MergeFrom(other.results)
+                if other.HasField("done"):
+                    other.done.results.CopyFrom(first.results)
+                    first = other
+                else:
+                    first.results.MergeFrom(other.results)
             yield first
 
     def _take(self) -> list[pb.AttachRequest] | None:
-        """The next message, or neighbours of it that are results of the same command."""
+        """The next message; results with their neighbours, up to the `done` of their command."""
         with self._lock:
             while not self._now and not self._later:
                 if self.ended.is_set():
@@ -79,12 +91,18 @@ class Outgoing:
                 return [self._later.popleft()]
             taken = [self._now.popleft()]
             size = taken[0].ByteSize()
-            # Those of another command follow a message of another kind: each ends with one.
-            while self._now and size < RESULTS_BYTES_MAX and _are_results(taken[0], self._now[0]):
+            deadline_s = time.monotonic() + self._results_wait_s
+            while taken[-1].HasField("results") and size < RESULTS_BYTES_MAX:
+                wait_s = deadline_s - time.monotonic()
+                if not self._now and not (wait_s > 0 and self._filled.wait(wait_s)):
+                    break
+                # Those of another command follow a message of another kind: each ends with one.
+                if not self._now or not _belongs(self._now[0], taken[-1]):
+                    break
                 taken.append(self._now.popleft())
                 size += taken[-1].ByteSize()
             return taken
 
 
-def _are_results(*messages: pb.AttachRequest) -> bool:
-    return all(message.HasField("results") for message in messages)
+def _belongs(message: pb.AttachRequest, results: pb.AttachRequest) -> bool:
+    return message.command_id == results.command_id and not message.HasField("failed")

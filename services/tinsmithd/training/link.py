@@ -137,14 +137,20 @@ class RankGroup:
         on_result: OnResult,
     ) -> Computed:
         """Forward, and backward too where asked."""
-        command = pb.Compute(data=work.data, backward=work.backward, part=_PARTS[part], plan=plan)
-        command.loss_fn.ParseFromString(work.loss)
+        command = pb.AttachResponse(model_id=model_id)
+        # Filled in its place: a message that is given to another one is copied with all its data.
+        compute = command.compute
+        compute.loss_fn.ParseFromString(work.loss)
+        compute.data.extend(work.data)
+        compute.backward, compute.part, compute.plan = work.backward, _PARTS[part], plan
 
         async def take(message: pb.AttachRequest) -> None:
             for output in message.results.outputs:
-                on_result(output.SerializeToString(deterministic=True))
+                on_result(output)
 
-        done = await self._execute(model_id, take, compute=command)
+        done = await self._finish(await self._begin(command), take)
+        for output in done.results.outputs:
+            on_result(output)
         return Computed(dict(done.metrics), done.plan, done.non_finite, done.engine_s)
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
@@ -160,7 +166,8 @@ class RankGroup:
 
     async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends it to `on_piece`."""
-        answers = await self._begin(model_id, snapshot=pb.Snapshot())
+        command = pb.AttachResponse(model_id=model_id, snapshot=pb.Snapshot())
+        answers = await self._begin(command)
         first = await self._next(answers)
         if first.WhichOneof("content") == "failed":
             self._answers.pop(answers.command_id)
@@ -204,15 +211,15 @@ class RankGroup:
         return TrainerLost(str(self._lost))
 
     async def _execute(self, model_id: str, on_part: Any = None, **command: Any) -> pb.Done:
-        return await self._finish(await self._begin(model_id, **command), on_part)
+        message = pb.AttachResponse(model_id=model_id, **command)
+        return await self._finish(await self._begin(message), on_part)
 
-    async def _begin(self, model_id: str, **command: Any) -> "_Answers":
+    async def _begin(self, command: pb.AttachResponse) -> "_Answers":
         answers = _Answers(self._take_command_id())
         self._answers[answers.command_id] = answers
+        command.command_id = answers.command_id
         try:
-            await self._send(
-                pb.AttachResponse(command_id=answers.command_id, model_id=model_id, **command)
-            )
+            await self._send(command)
         except BaseException:
             del self._answers[answers.command_id]
             raise

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from google.protobuf.message import Message
 
 from tinsmith.v1 import training_service_pb2 as pb
-from tinsmith.v1 import types_pb2
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import check_format
 from tinsmithd.domain import BaseModelInfo, CrossEntropy, Datum, LossFn
@@ -111,10 +110,10 @@ class _Budget:
         self._data = 0
         self._bytes = 0
 
-    def spend(self, datum: types_pb2.Datum) -> int:
-        """Count one more datum; returns its index."""
+    def spend(self, nbytes: int) -> int:
+        """Count one more datum of so many bytes; returns its index."""
         self._data += 1
-        self._bytes += datum.ByteSize()
+        self._bytes += nbytes
         for limit, value, most in (
             ("data_per_call_max", self._data, self._data_max),
             ("call_bytes_max", self._bytes, self._bytes_max),
@@ -141,9 +140,9 @@ def _take(
     call: ComputeCall, content: "hashlib._Hash", budget: _Budget, message: ComputeRequest
 ) -> None:
     for datum in message.data:
-        index = budget.spend(datum)
-        # Length first, so that two data cannot look like two others.
         packed = datum.SerializeToString(deterministic=True)
+        index = budget.spend(len(packed))
+        # Length first, so that two data cannot look like two others.
         content.update(len(packed).to_bytes(8, "little"))
         content.update(packed)
         if call.refusal is None:

@@ -10,7 +10,6 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
-from tinsmith.v1 import training_service_pb2 as _training_service_pb2
 from tinsmith.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -274,13 +273,15 @@ class DatumResults(_message.Message):
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_training_service_pb2.DatumOutput]:
-        """One per datum; tensors are packed."""
+    def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """One per datum: a serialized tinsmith.v1.DatumOutput, its tensors packed. (On the wire this is
+        `repeated DatumOutput`; as bytes they need not be parsed on the way.)
+        """
 
     def __init__(
         self,
         *,
-        outputs: _abc.Iterable[_training_service_pb2.DatumOutput] | None = ...,
+        outputs: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -349,6 +350,7 @@ class Done(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     NON_FINITE_FIELD_NUMBER: _builtins.int
     ENGINE_S_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Optimizer steps that an exported or imported state has."""
     plan: _builtins.bytes
@@ -371,6 +373,10 @@ class Done(_message.Message):
     def full_config(self) -> _types_pb2.FullConfig:
         """All weights."""
 
+    @_builtins.property
+    def results(self) -> Global___DatumResults:
+        """Of a compute: the last results, where they come together with this."""
+
     def __init__(
         self,
         *,
@@ -381,10 +387,11 @@ class Done(_message.Message):
         plan: _builtins.bytes = ...,
         non_finite: _builtins.bool = ...,
         engine_s: _builtins.float = ...,
+        results: Global___DatumResults | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "results", b"results", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "non_finite", b"non_finite", "plan", b"plan", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "non_finite", b"non_finite", "plan", b"plan", "results", b"results", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
