@@ -12,12 +12,15 @@ SEEDS ?= 2000
 KILLS ?= 100
 RANKS ?= 1
 FAULTS_OUT ?= faults-out
+DOCKER ?= docker
+IMAGE_ARGS ?=
+IMAGES := training checkpoint trainer sampler
 PROTO_SERVICES := $(shell cd protos && find tinsmith -name '*_service.proto' | sort)
 PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e faults-short \
-  sim faults kills bench bench-gpu gpu clean
+  sim faults kills images kube bench bench-gpu gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +78,13 @@ faults: setup model ## All fault tests in full, then KILLS=100 kills, compared w
 kills: setup ## Real processes killed KILLS=100 times while scripts train; RANKS=2 for two ranks
 	rm -rf $(FAULTS_OUT)
 	PYTHONPATH=tests $(BIN)/python -m faults --kills $(KILLS) --ranks $(RANKS) --out $(FAULTS_OUT)
+
+images: ## Build the images as deploy/overlays/ci names them; DOCKER=podman, IMAGE_ARGS="--build-arg BASE=..."
+	for name in $(IMAGES); do \
+	  $(DOCKER) build $(IMAGE_ARGS) -f deploy/images/$$name.Dockerfile -t localhost/tinsmith-$$name:ci . || exit 1; done
+
+kube: setup ## deploy/ on the Kubernetes of TINSMITH_TEST_KUBECONFIG, whose nodes have `make images`
+	$(BIN)/pytest tests/kube tests/service/test_deploy.py
 
 bench: setup ## Speed and memory beside plain loops; ROWS="1 3" chooses rows, PAIRS=9 rounds
 	PYTHONPATH=tests $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) $(ROWS)

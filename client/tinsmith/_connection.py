@@ -124,7 +124,7 @@ class Connection:
             else:
                 self._unreachable.discard(service)
         given = found.sampler_address if service == SAMPLER else found.checkpoint_address
-        return self._channel(service_address(self.address, given))
+        return self._channel(service_address(service, self.address, given))
 
     async def capabilities(self) -> training_service_pb2.GetCapabilitiesResponse:
         """What the cluster says of itself, once it has a base model.

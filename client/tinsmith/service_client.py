@@ -34,7 +34,8 @@ class ServiceClient:
             `base_url`: `ServiceClient("host:50051")`.
         project_id: Ignored; there are no projects.
         base_url: `host:port` of the Training server; else `TINSMITH_ADDRESS`, else
-            127.0.0.1:50051.
+            127.0.0.1:50051. It says where the other two services are, unless
+            `TINSMITH_ADDRESS_SAMPLER` or `TINSMITH_ADDRESS_CHECKPOINT` does.
         api_key: Ignored; there are no keys yet.
         display_name: Ignored.
         give_up_after_s: Seconds for which a call is repeated while nothing but failures comes. They

@@ -9,6 +9,7 @@ import pytest
 
 import tinsmith
 from tinsmith import types
+from tinsmith.v1.connection import service_address
 
 
 def test_every_public_name_is_there() -> None:
@@ -77,6 +78,30 @@ def test_addresses(given: str | None, address: str, monkeypatch: pytest.MonkeyPa
     for service in (tinsmith.ServiceClient(given), tinsmith.ServiceClient(base_url=given)):
         sampler = service.create_sampling_client(base_model="base").result(10)
         assert sampler._connection.address == address
+
+
+@pytest.mark.parametrize(
+    ("given", "here", "address"),
+    [
+        ("sampler:2", "", "sampler:2"),
+        (":2", "", "host:2"),
+        ("", "", "host:1"),
+        ("sampler:2", "127.0.0.1:3", "127.0.0.1:3"),
+    ],
+)
+def test_where_the_other_services_are(
+    given: str, here: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the environment says, else as the Training server does."""
+    monkeypatch.setenv("TINSMITH_ADDRESS_SAMPLER", here)
+    assert service_address("sampler", "host:1", given) == address
+    assert service_address("checkpoint", "host:1", ":9") == "host:9"
+
+
+def test_an_address_without_a_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINSMITH_ADDRESS_CHECKPOINT", "somewhere")
+    with pytest.raises(ValueError, match="TINSMITH_ADDRESS_CHECKPOINT: 'somewhere' is not host"):
+        service_address("checkpoint", "host:1", ":9")
 
 
 def test_a_sampling_client_can_be_pickled() -> None:

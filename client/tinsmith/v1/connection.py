@@ -1,5 +1,6 @@
 """Opens channels to the three services of a cluster, knowing one address."""
 
+import os
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -21,14 +22,26 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 """Channel arguments that suit the servers: message sizes in bytes, times in milliseconds."""
 
 
-def service_address(base: str, given: str) -> str:
-    """Where a service is, from what GetCapabilities says of it.
+def service_address(service: str, base: str, given: str) -> str:
+    """Where a service is: as the environment says, else as GetCapabilities does.
+
+    `TINSMITH_ADDRESS_SAMPLER` and `TINSMITH_ADDRESS_CHECKPOINT` are for a client that reaches the
+    services by other names than the cluster knows, such as through `kubectl port-forward`.
 
     Args:
+        service: `sampler` or `checkpoint`.
         base: The address that the capabilities came from, `host:port`.
         given: `sampler_address` or `checkpoint_address`. Empty means `base` (a proxy in front of
             all services); `:port` means that port on the host of `base`.
+
+    Raises:
+        ValueError: What the environment says is not `host:port`.
     """
+    variable = f"TINSMITH_ADDRESS_{service.upper()}"
+    if here := os.environ.get(variable):
+        if not here.rpartition(":")[2].isdigit():
+            raise ValueError(f"{variable}: {here!r} is not host:port")
+        return here
     if not given:
         return base
     if given.startswith(":"):
@@ -52,8 +65,9 @@ class Cluster:
         self.capabilities: GetCapabilitiesResponse = self.training.GetCapabilities(
             GetCapabilitiesRequest(), timeout=timeout_s, wait_for_ready=True
         )
-        sampler = self._open(service_address(address, self.capabilities.sampler_address))
-        checkpoint = self._open(service_address(address, self.capabilities.checkpoint_address))
+        found = self.capabilities
+        sampler = self._open(service_address("sampler", address, found.sampler_address))
+        checkpoint = self._open(service_address("checkpoint", address, found.checkpoint_address))
         self._channels += [sampler, checkpoint]
         self.sampler = SamplerServiceStub(sampler)
         self.checkpoint = CheckpointServiceStub(checkpoint)

@@ -1,0 +1,123 @@
+"""deploy/ on a real Kubernetes: apply, train, and kill pods while a script trains.
+
+TINSMITH_TEST_KUBECONFIG names the API server, whose nodes have the images of `deploy/overlays/ci`
+(docs/deploy.md says how they are built). Without it these tests are skipped, loudly.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kube.cluster import KubeCluster, without_names
+from tiny_models import write_tiny_model
+
+STEPS = 30
+BASE_MODEL = "SmolLM2-135M-Instruct"
+"""Name of the folder that deploy/base/config.toml names; a tiny random model lies in it here."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeCluster]:
+    kubeconfig = os.environ.get("TINSMITH_TEST_KUBECONFIG")
+    if not kubeconfig:
+        sentence = "nothing ran on Kubernetes: TINSMITH_TEST_KUBECONFIG is not set"
+        warnings.warn(sentence, stacklevel=2)
+        pytest.skip(sentence)
+    found = KubeCluster(kubeconfig, f"tinsmith-kube-{os.getpid()}")
+    try:
+        folder = tmp_path_factory.mktemp("models") / BASE_MODEL
+        found.deploy(write_tiny_model(folder))
+        yield found
+    finally:
+        found.delete()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: KubeCluster) -> list[dict[str, Any]]:
+    """What the script says when nothing happens to the cluster."""
+    lines = cluster.run_script(STEPS)
+    assert len(lines) == STEPS + 2
+    assert lines[-1]["tokens"] != [[]]
+    return without_names(lines)
+
+
+def test_a_second_run_is_the_same(cluster: KubeCluster, undisturbed: list[dict[str, Any]]) -> None:
+    assert without_names(cluster.run_script(STEPS)) == undisturbed
+
+
+def test_a_script_on_a_laptop_is_the_same(
+    cluster: KubeCluster, undisturbed: list[dict[str, Any]]
+) -> None:
+    """Through forwarded ports, where none of the cluster's names mean anything."""
+    with cluster.forwarded() as environment:
+        assert without_names(cluster.run_script(STEPS, here=environment)) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["trainer"], ["training"], ["checkpoint", "sampler"], ["training", "trainer", "checkpoint"]],
+    ids="+".join,
+)
+def test_pods_are_killed_while_a_script_trains(
+    cluster: KubeCluster, undisturbed: list[dict[str, Any]], names: list[str]
+) -> None:
+    """The script waits, and every number is that of the run without kills."""
+    before = {name: cluster.start_times(name) for name in names}
+    at = {step: lambda: cluster.kill(*names) for step in (STEPS // 3, STEPS - 1)}
+    assert without_names(cluster.run_script(STEPS, at)) == undisturbed
+    for name in names:
+        assert not set(before[name]) & set(cluster.start_times(name))
+
+
+def test_a_rollout_loses_nothing(cluster: KubeCluster, undisturbed: list[dict[str, Any]]) -> None:
+    """Both are stopped in the ordinary way and start again."""
+    at = {10: lambda: cluster("rollout", "restart", "statefulset/training", "deployment/trainer")}
+    assert without_names(cluster.run_script(STEPS, at)) == undisturbed
+
+
+def test_models_outlive_the_workloads(
+    cluster: KubeCluster, undisturbed: list[dict[str, Any]]
+) -> None:
+    """Everything is deleted but the claims, then applied again, under a script that trains."""
+
+    def replace() -> None:
+        cluster("delete", "statefulset,deployment,service", "--all", "--grace-period=1")
+        cluster.apply()
+
+    assert without_names(cluster.run_script(STEPS, {15: replace})) == undisturbed
+
+
+def test_samplers_are_scaled_and_killed(
+    cluster: KubeCluster, undisturbed: list[dict[str, Any]]
+) -> None:
+    """Two samplers are one service; a sample comes from any, whichever of them die."""
+    cluster("scale", "deployment/sampler", "--replicas=2")
+    cluster("rollout", "status", "deployment/sampler", "--timeout=120s")
+    cluster.until("two samplers", lambda: len(cluster.pods("sampler")) == 2)
+    first = cluster.pods("sampler")[0]
+
+    def kill_one() -> None:
+        cluster("delete", "pod", first, "--force", "--grace-period=0")
+
+    assert without_names(cluster.run_script(STEPS, {STEPS - 1: kill_one})) == undisturbed
+
+
+def test_the_volumes_are_not_readable_by_the_others(cluster: KubeCluster) -> None:
+    """No server is root, and the file system of each is read-only besides its volumes."""
+    for name in ("training", "checkpoint", "sampler", "trainer"):
+        (pod, *_) = cluster.pods(name)
+        script = "id -u; touch /x 2>/dev/null && echo wrote; test -w /models && echo models; true"
+        assert cluster("exec", pod, "--", "sh", "-c", script).split() == ["10001"]
+
+
+def test_the_logs_have_no_traceback(cluster: KubeCluster) -> None:
+    """After all that: what an operator reads is sentences."""
+    for name in ("training", "checkpoint", "sampler", "trainer"):
+        for pod in cluster.pods(name):
+            log = cluster("logs", pod)
+            assert log
+            assert "Traceback" not in log, Path(pod).name + log

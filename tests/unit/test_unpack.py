@@ -1,0 +1,52 @@
+"""An archive from a server is unpacked as plain files beside each other, or not at all."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tinsmith.errors import InvalidArgumentError
+from tinsmith.rest_client import _unpack
+
+
+def archive_of(*members: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for member in members:
+            tar.addfile(member, io.BytesIO(b"x" * member.size))
+    return buffer.getvalue()
+
+
+def file(name: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = 3
+    return member
+
+
+def test_files_of_the_same_name_are_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    _unpack(archive_of(file("a.json"), file("b.safetensors")), target)
+    (target / "a.json").write_text("old")
+    _unpack(archive_of(file("a.json")), target)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {
+        "a.json": "xxx",
+        "b.safetensors": "xxx",
+    }
+
+
+@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/b", "..", "."])
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "new"
+    with pytest.raises(InvalidArgumentError, match="no plain file"):
+        _unpack(archive_of(file("good"), file(name)), target)
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE])
+def test_what_is_no_file_is_refused(tmp_path: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("link")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with pytest.raises(InvalidArgumentError, match="link, which is no plain file"):
+        _unpack(archive_of(member), tmp_path / "new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
