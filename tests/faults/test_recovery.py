@@ -16,7 +16,7 @@ from clusters import until_health
 from faults.processes import Training
 from tinsmith import types
 from tinsmith import v1 as pb
-from tinsmithd.training import sqlite_store
+from tinsmithd.training import sqlite_writes
 from wire import reason_and_field
 
 STEPS = 7
@@ -168,6 +168,36 @@ def test_row_11_a_training_server_that_was_replaced_writes_nothing(
     assert seen == undisturbed[: 2 * STEPS]
 
 
+def test_a_model_that_was_deleted_is_not_created_again_by_a_late_repeat(
+    training: Training,
+) -> None:
+    """The repeat of its CreateModel comes after it was deleted and the server was killed: the
+    answer is the first one, and there is no model."""
+    training.start_rank()
+    until_health(training.address, serving=True)
+    request = pb.CreateModelRequest(lora_config=pb.LoraConfig(rank=2, seed=1), request_id="once")
+    with grpc.insecure_channel(training.address) as channel:
+        stub = pb.TrainingServiceStub(channel)
+        first = stub.CreateModel(request, timeout=60).model
+        stub.DeleteModel(pb.DeleteModelRequest(model_id=first.model_id), timeout=60)
+    training.server.kill()
+    training.server = training.start_server()
+    training.start_rank()
+    until_health(training.address, serving=True)
+    with grpc.insecure_channel(training.address) as channel:
+        stub = pb.TrainingServiceStub(channel)
+        again = stub.CreateModel(request, timeout=60).model
+        assert (again.model_id, again.create_time) == (first.model_id, first.create_time)
+        assert not stub.ListModels(pb.ListModelsRequest()).models
+        with pytest.raises(grpc.RpcError) as gone:
+            stub.GetModel(pb.GetModelRequest(model_id=again.model_id))
+        assert reason_and_field(gone.value)[0] == "MODEL_NOT_FOUND"
+        request.lora_config.rank = 3
+        with pytest.raises(grpc.RpcError) as other:
+            stub.CreateModel(request)
+        assert reason_and_field(other.value)[0] == "REQUEST_ID_CONFLICT"
+
+
 def test_row_29_a_damaged_snapshot_costs_time_two_cost_the_model(
     training: Training, undisturbed: Seen
 ) -> None:
@@ -210,9 +240,9 @@ def test_a_replay_that_gives_another_result_is_data_loss_of_that_model(
     training.kill()
     with sqlite3.connect(training.data / "journal.sqlite") as journal:
         # Sealed again: the row is whole, and what it says is not what the replay will give.
-        journal.create_function("seal", -1, sqlite_store._seal, deterministic=True)
+        journal.create_function("seal", -1, sqlite_writes.seal, deterministic=True)
         of_first = "WHERE model_id=? AND position=1"
-        for change in ("result_digest=zeroblob(32)", f"crc32={sqlite_store._CALL_SEAL}"):
+        for change in ("result_digest=zeroblob(32)", f"crc32={sqlite_writes.CALL_SEAL}"):
             journal.execute(f"UPDATE calls SET {change} {of_first}", (client.model_id,))
     training.restart_server()
     training.start_rank()

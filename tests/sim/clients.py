@@ -218,6 +218,9 @@ class ModelUser:
         found = "" if outcome.error is None else outcome.error.reason
         if found is not Reason.MODEL_NOT_FOUND:
             self.world.fail(f"{self.name} was deleted and answers {outcome}")
+        again = await self._ask(CreateRequest(self.new), "create again")
+        if again.error is not None or again.value["model_id"] != self.model_id:
+            self.world.fail(f"{self.name} was deleted and is created again: {again}")
         self.world.checked("deleted stays deleted")
 
     # --- one call -----------------------------------------------------------------------------

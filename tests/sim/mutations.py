@@ -16,6 +16,7 @@ from sim.disk import SimStore
 from sim.world import Result, simulate
 from tinsmithd.training import calls, recovery, snapshots
 from tinsmithd.training.journal import Journal
+from tinsmithd.training.models import Models
 from tinsmithd.training.scheduler import Lane
 from tinsmithd.training.waiting import Waiting
 
@@ -99,6 +100,9 @@ MUTATIONS = {
     ),
     "load-beside-snapshot": Mutation(
         calls.ModelRules, "_load", "await self._recovery.quiet()", "pass"
+    ),
+    "deleted-forgotten": Mutation(
+        Models, "delete", "remember=bool(model.request_id)", "remember=False"
     ),
     "orphans-kept": Mutation(
         Waiting, "recall", "elif call.seq_id not in (0, self.answers.next_seq_id):", "elif False:"

@@ -12,6 +12,7 @@ from tinsmithd.training.records import (
     AddResult,
     AddSnapshot,
     CountAttempt,
+    DeletedModel,
     DeleteModel,
     DropAnswers,
     ForgetCalls,
@@ -72,6 +73,7 @@ class Tables:
     def __init__(self) -> None:
         self.epoch = 0
         self.models: dict[str, ModelTable] = {}
+        self.deleted: list[DeletedModel] = []
 
     def commit(self, writes: Sequence[Write]) -> None:
         """Make all of these."""
@@ -127,6 +129,9 @@ class Tables:
         match write:
             case DeleteModel():
                 del self.models[write.model_id]
+                if write.remember:
+                    content = json.loads(table.about)
+                    self.deleted.append(DeletedModel(write.model_id, table.number, content))
             case LoseModel():
                 table.lost = write.why
             case AddCall():

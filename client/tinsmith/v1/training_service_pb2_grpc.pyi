@@ -74,8 +74,9 @@ class TrainingServiceStub:
     A model that trains all weights owns the rank group: it can be created only while there is no
     other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
     and the first adapter after one, loads the base model again.
-    A repeat with the same `request_id` and content returns the first model; with other content it
-    is ALREADY_EXISTS / REQUEST_ID_CONFLICT.
+    A repeat with the same `request_id` and content returns the first model, even if it was deleted
+    since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
+    REQUEST_ID_CONFLICT.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
     FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
     RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
@@ -168,8 +169,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     A model that trains all weights owns the rank group: it can be created only while there is no
     other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
     and the first adapter after one, loads the base model again.
-    A repeat with the same `request_id` and content returns the first model; with other content it
-    is ALREADY_EXISTS / REQUEST_ID_CONFLICT.
+    A repeat with the same `request_id` and content returns the first model, even if it was deleted
+    since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
+    REQUEST_ID_CONFLICT.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
     FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
     RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
@@ -271,8 +273,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         A model that trains all weights owns the rank group: it can be created only while there is no
         other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
         and the first adapter after one, loads the base model again.
-        A repeat with the same `request_id` and content returns the first model; with other content it
-        is ALREADY_EXISTS / REQUEST_ID_CONFLICT.
+        A repeat with the same `request_id` and content returns the first model, even if it was deleted
+        since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
+        REQUEST_ID_CONFLICT.
         Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
         FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
         RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).

@@ -38,6 +38,7 @@ from tinsmithd.training.place import TrainerPlace
 from tinsmithd.training.records import (
     AddModel,
     AddSnapshot,
+    DeletedModel,
     DeleteModel,
     Fenced,
     StoreDamaged,
@@ -157,10 +158,18 @@ class Models:
         else:
             model.lane.close(model_lost(model.model_id))
 
-    async def recall(self, stored: Sequence[StoredModel]) -> None:
-        """Take up the models that the journal has."""
+    async def recall(
+        self, stored: Sequence[StoredModel], deleted: Sequence[DeletedModel] = ()
+    ) -> None:
+        """Take up the models that the journal has, and remember those that were deleted."""
         if self._snapshots is not None:
             self._snapshots.epoch = self._journal.epoch
+        for gone in deleted:
+            model = Model.recalled(gone.model_id, gone.number, gone.about)
+            self._created_count = max(self._created_count, gone.number)
+            self._give_lane(model)
+            model.lane.close(model_not_found(model.model_id))
+            self._remember(model)
         kept: list[str] = []
         for found in stored:
             model = Model.recalled(found.model_id, found.number, found.about)
@@ -215,9 +224,12 @@ class Models:
         )
 
     def _take_in(self, model: Model) -> None:
+        self._give_lane(model)
+        self._models[model.model_id] = model
+
+    def _give_lane(self, model: Model) -> None:
         limits, rules = self._limits.lane, self._rules(model)
         model.lane = Lane(model.model_id, limits, self._turns, self._journal, rules)
-        self._models[model.model_id] = model
 
     def _remember(self, model: Model) -> None:
         if model.request_id:
@@ -356,7 +368,7 @@ class Models:
         """Delete a model; calls that still wait for it fail as not found."""
         model = self.get(model_id)
         try:
-            await self._journal.commit(DeleteModel(model_id))
+            await self._journal.commit(DeleteModel(model_id, remember=bool(model.request_id)))
         except Fenced as error:
             raise shutting_down() from error
         if self._models.pop(model_id, None) is None:

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 from tinsmithd.training.works import Outcome, Work
 
+DELETED_KEPT_MAX = 1_000
+"""Models that are remembered after they were deleted."""
+
 
 class Fenced(Exception):
     """Another process claimed the store: this one must end."""
@@ -44,9 +47,14 @@ class AddModel:
 
 @dataclass(frozen=True)
 class DeleteModel:
-    """A model is gone, with everything of it."""
+    """A model is gone, with everything of it.
+
+    With `remember`, what was written of it when it came stays among the `DELETED_KEPT_MAX` newest
+    of this kind: a late repeat of the request that created it must not create another.
+    """
 
     model_id: str
+    remember: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,13 +202,23 @@ class StoredModel:
     snapshots: Sequence[StoredSnapshot]
 
 
+@dataclass(frozen=True)
+class DeletedModel:
+    """A model that was deleted and is remembered."""
+
+    model_id: str
+    number: int
+    about: Mapping[str, Any]
+
+
 @dataclass
 class Contents:
-    """All that a store has when it is claimed."""
+    """All that a store has when it is claimed; models in the order in which they came."""
 
     cluster_id: str
     epoch: int
     models: Sequence[StoredModel] = field(default_factory=list)
+    deleted: Sequence[DeletedModel] = field(default_factory=list)
 
 
 class JournalStore(Protocol):

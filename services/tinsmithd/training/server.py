@@ -101,7 +101,7 @@ class TrainingServer:
         # journal nor checkpoints any more.
         self._checkpoints.writer_name = contents.cluster_id
         self._checkpoints.writer_epoch = contents.epoch
-        await self._models.recall(contents.models)
+        await self._models.recall(contents.models, contents.deleted)
         # What was read may belong to another server by now, if this one was stopped meanwhile.
         with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
             await self._journal.commit()

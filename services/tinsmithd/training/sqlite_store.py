@@ -10,9 +10,9 @@ which is checked when it is read; what SQLite itself finds damaged is damage, to
 import asyncio
 import contextlib
 import json
+import logging
 import secrets
 import sqlite3
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,37 +20,33 @@ from typing import Any, TypeVar
 
 from tinsmithd import failpoints
 from tinsmithd.training.records import (
-    AddCall,
-    AddModel,
-    AddResult,
-    AddSnapshot,
     Contents,
-    CountAttempt,
-    DeleteModel,
-    DropAnswers,
+    DeletedModel,
     Fenced,
-    ForgetCalls,
-    LoseModel,
     StoreDamaged,
     StoredCall,
     StoredModel,
     StoredSnapshot,
     StoreUnwritable,
-    Trim,
     Write,
 )
-from tinsmithd.training.works import (
-    ComputeWork,
-    Outcome,
-    Work,
-    decode,
-    decode_outcome,
-    digest_of,
-    encode,
-    encode_outcome,
+from tinsmithd.training.sqlite_writes import (
+    CALL,
+    CALL_SEAL,
+    DELETED,
+    MODEL,
+    SCHEMA,
+    SNAPSHOT,
+    SNAPSHOT_SEAL,
+    apply,
+    nbytes_of,
+    seal,
 )
+from tinsmithd.training.works import Outcome, Work, decode, decode_outcome
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
@@ -70,38 +66,6 @@ _UNWRITABLE = {
     sqlite3.SQLITE_PERM: False,
 }
 """Primary result codes after which a later try may work, and whether room is what is wanting."""
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value NOT NULL);
-CREATE TABLE IF NOT EXISTS models (
-    model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, lost TEXT NOT NULL,
-    trimmed_to INTEGER NOT NULL, crc32 INTEGER NOT NULL
-);
-CREATE TABLE IF NOT EXISTS calls (
-    model_id TEXT NOT NULL, position INTEGER NOT NULL, seq_id INTEGER NOT NULL,
-    digest BLOB NOT NULL, payload_bytes INTEGER NOT NULL, attempts INTEGER NOT NULL,
-    result_digest BLOB, answer_bytes INTEGER NOT NULL, plan BLOB NOT NULL, crc32 INTEGER NOT NULL,
-    PRIMARY KEY (model_id, position)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS payloads (
-    model_id TEXT NOT NULL, position INTEGER NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL
-);
-CREATE UNIQUE INDEX IF NOT EXISTS payloads_by_place ON payloads (model_id, position);
-CREATE TABLE IF NOT EXISTS answers (
-    model_id TEXT NOT NULL, position INTEGER NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL
-);
-CREATE UNIQUE INDEX IF NOT EXISTS answers_by_place ON answers (model_id, position);
-CREATE TABLE IF NOT EXISTS snapshots (
-    model_id TEXT NOT NULL, position INTEGER NOT NULL, step_count INTEGER NOT NULL,
-    folder TEXT NOT NULL, crc32 INTEGER NOT NULL, PRIMARY KEY (model_id, position)
-) WITHOUT ROWID;
-"""
-_CALL = "position, seq_id, digest, payload_bytes, attempts, result_digest, answer_bytes, plan"
-_CALL_SEAL = f"seal(model_id, {_CALL})"
-_MODEL = "model_id, number, about, lost, trimmed_to"
-_SNAPSHOT = "position, step_count, folder"
-_SNAPSHOT_SEAL = f"seal(model_id, {_SNAPSHOT})"
-_TABLES = ("calls", "payloads", "answers", "snapshots", "models")
 
 
 class SqliteStore:
@@ -167,7 +131,7 @@ class SqliteStore:
                 check_same_thread=False,
             )
             self._db = db
-            db.create_function("seal", -1, _seal, deterministic=True)
+            db.create_function("seal", -1, seal, deterministic=True)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
             # Some builds of SQLite zero what is deleted: all payloads would be written once more,
@@ -176,11 +140,11 @@ class SqliteStore:
             db.execute("PRAGMA foreign_keys=ON")
             db.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES_MAX}")
             with _transaction(db):
-                for statement in filter(str.strip, _SCHEMA.split(";")):
+                for statement in filter(str.strip, SCHEMA.split(";")):
                     db.execute(statement)
                 self._epoch = self._claim_epoch(db)
             cluster_id = db.execute("SELECT value FROM meta WHERE name='cluster_id'").fetchone()[0]
-            return Contents(cluster_id, self._epoch, self._models(db))
+            return Contents(cluster_id, self._epoch, self._models(db), _deleted(db))
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             raise StoreDamaged(f"the journal in {self._folder} cannot be used: {error}") from error
 
@@ -203,7 +167,7 @@ class SqliteStore:
     def _models(self, db: sqlite3.Connection) -> list[StoredModel]:
         found = []
         for row in db.execute(
-            f"SELECT {_MODEL}, crc32 IS seal({_MODEL}) FROM models ORDER BY number"
+            f"SELECT {MODEL}, crc32 IS seal({MODEL}) FROM models ORDER BY number"
         ):
             model_id, number, about, lost, trimmed_to, good = row
             if not good:
@@ -221,7 +185,7 @@ class SqliteStore:
     def _snapshots(self, model_id: str) -> list[StoredSnapshot]:
         assert self._db is not None
         rows = self._db.execute(
-            f"SELECT {_SNAPSHOT}, crc32 IS {_SNAPSHOT_SEAL} FROM snapshots "
+            f"SELECT {SNAPSHOT}, crc32 IS {SNAPSHOT_SEAL} FROM snapshots "
             "WHERE model_id=? ORDER BY position",
             (model_id,),
         )
@@ -237,7 +201,7 @@ class SqliteStore:
         assert self._db is not None
         try:
             rows = self._db.execute(
-                f"SELECT {_CALL}, crc32 IS {_CALL_SEAL} FROM calls "
+                f"SELECT {CALL}, crc32 IS {CALL_SEAL} FROM calls "
                 "WHERE model_id=? AND position>? ORDER BY position",
                 (model_id, after),
             ).fetchall()
@@ -257,7 +221,7 @@ class SqliteStore:
             self._check_epoch()  # asked last, as above
         except sqlite3.Error as error:
             raise StoreDamaged(f"{table} of {model_id} cannot be read: {error}") from error
-        if row is None or _seal(model_id, position, row[1]) != row[0]:
+        if row is None or seal(model_id, position, row[1]) != row[0]:
             what = "is gone" if row is None else "is damaged"
             raise StoreDamaged(f"call {position} of {model_id} {what} in {table}")
         return bytes(row[1])
@@ -270,9 +234,9 @@ class SqliteStore:
                 if not writes:  # to see whether it can be written
                     self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', 0)")
                 for write in writes:
-                    _apply(self._db, write)
+                    apply(self._db, write)
                 failpoints.hit("wal_fsync")
-            self._log_bytes += COMMIT_BYTES + sum(map(_nbytes, writes))
+            self._log_bytes += COMMIT_BYTES + sum(map(nbytes_of, writes))
         except sqlite3.OperationalError as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code not in _UNWRITABLE:
@@ -289,21 +253,18 @@ class SqliteStore:
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
-def _nbytes(write: Write) -> int:
-    """About what a write adds to the log, besides a few pages."""
-    if isinstance(write, AddCall) and isinstance(write.work, ComputeWork):
-        return write.work.nbytes
-    return sum(map(len, write.outcome.parts)) if isinstance(write, AddResult) else 0
-
-
-def _seal(*values: object) -> int:
-    """CRC-32 over some values, their types and lengths."""
-    crc = 0
-    for value in values:
-        data = value if isinstance(value, bytes) else repr(value).encode()
-        crc = zlib.crc32(f"{type(value).__name__} {len(data)} ".encode(), crc)
-        crc = zlib.crc32(data, crc)
-    return crc
+def _deleted(db: sqlite3.Connection) -> list[DeletedModel]:
+    rows = db.execute(
+        f"SELECT {DELETED}, crc32 IS seal({DELETED}) FROM deleted ORDER BY number"
+    ).fetchall()
+    if not all(row[-1] for row in rows):
+        # Nothing but a repeat that comes late could miss one, which is no reason not to start.
+        _log.error("what the journal has of models that were deleted is damaged in part")
+    return [
+        DeletedModel(model_id, number, json.loads(about))
+        for model_id, number, about, good in rows
+        if good
+    ]
 
 
 def _good(row: Sequence[Any], what: str) -> Sequence[Any]:
@@ -324,131 +285,3 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
         with contextlib.suppress(sqlite3.Error):  # a full disk may have rolled it back already
             db.execute("ROLLBACK")
         raise
-
-
-def _apply(db: sqlite3.Connection, write: Write) -> None:
-    match write:
-        case AddModel():
-            values = (write.model_id, write.number, json.dumps(write.about), "", 0)
-            db.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?, 0)", values)
-            _seal_model(db, write.model_id)
-        case DeleteModel():
-            for table in _TABLES:
-                db.execute(f"DELETE FROM {table} WHERE model_id=?", (write.model_id,))
-        case LoseModel():
-            lost = (write.why, write.model_id)
-            db.execute("UPDATE models SET lost=? WHERE model_id=?", lost)
-            _seal_model(db, write.model_id)
-        case AddCall():
-            _add_call(db, write)
-        case AddResult():
-            _add_result(db, write)
-        case ForgetCalls():
-            for table in ("calls", "payloads", "answers"):
-                db.executemany(
-                    f"DELETE FROM {table} WHERE model_id=? AND position=?",
-                    [(write.model_id, position) for position in write.positions],
-                )
-        case CountAttempt():
-            db.execute(
-                "UPDATE calls SET attempts=? WHERE model_id=? AND position=?",
-                (write.attempts, write.model_id, write.position),
-            )
-            _seal_calls(db, "position=?", write.model_id, write.position)
-        case AddSnapshot():
-            db.execute(
-                "INSERT OR REPLACE INTO snapshots SELECT ?, ?, ?, ?, 0 "
-                "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
-                (
-                    *(write.model_id, write.position, write.step_count, write.folder),
-                    write.model_id,
-                ),
-            )
-            db.execute(
-                f"UPDATE snapshots SET crc32={_SNAPSHOT_SEAL} WHERE model_id=? AND position=?",
-                (write.model_id, write.position),
-            )
-        case Trim():
-            _trim(db, write)
-        case DropAnswers():
-            _drop_answers(db, write)
-
-
-def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
-    payload = encode(write.work)
-    # A model that was deleted meanwhile must not leave anything behind.
-    db.execute(
-        "INSERT INTO calls SELECT ?, ?, ?, ?, ?, 0, NULL, 0, x'', 0 "
-        "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
-        (
-            *(write.model_id, write.position, write.seq_id, write.digest, len(payload)),
-            write.model_id,
-        ),
-    )
-    _seal_calls(db, "position=?", write.model_id, write.position)
-    _add_blob(db, "payloads", write.model_id, write.position, payload)
-
-
-def _add_result(db: sqlite3.Connection, write: AddResult) -> None:
-    answer = encode_outcome(write.outcome)
-    kept_bytes = len(answer) if write.keep else 0
-    db.execute(
-        "UPDATE calls SET result_digest=?, answer_bytes=?, plan=? WHERE model_id=? AND position=?",
-        (digest_of(write.outcome), kept_bytes, write.plan, write.model_id, write.position),
-    )
-    if not write.plan:  # it is never made again
-        place = (write.model_id, write.position)
-        db.execute("DELETE FROM payloads WHERE model_id=? AND position=?", place)
-        db.execute("UPDATE calls SET payload_bytes=0 WHERE model_id=? AND position=?", place)
-    _seal_calls(db, "position=?", write.model_id, write.position)
-    if write.keep:
-        _add_blob(db, "answers", write.model_id, write.position, answer)
-
-
-def _add_blob(
-    db: sqlite3.Connection, table: str, model_id: str, position: int, data: bytes
-) -> None:
-    db.execute(
-        f"INSERT INTO {table} SELECT ?, ?, ?, ? "
-        "WHERE EXISTS (SELECT 1 FROM calls WHERE model_id=? AND position=?)",
-        (model_id, position, _seal(model_id, position, data), data, model_id, position),
-    )
-
-
-def _seal_calls(db: sqlite3.Connection, which: str, model_id: str, position: int) -> None:
-    db.execute(
-        f"UPDATE calls SET crc32={_CALL_SEAL} WHERE model_id=? AND {which}", (model_id, position)
-    )
-
-
-def _seal_model(db: sqlite3.Connection, model_id: str) -> None:
-    db.execute(f"UPDATE models SET crc32=seal({_MODEL}) WHERE model_id=?", (model_id,))
-
-
-def _trim(db: sqlite3.Connection, write: Trim) -> None:
-    place = (write.model_id, write.position)
-    db.execute("UPDATE models SET trimmed_to=max(trimmed_to, ?) WHERE model_id=?", place[::-1])
-    _seal_model(db, write.model_id)
-    db.execute("DELETE FROM snapshots WHERE model_id=? AND position<?", place)
-    db.execute("DELETE FROM payloads WHERE model_id=? AND position<=?", place)
-    db.execute("UPDATE calls SET payload_bytes=0, plan=x'' WHERE model_id=? AND position<=?", place)
-    _seal_calls(db, "position<=?", *place)
-    # The newest call stays even without an answer: it says which number is next.
-    db.execute(
-        "DELETE FROM calls WHERE model_id=? AND position<=? AND answer_bytes=0 AND position < "
-        "(SELECT max(position) FROM calls WHERE model_id=?)",
-        (*place, write.model_id),
-    )
-
-
-def _drop_answers(db: sqlite3.Connection, write: DropAnswers) -> None:
-    place = (write.model_id, write.position)
-    db.execute("DELETE FROM answers WHERE model_id=? AND position<=?", place)
-    db.execute("UPDATE calls SET answer_bytes=0 WHERE model_id=? AND position<=?", place)
-    # Of what is trimmed only the newest call is of use: it says which number is next.
-    db.execute(
-        "DELETE FROM calls WHERE model_id=? AND position<=? AND payload_bytes=0 AND position < "
-        "(SELECT max(position) FROM calls WHERE model_id=?)",
-        (*place, write.model_id),
-    )
-    _seal_calls(db, "position<=?", *place)
