@@ -13,7 +13,6 @@ from typing import Any
 
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import (
-    AlreadyExists,
     DataLoss,
     FailedPrecondition,
     InvalidArgument,
@@ -31,6 +30,7 @@ from tinsmithd.training.calls import (
     wrong_kind,
 )
 from tinsmithd.training.checkpoints import CheckpointClient
+from tinsmithd.training.creations import Creations
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.model import Model
 from tinsmithd.training.parts import NOMINAL_TOKENS
@@ -52,7 +52,6 @@ from tinsmithd.training.trainer import Trainer, TrainerLost
 from tinsmithd.training.turns import Turns
 from tinsmithd.training.works import Outcome, Work
 
-REQUEST_IDS_KEPT_MAX = 10_000
 DRAIN_POLL_S = 0.05
 _COMING_AND_GOING = ""
 """Whose turns create and delete models: all of these together count as one model."""
@@ -114,7 +113,7 @@ class Models:
         self._new_id = new_id
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._deletions: set[asyncio.Task[None]] = set()
-        self._requests: OrderedDict[str, tuple[bytes, asyncio.Future[Model]]] = OrderedDict()
+        self._creations = Creations()
         self.place = TrainerPlace()
         self._turns = Turns()
         self._created_count = 0
@@ -169,7 +168,7 @@ class Models:
             self._created_count = max(self._created_count, gone.number)
             self._give_lane(model)
             model.lane.close(model_not_found(model.model_id))
-            self._remember(model)
+            self._creations.remember(model)
         kept: list[str] = []
         for found in stored:
             model = Model.recalled(found.model_id, found.number, found.about)
@@ -178,7 +177,7 @@ class Models:
             kept += [snapshot.folder for snapshot in found.snapshots]
             self._created_count = max(self._created_count, found.number)
             self._take_in(model)
-            self._remember(model)
+            self._creations.remember(model)
             if found.lost:
                 metadata = {"model_id": model.model_id}
                 error = DataLoss(found.lost, Reason.MODEL_LOST, metadata=metadata)
@@ -231,29 +230,13 @@ class Models:
         limits, rules = self._limits.lane, self._rules(model)
         model.lane = Lane(model.model_id, limits, self._turns, self._journal, rules)
 
-    def _remember(self, model: Model) -> None:
-        if model.request_id:
-            made: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
-            made.set_result(model)
-            self._requests[model.request_id] = (model.request_digest, made)
-
     # --- models -------------------------------------------------------------------------------
 
     async def create(self, request: NewModel) -> Model:
         """Create a model, or return the one that this `request_id` created before."""
-        if not request.request_id:
-            # A caller that goes away half-way must not leave half a model behind.
-            return await asyncio.shield(asyncio.create_task(self._create(request)))
-        known = self._requests.get(request.request_id)
-        if known is None or (known[1].done() and _failed(known[1])):
-            known = (request.digest, asyncio.create_task(self._create(request)))
-            self._requests[request.request_id] = known
-            while len(self._requests) > REQUEST_IDS_KEPT_MAX:
-                self._requests.popitem(last=False)
-        if known[0] != request.digest:
-            message = f"request_id {request.request_id!r} was used with other content"
-            raise AlreadyExists(message, Reason.REQUEST_ID_CONFLICT)
-        return await asyncio.shield(known[1])
+        return await self._creations.once(
+            request.request_id, request.digest, lambda: self._create(request)
+        )
 
     async def _create(self, request: NewModel) -> Model:
         tuning, step_count = request.tuning, 0
@@ -423,7 +406,3 @@ class Models:
             raise InvalidArgument("seq_id", f"{seq_id} is below 0")
         model.last_request_time_s, model.last_used_s = time.time(), time.monotonic()
         return model.lane.submit(seq_id, Call(digest, work, nbytes))
-
-
-def _failed(made: "asyncio.Future[Model]") -> bool:
-    return made.cancelled() or made.exception() is not None
