@@ -18,7 +18,7 @@ from tinsmith.errors import (
 )
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmith.v1.connection import CHANNEL_OPTIONS, service_address
+from tinsmith.v1.connection import CHANNEL_OPTIONS, has_port, service_address
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmith.v1.training_service_pb2_grpc import TrainingServiceStub
 
@@ -49,7 +49,7 @@ def address_of(given: str | None) -> str:
     if text.startswith("https://"):
         raise unsupported("base_url", "TLS is not supported yet")
     address = text.removeprefix("http://").rstrip("/")
-    if not address.rpartition(":")[2].isdigit():
+    if not has_port(address):
         raise InvalidArgumentError(f"base_url: {text!r} is not host:port", field="base_url")
     return address
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
-from typing import Any, TypeVar
+from typing import Any
 
 from tinsmith import tensors
 from tinsmith.errors import InvalidArgumentError
@@ -25,14 +25,10 @@ from tinsmith.v1 import (
 
 MESSAGE_BYTES = 256 * 1024
 """A call's data are cut into messages of about this size: while one is read at the other end, the
-next is written here, into memory that the one before has left. A whole call in one message takes
-new pages from the system each time, at several times the cost of sending them."""
+next is serialised here, into memory that the one before has left. Serialising a megabyte at once
+takes new pages from the system each time, at several times the cost of sending them."""
 
-ComputeRequest = TypeVar(
-    "ComputeRequest",
-    training_service_pb2.ForwardRequest,
-    training_service_pb2.ForwardBackwardRequest,
-)
+ComputeRequest = training_service_pb2.ForwardRequest | training_service_pb2.ForwardBackwardRequest
 
 _STOP_REASONS: Mapping[int, StopReason] = {
     sampler_service_pb2.STOP_REASON_STOP: "stop",
@@ -59,7 +55,7 @@ def requests_of(
     """
     if not data:
         raise InvalidArgumentError("data: must not be empty", field="data", reason="MISSING_FIELD")
-    requests = [kind(loss_fn=loss_fn)]
+    requests: list[ComputeRequest] = [kind(loss_fn=loss_fn)]
     room = MESSAGE_BYTES
     for index, datum in enumerate(data):
         if not isinstance(datum, Datum):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tinsmith import _loop
 from tinsmith._connection import Connection
-from tinsmith._convert import loss_fn_to_pb, output_from_pb, requests_of
+from tinsmith._convert import ComputeRequest, loss_fn_to_pb, output_from_pb, requests_of
 from tinsmith._custom_loss import (
     CustomLossFn,
     backward_data,
@@ -34,8 +34,6 @@ from tinsmith.types import (
 )
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
-
-_Requests = Sequence[pb.ForwardRequest] | Sequence[pb.ForwardBackwardRequest]
 
 
 @async_twins(
@@ -101,11 +99,8 @@ class TrainingClient:
     ) -> APIFuture[ForwardBackwardOutput]:
         data = list(data)
         loss = loss_fn_to_pb(loss_fn, config)
-        requests: _Requests
-        if backward:
-            requests = requests_of(pb.ForwardBackwardRequest, data, loss)
-        else:
-            requests = requests_of(pb.ForwardRequest, data, loss)
+        kind = pb.ForwardBackwardRequest if backward else pb.ForwardRequest
+        requests = requests_of(kind, data, loss)
 
         async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
             return await self._send(numbers[0], data, requests)
@@ -116,7 +111,7 @@ class TrainingClient:
         self,
         seq_id: int,
         data: Sequence[Datum],
-        requests: _Requests,
+        requests: Sequence[ComputeRequest],
     ) -> ForwardBackwardOutput:
         requests[0].model_id, requests[0].seq_id = self.model_id, seq_id
         backward = isinstance(requests[0], pb.ForwardBackwardRequest)

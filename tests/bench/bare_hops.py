@@ -4,18 +4,17 @@ A client sends pieces to a relay; a sink, which holds a stream to the relay open
 gets them as one message, works for a while, answers with some bytes, and the relay passes them on.
 All three are processes of their own, serialise nothing, look at nothing and write nothing down.
 
-    python -m bench.bare_hops relay PORT_FILE
+    python -m bench.bare_hops relay                             # prints its port
     python -m bench.bare_hops sink ADDRESS SECONDS ANSWER_BYTES
 """
 
 import asyncio
+import contextlib
 import queue
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,7 +24,6 @@ from tinsmithd.process import keep_freed_memory
 
 CALL, ATTACH = "/bare.Hops/Call", "/bare.Hops/Attach"
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-_START_S_MAX = 20.0
 
 
 def overheads_s(
@@ -40,33 +38,21 @@ def overheads_s(
         warm_ups: Calls before those that count.
         calls: Calls that count.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "port"
-        relay = _start("relay", str(file))
+    with _running("relay") as relay:
+        assert relay.stdout is not None
+        address = f"127.0.0.1:{relay.stdout.readline().strip()}"
+        with _running("sink", address, str(work_s), str(answer_bytes)):
+            return _measure(address, pieces, warm_ups, calls)
+
+
+@contextlib.contextmanager
+def _running(*arguments: str) -> "Iterator[subprocess.Popen[str]]":
+    command = [sys.executable, "-m", "bench.bare_hops", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            address = f"127.0.0.1:{_read_soon(file)}"
-            sink = _start("sink", address, str(work_s), str(answer_bytes))
-            try:
-                return _measure(address, pieces, warm_ups, calls)
-            finally:
-                sink.kill()
-                sink.wait()
+            yield process
         finally:
-            relay.kill()
-            relay.wait()
-
-
-def _start(*arguments: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-m", "bench.bare_hops", *arguments])
-
-
-def _read_soon(file: Path) -> str:
-    end_s = time.monotonic() + _START_S_MAX
-    while not file.exists():
-        if time.monotonic() > end_s:
-            raise RuntimeError("the relay did not start")
-        time.sleep(0.02)
-    return file.read_text()
+            process.kill()
 
 
 def _measure(address: str, pieces: Sequence[bytes], warm_ups: int, calls: int) -> np.ndarray:
@@ -108,7 +94,7 @@ class _Relay:
             reader.cancel()
 
 
-async def _serve(port_file: Path) -> None:
+async def _serve() -> None:
     relay = _Relay()
     server = grpc.aio.server(options=_OPTIONS)
     methods = {
@@ -119,9 +105,7 @@ async def _serve(port_file: Path) -> None:
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, methods)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    part = port_file.with_suffix(".part")
-    part.write_text(str(port))
-    part.rename(port_file)
+    print(port, flush=True)
     await server.wait_for_termination()
 
 
@@ -146,11 +130,11 @@ def _sink(address: str, work_s: float, answer_bytes: int) -> None:
 def main() -> None:
     """Be the relay or the sink."""
     keep_freed_memory()
-    kind, first, *rest = sys.argv[1:]
-    if kind == "relay":
-        asyncio.run(_serve(Path(first)))
-    else:
-        _sink(first, float(rest[0]), int(rest[1]))
+    match sys.argv[1:]:
+        case ["relay"]:
+            asyncio.run(_serve())
+        case ["sink", address, work_s, answer_bytes]:
+            _sink(address, float(work_s), int(answer_bytes))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -19,33 +20,57 @@ DEPLOY = ROOT / "deploy"
 CLIENT = "client"
 """The pod in which scripts run; its image is a server's, which has the client in it."""
 SCRIPT = Path(__file__).with_name("worker.py")
-STEP_S_MAX = 240.0
-"""A step may have to wait for pods to start again."""
 
 
-def kubectl_command(kubeconfig: str) -> list[str]:
-    """kubectl for an API server."""
-    given = os.environ.get("TINSMITH_KUBECTL", "kubectl")
-    return [shutil.which(given) or given, f"--kubeconfig={kubeconfig}"]
+def skip_loudly(sentence: str) -> None:
+    """Skip, and say so among the warnings at the end of the run too."""
+    warnings.warn(sentence, stacklevel=2)
+    pytest.skip(sentence)
+
+
+def kubectl() -> str:
+    """The kubectl to use; skips without one."""
+    given = os.environ.get("TINSMITH_KUBECTL") or os.environ.get("KUBECTL") or "kubectl"
+    found = shutil.which(given)
+    if found is None:
+        skip_loudly(f"overlays were NOT rendered: no {given} (set TINSMITH_KUBECTL)")
+    assert found is not None
+    return found
+
+
+@contextlib.contextmanager
+def fresh_namespace(prefix: str) -> "Iterator[KubeCluster]":
+    """A namespace on the API server that TINSMITH_TEST_KUBECONFIG names; skips without one."""
+    kubeconfig = os.environ.get("TINSMITH_TEST_KUBECONFIG")
+    if not kubeconfig:
+        skip_loudly("nothing was applied to an API server: TINSMITH_TEST_KUBECONFIG is not set")
+    cluster = KubeCluster([kubectl(), f"--kubeconfig={kubeconfig}"], f"{prefix}-{os.getpid()}")
+    try:
+        yield cluster
+    finally:
+        cluster.delete()
 
 
 class KubeCluster:
     """One namespace with everything in it.
 
     Args:
-        kubeconfig: File that names the API server. Its nodes have the images of the ci overlay.
+        command: kubectl for an API server. To `deploy`, its nodes have the ci overlay's images.
         namespace: Is made, and deleted by `delete`.
+
+    Attributes:
+        command: kubectl in the namespace.
     """
 
-    def __init__(self, kubeconfig: str, namespace: str) -> None:
-        self._command = kubectl_command(kubeconfig)
+    def __init__(self, command: Sequence[str], namespace: str) -> None:
         self._namespace = namespace
+        self.command = [*command, f"--namespace={namespace}"]
         self("create", "namespace", namespace)
 
     def __call__(self, *arguments: str, text: str | None = None, timeout_s: float = 120) -> str:
         """Run kubectl in the namespace; returns what it printed."""
         done = subprocess.run(
-            [*self._command, f"--namespace={self._namespace}", *arguments],
+            [*self.command, *arguments],
             input=text,
             capture_output=True,
             text=True,
@@ -95,27 +120,21 @@ class KubeCluster:
         path = "{.spec.template.spec.containers[0].image}"
         return self("get", f"{kind}/{server}", f"--output=jsonpath={path}")
 
-    def pods(self, name: str) -> list[str]:
-        """Names of the pods of a server, or of the ranks, that are not ending."""
-        found = json.loads(
-            self("get", "pods", f"--selector=app.kubernetes.io/name={name}", "-ojson")
-        )
-        return [
-            item["metadata"]["name"]
-            for item in found["items"]
-            if "deletionTimestamp" not in item["metadata"]
-        ]
+    def pods(self, name: str) -> dict[str, str]:
+        """Pods of a server, or of the ranks, that are not ending: when each was made, by name."""
+        selector = f"--selector=app.kubernetes.io/name={name}"
+        found = json.loads(self("get", "pods", selector, "--output=json"))
+        about = [item["metadata"] for item in found["items"]]
+        return {
+            each["name"]: each["creationTimestamp"]
+            for each in about
+            if "deletionTimestamp" not in each
+        }
 
     def kill(self, *names: str) -> None:
         """End all pods of servers, or of the ranks, without a word of warning."""
         pods = [pod for name in names for pod in self.pods(name)]
         self("delete", "pod", *pods, "--force", "--grace-period=0")
-
-    def start_times(self, name: str) -> list[str]:
-        """When the pods of a server, or of the ranks, were made."""
-        selector = f"--selector=app.kubernetes.io/name={name}"
-        path = "{.items[*].metadata.creationTimestamp}"
-        return self("get", "pods", selector, f"--output=jsonpath={path}").split()
 
     @contextlib.contextmanager
     def forwarded(self) -> Iterator[dict[str, str]]:
@@ -128,26 +147,14 @@ class KubeCluster:
         with contextlib.ExitStack() as stack:
             found = dict(os.environ)
             for variable, (service, port) in variables.items():
-                command = [*self._command, f"--namespace={self._namespace}", "port-forward"]
+                command = [*self.command, "port-forward", f"service/{service}", f":{port}"]
                 process = stack.enter_context(
-                    subprocess.Popen(
-                        [*command, f"service/{service}", f":{port}"],
-                        stdout=subprocess.PIPE,
-                        text=True,
-                    )
+                    subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
                 )
                 stack.callback(process.kill)
                 line = process.stdout.readline() if process.stdout else ""
                 found[variable] = line.split()[2]  # Forwarding from ADDRESS -> PORT
             yield found
-
-    def until(self, what: str, true: Callable[[], bool], timeout_s: float = 120) -> None:
-        """Wait for something."""
-        end_s = time.monotonic() + timeout_s
-        while not true():
-            if time.monotonic() > end_s:
-                raise TimeoutError(f"{what}: not within {timeout_s:g} s\n{self('get', 'pods')}")
-            time.sleep(1)
 
     def run_script(
         self,
@@ -162,54 +169,27 @@ class KubeCluster:
             at: What to do when a step is done, by its number.
             here: Run it in a process of this machine instead, in this environment.
         """
-        inside = [*self._command, f"--namespace={self._namespace}", "exec", CLIENT, "--"]
-        command = [*inside, "python", "/tmp/worker.py"]
+        command = [*self.command, "exec", CLIENT, "--", "python", "/tmp/worker.py", str(steps)]
         if here is not None:
-            command = [sys.executable, str(SCRIPT)]
-        process = subprocess.Popen(
-            [*command, str(steps)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=here,
-        )
-        said: list[str] = []
-        reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
-        reader.start()
-        watch = _Watchdog(process, STEP_S_MAX)
+            command = [sys.executable, str(SCRIPT), str(steps)]
         lines = []
-        try:
-            for line in process.stdout or ():
-                watch.calm()
-                lines.append(json.loads(line))
-                if at and (action := at.get(lines[-1].get("step", -1))):
-                    action()
-        finally:
-            watch.stop()
-            status = process.wait()
-            reader.join()
-        if status:
-            raise RuntimeError(f"the script ended with {status}: {''.join(said)}")
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=said, text=True, env=here
+            )
+            try:
+                for line in process.stdout or ():
+                    lines.append(json.loads(line))
+                    if at and (action := at.get(lines[-1].get("step", -1))):
+                        action()
+                status = process.wait()
+            finally:
+                process.kill()  # of no effect on one that has ended
+                process.wait()
+            if status:
+                said.seek(0)
+                raise RuntimeError(f"the script ended with {status}: {said.read()}")
         return lines
-
-
-class _Watchdog:
-    """Ends a process that has not said anything for some time."""
-
-    def __init__(self, process: "subprocess.Popen[str]", silence_s: float) -> None:
-        self._process = process
-        self._silence_s = silence_s
-        self._timer: threading.Timer | None = None
-        self.calm()
-
-    def calm(self) -> None:
-        self.stop()
-        self._timer = threading.Timer(self._silence_s, self._process.kill)
-        self._timer.start()
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
 
 
 def without_names(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,11 +1,9 @@
 """deploy/: the manifests, the settings in them, and the Dockerfiles."""
 
-import os
 import re
 import shutil
 import subprocess
 import sysconfig
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from kube.cluster import fresh_namespace, kubectl, skip_loudly
 from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, training_service_pb2
 from tinsmithd.config import (
     SECTIONS,
@@ -36,22 +35,6 @@ SERVERS = {
 }
 WORKLOADS = (*SERVERS, "trainer")
 Manifest = dict[str, Any]
-
-
-def skip_loudly(sentence: str) -> None:
-    """Skip, and say so among the warnings at the end of the run too."""
-    warnings.warn(sentence, stacklevel=2)
-    pytest.skip(sentence)
-
-
-def kubectl() -> str:
-    """The kubectl to use; skips without one."""
-    given = os.environ.get("TINSMITH_KUBECTL") or os.environ.get("KUBECTL") or "kubectl"
-    found = shutil.which(given)
-    if found is None:
-        skip_loudly(f"overlays were NOT rendered: no {given} (set TINSMITH_KUBECTL)")
-    assert found is not None
-    return found
 
 
 def render(overlay: str) -> list[Manifest]:
@@ -355,19 +338,8 @@ def _scripts() -> str:
 @pytest.fixture
 def namespace() -> Iterator[list[str]]:
     """kubectl with a fresh namespace on the API server that TINSMITH_TEST_KUBECONFIG names."""
-    kubeconfig = os.environ.get("TINSMITH_TEST_KUBECONFIG")
-    if not kubeconfig:
-        skip_loudly("nothing was applied to an API server: TINSMITH_TEST_KUBECONFIG is not set")
-    name = f"tinsmith-test-{os.getpid()}"
-    command = [kubectl(), f"--kubeconfig={kubeconfig}"]
-    subprocess.run([*command, "create", "namespace", name], check=True, timeout=60)
-    try:
-        yield [*command, f"--namespace={name}"]
-    finally:
-        # Its finalizer takes a while; nothing here depends on its end.
-        subprocess.run(
-            [*command, "delete", "namespace", name, "--wait=false"], check=True, timeout=60
-        )
+    with fresh_namespace("tinsmith-test") as cluster:
+        yield cluster.command
 
 
 def test_apply_twice(namespace: list[str]) -> None:

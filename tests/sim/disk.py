@@ -189,7 +189,8 @@ class SimStore:
             disk.sync()
         await disk.pause()
         disk.world.log("claim", self._epoch)
-        return Contents("cluster", self._epoch, disk.tables.stored_models(), disk.tables.deleted)
+        models, deleted = disk.tables.stored_models(), disk.tables.deleted_models()
+        return Contents("cluster", self._epoch, models, deleted)
 
     async def _commit(self, writes: Sequence[Write]) -> None:
         disk = self._disk

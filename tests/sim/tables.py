@@ -2,10 +2,11 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tinsmithd.training import records
 from tinsmithd.training.records import (
     AddCall,
     AddModel,
@@ -73,7 +74,7 @@ class Tables:
     def __init__(self) -> None:
         self.epoch = 0
         self.models: dict[str, ModelTable] = {}
-        self.deleted: list[DeletedModel] = []
+        self.deleted: dict[str, ModelTable] = {}
 
     def commit(self, writes: Sequence[Write]) -> None:
         """Make all of these."""
@@ -82,7 +83,6 @@ class Tables:
 
     def stored_models(self) -> list[StoredModel]:
         """What `claim` reads."""
-        found = sorted(self.models.items(), key=lambda item: item[1].number)
         return [
             StoredModel(
                 model_id,
@@ -93,6 +93,14 @@ class Tables:
                 self.stored_calls(model_id, 0),
                 [snapshot for _, snapshot in sorted(table.snapshots.items())],
             )
+            for model_id, table in _by_number(self.models)
+        ]
+
+    def deleted_models(self) -> list[DeletedModel]:
+        """What `claim` reads of those that are gone."""
+        found = _by_number(self.deleted)[-records.DELETED_KEPT_MAX :]
+        return [
+            DeletedModel(model_id, table.number, json.loads(table.about))
             for model_id, table in found
         ]
 
@@ -130,8 +138,7 @@ class Tables:
             case DeleteModel():
                 del self.models[write.model_id]
                 if write.remember:
-                    content = json.loads(table.about)
-                    self.deleted.append(DeletedModel(write.model_id, table.number, content))
+                    self.deleted[write.model_id] = table
             case LoseModel():
                 table.lost = write.why
             case AddCall():
@@ -153,6 +160,10 @@ class Tables:
                 _drop_answers(table, write.position)
             case _:
                 raise TypeError(type(write).__name__)
+
+
+def _by_number(tables: Mapping[str, ModelTable]) -> list[tuple[str, ModelTable]]:
+    return sorted(tables.items(), key=lambda item: item[1].number)
 
 
 def _change(table: ModelTable, position: int, **values: Any) -> None:

@@ -22,6 +22,11 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 """Channel arguments that suit the servers: message sizes in bytes, times in milliseconds."""
 
 
+def has_port(address: str) -> bool:
+    """Whether an address is `host:port`."""
+    return address.rpartition(":")[2].isdigit()
+
+
 def service_address(service: str, base: str, given: str) -> str:
     """Where a service is: as the environment says, else as GetCapabilities does.
 
@@ -39,7 +44,7 @@ def service_address(service: str, base: str, given: str) -> str:
     """
     variable = f"TINSMITH_ADDRESS_{service.upper()}"
     if here := os.environ.get(variable):
-        if not here.rpartition(":")[2].isdigit():
+        if not has_port(here):
             raise ValueError(f"{variable}: {here!r} is not host:port")
         return here
     if not given:

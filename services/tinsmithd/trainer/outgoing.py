@@ -93,9 +93,8 @@ class Outgoing:
             size = taken[0].ByteSize()
             deadline_s = time.monotonic() + self._results_wait_s
             while taken[-1].HasField("results") and size < RESULTS_BYTES_MAX:
-                wait_s = deadline_s - time.monotonic()
-                if not self._now and not (wait_s > 0 and self._filled.wait(wait_s)):
-                    break
+                if not self._now:
+                    self._filled.wait(max(0.0, deadline_s - time.monotonic()))
                 # Those of another command follow a message of another kind: each ends with one.
                 if not self._now or not _belongs(self._now[0], taken[-1]):
                     break

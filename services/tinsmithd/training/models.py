@@ -164,20 +164,13 @@ class Models:
         if self._snapshots is not None:
             self._snapshots.epoch = self._journal.epoch
         for gone in deleted:
-            model = Model.recalled(gone.model_id, gone.number, gone.about)
-            self._created_count = max(self._created_count, gone.number)
-            self._give_lane(model)
-            model.lane.close(model_not_found(model.model_id))
-            self._creations.remember(model)
+            self._recalled(gone).lane.close(model_not_found(gone.model_id))
         kept: list[str] = []
         for found in stored:
-            model = Model.recalled(found.model_id, found.number, found.about)
+            model = self._models[found.model_id] = self._recalled(found)
             model.snapshots = list(found.snapshots)
             model.trimmed_to = found.trimmed_to
             kept += [snapshot.folder for snapshot in found.snapshots]
-            self._created_count = max(self._created_count, found.number)
-            self._take_in(model)
-            self._creations.remember(model)
             if found.lost:
                 metadata = {"model_id": model.model_id}
                 error = DataLoss(found.lost, Reason.MODEL_LOST, metadata=metadata)
@@ -188,6 +181,13 @@ class Models:
             await self._snapshots.keep_only(kept)
         if stored:
             _log.info("the journal has %d model(s)", len(stored))
+
+    def _recalled(self, found: StoredModel | DeletedModel) -> Model:
+        model = Model.recalled(found.model_id, found.number, found.about)
+        self._created_count = max(self._created_count, found.number)
+        self._give_lane(model)
+        self._creations.remember(model)
+        return model
 
     async def _recall_calls(self, model: Model, found: StoredModel) -> None:
         journal = self._journal
@@ -221,10 +221,6 @@ class Models:
             self._journal,
             self._snapshots,
         )
-
-    def _take_in(self, model: Model) -> None:
-        self._give_lane(model)
-        self._models[model.model_id] = model
 
     def _give_lane(self, model: Model) -> None:
         limits, rules = self._limits.lane, self._rules(model)
@@ -303,7 +299,8 @@ class Models:
             with contextlib.suppress(TrainerLost):
                 await trainer.delete_model(model.model_id)
             raise
-        self._take_in(model)
+        self._give_lane(model)
+        self._models[model.model_id] = model
         if self.place.current is not trainer:
             self._lose_trainer(model)
 
