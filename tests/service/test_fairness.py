@@ -297,26 +297,26 @@ class Busy:
     """Models that train on large calls from threads of their own until the block ends.
 
     Attributes:
-        count: Data whose results came back so far.
+        results: For each model, the data whose results came back so far.
     """
 
     def __init__(self, stubs: Cluster, models: int) -> None:
-        self.count = 0
+        self.results = [0] * models
         self._stubs = stubs
         self._stop = threading.Event()
         self._errors: list[Exception] = []
         self._threads = [
-            threading.Thread(target=self._train, args=(create(stubs, seed),), daemon=True)
-            for seed in range(2, 2 + models)
+            threading.Thread(target=self._train, args=(i, create(stubs, 2 + i)), daemon=True)
+            for i in range(models)
         ]
 
-    def _train(self, model_id: str) -> None:
+    def _train(self, index: int, model_id: str) -> None:
         data = data_of(7, 100, 30)
         try:
             while not self._stop.is_set():
                 call = forward_backward(model_id, 0, data)
                 for response in self._stubs.training.ForwardBackward(iter([call])):
-                    self.count += len(response.outputs)
+                    self.results[index] += len(response.outputs)
                 self._stubs.training.OptimStep(pb.OptimStepRequest(model_id=model_id))
         except Exception as error:
             self._errors.append(error)
@@ -338,13 +338,14 @@ def test_a_model_is_bit_identical_alone_and_beside_busy_models(stubs: Cluster) -
     model_id = create(stubs)
     alone = script(stubs, model_id) + weights_and_samples(stubs, model_id)
     with Busy(stubs, 3) as busy:
-        while busy.count < 10:
+        while not all(busy.results):
             time.sleep(0.01)
-        before = busy.count
-        model_id = create(stubs)
-        beside = script(stubs, model_id) + weights_and_samples(stubs, model_id)
-        assert busy.count - before > 100  # they were there all the time
-    assert beside == alone
+        before = list(busy.results)
+        # Until each of the three was worked on beside it.
+        while any(now == then for now, then in zip(busy.results, before, strict=True)):
+            model_id = create(stubs)
+            beside = script(stubs, model_id) + weights_and_samples(stubs, model_id)
+            assert beside == alone
 
 
 def test_results_stream_in_order_and_losses_add_up_over_parts(stubs: Cluster) -> None:

@@ -1,10 +1,12 @@
 """What all servers have outside: health, reflection, channelz, a graceful stop, strict settings."""
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +115,7 @@ def test_a_taken_port_is_one_line(cluster: RunningCluster, tmp_path: Path) -> No
 
 def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
     """A write that is under way is answered; new calls are not taken; the process ends with 0."""
+    content = b"{}"
     port_file = tmp_path / "port"
     process = start(
         "checkpoint",
@@ -133,13 +136,25 @@ def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
                 path="tinsmith://run/weights/one", base_model="tiny"
             )
             yield checkpoint_service_pb2.WriteCheckpointRequest(header=header)
+            piece = checkpoint_service_pb2.CheckpointPiece(
+                file_name="adapter_config.json", data=content, crc32=zlib.crc32(content)
+            )
+            yield checkpoint_service_pb2.WriteCheckpointRequest(piece=piece)
+            # Sent is not yet received, and a call that the server has not seen would be a new one.
+            while not any((tmp_path / "data" / "staging").iterdir()):
+                time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
-            commit = checkpoint_service_pb2.WriteCheckpointCommit()
+            file = checkpoint_service_pb2.CheckpointFile(
+                name="adapter_config.json",
+                size_bytes=len(content),
+                sha256=hashlib.sha256(content).digest(),
+            )
+            commit = checkpoint_service_pb2.WriteCheckpointCommit(files=[file])
             yield checkpoint_service_pb2.WriteCheckpointRequest(commit=commit)
 
         with pytest.raises(grpc.RpcError) as refusal:
             stub.WriteCheckpoint(requests(), timeout=15)
-        # Its own answer (no files were sent), not that of a connection that was cut.
+        # Its own answer (no adapter among the files), not that of a connection that was cut.
         assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert process.wait(15) == 0
