@@ -51,17 +51,19 @@ def packed_attention(
     """
     assert attention_mask is None
     lengths = segment_lengths or [query.shape[2]]
-    parts, start = [], 0
-    for length, run in groupby(lengths):
-        # Neighbours of equal length are one batch.
-        count = len(list(run))
-        here = slice(start, start + count * length)
-        batch = [_unpack(tensor[0, :, here], count) for tensor in (query, key, value)]
+    # Neighbours of equal length are one batch.
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    # Split, not sliced: a slice's way back would fill a gradient of all tokens for each segment.
+    tensors = (query, key, value)
+    pieces = zip(*(tensor.split_with_sizes(sizes, dim=2) for tensor in tensors), strict=True)
+    parts = []
+    for (length, count), piece in zip(runs, pieces, strict=True):
+        batch = [_unpack(tensor[0], count) for tensor in piece]
         found, _weights = sdpa_attention_forward(
             module, *batch, attention_mask=None, scaling=scaling, is_causal=True
         )
         parts.append(found.reshape(1, count * length, *found.shape[2:]))
-        start = here.stop
     return torch.cat(parts, dim=1), None
 
 
