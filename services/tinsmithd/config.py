@@ -125,19 +125,27 @@ class ServerConfig(Config):
     """How long SIGTERM lets calls finish."""
     port_file: str = ""
     """File to write the port into once it is bound; empty writes none."""
+    metrics_address: str = ""
+    """host:port where Prometheus reads `/metrics`; empty serves and counts none."""
 
     def check(self) -> None:
-        """Also warn when the address is reachable from other machines."""
+        """Also warn when an address is reachable from other machines."""
         super().check()
-        host, separator, port = self.listen_address.rpartition(":")
-        if not separator or not port.isdigit():
-            raise ConfigError(f"{self.section}.listen_address: expected host:port")
-        try:
-            loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-        except ValueError:
-            loopback = host == "localhost"
-        if not loopback:
-            _log.warning("listening on %s without keys or TLS: keep the network private", host)
+        _check_address(f"{self.section}.listen_address", self.listen_address)
+        if self.metrics_address:
+            _check_address(f"{self.section}.metrics_address", self.metrics_address)
+
+
+def _check_address(key: str, address: str) -> None:
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65_535:
+        raise ConfigError(f"{key}: expected host:port")
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        _log.warning("listening on %s without keys or TLS: keep the network private", address)
 
 
 @dataclass(frozen=True)

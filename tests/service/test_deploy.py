@@ -82,6 +82,11 @@ def container_of(manifests: Sequence[Manifest], name: str) -> Manifest:
     return dict(container)
 
 
+def ports_of(manifests: Sequence[Manifest], name: str) -> dict[str, int]:
+    """The ports that it declares, by name."""
+    return {p["name"]: p["containerPort"] for p in container_of(manifests, name)["ports"]}
+
+
 def environment_of(container: Manifest) -> dict[str, str]:
     """Its environment."""
     return {entry["name"]: entry["value"] for entry in container.get("env", [])}
@@ -175,8 +180,7 @@ def test_probes_name_the_service_of_the_contract(manifests: list[Manifest], name
     assert isinstance(config, ServerConfig)
     host, _, port = config.listen_address.rpartition(":")
     assert host == "0.0.0.0"
-    (declared,) = container["ports"]
-    assert declared["containerPort"] == int(port)
+    assert ports_of(manifests, name)["grpc"] == int(port)
     alive, ready = container["livenessProbe"]["grpc"], container["readinessProbe"]["grpc"]
     assert (alive["port"], alive.get("service", "")) == (int(port), "")
     assert (ready["port"], ready["service"]) == (int(port), full_name)
@@ -187,13 +191,27 @@ def test_probes_name_the_service_of_the_contract(manifests: list[Manifest], name
 
 
 @pytest.mark.parametrize("name", SERVERS)
+def test_prometheus_finds_the_metrics(manifests: list[Manifest], name: str) -> None:
+    """Annotations, declared port and settings name one port."""
+    settings = load(SECTIONS[name], environment_of(container_of(manifests, name)))
+    assert isinstance(settings, ServerConfig)
+    port = ports_of(manifests, name)["metrics"]
+    assert settings.metrics_address == f"0.0.0.0:{port}"
+    template = find(manifests, "Deployment|StatefulSet", name)["spec"]["template"]
+    assert template["metadata"]["annotations"] == {
+        "prometheus.io/scrape": "true",
+        "prometheus.io/port": str(port),
+    }
+
+
+@pytest.mark.parametrize("name", SERVERS)
 def test_service_reaches_its_server(manifests: list[Manifest], name: str) -> None:
     """Selector, port and port name lead to the pods of that server and to no others."""
     spec = find(manifests, "Service", name)["spec"]
     (port,) = spec["ports"]
-    (declared,) = container_of(manifests, name)["ports"]
-    assert port["targetPort"] == declared["name"]
-    assert port["port"] == declared["containerPort"]
+    declared = ports_of(manifests, name)
+    assert port["targetPort"] == "grpc"
+    assert port["port"] == declared["grpc"]
     chosen = [
         m["metadata"]["name"]
         for m in manifests
@@ -260,14 +278,16 @@ def test_there_is_never_a_second_one(manifests: list[Manifest]) -> None:
 
 
 def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
-    """Only this namespace reaches the servers, on their ports; nobody reaches the ranks."""
+    """Only this namespace reaches the servers, every pod their metrics, and nobody the ranks."""
     servers = find(manifests, "NetworkPolicy", "tinsmith-servers")["spec"]
     by_key = {e["key"]: e["values"] for e in servers["podSelector"]["matchExpressions"]}
     assert sorted(by_key["app.kubernetes.io/name"]) == sorted(SERVERS)
-    (rule,) = servers["ingress"]
-    assert rule["from"] == [{"podSelector": {}}]
-    ports = {container_of(manifests, name)["ports"][0]["containerPort"] for name in SERVERS}
-    assert {port["port"] for port in rule["ports"]} == ports
+    calls, scrapes = servers["ingress"]
+    assert calls["from"] == [{"podSelector": {}}]
+    assert scrapes["from"] == [{"namespaceSelector": {}}]
+    for rule, port_name in ((calls, "grpc"), (scrapes, "metrics")):
+        ports = {ports_of(manifests, name)[port_name] for name in SERVERS}
+        assert {port["port"] for port in rule["ports"]} == ports
     ranks = find(manifests, "NetworkPolicy", "tinsmith-trainer")["spec"]
     assert "Ingress" in ranks["policyTypes"]
     assert not ranks.get("ingress")

@@ -63,6 +63,8 @@ def test_an_unknown_variable_is_refused() -> None:
         (SamplerConfig, ["--base-model", "x", "--adapters-max", "1"], "sampler.adapters_max"),
         (TrainingConfig, ["--spawn-ranks", "1"], "training.spawn_base_model"),
         (TrainingConfig, ["--listen-address", "here"], "training.listen_address"),
+        (TrainingConfig, ["--listen-address", "127.0.0.1:70000"], "training.listen_address"),
+        (CheckpointConfig, ["--metrics-address", "9090"], "checkpoint.metrics_address"),
         (CheckpointConfig, ["--sweep-interval-s", "-1"], "checkpoint.sweep_interval_s"),
         (CheckpointConfig, ["--log-level", "LOUD"], "checkpoint.log_level"),
     ],

@@ -152,7 +152,7 @@ async def test_too_many_waiting_are_refused_and_nothing_is_lost(
     """Two run, one waits, the fourth hears QUEUE_FULL; the others are served, then it can be."""
     engine.may_step.clear()
     tasks = [asyncio.create_task(drain(scheduler, name, 2)) for name in (1, 2, 3)]
-    await until(lambda: scheduler._waiting == 1)
+    await until(lambda: scheduler.waiting == 1)
     with pytest.raises(ResourceExhausted) as refused:
         await drain(scheduler, 4, 2)
     assert refused.value.reason is Reason.QUEUE_FULL
@@ -169,12 +169,12 @@ async def test_a_waiting_request_that_is_cancelled_leaves_its_place(
     engine.may_step.clear()
     running = [asyncio.create_task(drain(scheduler, name, 2)) for name in (1, 2)]
     gone = asyncio.create_task(drain(scheduler, 3, 2))
-    await until(lambda: scheduler._waiting == 1)
+    await until(lambda: scheduler.waiting == 1)
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
     later = asyncio.create_task(drain(scheduler, 4, 2))
-    await until(lambda: scheduler._waiting == 1)
+    await until(lambda: scheduler.waiting == 1)
     engine.may_step.set()
     await asyncio.gather(*running, later)
     assert 3 not in engine.steps

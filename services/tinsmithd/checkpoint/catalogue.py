@@ -258,6 +258,14 @@ class Catalogue:
                         break
             return found, total
 
+    def count(self, kind: CheckpointKind) -> int:
+        """How many of a kind there are, damaged ones included."""
+        values = (self._clock(), kind)
+        where = "(expire_time_s IS NULL OR expire_time_s > ?) AND kind=?"
+        with self._reading():
+            query = f"SELECT count(*) FROM checkpoints WHERE {where}"
+            return int(self._db.execute(query, values).fetchone()[0])
+
     def expired(self) -> Collection[int]:
         """Numbers of all checkpoints that are expired now."""
         query = "SELECT * FROM checkpoints WHERE expire_time_s <= ?"

@@ -17,9 +17,11 @@ from pathlib import Path
 from tinsmith.v1.checkpoint_service_pb2 import DESCRIPTOR
 from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from tinsmithd.checkpoint.keeper import Keeper
+from tinsmithd.checkpoint.metrics import CheckpointCollector
 from tinsmithd.checkpoint.servicer import CheckpointServicer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.errors import TinsmithError
+from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.server import RpcServer
 
 PROBE_INTERVAL_S = 5.0
@@ -52,6 +54,9 @@ class CheckpointServer:
             monotonic=monotonic,
         )
         self._rpc = RpcServer(config, SERVICE_NAME)
+        registry = self._rpc.metrics.registry
+        registry.register(CheckpointCollector(self._keeper.catalogue))
+        registry.register(DiskCollector(folder))
         servicer = CheckpointServicer(self._keeper)
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []

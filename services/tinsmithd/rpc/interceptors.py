@@ -86,29 +86,51 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # unt
         """Wrap the handler of one call."""
         handler = await continuation(details)
         method: str = details.method
-        if handler is None or not method.startswith("/tinsmith."):
+        if not is_ours(handler, method):
             return handler
-        if handler.response_streaming:
-            behavior = handler.unary_stream or handler.stream_stream
-            wrapped = _guard_stream(behavior, method)
-            build = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-        else:
-            behavior = handler.unary_unary or handler.stream_unary
-            wrapped = _guard_unary(behavior, method)
-            build = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-        return build(
-            wrapped,
+        return rebuilt(
+            handler,
+            functools.partial(_guard_unary, method=method),
+            functools.partial(_guard_stream, method=method),
             request_deserializer=_tolerant(handler.request_deserializer, self._message_bytes_max),
             response_serializer=_serialize,
         )
+
+
+def is_ours(handler: Any, method: str) -> bool:
+    """Whether a call goes to a service of this project, and there is such a method."""
+    return handler is not None and method.startswith("/tinsmith.")
+
+
+def rebuilt(
+    handler: Any,
+    unary: Callable[[Any], Any],
+    stream: Callable[[Any], Any],
+    **codecs: Callable[[Any], Any],
+) -> Any:
+    """A handler of the same kind around another behavior.
+
+    Args:
+        handler: The handler as it is.
+        unary: Wraps a behavior that returns its response.
+        stream: Wraps a behavior that yields its responses.
+        codecs: `request_deserializer` and `response_serializer` of the new handler.
+    """
+    if handler.response_streaming:
+        wrapped = stream(handler.unary_stream or handler.stream_stream)
+        build = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+    else:
+        wrapped = unary(handler.unary_unary or handler.stream_unary)
+        build = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+    return build(wrapped, **codecs)
 
 
 def _guard_unary(behavior: Any, method: str) -> Any:

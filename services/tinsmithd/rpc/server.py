@@ -2,8 +2,8 @@
 
 Health (`grpc.health.v1`): the empty service name is SERVING while the process answers (liveness);
 the service's own name is SERVING while a real call would succeed (readiness). Reflection and
-channelz are on. SIGTERM and SIGINT: health says NOT_SERVING, no new calls, calls under way get
-`stop_grace_s`, then the process ends.
+channelz are on; metrics are at `metrics_address`, where that is set. SIGTERM and SIGINT: health
+says NOT_SERVING, no new calls, calls under way get `stop_grace_s`, then the process ends.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tinsmithd.config import ServerConfig
 from tinsmithd.rpc.interceptors import ErrorInterceptor
+from tinsmithd.rpc.metrics import Metrics, MetricsInterceptor, ServingCollector
 from tinsmithd.rpc.reflection import add_reflection
 
 RECEIVE_SLACK = 2
@@ -37,7 +38,9 @@ class RpcServer:
 
     Attributes:
         grpc_server: The server to register servicers on.
+        metrics: The metrics to register collectors with.
         port: The port it listens on, after `start`.
+        metrics_port: Where metrics are, likewise; 0 where they are not served.
         shutting_down: Set as soon as a stop began.
     """
 
@@ -47,10 +50,12 @@ class RpcServer:
         self._config = config
         self.service_name = service_name
         self._more_names = more_names
-        self.port = 0
+        self.port = self.metrics_port = 0
+        self.metrics = Metrics()
+        counting = [MetricsInterceptor(self.metrics)] if config.metrics_address else []
         self.shutting_down = asyncio.Event()
         self.grpc_server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(config.message_bytes_max)],
+            interceptors=[*counting, ErrorInterceptor(config.message_bytes_max)],
             maximum_concurrent_rpcs=config.concurrent_calls_max,
             options=[
                 ("grpc.max_receive_message_length", RECEIVE_SLACK * config.message_bytes_max),
@@ -63,6 +68,7 @@ class RpcServer:
             ],
         )
         self._said: dict[str, bool] = {}
+        self.metrics.registry.register(ServingCollector(self._said))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         add_reflection(self.grpc_server, [service_name, health.SERVICE_NAME])
@@ -82,11 +88,16 @@ class RpcServer:
         except RuntimeError as error:
             message = f"cannot listen on {self._config.listen_address}: is the port taken?"
             raise OSError(errno.EADDRINUSE, message) from error
+        if self._config.metrics_address:
+            self.metrics_port = self.metrics.serve(self._config.metrics_address)
         await self.grpc_server.start()
         if self._config.port_file:
             _write_whole(Path(self._config.port_file), f"{self.port}\n")
         host = self._config.listen_address.rpartition(":")[0]
         _log.info("%s listens on %s:%d", self.service_name, host, self.port)
+        if self.metrics_port:
+            host = self._config.metrics_address.rpartition(":")[0]
+            _log.info("metrics are at http://%s:%d/metrics", host, self.metrics_port)
 
     async def set_serving(self, serving: bool, name: str = "") -> None:
         """Say whether a real call would succeed now; with a name, what else that health has."""
@@ -107,6 +118,7 @@ class RpcServer:
         self.shutting_down.set()
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(self._config.stop_grace_s)
+        await asyncio.to_thread(self.metrics.close)
 
     async def until_signal(self) -> None:
         """Return when SIGTERM or SIGINT asks to stop."""

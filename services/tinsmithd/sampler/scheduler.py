@@ -44,15 +44,26 @@ class Output:
 
 
 class SamplerScheduler:
-    """Runs requests on one engine. Lives on one event loop."""
+    """Runs requests on one engine. Lives on one event loop.
+
+    Attributes:
+        running, waiting: Requests that have a place, and that wait for one.
+        prompt_tokens, sampled_tokens: So far, of requests begun and of all their samples.
+    """
 
     def __init__(self, engine: SamplingEngine, limits: SchedulerLimits) -> None:
         self._engine = engine
         self._limits = limits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
         self._slots = asyncio.Semaphore(limits.running_max)
-        self._waiting = 0
+        self.running = self.waiting = 0
+        self.prompt_tokens = self.sampled_tokens = 0
         self._adapters: OrderedDict[str, _Loaded] = OrderedDict()
+
+    @property
+    def adapters(self) -> int:
+        """Adapters in memory, or on their way to it."""
+        return len(self._adapters)
 
     @property
     def info(self) -> BaseModelInfo:
@@ -76,11 +87,14 @@ class SamplerScheduler:
         """
         async with self._slot(), self._loaded(adapter):
             generation = await self._start(request, adapter)
+            self.prompt_tokens += len(request.prompt)
             try:
                 if generation.prompt_scores is not None:
                     yield Output(prompt_scores=generation.prompt_scores)
                 while not generation.finished:
-                    yield Output(tokens=await self._in_thread(generation.step))
+                    tokens = await self._in_thread(generation.step)
+                    self.sampled_tokens += sum(len(some.tokens) for some in tokens)
+                    yield Output(tokens=tokens)
             finally:
                 with contextlib.suppress(RuntimeError):  # the server is stopping
                     self._thread.submit(generation.close)
@@ -100,21 +114,23 @@ class SamplerScheduler:
 
     @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
-        if self._slots.locked() and self._waiting >= self._limits.waiting_max:
+        if self._slots.locked() and self.waiting >= self._limits.waiting_max:
             raise ResourceExhausted(
                 f"waiting_max = {self._limits.waiting_max} calls wait already",
                 Reason.QUEUE_FULL,
                 retry_after_s=1.0,
-                metadata={"limit": "waiting_max", "value": str(self._waiting + 1)},
+                metadata={"limit": "waiting_max", "value": str(self.waiting + 1)},
             )
-        self._waiting += 1
+        self.waiting += 1
         try:
             await self._slots.acquire()
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
+        self.running += 1
         try:
             yield
         finally:
+            self.running -= 1
             self._slots.release()
 
     # --- adapters -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from tinsmithd.config import SamplerConfig
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.sampler.checkpoints import CheckpointSource
 from tinsmithd.sampler.engines.interface import SamplingEngine
+from tinsmithd.sampler.metrics import SamplerCollector
 from tinsmithd.sampler.scheduler import SamplerScheduler, SchedulerLimits
 from tinsmithd.sampler.servicer import SamplerServicer
 
@@ -71,6 +72,7 @@ class SamplerServer:
             self._config.running_max, self._config.waiting_max, self._config.adapters_max
         )
         self._servicer.scheduler = SamplerScheduler(engine, limits)
+        self._rpc.metrics.registry.register(SamplerCollector(self._servicer.scheduler))
         await self._rpc.set_serving(True)
 
     async def run(self) -> None:

@@ -9,6 +9,7 @@ from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
 from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter
 from tinsmithd.training.composition import Composition
+from tinsmithd.training.counts import FORWARD, FORWARD_BACKWARD, REPLAY
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.model import Model
 from tinsmithd.training.parts import NOMINAL_TOKENS, add_metrics, cut, parts
@@ -146,6 +147,7 @@ class ModelRules:
     async def restore(self, turn: TakeTurn) -> None:
         """Wait for ranks and bring the model to the state after the last recorded call."""
         await self._recovery.restore(turn)
+        self._place.counts.restored += 1
 
     async def settled(self, position: int, work: Work, turn: TakeTurn) -> None:
         """Take a snapshot when one is due."""
@@ -176,7 +178,9 @@ class ModelRules:
         """Compute, or step; in a given composition, it is the same again."""
         if isinstance(work, ComputeWork):
             return await self._compute(trainer, call, work, composition, emit, turn)
-        return await self._step(trainer, work, turn)
+        done = await self._step(trainer, work, turn)
+        self._place.counts.steps += composition is None and done.error is None
+        return done
 
     async def _compute(
         self,
@@ -193,15 +197,18 @@ class ModelRules:
         metrics: dict[str, float] = {}
         plans: list[bytes] = []
         engine_s = 0.0
+        kind = REPLAY if composition else FORWARD_BACKWARD if work.backward else FORWARD
         for index, (part, some) in enumerate(parts(work, counts)):
             plan = composition.plans[index] if composition else b""
-            async with turn(sum(some.lengths)):
+            tokens = sum(some.lengths)
+            async with turn(tokens):
                 computed = await trainer.compute(
                     self._model.model_id, some, part=part, plan=plan, on_result=emit
                 )
             add_metrics(metrics, computed.metrics)
             plans.append(computed.plan)
             engine_s += computed.engine_s
+            self._place.counts.computed(kind, tokens, computed.engine_s)
             if work.backward and computed.non_finite and not self._model.non_finite_since:
                 self._model.non_finite_since = call
         if not work.backward:  # nothing changed: there is nothing to make again

@@ -11,6 +11,7 @@ stopped, replaced, and goes on cannot write.
 import asyncio
 import errno
 import logging
+import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -54,6 +55,8 @@ class Journal:
         epoch: Of this process.
         fenced: Set once another process has the store; nothing can be written any more.
         writable: False while writing fails; it is tried again until it works.
+        commits: Those that were made.
+        commit_s: Seconds that they took.
     """
 
     keeps: ClassVar[bool] = True
@@ -65,6 +68,7 @@ class Journal:
         self.epoch = 0
         self.fenced = asyncio.Event()
         self.writable = True
+        self.commits, self.commit_s = 0, 0.0
         self._waiting: list[_Entry] = []
         self._wake = asyncio.Event()
         self._busy = False
@@ -150,6 +154,7 @@ class Journal:
             self._wake.clear()
             batch, self._waiting = self._waiting, []
             self._busy = True
+            begun_s = time.perf_counter()
             try:
                 failpoints.hit("wal_append")
                 await self.store.commit([write for entry in batch for write in entry.writes])
@@ -164,6 +169,8 @@ class Journal:
                 continue
             finally:
                 self._busy = False
+            self.commits += 1
+            self.commit_s += time.perf_counter() - begun_s
             if not self.writable:
                 _log.info("the journal can be written again")
             self.writable = True
@@ -211,6 +218,7 @@ class NoJournal(Journal):
         """There is no store."""
         self.cluster_id, self.epoch = "", 0
         self.writable = True
+        self.commits, self.commit_s = 0, 0.0
         self.fenced = asyncio.Event()
 
     async def open(self) -> Contents:

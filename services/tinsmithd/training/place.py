@@ -3,6 +3,7 @@
 import asyncio
 
 from tinsmithd.errors import Reason, Unavailable
+from tinsmithd.training.counts import Counts
 from tinsmithd.training.trainer import Trainer
 
 
@@ -12,16 +13,19 @@ class TrainerPlace:
     Attributes:
         current: The group, or None.
         progress: What a trainer that is not ready is doing, for a person.
+        counts: What all groups did so far.
     """
 
     def __init__(self) -> None:
         self.current: Trainer | None = None
         self.progress = "none has attached yet"
+        self.counts = Counts()
         self._changed = asyncio.Event()
 
     def set(self, trainer: Trainer | None) -> None:
         """Another group is at work, or none."""
         self.current = trainer
+        self.counts.rank_groups += trainer is not None
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -117,6 +117,11 @@ class Lane:
         return self._closed is None and (self._waiting.ready or self.recovering)
 
     @property
+    def pending(self) -> int:
+        """Calls taken in and not answered yet."""
+        return self._waiting.count + (self._under_way is not None) + self._recording
+
+    @property
     def idle(self) -> bool:
         """True when nothing waits and nothing runs."""
         return self._runner is None and not self._waiting.parked and not self._recording

@@ -11,12 +11,14 @@ from tinsmith.v1.training_service_pb2 import DESCRIPTOR
 from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from tinsmithd.config import TrainingConfig
 from tinsmithd.errors import TinsmithError
+from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.training.calls import CallLimits
 from tinsmithd.training.checkpoints import CheckpointClient
 from tinsmithd.training.journal import Journal, NoJournal
 from tinsmithd.training.launcher import Launcher
 from tinsmithd.training.link import TrainerLinkServicer
+from tinsmithd.training.metrics import TrainingCollector
 from tinsmithd.training.models import ModelLimits, Models
 from tinsmithd.training.recovery import SnapshotRule
 from tinsmithd.training.rules import LaneLimits
@@ -74,6 +76,9 @@ class TrainingServer:
         self._journal, snapshots = _storage(config)
         self._models = Models(_limits(config), self._checkpoints, self._journal, snapshots)
         self._rpc = RpcServer(config, SERVICE_NAME, (RECOVERY_NAME,))
+        self._rpc.metrics.registry.register(TrainingCollector(self._models, self._journal))
+        if self._journal.keeps:
+            self._rpc.metrics.registry.register(DiskCollector(Path(config.data_folder)))
         add_TrainingServiceServicer_to_server(
             TrainingServicer(config, self._models), self._rpc.grpc_server
         )

@@ -71,6 +71,11 @@ class Waiting:
         """True when there is a call to carry out."""
         return bool(self._ready)
 
+    @property
+    def count(self) -> int:
+        """Calls that wait, for whatever reason."""
+        return len(self._ready) + len(self._parked)
+
     def take(self) -> Entry:
         """The first that is ready."""
         return self._ready.popleft()

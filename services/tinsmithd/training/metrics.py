@@ -1,0 +1,74 @@
+"""What Prometheus reads of the Training server beside its calls."""
+
+from collections.abc import Iterable
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from tinsmithd.training.counts import KINDS
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.models import Models
+
+_PREFIX = "tinsmith_training_"
+
+
+class TrainingCollector(Collector):
+    """Models, their calls, the ranks' work, and the journal."""
+
+    def __init__(self, models: Models, journal: Journal) -> None:
+        self._models = models
+        self._journal = journal
+
+    def collect(self) -> Iterable[Metric]:
+        """Read everything as it is now."""
+        yield from self._gauges()
+        yield from self._work()
+        yield SummaryMetricFamily(
+            _PREFIX + "journal_commit_seconds",
+            "How long commits of the journal took, until they were durable.",
+            count_value=self._journal.commits,
+            sum_value=self._journal.commit_s,
+        )
+
+    def _gauges(self) -> Iterable[Metric]:
+        lanes = [model.lane for model in self._models.list()]
+        place = self._models.place.current
+        for name, text, value in (
+            ("models", "Models that there are.", len(lanes)),
+            ("models_lost", "Models whose state is gone.", sum(lane.lost for lane in lanes)),
+            (
+                "models_recovering",
+                "Models that the ranks do not have yet.",
+                sum(lane.recovering for lane in lanes),
+            ),
+            ("calls_pending", "Calls taken in and not answered.", sum(x.pending for x in lanes)),
+            ("ranks", "Ranks of the group at work.", place.world_size if place else 0),
+            ("journal_writable", "0 while the journal cannot be written.", self._journal.writable),
+            ("epoch", "Servers that had this journal, this one included.", self._journal.epoch),
+        ):
+            yield GaugeMetricFamily(_PREFIX + name, text, float(value))
+
+    def _work(self) -> Iterable[Metric]:
+        counts = self._models.place.counts
+        tokens = CounterMetricFamily(
+            _PREFIX + "computed_tokens", "Tokens that the ranks computed.", labels=["kind"]
+        )
+        seconds = CounterMetricFamily(
+            _PREFIX + "engine_seconds", "Seconds that the engine took for them.", labels=["kind"]
+        )
+        for kind in KINDS:
+            tokens.add_metric([kind], counts.tokens[kind])
+            seconds.add_metric([kind], counts.engine_s[kind])
+        yield tokens
+        yield seconds
+        for name, text, value in (
+            ("steps", "Optimizer steps made; those that were made again count once.", counts.steps),
+            ("models_restored", "Times that a model was brought back.", counts.restored),
+            ("rank_groups_attached", "Rank groups that came to work.", counts.rank_groups),
+        ):
+            yield CounterMetricFamily(_PREFIX + name, text, value)

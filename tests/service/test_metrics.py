@@ -1,0 +1,232 @@
+"""What Prometheus reads: exact counts of a script's calls, and nothing that a user named."""
+
+import os
+import re
+import signal
+import socket
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import tinsmith
+from clusters import RunningCluster, until_health
+from recorded_cluster import data_of, forward_backward
+from tinsmith import types
+from tinsmith import v1 as pb
+from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.config import CheckpointConfig
+
+CANARY = "canary-4711"
+TOKENS = 6
+Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """A cluster whose servers have metrics."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TRAINING", "SAMPLER", "CHECKPOINT"):
+            patch.setenv(f"TINSMITH_{name}_METRICS_ADDRESS", "127.0.0.1:0")
+        running = RunningCluster(tiny_model, tmp_path_factory.mktemp("metrics"))
+    with running:
+        yield running
+
+
+def text_of(cluster: RunningCluster, name: str) -> str:
+    """What a scrape of a server gives."""
+    log = (cluster.logs / f"{name}.log").read_text()
+    url = re.findall(r"metrics are at (http://\S+)", log)[-1]
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return str(response.read().decode())
+
+
+def values_of(text: str) -> Values:
+    """Value by name and labels; what Prometheus could not read raises."""
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def values(cluster: RunningCluster, name: str = "training") -> Values:
+    """What a server says now."""
+    return values_of(text_of(cluster, name))
+
+
+def value(values: Values, name: str, **labels: str) -> float:
+    return values[name, frozenset(labels.items())]
+
+
+def handled(values: Values) -> Counter[tuple[str, str, str]]:
+    """Calls by type, method and code."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for (name, pairs), count in values.items():
+        labels = dict(pairs)
+        if name == "grpc_server_handled_total" and ".internal." not in labels["grpc_service"]:
+            key = (labels["grpc_type"], labels["grpc_method"], labels["grpc_code"])
+            found[key] = int(count)
+    return found
+
+
+def until(found: Callable[[], bool]) -> None:
+    """A call is counted when the server is done with it, which may be after its caller is."""
+    while not found():
+        time.sleep(0.02)
+
+
+def test_a_script_is_counted(cluster: RunningCluster) -> None:
+    """Calls by code, tokens, steps, samples and checkpoints; and nothing that a user named."""
+    before = {name: values(cluster, name) for name in cluster.addresses}
+    service = tinsmith.ServiceClient(cluster.address)
+    model = service.create_lora_training_client(
+        cluster.base_model, rank=2, seed=1, user_metadata={"note": CANARY}
+    ).result(60)
+    data = [
+        types.Datum(
+            types.ModelInput.from_ints([1] * TOKENS),
+            {"target_tokens": np.ones(TOKENS, np.int64), "weights": np.ones(TOKENS, np.float32)},
+        )
+    ]
+    for _ in range(2):
+        model.forward_backward(data * 3, "cross_entropy").result(60)
+    model.optim_step(types.AdamParams(learning_rate=1e-3)).result(60)
+    model.forward(data, "cross_entropy").result(60)
+    sampler = model.save_weights_and_get_sampling_client(name=CANARY)
+    prompt, params = types.ModelInput.from_ints([5, 6, 7]), types.SamplingParams(max_tokens=4)
+    sampled = sampler.sample(prompt, num_samples=2, sampling_params=params).result(60)
+    with pytest.raises(tinsmith.NotFoundError):
+        service.create_training_client_from_state(f"tinsmith://{CANARY}/weights/one").result(60)
+    until(lambda: ("unary", "CreateModel", "NotFound") in handled(values(cluster)))
+
+    text = text_of(cluster, "training")
+    now = values_of(text)
+    calls = handled(now) - handled(before["training"])
+    assert calls["bidi_stream", "ForwardBackward", "OK"] == 2
+    assert calls["bidi_stream", "Forward", "OK"] == 1
+    assert calls["unary", "OptimStep", "OK"] == 1
+    assert calls["unary", "SaveCheckpoint", "OK"] == 1
+    assert {code for _, _, code in calls} == {"OK", "NotFound"}
+
+    def grew(name: str, server: str = "training", **labels: str) -> float:
+        return value(now, name, **labels) - value(before[server], name, **labels)
+
+    tokens = "tinsmith_training_computed_tokens_total"
+    assert grew(tokens, kind="forward_backward") == 2 * 3 * TOKENS
+    assert grew(tokens, kind="forward") == TOKENS
+    assert grew(tokens, kind="replay") == 0
+    assert grew("tinsmith_training_engine_seconds_total", kind="forward_backward") > 0
+    assert grew("tinsmith_training_steps_total") == 1
+    assert grew("tinsmith_training_models") == 1
+    assert grew("tinsmith_training_journal_commit_seconds_count") >= 5
+    assert grew("tinsmith_training_journal_commit_seconds_sum") > 0
+    assert value(now, "tinsmith_training_calls_pending") == 0
+    assert value(now, "tinsmith_training_ranks") == 1
+    assert value(now, "tinsmith_training_journal_writable") == 1
+    assert value(now, "tinsmith_serving", service="tinsmith.v1.TrainingService") == 1
+    assert value(now, "tinsmith_disk_free_bytes") > 0
+    texts = [text]
+
+    texts.append(text_of(cluster, "sampler"))
+    now = values_of(texts[-1])
+    assert (handled(now) - handled(before["sampler"]))["server_stream", "Sample", "OK"] == 1
+    found = sum(len(sequence.tokens) for sequence in sampled.sequences)
+    assert grew("tinsmith_sampler_sampled_tokens_total", "sampler") == found > 0
+    assert grew("tinsmith_sampler_prompt_tokens_total", "sampler") == 3
+    assert grew("tinsmith_sampler_adapters", "sampler") == 1
+    assert value(now, "tinsmith_sampler_requests_running") == 0
+
+    texts.append(text_of(cluster, "checkpoint"))
+    now = values_of(texts[-1])
+    writes = (handled(now) - handled(before["checkpoint"]))[
+        "client_stream", "WriteCheckpoint", "OK"
+    ]
+    assert writes == 1
+    assert grew("tinsmith_checkpoint_checkpoints", "checkpoint", kind="sampler") == 1
+    assert grew("tinsmith_checkpoint_checkpoints", "checkpoint", kind="training") == 0
+    model_id = model.get_info().model_id
+    assert not [word for word in (CANARY, model_id) for text in texts if word in text]
+
+
+def create(stubs: pb.Cluster) -> str:
+    lora = pb.LoraConfig(rank=2, seed=1)
+    return stubs.training.CreateModel(pb.CreateModelRequest(lora_config=lora)).model.model_id
+
+
+def test_a_call_that_its_caller_gives_up_is_canceled(cluster: RunningCluster) -> None:
+    """It waits for a number before its own, and is counted under that code."""
+    with pb.connect(cluster.address) as stubs:
+        later = forward_backward(create(stubs), 3, data_of(1, 2, TOKENS))
+        call = stubs.training.ForwardBackward(iter([later]))
+        until(lambda: value(values(cluster), "tinsmith_training_calls_pending") == 1)
+        call.cancel()
+        until(lambda: handled(values(cluster))["bidi_stream", "ForwardBackward", "Canceled"] == 1)
+
+
+def test_dead_ranks_are_seen_and_no_step_counts_twice(cluster: RunningCluster) -> None:
+    """Another rank group, models brought back, calls computed again; the same number of steps."""
+    stubs = pb.connect(cluster.address)
+    model_id = create(stubs)
+    before = values(cluster)
+
+    def train(first: int) -> None:
+        for seq_id in range(first, first + 4, 2):
+            call = forward_backward(model_id, seq_id, data_of(1, 2, TOKENS))
+            list(stubs.training.ForwardBackward(iter([call])))
+            step = pb.OptimStepRequest(model_id=model_id, seq_id=seq_id + 1)
+            stubs.training.OptimStep(step)
+
+    with stubs:
+        train(1)
+        (rank,) = cluster.rank_pids()
+        os.kill(rank, signal.SIGKILL)
+        until_health(cluster.address, serving=False)
+        now = values(cluster)
+        assert value(now, "tinsmith_training_ranks") == 0
+        models = value(now, "tinsmith_training_models")
+        assert value(now, "tinsmith_training_models_recovering") == models
+        train(5)
+    until(lambda: value(values(cluster), "tinsmith_training_models_recovering") == 0)
+    now = values(cluster)
+
+    def grew(name: str, **labels: str) -> float:
+        return value(now, name, **labels) - value(before, name, **labels)
+
+    tokens = "tinsmith_training_computed_tokens_total"
+    assert grew(tokens, kind="forward_backward") == 4 * 2 * TOKENS
+    assert grew(tokens, kind="replay") >= 2 * 2 * TOKENS  # other models have calls, too
+    assert grew("tinsmith_training_steps_total") == 4
+    assert grew("tinsmith_training_models_restored_total") == models
+    assert grew("tinsmith_training_rank_groups_attached_total") == 1
+
+
+async def test_metrics_are_off_unless_asked_for(tmp_path: Path) -> None:
+    """No second port, and nothing between a call and its servicer."""
+    server = CheckpointServer(
+        CheckpointConfig(listen_address="127.0.0.1:0", data_folder=str(tmp_path))
+    )
+    await server.start()
+    assert server._rpc.metrics_port == 0
+    await server.stop()
+
+
+async def test_a_taken_metrics_port_is_one_line(tmp_path: Path) -> None:
+    """It names the address, as a taken gRPC port does."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = CheckpointConfig(
+            listen_address="127.0.0.1:0", data_folder=str(tmp_path), metrics_address=address
+        )
+        server = CheckpointServer(config)
+        with pytest.raises(OSError, match=f"cannot listen on {address} for metrics") as refusal:
+            await server.start()
+        assert refusal.value.strerror
+        await server.stop()
