@@ -81,20 +81,25 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # unt
 
     def __init__(self, message_bytes_max: int) -> None:
         self._message_bytes_max = message_bytes_max
+        self._known: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Wrap the handler of one call."""
-        handler = await continuation(details)
+        """Wrap the handler of one call; that of a method is always the same."""
         method: str = details.method
+        known = self._known.get(method)
+        if known is not None:
+            return known
+        handler = await continuation(details)
         if not is_ours(handler, method):
             return handler
-        return rebuilt(
+        self._known[method] = wrapped = rebuilt(
             handler,
             functools.partial(_guard_unary, method=method),
             functools.partial(_guard_stream, method=method),
             request_deserializer=_tolerant(handler.request_deserializer, self._message_bytes_max),
             response_serializer=_serialize,
         )
+        return wrapped
 
 
 def is_ours(handler: Any, method: str) -> bool:

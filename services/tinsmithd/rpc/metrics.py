@@ -128,13 +128,21 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # u
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._known: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Wrap the handler of one call."""
+        known = self._known.get(details.method)
+        if known is not None:
+            return known
         handler = await continuation(details)
         if not is_ours(handler, details.method):
             return handler
-        service, _, method = details.method.removeprefix("/").partition("/")
+        self._known[details.method] = wrapped = self._wrap(handler, details.method)
+        return wrapped
+
+    def _wrap(self, handler: Any, name: str) -> Any:
+        service, _, method = name.removeprefix("/").partition("/")
         labels = (_type(handler), service, method)
         metrics = self._metrics
 
