@@ -91,7 +91,7 @@ class Metrics:
         return int(self._http.server_port)
 
     def close(self) -> None:
-        """Answer no more; harmless where nothing was served. It waits for a scrape under way."""
+        """Answer no more scrapes; harmless where nothing was served."""
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()
