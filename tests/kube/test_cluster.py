@@ -4,6 +4,7 @@ TINSMITH_TEST_KUBECONFIG names the API server, whose nodes have the images of `d
 (docs/deploy.md says how they are built). Without it these tests are skipped, loudly.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,22 @@ def test_samplers_are_scaled_and_killed(
         cluster("delete", "pod", first, "--force", "--grace-period=0")
 
     assert without_names(cluster.run_script(STEPS, {STEPS - 1: kill_one})) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["training", "checkpoint", "sampler"])
+@pytest.mark.usefixtures("undisturbed")  # all pods are there
+def test_metrics_are_where_the_pod_says(cluster: KubeCluster, name: str) -> None:
+    """Read from another pod, at the address and the port that Prometheus would find."""
+    (pod, *_) = cluster.pods(name)
+    found = json.loads(cluster("get", "pod", pod, "--output=json"))
+    assert found["metadata"]["annotations"]["prometheus.io/scrape"] == "true"
+    port = found["metadata"]["annotations"]["prometheus.io/port"]
+    url = f"http://{found['status']['podIP']}:{port}/metrics"
+    script = f"import urllib.request as r; print(r.urlopen({url!r}, timeout=10).read().decode())"
+    (ranks, *_) = cluster.pods("trainer")
+    lines = cluster("exec", ranks, "--", "python", "-c", script).splitlines()
+    service = f'tinsmith_serving{{service="tinsmith.v1.{name.capitalize()}Service"}} 1.0'
+    assert service in lines
 
 
 def test_no_server_is_root_or_writes_beside_its_volumes(cluster: KubeCluster) -> None:
