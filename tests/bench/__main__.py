@@ -25,6 +25,7 @@ from bench.sides import Settings
 
 ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "1": rows_compute.dense,
+    "2": rows_compute.peer_style,
     "3": rows_compute.ragged,
     "4": rows_compute.short,
     "5": rows_compute.zero_weights,

@@ -1,4 +1,4 @@
-"""Rows 1, 3, 4, 5 and 25: what `forward_backward` costs."""
+"""Rows 1 to 5 and 25: what `forward_backward` costs."""
 
 from collections.abc import Sequence
 
@@ -17,6 +17,7 @@ ZERO_SHARE = 0.8
 GROWTH_TOKENS = (64, 128, 256, 512, 1024)
 
 DENSE_TARGET = 1.00
+PEER_TARGET = 0.70
 PADDED_TARGET = 0.42
 SHORT_TARGET = 0.80
 BETTER_TARGET = 1.00
@@ -35,6 +36,31 @@ def dense(settings: Settings) -> list[Result]:
     _, ours, bare = _sides(settings, lora=lora)
     what += ", head adapted"
     return [*results, _against_batch("1", what, ours, bare, batch, settings, DENSE_TARGET)]
+
+
+def peer_style(settings: Settings) -> list[Result]:
+    """Row 2: the same against a loop of single rows that always recomputes its layers."""
+    shape, ours, _ = _sides(settings)
+    bare = BareLoop(write_model(shape, settings.models), ours.start, recompute=True)
+    batch = workloads.make_batch([ROW_TOKENS] * ROWS_PER_BATCH, shape.vocab)
+    agreement = agree(ours, bare, [batch], one_by_one=True)
+    timings = measure(
+        [
+            Side("ours", lambda: ours.forward_backward(batch), ours.clear),
+            Side("peer", lambda: bare.one_by_one(batch), bare.clear),
+        ],
+        settings.pairs,
+    )
+    return [
+        Result(
+            "2",
+            f"dense {ROWS_PER_BATCH}x{ROW_TOKENS} / a row at a time, recomputed",
+            ratio(timings["ours"], timings["peer"]),
+            target=PEER_TARGET,
+            sides={name: middle(found) for name, found in timings.items()},
+            agreement=agreement,
+        )
+    ]
 
 
 def zero_weights(settings: Settings) -> list[Result]:

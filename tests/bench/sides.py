@@ -108,14 +108,25 @@ class Ours:
 
 
 class BareLoop:
-    """Transformers, PEFT and torch, used as their manuals say; no recompute, no dropout.
+    """Transformers, PEFT and torch, used as their manuals say; no dropout.
+
+    Args:
+        folder: The model.
+        start: The adapter's first weights.
+        recompute: Keep only each layer's input, and compute the layer again on the way back.
 
     Attributes:
         parameters: The adapter's, by their names in PEFT's files.
     """
 
     def __init__(
-        self, folder: Path, start: ModelState, *, dtype: str = "float32", device: str = "cpu"
+        self,
+        folder: Path,
+        start: ModelState,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        recompute: bool = False,
     ) -> None:
         base = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], attn_implementation="sdpa"
@@ -126,6 +137,10 @@ class BareLoop:
             # Of an attribute's old name, and that a head which is adapted shares its weight.
             warnings.simplefilter("ignore")
             self._model: Any = peft.get_peft_model(base, config).eval().to(device)
+        if recompute:
+            # It takes effect in training mode only; these shapes have nothing that drops out.
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._model.train()
         tensors = {name: torch.from_numpy(array.copy()) for name, array in start.weights.items()}
         loaded = peft.set_peft_model_state_dict(self._model, tensors)
         assert not loaded.unexpected_keys
