@@ -30,37 +30,21 @@ def dense(settings: Settings) -> list[Result]:
     """Row 1: equal rows against one batch of them; with an adapted head, too."""
     shape, ours, bare = _sides(settings)
     batch = workloads.make_batch([ROW_TOKENS] * ROWS_PER_BATCH, shape.vocab)
-    what = f"dense {ROWS_PER_BATCH}x{ROW_TOKENS}"
+    size = f"dense {ROWS_PER_BATCH}x{ROW_TOKENS}"
+    what = f"{size} / bare loop"
     results = [_against_batch("1", what, ours, bare, batch, settings, DENSE_TARGET)]
     lora = LoraConfig(rank=LORA.rank, train_unembed=True)
     _, ours, bare = _sides(settings, lora=lora)
-    what += ", head adapted"
+    what = f"{size}, head adapted / bare loop"
     return [*results, _against_batch("1", what, ours, bare, batch, settings, DENSE_TARGET)]
 
 
 def peer_style(settings: Settings) -> list[Result]:
     """Row 2: the same against a loop of single rows that always recomputes its layers."""
-    shape, ours, _ = _sides(settings)
-    bare = BareLoop(write_model(shape, settings.models), ours.start, recompute=True)
+    shape, ours, bare = _sides(settings, recompute=True)
     batch = workloads.make_batch([ROW_TOKENS] * ROWS_PER_BATCH, shape.vocab)
-    agreement = agree(ours, bare, [batch], one_by_one=True)
-    timings = measure(
-        [
-            Side("ours", lambda: ours.forward_backward(batch), ours.clear),
-            Side("peer", lambda: bare.one_by_one(batch), bare.clear),
-        ],
-        settings.pairs,
-    )
-    return [
-        Result(
-            "2",
-            f"dense {ROWS_PER_BATCH}x{ROW_TOKENS} / a row at a time, recomputed",
-            ratio(timings["ours"], timings["peer"]),
-            target=PEER_TARGET,
-            sides={name: middle(found) for name, found in timings.items()},
-            agreement=agreement,
-        )
-    ]
+    what = f"dense {ROWS_PER_BATCH}x{ROW_TOKENS} / a row at a time, recomputed"
+    return [_against_batch("2", what, ours, bare, batch, settings, PEER_TARGET, one_by_one=True)]
 
 
 def zero_weights(settings: Settings) -> list[Result]:
@@ -70,7 +54,7 @@ def zero_weights(settings: Settings) -> list[Result]:
     batch = workloads.make_batch(lengths, shape.vocab, zero_share=ZERO_SHARE)
     # Without weight a token needs no backward of the head: half of the head's matmul work.
     target = 1 - ZERO_SHARE / 2 * shape.head_share + ZERO_WEIGHT_MARGIN
-    what = f"{ZERO_SHARE:.0%} zero-weight tokens, {ROWS_PER_BATCH}x{ROW_TOKENS}"
+    what = f"{ZERO_SHARE:.0%} zero-weight tokens, {ROWS_PER_BATCH}x{ROW_TOKENS} / bare loop"
     return [_against_batch("5", what, ours, bare, batch, settings, round(target, 2))]
 
 
@@ -130,11 +114,13 @@ def _slope(samples: np.ndarray) -> float:
     return float(np.polyfit(np.log(GROWTH_TOKENS), times, 1)[0])
 
 
-def _sides(settings: Settings, *, lora: LoraConfig = LORA) -> tuple[Shape, Ours, BareLoop]:
+def _sides(
+    settings: Settings, *, lora: LoraConfig = LORA, recompute: bool = False
+) -> tuple[Shape, Ours, BareLoop]:
     shape = SHAPES[settings.shape or "S"]
     folder = write_model(shape, settings.models)
     ours = Ours(folder, settings, lora=lora)
-    return shape, ours, BareLoop(folder, ours.start)
+    return shape, ours, BareLoop(folder, ours.start, recompute=recompute)
 
 
 def _against_batch(
@@ -145,18 +131,21 @@ def _against_batch(
     batch: Sequence[Datum],
     settings: Settings,
     target: float,
+    *,
+    one_by_one: bool = False,
 ) -> Result:
-    agreement = agree(ours, bare, [batch])
+    agreement = agree(ours, bare, [batch], one_by_one=one_by_one)
+    loop = bare.one_by_one if one_by_one else bare.padded
     timings = measure(
         [
             Side("ours", lambda: ours.forward_backward(batch), ours.clear),
-            Side("bare", lambda: bare.padded(batch), bare.clear),
+            Side("bare", lambda: loop(batch), bare.clear),
         ],
         settings.pairs,
     )
     return Result(
         row,
-        f"{what} / bare loop",
+        what,
         ratio(timings["ours"], timings["bare"]),
         target=target,
         sides={name: middle(found) for name, found in timings.items()},

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ def value(values: Values, name: str, **labels: str) -> float:
     return values[name, frozenset(labels.items())]
 
 
+def growth(now: Values, before: Values, name: str, **labels: str) -> float:
+    return value(now, name, **labels) - value(before, name, **labels)
+
+
 def handled(values: Values) -> Counter[tuple[str, str, str]]:
     """Calls by type, method and code."""
     found: Counter[tuple[str, str, str]] = Counter()
@@ -113,10 +118,7 @@ def test_a_script_is_counted(cluster: RunningCluster) -> None:
     assert calls["unary", "OptimStep", "OK"] == 1
     assert calls["unary", "SaveCheckpoint", "OK"] == 1
     assert {code for _, _, code in calls} == {"OK", "NotFound"}
-
-    def grew(name: str, server: str = "training", **labels: str) -> float:
-        return value(now, name, **labels) - value(before[server], name, **labels)
-
+    grew = partial(growth, now, before["training"])
     tokens = "tinsmith_training_computed_tokens_total"
     assert grew(tokens, kind="forward_backward") == 2 * 3 * TOKENS
     assert grew(tokens, kind="forward") == TOKENS
@@ -135,21 +137,23 @@ def test_a_script_is_counted(cluster: RunningCluster) -> None:
 
     texts.append(text_of(cluster, "sampler"))
     now = values_of(texts[-1])
+    grew = partial(growth, now, before["sampler"])
     assert (handled(now) - handled(before["sampler"]))["server_stream", "Sample", "OK"] == 1
     found = sum(len(sequence.tokens) for sequence in sampled.sequences)
-    assert grew("tinsmith_sampler_sampled_tokens_total", "sampler") == found > 0
-    assert grew("tinsmith_sampler_prompt_tokens_total", "sampler") == 3
-    assert grew("tinsmith_sampler_adapters", "sampler") == 1
+    assert grew("tinsmith_sampler_sampled_tokens_total") == found > 0
+    assert grew("tinsmith_sampler_prompt_tokens_total") == 3
+    assert grew("tinsmith_sampler_adapters") == 1
     assert value(now, "tinsmith_sampler_requests_running") == 0
 
     texts.append(text_of(cluster, "checkpoint"))
     now = values_of(texts[-1])
+    grew = partial(growth, now, before["checkpoint"])
     writes = (handled(now) - handled(before["checkpoint"]))[
         "client_stream", "WriteCheckpoint", "OK"
     ]
     assert writes == 1
-    assert grew("tinsmith_checkpoint_checkpoints", "checkpoint", kind="sampler") == 1
-    assert grew("tinsmith_checkpoint_checkpoints", "checkpoint", kind="training") == 0
+    assert grew("tinsmith_checkpoint_checkpoints", kind="sampler") == 1
+    assert grew("tinsmith_checkpoint_checkpoints", kind="training") == 0
     model_id = model.get_info().model_id
     assert not [word for word in (CANARY, model_id) for text in texts if word in text]
 
@@ -162,11 +166,14 @@ def create(stubs: pb.Cluster) -> str:
 def test_a_call_that_its_caller_gives_up_is_canceled(cluster: RunningCluster) -> None:
     """It waits for a number before its own, and is counted under that code."""
     with pb.connect(cluster.address) as stubs:
-        later = forward_backward(create(stubs), 3, data_of(1, 2, TOKENS))
+        model_id = create(stubs)
+        later = forward_backward(model_id, 3, data_of(1, 2, TOKENS))
         call = stubs.training.ForwardBackward(iter([later]))
         until(lambda: value(values(cluster), "tinsmith_training_calls_pending") == 1)
         call.cancel()
         until(lambda: handled(values(cluster))["bidi_stream", "ForwardBackward", "Canceled"] == 1)
+        # The call itself waits on, and would hold up the end of the server.
+        stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=model_id))
 
 
 def test_dead_ranks_are_seen_and_no_step_counts_twice(cluster: RunningCluster) -> None:
@@ -194,10 +201,7 @@ def test_dead_ranks_are_seen_and_no_step_counts_twice(cluster: RunningCluster) -
         train(5)
     until(lambda: value(values(cluster), "tinsmith_training_models_recovering") == 0)
     now = values(cluster)
-
-    def grew(name: str, **labels: str) -> float:
-        return value(now, name, **labels) - value(before, name, **labels)
-
+    grew = partial(growth, now, before)
     tokens = "tinsmith_training_computed_tokens_total"
     assert grew(tokens, kind="forward_backward") == 4 * 2 * TOKENS
     assert grew(tokens, kind="replay") >= 2 * 2 * TOKENS  # other models have calls, too

@@ -237,15 +237,9 @@ class Catalogue:
             before: Only those with a lower `number`; None begins with the newest.
             size: At most so many.
         """
-        where = "(expire_time_s IS NULL OR expire_time_s > ?)"
-        values: list[object] = [self._clock()]
-        if model_id:
-            where, values = where + " AND model_id=?", [*values, model_id]
-        if kind is not None:
-            where, values = where + " AND kind=?", [*values, kind]
+        where, values = self._matching(model_id, kind)
         with self._reading():
-            query = f"SELECT count(*) FROM checkpoints WHERE {where}"
-            total = self._db.execute(query, values).fetchone()[0]
+            total = self._count(where, values)
             if before is not None:
                 where, values = where + " AND number<?", [*values, before]
             query = f"SELECT * FROM checkpoints WHERE {where} ORDER BY number DESC"
@@ -260,11 +254,21 @@ class Catalogue:
 
     def count(self, kind: CheckpointKind) -> int:
         """How many of a kind there are, damaged ones included."""
-        values = (self._clock(), kind)
-        where = "(expire_time_s IS NULL OR expire_time_s > ?) AND kind=?"
         with self._reading():
-            query = f"SELECT count(*) FROM checkpoints WHERE {where}"
-            return int(self._db.execute(query, values).fetchone()[0])
+            return self._count(*self._matching("", kind))
+
+    def _matching(self, model_id: str, kind: CheckpointKind | None) -> tuple[str, list[object]]:
+        where = "(expire_time_s IS NULL OR expire_time_s > ?)"
+        values: list[object] = [self._clock()]
+        if model_id:
+            where, values = where + " AND model_id=?", [*values, model_id]
+        if kind is not None:
+            where, values = where + " AND kind=?", [*values, kind]
+        return where, values
+
+    def _count(self, where: str, values: list[object]) -> int:
+        query = f"SELECT count(*) FROM checkpoints WHERE {where}"
+        return int(self._db.execute(query, values).fetchone()[0])
 
     def expired(self) -> Collection[int]:
         """Numbers of all checkpoints that are expired now."""

@@ -7,6 +7,7 @@
 - Answers are serialised deterministically, so that a repeat is equal byte for byte.
 """
 
+import abc
 import asyncio
 import functools
 import logging
@@ -72,39 +73,49 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped base
-    """Wraps every handler of this project's services; standard services pass untouched.
+class WrappingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped base
+    """Wraps each method of this project's services, once; standard services pass untouched."""
+
+    def __init__(self) -> None:
+        self._wrapped: dict[str, Any] = {}
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Return the handler of one call; that of a method is always the same."""
+        method: str = details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is not None:
+            return wrapped
+        handler = await continuation(details)
+        if handler is None or not method.startswith("/tinsmith."):
+            return handler
+        self._wrapped[method] = wrapped = self.wrap(handler, method)
+        return wrapped
+
+    @abc.abstractmethod
+    def wrap(self, handler: Any, method: str) -> Any:
+        """Wrap the handler of a method (`/package.Service/Method`)."""
+
+
+class ErrorInterceptor(WrappingInterceptor):
+    """Makes statuses of errors and the same bytes of equal answers.
 
     Args:
         message_bytes_max: A larger request is refused, with a reason.
     """
 
     def __init__(self, message_bytes_max: int) -> None:
+        super().__init__()
         self._message_bytes_max = message_bytes_max
-        self._known: dict[str, Any] = {}
 
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Wrap the handler of one call; that of a method is always the same."""
-        method: str = details.method
-        known = self._known.get(method)
-        if known is not None:
-            return known
-        handler = await continuation(details)
-        if not is_ours(handler, method):
-            return handler
-        self._known[method] = wrapped = rebuilt(
+    def wrap(self, handler: Any, method: str) -> Any:
+        """See `WrappingInterceptor`."""
+        return rebuilt(
             handler,
             functools.partial(_guard_unary, method=method),
             functools.partial(_guard_stream, method=method),
             request_deserializer=_tolerant(handler.request_deserializer, self._message_bytes_max),
             response_serializer=_serialize,
         )
-        return wrapped
-
-
-def is_ours(handler: Any, method: str) -> bool:
-    """Whether a call goes to a service of this project, and there is such a method."""
-    return handler is not None and method.startswith("/tinsmith.")
 
 
 def rebuilt(

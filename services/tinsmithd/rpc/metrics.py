@@ -30,7 +30,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tinsmithd.rpc.interceptors import is_ours, rebuilt
+from tinsmithd.rpc.interceptors import WrappingInterceptor, rebuilt
 
 # A second series for each counter, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -123,27 +123,17 @@ def _code(code: Any) -> str:
     return _CODES.get(number, "Unknown") if number else "Unknown"
 
 
-class MetricsInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped base
+class MetricsInterceptor(WrappingInterceptor):
     """Counts calls of this project's services; to stand before all that may refuse one."""
 
     def __init__(self, metrics: Metrics) -> None:
+        super().__init__()
         self._metrics = metrics
-        self._known: dict[str, Any] = {}
 
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Wrap the handler of one call."""
-        known = self._known.get(details.method)
-        if known is not None:
-            return known
-        handler = await continuation(details)
-        if not is_ours(handler, details.method):
-            return handler
-        self._known[details.method] = wrapped = self._wrap(handler, details.method)
-        return wrapped
-
-    def _wrap(self, handler: Any, name: str) -> Any:
-        service, _, method = name.removeprefix("/").partition("/")
-        labels = (_type(handler), service, method)
+    def wrap(self, handler: Any, method: str) -> Any:
+        """See `WrappingInterceptor`."""
+        service, _, name = method.removeprefix("/").partition("/")
+        labels = (_type(handler), service, name)
         metrics = self._metrics
 
         def unary(behavior: Any) -> Any:
