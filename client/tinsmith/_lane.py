@@ -47,10 +47,33 @@ class Lane:
         self._lock = threading.Lock()
         self._undelivered: TinsmithError | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
         # All numbers before `_first` have ended, and those in `_ended`; only used on the loop.
         self._first = next_seq_id
         self._ended: set[int] = set()
         self._held: dict[int, asyncio.Event] = {}
+
+    @property
+    def closed(self) -> bool:
+        """True once `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Take no more calls; those that were made go on."""
+        with self._lock:
+            self._closed = True
+
+    async def ended(self) -> None:
+        """Wait until all calls made so far have ended.
+
+        Raises:
+            TinsmithError: The first of them that failed.
+        """
+        tasks = list(self._tasks)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for failure in ended:
+            if isinstance(failure, BaseException):
+                raise failure
 
     def submit(
         self, count: int, start: Callable[[Sequence[int]], Coroutine[Any, Any, T]]
@@ -63,6 +86,9 @@ class Lane:
         """
         future: Future[T] = Future()
         with self._lock:  # begins in the order of the numbers, from any thread
+            if self._closed:
+                message = f"the client of model {self._model_id} is closed"
+                raise FailedPreconditionError(message, reason="CLIENT_CLOSED")
             numbers = range(self._next_seq_id, self._next_seq_id + count)
             self._next_seq_id += count
             _loop.loop().call_soon_threadsafe(self._begin, start(numbers), numbers, future)

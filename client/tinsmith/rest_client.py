@@ -16,6 +16,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from tinsmith import _loop
 from tinsmith._connection import CHECKPOINT, Connection, address_of
 from tinsmith._convert import checkpoint_from_pb
+from tinsmith._lifetime import delete_model
 from tinsmith._twins import async_twins
 from tinsmith.errors import InvalidArgumentError, unsupported
 from tinsmith.futures import APIFuture
@@ -50,6 +51,7 @@ async def capabilities_of(connection: Connection) -> GetServerCapabilitiesRespon
     *("list_user_checkpoints", "delete_checkpoint", "delete_checkpoint_from_tinker_path"),
     *("publish_checkpoint_from_tinker_path", "unpublish_checkpoint_from_tinker_path"),
     *("set_checkpoint_ttl_from_tinker_path", "copy_weights", "download_checkpoint"),
+    "delete_model",
     final=True,
 )
 class RestClient:
@@ -125,6 +127,16 @@ class RestClient:
             return TrainingRunsResponse(runs, Cursor(offset, limit, total))
 
         return APIFuture(_loop.run(ask()))
+
+    def delete_model(self, model_id: str) -> APIFuture[None]:
+        """Delete a model: what trains, not its checkpoints; those stay.
+
+        Calls of it that were not answered yet fail with NotFoundError.
+
+        Raises:
+            NotFoundError: There is none (MODEL_NOT_FOUND); from the future.
+        """
+        return APIFuture(_loop.run(delete_model(self._connection, model_id)))
 
     # --- checkpoints --------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from tinsmith._custom_loss import (
     run_loss,
 )
 from tinsmith._lane import Lane
+from tinsmith._lifetime import ModelLifetime
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
 from tinsmith.errors import unsupported
@@ -42,12 +43,13 @@ from tinsmith.v1 import types_pb2
     *("save_weights_and_get_sampling_client", "create_sampling_client"),
     final=False,
 )
-class TrainingClient:
+class TrainingClient(ModelLifetime):
     """Trains one model: an adapter with its optimizer state on the cluster.
 
     Made by `ServiceClient`. Calls return futures at once; their effects follow the order of the
     calls, so any number may be under way. A lost connection or a restarting service delays
-    them: each is sent again under its number, and counts once.
+    them: each is sent again under its number, and counts once. As a context manager it deletes the
+    model at the end, see `close`.
 
     Attributes:
         model_id: The model's id.
