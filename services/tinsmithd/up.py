@@ -22,6 +22,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tinsmithd.config import ConfigError
+from tinsmithd.rpc.channels import open_aio_channel
 
 _log = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ class EmbeddedCluster:
 
     async def _until_serving(self, child: _Child) -> None:
         request = health_pb2.HealthCheckRequest(service=SERVICES[child.name])
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{child.port}") as channel:
+        async with open_aio_channel(f"127.0.0.1:{child.port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while not child.serving:
                 with contextlib.suppress(grpc.RpcError):

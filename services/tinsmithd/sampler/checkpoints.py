@@ -11,6 +11,7 @@ from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd import failpoints, state_files
 from tinsmithd.domain import CheckpointKind, CheckpointPath, ModelState
 from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
+from tinsmithd.rpc.channels import open_aio_channel
 from tinsmithd.rpc.status import from_rpc_error
 from tinsmithd.sampler.scheduler import Adapter
 
@@ -21,13 +22,7 @@ class CheckpointSource:
     """Finds and fetches the adapters of SAMPLER checkpoints."""
 
     def __init__(self, target: str) -> None:
-        options = [
-            ("grpc.max_receive_message_length", -1),
-            # A server that hangs must not hold the slot of the call that reads from it.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-        ]
-        self._channel = grpc.aio.insecure_channel(target, options=options)
+        self._channel = open_aio_channel(target)
         self._stub = CheckpointServiceStub(self._channel)
 
     async def close(self) -> None:

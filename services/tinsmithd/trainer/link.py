@@ -20,6 +20,7 @@ import grpc
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd.convert import types as convert
+from tinsmithd.rpc.channels import open_channel
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.outgoing import Outgoing
@@ -33,12 +34,6 @@ RETRY_DELAY_S = 0.2
 RETRY_DELAY_S_MAX = 5.0
 
 _ATTACH = "/{}/{}".format(pb.DESCRIPTOR.services_by_name["TrainerLinkService"].full_name, "Attach")
-_CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-]
 _FORGET = b""
 """Broadcast in place of a command: drop all models."""
 
@@ -61,7 +56,7 @@ class Link:
     """
 
     def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._channel = open_channel(target)
         self._outgoing = Outgoing()
         self.welcomed = False
         self.send = self._outgoing.put

@@ -14,6 +14,7 @@ from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import CheckpointKind, CheckpointPath, Tuning
 from tinsmithd.errors import DataLoss, Reason
+from tinsmithd.rpc.channels import open_aio_channel
 from tinsmithd.rpc.status import from_rpc_error
 from tinsmithd.training.works import SaveOptions
 
@@ -110,8 +111,7 @@ class CheckpointClient:
 
     def __init__(self, target: str) -> None:
         self.writer_name, self.writer_epoch = "", 0
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        self._channel = grpc.aio.insecure_channel(target, options=options)
+        self._channel = open_aio_channel(target)
         self._stub = CheckpointServiceStub(self._channel)
 
     async def close(self) -> None:
