@@ -10,6 +10,7 @@ ROWS ?=
 SHAPE ?= 0.6b
 SEEDS ?= 2000
 KILLS ?= 100
+N ?= 5000
 RANKS ?= 1
 FAULTS_OUT ?= faults-out
 DOCKER ?= docker
@@ -20,7 +21,7 @@ PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e faults-short \
-  sim faults kills images kube bench bench-gpu gpu clean
+  attack-short attack sim faults kills images kube bench bench-gpu gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,7 +44,7 @@ quickstart: setup model ## Fine-tune a real model on a cluster on this machine, 
 	  $(BIN)/python client/examples/check_adapter.py --base $(MODEL) --adapter $(OUT)/adapter \
 	    --checkpoint "$$(cat $(OUT)/checkpoint.txt)"'
 
-test: setup model lint unit conformance service e2e faults-short ## Everything that must pass before a change lands
+test: setup model lint unit conformance service e2e faults-short attack-short ## Everything that must pass before a change lands
 
 lint: setup ## Style, types, who may import whom, the contract and its generated stubs
 	$(BIN)/ruff check
@@ -67,6 +68,12 @@ e2e: setup model ## A whole cluster through the wire
 
 faults-short: setup model ## A short round of simulator, kills, full disks and flipped bits
 	$(BIN)/pytest tests/sim tests/faults
+
+attack-short: setup ## A short round of what hostile callers do
+	$(BIN)/pytest tests/attack
+
+attack: setup ## What hostile callers do, N=5000 times each
+	TINSMITH_TEST_ATTACKS=$(N) $(BIN)/pytest -s tests/attack
 
 sim: setup ## The durable core on a simulated world with faults, SEEDS=2000 times
 	PYTHONPATH=tests $(BIN)/python -m sim --seeds $(SEEDS)

@@ -1,0 +1,59 @@
+"""Asks a server for its health again and again, each time on a new connection, as a kubelet does.
+
+`python -m attack.prober PID ADDRESS` prints one line for each answer until its standard input ends:
+the seconds that it took, and how many of them the server's event loop or this process was ready to
+run and had no core. A process of its own: what the attack itself computes must not be measured.
+"""
+
+import contextlib
+import os
+import select
+import sys
+import time
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+INTERVAL_S = 0.03
+TIMEOUT_S = 30.0
+OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+
+
+def waited_s(process: int, *, whole: bool) -> float:
+    """Seconds that a process was ready to run and had no core: its main thread, or all threads."""
+    total_ns = 0
+    for task in Path(f"/proc/{process}/task").iterdir():
+        if whole or task.name == str(process):
+            with contextlib.suppress(OSError):  # a thread that has just ended
+                total_ns += int((task / "schedstat").read_text().split()[1])
+    return total_ns / 1e9
+
+
+def probe(pid: int, address: str) -> None:
+    """Ask once and say how long it took; a failure is said as its code in place of the seconds."""
+    before_s = waited_s(pid, whole=False) + waited_s(os.getpid(), whole=True)
+    begun_s = time.monotonic()
+    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            print(error.code().name, 0.0, flush=True)
+            return
+    took_s = time.monotonic() - begun_s
+    after_s = waited_s(pid, whole=False) + waited_s(os.getpid(), whole=True)
+    print(f"{took_s:.4f} {after_s - before_s:.4f}", flush=True)
+
+
+def main() -> None:
+    pid, address = int(sys.argv[1]), sys.argv[2]
+    while not select.select([sys.stdin], [], [], INTERVAL_S)[0]:
+        try:
+            probe(pid, address)
+        except FileNotFoundError:  # the server has ended, which others notice
+            return
+
+
+if __name__ == "__main__":
+    main()
