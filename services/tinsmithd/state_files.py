@@ -30,9 +30,17 @@ TOKENIZER_FILES = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     TEMPLATE_FILE,
+    "chat_template.json",
 )
-"""Of what a tokenizer saves, the files that a Hugging Face folder needs; not all have each."""
+"""Names of the files that a tokenizer may have in a Hugging Face folder; none has them all."""
 FORMAT_VERSION = 1
 _HEADER_ALIGNMENT = 8
 

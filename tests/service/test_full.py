@@ -14,6 +14,8 @@ from clusters import RunningCluster
 from tinsmith import AdamParams, Datum, ModelInput, SamplingParams
 from tinsmith import v1 as pb
 from tinsmith.v1 import Cluster
+from tiny_models import write_tiny_model
+from tokenizers_for_tests import write_llama2_tokenizer
 from wire import reason_and_field
 
 TOKENS = [5, 6, 7, 8, 9]
@@ -21,11 +23,17 @@ ADAM = AdamParams(learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
-def own_cluster(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose tokenizer's files transformers 4 wrote."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("base") / "tiny-llama-2")
+    write_llama2_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_cluster(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """A cluster without other models: a full model must be alone."""
-    with RunningCluster(tiny_model, tmp_path_factory.mktemp("full")) as running:
+    with RunningCluster(base, tmp_path_factory.mktemp("full")) as running:
         yield running
 
 
@@ -75,10 +83,11 @@ def create(stubs: Cluster, **fields: object) -> pb.Model:
 def test_a_downloaded_full_model_loads_in_transformers(
     service: tinsmith.ServiceClient,
     trainer: tinsmith.TrainingClient,
-    tiny_model: Path,
+    base: Path,
     tmp_path: Path,
 ) -> None:
-    """Train, save, download: plain transformers gives the service's logprobs."""
+    """Train, save, download: plain transformers gives the service's logprobs, and the tokenizer's
+    files are those of the base, byte for byte."""
     before = logprobs_of(trainer)
     train(trainer)
     expected = logprobs_of(trainer)
@@ -91,8 +100,12 @@ def test_a_downloaded_full_model_loads_in_transformers(
         logits = model(torch.tensor([TOKENS[:-1]])).logits[0].log_softmax(-1)
         found = logits.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].detach().numpy()
         np.testing.assert_allclose(found, expected, atol=1e-5)
-        tokenizers = [AutoTokenizer.from_pretrained(f) for f in (folder, tiny_model)]
+        tokenizers = [AutoTokenizer.from_pretrained(f) for f in (folder, base)]
         assert len({str(t("one two").input_ids) for t in tokenizers}) == 1
+        names = {path.name for path in base.iterdir() if "token" in path.name}
+        assert names == {path.name for path in folder.iterdir() if "token" in path.name}
+        for name in names:
+            assert (folder / name).read_bytes() == (base / name).read_bytes(), name
         info = rest.get_weights_info_by_tinker_path(path).result()
         assert (info.is_lora, info.lora_rank) == (False, None)
     assert not trainer.get_info().is_lora

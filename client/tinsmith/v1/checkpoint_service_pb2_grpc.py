@@ -32,7 +32,7 @@ class CheckpointServiceStub:
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
     writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
     which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
-    and the tokenizer's files (as transformers writes them). Its path is
+    (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
@@ -97,7 +97,7 @@ class CheckpointServiceServicer:
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
     writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
     which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
-    and the tokenizer's files (as transformers writes them). Its path is
+    (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
@@ -234,7 +234,7 @@ class CheckpointService:
     A checkpoint is a few files: `adapter_model.safetensors` and `adapter_config.json` (as PEFT
     writes them) and `model_state.json`; kind TRAINING also `optimizer.safetensors`. That of a model
     which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
-    and the tokenizer's files (as transformers writes them). Its path is
+    (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     ERRORS are as TrainingService describes them. Every RPC that takes a path may answer

@@ -231,7 +231,9 @@ class StopCondition(_message.Message):
 
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Stop once the decoded text contains one of these."""
+        """Stop once the decoded text contains one of these. The text of a sequence is what it adds to the
+        text of the prompt, so that it may begin with a space.
+        """
 
     def __init__(
         self,

@@ -94,7 +94,8 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTokenizer(self, request, context):
-        """Streams the files of the base model's tokenizer, so that a client needs no model hub.
+        """Streams the files of the base model's tokenizer, so that a client needs no model hub: byte for byte
+        those that the base model has, and its `config.json`, in which transformers may look for the class.
         Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

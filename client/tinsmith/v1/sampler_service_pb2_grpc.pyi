@@ -50,7 +50,8 @@ class SamplerServiceStub:
     ComputeLogprobs: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]
     """Scores a prompt without sampling. Errors as Sample."""
     GetTokenizer: _grpc.UnaryStreamMultiCallable[_sampler_service_pb2.GetTokenizerRequest, _sampler_service_pb2.GetTokenizerResponse]
-    """Streams the files of the base model's tokenizer, so that a client needs no model hub.
+    """Streams the files of the base model's tokenizer, so that a client needs no model hub: byte for byte
+    those that the base model has, and its `config.json`, in which transformers may look for the class.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND).
     """
 
@@ -76,7 +77,8 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     ComputeLogprobs: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
     """Scores a prompt without sampling. Errors as Sample."""
     GetTokenizer: _aio.UnaryStreamMultiCallable[_sampler_service_pb2.GetTokenizerRequest, _sampler_service_pb2.GetTokenizerResponse]  # type: ignore[assignment]
-    """Streams the files of the base model's tokenizer, so that a client needs no model hub.
+    """Streams the files of the base model's tokenizer, so that a client needs no model hub: byte for byte
+    those that the base model has, and its `config.json`, in which transformers may look for the class.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND).
     """
 
@@ -123,7 +125,8 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sampler_service_pb2.GetTokenizerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sampler_service_pb2.GetTokenizerResponse], _abc.AsyncIterator[_sampler_service_pb2.GetTokenizerResponse]]:
-        """Streams the files of the base model's tokenizer, so that a client needs no model hub.
+        """Streams the files of the base model's tokenizer, so that a client needs no model hub: byte for byte
+        those that the base model has, and its `config.json`, in which transformers may look for the class.
         Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND).
         """
 

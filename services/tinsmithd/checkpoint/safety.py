@@ -24,6 +24,7 @@ FULL_FILES = (
 )
 TEXT_BYTES_MAX = 1024 * 1024
 TOKENIZER_BYTES_MAX = 64 * 1024 * 1024
+LARGE_FILES = frozenset(state_files.TOKENIZER_FILES) - {state_files.TEMPLATE_FILE}
 HEADER_BYTES_MAX = 64 * 1024 * 1024
 
 
@@ -81,17 +82,18 @@ def _check_safetensors(name: str, path: Path) -> None:
 
 
 def _check_text(blob: Blob, path: Path) -> None:
-    is_tokenizer = blob.name == state_files.TOKENIZER_FILE
-    bytes_max = TOKENIZER_BYTES_MAX if is_tokenizer else TEXT_BYTES_MAX
+    bytes_max = TOKENIZER_BYTES_MAX if blob.name in LARGE_FILES else TEXT_BYTES_MAX
     if blob.size_bytes > bytes_max:
         message = f"{blob.name} has more than {bytes_max} bytes"
         raise InvalidArgument("commit.files", message, Reason.LIMIT_EXCEEDED)
+    if blob.name.endswith(".model"):
+        return  # SentencePiece's own bytes, which no server reads
     try:
         text = path.read_bytes().decode()
     except ValueError as error:
         message = f"{blob.name} is not UTF-8: {error}"
         raise InvalidArgument("commit.files", message) from error
-    if blob.name == state_files.TEMPLATE_FILE:
+    if not blob.name.endswith(".json"):
         return
     try:
         if not isinstance(json.loads(text), dict):

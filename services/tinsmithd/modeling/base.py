@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from tinsmithd.domain import BaseModelInfo
 from tinsmithd.errors import NotFound, Reason
+from tinsmithd.modeling.tokenizer_files import read_tokenizer_files
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Architectures whose LoRA targets and numbers the conformance suite checks."""
@@ -40,12 +41,14 @@ class BaseModel:
     Attributes:
         model: The causal language model, every parameter frozen, in evaluation mode.
         tokenizer: Its tokenizer.
+        tokenizer_files: The files that the tokenizer was read from, by name, and `config.json`.
         info: What it is.
         fingerprint: Tells it from another base model, of the same name too.
     """
 
     model: Any
     tokenizer: Any
+    tokenizer_files: Mapping[str, bytes]
     info: BaseModelInfo
     fingerprint: str
 
@@ -103,7 +106,8 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
         layer_count=config.num_hidden_layers,
         parameter_count=count,
     )
-    return BaseModel(model, tokenizer, info, fingerprint)
+    files = read_tokenizer_files(name_or_folder, tokenizer)
+    return BaseModel(model, tokenizer, files, info, fingerprint)
 
 
 def _fingerprint(config: Any, model: Any) -> str:

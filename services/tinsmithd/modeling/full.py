@@ -6,9 +6,7 @@ one model only, and it changes the base itself.
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,11 +96,9 @@ class FullWeights:
         return {**config, "architectures": [type(model).__name__], "dtype": "float32"}
 
     def files(self, key: str) -> dict[str, bytes]:
-        """The files of the tokenizer."""
-        with tempfile.TemporaryDirectory() as folder:
-            self._base.tokenizer.save_pretrained(folder)
-            found = {name: Path(folder, name) for name in TOKENIZER_FILES}
-            return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+        """The files of the tokenizer, as the base model has them."""
+        found = self._base.tokenizer_files
+        return {name: found[name] for name in TOKENIZER_FILES if name in found}
 
 
 def check_same_tuning(ours: Tuning, state: ModelState) -> None:

@@ -48,7 +48,7 @@ class SamplingEngine(Protocol):
         """The base model that this engine holds."""
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """The tokenizer as `save_pretrained` writes it: file name to content."""
+        """The base model's own files of its tokenizer, unchanged: file name to content."""
 
     def has_adapter(self, key: str) -> bool:
         """True when the adapter is loaded."""

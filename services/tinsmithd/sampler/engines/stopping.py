@@ -4,6 +4,72 @@ from collections.abc import Callable, Collection, Sequence
 
 from tinsmithd.domain import SamplingParams, StopReason
 
+CONTEXT_TOKENS = (8, 9, 10, 11, 64)
+"""How many of a prompt's last tokens stand before a completion while it is decoded: the first
+number with which that text is not empty and does not begin in the middle of a character."""
+CHARACTER_BYTES_MAX = 4
+HELD_TOKENS_MAX = 8
+"""What is incomplete for so many tokens is no character: that has at most four bytes."""
+_REPLACEMENT = "\ufffd"
+"""What a tokenizer writes for bytes that are no character, or none yet."""
+
+Decode = Callable[[Sequence[int]], str]
+"""Turns token ids into text."""
+
+
+class CompletionText:
+    """The text of new tokens, piece by piece: decode(context + new) without decode(context).
+
+    A tokenizer writes a token differently at the start of a text than after others (the Llama-2
+    family drops a space there), and a character may be spread over tokens. So new tokens are
+    decoded together with the few before them, never with all: the cost of a token is bounded.
+
+    Args:
+        decode: Turns token ids into text.
+        prompt: The tokens before the completion.
+    """
+
+    def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._text = ""
+        for count in CONTEXT_TOKENS if len(prompt) else ():
+            self._window = list(map(int, prompt[-count:]))
+            self._text = decode(self._window)
+            if self._text and not self._text.startswith(_REPLACEMENT):
+                break
+        if not self._text:
+            self._window = []
+        self._context = len(self._window)
+        """Tokens of the window whose text was given out."""
+        self._given = self._whole_chars()
+        """Characters of the window that were."""
+
+    def _whole_chars(self) -> int:
+        """Characters of the context, without one that the new tokens may complete."""
+        text = self._text
+        for dropped in range(1, CHARACTER_BYTES_MAX):
+            if not text.endswith(_REPLACEMENT):
+                break
+            text = self._decode(self._window[:-dropped])
+        return len(text.rstrip(_REPLACEMENT))
+
+    def add(self, token: int) -> str:
+        """Take the next token in; returns the text that is certain now and was not before."""
+        window = [*self._window, token]
+        text = self._decode(window)
+        if text == self._text and not text.endswith(_REPLACEMENT):
+            return ""  # it has no text and changes none: the window need not grow
+        self._window, self._text = window, text
+        held = text.endswith(_REPLACEMENT) and len(window) - self._context < HELD_TOKENS_MAX
+        new = (text.rstrip(_REPLACEMENT) if held else text)[self._given :]
+        self._given += len(new)
+        if not held:
+            self._window = window[self._context :]
+            self._text = self._decode(self._window)
+            self._context, self._given = len(self._window), len(self._text)
+        return new
+
 
 class StopCheck:
     """Follows one sequence of new tokens.
@@ -12,30 +78,39 @@ class StopCheck:
         params: Its stop tokens, stop strings and length.
         eos_ids: The model's end-of-sequence tokens, which count when `params.stop_at_eos`.
         decode: Turns token ids into text.
+        prompt: The tokens before the new ones. Stop strings are looked for in the new text alone.
     """
 
     def __init__(
         self,
         params: SamplingParams,
         eos_ids: Collection[int],
-        decode: Callable[[Sequence[int]], str],
+        decode: Decode,
+        prompt: Sequence[int] = (),
     ) -> None:
         self._max_tokens = params.max_tokens
         self._tokens = set(params.stop_tokens)
         if params.stop_at_eos:
             self._tokens.update(eos_ids)
         self._strings = params.stop_strings
-        self._decode = decode
-        self._made: list[int] = []
+        self._made = 0
+        self._end = ""
+        self._end_chars = max(map(len, self._strings), default=0) - 1
+        """Of the text so far as many characters as may still become part of a stop string."""
+        self._text = CompletionText(decode, prompt) if self._strings else None
 
     def add(self, token: int) -> StopReason | None:
         """Take the next token in; says why the sequence ends with it, if it does."""
-        self._made.append(token)
-        # Text is decoded as a whole: a character or a stop string may be spread over tokens.
-        if token in self._tokens or (self._strings and self._contains_stop()):
+        self._made += 1
+        if token in self._tokens or self._completes_stop(token):
             return StopReason.STOP
-        return StopReason.LENGTH if len(self._made) >= self._max_tokens else None
+        return StopReason.LENGTH if self._made >= self._max_tokens else None
 
-    def _contains_stop(self) -> bool:
-        text = self._decode(self._made)
-        return any(string in text for string in self._strings)
+    def _completes_stop(self, token: int) -> bool:
+        if self._text is None:
+            return False
+        text = self._end + self._text.add(token)
+        if any(string in text for string in self._strings):
+            return True
+        self._end = text[-self._end_chars :] if self._end_chars else ""
+        return False

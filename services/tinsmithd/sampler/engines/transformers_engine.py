@@ -4,9 +4,7 @@ Each request is a batch of its own: its prompt is read once, its samples share t
 request computes depends on the request alone, so its numbers cannot depend on its neighbours.
 """
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,14 +159,8 @@ class TransformersEngine:
         return self._base.info
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """The tokenizer as `save_pretrained` writes it: file name to content."""
-        with tempfile.TemporaryDirectory() as folder:
-            self._base.tokenizer.save_pretrained(folder)
-            return {
-                path.name: path.read_bytes()
-                for path in sorted(Path(folder).iterdir())
-                if path.is_file()
-            }
+        """The base model's own files of its tokenizer: file name to content."""
+        return dict(self._base.tokenizer_files)
 
     def has_adapter(self, key: str) -> bool:
         """True when the adapter is loaded."""
@@ -185,8 +177,10 @@ class TransformersEngine:
     def start(self, request: SampleRequest, adapter: str | None) -> Generation:
         """Read the prompt and make ready to sample."""
 
+        prompt = request.prompt.tolist()
+
         def stop_check() -> StopCheck:
-            return StopCheck(request.params, self._eos_ids, self._decode)
+            return StopCheck(request.params, self._eos_ids, self._decode, prompt)
 
         return TransformersGeneration(self._adapters, adapter, request, stop_check)
 
