@@ -23,6 +23,12 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 }
 
 
+DIMENSIONS_MAX = 64
+"""Of a numpy array. A server takes fewer."""
+PLAIN_STEP = 16_384
+"""Plain numbers that are written at once: other threads have turns in between."""
+
+
 class TensorError(ValueError):
     """A Tensor message contradicts itself.
 
@@ -73,10 +79,11 @@ def write(tensor: pb.Tensor, values: ArrayLike, *, plain: bool = False) -> None:
     tensor.shape.extend(array.shape)
     if not plain:
         tensor.data = packed.tobytes()
-    elif code == pb.DTYPE_FLOAT32:
-        tensor.floats.extend(packed.ravel())
-    else:
-        tensor.ints.extend(map(int, packed.ravel()))
+        return
+    numbers = tensor.floats if code == pb.DTYPE_FLOAT32 else tensor.ints
+    flat = packed.ravel()
+    for start in range(0, flat.size, PLAIN_STEP):
+        numbers.extend(flat[start : start + PLAIN_STEP].tolist())
 
 
 def decode(tensor: pb.Tensor) -> NDArray[Any]:
@@ -97,14 +104,23 @@ def decode(tensor: pb.Tensor) -> NDArray[Any]:
         if tensor.dtype not in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_INT64, pb.DTYPE_INT32):
             raise TensorError("dtype", "ints need dtype INT64 or INT32")
         flat = np.array(tensor.ints, dtype=np.int64)
+        if tensor.dtype == pb.DTYPE_INT32 and (flat.astype(np.int32) != flat).any():
+            raise TensorError("value", "a number is outside INT32")
     else:
         flat = _from_bytes(tensor.dtype, data)
+    # Before the numbers are multiplied: a product of thousands takes seconds.
+    if len(tensor.shape) > DIMENSIONS_MAX:
+        raise TensorError("shape", f"{len(tensor.shape)} dimensions, at most {DIMENSIONS_MAX}")
     shape = tuple(tensor.shape)
     if not shape:
         return flat
+    text = f"shape {list(shape)} does not hold {flat.size} values"
     if any(n < 0 for n in shape) or math.prod(shape) != flat.size:
-        raise TensorError("shape", f"shape {list(shape)} does not hold {flat.size} values")
-    return flat.reshape(shape)
+        raise TensorError("shape", text)
+    try:
+        return flat.reshape(shape)
+    except ValueError as error:  # no values, and sides that are too long for numpy all the same
+        raise TensorError("shape", text) from error
 
 
 def _from_bytes(code: int, data: bytes) -> NDArray[Any]:

@@ -119,6 +119,9 @@ class ServerConfig(Config):
     """host:port to bind; port 0 takes a free one and logs it."""
     message_bytes_max: int = 32 * MIB
     """Largest message received."""
+    message_items_max: int = 262_144
+    """Most items of one message: each field that is set, at every level, and each plain number.
+    A message is read in some tens of milliseconds at most, whatever it holds."""
     concurrent_calls_max: int = 1024
     """Calls worked on at once; more are RESOURCE_EXHAUSTED."""
     stop_grace_s: float = 20.0
@@ -131,6 +134,8 @@ class ServerConfig(Config):
     def check(self) -> None:
         """Also warn when an address is reachable from other machines."""
         super().check()
+        if not self.message_items_max:
+            raise ConfigError(f"{self.section}.message_items_max: must be at least 1")
         _check_address(f"{self.section}.listen_address", self.listen_address)
         if self.metrics_address:
             _check_address(f"{self.section}.metrics_address", self.metrics_address)
@@ -179,6 +184,10 @@ class TrainingConfig(ServerConfig):
     journal_bytes_max: int = 16 * 1024 * MIB
     """Bytes of one model's calls since its last snapshot."""
     data_per_call_max: int = 1024
+    chunks_max: int = 1024
+    """Chunks of one datum's input."""
+    loss_fn_inputs_max: int = 16
+    """Arrays of one datum, whether its loss reads them or not."""
     call_bytes_max: int = 256 * MIB
     targets_per_position_max: int = 64
     models_max: int = 64
@@ -278,7 +287,11 @@ class SamplerConfig(ServerConfig):
     """Element type of the frozen weights: float32 or bfloat16."""
     checkpoint_target: str = "127.0.0.1:50053"
     num_samples_max: int = 256
+    chunks_max: int = 1024
+    """Chunks of one prompt."""
     stops_max: int = 64
+    stop_characters_max: int = 1024
+    """Characters of one stop string."""
     topk_max: int = 64
     running_max: int = 8
     waiting_max: int = 256
@@ -308,6 +321,8 @@ class CheckpointConfig(ServerConfig):
     data_folder: str = "tinsmith-data/checkpoints"
     """Where checkpoints are kept; this server is its only writer."""
     checkpoint_bytes_max: int = 64 * 1024 * MIB
+    files_max: int = 64
+    """Files of one checkpoint, and names in one request."""
     sweep_interval_s: float = 60.0
     """How often expired checkpoints are reclaimed."""
 

@@ -105,6 +105,23 @@ class InvalidArgument(TinsmithError):
         super().__init__(text, reason, field=field, metadata=metadata)
 
 
+def over_limit(field: str, limit: str, value: int, most: int) -> InvalidArgument:
+    """The refusal of a call that is over a named limit by itself (LIMIT_EXCEEDED).
+
+    Args:
+        field: What is too much, too many or too long.
+        limit: Name of the limit.
+        value: What there is.
+        most: What is allowed.
+    """
+    return InvalidArgument(
+        field,
+        f"{value} is more than {limit} allows: {most}",
+        Reason.LIMIT_EXCEEDED,
+        metadata={"limit": limit, "value": str(value)},
+    )
+
+
 class NotFound(TinsmithError):
     """The named thing does not exist, or the caller may not know that it does."""
 

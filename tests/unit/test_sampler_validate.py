@@ -8,7 +8,9 @@ from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
 INFO = BaseModelInfo("tiny", "LlamaForCausalLM", 300, 1000, "float32", 2, 1)
-LIMITS = RequestLimits(num_samples_max=64, stops_max=4, topk_max=8, sample_tokens_max=4000)
+LIMITS = RequestLimits(
+    num_samples_max=64, stop_characters_max=4, topk_max=8, sample_tokens_max=4000
+)
 
 
 def request(num_samples: int, max_tokens: int) -> SampleRequest:

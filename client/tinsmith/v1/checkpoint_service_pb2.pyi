@@ -533,7 +533,7 @@ class ReadCheckpointRequest(_message.Message):
     """Its path."""
     @_builtins.property
     def file_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only these files; empty means all."""
+        """Only these files, at most 64 names; empty means all."""
 
     def __init__(
         self,
@@ -724,7 +724,7 @@ class WriteCheckpointCommit(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointFile]:
-        """Every file with length and digest."""
+        """Every file with length and digest, at most 64."""
 
     def __init__(
         self,

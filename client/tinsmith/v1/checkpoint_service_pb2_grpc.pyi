@@ -36,7 +36,7 @@ class CheckpointServiceStub:
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
-    ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
+    ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
     helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
@@ -94,7 +94,7 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
-    ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
+    ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
     helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
@@ -148,7 +148,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
-    ERRORS are as TrainingService describes them. Every RPC that takes a path may answer
+    ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
     helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no

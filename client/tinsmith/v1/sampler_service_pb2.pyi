@@ -113,6 +113,9 @@ class SamplerLimits(_message.Message):
     WAITING_MAX_FIELD_NUMBER: _builtins.int
     ADAPTERS_MAX_FIELD_NUMBER: _builtins.int
     SAMPLE_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
+    CHUNKS_MAX_FIELD_NUMBER: _builtins.int
+    STOP_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     num_samples_max: _builtins.int
@@ -129,6 +132,12 @@ class SamplerLimits(_message.Message):
     """Adapters held in memory at once."""
     sample_tokens_max: _builtins.int
     """Most tokens of one call: `num_samples` times the prompt and `max_tokens` together."""
+    message_items_max: _builtins.int
+    """Most items of one message, see TrainingService's Limits."""
+    chunks_max: _builtins.int
+    """Most chunks of one prompt."""
+    stop_characters_max: _builtins.int
+    """Most characters of one stop string."""
     def __init__(
         self,
         *,
@@ -140,10 +149,13 @@ class SamplerLimits(_message.Message):
         waiting_max: _builtins.int = ...,
         adapters_max: _builtins.int = ...,
         sample_tokens_max: _builtins.int = ...,
+        message_items_max: _builtins.int = ...,
+        chunks_max: _builtins.int = ...,
+        stop_characters_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_max", b"adapters_max", "message_bytes_max", b"message_bytes_max", "num_samples_max", b"num_samples_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stops_max", b"stops_max", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_max", b"adapters_max", "chunks_max", b"chunks_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -170,7 +182,7 @@ class SamplingParams(_message.Message):
     top_p: _builtins.float
     """Draw among the most likely tokens whose probabilities reach top_p, in (0, 1]. Default 1."""
     seed: _builtins.int
-    """Makes the samples repeatable. Unset: drawn by the server."""
+    """Makes the samples repeatable; any 64 bits. Unset: drawn by the server."""
     @_builtins.property
     def stop(self) -> Global___StopCondition:
         """When to stop. Unset: at the model's end-of-sequence tokens."""
@@ -269,7 +281,7 @@ class SampleRequest(_message.Message):
     checkpoint_path: _builtins.str
     """A SAMPLER checkpoint, or empty for the base model itself."""
     num_samples: _builtins.int
-    """How many continuations. 0 means 1."""
+    """How many continuations, at least 1. Default 1."""
     include_prompt_logprobs: _builtins.bool
     """Also return the prompt's logprobs (first message)."""
     topk_prompt_logprobs: _builtins.int
@@ -290,17 +302,19 @@ class SampleRequest(_message.Message):
         base_model: _builtins.str = ...,
         checkpoint_path: _builtins.str = ...,
         prompt: _types_pb2.ModelInput | None = ...,
-        num_samples: _builtins.int = ...,
+        num_samples: _builtins.int | None = ...,
         sampling_params: Global___SamplingParams | None = ...,
         include_prompt_logprobs: _builtins.bool = ...,
         topk_prompt_logprobs: _builtins.int = ...,
         tensor_format: _types_pb2.TensorFormat.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling_params", b"sampling_params"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "include_prompt_logprobs", b"include_prompt_logprobs", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "include_prompt_logprobs", b"include_prompt_logprobs", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_samples: _TypeAlias = _typing.Literal["num_samples"]  # noqa: Y015
+    _WhichOneofArgType__num_samples: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_samples) -> _WhichOneofReturnType__num_samples | None: ...
 
 Global___SampleRequest: _TypeAlias = SampleRequest  # noqa: Y015
 

@@ -29,7 +29,7 @@ class SamplerServiceStub:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS are as TrainingService describes them.
+    ERRORS and what is UNKNOWN are as TrainingService describes them.
     """
 
     def __init__(self, channel):
@@ -64,7 +64,7 @@ class SamplerServiceServicer:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS are as TrainingService describes them.
+    ERRORS and what is UNKNOWN are as TrainingService describes them.
     """
 
     def GetSamplerCapabilities(self, request, context):
@@ -137,7 +137,7 @@ class SamplerService:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS are as TrainingService describes them.
+    ERRORS and what is UNKNOWN are as TrainingService describes them.
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ class SamplerServiceStub:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS are as TrainingService describes them.
+    ERRORS and what is UNKNOWN are as TrainingService describes them.
     """
 
     @_typing.overload
@@ -60,7 +60,7 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS are as TrainingService describes them.
+    ERRORS and what is UNKNOWN are as TrainingService describes them.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -86,7 +86,7 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS are as TrainingService describes them.
+    ERRORS and what is UNKNOWN are as TrainingService describes them.
     """
 
     @_abc_1.abstractmethod

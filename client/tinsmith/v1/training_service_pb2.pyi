@@ -173,6 +173,9 @@ class Limits(_message.Message):
     ANSWER_BYTES_KEPT_MAX_FIELD_NUMBER: _builtins.int
     JOURNAL_BYTES_MAX_FIELD_NUMBER: _builtins.int
     CALL_ATTEMPTS_MAX_FIELD_NUMBER: _builtins.int
+    MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
+    CHUNKS_MAX_FIELD_NUMBER: _builtins.int
+    LOSS_FN_INPUTS_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     data_per_call_max: _builtins.int
@@ -201,6 +204,14 @@ class Limits(_message.Message):
     """
     call_attempts_max: _builtins.int
     """So many times may the ranks die during one call by themselves."""
+    message_items_max: _builtins.int
+    """Most items of one message, whatever its bytes: each field that is set, at every level, and each
+    plain number counts as one.
+    """
+    chunks_max: _builtins.int
+    """Most chunks of one datum's input."""
+    loss_fn_inputs_max: _builtins.int
+    """Most arrays in one datum's `loss_fn_inputs`."""
     def __init__(
         self,
         *,
@@ -217,10 +228,13 @@ class Limits(_message.Message):
         answer_bytes_kept_max: _builtins.int = ...,
         journal_bytes_max: _builtins.int = ...,
         call_attempts_max: _builtins.int = ...,
+        message_items_max: _builtins.int = ...,
+        chunks_max: _builtins.int = ...,
+        loss_fn_inputs_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "message_bytes_max", b"message_bytes_max", "models_max", b"models_max", "rank_max", b"rank_max", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_max", b"models_max", "rank_max", b"rank_max", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

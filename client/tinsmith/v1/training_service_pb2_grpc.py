@@ -39,11 +39,16 @@ class TrainingServiceStub:
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
-    RESOURCE_EXHAUSTED consume nothing and the same call may be sent again.
+    RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
+    have no number.
     `seq_id` 0 means "now, after all that is queued, and not retry-safe": for people with grpcurl.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
+
+    UNKNOWN. What this server does not know in a request, at any level, is INVALID_ARGUMENT: a field, a
+    case of a oneof, the number of an enum. It could change what the call means, so it is never passed
+    over or taken for a default. `field` shows one without a name by its number, as in `adam_params.9`.
 
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
@@ -131,11 +136,16 @@ class TrainingServiceServicer:
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
-    RESOURCE_EXHAUSTED consume nothing and the same call may be sent again.
+    RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
+    have no number.
     `seq_id` 0 means "now, after all that is queued, and not retry-safe": for people with grpcurl.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
+
+    UNKNOWN. What this server does not know in a request, at any level, is INVALID_ARGUMENT: a field, a
+    case of a oneof, the number of an enum. It could change what the call means, so it is never passed
+    over or taken for a default. `field` shows one without a name by its number, as in `adam_params.9`.
 
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
@@ -326,11 +336,16 @@ class TrainingService:
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
-    RESOURCE_EXHAUSTED consume nothing and the same call may be sent again.
+    RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
+    have no number.
     `seq_id` 0 means "now, after all that is queued, and not retry-safe": for people with grpcurl.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
+
+    UNKNOWN. What this server does not know in a request, at any level, is INVALID_ARGUMENT: a field, a
+    case of a oneof, the number of an enum. It could change what the call means, so it is never passed
+    over or taken for a default. `field` shows one without a name by its number, as in `adam_params.9`.
 
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may

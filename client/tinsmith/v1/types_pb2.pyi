@@ -97,7 +97,10 @@ Global___CheckpointKind: _TypeAlias = CheckpointKind  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
-    """A dense, row-major array. At most one of `data`, `floats` and `ints` may be non-empty."""
+    """A dense, row-major array of one or two dimensions. At most one of `data`, `floats` and `ints` may
+    be non-empty. Which elements are read depends on the use alone: where floats are read, integers
+    are taken if float32 holds each of them exactly; where integers are read, floats are refused.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -150,7 +153,9 @@ class ModelInput(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInputChunk]:
-        """The chunks in reading order; their tokens are concatenated. At least one token in all."""
+        """The chunks in reading order; their tokens are concatenated. At least one token in all, at most
+        `chunks_max` chunks (see Limits).
+        """
 
     def __init__(
         self,
@@ -227,7 +232,8 @@ class Datum(_message.Message):
     @_builtins.property
     def loss_fn_inputs(self) -> _containers.MessageMap[_builtins.str, Global___Tensor]:
         """Per-token arrays that the loss reads, by name; each loss says which. Shapes are (N,), for
-        cross_entropy also (N, K). Missing and unknown names are INVALID_ARGUMENT.
+        cross_entropy also (N, K). Missing and unknown names are INVALID_ARGUMENT, and so are more than
+        `loss_fn_inputs_max` of them.
         """
 
     def __init__(
@@ -482,7 +488,9 @@ class LoraConfig(_message.Message):
     alpha: _builtins.float
     """Numerator of the scaling, above 0. 0 means 32."""
     seed: _builtins.int
-    """Seed of A's initial values (B starts at 0). Unset means that the server draws one."""
+    """Seed of A's initial values (B starts at 0), of 64 bits; two that differ in the highest one only
+    are the same start. Unset means that the server draws one.
+    """
     train_attn: _builtins.bool
     """Adapt the attention projections (q, k, v, o). Default true."""
     train_mlp: _builtins.bool

@@ -57,7 +57,7 @@ class CheckpointServer:
         registry = self._rpc.metrics.registry
         registry.register(CheckpointCollector(self._keeper.catalogue))
         registry.register(DiskCollector(folder))
-        servicer = CheckpointServicer(self._keeper)
+        servicer = CheckpointServicer(self._keeper, self._config.files_max)
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,11 @@ from tinsmithd.checkpoint.store import Blob
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import FullConfig
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
+from tinsmithd.rpc.intake import off_loop
 
 PIECE_BYTES_MAX = 4 * 1024 * 1024
-PAGE_SIZE_MAX = 1000
+PAGE_BYTES = 1024 * 1024
+"""A page of so many bytes, and those of one checkpoint more, ends there."""
 RANK_MAX = 1 << 20
 WRITER_CHARACTERS_MAX = 128
 UPDATABLE = ("ttl_seconds", "user_metadata", "public")
@@ -28,8 +30,9 @@ UPDATABLE = ("ttl_seconds", "user_metadata", "public")
 class CheckpointServicer(CheckpointServiceServicer):
     """Serves `tinsmith.v1.CheckpointService`."""
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Keeper, files_max: int) -> None:
         self._keeper = keeper
+        self._files_max = files_max
 
     async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Any
@@ -43,31 +46,24 @@ class CheckpointServicer(CheckpointServiceServicer):
         self, request: pb.ListCheckpointsRequest, context: Any
     ) -> pb.ListCheckpointsResponse:
         """Return a page of checkpoints, newest first."""
-        if not 0 <= request.page_size <= PAGE_SIZE_MAX:
-            raise InvalidArgument("page_size", f"{request.page_size} is not in 1..{PAGE_SIZE_MAX}")
-        token = request.page_token
-        if token and not (token.isascii() and token.isdigit() and len(token) < 19):
-            raise InvalidArgument("page_token", "is not one that this server gave")
-        size = request.page_size or 100
+        size, below = convert.page_from_pb(request.page_size, request.page_token)
         found, total = await asyncio.to_thread(
             self._keeper.catalogue.page,
             model_id=request.model_id,
             kind=convert.kind_from_pb(request.kind, "kind") if request.kind else None,
-            before=int(token) if token else None,
+            before=below,
             size=size + 1,
         )
-        return pb.ListCheckpointsResponse(
-            checkpoints=[_to_pb(checkpoint, with_files=False) for checkpoint in found[:size]],
-            next_page_token=str(found[size - 1].number) if len(found) > size else "",
-            total_count=total,
-        )
+        return await off_loop(_page_to_pb, found, size, total)
 
     async def UpdateCheckpoint(
         self, request: pb.UpdateCheckpointRequest, context: Any
     ) -> pb.UpdateCheckpointResponse:
         """Change time to live, metadata or the public flag."""
         path = convert.path_from_pb(request.path, "path")
-        mask = set(request.update_mask.paths)
+        named = request.update_mask.paths
+        convert.check_count("update_mask", named, "update_mask_paths_max", len(UPDATABLE))
+        mask = set(named)
         if not mask or not mask <= set(UPDATABLE):
             raise InvalidArgument("update_mask", f"name some of {', '.join(UPDATABLE)}")
         ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
@@ -110,6 +106,7 @@ class CheckpointServicer(CheckpointServiceServicer):
     ) -> AsyncIterator[pb.ReadCheckpointResponse]:
         """Stream the files of a checkpoint."""
         path = convert.path_from_pb(request.path, "path")
+        convert.check_count("file_names", request.file_names, "files_max", self._files_max)
         names = list(request.file_names)
         found, files = await asyncio.to_thread(self._keeper.open, path, lambda found: names)
         yield pb.ReadCheckpointResponse(checkpoint=_to_pb(found))
@@ -129,7 +126,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         header = await _header(request_iterator)
         write = await asyncio.to_thread(self._keeper.begin, header)
         try:
-            promised = await _pieces(request_iterator, write)
+            promised = await _pieces(request_iterator, write, self._files_max)
             committed = await asyncio.to_thread(write.commit, promised)
         finally:
             await asyncio.shield(asyncio.to_thread(write.discard))
@@ -191,9 +188,8 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
 def _writer(header: pb.WriteCheckpointHeader) -> Writer | None:
     if header.writer_epoch < 0:
         raise InvalidArgument("header.writer_epoch", "is below 0")
-    if len(header.writer) > WRITER_CHARACTERS_MAX:
-        message = f"has more than {WRITER_CHARACTERS_MAX} characters"
-        raise InvalidArgument("header.writer", message, Reason.LIMIT_EXCEEDED)
+    limit = "writer_characters_max"
+    convert.check_count("header.writer", header.writer, limit, WRITER_CHARACTERS_MAX)
     if not header.writer:
         if header.writer_epoch:
             # A fence that nobody is behind would be taken for one.
@@ -203,7 +199,9 @@ def _writer(header: pb.WriteCheckpointHeader) -> Writer | None:
     return Writer(header.writer, header.writer_epoch)
 
 
-async def _pieces(requests: AsyncIterator[pb.WriteCheckpointRequest], write: Write) -> list[Blob]:
+async def _pieces(
+    requests: AsyncIterator[pb.WriteCheckpointRequest], write: Write, files_max: int
+) -> list[Blob]:
     """Take all pieces in; returns the files that the commit promises."""
     promised: list[Blob] | None = None
     async for request in requests:
@@ -216,6 +214,7 @@ async def _pieces(requests: AsyncIterator[pb.WriteCheckpointRequest], write: Wri
             piece = request.piece
             await asyncio.to_thread(write.append, piece.file_name, piece.offset, piece.data)
         elif case == "commit":
+            convert.check_count("commit.files", request.commit.files, "files_max", files_max)
             promised = [
                 Blob(file.name, file.size_bytes, file.sha256.hex()) for file in request.commit.files
             ]
@@ -229,9 +228,7 @@ async def _pieces(requests: AsyncIterator[pb.WriteCheckpointRequest], write: Wri
 
 
 def _check_piece(piece: pb.CheckpointPiece) -> None:
-    if len(piece.data) > PIECE_BYTES_MAX:
-        message = f"{len(piece.data)} bytes, at most {PIECE_BYTES_MAX} are allowed"
-        raise InvalidArgument("piece.data", message, Reason.LIMIT_EXCEEDED)
+    convert.check_count("piece.data", piece.data, "piece_bytes_max", PIECE_BYTES_MAX)
     if zlib.crc32(piece.data) != piece.crc32:
         message = f"piece at {piece.offset} of {piece.file_name[:100]!r} was damaged on its way"
         raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
@@ -260,6 +257,20 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
                 name=blob.name, size_bytes=blob.size_bytes, sha256=bytes.fromhex(blob.sha256)
             )
     return message
+
+
+def _page_to_pb(found: Sequence[Checkpoint], size: int, total: int) -> pb.ListCheckpointsResponse:
+    """Write a page: so many, or fewer where their metadata are long."""
+    response = pb.ListCheckpointsResponse(total_count=total)
+    nbytes = 0
+    for index, checkpoint in enumerate(found):
+        if index == size or nbytes > PAGE_BYTES:
+            response.next_page_token = str(found[index - 1].number)
+            break
+        written = _to_pb(checkpoint, with_files=False)
+        nbytes += written.ByteSize()
+        response.checkpoints.append(written)
+    return response
 
 
 def _timestamp(seconds: float) -> Timestamp:

@@ -4,7 +4,7 @@ import numpy as np
 
 from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmithd.convert.tensors import array_to_pb, check_format
-from tinsmithd.convert.types import tokens_from_pb
+from tinsmithd.convert.types import check_count, tokens_from_pb
 from tinsmithd.domain import (
     PromptScores,
     SampledTokens,
@@ -22,23 +22,27 @@ _STOP_REASONS = {
 UNSET_MAX_TOKENS = -1
 
 
-def sample_request_from_pb(message: pb.SampleRequest) -> SampleRequest:
+def sample_request_from_pb(
+    message: pb.SampleRequest, *, chunks_max: int, stops_max: int
+) -> SampleRequest:
     """Read a request; `max_tokens` below 0 means that it was unset."""
     check_format(message.tensor_format, "tensor_format")
     return SampleRequest(
-        prompt=tokens_from_pb(message.prompt, "prompt"),
-        num_samples=message.num_samples or 1,
-        params=_params_from_pb(message.sampling_params),
+        prompt=tokens_from_pb(message.prompt, "prompt", chunks_max),
+        num_samples=message.num_samples if message.HasField("num_samples") else 1,
+        params=_params_from_pb(message.sampling_params, stops_max),
         include_prompt_logprobs=message.include_prompt_logprobs,
         topk_prompt_logprobs=message.topk_prompt_logprobs,
     )
 
 
-def compute_request_from_pb(message: pb.ComputeLogprobsRequest) -> SampleRequest:
+def compute_request_from_pb(
+    message: pb.ComputeLogprobsRequest, *, chunks_max: int
+) -> SampleRequest:
     """Read a request that only scores its prompt."""
     check_format(message.tensor_format, "tensor_format")
     return SampleRequest(
-        prompt=tokens_from_pb(message.prompt, "prompt"),
+        prompt=tokens_from_pb(message.prompt, "prompt", chunks_max),
         num_samples=1,
         params=SamplingParams(max_tokens=0),
         include_prompt_logprobs=True,
@@ -46,13 +50,15 @@ def compute_request_from_pb(message: pb.ComputeLogprobsRequest) -> SampleRequest
     )
 
 
-def _params_from_pb(message: pb.SamplingParams) -> SamplingParams:
+def _params_from_pb(message: pb.SamplingParams, stops_max: int) -> SamplingParams:
     max_tokens = UNSET_MAX_TOKENS
     if message.HasField("max_tokens"):
         max_tokens = message.max_tokens
         if max_tokens < 1:  # here, since below 0 means unset and 0 means only to score
             raise InvalidArgument("sampling_params.max_tokens", f"{max_tokens} is below 1")
     stop = message.stop if message.HasField("stop") else pb.StopCondition(eos=True)
+    check_count("sampling_params.stop.tokens", stop.tokens, "stops_max", stops_max)
+    check_count("sampling_params.stop.strings", stop.strings, "stops_max", stops_max)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=message.temperature if message.HasField("temperature") else 1.0,

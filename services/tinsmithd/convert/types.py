@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,17 @@ from tinsmithd.domain import (
     LossFn,
     Tuning,
 )
-from tinsmithd.errors import InvalidArgument, Reason
+from tinsmithd.errors import InvalidArgument, Reason, over_limit
 
 METADATA_ENTRIES_MAX = 64
 METADATA_KEY_CHARS_MAX = 128
 METADATA_VALUE_CHARS_MAX = 1024
 TTL_SECONDS_MAX = 315_360_000
+PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_MAX = 1000
+PAGE_TOKEN_DIGITS_MAX = 18
+UNLIMITED = 1 << 63
+"""Where another server has counted already."""
 
 _KINDS = {
     pb.CHECKPOINT_KIND_TRAINING: CheckpointKind.TRAINING,
@@ -37,10 +42,11 @@ _KINDS = {
 }
 
 
-def tokens_from_pb(message: pb.ModelInput, field: str) -> NDArray[np.int64]:
+def tokens_from_pb(message: pb.ModelInput, field: str, chunks_max: int) -> NDArray[np.int64]:
     """Read a model input as int64 `(N,)` with N at least 1."""
     if not message.chunks:
         raise InvalidArgument(f"{field}.chunks", "must not be empty", Reason.MISSING_FIELD)
+    check_count(f"{field}.chunks", message.chunks, "chunks_max", chunks_max)
     parts = []
     for index, chunk in enumerate(message.chunks):
         where = f"{field}.chunks[{index}]"
@@ -64,8 +70,16 @@ def tokens_to_pb(tokens: NDArray[np.int64]) -> pb.ModelInput:
     return pb.ModelInput(chunks=[chunk])
 
 
-def datum_from_pb(message: pb.Datum, field: str) -> Datum:
+def datum_from_pb(
+    message: pb.Datum,
+    field: str,
+    *,
+    chunks_max: int = UNLIMITED,
+    loss_fn_inputs_max: int = UNLIMITED,
+) -> Datum:
     """Read one datum; shapes and names are checked against the loss elsewhere."""
+    where = f"{field}.loss_fn_inputs"
+    check_count(where, message.loss_fn_inputs, "loss_fn_inputs_max", loss_fn_inputs_max)
     inputs = {
         name: array_from_pb(
             message.loss_fn_inputs[name],
@@ -74,7 +88,8 @@ def datum_from_pb(message: pb.Datum, field: str) -> Datum:
         )
         for name in sorted(message.loss_fn_inputs)
     }
-    return Datum(tokens_from_pb(message.model_input, f"{field}.model_input"), inputs)
+    tokens = tokens_from_pb(message.model_input, f"{field}.model_input", chunks_max)
+    return Datum(tokens, inputs)
 
 
 def datum_to_pb(datum: Datum) -> pb.Datum:
@@ -135,8 +150,8 @@ def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfi
 
 
 def lora_to_pb(lora: LoraConfig) -> pb.LoraConfig:
-    """Write an adapter's shape."""
-    return pb.LoraConfig(**dataclasses.asdict(lora))
+    """Write an adapter's shape; a seed below 0, of an earlier version, has the same bits."""
+    return pb.LoraConfig(**{**dataclasses.asdict(lora), "seed": lora.seed % (1 << 64)})
 
 
 def tuning_from_pb(message: Any, prefix: str, rank_max: int) -> Tuning:
@@ -147,9 +162,13 @@ def tuning_from_pb(message: Any, prefix: str, rank_max: int) -> Tuning:
         prefix: Stands before the names of its fields in errors, such as "header.".
         rank_max: Largest LoRA rank.
     """
-    if message.WhichOneof("tuning") == "full_config":
-        return FullConfig()
-    return lora_from_pb(message.lora_config, f"{prefix}lora_config", rank_max)
+    match message.WhichOneof("tuning"):
+        case "full_config":
+            return FullConfig()
+        case "lora_config" | None:  # a case that is not known was refused with its message
+            return lora_from_pb(message.lora_config, f"{prefix}lora_config", rank_max)
+        case case:
+            raise InvalidArgument(f"{prefix}{case}", "this server does not know it")
 
 
 def tuning_to_pb(tuning: Tuning) -> dict[str, Any]:
@@ -190,7 +209,9 @@ def kind_from_pb(value: int, field: str) -> CheckpointKind:
     for code, kind in _KINDS.items():
         if code == value:
             return kind
-    raise InvalidArgument(field, "set TRAINING or SAMPLER", Reason.MISSING_FIELD)
+    if value == pb.CHECKPOINT_KIND_UNSPECIFIED:
+        raise InvalidArgument(field, "set TRAINING or SAMPLER", Reason.MISSING_FIELD)
+    raise InvalidArgument(field, f"unknown kind {value}, expected TRAINING or SAMPLER")
 
 
 def kind_to_pb(kind: CheckpointKind) -> pb.CheckpointKind.ValueType:
@@ -217,19 +238,13 @@ def name_from_pb(text: str, field: str) -> str:
 
 def metadata_from_pb(entries: Mapping[str, str], field: str) -> dict[str, str]:
     """Read user metadata within its bounds."""
-    if len(entries) > METADATA_ENTRIES_MAX:
-        raise InvalidArgument(
-            field, f"more than {METADATA_ENTRIES_MAX} entries", Reason.LIMIT_EXCEEDED
-        )
+    check_count(field, entries, "metadata_entries_max", METADATA_ENTRIES_MAX)
     for key, value in entries.items():
-        if not 0 < len(key) <= METADATA_KEY_CHARS_MAX:
-            raise InvalidArgument(
-                field, f"keys have 1 to {METADATA_KEY_CHARS_MAX} characters", Reason.LIMIT_EXCEEDED
-            )
-        if len(value) > METADATA_VALUE_CHARS_MAX:
-            where = f'{field}["{key}"]'
-            limit = f"more than {METADATA_VALUE_CHARS_MAX} characters"
-            raise InvalidArgument(where, limit, Reason.LIMIT_EXCEEDED)
+        if not key:
+            raise InvalidArgument(field, "a key is empty")
+        check_count(field, key, "metadata_key_characters_max", METADATA_KEY_CHARS_MAX)
+        where = f'{field}["{key}"]'
+        check_count(where, value, "metadata_value_characters_max", METADATA_VALUE_CHARS_MAX)
     return dict(entries)
 
 
@@ -238,6 +253,29 @@ def ttl_from_pb(seconds: int | None, field: str) -> int | None:
     if seconds is not None and not 1 <= seconds <= TTL_SECONDS_MAX:
         raise InvalidArgument(field, f"{seconds} is not in 1..{TTL_SECONDS_MAX}")
     return seconds
+
+
+def page_from_pb(page_size: int, page_token: str) -> tuple[int, int | None]:
+    """Read which page is asked for: how many things, and the number that theirs are below."""
+    if not 0 <= page_size <= PAGE_SIZE_MAX:
+        raise InvalidArgument("page_size", f"{page_size} is not in 1..{PAGE_SIZE_MAX}")
+    size = page_size or PAGE_SIZE_DEFAULT
+    if not page_token:
+        return size, None
+    digits = page_token.isascii() and page_token.isdigit()
+    if not digits or len(page_token) > PAGE_TOKEN_DIGITS_MAX:
+        raise InvalidArgument("page_token", "is not one that this server gave")
+    return size, int(page_token)
+
+
+def check_count(field: str, things: Sized, limit: str, most: int) -> None:
+    """Refuse what is too much, before anything is done with it.
+
+    Raises:
+        InvalidArgument: There are more than `most` (LIMIT_EXCEEDED).
+    """
+    if len(things) > most:
+        raise over_limit(field, limit, len(things), most)
 
 
 def finite(value: float, field: str, *, low: float, below: float | None = None) -> float:

@@ -2,8 +2,8 @@
 
 - A `TinsmithError` becomes its status; anything else becomes INTERNAL with a request id, and the
   cause goes to the log under that id, never to the caller.
-- Bytes that are no message of the expected type are INVALID_ARGUMENT, not INTERNAL; a message
-  that is too large says which limit it is over.
+- Requests are read by `Intake`: bytes that are no message of the expected type are
+  INVALID_ARGUMENT, not INTERNAL; one that is too large says which limit it is over.
 - Answers are serialised deterministically, so that a repeat is equal byte for byte.
 """
 
@@ -16,57 +16,14 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc_status import rpc_status
 
-from tinsmithd.errors import (
-    Internal,
-    InvalidArgument,
-    Reason,
-    ResourceExhausted,
-    TinsmithError,
-)
+from tinsmithd.errors import Internal, TinsmithError
+from tinsmithd.rpc.intake import Intake
 from tinsmithd.rpc.status import to_status
 
 _log = logging.getLogger(__name__)
-
-
-class _Refused:
-    """Takes the place of a request that cannot be read: what is wrong with it."""
-
-    def __init__(self, error: TinsmithError) -> None:
-        self.error = error
-
-
-def _tolerant(deserialize: Any, message_bytes_max: int) -> Callable[[bytes], Any]:
-    # grpc would answer INTERNAL for an exception in here, as if the server were to blame.
-    def decode(data: bytes) -> Any:
-        if len(data) > message_bytes_max:
-            message = f"a message of {len(data)} bytes; message_bytes_max is {message_bytes_max}"
-            metadata = {"limit": "message_bytes_max", "value": str(len(data))}
-            return _Refused(ResourceExhausted(message, Reason.MESSAGE_TOO_LARGE, metadata=metadata))
-        try:
-            return deserialize(data)
-        except DecodeError:
-            message = "the bytes are no message of this type"
-            return _Refused(InvalidArgument("", message, Reason.MALFORMED_STREAM))
-
-    return decode
-
-
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Refused):
-        raise request.error
-    return request
-
-
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
-
-
-def _check(request: Any) -> Any:
-    return _checked_stream(request) if hasattr(request, "__aiter__") else _checked(request)
 
 
 def _serialize(message: Message) -> bytes:
@@ -101,19 +58,25 @@ class ErrorInterceptor(WrappingInterceptor):
 
     Args:
         message_bytes_max: A larger request is refused, with a reason.
+        message_items_max: Likewise one of more items, see `Intake`.
     """
 
-    def __init__(self, message_bytes_max: int) -> None:
+    def __init__(self, message_bytes_max: int, message_items_max: int) -> None:
         super().__init__()
         self._message_bytes_max = message_bytes_max
+        self._message_items_max = message_items_max
 
     def wrap(self, handler: Any, method: str) -> Any:
         """See `WrappingInterceptor`."""
+        # The generated handler has `Message.FromString`, a method of the class.
+        kind = handler.request_deserializer.__self__
+        own = method.startswith("/tinsmith.internal.")
+        intake = Intake(kind, self._message_bytes_max, self._message_items_max, own=own)
         return rebuilt(
             handler,
-            functools.partial(_guard_unary, method=method),
-            functools.partial(_guard_stream, method=method),
-            request_deserializer=_tolerant(handler.request_deserializer, self._message_bytes_max),
+            functools.partial(_guard_unary, method=method, intake=intake),
+            functools.partial(_guard_stream, method=method, intake=intake),
+            request_deserializer=None,  # grpc would do it on the event loop, whatever it takes
             response_serializer=_serialize,
         )
 
@@ -122,7 +85,7 @@ def rebuilt(
     handler: Any,
     unary: Callable[[Any], Any],
     stream: Callable[[Any], Any],
-    **codecs: Callable[[Any], Any],
+    **codecs: Callable[[Any], Any] | None,
 ) -> Any:
     """A handler of the same kind around another behavior.
 
@@ -149,11 +112,17 @@ def rebuilt(
     return build(wrapped, **codecs)
 
 
-def _guard_unary(behavior: Any, method: str) -> Any:
+async def _read(intake: Intake, request: Any) -> Any:
+    if hasattr(request, "__aiter__"):
+        return intake.stream(request)
+    return await intake.request(request)
+
+
+def _guard_unary(behavior: Any, method: str, intake: Intake) -> Any:
     @functools.wraps(behavior)
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            return await behavior(_check(request), context)
+            return await behavior(await _read(intake, request), context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
@@ -162,11 +131,11 @@ def _guard_unary(behavior: Any, method: str) -> Any:
     return guarded
 
 
-def _guard_stream(behavior: Any, method: str) -> Any:
+def _guard_stream(behavior: Any, method: str, intake: Intake) -> Any:
     @functools.wraps(behavior)
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
-            async for response in behavior(_check(request), context):
+            async for response in behavior(await _read(intake, request), context):
                 yield response
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
             raise

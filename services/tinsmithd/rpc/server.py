@@ -55,7 +55,10 @@ class RpcServer:
         counting = [MetricsInterceptor(self.metrics)] if config.metrics_address else []
         self.shutting_down = asyncio.Event()
         self.grpc_server = grpc.aio.server(
-            interceptors=[*counting, ErrorInterceptor(config.message_bytes_max)],
+            interceptors=[
+                *counting,
+                ErrorInterceptor(config.message_bytes_max, config.message_items_max),
+            ],
             maximum_concurrent_rpcs=config.concurrent_calls_max,
             options=[
                 ("grpc.max_receive_message_length", RECEIVE_SLACK * config.message_bytes_max),

@@ -12,6 +12,7 @@ from tinsmithd.convert import sampler as convert
 from tinsmithd.convert.types import base_model_to_pb, path_from_pb
 from tinsmithd.domain import SampleRequest
 from tinsmithd.errors import NotFound, Reason, Unavailable
+from tinsmithd.rpc.intake import off_loop
 from tinsmithd.sampler.checkpoints import CheckpointSource
 from tinsmithd.sampler.scheduler import Adapter, SamplerScheduler
 from tinsmithd.sampler.validate import RequestLimits, check_request
@@ -28,7 +29,10 @@ class SamplerServicer(SamplerServiceServicer):
         self._checkpoints = checkpoints
         self.scheduler: SamplerScheduler | None = None
         self._limits = RequestLimits(
-            config.num_samples_max, config.stops_max, config.topk_max, config.sample_tokens_max
+            config.num_samples_max,
+            config.stop_characters_max,
+            config.topk_max,
+            config.sample_tokens_max,
         )
 
     def _ready(self, base_model: str) -> SamplerScheduler:
@@ -59,7 +63,11 @@ class SamplerServicer(SamplerServiceServicer):
     ) -> AsyncIterator[pb.SampleResponse]:
         """Sample continuations and stream their tokens."""
         scheduler, form = self._ready(request.base_model), request.tensor_format
-        wanted = self._check(scheduler, convert.sample_request_from_pb(request))
+        limits = self._config
+        asked = convert.sample_request_from_pb(
+            request, chunks_max=limits.chunks_max, stops_max=limits.stops_max
+        )
+        wanted = self._check(scheduler, asked)
         adapter = await self._adapter(request.checkpoint_path, scheduler)
         async with aclosing(scheduler.run(wanted, adapter)) as outputs:  # type: ignore[type-var]
             async for output in outputs:
@@ -67,7 +75,7 @@ class SamplerServicer(SamplerServiceServicer):
                     deltas=[convert.delta_to_pb(tokens, form) for tokens in output.tokens]
                 )
                 if output.prompt_scores is not None:
-                    scores = convert.scores_to_pb(output.prompt_scores, form)
+                    scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
                     response.prompt_logprobs.CopyFrom(scores)
                 yield response
 
@@ -76,12 +84,15 @@ class SamplerServicer(SamplerServiceServicer):
     ) -> pb.ComputeLogprobsResponse:
         """Score a prompt."""
         scheduler, form = self._ready(request.base_model), request.tensor_format
-        wanted = self._check(scheduler, convert.compute_request_from_pb(request))
+        chunks_max = self._config.chunks_max
+        asked = convert.compute_request_from_pb(request, chunks_max=chunks_max)
+        wanted = self._check(scheduler, asked)
         adapter = await self._adapter(request.checkpoint_path, scheduler)
         response = pb.ComputeLogprobsResponse()
         async for output in scheduler.run(wanted, adapter):
             assert output.prompt_scores is not None
-            response.prompt_logprobs.CopyFrom(convert.scores_to_pb(output.prompt_scores, form))
+            scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
+            response.prompt_logprobs.CopyFrom(scores)
         return response
 
     async def GetTokenizer(  # type: ignore[override]  # grpc.aio's form of the method

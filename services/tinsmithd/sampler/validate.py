@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tinsmithd.domain import BaseModelInfo, SampleRequest, SamplingParams
-from tinsmithd.errors import InvalidArgument, Reason
+from tinsmithd.errors import InvalidArgument, Reason, over_limit
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class RequestLimits:
     """Bounds on one request; the names are those of the settings."""
 
     num_samples_max: int
-    stops_max: int
+    stop_characters_max: int
     topk_max: int
     sample_tokens_max: int
 
@@ -92,17 +92,18 @@ def _check_params(params: SamplingParams, info: BaseModelInfo, limits: RequestLi
         raise InvalidArgument(f"{field}.top_p", f"{params.top_p:g} is not in (0, 1]")
     if params.top_k < -1:
         raise InvalidArgument(f"{field}.top_k", f"{params.top_k} is below -1")
-    for name, stops in (("tokens", params.stop_tokens), ("strings", params.stop_strings)):
-        where = f"{field}.stop.{name}"
-        _check_range(where, len(stops), 0, limits.stops_max, "stops_max")
     for index, token in enumerate(params.stop_tokens):
         if not 0 <= token < info.vocab_size:
             message = f"token {token} is not in [0, {info.vocab_size})"
             where = f"{field}.stop.tokens[{index}]"
             raise InvalidArgument(where, message, Reason.TOKEN_OUT_OF_RANGE)
     for index, string in enumerate(params.stop_strings):
+        where = f"{field}.stop.strings[{index}]"
         if not string:
-            raise InvalidArgument(f"{field}.stop.strings[{index}]", "is empty")
+            raise InvalidArgument(where, "is empty")
+        if len(string) > limits.stop_characters_max:
+            most = limits.stop_characters_max
+            raise over_limit(where, "stop_characters_max", len(string), most)
 
 
 def _check_range(field: str, value: int, low: int, high: int, limit: str) -> None:

@@ -1,5 +1,6 @@
 """The face of the Training service: parse, call the rules, encode. No rule lives here."""
 
+import dataclasses
 import importlib.metadata
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,9 +17,18 @@ from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import array_from_pb, array_to_pb
 from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath
 from tinsmithd.errors import InvalidArgument, Reason
+from tinsmithd.rpc.intake import off_loop, refusal_of_call
 from tinsmithd.training.model import Model
 from tinsmithd.training.models import Models, NewModel
-from tinsmithd.training.requests import ComputeRequest, digest_of, read_call, read_header
+from tinsmithd.training.requests import (
+    INLINE_BYTES,
+    ComputeRequest,
+    DataLimits,
+    digest_of,
+    read_call,
+    read_header,
+    read_work,
+)
 from tinsmithd.training.works import (
     LoadWork,
     RefusedWork,
@@ -29,7 +39,6 @@ from tinsmithd.training.works import (
 )
 
 REQUEST_ID_CHARS_MAX = 128
-PAGE_SIZE_MAX = 1000
 ENGINE_SECONDS = "tinsmith-engine-seconds"
 RESPONSE_BYTES = 256 * 1024
 """Results go out in messages of so many bytes, and those of one datum more: each message costs as
@@ -50,6 +59,8 @@ class TrainingServicer(TrainingServiceServicer):
     def __init__(self, config: TrainingConfig, models: Models) -> None:
         self._config = config
         self._models = models
+        names = [field.name for field in dataclasses.fields(DataLimits)]
+        self._data_limits = DataLimits(**{name: getattr(config, name) for name in names})
 
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: Any
@@ -80,8 +91,8 @@ class TrainingServicer(TrainingServiceServicer):
         return pb.CreateModelResponse(model=_model_to_pb(model))
 
     def _new_model(self, request: pb.CreateModelRequest) -> NewModel:
-        if len(request.request_id) > REQUEST_ID_CHARS_MAX:
-            raise InvalidArgument("request_id", f"more than {REQUEST_ID_CHARS_MAX} characters")
+        limit = "request_id_characters_max"
+        convert.check_count("request_id", request.request_id, limit, REQUEST_ID_CHARS_MAX)
         path = tuning = None
         if request.checkpoint_path:
             path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
@@ -113,15 +124,11 @@ class TrainingServicer(TrainingServiceServicer):
         self, request: pb.ListModelsRequest, context: Any
     ) -> pb.ListModelsResponse:
         """Return a page of models, newest first."""
-        if not 0 <= request.page_size <= PAGE_SIZE_MAX:
-            raise InvalidArgument("page_size", f"{request.page_size} is not in 1..{PAGE_SIZE_MAX}")
-        size = request.page_size or 100
+        size, below = convert.page_from_pb(request.page_size, request.page_token)
         models = self._models.list()
         total = len(models)
-        if request.page_token:
-            if not (request.page_token.isascii() and request.page_token.isdigit()):
-                raise InvalidArgument("page_token", "is not one that this server gave")
-            models = [m for m in models if m.number < int(request.page_token)]
+        if below is not None:
+            models = [m for m in models if m.number < below]
         page = models[:size]
         return pb.ListModelsResponse(
             models=[_model_to_pb(model) for model in page],
@@ -164,22 +171,21 @@ class TrainingServicer(TrainingServiceServicer):
     ) -> AsyncIterator[Response]:
         first = await read_header(requests)
         model = self._models.get(first.model_id)
-        call = await read_call(
-            first,
-            requests,
-            data_per_call_max=self._config.data_per_call_max,
-            call_bytes_max=self._config.call_bytes_max,
-        )
+        call = await read_call(first, requests, model.info, self._data_limits)
         # To grpc a cancelled stream ends like a finished one. Answering tells them apart: it fails
         # on a call that is gone, and until it is done the cancellation has reached this task.
         await context.send_initial_metadata(())
         failpoints.hit("recv")
-        work = call.work(model.info, self._config.targets_per_position_max, backward=backward)
+        work = call.work(backward=backward)
         answer = self._models.submit(model, call.seq_id, call.digest, work, call.nbytes)
         # Cut by size alone, never by what is there already: a repeat gets the same messages.
         response, nbytes = response_type(), 0
         async for part in answer.parts():
-            _read_output(response.outputs.add(), part, call.tensor_format)
+            output = response.outputs.add()
+            if call.tensor_format == types_pb2.TENSOR_FORMAT_PLAIN and len(part) > INLINE_BYTES:
+                await off_loop(_read_output, output, part, call.tensor_format)
+            else:
+                _read_output(output, part, call.tensor_format)
             nbytes += len(part)
             if nbytes >= RESPONSE_BYTES:
                 yield response
@@ -231,12 +237,11 @@ class TrainingServicer(TrainingServiceServicer):
     async def _submit(self, request: Any, read: Callable[[], Work]) -> Mapping[str, Any]:
         # What cannot be read is refused in the model's order, so that its number is used up.
         model = self._models.get(request.model_id)
-        try:
-            work = read()
-        except InvalidArgument as error:
-            work = RefusedWork(error)
+        refusal = refusal_of_call()
+        work = read_work(read) if refusal is None else RefusedWork(refusal)
         failpoints.hit("recv")
-        answer = self._models.submit(model, request.seq_id, digest_of(request), work)
+        digest = digest_of(request, refusal)
+        answer = self._models.submit(model, request.seq_id, digest, work)
         return await answer.value()
 
 

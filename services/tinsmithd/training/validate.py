@@ -1,6 +1,4 @@
-"""Checks data against the base model, the loss and the limits, before anything is queued."""
-
-from collections.abc import Sequence
+"""Checks a datum against the base model, the loss and the limits, before anything is queued."""
 
 import numpy as np
 
@@ -8,23 +6,14 @@ from tinsmithd.domain import BaseModelInfo, CrossEntropy, Datum, LossFn
 from tinsmithd.errors import InvalidArgument, Reason
 
 
-def check_data(
-    data: Sequence[Datum], loss_fn: LossFn, info: BaseModelInfo, targets_per_position_max: int
+def check_datum(
+    field: str, datum: Datum, loss_fn: LossFn, info: BaseModelInfo, targets_max: int
 ) -> None:
-    """Refuse the first datum that cannot be trained on.
+    """Refuse a datum that cannot be trained on.
 
     Raises:
         InvalidArgument: Naming the field, such as `data[3].loss_fn_inputs["weights"]`.
     """
-    if not data:
-        raise InvalidArgument("data", "must not be empty", Reason.MISSING_FIELD)
-    for index, datum in enumerate(data):
-        _check_datum(f"data[{index}]", datum, loss_fn, info, targets_per_position_max)
-
-
-def _check_datum(
-    field: str, datum: Datum, loss_fn: LossFn, info: BaseModelInfo, targets_max: int
-) -> None:
     count = len(datum.tokens)
     if count > info.context_length:
         raise InvalidArgument(

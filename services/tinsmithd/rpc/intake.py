@@ -1,0 +1,328 @@
+"""Reads the bytes of requests: what would cost too much is refused before it is parsed, and what
+this server does not know is refused, never passed over.
+
+Parsing holds the interpreter's lock, and with it the event loop: 32 MiB of empty messages take
+seconds, whatever thread parses them. So the bytes of a large message are walked first, in a thread
+and in small steps, and its items are counted. What has no more than `message_items_max` is parsed
+in some tens of milliseconds. A message of fewer bytes than that cannot have more items, and is
+parsed at once.
+
+A refused call still uses its number (see `training_service.proto`). Of a request that has one, a
+servicer therefore gets what could be read, and hears of the refusal when it asks: the stream raises
+it next, and for a single request `refusal_of_call` says it.
+"""
+
+import asyncio
+import contextvars
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from tinsmithd.errors import InvalidArgument, Reason, ResourceExhausted, TinsmithError, over_limit
+
+T = TypeVar("T")
+
+HEADER_FIELDS = ("model_id", "seq_id")
+KEY_CHARS_MAX = 100
+"""What a path shows of the key of an entry."""
+THREADS = 2
+"""They mostly wait for each other: a second one lets a short request pass a long one."""
+
+_refusal: contextvars.ContextVar[TinsmithError | None] = contextvars.ContextVar(
+    "refusal", default=None
+)
+_threads = ThreadPoolExecutor(THREADS, "intake")
+
+
+async def off_loop(function: Callable[..., T], *args: Any) -> T:
+    """Run what would hold up the event loop in a thread of the few that read requests."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, function, *args)
+
+
+def refusal_of_call() -> TinsmithError | None:
+    """What is wrong with the one, numbered request of this call, if anything is."""
+    return _refusal.get()
+
+
+class Intake:
+    """Reads the requests of one method.
+
+    Args:
+        kind: The type of its requests.
+        message_bytes_max: A larger message is ResourceExhausted (MESSAGE_TOO_LARGE).
+        message_items_max: One of more items is InvalidArgument (LIMIT_EXCEEDED).
+        own: They come from another process of this cluster, and only their bytes are limited.
+    """
+
+    def __init__(
+        self,
+        kind: type[Message],
+        message_bytes_max: int,
+        message_items_max: int,
+        *,
+        own: bool = False,
+    ) -> None:
+        self._kind = kind
+        self._descriptor: Any = kind.DESCRIPTOR
+        self._bytes_max = message_bytes_max
+        self._items_max = message_items_max
+        self._own = own
+        self._numbered = all(name in kind.DESCRIPTOR.fields_by_name for name in HEADER_FIELDS)
+
+    async def request(self, data: bytes) -> Message:
+        """Read the one request of a call.
+
+        Raises:
+            TinsmithError: It is refused, and has no number or none that can be read.
+        """
+        message, error = await self._read(data)
+        if error is not None and not self._numbered:
+            raise error
+        _refusal.set(error)
+        return message
+
+    async def stream(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+        """Read the requests of a call; the refusal of one follows what can be read of it.
+
+        Raises:
+            TinsmithError: A request is refused.
+        """
+        async for data in requests:
+            message, error = await self._read(data)
+            if error is None or self._numbered:
+                yield message
+            if error is not None:
+                raise error
+
+    async def _read(self, data: bytes) -> tuple[Message, TinsmithError | None]:
+        if len(data) > self._bytes_max:
+            message = f"a message of {len(data)} bytes; message_bytes_max is {self._bytes_max}"
+            metadata = {"limit": "message_bytes_max", "value": str(len(data))}
+            raise ResourceExhausted(message, Reason.MESSAGE_TOO_LARGE, metadata=metadata)
+        if self._own:
+            return self._parse(data), None
+        if len(data) > self._items_max:
+            return await off_loop(self._read_walked, data)
+        parsed = self._parse(data)
+        # Both are done in C, at once for all that is inside.
+        size = parsed.ByteSize()
+        parsed.DiscardUnknownFields()
+        if parsed.ByteSize() == size:
+            return parsed, None
+        error = await off_loop(self._refusal_of, data)
+        return parsed, error or _unknown("")
+
+    def _read_walked(self, data: bytes) -> tuple[Message, TinsmithError | None]:
+        error = self._refusal_of(data)
+        if error is None:
+            return self._parse(data), None
+        return self._parse(header_of(data, self._descriptor, self._items_max)), error
+
+    def _refusal_of(self, data: bytes) -> InvalidArgument | None:
+        try:
+            at = walk(data, self._descriptor, self._items_max)
+            return None if at is None else _unknown(path_at(data, self._descriptor, at))
+        except _TooManyItems as error:
+            field = path_at(data, self._descriptor, error.position).partition("[")[0]
+            return over_limit(field, "message_items_max", error.items, self._items_max)
+        except IndexError:
+            raise _malformed() from None
+
+    def _parse(self, data: bytes) -> Message:
+        try:
+            return self._kind.FromString(data)
+        except DecodeError:
+            raise _malformed() from None
+
+
+def _malformed() -> InvalidArgument:
+    return InvalidArgument("", "the bytes are no message of this type", Reason.MALFORMED_STREAM)
+
+
+def _unknown(path: str) -> InvalidArgument:
+    return InvalidArgument(path, "this server does not know this field; is it older than you?")
+
+
+# --- the wire format (protobuf.dev/programming-guides/encoding) ----------------------------------
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_WIRE_TYPES = {
+    FieldDescriptor.TYPE_DOUBLE: _FIXED64,
+    FieldDescriptor.TYPE_FIXED64: _FIXED64,
+    FieldDescriptor.TYPE_SFIXED64: _FIXED64,
+    FieldDescriptor.TYPE_FLOAT: _FIXED32,
+    FieldDescriptor.TYPE_FIXED32: _FIXED32,
+    FieldDescriptor.TYPE_SFIXED32: _FIXED32,
+    FieldDescriptor.TYPE_STRING: _LENGTH,
+    FieldDescriptor.TYPE_BYTES: _LENGTH,
+    FieldDescriptor.TYPE_MESSAGE: _LENGTH,
+}
+_BYTES_EACH = {_FIXED64: 8, _FIXED32: 4, _VARINT: 1}
+
+
+class _TooManyItems(Exception):
+    def __init__(self, items: int, position: int) -> None:
+        super().__init__()
+        self.items = items
+        self.position = position
+
+
+@functools.cache
+def _fields(descriptor: Descriptor) -> Mapping[int, "FieldDescriptor"]:
+    """The fields of a message by the tags that they may have on the wire."""
+    fields: dict[int, FieldDescriptor] = {}
+    for field in descriptor.fields:
+        wire_type = _WIRE_TYPES.get(field.type, _VARINT)
+        fields[field.number << 3 | wire_type] = field
+        if field.is_repeated and wire_type != _LENGTH:
+            fields[field.number << 3 | _LENGTH] = field  # packed
+    return fields
+
+
+@functools.cache
+def _steps(descriptor: Descriptor) -> Mapping[int, Any]:
+    """What `walk` does at each tag: a mapping to go into, or bytes of one packed number, or 0."""
+    steps: dict[int, Any] = {}
+    for tag, field in _fields(descriptor).items():
+        if field.message_type is not None:
+            steps[tag] = _steps(field.message_type)
+        elif tag & 7 == _LENGTH:
+            steps[tag] = _BYTES_EACH.get(_WIRE_TYPES.get(field.type, _VARINT), 0)
+        else:
+            steps[tag] = 0
+    return steps
+
+
+def walk(data: bytes, descriptor: Descriptor, items_max: int) -> int | None:
+    """Count the items of a message: every field that is set, at every level, and every number.
+
+    Returns:
+        Where the first field is that the descriptor does not have, or None.
+
+    Raises:
+        _TooManyItems: There are more than `items_max`.
+        IndexError: The bytes are no message.
+    """
+    position, end, items = 0, len(data), 0
+    steps = _steps(descriptor)
+    outer: list[tuple[int, Mapping[int, Any]]] = []
+    while True:
+        if position >= end:
+            if position > end:
+                raise IndexError
+            if not outer:
+                return None
+            end, steps = outer.pop()
+            continue
+        begin = position
+        tag = data[position]
+        position += 1
+        if tag > 127:
+            tag, position = _varint(data, begin)
+        items += 1
+        step = steps.get(tag)
+        if step is None:
+            return begin
+        wire_type = tag & 7
+        if wire_type == _LENGTH:
+            size = data[position]
+            position += 1
+            if size > 127:
+                size, position = _varint(data, position - 1)
+            if position + size > end:
+                raise IndexError
+            if step.__class__ is dict:
+                outer.append((end, steps))
+                end, steps = position + size, step
+            else:
+                items += _numbers(data, position, size, step) if step else 0
+                position += size
+        elif wire_type == _VARINT:
+            while data[position] > 127:
+                position += 1
+            position += 1
+        else:
+            position += _BYTES_EACH[wire_type]
+        if items > items_max:
+            raise _TooManyItems(items, begin)
+
+
+def _numbers(data: bytes, position: int, size: int, bytes_each: int) -> int:
+    if bytes_each > 1:
+        return size // bytes_each
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8, size, position) < 128))
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while (byte := data[position]) > 127:
+        value |= (byte & 127) << shift
+        shift += 7
+        position += 1
+        if shift > 63:
+            raise IndexError
+    return value | byte << shift, position + 1
+
+
+def _skip(data: bytes, position: int, wire_type: int) -> tuple[int, int]:
+    """Where the value of a field begins, and where it ends."""
+    if wire_type == _LENGTH:
+        size, position = _varint(data, position)
+        return position, position + size
+    if wire_type == _VARINT:
+        return position, _varint(data, position)[1]
+    return position, position + _BYTES_EACH.get(wire_type, 0)
+
+
+def header_of(data: bytes, descriptor: Descriptor, items_max: int) -> bytes:
+    """The bytes of the fields that say which call this is, if they are among the first."""
+    position, found = 0, []
+    try:
+        for _ in range(items_max):
+            if position >= len(data):
+                break
+            begin = position
+            tag, position = _varint(data, position)
+            _, position = _skip(data, position, tag & 7)
+            field = _fields(descriptor).get(tag)
+            if field is not None and field.name in HEADER_FIELDS:
+                found.append(data[begin:position])
+    except IndexError:  # not these fields
+        pass
+    return b"".join(found)
+
+
+def path_at(data: bytes, descriptor: Descriptor, target: int) -> str:
+    """The path of the field at a position, such as `data[3].loss_fn_inputs["weights"].shape`; one
+    that the descriptor does not have is shown by its number, as in protobuf's text format."""
+    position, path, key = 0, "", ""
+    counts: dict[int, int] = {}
+    while position <= target:
+        begin = position
+        tag, position = _varint(data, position)
+        field = _fields(descriptor).get(tag)
+        start, position = _skip(data, position, tag & 7)
+        is_entry = descriptor.GetOptions().map_entry
+        if field is None:
+            return f"{path}.{tag >> 3}".removeprefix(".")
+        counts[tag] = counts.get(tag, -1) + 1
+        if is_entry and field.name == "key" and tag & 7 == _LENGTH:
+            key = data[start:position].decode(errors="replace")[:KEY_CHARS_MAX]
+        if not begin <= target < position:
+            continue
+        if is_entry:
+            path = f'{path}["{key}"]'
+        else:
+            path = f"{path}.{field.name}".removeprefix(".")
+            message = field.message_type
+            if field.is_repeated and not (message and message.GetOptions().map_entry):
+                path += f"[{counts[tag]}]" if message else ""
+        if begin == target or field.message_type is None:
+            return path
+        descriptor, position, counts = field.message_type, start, {}
+    return path
