@@ -15,7 +15,7 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tinsmithd.up import SERVICES, EmbeddedCluster, Options
+from tinsmithd.embedded import SERVICES, EmbeddedCluster, Options
 
 START_S_MAX = 100.0
 PORTS = range(20_000, 30_000, 3)
@@ -95,8 +95,7 @@ class RunningCluster:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._cluster = EmbeddedCluster(options, quiet=True)
-        self._keeper: asyncio.Task[None] | None = None
+        self._cluster = EmbeddedCluster(options, keep=keep)
         self.logs = data / "logs"
         self.base_model = base_model.name
         try:
@@ -108,27 +107,14 @@ class RunningCluster:
             raise
         self.address = self._cluster.address
         self.addresses = self._cluster.addresses
-        if keep:
-            self._run(self._keep())
 
     def _run(self, coroutine: object) -> object:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[arg-type]
         return future.result(START_S_MAX)
 
-    async def _keep(self) -> None:
-        self._keeper = asyncio.create_task(self._cluster.keep_running())
-
-    async def _stop(self) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
-        await self._cluster.stop()
-
     def pid(self, name: str) -> int:
         """Process id of a server; of one that died and is not started again yet, the old one."""
-        process = self._cluster._children[name]._process
-        assert process is not None
-        return process.pid
+        return self._cluster.pid(name)
 
     def rank_pids(self) -> Sequence[int]:
         """Process ids of the ranks, by rank: where there are several, torchrun's children. None
@@ -147,7 +133,7 @@ class RunningCluster:
     def stop(self) -> None:
         """Stop gracefully."""
         if self._loop.is_running():
-            self._run(self._stop())
+            self._run(self._cluster.stop())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 

@@ -17,6 +17,15 @@ and equals the `ErrorReason` enum of the contract, less its prefix.
 from collections.abc import Mapping
 from enum import StrEnum
 
+from tinsmithd.text import bounded
+
+MESSAGE_BYTES_MAX = 600
+FIELD_BYTES_MAX = 200
+VALUE_BYTES_MAX = 100
+METADATA_ENTRIES_MAX = 8
+"""An error is sent in trailers, its message three times and its field twice. gRPC's clients begin
+to refuse trailers of 8 KiB, and then the caller learns nothing."""
+
 
 class Reason(StrEnum):
     """Machine-readable cause, sent as `google.rpc.ErrorInfo.reason`."""
@@ -63,6 +72,9 @@ class Reason(StrEnum):
 class TinsmithError(Exception):
     """A refusal with a reason.
 
+    Text that a caller wrote may stand in any of it: all of it is escaped and cut here, before it
+    can reach a log, a status or a journal.
+
     Args:
         message: One sentence for a person.
         reason: The machine-readable cause.
@@ -82,12 +94,24 @@ class TinsmithError(Exception):
         retry_after_s: float | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = bounded(message, MESSAGE_BYTES_MAX)
+        super().__init__(self.message)
         self.reason = reason
         self.field = field
         self.retry_after_s = retry_after_s
-        self.metadata = dict(metadata or {})
+        entries = list((metadata or {}).items())[:METADATA_ENTRIES_MAX]
+        self.metadata = {
+            bounded(key, VALUE_BYTES_MAX): bounded(value, VALUE_BYTES_MAX) for key, value in entries
+        }
+
+    @property
+    def field(self) -> str:
+        """Path of the field that is to blame; empty where there is none."""
+        return self._field
+
+    @field.setter
+    def field(self, path: str) -> None:
+        self._field = bounded(path, FIELD_BYTES_MAX)
 
 
 class InvalidArgument(TinsmithError):

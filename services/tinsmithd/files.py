@@ -1,5 +1,6 @@
 """What every server that keeps files does with them."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,3 +12,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder for a server's data, or close the one that is there to other users.
+
+    The umask of a server keeps new files to its user; what an older release wrote was for all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # a mounted volume, which somebody else owns
+        folder.chmod(folder.stat().st_mode & ~0o077)

@@ -2,17 +2,17 @@
 
 import asyncio
 import ctypes
-import logging
 import os
 import select
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from tinsmithd.config import Config, ConfigError
+from tinsmithd.logs import log_to_stderr
+from tinsmithd.text import bounded
 
 C = TypeVar("C", bound=Config)
 
@@ -22,34 +22,45 @@ MMAP_THRESHOLD_BYTES = 32 * 1024 * 1024
 TRIM_THRESHOLD_BYTES = 128 * 1024 * 1024
 """What is free at the end of the heap beyond this is given back."""
 
-EXIT_CONFIG = 2
-"""Exit status of a process whose settings are wrong."""
+WHY_BYTES_MAX = 2000
+UMASK = 0o077
+"""What a server writes is for its own user alone."""
+
+EXIT_HOPELESS = 78
+"""Exit status of a process for which a restart cannot help until somebody changes something: its
+settings, its model, its disk (EX_CONFIG of sysexits.h)."""
 
 
-def load_or_exit(kind: type[C], status: int = EXIT_CONFIG) -> C:
+def give_up(section: str, why: object) -> NoReturn:
+    """End this process with one line that says why a restart cannot help.
+
+    Args:
+        section: What the process is called.
+        why: What somebody has to change.
+    """
+    print(f"tinsmithd.{section}: {bounded(str(why), WHY_BYTES_MAX)}", file=sys.stderr)
+    sys.exit(EXIT_HOPELESS)
+
+
+def load_or_exit(kind: type[C]) -> C:
     """Read the settings of this process, or end with one line that says what is wrong."""
     try:
         return kind.load()
     except ConfigError as error:
-        print(f"tinsmithd.{kind.section}: {error}", file=sys.stderr)
-        sys.exit(status)
+        give_up(kind.section, error)
 
 
 def set_up(config: Config) -> None:
-    """Log to standard error, one line per event, and end when `live_with_pid` ends.
+    """Log to standard error, keep files to this user, and end when `live_with_pid` ends.
 
     To be called before torch is imported.
     """
+    # Journals hold what users sent, and the secrets of links and fences are files, too.
+    os.umask(UMASK)
     # Threads that wait for work by spinning take the cores from every other process: with three
     # busy processes on two cores a training step was seen to take forty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level,
-        format=f"%(asctime)s {config.section} %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    log_to_stderr(config.log_level, config.section)
     if config.live_with_pid:
         threading.Thread(target=_end_with, args=(config.live_with_pid,), daemon=True).start()
 
@@ -80,8 +91,13 @@ def _end_with(pid: int) -> None:
     os._exit(1)
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run a server's main coroutine; Ctrl-C ends quietly."""
+def run(main: Callable[[], Awaitable[None]], section: str) -> None:
+    """Run a server's main coroutine; Ctrl-C ends quietly.
+
+    Args:
+        main: What to run.
+        section: What the process is called.
+    """
 
     async def entry() -> None:
         await main()
@@ -91,4 +107,4 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # such as a port that is taken
-        sys.exit(f"{Path(sys.argv[0]).parent.name}: {error.strerror or error}")
+        give_up(section, error.strerror or error)

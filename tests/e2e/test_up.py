@@ -1,5 +1,6 @@
 """`tinsmith up`: what a person sees, and that nothing outlives it."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,21 +8,51 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+import grpc
+import pytest
+
+from clusters import children
+from tinsmith import v1 as pb
+from wire import reason_and_field
 
 START_S_MAX = 60
 
 
-def up(base_model: Path, data: Path, *arguments: str) -> subprocess.Popen[str]:
+HOSTILE_MODULES = ("queue", "resource", "tinsmithd", "grpc", "torch")
+
+
+def up(
+    base_model: Path, data: Path, *arguments: str, folder: Path | None = None
+) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     fixed = ("up", "--base-model", str(base_model), "--data", str(data), "--port", "0")
-    command = [sys.executable, "-m", "tinsmithd.up", *fixed, "--threads", "1", *arguments]
+    # As the installed command does it: its own folder is on its path, the current one is not.
+    command = [sys.executable, "-P", "-m", "tinsmithd.up", *fixed, "--threads", "1", *arguments]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def servers(process: subprocess.Popen[str]) -> dict[str, int]:
+    """Process ids of the servers that run now, by name."""
+    found = {}
+    for pid in children(process.pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            names = [word.removeprefix("tinsmithd.") for word in words if "tinsmithd." in word]
+            found.update(dict.fromkeys(names[:1], pid))
+    return found
 
 
 def listens(port: int) -> bool:
@@ -42,19 +73,30 @@ def ports_of(banner: str) -> list[int]:
 
 
 def test_it_runs_a_command_and_ends_with_its_status(tiny_model: Path, tmp_path: Path) -> None:
-    """Start-up says what it loads; the command finds the cluster; nothing is left."""
+    """Start-up says what it loads; the command finds the cluster; nothing is left.
+
+    No server runs code of the current folder, and no file of theirs is for other users.
+    """
     code = (
         "import sys, tinsmith; "
         "print(tinsmith.ServiceClient().get_server_capabilities()); sys.exit(7)"
     )
-    process = up(tiny_model, tmp_path, "--", sys.executable, "-c", code)
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in HOSTILE_MODULES:
+        (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    data = tmp_path / "data"
+    process = up(tiny_model, data, "--", sys.executable, "-P", "-c", code, folder=hostile)
     out, error = process.communicate(timeout=START_S_MAX)
     assert process.returncode == 7, out + error
     assert "loading tiny-llama" in error
     assert "Tinsmith is ready: tiny-llama" in out
     assert "SupportedModel(model_name='tiny-llama'" in out
     wait_until_silent(ports_of(out))
-    assert {log.name for log in (tmp_path / "logs").iterdir()} == {
+    assert not (tmp_path / "ran").exists(), "code of the current folder ran in a server"
+    others = [path for path in data.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+    assert not others, "what is on disk is for its user alone"
+    assert {log.name for log in (data / "logs").iterdir()} == {
         "training.log",
         "sampler.log",
         "checkpoint.log",
@@ -71,33 +113,77 @@ def _read_banner(process: subprocess.Popen[str]) -> str:
     return banner
 
 
-def test_ctrl_c_stops_everything(tiny_model: Path, tmp_path: Path) -> None:
-    """Status 0, within the grace of its servers."""
+def test_a_death_while_starting_is_a_death_like_any_and_no_reader_is_needed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Each server is killed in its first moments, nobody reads what `up` says on standard error,
+    and callers make servers log more than any pipe holds: it starts, serves, brings back what dies,
+    and ends with status 0 on Ctrl-C."""
     process = up(tiny_model, tmp_path)
+    for name in ("checkpoint", "sampler", "training"):
+        while name not in servers(process):
+            time.sleep(0.02)
+        os.kill(servers(process)[name], signal.SIGKILL)
     ports = ports_of(_read_banner(process))
     assert all(map(listens, ports))
+    text = "x\n" * 1_000_000
+    for server, port in zip(("training", "sampler", "checkpoint"), ports, strict=True):
+        for _ in range(3):
+            _refused(server, port, text)
+        killed = servers(process)[server]
+        os.kill(killed, signal.SIGKILL)
+        while not (servers(process).get(server, killed) != killed and listens(port)):
+            time.sleep(0.05)
+        _refused(server, port, text)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=START_S_MAX)
-    assert process.returncode == 0
+    assert process.wait(START_S_MAX) == 0
+    assert process.stderr is not None
+    said = process.stderr.read().splitlines()
+    assert said[-1] == "stopping; Ctrl-C again ends everything at once"
     wait_until_silent(ports)
 
 
-def test_servers_end_with_a_killed_starter_and_a_killed_server_comes_back(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    """kill -9 of one server: it is there again on its port. kill -9 of `up`: all are gone."""
+def _refused(server: str, port: int, text: str) -> None:
+    """Have a server refuse a text, and get its reason, as soon as it answers."""
+    calls = {
+        "training": lambda c: pb.TrainingServiceStub(c).GetModel,
+        "sampler": lambda c: pb.SamplerServiceStub(c).GetTokenizer,
+        "checkpoint": lambda c: pb.CheckpointServiceStub(c).GetCheckpoint,
+    }
+    requests = {
+        "training": pb.GetModelRequest(model_id=text),
+        "sampler": pb.GetTokenizerRequest(base_model=text),
+        "checkpoint": pb.GetCheckpointRequest(path=text),
+    }
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        while True:
+            with pytest.raises(grpc.RpcError) as refusal:
+                for _ in _answers(calls[server](channel)(requests[server], timeout=30)):
+                    pass
+            if refusal.value.code() is not grpc.StatusCode.UNAVAILABLE:
+                break
+            time.sleep(0.05)
+    reason, _ = reason_and_field(refusal.value)
+    assert reason in ("MODEL_NOT_FOUND", "BASE_MODEL_NOT_FOUND", "INVALID_NAME")
+
+
+def _answers(answer: object) -> Iterable[object]:
+    return answer if isinstance(answer, Iterable) else [answer]
+
+
+def test_only_a_server_that_says_hopeless_ends_up(tmp_path: Path) -> None:
+    """A folder without a model: one line says so, and no server is left."""
+    (tmp_path / "nothing").mkdir()
+    process = up(tmp_path / "nothing", tmp_path / "data")
+    _, error = process.communicate(timeout=START_S_MAX)
+    assert process.returncode == 1
+    assert re.search(r"^tinsmith: the (sampler|training) server cannot start; ", error, re.M), error
+
+
+def test_servers_end_with_a_killed_starter(tiny_model: Path, tmp_path: Path) -> None:
+    """kill -9 of `up`: all are gone."""
     process = up(tiny_model, tmp_path)
     ports = ports_of(_read_banner(process))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    checkpoint = next(
-        int(pid)
-        for pid in children
-        if b"tinsmithd.checkpoint" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
-    os.kill(checkpoint, signal.SIGKILL)
-    wait_until_silent(ports[2:])
-    while not listens(ports[2]):
-        time.sleep(0.1)
     process.kill()
     process.communicate()
     wait_until_silent(ports)

@@ -19,7 +19,7 @@ from faults.proxy import ChaosProxy
 from tinsmith import tensors, types
 from tinsmith import v1 as pb
 from tinsmith.v1 import types_pb2
-from tinsmithd.up import SERVICES
+from tinsmithd.embedded import SERVICES
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 PROMPT = [1, 2, 3]

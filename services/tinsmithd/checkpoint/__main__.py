@@ -1,12 +1,10 @@
 """`python -m tinsmithd.checkpoint`: the Checkpoint server as a process."""
 
-import sys
-
 from tinsmithd.checkpoint.schema import CatalogueUnusable
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy
 from tinsmithd.config import CheckpointConfig
-from tinsmithd.process import load_or_exit, run, set_up
+from tinsmithd.process import give_up, load_or_exit, run, set_up
 
 
 async def _serve(config: CheckpointConfig) -> None:
@@ -20,9 +18,9 @@ def main() -> None:
     config = load_or_exit(CheckpointConfig)
     set_up(config)
     try:
-        run(lambda: _serve(config))
+        run(lambda: _serve(config), config.section)
     except (StoreBusy, CatalogueUnusable) as error:
-        sys.exit(f"tinsmithd.checkpoint: {error}")
+        give_up(config.section, error)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tinsmithd.checkpoint.metrics import CheckpointCollector
 from tinsmithd.checkpoint.servicer import CheckpointServicer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.errors import TinsmithError
+from tinsmithd.files import private_folder
 from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.server import RpcServer
 
@@ -46,7 +47,7 @@ class CheckpointServer:
     ) -> None:
         self._config = config
         folder = Path(config.data_folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         self._keeper = Keeper(
             folder,
             checkpoint_bytes_max=config.checkpoint_bytes_max,

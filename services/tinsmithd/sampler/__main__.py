@@ -1,10 +1,8 @@
 """`python -m tinsmithd.sampler`: a Sampler as a process."""
 
-import sys
-
 from tinsmithd.config import SamplerConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.process import load_or_exit, run, set_up
+from tinsmithd.process import give_up, load_or_exit, run, set_up
 from tinsmithd.sampler.server import SamplerServer
 
 
@@ -19,9 +17,9 @@ def main() -> None:
     config = load_or_exit(SamplerConfig)
     set_up(config)
     try:
-        run(lambda: _serve(config))
+        run(lambda: _serve(config), config.section)
     except TinsmithError as error:
-        sys.exit(f"tinsmithd.sampler: {error.message}")
+        give_up(config.section, error.message)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ from typing import NoReturn
 
 from tinsmithd.config import TrainerConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.process import load_or_exit, set_up
+from tinsmithd.process import EXIT_HOPELESS, load_or_exit, set_up
 from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, MeetError
-
-EXIT_HOPELESS = 78
-"""A restart cannot help (EX_CONFIG of sysexits.h)."""
 
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
@@ -113,7 +110,7 @@ def _die_with_parent(config: TrainerConfig) -> None:
 
 def main() -> None:
     """Run one rank until it is ended."""
-    config = load_or_exit(TrainerConfig, EXIT_HOPELESS)
+    config = load_or_exit(TrainerConfig)
     _die_with_parent(config)
     set_up(config)
     last_words: Words = []

@@ -1,9 +1,7 @@
 """`python -m tinsmithd.training`: the Training server as a process."""
 
-import sys
-
 from tinsmithd.config import TrainingConfig
-from tinsmithd.process import keep_freed_memory, load_or_exit, run, set_up
+from tinsmithd.process import give_up, keep_freed_memory, load_or_exit, run, set_up
 from tinsmithd.training.launcher import LaunchError
 from tinsmithd.training.records import Fenced, StoreDamaged
 from tinsmithd.training.server import TrainingServer
@@ -21,11 +19,11 @@ def main() -> None:
     set_up(config)
     keep_freed_memory()
     try:
-        run(lambda: _serve(config))
+        run(lambda: _serve(config), config.section)
     except (LaunchError, StoreDamaged) as error:
-        sys.exit(f"tinsmithd.training: {error}")
+        give_up(config.section, error)
     except Fenced:
-        sys.exit("tinsmithd.training: another Training server has taken over")
+        give_up(config.section, "another Training server has taken over")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinsmithd import failpoints
+from tinsmithd.files import private_folder
 from tinsmithd.training.records import (
     Contents,
     DeletedModel,
@@ -123,7 +124,7 @@ class SqliteStore:
 
     def _claim(self) -> Contents:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            private_folder(self._folder)
             db = sqlite3.connect(
                 self._folder / "journal.sqlite",
                 isolation_level=None,

@@ -1,0 +1,229 @@
+"""A whole cluster as child processes of this one, each as it would run in a real cluster."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tinsmithd.child import Child, Ended, Log, describe_exit
+from tinsmithd.files import private_folder
+from tinsmithd.process import EXIT_HOPELESS
+
+SERVICES = {
+    "training": "tinsmith.v1.TrainingService",
+    "sampler": "tinsmith.v1.SamplerService",
+    "checkpoint": "tinsmith.v1.CheckpointService",
+}
+RESTART_DELAY_S_FIRST = 1.0
+RESTART_DELAY_S_MAX = 30.0
+SETTLED_S = 10.0
+"""A server that lived for so long is started again without a longer delay."""
+
+_log = logging.getLogger(__name__)
+
+
+class UpError(Exception):
+    """The cluster cannot start; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run. `port` is Training's; the Sampler has the next, Checkpoint the one after."""
+
+    base_model: str
+    data: Path
+    ranks: int = 1
+    port: int = 50051
+    dtype: str = "float32"
+    engine: str = "deepspeed"
+    zero_stage: int = 1
+    threads: int = 0
+    spare_groups: int = 0
+    durability: str = ""
+    """Empty leaves it to the Training server's own settings."""
+
+
+class EmbeddedCluster:
+    """All servers of a cluster as child processes; an async context manager.
+
+    What dies is started again, from the first second on. A server that says that a restart cannot
+    help ends a cluster that has not served yet; later it is tried again and again, since somebody
+    may mend what is wrong, and ranks and callers wait for that.
+
+    Args:
+        options: What to run.
+        show: Given each line of the servers' logs that a person should see.
+        keep: False leaves dead what dies once all have served.
+
+    Attributes:
+        address: Training's `host:port`, the one that a client needs.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        show: Callable[[bytes], None] = lambda line: None,
+        *,
+        keep: bool = True,
+    ) -> None:
+        self._options = options
+        self._keep_on = keep
+        self._show = show
+        logs = options.data / "logs"
+        private_folder(logs)
+        self._children: dict[str, Child] = {}
+        self._logs: list[Log] = []
+        for offset, name in enumerate(SERVICES):
+            log = Log(logs / f"{name}.log", lambda line, name=name: self._line(name, line))  # type: ignore[misc]
+            self._logs.append(log)
+            self._children[name] = Child(name, options.port and options.port + offset, log)
+        self._served = asyncio.Event()
+        self._followers: list[asyncio.Task[None]] = []
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def address(self) -> str:
+        """Training's address."""
+        return self.addresses["training"]
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """Each server's address, by its name."""
+        return {name: f"127.0.0.1:{child.port}" for name, child in self._children.items()}
+
+    def pid(self, name: str) -> int:
+        """Process id of a server; of one that died and is not started again yet, the old one."""
+        process = self._children[name].process
+        assert process is not None
+        return process.pid
+
+    def _line(self, name: str, line: bytes) -> None:
+        loud = b" WARNING " in line or b" ERROR " in line
+        if loud or not self._children[name].serving:
+            self._show(line)
+
+    def _settings(self, name: str) -> Mapping[str, object]:
+        options, addresses = self._options, self.addresses
+        base_model = options.base_model
+        if Path(base_model).is_dir():
+            base_model = str(Path(base_model).resolve())
+        if name == "checkpoint":
+            return {"data_folder": options.data.resolve() / "checkpoints"}
+        if name == "sampler":
+            return {
+                "base_model": base_model,
+                "dtype": options.dtype,
+                "threads": options.threads,
+                "checkpoint_target": addresses["checkpoint"],
+            }
+        return {
+            "data_folder": options.data.resolve() / "training",
+            "sampler_address": f":{self._children['sampler'].port}",
+            "checkpoint_address": f":{self._children['checkpoint'].port}",
+            "checkpoint_target": addresses["checkpoint"],
+            **({"durability": options.durability} if options.durability else {}),
+            "spawn_ranks": options.ranks,
+            "spawn_spare_groups": options.spare_groups,
+            "spawn_base_model": base_model,
+            "spawn_dtype": options.dtype,
+            "spawn_engine": options.engine,
+            "spawn_zero_stage": options.zero_stage,
+            "spawn_threads": options.threads,
+        }
+
+    # --- start, keep, stop --------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything and wait until all serve.
+
+        Raises:
+            UpError: A server says that it cannot start and that a restart cannot help.
+        """
+        self._followers = [asyncio.create_task(log.follow()) for log in self._logs]
+        for name in reversed(SERVICES):  # each needs the ports of those after it
+            child = self._children[name]
+            self._keepers.append(asyncio.create_task(self._keep(child)))
+            await self._unless_hopeless(child.listening.wait())
+        children = list(self._children.values())
+        await self._unless_hopeless(asyncio.gather(*map(self._until_serving, children)))
+        self._served.set()
+
+    async def _unless_hopeless(self, start: Awaitable[object]) -> None:
+        waiting = asyncio.ensure_future(start)
+        try:
+            await asyncio.wait([waiting, *self._keepers], return_when=asyncio.FIRST_COMPLETED)
+            for keeper in self._keepers:
+                if keeper.done():
+                    keeper.result()  # an UpError
+        finally:
+            waiting.cancel()
+
+    async def _until_serving(self, child: Child) -> None:
+        request = health_pb2.HealthCheckRequest(service=SERVICES[child.name])
+        options = [("grpc.enable_http_proxy", 0)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{child.port}", options) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while not child.serving:
+                with contextlib.suppress(grpc.RpcError):
+                    response = await stub.Check(request, timeout=5)
+                    child.serving = response.status == health_pb2.HealthCheckResponse.SERVING
+                await asyncio.sleep(0.1)
+
+    async def _keep(self, child: Child) -> None:
+        """Start a server, and start it again whenever it ends."""
+        delay_s = RESTART_DELAY_S_FIRST
+        loop = asyncio.get_running_loop()
+        while True:
+            started_s = loop.time()
+            try:
+                await child.start(self._settings(child.name))
+                status = await child.wait()
+            except Ended as ended:
+                status = ended.status
+            log = self._options.data / "logs" / f"{child.name}.log"
+            if status == EXIT_HOPELESS and not self._served.is_set():
+                await asyncio.sleep(0.2)  # its last line is shown first
+                raise UpError(f"the {child.name} server cannot start; {log} says why")
+            if self._served.is_set() and not self._keep_on:
+                return
+            if loop.time() - started_s > SETTLED_S:
+                delay_s = RESTART_DELAY_S_FIRST
+            _log.warning(
+                "the %s server ended (%s) and is started again in %g s; see %s",
+                *(child.name, describe_exit(status), delay_s, log),
+            )
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RESTART_DELAY_S_MAX)
+
+    async def keep_running(self) -> None:
+        """Return never, but when cancelled."""
+        await asyncio.gather(*self._keepers)
+
+    async def stop(self) -> None:
+        """Stop all, Training first: a save that is under way needs the Checkpoint server."""
+        for task in [*self._keepers, *self._followers]:
+            task.cancel()
+        await asyncio.gather(*self._keepers, *self._followers, return_exceptions=True)
+        for child in self._children.values():
+            await child.stop()
+
+    def kill(self) -> None:
+        """End all at once; `stop` must still be awaited."""
+        for child in self._children.values():
+            child.kill()
+
+    async def __aenter__(self) -> "EmbeddedCluster":
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
