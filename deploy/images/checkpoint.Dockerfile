@@ -18,4 +18,4 @@ RUN pip install --no-cache-dir --no-deps --force-reinstall .
 
 WORKDIR /
 USER 10001:10001
-ENTRYPOINT ["python", "-m", "tinsmithd.checkpoint"]
+ENTRYPOINT ["python", "-P", "-m", "tinsmithd.checkpoint"]

@@ -23,4 +23,4 @@ RUN pip install --no-cache-dir --no-deps --force-reinstall .
 
 WORKDIR /
 USER 10001:10001
-ENTRYPOINT ["python", "-m", "tinsmithd.sampler"]
+ENTRYPOINT ["python", "-P", "-m", "tinsmithd.sampler"]
