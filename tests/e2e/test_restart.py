@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,15 @@ def test_a_cluster_that_is_killed_whole_goes_on_under_its_users(
         seen = train(made[1], 0, STEPS)
         half = made[1].forward_backward(data(STEPS), "cross_entropy").result()
         seen.append([np.asarray(o["logprobs"]).tolist() for o in half.loss_fn_outputs])
+        rest = service.create_rest_client()
+        asked = [rest.get_training_run(m.model_id).result().last_request_time for m in made]
+        killed = datetime.now(UTC)
         cluster.kill()
     with RunningCluster(tiny_model, tmp_path, port=ports):
+        # What people see of a model is of its calls, not of the restart.
+        for model, before in zip(made, asked, strict=True):
+            run = rest.get_training_run(model.model_id).result()
+            assert before <= run.last_request_time <= killed
         seen.append(made[1].optim_step(adam(STEPS)).result().metrics)
         seen += train(made[1], STEPS + 1, 2 * STEPS)
         assert seen == undisturbed

@@ -170,6 +170,7 @@ class Models:
             model = self._models[found.model_id] = self._recalled(found)
             model.snapshots = list(found.snapshots)
             model.trimmed_to = found.trimmed_to
+            model.last_request_time_s = found.last_request_time_s or model.create_time_s
             kept += [snapshot.folder for snapshot in found.snapshots]
             if found.lost:
                 metadata = {"model_id": model.model_id}

@@ -191,6 +191,8 @@ class StoredModel:
 
     Attributes:
         trimmed_to: Up to this position calls may be gone; 0 where all are there.
+        last_request_time_s: When its newest call was written down, by the wall clock; None where
+            there was none, or an older release wrote it.
     """
 
     model_id: str
@@ -200,6 +202,7 @@ class StoredModel:
     trimmed_to: int
     calls: Sequence[StoredCall]
     snapshots: Sequence[StoredSnapshot]
+    last_request_time_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

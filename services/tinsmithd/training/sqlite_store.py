@@ -167,6 +167,7 @@ class SqliteStore:
 
     def _models(self, db: sqlite3.Connection) -> list[StoredModel]:
         found = []
+        times = dict(db.execute("SELECT model_id, time_s FROM requests"))
         for row in db.execute(
             f"SELECT {MODEL}, crc32 IS seal({MODEL}) FROM models ORDER BY number"
         ):
@@ -180,7 +181,12 @@ class SqliteStore:
             except StoreDamaged as error:  # this model's alone
                 lost = lost or f"model {model_id} is lost: {error}"
             content = json.loads(about)
-            found.append(StoredModel(model_id, number, content, lost, trimmed_to, calls, snapshots))
+            found.append(
+                StoredModel(
+                    *(model_id, number, content, lost, trimmed_to, calls, snapshots),
+                    last_request_time_s=times.get(model_id),
+                )
+            )
         return found
 
     def _snapshots(self, model_id: str) -> list[StoredSnapshot]:

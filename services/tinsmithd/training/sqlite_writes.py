@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 import zlib
 
 from tinsmithd.training.records import (
@@ -47,6 +48,7 @@ CREATE TABLE IF NOT EXISTS snapshots (
 CREATE TABLE IF NOT EXISTS deleted (
     model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, crc32 INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS requests (model_id TEXT PRIMARY KEY, time_s REAL NOT NULL) WITHOUT ROWID;
 """
 CALL = "position, seq_id, digest, payload_bytes, attempts, result_digest, answer_bytes, plan"
 CALL_SEAL = f"seal(model_id, {CALL})"
@@ -54,7 +56,7 @@ MODEL = "model_id, number, about, lost, trimmed_to"
 DELETED = "model_id, number, about"
 SNAPSHOT = "position, step_count, folder"
 SNAPSHOT_SEAL = f"seal(model_id, {SNAPSHOT})"
-_TABLES = ("calls", "payloads", "answers", "snapshots", "models")
+_TABLES = ("calls", "payloads", "answers", "snapshots", "requests", "models")
 
 
 def nbytes_of(write: Write) -> int:
@@ -149,6 +151,11 @@ def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
         ),
     )
     _seal_calls(db, "position=?", write.model_id, write.position)
+    # For people alone, so it has no seal: the time of the newest call, which a trim would take away.
+    db.execute(
+        "INSERT OR REPLACE INTO requests SELECT model_id, ? FROM models WHERE model_id=?",
+        (time.time(), write.model_id),
+    )
     _add_blob(db, "payloads", write.model_id, write.position, payload)
 
 
