@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tinsmithd.child import Child, Ended, Log, describe_exit
 from tinsmithd.files import private_folder
 from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.rpc.channels import open_aio_channel
 
 SERVICES = {
     "training": "tinsmith.v1.TrainingService",
@@ -165,8 +166,7 @@ class EmbeddedCluster:
 
     async def _until_serving(self, child: Child) -> None:
         request = health_pb2.HealthCheckRequest(service=SERVICES[child.name])
-        options = [("grpc.enable_http_proxy", 0)]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{child.port}", options) as channel:
+        async with open_aio_channel(f"127.0.0.1:{child.port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while not child.serving:
                 with contextlib.suppress(grpc.RpcError):

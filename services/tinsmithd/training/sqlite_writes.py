@@ -151,7 +151,7 @@ def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
         ),
     )
     _seal_calls(db, "position=?", write.model_id, write.position)
-    # For people alone, so it has no seal: the time of the newest call, which a trim would take away.
+    # For people alone, so it has no seal. A trim takes away the call, but not this.
     db.execute(
         "INSERT OR REPLACE INTO requests SELECT model_id, ? FROM models WHERE model_id=?",
         (time.time(), write.model_id),
