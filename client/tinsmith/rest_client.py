@@ -5,6 +5,7 @@ import io
 import shutil
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC
 from pathlib import Path
@@ -257,6 +258,7 @@ class RestClient:
             source_path=path,
             destination_path=destination_path or f"{path}-copy",
             ttl_seconds=ttl_seconds,
+            request_id=str(uuid.uuid4()),  # sent again, it is still one copy
         )
         return self._ask("CopyCheckpoint", request, lambda r: str(r.checkpoint.path))
 

@@ -103,7 +103,8 @@ def test_a_crash_while_writing_a_new_name_leaves_it_whole_or_absent(
         content = files(200 + crash, columns=rng.randint(1, 12_000))
         path = f"{PATH}-{crash}"
         n = moment(failpoint, crash, content, piece_bytes)
-        die_writing(folder, f"{failpoint}:kill@{n}", content, path=path, piece_bytes=piece_bytes)
+        write = {"path": path, "piece_bytes": piece_bytes, "request_id": path}
+        die_writing(folder, f"{failpoint}:kill@{n}", content, **write)
         if failpoint == AFTER_COMMIT:
             expected[path] = content
         with ServerProcess(folder) as server:
@@ -111,7 +112,7 @@ def test_a_crash_while_writing_a_new_name_leaves_it_whole_or_absent(
             assert staged(folder) == []
             until_swept(folder, expected)
             first = server.get(path) if path in expected else None
-            again = server.write(content, path)
+            again = server.write(content, path, request_id=path)
             assert first in (None, again)
             expected[path] = content
             for each, its_content in expected.items():

@@ -56,8 +56,8 @@ def test_a_writer_of_a_lower_epoch_is_refused_at_the_header(
 
 def test_a_writer_of_the_same_epoch_writes_on(server: ServerProcess) -> None:
     """Row 11: any number of times, as does one of a higher epoch; a repeat is the first write."""
-    first = server.write(files(0), writer="a", writer_epoch=3)
-    assert server.write(files(0), writer="a", writer_epoch=3) == first
+    header = {"writer": "a", "writer_epoch": 3, "request_id": "one"}
+    assert server.write(files(0), **header) == server.write(files(0), **header)
     server.write(files(1), writer="a", writer_epoch=3, overwrite=True)
     server.write(files(2), writer="a", writer_epoch=7, overwrite=True)
     assert server.read() == files(2)

@@ -229,3 +229,37 @@ def test_what_is_published_is_whole_whoever_dies_while_it_is_saved(
     assert reader.count > 0
     delete_models(cluster.address)
     print(f"{point}: {chain.crashes} crashes, {number} rounds, {reader.count} checkpoints read")
+
+
+def test_only_the_same_call_is_a_repeat(running: tuple[RunningCluster, Victims]) -> None:
+    """Training dies between save and record: the call that is made again succeeds, once, and a
+    save of the same weights under the same name by another call is refused."""
+    cluster, victims = running
+    client = create(cluster)
+    published = Published(cluster, client)
+    victims.arm("pre_result", 1)
+    victims.kill_process("training")
+    path = client.save_state("best", ttl_seconds=3600).result(ROUND_S_MAX).path
+    assert not alive(victims.armed_pid("training"))
+    rest = tinsmith.ServiceClient(cluster.address).create_rest_client()
+
+    def found() -> pb.Checkpoint:
+        with grpc.insecure_channel(cluster.addresses["checkpoint"]) as channel:
+            stub = pb.CheckpointServiceStub(channel)
+            return stub.GetCheckpoint(pb.GetCheckpointRequest(path=path), timeout=60).checkpoint
+
+    first = found()
+    for ttl_seconds in (None, 3600):
+        with pytest.raises(tinsmith.AlreadyExistsError) as refusal:
+            client.save_state("best", ttl_seconds=ttl_seconds).result(100)
+        assert refusal.value.reason == "CHECKPOINT_EXISTS"
+    assert found() == first
+    assert first.HasField("expire_time")
+    assert published.names() == ["weights/best"]
+    rest.copy_weights(path, destination_path=f"{path}-copy", ttl_seconds=60).result(100)
+    with pytest.raises(tinsmith.AlreadyExistsError):
+        rest.copy_weights(path, destination_path=f"{path}-copy").result(100)
+    again = client.save_state("best", overwrite=True).result(100)
+    assert again.path == path
+    assert not found().HasField("expire_time")
+    delete_models(cluster.address)

@@ -97,16 +97,31 @@ async def test_tinker_paths_name_the_same_checkpoint(served: Served) -> None:
     assert await served.read("tinker://run/weights/one") == await served.read(PATH)
 
 
-async def test_a_repeated_write_is_the_first_one(served: Served) -> None:
-    """The same files under the same name change nothing; other files are refused."""
-    first = await served.write()
+async def test_only_the_same_write_is_a_repeat(served: Served) -> None:
+    """The same request changes nothing. The same files in another request are refused, as are
+    other files, and what was there keeps its files, lifetime and metadata."""
+    said = {"ttl_seconds": 60, "user_metadata": {"k": "v"}}
+    first = await served.write(**said, request_id="one")
     served.clock.now_s += 5
-    assert await served.write() == first
-    with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await served.write(seed=1)
-    assert refusal.value.code() == grpc.StatusCode.ALREADY_EXISTS
-    assert reason_and_field(refusal.value)[0] == "CHECKPOINT_EXISTS"
+    assert await served.write(**said, request_id="one") == first
+    others: list[tuple[dict[str, object], str]] = [
+        (said, "CHECKPOINT_EXISTS"),
+        ({}, "CHECKPOINT_EXISTS"),
+        ({"request_id": "two", **said}, "CHECKPOINT_EXISTS"),
+        ({"request_id": "one"}, "REQUEST_ID_CONFLICT"),
+        ({"request_id": "one", **said, "seed": 1}, "REQUEST_ID_CONFLICT"),
+        ({"request_id": "one", **said, "user_metadata": {}}, "REQUEST_ID_CONFLICT"),
+    ]
+    for other, reason in others:
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await served.write(**other)
+        assert refusal.value.code() == grpc.StatusCode.ALREADY_EXISTS
+        assert reason_and_field(refusal.value)[0] == reason
+    found = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=PATH))
+    assert found.checkpoint == first
     assert await served.read() == files(0)
+    served.clock.now_s += 60
+    await served.write()  # it has expired
 
 
 async def test_overwrite_replaces_and_readers_under_way_finish(served: Served) -> None:
@@ -186,14 +201,24 @@ async def test_update_changes_only_what_the_mask_names(served: Served) -> None:
 
 
 async def test_a_copy_shares_bytes_and_lives_its_own_life(served: Served) -> None:
-    """Deleting the original leaves the copy; a repeat of the copy is the first one."""
+    """Deleting the original leaves the copy; a repeat of the copy is the first one, another
+    request for the same copy is refused."""
     await served.write()
     blobs = served.blobs()
-    request = pb.CopyCheckpointRequest(source_path=PATH, destination_path=PATH + "-copy")
+    paths = {"source_path": PATH, "destination_path": PATH + "-copy"}
+    request = pb.CopyCheckpointRequest(**paths, request_id="one", ttl_seconds=60)
     first = await served.stub.CopyCheckpoint(request)
     assert await served.stub.CopyCheckpoint(request) == first
+    for other, reason in (
+        ({}, "CHECKPOINT_EXISTS"),
+        ({"request_id": "one"}, "REQUEST_ID_CONFLICT"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await served.stub.CopyCheckpoint(pb.CopyCheckpointRequest(**paths, **other))
+        assert reason_and_field(refusal.value)[0] == reason
     assert served.blobs() == blobs
     await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=PATH))
+    assert await served.stub.CopyCheckpoint(request) == first
     await asyncio.to_thread(served.server._keeper.sweep)
     assert await served.read(PATH + "-copy") == files()
     wrong = pb.CopyCheckpointRequest(source_path=PATH + "-copy", destination_path=SAMPLER_PATH)

@@ -21,6 +21,7 @@ class Saved:
 
     about: CheckpointInfo
     pieces: tuple[tuple[str, bytes], ...]
+    request_id: str
 
 
 class SimCheckpoints:
@@ -55,11 +56,14 @@ class SimCheckpoints:
         self._epochs[name] = epoch
 
     def add(self, saved: Saved, *, overwrite: bool) -> int:
-        """Make a checkpoint visible; one with the same files is a repeat."""
+        """Make a checkpoint visible; only the same request is a repeat."""
         path = str(saved.about.path)
         found = self.saved.get(path)
-        if found is not None and not overwrite and found.pieces != saved.pieces:
-            raise AlreadyExists(f"{path} exists", Reason.CHECKPOINT_EXISTS)
+        if found is not None and not overwrite:
+            if not saved.request_id or found.request_id != saved.request_id:
+                raise AlreadyExists(f"{path} exists", Reason.CHECKPOINT_EXISTS)
+            if found.pieces != saved.pieces:
+                self.world.fail(f"{path} was saved again with other files")
         self.saved[path] = saved
         return sum(len(data) for _, data in saved.pieces)
 
@@ -68,12 +72,12 @@ class SimWriter:
     """See `CheckpointWriter`."""
 
     def __init__(
-        self, client: "SimCheckpointClient", about: CheckpointInfo, overwrite: bool
+        self, client: "SimCheckpointClient", about: CheckpointInfo, options: SaveOptions
     ) -> None:
         self._client = client
         self._server = client.server
         self._about = about
-        self._overwrite = overwrite
+        self._options = options
         self._pieces: list[tuple[str, bytes]] = []
         self._cancelled = False
 
@@ -89,8 +93,8 @@ class SimWriter:
         await server.reach()
         assert not self._cancelled
         server.check_epoch(client.writer_name, client.writer_epoch)
-        saved = Saved(self._about, tuple(self._pieces))
-        size = server.add(saved, overwrite=self._overwrite)
+        saved = Saved(self._about, tuple(self._pieces), self._options.request_id)
+        size = server.add(saved, overwrite=self._options.overwrite)
         server.world.log("checkpoint", str(self._about.path), client.writer_epoch)
         if server.losing:
             server.world.count("checkpoint answers lost")
@@ -116,7 +120,7 @@ class SimCheckpointClient:
         """Begin a checkpoint."""
         path = options.path
         about = CheckpointInfo(path, path.kind, base_model, tuning, step_count)
-        return SimWriter(self, about, options.overwrite)
+        return SimWriter(self, about, options)
 
     async def get(self, path: CheckpointPath) -> CheckpointInfo:
         """What a checkpoint is."""

@@ -103,7 +103,7 @@ class Script:
         path = CheckpointPath(self._model_id, kind, name)
         if path not in self._saved:
             self._saved.append(path)
-        return SaveWork(SaveOptions(path, None, overwrite, {}))
+        return SaveWork(SaveOptions(path, None, overwrite, {}, f"{self._model_id} {seq_id}"))
 
 
 class ModelUser:

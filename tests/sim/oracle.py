@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Files = tuple[tuple[str, bytes], ...]
 
+Made = tuple[str, Files]
+"""A checkpoint: the id of the call that saved it, and its files."""
+
 
 class Wrong(Exception):
     """An answer is not what it must be."""
@@ -40,7 +43,7 @@ class Oracle:
     def __init__(self, world: "World", user: ModelUser) -> None:
         self._world = world
         self.user = user
-        self._saved: dict[str, set[Files | None]] = {}
+        self._saved: dict[str, set[Made | None]] = {}
         self.ended = False
         assert user.new is not None
         if user.new.path is None:
@@ -101,7 +104,7 @@ class Oracle:
             key = "export"
             # Its first try may have gone through, and nobody knew.
             path = str(work.options.path)
-            self._saved.setdefault(path, {None}).add(self._files(work))
+            self._saved.setdefault(path, {None}).add(self._made(work))
         elif isinstance(work, LoadWork):
             key = "import"
         deaths = self._world.blames.get(f"{self.user.model_id} {key}", 0)
@@ -141,19 +144,22 @@ class Oracle:
     def _files(self, work: SaveWork) -> Files:
         return tuple(engine.files(self.state, training(work.options.path)))
 
+    def _made(self, work: SaveWork) -> Made:
+        return work.options.request_id, self._files(work)
+
     def _save(self, work: SaveWork, outcome: Outcome, reason: Reason | None) -> None:
-        path, files = str(work.options.path), self._files(work)
+        path, made = str(work.options.path), self._made(work)
         there = self._saved.setdefault(path, {None})
         if reason is Reason.CHECKPOINT_EXISTS:
-            there -= {None, files}
+            there -= {None, made}
             if not there or work.options.overwrite:
-                raise Wrong("there is none with other files")
+                raise Wrong("there is none of another call")
             return
         _expect(reason, None)
-        if not work.options.overwrite and not there & {None, files}:
-            raise Wrong("there is one with other files")
-        self._saved[path] = {files}
-        size = sum(len(data) for _, data in files)
+        if not work.options.overwrite and not there & {None, made}:
+            raise Wrong("there is one of another call")
+        self._saved[path] = {made}
+        size = sum(len(data) for _, data in made[1])
         _expect(dict(outcome.value), {"path": path, "size_bytes": size})
 
     def _load(self, work: LoadWork, outcome: Outcome, reason: Reason | None) -> None:
@@ -168,20 +174,20 @@ class Oracle:
             there &= {None}
             return
         _expect(reason, None)
-        whole = [files for files in there if files is not None]
+        whole = [made for made in there if made is not None]
         if len(whole) != 1:
             raise Wrong(f"{len(whole)} checkpoints may be there")
         self._saved[path] = {whole[0]}
-        self.state = engine.load(whole[0], work.optimizer)
+        self.state = engine.load(whole[0][1], work.optimizer)
         _expect(dict(outcome.value), {"path": path})
 
     def check_saved(self) -> None:
         """Hold what the Checkpoint server has against what was saved."""
         for text, there in self._saved.items():
             found = self._world.checkpoints.saved.get(text)
-            pieces = found.pieces if found is not None else None
-            if pieces not in there:
-                raise Wrong(f"{text} holds {pieces}, expected one of {there}")
+            made = (found.request_id, found.pieces) if found is not None else None
+            if made not in there:
+                raise Wrong(f"{text} holds {made}, expected one of {there}")
             assert CheckpointPath.parse(text)
             self._world.checked("checkpoint")
 

@@ -474,22 +474,26 @@ class CopyCheckpointRequest(_message.Message):
     SOURCE_PATH_FIELD_NUMBER: _builtins.int
     DESTINATION_PATH_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     source_path: _builtins.str
     """Path of the original."""
     destination_path: _builtins.str
     """Path of the copy; the kind must be the same."""
     ttl_seconds: _builtins.int
     """Seconds until the copy is deleted. Unset means never."""
+    request_id: _builtins.str
+    """De-duplication key, up to 128 characters. Empty means not retry-safe."""
     def __init__(
         self,
         *,
         source_path: _builtins.str = ...,
         destination_path: _builtins.str = ...,
         ttl_seconds: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "destination_path", b"destination_path", "source_path", b"source_path", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "destination_path", b"destination_path", "request_id", b"request_id", "source_path", b"source_path", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
@@ -655,6 +659,7 @@ class WriteCheckpointHeader(_message.Message):
     USER_METADATA_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     WRITER_EPOCH_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where it will be found."""
     base_model: _builtins.str
@@ -674,6 +679,8 @@ class WriteCheckpointHeader(_message.Message):
     of that writer, at the header or at the commit, the write is refused as STALE_EPOCH, a repeat too. It
     counts from the header on, even if the write fails.
     """
+    request_id: _builtins.str
+    """De-duplication key, up to 128 characters. Empty means not retry-safe."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -699,10 +706,11 @@ class WriteCheckpointHeader(_message.Message):
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         writer: _builtins.str = ...,
         writer_epoch: _builtins.int = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "full_config", b"full_config", "lora_config", b"lora_config", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015

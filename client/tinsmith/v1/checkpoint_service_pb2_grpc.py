@@ -139,8 +139,9 @@ class CheckpointServiceServicer:
 
     def CopyCheckpoint(self, request, context):
         """Copies a checkpoint to another name; the bytes are shared, each copy lives its own life.
-        Errors: ALREADY_EXISTS (CHECKPOINT_EXISTS) when the name is taken by other content; a repeat
-        with the same content returns the first copy.
+        A repeat with the same `request_id` returns the first copy.
+        Errors: ALREADY_EXISTS when the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a copy
+        with this `request_id` and another original or lifetime (REQUEST_ID_CONFLICT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,10 +158,11 @@ class CheckpointServiceServicer:
 
     def WriteCheckpoint(self, request_iterator, context):
         """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
-        stream that breaks leaves nothing behind. A repeat with the same files returns the first
+        stream that breaks leaves nothing behind. A repeat with the same `request_id` returns the first
         checkpoint.
-        Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
-        (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
+        Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS unless `overwrite`, when
+        the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
+        and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
         DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
         (STALE_EPOCH) for a writer that was replaced.
         """

@@ -61,8 +61,9 @@ class CheckpointServiceStub:
     """Deletes a checkpoint. Readers that are under way finish. The second time it is NOT_FOUND."""
     CopyCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.CopyCheckpointRequest, _checkpoint_service_pb2.CopyCheckpointResponse]
     """Copies a checkpoint to another name; the bytes are shared, each copy lives its own life.
-    Errors: ALREADY_EXISTS (CHECKPOINT_EXISTS) when the name is taken by other content; a repeat
-    with the same content returns the first copy.
+    A repeat with the same `request_id` returns the first copy.
+    Errors: ALREADY_EXISTS when the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a copy
+    with this `request_id` and another original or lifetime (REQUEST_ID_CONFLICT).
     """
     ReadCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ReadCheckpointRequest, _checkpoint_service_pb2.ReadCheckpointResponse]
     """Streams the files of a checkpoint: the checkpoint with its file list first, then pieces.
@@ -71,10 +72,11 @@ class CheckpointServiceStub:
     """
     WriteCheckpoint: _grpc.StreamUnaryMultiCallable[_checkpoint_service_pb2.WriteCheckpointRequest, _checkpoint_service_pb2.WriteCheckpointResponse]
     """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
-    stream that breaks leaves nothing behind. A repeat with the same files returns the first
+    stream that breaks leaves nothing behind. A repeat with the same `request_id` returns the first
     checkpoint.
-    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
-    (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
+    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS unless `overwrite`, when
+    the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
+    and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
     (STALE_EPOCH) for a writer that was replaced.
     """
@@ -116,8 +118,9 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     """Deletes a checkpoint. Readers that are under way finish. The second time it is NOT_FOUND."""
     CopyCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.CopyCheckpointRequest, _checkpoint_service_pb2.CopyCheckpointResponse]  # type: ignore[assignment]
     """Copies a checkpoint to another name; the bytes are shared, each copy lives its own life.
-    Errors: ALREADY_EXISTS (CHECKPOINT_EXISTS) when the name is taken by other content; a repeat
-    with the same content returns the first copy.
+    A repeat with the same `request_id` returns the first copy.
+    Errors: ALREADY_EXISTS when the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a copy
+    with this `request_id` and another original or lifetime (REQUEST_ID_CONFLICT).
     """
     ReadCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ReadCheckpointRequest, _checkpoint_service_pb2.ReadCheckpointResponse]  # type: ignore[assignment]
     """Streams the files of a checkpoint: the checkpoint with its file list first, then pieces.
@@ -126,10 +129,11 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     """
     WriteCheckpoint: _aio.StreamUnaryMultiCallable[_checkpoint_service_pb2.WriteCheckpointRequest, _checkpoint_service_pb2.WriteCheckpointResponse]  # type: ignore[assignment]
     """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
-    stream that breaks leaves nothing behind. A repeat with the same files returns the first
+    stream that breaks leaves nothing behind. A repeat with the same `request_id` returns the first
     checkpoint.
-    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
-    (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
+    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS unless `overwrite`, when
+    the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
+    and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
     (STALE_EPOCH) for a writer that was replaced.
     """
@@ -198,8 +202,9 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.CopyCheckpointResponse, _abc.Awaitable[_checkpoint_service_pb2.CopyCheckpointResponse]]:
         """Copies a checkpoint to another name; the bytes are shared, each copy lives its own life.
-        Errors: ALREADY_EXISTS (CHECKPOINT_EXISTS) when the name is taken by other content; a repeat
-        with the same content returns the first copy.
+        A repeat with the same `request_id` returns the first copy.
+        Errors: ALREADY_EXISTS when the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a copy
+        with this `request_id` and another original or lifetime (REQUEST_ID_CONFLICT).
         """
 
     @_abc_1.abstractmethod
@@ -220,10 +225,11 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.WriteCheckpointResponse, _abc.Awaitable[_checkpoint_service_pb2.WriteCheckpointResponse]]:
         """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
-        stream that breaks leaves nothing behind. A repeat with the same files returns the first
+        stream that breaks leaves nothing behind. A repeat with the same `request_id` returns the first
         checkpoint.
-        Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS
-        (CHECKPOINT_EXISTS) unless `overwrite`; RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
+        Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS unless `overwrite`, when
+        the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
+        and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
         DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
         (STALE_EPOCH) for a writer that was replaced.
         """

@@ -924,7 +924,9 @@ class SaveCheckpointRequest(_message.Message):
     ttl_seconds: _builtins.int
     """Seconds until it is deleted, 1 to 315,360,000. Unset means never."""
     overwrite: _builtins.bool
-    """Replace a checkpoint of the same name, with all its metadata. Else that is ALREADY_EXISTS."""
+    """Replace a checkpoint of the same name, with all its metadata. Else that is ALREADY_EXISTS, whatever
+    it holds: only the same call is a repeat.
+    """
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """At most 64 entries, keys to 128 and values to 1,024 characters."""

@@ -38,6 +38,10 @@ class Checkpoint:
     user_metadata: Mapping[str, str]
     public: bool
     files: Sequence[Blob]
+    request_id: str = ""
+    """Of the request that made it; empty where that is not to be recognised."""
+    request_digest: str = ""
+    """Of all that the request said."""
     number: int = 0
     """Rises with every commit; orders pages."""
 
@@ -122,11 +126,19 @@ class Catalogue:
             NotFound: There is none, or it expired (CHECKPOINT_NOT_FOUND).
             DataLoss: What is known of it is damaged (CHECKPOINT_CORRUPT).
         """
+        found = self.find(path)
+        if found is None:
+            raise _not_found(path)
+        return found
+
+    def find(self, path: CheckpointPath) -> Checkpoint | None:
+        """One checkpoint; None where there is none, or it expired.
+
+        Raises:
+            DataLoss: What is known of it is damaged (CHECKPOINT_CORRUPT).
+        """
         with self._reading(str(path)):
-            found = self._find(path)
-            if found is None:
-                raise _not_found(path)
-            return found
+            return self._find(path)
 
     def _row(self, path: CheckpointPath) -> sqlite3.Row | None:
         query = "SELECT * FROM checkpoints WHERE model_id=? AND kind=? AND name=?"
@@ -149,11 +161,12 @@ class Catalogue:
         """Make a checkpoint visible, durably.
 
         Returns:
-            It as it is kept; the one that was there, when that has the same files and nothing
-            is to be overwritten: then this is a repeat.
+            It as it is kept; the one that was there, when the same request made that and nothing
+            is to be overwritten.
 
         Raises:
-            AlreadyExists: There is one with other files (CHECKPOINT_EXISTS).
+            AlreadyExists: There is one (CHECKPOINT_EXISTS), or one that a request with this id and
+                other content made (REQUEST_ID_CONFLICT).
             DataLoss: There is one, and it is damaged; overwriting helps (CHECKPOINT_CORRUPT).
             FailedPrecondition: The writer was replaced (STALE_EPOCH).
         """
@@ -162,10 +175,8 @@ class Catalogue:
             if writer is not None:
                 self._check_epoch(writer)
             if not overwrite and (found := self._find(path)) is not None:
-                if list(found.files) == list(checkpoint.files):
-                    return found
-                message = f"{path} exists; save under another name, or overwrite it"
-                raise AlreadyExists(message, Reason.CHECKPOINT_EXISTS)
+                check_repeat(found, checkpoint.request_id, checkpoint.request_digest)
+                return found
             self._delete(path)
             cursor = self._db.execute(
                 "INSERT INTO checkpoints (model_id, kind, name, expire_time_s, record, digest)"
@@ -342,6 +353,20 @@ class Catalogue:
         return highest
 
 
+def check_repeat(found: Checkpoint, request_id: str, request_digest: str) -> None:
+    """Refuse to make a checkpoint again, unless the request is the one that made it.
+
+    Raises:
+        AlreadyExists: It is another (CHECKPOINT_EXISTS, REQUEST_ID_CONFLICT).
+    """
+    if not request_id or request_id != found.request_id:
+        message = f"{found.path} exists; save under another name, or overwrite it"
+        raise AlreadyExists(message, Reason.CHECKPOINT_EXISTS)
+    if request_digest != found.request_digest:
+        message = f"{found.path} was made by a request of this id, which had other content"
+        raise AlreadyExists(message, Reason.REQUEST_ID_CONFLICT)
+
+
 def _not_found(path: CheckpointPath) -> NotFound:
     return NotFound(f"no checkpoint {path}", Reason.CHECKPOINT_NOT_FOUND)
 
@@ -383,6 +408,9 @@ def _read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
             user_metadata=record["user_metadata"],
             public=record["public"],
             files=[Blob(*file) for file in record["files"]],
+            # Those of older releases have none.
+            request_id=record.get("request_id", ""),
+            request_digest=record.get("request_digest", ""),
             number=row["number"],
         )
     except (ValueError, TypeError, KeyError) as error:
@@ -403,5 +431,7 @@ def _record(checkpoint: Checkpoint) -> str:
             "user_metadata": dict(checkpoint.user_metadata),
             "public": checkpoint.public,
             "files": [[blob.name, blob.size_bytes, blob.sha256] for blob in checkpoint.files],
+            "request_id": checkpoint.request_id,
+            "request_digest": checkpoint.request_digest,
         }
     )

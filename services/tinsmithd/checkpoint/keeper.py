@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinsmithd import failpoints
-from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint, Writer
+from tinsmithd.checkpoint import schema
+from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint, Writer, check_repeat
 from tinsmithd.checkpoint.failures import storage_errors
 from tinsmithd.checkpoint.safety import check_file_name, check_files
 from tinsmithd.checkpoint.store import Blob, Staging, Store
@@ -45,6 +46,16 @@ class Header:
     user_metadata: dict[str, str]
     writer: Writer | None = None
     """None where nobody else may write in its place."""
+    request_id: str = ""
+    """Tells a repeat of this request from another one; empty: it is never a repeat."""
+
+    def digest(self, files: Sequence[Blob]) -> str:
+        """Of all that the request says, but for who makes it."""
+        return schema.digest(
+            *(str(self.path), self.base_model, str(self.tuning), self.step_count),
+            *(self.ttl_seconds, self.overwrite, sorted(self.user_metadata.items())),
+            [[blob.name, blob.size_bytes, blob.sha256] for blob in files],
+        )
 
 
 class Write:
@@ -189,6 +200,8 @@ class Keeper:
             user_metadata=header.user_metadata,
             public=False,
             files=files,
+            request_id=header.request_id,
+            request_digest=header.digest(files),
         )
         with self._publishing:
             try:
@@ -214,20 +227,30 @@ class Keeper:
             _log.warning("files of a refused write stay until the next sweep: %s", error)
 
     def copy(
-        self, source: CheckpointPath, destination: CheckpointPath, ttl_seconds: int | None
+        self,
+        source: CheckpointPath,
+        destination: CheckpointPath,
+        ttl_seconds: int | None,
+        request_id: str = "",
     ) -> Checkpoint:
         """Give a checkpoint's files another name."""
         if source.kind is not destination.kind:
             message = f"the original is of kind {source.kind}"
             raise InvalidArgument("destination_path", message, Reason.INVALID_NAME)
         now_s = self._clock()
+        digest = schema.digest(str(source), str(destination), ttl_seconds)
         with self._publishing:
+            if request_id and (found := self.catalogue.find(destination)) is not None:
+                check_repeat(found, request_id, digest)  # whatever became of the original
+                return found
             copied = replace(
                 self.catalogue.get(source),
                 path=destination,
                 create_time_s=now_s,
                 expire_time_s=None if ttl_seconds is None else now_s + ttl_seconds,
                 public=False,
+                request_id=request_id,
+                request_digest=digest,
             )
             return self.catalogue.add(copied, overwrite=False)
 

@@ -98,7 +98,8 @@ class CheckpointServicer(CheckpointServiceServicer):
         destination = convert.path_from_pb(request.destination_path, "destination_path")
         ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
         convert.ttl_from_pb(ttl, "ttl_seconds")
-        copied = await asyncio.to_thread(self._keeper.copy, source, destination, ttl)
+        request_id = convert.request_id_from_pb(request.request_id, "request_id")
+        copied = await asyncio.to_thread(self._keeper.copy, source, destination, ttl, request_id)
         return pb.CopyCheckpointResponse(checkpoint=_to_pb(copied))
 
     async def ReadCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
@@ -182,6 +183,7 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
         overwrite=header.overwrite,
         user_metadata=convert.metadata_from_pb(header.user_metadata, "header.user_metadata"),
         writer=_writer(header),
+        request_id=convert.request_id_from_pb(header.request_id, "header.request_id"),
     )
 
 

@@ -35,6 +35,7 @@ PAGE_SIZE_MAX = 1000
 PAGE_TOKEN_DIGITS_MAX = 18
 UNLIMITED = 1 << 63
 """Where another server has counted already."""
+REQUEST_ID_CHARS_MAX = 128
 
 _KINDS = {
     pb.CHECKPOINT_KIND_TRAINING: CheckpointKind.TRAINING,
@@ -233,6 +234,12 @@ def name_from_pb(text: str, field: str) -> str:
     """Read a name that is data and never a path."""
     if not NAME_PATTERN.fullmatch(text):
         raise InvalidArgument(field, f"must match {NAME_PATTERN.pattern}", Reason.INVALID_NAME)
+    return text
+
+
+def request_id_from_pb(text: str, field: str) -> str:
+    """Read a key by which a request is known again; empty: it is not."""
+    check_count(field, text, "request_id_characters_max", REQUEST_ID_CHARS_MAX)
     return text
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig
-from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
+from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, ResourceExhausted
 from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter
 from tinsmithd.training.composition import Composition
 from tinsmithd.training.counts import FORWARD, FORWARD_BACKWARD, REPLAY
@@ -237,8 +237,8 @@ class ModelRules:
     # --- checkpoints --------------------------------------------------------------------------
 
     async def _save(self, trainer: Trainer, work: SaveWork, turn: TakeTurn) -> Done:
-        # Made again after a crash, this writes the same files under the same name, which the
-        # Checkpoint server takes for the repeat that it is.
+        # Made again after a crash, this is the same request to the Checkpoint server, which knows
+        # it again.
         model, options = self._model, work.options
         optimizer = options.path.kind is CheckpointKind.TRAINING
         writer: CheckpointWriter | None = None
@@ -252,12 +252,23 @@ class ModelRules:
                 )
             # What others can see must not rest on results that this process alone knows.
             await self._journal.flush()
-            size_bytes = await writer.commit()
+            size_bytes = await self._committed(writer)
         except BaseException:
             if writer is not None:
                 writer.cancel()
             raise
         return Done({"path": str(options.path), "size_bytes": size_bytes})
+
+    @staticmethod
+    async def _committed(writer: CheckpointWriter) -> int:
+        """Commit a checkpoint; returns its size in bytes."""
+        try:
+            return await writer.commit()
+        except AlreadyExists as error:
+            if error.reason is not Reason.REQUEST_ID_CONFLICT:
+                raise
+            # This very call saved it, before ranks died that rounded in another way, as GPUs do.
+            return writer.size_bytes
 
     async def _load(self, trainer: Trainer, position: int, work: LoadWork, turn: TakeTurn) -> Done:
         model = self._model

@@ -75,6 +75,11 @@ class CheckpointWriter:
             raise await self._failure(error) from error
         return int(response.checkpoint.size_bytes)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes written so far."""
+        return sum(self._sizes.values())
+
     def cancel(self) -> None:
         """Give up; the server discards what it got."""
         self._call.cancel()
@@ -130,6 +135,7 @@ class CheckpointClient:
             ttl_seconds=options.ttl_seconds,
             overwrite=options.overwrite,
             user_metadata=dict(options.user_metadata),
+            request_id=options.request_id,
             writer=self.writer_name,
             writer_epoch=self.writer_epoch,
         )

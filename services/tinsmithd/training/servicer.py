@@ -38,7 +38,6 @@ from tinsmithd.training.works import (
     Work,
 )
 
-REQUEST_ID_CHARS_MAX = 128
 ENGINE_SECONDS = "tinsmith-engine-seconds"
 RESPONSE_BYTES = 256 * 1024
 """Results go out in messages of so many bytes, and those of one datum more: each message costs as
@@ -91,8 +90,6 @@ class TrainingServicer(TrainingServiceServicer):
         return pb.CreateModelResponse(model=_model_to_pb(model))
 
     def _new_model(self, request: pb.CreateModelRequest) -> NewModel:
-        limit = "request_id_characters_max"
-        convert.check_count("request_id", request.request_id, limit, REQUEST_ID_CHARS_MAX)
         path = tuning = None
         if request.checkpoint_path:
             path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
@@ -112,7 +109,7 @@ class TrainingServicer(TrainingServiceServicer):
             path=path,
             with_optimizer=request.with_optimizer,
             user_metadata=dict(convert.metadata_from_pb(request.user_metadata, "user_metadata")),
-            request_id=request.request_id,
+            request_id=convert.request_id_from_pb(request.request_id, "request_id"),
             digest=digest_of(content),
         )
 
@@ -222,6 +219,8 @@ class TrainingServicer(TrainingServiceServicer):
             ttl_seconds=convert.ttl_from_pb(ttl, "ttl_seconds"),
             overwrite=request.overwrite,
             user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
+            # A call with a number is the same one when it comes again; any other is not.
+            request_id=digest_of(request).hex() if request.seq_id else secrets.token_hex(32),
         )
 
     async def LoadCheckpoint(

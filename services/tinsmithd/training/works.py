@@ -54,12 +54,18 @@ class StepWork:
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """How a checkpoint is to be kept."""
+    """How a checkpoint is to be kept.
+
+    Attributes:
+        request_id: Of the call, so that the Checkpoint server knows it again when it is made again
+            after a crash, or sent again; empty in calls that an older release wrote down.
+    """
 
     path: CheckpointPath
     ttl_seconds: int | None
     overwrite: bool
     user_metadata: Mapping[str, str]
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
