@@ -104,12 +104,15 @@ bench-gpu: setup ## Rows G1 and G2, on a GPU; SHAPE=4b is the larger model
 
 protos: setup ## Regenerate the Python stubs in client/ from protos/
 	$(call generate,client)
+	$(call reasons,client,services/tinsmithd/reasons.py)
 
 protos-check: setup ## Fail when the committed stubs are not what protos/ generates
 	rm -rf build/stubs && mkdir -p build/stubs
 	$(call generate,build/stubs)
 	cd build/stubs && find . -name '*_pb2*' -type f | sort | while read -r f; do \
 	  diff -q "$$f" "../../client/$$f" || { echo "run 'make protos' and commit the result"; exit 1; }; done
+	$(call reasons,client,build/stubs/reasons.py)
+	diff build/stubs/reasons.py services/tinsmithd/reasons.py
 
 clean: ## Remove what the targets made, but not the model
 	rm -rf $(VENV) build $(OUT) $(BENCH_OUT) $(FAULTS_OUT) .pytest_cache .mypy_cache .ruff_cache
@@ -119,4 +122,9 @@ define generate
 	  --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SERVICES)
+endef
+
+define reasons
+	PYTHONPATH= $(BIN)/python protos/make_reasons.py $(1) $(2)
+	$(BIN)/ruff format --quiet $(2)
 endef

@@ -80,7 +80,7 @@ def _as_error(failure: grpc.RpcError | TinsmithError) -> TinsmithError:
 
 
 def _wait_s(error: TinsmithError, delay_s: float) -> float:
-    if error.retry_after_s is None:
+    if not error.retry_after_s:  # a server that names no time is not asked at once again and again
         return delay_s * random.uniform(0.75, 1.25)
     # A server that waits for something knows best; one that is full must not be made fuller.
     least_s = error.retry_after_s
@@ -102,6 +102,6 @@ def is_retryable(error: TinsmithError) -> bool:
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         # Without a delay it is a message that will always be too large.
         return error.retry_after_s is not None or _BUSY_TEXT in str(error)
-    if error.reason:
-        return isinstance(error, UnavailableError) or error.reason == "SEQ_ID_GAP"
+    if error.reason:  # a server of ours says it with a delay
+        return error.retry_after_s is not None
     return is_lost(error)

@@ -1,22 +1,22 @@
 """The vocabulary of failure: what a Tinsmith server can say no with, and why.
 
 Rules raise one of these; `tinsmithd.rpc.status` is the only place that turns them into a gRPC
-status. Each class is a gRPC status code's worth of meaning; `Reason` says exactly what happened
-and equals the `ErrorReason` enum of the contract, less its prefix.
+status. Each class is a gRPC status code's worth of meaning; `Reason` says exactly what happened,
+and its rule (`error_reason.proto`) which class, metadata and delay go with it.
 
     TinsmithError
     ├─ InvalidArgument      the call is wrong and will always be; `field` names where
     ├─ NotFound             the thing named does not exist (or is not the caller's)
     ├─ AlreadyExists        the name or number is taken by something else
     ├─ FailedPrecondition   right call, wrong state
-    ├─ ResourceExhausted    a named limit is reached; wait and send the same call again
-    ├─ Unavailable          nothing was done; send the same call again
+    ├─ ResourceExhausted    a named limit is reached
+    ├─ Unavailable          nothing was done
     └─ DataLoss             stored or held state is gone or damaged
 """
 
 from collections.abc import Mapping
-from enum import StrEnum
 
+from tinsmithd.reasons import Reason as Reason
 from tinsmithd.text import bounded
 
 MESSAGE_BYTES_MAX = 600
@@ -25,48 +25,6 @@ VALUE_BYTES_MAX = 100
 METADATA_ENTRIES_MAX = 8
 """An error is sent in trailers, its message three times and its field twice. gRPC's clients begin
 to refuse trailers of 8 KiB, and then the caller learns nothing."""
-
-
-class Reason(StrEnum):
-    """Machine-readable cause, sent as `google.rpc.ErrorInfo.reason`."""
-
-    MISSING_FIELD = "MISSING_FIELD"
-    INVALID_FIELD = "INVALID_FIELD"
-    INVALID_SHAPE = "INVALID_SHAPE"
-    INVALID_DTYPE = "INVALID_DTYPE"
-    INVALID_NAME = "INVALID_NAME"
-    NON_FINITE = "NON_FINITE"
-    TOKEN_OUT_OF_RANGE = "TOKEN_OUT_OF_RANGE"
-    UNKNOWN_LOSS_INPUT = "UNKNOWN_LOSS_INPUT"
-    LIMIT_EXCEEDED = "LIMIT_EXCEEDED"
-    MALFORMED_STREAM = "MALFORMED_STREAM"
-    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
-    CHECKPOINT_NOT_FOUND = "CHECKPOINT_NOT_FOUND"
-    BASE_MODEL_NOT_FOUND = "BASE_MODEL_NOT_FOUND"
-    SEQ_ID_CONFLICT = "SEQ_ID_CONFLICT"
-    REQUEST_ID_CONFLICT = "REQUEST_ID_CONFLICT"
-    CHECKPOINT_EXISTS = "CHECKPOINT_EXISTS"
-    SEQ_ID_GAP = "SEQ_ID_GAP"
-    ANSWER_EXPIRED = "ANSWER_EXPIRED"
-    WRONG_CHECKPOINT_KIND = "WRONG_CHECKPOINT_KIND"
-    INCOMPATIBLE_CHECKPOINT = "INCOMPATIBLE_CHECKPOINT"
-    NON_FINITE_GRADIENT = "NON_FINITE_GRADIENT"
-    QUEUE_FULL = "QUEUE_FULL"
-    TOO_MANY_MODELS = "TOO_MANY_MODELS"
-    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
-    OUT_OF_MEMORY = "OUT_OF_MEMORY"
-    STORAGE_FULL = "STORAGE_FULL"
-    TRAINER_UNAVAILABLE = "TRAINER_UNAVAILABLE"
-    SAMPLER_UNAVAILABLE = "SAMPLER_UNAVAILABLE"
-    CHECKPOINT_UNAVAILABLE = "CHECKPOINT_UNAVAILABLE"
-    SHUTTING_DOWN = "SHUTTING_DOWN"
-    MODEL_LOST = "MODEL_LOST"
-    CHECKPOINT_CORRUPT = "CHECKPOINT_CORRUPT"
-    INTERNAL = "INTERNAL"
-    RANK_GROUP_TAKEN = "RANK_GROUP_TAKEN"
-    CALL_POISONED = "CALL_POISONED"
-    TRAINER_MISMATCH = "TRAINER_MISMATCH"
-    STALE_EPOCH = "STALE_EPOCH"
 
 
 class TinsmithError(Exception):

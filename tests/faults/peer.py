@@ -27,6 +27,7 @@ from tinsmith.v1.training_service_pb2_grpc import (
     TrainingServiceServicer,
     add_TrainingServiceServicer_to_server,
 )
+from tinsmithd.reasons import RULES, Reason
 
 Fault = Callable[[Any], Any]
 
@@ -36,6 +37,8 @@ async def refuse(
 ) -> None:
     """End a call with a status as Tinsmith's servers write it."""
     details = [error_details_pb2.ErrorInfo(reason=reason, domain="tinsmith")] if reason else []
+    if retry_s is None and reason and RULES[Reason(reason)].retry == "always":
+        retry_s = 0.0
     if retry_s is not None:
         delay = Duration()
         delay.FromNanoseconds(int(retry_s * 1e9))

@@ -47,6 +47,9 @@ from tinsmith.v1.connection import (
 )
 from tinsmith.v1.error_reason_pb2 import (
     ErrorReason,
+    ErrorRetry,
+    ErrorRule,
+    error_rule,
 )
 from tinsmith.v1.sampler_service_pb2 import (
     ComputeLogprobsRequest,
@@ -150,6 +153,8 @@ __all__ = [
     "Dtype",
     "DurabilityMode",
     "ErrorReason",
+    "ErrorRetry",
+    "ErrorRule",
     "ExportCheckpointRequest",
     "ExportCheckpointResponse",
     "ExportFormat",
@@ -214,4 +219,5 @@ __all__ = [
     "add_SamplerServiceServicer_to_server",
     "add_TrainingServiceServicer_to_server",
     "connect",
+    "error_rule",
 ]

@@ -22,15 +22,96 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etinsmith/v1/error_reason.proto\x12\x0btinsmith.v1*\x9f\n\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_MISSING_FIELD\x10\x01\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x02\x12\x1e\n\x1a\x45RROR_REASON_INVALID_SHAPE\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_INVALID_DTYPE\x10\x04\x12\x1d\n\x19\x45RROR_REASON_INVALID_NAME\x10\x05\x12\x1b\n\x17\x45RROR_REASON_NON_FINITE\x10\x06\x12#\n\x1f\x45RROR_REASON_TOKEN_OUT_OF_RANGE\x10\x07\x12#\n\x1f\x45RROR_REASON_UNKNOWN_LOSS_INPUT\x10\x08\x12\x1f\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\t\x12!\n\x1d\x45RROR_REASON_MALFORMED_STREAM\x10\n\x12 \n\x1c\x45RROR_REASON_MODEL_NOT_FOUND\x10\x0b\x12%\n!ERROR_REASON_CHECKPOINT_NOT_FOUND\x10\x0c\x12%\n!ERROR_REASON_BASE_MODEL_NOT_FOUND\x10\r\x12 \n\x1c\x45RROR_REASON_SEQ_ID_CONFLICT\x10\x0e\x12$\n ERROR_REASON_REQUEST_ID_CONFLICT\x10\x0f\x12\"\n\x1e\x45RROR_REASON_CHECKPOINT_EXISTS\x10\x10\x12\x1b\n\x17\x45RROR_REASON_SEQ_ID_GAP\x10\x11\x12\x1f\n\x1b\x45RROR_REASON_ANSWER_EXPIRED\x10\x12\x12&\n\"ERROR_REASON_WRONG_CHECKPOINT_KIND\x10\x13\x12(\n$ERROR_REASON_INCOMPATIBLE_CHECKPOINT\x10\x14\x12$\n ERROR_REASON_NON_FINITE_GRADIENT\x10\x15\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x16\x12 \n\x1c\x45RROR_REASON_TOO_MANY_MODELS\x10\x17\x12\"\n\x1e\x45RROR_REASON_MESSAGE_TOO_LARGE\x10\x18\x12\x1e\n\x1a\x45RROR_REASON_OUT_OF_MEMORY\x10\x19\x12\x1d\n\x19\x45RROR_REASON_STORAGE_FULL\x10\x1a\x12$\n ERROR_REASON_TRAINER_UNAVAILABLE\x10\x1b\x12$\n ERROR_REASON_SAMPLER_UNAVAILABLE\x10\x1c\x12\'\n#ERROR_REASON_CHECKPOINT_UNAVAILABLE\x10\x1d\x12\x1e\n\x1a\x45RROR_REASON_SHUTTING_DOWN\x10\x1e\x12\x1b\n\x17\x45RROR_REASON_MODEL_LOST\x10\x1f\x12#\n\x1f\x45RROR_REASON_CHECKPOINT_CORRUPT\x10 \x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10!\x12!\n\x1d\x45RROR_REASON_RANK_GROUP_TAKEN\x10\"\x12\x1e\n\x1a\x45RROR_REASON_CALL_POISONED\x10#\x12!\n\x1d\x45RROR_REASON_TRAINER_MISMATCH\x10$\x12\x1c\n\x18\x45RROR_REASON_STALE_EPOCH\x10%b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etinsmith/v1/error_reason.proto\x12\x0btinsmith.v1\x1a google/protobuf/descriptor.proto\"U\n\tErrorRule\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x03(\t\x12&\n\x05retry\x18\x03 \x01(\x0e\x32\x17.tinsmith.v1.ErrorRetry*\\\n\nErrorRetry\x12\x1b\n\x17\x45RROR_RETRY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45RROR_RETRY_ALWAYS\x10\x01\x12\x19\n\x15\x45RROR_RETRY_SOMETIMES\x10\x02*\xb6\x13\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12=\n\x1a\x45RROR_REASON_MISSING_FIELD\x10\x01\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12=\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x02\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12=\n\x1a\x45RROR_REASON_INVALID_SHAPE\x10\x03\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12=\n\x1a\x45RROR_REASON_INVALID_DTYPE\x10\x04\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12<\n\x19\x45RROR_REASON_INVALID_NAME\x10\x05\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12:\n\x17\x45RROR_REASON_NON_FINITE\x10\x06\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12\x42\n\x1f\x45RROR_REASON_TOKEN_OUT_OF_RANGE\x10\x07\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12\x42\n\x1f\x45RROR_REASON_UNKNOWN_LOSS_INPUT\x10\x08\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12L\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\t\x1a+\xca\xf3\x18\'\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12\x05limit\x12\x05value\x12@\n\x1d\x45RROR_REASON_MALFORMED_STREAM\x10\n\x1a\x1d\xca\xf3\x18\x19\n\x10INVALID_ARGUMENT\x12\x05\x66ield\x12\x31\n\x1c\x45RROR_REASON_MODEL_NOT_FOUND\x10\x0b\x1a\x0f\xca\xf3\x18\x0b\n\tNOT_FOUND\x12\x36\n!ERROR_REASON_CHECKPOINT_NOT_FOUND\x10\x0c\x1a\x0f\xca\xf3\x18\x0b\n\tNOT_FOUND\x12\x36\n!ERROR_REASON_BASE_MODEL_NOT_FOUND\x10\r\x1a\x0f\xca\xf3\x18\x0b\n\tNOT_FOUND\x12K\n\x1c\x45RROR_REASON_SEQ_ID_CONFLICT\x10\x0e\x1a)\xca\xf3\x18%\n\x0e\x41LREADY_EXISTS\x12\x06seq_id\x12\x0bnext_seq_id\x12:\n ERROR_REASON_REQUEST_ID_CONFLICT\x10\x0f\x1a\x14\xca\xf3\x18\x10\n\x0e\x41LREADY_EXISTS\x12\x38\n\x1e\x45RROR_REASON_CHECKPOINT_EXISTS\x10\x10\x1a\x14\xca\xf3\x18\x10\n\x0e\x41LREADY_EXISTS\x12M\n\x17\x45RROR_REASON_SEQ_ID_GAP\x10\x11\x1a\x30\xca\xf3\x18,\n\x13\x46\x41ILED_PRECONDITION\x12\x06seq_id\x12\x0bnext_seq_id\x18\x01\x12O\n\x1b\x45RROR_REASON_ANSWER_EXPIRED\x10\x12\x1a.\xca\xf3\x18*\n\x13\x46\x41ILED_PRECONDITION\x12\x06seq_id\x12\x0bnext_seq_id\x12\x41\n\"ERROR_REASON_WRONG_CHECKPOINT_KIND\x10\x13\x1a\x19\xca\xf3\x18\x15\n\x13\x46\x41ILED_PRECONDITION\x12\x43\n$ERROR_REASON_INCOMPATIBLE_CHECKPOINT\x10\x14\x1a\x19\xca\xf3\x18\x15\n\x13\x46\x41ILED_PRECONDITION\x12\x46\n ERROR_REASON_NON_FINITE_GRADIENT\x10\x15\x1a \xca\xf3\x18\x1c\n\x13\x46\x41ILED_PRECONDITION\x12\x05since\x12\x45\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x16\x1a(\xca\xf3\x18$\n\x12RESOURCE_EXHAUSTED\x12\x05limit\x12\x05value\x18\x01\x12H\n\x1c\x45RROR_REASON_TOO_MANY_MODELS\x10\x17\x1a&\xca\xf3\x18\"\n\x12RESOURCE_EXHAUSTED\x12\x05limit\x12\x05value\x12J\n\x1e\x45RROR_REASON_MESSAGE_TOO_LARGE\x10\x18\x1a&\xca\xf3\x18\"\n\x12RESOURCE_EXHAUSTED\x12\x05limit\x12\x05value\x12\x38\n\x1a\x45RROR_REASON_OUT_OF_MEMORY\x10\x19\x1a\x18\xca\xf3\x18\x14\n\x12RESOURCE_EXHAUSTED\x12G\n\x19\x45RROR_REASON_STORAGE_FULL\x10\x1a\x1a(\xca\xf3\x18$\n\x12RESOURCE_EXHAUSTED\x12\x05limit\x12\x05value\x18\x02\x12\x39\n ERROR_REASON_TRAINER_UNAVAILABLE\x10\x1b\x1a\x13\xca\xf3\x18\x0f\n\x0bUNAVAILABLE\x18\x01\x12\x39\n ERROR_REASON_SAMPLER_UNAVAILABLE\x10\x1c\x1a\x13\xca\xf3\x18\x0f\n\x0bUNAVAILABLE\x18\x01\x12<\n#ERROR_REASON_CHECKPOINT_UNAVAILABLE\x10\x1d\x1a\x13\xca\xf3\x18\x0f\n\x0bUNAVAILABLE\x18\x01\x12\x33\n\x1a\x45RROR_REASON_SHUTTING_DOWN\x10\x1e\x1a\x13\xca\xf3\x18\x0f\n\x0bUNAVAILABLE\x18\x01\x12\x36\n\x17\x45RROR_REASON_MODEL_LOST\x10\x1f\x1a\x19\xca\xf3\x18\x15\n\tDATA_LOSS\x12\x08model_id\x12\x34\n\x1f\x45RROR_REASON_CHECKPOINT_CORRUPT\x10 \x1a\x0f\xca\xf3\x18\x0b\n\tDATA_LOSS\x12)\n\x15\x45RROR_REASON_INTERNAL\x10!\x1a\x0e\xca\xf3\x18\n\n\x08INTERNAL\x12<\n\x1d\x45RROR_REASON_RANK_GROUP_TAKEN\x10\"\x1a\x19\xca\xf3\x18\x15\n\x13\x46\x41ILED_PRECONDITION\x12\x43\n\x1a\x45RROR_REASON_CALL_POISONED\x10#\x1a#\xca\xf3\x18\x1f\n\x13\x46\x41ILED_PRECONDITION\x12\x08\x61ttempts\x12\x36\n\x1d\x45RROR_REASON_TRAINER_MISMATCH\x10$\x1a\x13\xca\xf3\x18\x0f\n\x0bUNAVAILABLE\x18\x01\x12M\n\x18\x45RROR_REASON_STALE_EPOCH\x10%\x1a/\xca\xf3\x18+\n\x13\x46\x41ILED_PRECONDITION\x12\x05\x65poch\x12\rhighest_epoch\x12\x39\n ERROR_REASON_STORAGE_UNAVAILABLE\x10&\x1a\x13\xca\xf3\x18\x0f\n\x0bUNAVAILABLE\x18\x01:O\n\nerror_rule\x12!.google.protobuf.EnumValueOptions\x18\xb9\x8e\x03 \x01(\x0b\x32\x16.tinsmith.v1.ErrorRuleb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tinsmith.v1.error_reason_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERRORREASON']._serialized_start=48
-  _globals['_ERRORREASON']._serialized_end=1359
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MISSING_FIELD"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MISSING_FIELD"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_FIELD"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_FIELD"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_SHAPE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_SHAPE"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_DTYPE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_DTYPE"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_NAME"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INVALID_NAME"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_NON_FINITE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_NON_FINITE"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TOKEN_OUT_OF_RANGE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TOKEN_OUT_OF_RANGE"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_UNKNOWN_LOSS_INPUT"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_UNKNOWN_LOSS_INPUT"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_LIMIT_EXCEEDED"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_LIMIT_EXCEEDED"]._serialized_options = b'\312\363\030\'\n\020INVALID_ARGUMENT\022\005field\022\005limit\022\005value'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MALFORMED_STREAM"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MALFORMED_STREAM"]._serialized_options = b'\312\363\030\031\n\020INVALID_ARGUMENT\022\005field'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MODEL_NOT_FOUND"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MODEL_NOT_FOUND"]._serialized_options = b'\312\363\030\013\n\tNOT_FOUND'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_NOT_FOUND"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_NOT_FOUND"]._serialized_options = b'\312\363\030\013\n\tNOT_FOUND'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_BASE_MODEL_NOT_FOUND"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_BASE_MODEL_NOT_FOUND"]._serialized_options = b'\312\363\030\013\n\tNOT_FOUND'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SEQ_ID_CONFLICT"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SEQ_ID_CONFLICT"]._serialized_options = b'\312\363\030%\n\016ALREADY_EXISTS\022\006seq_id\022\013next_seq_id'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_REQUEST_ID_CONFLICT"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_REQUEST_ID_CONFLICT"]._serialized_options = b'\312\363\030\020\n\016ALREADY_EXISTS'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_EXISTS"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_EXISTS"]._serialized_options = b'\312\363\030\020\n\016ALREADY_EXISTS'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SEQ_ID_GAP"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SEQ_ID_GAP"]._serialized_options = b'\312\363\030,\n\023FAILED_PRECONDITION\022\006seq_id\022\013next_seq_id\030\001'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_ANSWER_EXPIRED"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_ANSWER_EXPIRED"]._serialized_options = b'\312\363\030*\n\023FAILED_PRECONDITION\022\006seq_id\022\013next_seq_id'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_WRONG_CHECKPOINT_KIND"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_WRONG_CHECKPOINT_KIND"]._serialized_options = b'\312\363\030\025\n\023FAILED_PRECONDITION'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INCOMPATIBLE_CHECKPOINT"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INCOMPATIBLE_CHECKPOINT"]._serialized_options = b'\312\363\030\025\n\023FAILED_PRECONDITION'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_NON_FINITE_GRADIENT"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_NON_FINITE_GRADIENT"]._serialized_options = b'\312\363\030\034\n\023FAILED_PRECONDITION\022\005since'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_QUEUE_FULL"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_QUEUE_FULL"]._serialized_options = b'\312\363\030$\n\022RESOURCE_EXHAUSTED\022\005limit\022\005value\030\001'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TOO_MANY_MODELS"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TOO_MANY_MODELS"]._serialized_options = b'\312\363\030\"\n\022RESOURCE_EXHAUSTED\022\005limit\022\005value'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MESSAGE_TOO_LARGE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MESSAGE_TOO_LARGE"]._serialized_options = b'\312\363\030\"\n\022RESOURCE_EXHAUSTED\022\005limit\022\005value'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_OUT_OF_MEMORY"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_OUT_OF_MEMORY"]._serialized_options = b'\312\363\030\024\n\022RESOURCE_EXHAUSTED'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_STORAGE_FULL"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_STORAGE_FULL"]._serialized_options = b'\312\363\030$\n\022RESOURCE_EXHAUSTED\022\005limit\022\005value\030\002'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TRAINER_UNAVAILABLE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TRAINER_UNAVAILABLE"]._serialized_options = b'\312\363\030\017\n\013UNAVAILABLE\030\001'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SAMPLER_UNAVAILABLE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SAMPLER_UNAVAILABLE"]._serialized_options = b'\312\363\030\017\n\013UNAVAILABLE\030\001'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_UNAVAILABLE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_UNAVAILABLE"]._serialized_options = b'\312\363\030\017\n\013UNAVAILABLE\030\001'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SHUTTING_DOWN"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_SHUTTING_DOWN"]._serialized_options = b'\312\363\030\017\n\013UNAVAILABLE\030\001'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MODEL_LOST"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_MODEL_LOST"]._serialized_options = b'\312\363\030\025\n\tDATA_LOSS\022\010model_id'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_CORRUPT"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CHECKPOINT_CORRUPT"]._serialized_options = b'\312\363\030\013\n\tDATA_LOSS'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INTERNAL"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_INTERNAL"]._serialized_options = b'\312\363\030\n\n\010INTERNAL'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_RANK_GROUP_TAKEN"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_RANK_GROUP_TAKEN"]._serialized_options = b'\312\363\030\025\n\023FAILED_PRECONDITION'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CALL_POISONED"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_CALL_POISONED"]._serialized_options = b'\312\363\030\037\n\023FAILED_PRECONDITION\022\010attempts'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TRAINER_MISMATCH"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_TRAINER_MISMATCH"]._serialized_options = b'\312\363\030\017\n\013UNAVAILABLE\030\001'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_STALE_EPOCH"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_STALE_EPOCH"]._serialized_options = b'\312\363\030+\n\023FAILED_PRECONDITION\022\005epoch\022\rhighest_epoch'
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_STORAGE_UNAVAILABLE"]._loaded_options = None
+  _globals['_ERRORREASON'].values_by_name["ERROR_REASON_STORAGE_UNAVAILABLE"]._serialized_options = b'\312\363\030\017\n\013UNAVAILABLE\030\001'
+  _globals['_ERRORRETRY']._serialized_start=168
+  _globals['_ERRORRETRY']._serialized_end=260
+  _globals['_ERRORREASON']._serialized_start=263
+  _globals['_ERRORREASON']._serialized_end=2749
+  _globals['_ERRORRULE']._serialized_start=81
+  _globals['_ERRORRULE']._serialized_end=166
 # @@protoc_insertion_point(module_scope)

@@ -3,18 +3,47 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import descriptor_pb2 as _descriptor_pb2
+from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf.internal import extension_dict as _extension_dict
 import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ErrorRetry:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ErrorRetryEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorRetry.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ERROR_RETRY_UNSPECIFIED: _ErrorRetry.ValueType  # 0
+    """Never: sending the call again cannot help."""
+    ERROR_RETRY_ALWAYS: _ErrorRetry.ValueType  # 1
+    """Always: nothing was done, or a repeat gets the first answer."""
+    ERROR_RETRY_SOMETIMES: _ErrorRetry.ValueType  # 2
+    """Where what is in the way may go away by itself."""
+
+class ErrorRetry(_ErrorRetry, metaclass=_ErrorRetryEnumTypeWrapper):
+    """When a reason comes with `google.rpc.RetryInfo`."""
+
+ERROR_RETRY_UNSPECIFIED: ErrorRetry.ValueType  # 0
+"""Never: sending the call again cannot help."""
+ERROR_RETRY_ALWAYS: ErrorRetry.ValueType  # 1
+"""Always: nothing was done, or a repeat gets the first answer."""
+ERROR_RETRY_SOMETIMES: ErrorRetry.ValueType  # 2
+"""Where what is in the way may go away by itself."""
+Global___ErrorRetry: _TypeAlias = ErrorRetry  # noqa: Y015
 
 class _ErrorReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -25,168 +54,216 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     """Never sent."""
     ERROR_REASON_MISSING_FIELD: _ErrorReason.ValueType  # 1
-    """INVALID_ARGUMENT. A field that must be set is not. Metadata: field."""
+    """A field that must be set is not."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 2
-    """INVALID_ARGUMENT. A field's value is outside what is allowed. Metadata: field."""
+    """A field's value is outside what is allowed."""
     ERROR_REASON_INVALID_SHAPE: _ErrorReason.ValueType  # 3
-    """INVALID_ARGUMENT. A tensor's shape does not fit its values or its neighbours. Metadata: field."""
+    """A tensor's shape does not fit its values or its neighbours."""
     ERROR_REASON_INVALID_DTYPE: _ErrorReason.ValueType  # 4
-    """INVALID_ARGUMENT. A tensor has another element type than its use needs. Metadata: field."""
+    """A tensor has another element type than its use needs."""
     ERROR_REASON_INVALID_NAME: _ErrorReason.ValueType  # 5
-    """INVALID_ARGUMENT. A name or path is not of the documented form. Metadata: field."""
+    """A name or path is not of the documented form."""
     ERROR_REASON_NON_FINITE: _ErrorReason.ValueType  # 6
-    """INVALID_ARGUMENT. A number is NaN or infinite. Metadata: field."""
+    """A number is NaN or infinite."""
     ERROR_REASON_TOKEN_OUT_OF_RANGE: _ErrorReason.ValueType  # 7
-    """INVALID_ARGUMENT. A token id is not in [0, vocab_size). Metadata: field."""
+    """A token id is not in [0, vocab_size)."""
     ERROR_REASON_UNKNOWN_LOSS_INPUT: _ErrorReason.ValueType  # 8
-    """INVALID_ARGUMENT. `loss_fn_inputs` has a name that the loss does not read. Metadata: field."""
+    """`loss_fn_inputs` has a name that the loss does not read."""
     ERROR_REASON_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 9
-    """INVALID_ARGUMENT. A named limit is exceeded by the call itself; a smaller call can pass. Metadata: field, limit, value."""
+    """A named limit is exceeded by the call itself; a smaller call can pass."""
     ERROR_REASON_MALFORMED_STREAM: _ErrorReason.ValueType  # 10
-    """INVALID_ARGUMENT. The messages of a stream do not follow each other as documented. Metadata: field."""
+    """The messages of a stream do not follow each other as documented."""
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 11
-    """NOT_FOUND. No such model."""
+    """No such model."""
     ERROR_REASON_CHECKPOINT_NOT_FOUND: _ErrorReason.ValueType  # 12
-    """NOT_FOUND. No such checkpoint."""
+    """No such checkpoint."""
     ERROR_REASON_BASE_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 13
-    """NOT_FOUND. No such base model here."""
+    """No such base model here."""
     ERROR_REASON_SEQ_ID_CONFLICT: _ErrorReason.ValueType  # 14
-    """ALREADY_EXISTS. This `seq_id` was used with other content. Metadata: seq_id."""
+    """This `seq_id` was used with other content."""
     ERROR_REASON_REQUEST_ID_CONFLICT: _ErrorReason.ValueType  # 15
-    """ALREADY_EXISTS. This `request_id` was used with other content."""
+    """This `request_id` was used with other content."""
     ERROR_REASON_CHECKPOINT_EXISTS: _ErrorReason.ValueType  # 16
-    """ALREADY_EXISTS. A checkpoint of this path exists."""
+    """A checkpoint of this path exists."""
     ERROR_REASON_SEQ_ID_GAP: _ErrorReason.ValueType  # 17
-    """FAILED_PRECONDITION. An earlier `seq_id` did not arrive in time. The number is unused. Metadata: seq_id, next_seq_id."""
+    """An earlier `seq_id` did not arrive in time. The number is unused."""
     ERROR_REASON_ANSWER_EXPIRED: _ErrorReason.ValueType  # 18
-    """FAILED_PRECONDITION. The call was applied long ago and its answer is no longer kept. Metadata: seq_id, next_seq_id."""
+    """The call was applied long ago and its answer is no longer kept."""
     ERROR_REASON_WRONG_CHECKPOINT_KIND: _ErrorReason.ValueType  # 19
-    """FAILED_PRECONDITION. The checkpoint is of a kind that cannot do this."""
+    """The checkpoint is of a kind that cannot do this."""
     ERROR_REASON_INCOMPATIBLE_CHECKPOINT: _ErrorReason.ValueType  # 20
-    """FAILED_PRECONDITION. The checkpoint does not fit the model."""
+    """The checkpoint does not fit the model."""
     ERROR_REASON_NON_FINITE_GRADIENT: _ErrorReason.ValueType  # 21
-    """FAILED_PRECONDITION. A gradient is NaN or infinite; gradients were cleared, weights kept."""
+    """A gradient is NaN or infinite; gradients were cleared, weights kept."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 22
-    """RESOURCE_EXHAUSTED. Too many calls wait. With google.rpc.RetryInfo."""
+    """Too many calls wait."""
     ERROR_REASON_TOO_MANY_MODELS: _ErrorReason.ValueType  # 23
-    """RESOURCE_EXHAUSTED. The cluster holds as many models as it may."""
+    """The cluster holds as many models as it may."""
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 24
-    """RESOURCE_EXHAUSTED. A message is larger than the server receives."""
+    """A message is larger than the server receives."""
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 25
-    """RESOURCE_EXHAUSTED. The device has not enough memory for this call."""
+    """The device has not enough memory for this call."""
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 26
-    """RESOURCE_EXHAUSTED. The storage has no room. With google.rpc.RetryInfo where room may come back."""
+    """The storage has no room."""
     ERROR_REASON_TRAINER_UNAVAILABLE: _ErrorReason.ValueType  # 27
-    """UNAVAILABLE. No trainer is attached: it is loading or it was lost."""
+    """No trainer is attached: it is loading or it was lost."""
     ERROR_REASON_SAMPLER_UNAVAILABLE: _ErrorReason.ValueType  # 28
-    """UNAVAILABLE. The Sampler is still loading its base model."""
+    """The Sampler is still loading its base model."""
     ERROR_REASON_CHECKPOINT_UNAVAILABLE: _ErrorReason.ValueType  # 29
-    """UNAVAILABLE. The Checkpoint server cannot be reached."""
+    """The Checkpoint server cannot be reached."""
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 30
-    """UNAVAILABLE. The server is stopping."""
+    """The server is stopping."""
     ERROR_REASON_MODEL_LOST: _ErrorReason.ValueType  # 31
-    """DATA_LOSS. The model's state is gone or not what it was; create it again from a checkpoint."""
+    """The model's state is gone or not what it was; create it again from a checkpoint."""
     ERROR_REASON_CHECKPOINT_CORRUPT: _ErrorReason.ValueType  # 32
-    """DATA_LOSS. Stored or sent bytes do not match their digest."""
+    """Stored or sent bytes do not match their digest."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 33
-    """INTERNAL. A fault of the server; its log has the cause under `request_id`. Metadata: request_id."""
+    """A fault of the server; its log has the cause under `request_id`."""
     ERROR_REASON_RANK_GROUP_TAKEN: _ErrorReason.ValueType  # 34
     """A model that trains all weights owns the rank group, or would have to: delete the others."""
     ERROR_REASON_CALL_POISONED: _ErrorReason.ValueType  # 35
-    """FAILED_PRECONDITION. The ranks died during this call, by themselves, as often as
-    `call_attempts_max` allows; its number is used and it had no effect.
+    """The ranks died during this call, by themselves, as often as `call_attempts_max` allows; its
+    number is used and it had no effect.
     """
     ERROR_REASON_TRAINER_MISMATCH: _ErrorReason.ValueType  # 36
-    """UNAVAILABLE. The model's calls were computed by other ranks than are attached now: another base
-    model, precision or number of ranks. The message says what differs.
+    """The model's calls were computed by other ranks than are attached now: another base model,
+    precision or number of ranks. The message says what differs.
     """
     ERROR_REASON_STALE_EPOCH: _ErrorReason.ValueType  # 37
-    """FAILED_PRECONDITION. The writer was replaced by another one and must not write any more."""
+    """The writer was replaced by another one and must not write any more."""
+    ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 38
+    """The storage of calls cannot be written at present."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """Why a call failed: `google.rpc.ErrorInfo.reason` holds the value's name without its prefix,
-    `ErrorInfo.domain` is "tinsmith". Each comment gives the status code and, where there are any,
-    the keys in `ErrorInfo.metadata`. UNAVAILABLE and RESOURCE_EXHAUSTED may be sent again as they are.
-    """
+    """Why a call failed; see `ErrorRule` for how it is sent."""
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """Never sent."""
 ERROR_REASON_MISSING_FIELD: ErrorReason.ValueType  # 1
-"""INVALID_ARGUMENT. A field that must be set is not. Metadata: field."""
+"""A field that must be set is not."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 2
-"""INVALID_ARGUMENT. A field's value is outside what is allowed. Metadata: field."""
+"""A field's value is outside what is allowed."""
 ERROR_REASON_INVALID_SHAPE: ErrorReason.ValueType  # 3
-"""INVALID_ARGUMENT. A tensor's shape does not fit its values or its neighbours. Metadata: field."""
+"""A tensor's shape does not fit its values or its neighbours."""
 ERROR_REASON_INVALID_DTYPE: ErrorReason.ValueType  # 4
-"""INVALID_ARGUMENT. A tensor has another element type than its use needs. Metadata: field."""
+"""A tensor has another element type than its use needs."""
 ERROR_REASON_INVALID_NAME: ErrorReason.ValueType  # 5
-"""INVALID_ARGUMENT. A name or path is not of the documented form. Metadata: field."""
+"""A name or path is not of the documented form."""
 ERROR_REASON_NON_FINITE: ErrorReason.ValueType  # 6
-"""INVALID_ARGUMENT. A number is NaN or infinite. Metadata: field."""
+"""A number is NaN or infinite."""
 ERROR_REASON_TOKEN_OUT_OF_RANGE: ErrorReason.ValueType  # 7
-"""INVALID_ARGUMENT. A token id is not in [0, vocab_size). Metadata: field."""
+"""A token id is not in [0, vocab_size)."""
 ERROR_REASON_UNKNOWN_LOSS_INPUT: ErrorReason.ValueType  # 8
-"""INVALID_ARGUMENT. `loss_fn_inputs` has a name that the loss does not read. Metadata: field."""
+"""`loss_fn_inputs` has a name that the loss does not read."""
 ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 9
-"""INVALID_ARGUMENT. A named limit is exceeded by the call itself; a smaller call can pass. Metadata: field, limit, value."""
+"""A named limit is exceeded by the call itself; a smaller call can pass."""
 ERROR_REASON_MALFORMED_STREAM: ErrorReason.ValueType  # 10
-"""INVALID_ARGUMENT. The messages of a stream do not follow each other as documented. Metadata: field."""
+"""The messages of a stream do not follow each other as documented."""
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 11
-"""NOT_FOUND. No such model."""
+"""No such model."""
 ERROR_REASON_CHECKPOINT_NOT_FOUND: ErrorReason.ValueType  # 12
-"""NOT_FOUND. No such checkpoint."""
+"""No such checkpoint."""
 ERROR_REASON_BASE_MODEL_NOT_FOUND: ErrorReason.ValueType  # 13
-"""NOT_FOUND. No such base model here."""
+"""No such base model here."""
 ERROR_REASON_SEQ_ID_CONFLICT: ErrorReason.ValueType  # 14
-"""ALREADY_EXISTS. This `seq_id` was used with other content. Metadata: seq_id."""
+"""This `seq_id` was used with other content."""
 ERROR_REASON_REQUEST_ID_CONFLICT: ErrorReason.ValueType  # 15
-"""ALREADY_EXISTS. This `request_id` was used with other content."""
+"""This `request_id` was used with other content."""
 ERROR_REASON_CHECKPOINT_EXISTS: ErrorReason.ValueType  # 16
-"""ALREADY_EXISTS. A checkpoint of this path exists."""
+"""A checkpoint of this path exists."""
 ERROR_REASON_SEQ_ID_GAP: ErrorReason.ValueType  # 17
-"""FAILED_PRECONDITION. An earlier `seq_id` did not arrive in time. The number is unused. Metadata: seq_id, next_seq_id."""
+"""An earlier `seq_id` did not arrive in time. The number is unused."""
 ERROR_REASON_ANSWER_EXPIRED: ErrorReason.ValueType  # 18
-"""FAILED_PRECONDITION. The call was applied long ago and its answer is no longer kept. Metadata: seq_id, next_seq_id."""
+"""The call was applied long ago and its answer is no longer kept."""
 ERROR_REASON_WRONG_CHECKPOINT_KIND: ErrorReason.ValueType  # 19
-"""FAILED_PRECONDITION. The checkpoint is of a kind that cannot do this."""
+"""The checkpoint is of a kind that cannot do this."""
 ERROR_REASON_INCOMPATIBLE_CHECKPOINT: ErrorReason.ValueType  # 20
-"""FAILED_PRECONDITION. The checkpoint does not fit the model."""
+"""The checkpoint does not fit the model."""
 ERROR_REASON_NON_FINITE_GRADIENT: ErrorReason.ValueType  # 21
-"""FAILED_PRECONDITION. A gradient is NaN or infinite; gradients were cleared, weights kept."""
+"""A gradient is NaN or infinite; gradients were cleared, weights kept."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 22
-"""RESOURCE_EXHAUSTED. Too many calls wait. With google.rpc.RetryInfo."""
+"""Too many calls wait."""
 ERROR_REASON_TOO_MANY_MODELS: ErrorReason.ValueType  # 23
-"""RESOURCE_EXHAUSTED. The cluster holds as many models as it may."""
+"""The cluster holds as many models as it may."""
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 24
-"""RESOURCE_EXHAUSTED. A message is larger than the server receives."""
+"""A message is larger than the server receives."""
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 25
-"""RESOURCE_EXHAUSTED. The device has not enough memory for this call."""
+"""The device has not enough memory for this call."""
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 26
-"""RESOURCE_EXHAUSTED. The storage has no room. With google.rpc.RetryInfo where room may come back."""
+"""The storage has no room."""
 ERROR_REASON_TRAINER_UNAVAILABLE: ErrorReason.ValueType  # 27
-"""UNAVAILABLE. No trainer is attached: it is loading or it was lost."""
+"""No trainer is attached: it is loading or it was lost."""
 ERROR_REASON_SAMPLER_UNAVAILABLE: ErrorReason.ValueType  # 28
-"""UNAVAILABLE. The Sampler is still loading its base model."""
+"""The Sampler is still loading its base model."""
 ERROR_REASON_CHECKPOINT_UNAVAILABLE: ErrorReason.ValueType  # 29
-"""UNAVAILABLE. The Checkpoint server cannot be reached."""
+"""The Checkpoint server cannot be reached."""
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 30
-"""UNAVAILABLE. The server is stopping."""
+"""The server is stopping."""
 ERROR_REASON_MODEL_LOST: ErrorReason.ValueType  # 31
-"""DATA_LOSS. The model's state is gone or not what it was; create it again from a checkpoint."""
+"""The model's state is gone or not what it was; create it again from a checkpoint."""
 ERROR_REASON_CHECKPOINT_CORRUPT: ErrorReason.ValueType  # 32
-"""DATA_LOSS. Stored or sent bytes do not match their digest."""
+"""Stored or sent bytes do not match their digest."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 33
-"""INTERNAL. A fault of the server; its log has the cause under `request_id`. Metadata: request_id."""
+"""A fault of the server; its log has the cause under `request_id`."""
 ERROR_REASON_RANK_GROUP_TAKEN: ErrorReason.ValueType  # 34
 """A model that trains all weights owns the rank group, or would have to: delete the others."""
 ERROR_REASON_CALL_POISONED: ErrorReason.ValueType  # 35
-"""FAILED_PRECONDITION. The ranks died during this call, by themselves, as often as
-`call_attempts_max` allows; its number is used and it had no effect.
+"""The ranks died during this call, by themselves, as often as `call_attempts_max` allows; its
+number is used and it had no effect.
 """
 ERROR_REASON_TRAINER_MISMATCH: ErrorReason.ValueType  # 36
-"""UNAVAILABLE. The model's calls were computed by other ranks than are attached now: another base
-model, precision or number of ranks. The message says what differs.
+"""The model's calls were computed by other ranks than are attached now: another base model,
+precision or number of ranks. The message says what differs.
 """
 ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 37
-"""FAILED_PRECONDITION. The writer was replaced by another one and must not write any more."""
+"""The writer was replaced by another one and must not write any more."""
+ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 38
+"""The storage of calls cannot be written at present."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
+
+@_typing.final
+class ErrorRule(_message.Message):
+    """What holds for every failure with a reason. The comment and the `error_rule` of each reason are the
+    table from which the servers' checks and the tests are made.
+
+    A failure is a `google.rpc.Status`. Its details have a `google.rpc.ErrorInfo` whose `reason` is the
+    value's name without its prefix, whose `domain` is "tinsmith" and whose `metadata` has
+    `request_id`, under which the server's log has the failure, and the keys of the rule. Where a field
+    of the request is to blame, `metadata` has `field`, and there is a `google.rpc.BadRequest` with it.
+    Texts that a caller wrote are escaped and cut in all of it.
+
+    Whether the same call can succeed later is said by `google.rpc.RetryInfo` alone: with one, send it
+    again, not before its delay is over; without one, sending it again cannot help.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
+    status: _builtins.str
+    """Name of the gRPC status code that always comes with the reason."""
+    retry: Global___ErrorRetry.ValueType
+    """Whether there is a `google.rpc.RetryInfo`."""
+    @_builtins.property
+    def metadata(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of `ErrorInfo.metadata` that may be there, besides `request_id`."""
+
+    def __init__(
+        self,
+        *,
+        status: _builtins.str = ...,
+        metadata: _abc.Iterable[_builtins.str] | None = ...,
+        retry: Global___ErrorRetry.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "retry", b"retry", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErrorRule: _TypeAlias = ErrorRule  # noqa: Y015
+
+ERROR_RULE_FIELD_NUMBER: _builtins.int
+error_rule: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.EnumValueOptions, Global___ErrorRule]
+"""The rule of a reason."""

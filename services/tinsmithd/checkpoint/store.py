@@ -23,7 +23,7 @@ from typing import Any
 
 from tinsmithd import failpoints
 from tinsmithd.checkpoint.failures import of_disk, storage_errors
-from tinsmithd.errors import DataLoss, InvalidArgument, Reason, ResourceExhausted, TinsmithError
+from tinsmithd.errors import DataLoss, InvalidArgument, Reason, TinsmithError, over_limit
 from tinsmithd.files import sync_folder
 
 READ_BYTES = 1024 * 1024
@@ -65,7 +65,7 @@ class Staging:
 
         Raises:
             InvalidArgument: They are not the next bytes (MALFORMED_STREAM).
-            ResourceExhausted: They are too many (LIMIT_EXCEEDED).
+            InvalidArgument: They are too many (LIMIT_EXCEEDED).
         """
         expected = self._sizes.get(name, 0)
         if offset != expected or (name in self._sizes and name != self._last_name):
@@ -73,12 +73,7 @@ class Staging:
             raise InvalidArgument("piece.offset", message, Reason.MALFORMED_STREAM)
         self._bytes += len(data)
         if self._bytes > self._bytes_max:
-            raise ResourceExhausted(
-                f"the checkpoint is larger than checkpoint_bytes_max = {self._bytes_max}",
-                Reason.LIMIT_EXCEEDED,
-                field="piece.data",
-                metadata={"limit": "checkpoint_bytes_max", "value": str(self._bytes)},
-            )
+            raise over_limit("piece.data", "checkpoint_bytes_max", self._bytes, self._bytes_max)
         with storage_errors():
             if name not in self._sizes:
                 self._last_name = name

@@ -69,19 +69,24 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
             f"the {server} server does not answer ({code.name if code else type(error).__name__})"
         )
         return errors.Unavailable(text, unreachable, retry_after_s=1.0)
-    info = error_details_pb2.ErrorInfo()
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status.details:
-        if detail.Is(info.DESCRIPTOR):
-            detail.Unpack(info)
+        for message in (info, retry):
+            if detail.Is(message.DESCRIPTOR):
+                detail.Unpack(message)
     cls = _CLASSES.get(status.code, errors.Internal)
-    if cls is errors.Internal or info.domain != DOMAIN:
+    if cls is errors.Internal or info.domain != DOMAIN or info.reason not in set(Reason):
         return errors.Internal()
     kept = {k: v for k, v in info.metadata.items() if k not in ("request_id", "field")}
     if cls is errors.InvalidArgument:
-        rebuilt: TinsmithError = errors.InvalidArgument("", status.message, Reason(info.reason))
+        rebuilt: TinsmithError = errors.InvalidArgument(
+            "", status.message, Reason(info.reason), metadata=kept
+        )
     else:
         rebuilt = cls(status.message, Reason(info.reason), metadata=kept)
     rebuilt.field = info.metadata.get("field", "")
+    if retry.HasField("retry_delay"):
+        rebuilt.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
     return rebuilt
 
 

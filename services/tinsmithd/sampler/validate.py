@@ -107,13 +107,10 @@ def _check_params(params: SamplingParams, info: BaseModelInfo, limits: RequestLi
 
 
 def _check_range(field: str, value: int, low: int, high: int, limit: str) -> None:
-    if not low <= value <= high:
-        raise InvalidArgument(
-            field,
-            f"{value} is not in {low}..{high}",
-            Reason.LIMIT_EXCEEDED if value > high else Reason.INVALID_FIELD,
-            metadata={"limit": limit, "value": str(value)},
-        )
+    if value > high:
+        raise over_limit(field, limit, value, high)
+    if value < low:
+        raise InvalidArgument(field, f"{value} is not in {low}..{high}")
 
 
 def _too_long(field: str, message: str, value: int) -> InvalidArgument:

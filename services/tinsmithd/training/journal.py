@@ -206,7 +206,7 @@ def _refusal(error: StoreUnwritable) -> TinsmithError:
     message = f"the call cannot be written down: {error}"
     if error.full:
         return ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=1.0)
-    return Unavailable(message, Reason.STORAGE_FULL, retry_after_s=1.0)
+    return Unavailable(message, Reason.STORAGE_UNAVAILABLE, retry_after_s=1.0)
 
 
 class NoJournal(Journal):

@@ -145,6 +145,7 @@ class Waiting:
                 f"seq_id {self.answers.next_seq_id} did not arrive within "
                 f"{self._limits.gap_wait_s_max:g} s; {entry.seq_id} is unused",
                 Reason.SEQ_ID_GAP,
+                retry_after_s=0.0,
                 metadata={
                     "seq_id": str(entry.seq_id),
                     "next_seq_id": str(self.answers.next_seq_id),
