@@ -168,7 +168,6 @@ def checkpoint_from_pb(message: checkpoint_service_pb2.Checkpoint) -> Checkpoint
         time=message.create_time.ToDatetime(UTC),
         tinker_path=message.path,
         size_bytes=message.size_bytes,
-        public=message.public,
         user_metadata=dict(message.user_metadata),
         expires_at=message.expire_time.ToDatetime(UTC) if message.HasField("expire_time") else None,
     )

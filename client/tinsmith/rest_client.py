@@ -35,6 +35,8 @@ from tinsmith.types import (
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2
 
+_NO_OWNERS = "checkpoints have no owners yet: whoever reaches the cluster may read them all"
+
 T = TypeVar("T")
 PAGE_SIZE = 1000
 
@@ -216,12 +218,12 @@ class RestClient:
         return APIFuture(_loop.run(self._retrying("DeleteCheckpoint", attempt)))
 
     def publish_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
-        """Let other tenants read a checkpoint."""
-        return self._update(path, "public", public=True)
+        """Refused: whoever reaches this cluster may read every checkpoint already."""
+        raise unsupported("publish_checkpoint_from_tinker_path", _NO_OWNERS)
 
     def unpublish_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
-        """Let no other tenant read a checkpoint."""
-        return self._update(path, "public", public=False)
+        """Refused: nobody can be kept from reading a checkpoint of this cluster."""
+        raise unsupported("unpublish_checkpoint_from_tinker_path", _NO_OWNERS)
 
     def set_checkpoint_ttl_from_tinker_path(
         self, path: str, ttl_seconds: int | None

@@ -179,19 +179,17 @@ async def test_pages_are_stable_and_newest_first(served: Served) -> None:
 
 
 async def test_update_changes_only_what_the_mask_names(served: Served) -> None:
-    """TTL, metadata and the public flag; a TTL can be taken away again."""
+    """TTL and metadata; a TTL can be taken away again."""
     await served.write(user_metadata={"k": "v"})
 
     async def update(mask: list[str], **fields: object) -> pb.Checkpoint:
         request = pb.UpdateCheckpointRequest(path=PATH, update_mask=FieldMask(paths=mask), **fields)
         return (await served.stub.UpdateCheckpoint(request)).checkpoint
 
-    changed = await update(["ttl_seconds"], ttl_seconds=60, public=True)
+    changed = await update(["ttl_seconds"], ttl_seconds=60, user_metadata={"x": "y"})
     assert changed.HasField("expire_time")
-    assert not changed.public
     assert changed.user_metadata == {"k": "v"}
-    changed = await update(["public", "user_metadata"], public=True, user_metadata={"x": "y"})
-    assert changed.public
+    changed = await update(["user_metadata"], ttl_seconds=9, user_metadata={"x": "y"})
     assert changed.user_metadata == {"x": "y"}
     assert not (await update(["ttl_seconds"])).HasField("expire_time")
     for mask in ([], ["name"]):

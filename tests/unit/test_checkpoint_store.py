@@ -192,7 +192,7 @@ def test_a_catalogue_of_version_1_is_taken_over(folder: Path) -> None:
         assert full.expire_time_s is not None
         assert lora.tuning == LoraConfig(rank=4)
         assert (lora.step_count, lora.create_time_s, lora.expire_time_s) == (7, 12.5, None)
-        assert (lora.user_metadata, lora.public) == ({"k": "ä"}, True)
+        assert lora.user_metadata == {"k": "ä"}
         assert kept(keeper) == files(0)
         assert keeper.catalogue._db.execute("PRAGMA user_version").fetchone()[0] == 2
         keeper.sweep()

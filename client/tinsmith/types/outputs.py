@@ -212,6 +212,7 @@ class Checkpoint:
     tinker_path: str
     size_bytes: int | None = None
     public: bool = False
+    """Always False: checkpoints have no owners yet."""
     user_metadata: dict[str, str] | None = None
     expires_at: datetime | None = None
 

@@ -91,7 +91,6 @@ class Checkpoint(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
-    PUBLIC_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     path: _builtins.str
@@ -106,8 +105,6 @@ class Checkpoint(_message.Message):
     """Name of the base model."""
     size_bytes: _builtins.int
     """Bytes of all its files."""
-    public: _builtins.bool
-    """True when other tenants may read it."""
     step_count: _builtins.int
     """Optimizer steps that the model had made."""
     @_builtins.property
@@ -148,13 +145,12 @@ class Checkpoint(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         size_bytes: _builtins.int = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        public: _builtins.bool = ...,
         files: _abc.Iterable[Global___CheckpointFile] | None = ...,
         step_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "public", b"public", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -367,21 +363,18 @@ class UpdateCheckpointRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
-    PUBLIC_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Its path."""
     ttl_seconds: _builtins.int
     """Seconds from now until it is deleted, 1 to 315,360,000; unset (with the mask) means never."""
-    public: _builtins.bool
-    """Whether other tenants may read it."""
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Replaces all metadata."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which of `ttl_seconds`, `user_metadata` and `public` to change. At least one."""
+        """Which of `ttl_seconds` and `user_metadata` to change. At least one."""
 
     def __init__(
         self,
@@ -389,12 +382,11 @@ class UpdateCheckpointRequest(_message.Message):
         path: _builtins.str = ...,
         ttl_seconds: _builtins.int | None = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        public: _builtins.bool = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "path", b"path", "public", b"public", "ttl_seconds", b"ttl_seconds", "update_mask", b"update_mask", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "path", b"path", "ttl_seconds", b"ttl_seconds", "update_mask", b"update_mask", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015

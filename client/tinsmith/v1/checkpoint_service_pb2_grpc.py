@@ -123,7 +123,7 @@ class CheckpointServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateCheckpoint(self, request, context):
-        """Changes the time to live, the metadata or the public flag. A repeat changes nothing more.
+        """Changes the time to live or the metadata. A repeat changes nothing more.
         Errors: INVALID_ARGUMENT for a mask with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

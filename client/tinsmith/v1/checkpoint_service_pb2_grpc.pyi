@@ -54,7 +54,7 @@ class CheckpointServiceStub:
     INVALID_ARGUMENT for a bad page.
     """
     UpdateCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]
-    """Changes the time to live, the metadata or the public flag. A repeat changes nothing more.
+    """Changes the time to live or the metadata. A repeat changes nothing more.
     Errors: INVALID_ARGUMENT for a mask with other fields.
     """
     DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.DeleteCheckpointRequest, _checkpoint_service_pb2.DeleteCheckpointResponse]
@@ -111,7 +111,7 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     INVALID_ARGUMENT for a bad page.
     """
     UpdateCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]  # type: ignore[assignment]
-    """Changes the time to live, the metadata or the public flag. A repeat changes nothing more.
+    """Changes the time to live or the metadata. A repeat changes nothing more.
     Errors: INVALID_ARGUMENT for a mask with other fields.
     """
     DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.DeleteCheckpointRequest, _checkpoint_service_pb2.DeleteCheckpointResponse]  # type: ignore[assignment]
@@ -183,7 +183,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.UpdateCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.UpdateCheckpointResponse, _abc.Awaitable[_checkpoint_service_pb2.UpdateCheckpointResponse]]:
-        """Changes the time to live, the metadata or the public flag. A repeat changes nothing more.
+        """Changes the time to live or the metadata. A repeat changes nothing more.
         Errors: INVALID_ARGUMENT for a mask with other fields.
         """
 

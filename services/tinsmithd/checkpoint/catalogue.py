@@ -36,7 +36,6 @@ class Checkpoint:
     create_time_s: float
     expire_time_s: float | None
     user_metadata: Mapping[str, str]
-    public: bool
     files: Sequence[Blob]
     request_id: str = ""
     """Of the request that made it; empty where that is not to be recognised."""
@@ -224,7 +223,7 @@ class Catalogue:
         path: CheckpointPath,
         change: Callable[[Checkpoint], Checkpoint],
     ) -> Checkpoint:
-        """Change expiry, metadata and the public flag of a checkpoint; returns it as it is now.
+        """Change expiry and metadata of a checkpoint; returns it as it is now.
 
         Raises:
             NotFound: There is none (CHECKPOINT_NOT_FOUND).
@@ -406,7 +405,6 @@ def _read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
             create_time_s=record["create_time_s"],
             expire_time_s=row["expire_time_s"],
             user_metadata=record["user_metadata"],
-            public=record["public"],
             files=[Blob(*file) for file in record["files"]],
             # Those of older releases have none.
             request_id=record.get("request_id", ""),
@@ -429,7 +427,6 @@ def _record(checkpoint: Checkpoint) -> str:
             "step_count": checkpoint.step_count,
             "create_time_s": checkpoint.create_time_s,
             "user_metadata": dict(checkpoint.user_metadata),
-            "public": checkpoint.public,
             "files": [[blob.name, blob.size_bytes, blob.sha256] for blob in checkpoint.files],
             "request_id": checkpoint.request_id,
             "request_digest": checkpoint.request_digest,

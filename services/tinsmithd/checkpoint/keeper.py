@@ -198,7 +198,6 @@ class Keeper:
             create_time_s=now_s,
             expire_time_s=None if header.ttl_seconds is None else now_s + header.ttl_seconds,
             user_metadata=header.user_metadata,
-            public=False,
             files=files,
             request_id=header.request_id,
             request_digest=header.digest(files),
@@ -248,7 +247,6 @@ class Keeper:
                 path=destination,
                 create_time_s=now_s,
                 expire_time_s=None if ttl_seconds is None else now_s + ttl_seconds,
-                public=False,
                 request_id=request_id,
                 request_digest=digest,
             )

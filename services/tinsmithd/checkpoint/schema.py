@@ -154,7 +154,6 @@ def _record_1(row: sqlite3.Row, files: list[sqlite3.Row]) -> str:
             "step_count": row["step_count"],
             "create_time_s": row["create_time_s"],
             "user_metadata": json.loads(row["user_metadata"]),
-            "public": bool(row["public"]),
             "files": [list(file) for file in files],
         }
     )

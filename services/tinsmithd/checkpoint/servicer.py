@@ -24,7 +24,7 @@ PAGE_BYTES = 1024 * 1024
 """A page of so many bytes, and those of one checkpoint more, ends there."""
 RANK_MAX = 1 << 20
 WRITER_CHARACTERS_MAX = 128
-UPDATABLE = ("ttl_seconds", "user_metadata", "public")
+UPDATABLE = ("ttl_seconds", "user_metadata")
 
 
 class CheckpointServicer(CheckpointServiceServicer):
@@ -59,7 +59,7 @@ class CheckpointServicer(CheckpointServiceServicer):
     async def UpdateCheckpoint(
         self, request: pb.UpdateCheckpointRequest, context: Any
     ) -> pb.UpdateCheckpointResponse:
-        """Change time to live, metadata or the public flag."""
+        """Change time to live or metadata."""
         path = convert.path_from_pb(request.path, "path")
         named = request.update_mask.paths
         convert.check_count("update_mask", named, "update_mask_paths_max", len(UPDATABLE))
@@ -75,8 +75,6 @@ class CheckpointServicer(CheckpointServiceServicer):
                 checkpoint = self._keeper.set_ttl(checkpoint, ttl)
             if "user_metadata" in mask:
                 checkpoint = replace(checkpoint, user_metadata=metadata)
-            if "public" in mask:
-                checkpoint = replace(checkpoint, public=request.public)
             return checkpoint
 
         changed = await asyncio.to_thread(self._keeper.catalogue.update, path, change)
@@ -248,7 +246,6 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
         create_time=_timestamp(checkpoint.create_time_s),
         size_bytes=checkpoint.size_bytes,
         user_metadata=checkpoint.user_metadata,
-        public=checkpoint.public,
         step_count=checkpoint.step_count,
     )
     if checkpoint.expire_time_s is not None:
