@@ -18,8 +18,9 @@ from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd import state_files
-from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
+from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.keeper import Header, Keeper
+from tinsmithd.checkpoint.record import Checkpoint
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
 
@@ -99,6 +100,7 @@ def keep(
     overwrite: bool = False,
     ttl_seconds: int | None = None,
     writer: Writer | None = None,
+    ephemeral: bool = False,
 ) -> Checkpoint:
     """Write a checkpoint into a keeper, as the servicer does."""
     header = Header(
@@ -110,6 +112,7 @@ def keep(
         overwrite=overwrite,
         user_metadata={"who": "a test"},
         writer=writer,
+        ephemeral=ephemeral,
     )
     write = keeper.begin(header)
     try:

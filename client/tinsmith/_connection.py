@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
+from tinsmith._leases import Leases
 from tinsmith._retry import is_lost, retrying
 from tinsmith._waiting import Attempts, Waiting
 from tinsmith.errors import (
@@ -71,6 +72,7 @@ class Connection:
         self._unreachable: set[str] = set()
         self._waiting = Waiting(self._ask_model)
         self._closed = False
+        self.leases = Leases(self.checkpoint)
 
     async def retrying(
         self,
@@ -172,6 +174,7 @@ class Connection:
     async def close(self) -> None:
         """Close all channels for good; calls under way are cancelled."""
         self._closed = True
+        self.leases.close()
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close()

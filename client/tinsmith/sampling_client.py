@@ -17,6 +17,7 @@ from tinsmith._convert import (
     sampling_params_to_pb,
     topk_from_pb,
 )
+from tinsmith._leases import is_ephemeral
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
 from tinsmith.errors import DataLossError, unsupported
@@ -44,6 +45,13 @@ class SamplingClient:
 
     Made by `ServiceClient` or `TrainingClient`; may be pickled.
 
+    Weights that were saved without a name live as long as a client holds them, this one or a copy
+    in another process: until it is closed or collected as garbage. After that they go within a
+    minute if their model has newer ones or is deleted. A process that sleeps, or has no network,
+    for half a minute or longer holds nothing meanwhile: if its weights went, calls raise
+    NotFoundError (CHECKPOINT_NOT_FOUND). Weights that are to stay need a name
+    (`save_weights_for_sampler`).
+
     Attributes:
         model_path: The checkpoint's path, or None for the base model itself.
     """
@@ -53,6 +61,8 @@ class SamplingClient:
         self._base_model = base_model
         self._tokenizer: Any = None
         self.model_path = model_path
+        if model_path is not None and is_ephemeral(model_path):
+            connection.leases.hold(self, model_path)
 
     @classmethod
     def opened(
@@ -69,6 +79,10 @@ class SamplingClient:
             return cls(connection, base_model or found.checkpoint.base_model, model_path)
 
         return ClientFuture(_loop.run(build()))
+
+    def close(self) -> None:
+        """Let go of the weights at once, rather than when this client is collected as garbage."""
+        self._connection.leases.let_go(self)
 
     def __reduce__(self) -> Any:
         return _rebuild, (self._connection.address, self._base_model, self.model_path)

@@ -198,7 +198,8 @@ class TrainingConfig(ServerConfig):
     answers_kept_max: int = 256
     answer_bytes_kept_max: int = 256 * MIB
     ephemeral_ttl_s: int = 86_400
-    """Life of sampler weights that were saved without a name."""
+    """How long sampler weights that were saved without a name, the newest of their model, may be
+    unused before they are deleted."""
     model_idle_ttl_s: float = 7 * 86_400.0
     """A model that no call used for so long is deleted; its checkpoints stay."""
     quantum_tokens: int = 16384
@@ -325,6 +326,15 @@ class CheckpointConfig(ServerConfig):
     """Files of one checkpoint, and names in one request."""
     sweep_interval_s: float = 60.0
     """How often expired checkpoints are reclaimed."""
+    lease_s: float = 30.0
+    """How long an ephemeral checkpoint is held for who used it, or said that they hold it. It is
+    reclaimed soon after, if its model has a newer one or is gone."""
+
+    def check(self) -> None:
+        """Also: a lease lasts long enough to be renewed."""
+        super().check()
+        if self.lease_s < 0.5:
+            raise ConfigError("checkpoint.lease_s: must be at least 0.5")
 
 
 SECTIONS: Mapping[str, type[Config]] = {

@@ -5,6 +5,7 @@ Shapes: `N` tokens of one datum, `K` targets per position.
 """
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -261,6 +262,19 @@ class CheckpointKind(StrEnum):
 
 
 _SEGMENT = {CheckpointKind.TRAINING: "weights", CheckpointKind.SAMPLER: "sampler_weights"}
+
+
+_EPHEMERAL_PATTERN = re.compile("ephemeral-[0-9a-f]{16}")
+
+
+def new_ephemeral_name() -> str:
+    """A name for a checkpoint that its user gave none."""
+    return f"ephemeral-{secrets.token_hex(8)}"
+
+
+def is_ephemeral_name(name: str) -> bool:
+    """Whether it is one of those; users may take such names, too."""
+    return _EPHEMERAL_PATTERN.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

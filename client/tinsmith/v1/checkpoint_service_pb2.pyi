@@ -93,6 +93,7 @@ class Checkpoint(_message.Message):
     USER_METADATA_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
+    EPHEMERAL_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """`tinsmith://<model_id>/<weights|sampler_weights>/<name>`."""
     model_id: _builtins.str
@@ -107,6 +108,8 @@ class Checkpoint(_message.Message):
     """Bytes of all its files."""
     step_count: _builtins.int
     """Optimizer steps that the model had made."""
+    ephemeral: _builtins.bool
+    """It lives as long as somebody uses it, see above."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -147,10 +150,11 @@ class Checkpoint(_message.Message):
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         files: _abc.Iterable[Global___CheckpointFile] | None = ...,
         step_count: _builtins.int = ...,
+        ephemeral: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "ephemeral", b"ephemeral", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -652,6 +656,7 @@ class WriteCheckpointHeader(_message.Message):
     WRITER_FIELD_NUMBER: _builtins.int
     WRITER_EPOCH_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EPHEMERAL_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where it will be found."""
     base_model: _builtins.str
@@ -673,6 +678,8 @@ class WriteCheckpointHeader(_message.Message):
     """
     request_id: _builtins.str
     """De-duplication key, up to 128 characters. Empty means not retry-safe."""
+    ephemeral: _builtins.bool
+    """It lives as long as somebody uses it, see the service; `ttl_seconds` then counts from its last use."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -699,10 +706,11 @@ class WriteCheckpointHeader(_message.Message):
         writer: _builtins.str = ...,
         writer_epoch: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        ephemeral: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "full_config", b"full_config", "lora_config", b"lora_config", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "ephemeral", b"ephemeral", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
@@ -762,6 +770,116 @@ class WriteCheckpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteCheckpointResponse: _TypeAlias = WriteCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class RenewLeasesRequest(_message.Message):
+    """Asks to hold ephemeral checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATHS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their paths, at most 1,000."""
+
+    def __init__(
+        self,
+        *,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["paths", b"paths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLeasesRequest: _TypeAlias = RenewLeasesRequest  # noqa: Y015
+
+@_typing.final
+class RenewLeasesResponse(_message.Message):
+    """The leases are renewed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_SECONDS_FIELD_NUMBER: _builtins.int
+    NOT_FOUND_PATHS_FIELD_NUMBER: _builtins.int
+    lease_seconds: _builtins.float
+    """So long they last from now on, seconds."""
+    @_builtins.property
+    def not_found_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those paths at which there is nothing (any more)."""
+
+    def __init__(
+        self,
+        *,
+        lease_seconds: _builtins.float = ...,
+        not_found_paths: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_seconds", b"lease_seconds", "not_found_paths", b"not_found_paths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewLeasesResponse: _TypeAlias = RenewLeasesResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseModelsRequest(_message.Message):
+    """Says which models are gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_IDS_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    WRITER_EPOCH_FIELD_NUMBER: _builtins.int
+    writer: _builtins.str
+    """Who says so, as in WriteCheckpointHeader."""
+    writer_epoch: _builtins.int
+    """Its epoch, as there."""
+    @_builtins.property
+    def model_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their ids, at most 1,000; unknown ones are no error."""
+
+    def __init__(
+        self,
+        *,
+        model_ids: _abc.Iterable[_builtins.str] | None = ...,
+        writer: _builtins.str = ...,
+        writer_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_ids", b"model_ids", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseModelsRequest: _TypeAlias = ReleaseModelsRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseModelsResponse(_message.Message):
+    """The models are released."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEPT_MODEL_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def kept_model_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models with ephemeral checkpoints of this writer that were not released, at most 1,000. Empty without
+        a writer.
+        """
+
+    def __init__(
+        self,
+        *,
+        kept_model_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_model_ids", b"kept_model_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseModelsResponse: _TypeAlias = ReleaseModelsResponse  # noqa: Y015
 
 @_typing.final
 class ExportCheckpointRequest(_message.Message):

@@ -35,6 +35,16 @@ class CheckpointServiceStub:
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
+    EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
+    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
+    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
+    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
+    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
+    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
+    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
+    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
+    clock that nobody sets, and are granted anew when this server starts.
+
     ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
@@ -83,6 +93,16 @@ class CheckpointServiceStub:
                 request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WriteCheckpointRequest.SerializeToString,
                 response_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WriteCheckpointResponse.FromString,
                 _registered_method=True)
+        self.RenewLeases = channel.unary_unary(
+                '/tinsmith.v1.CheckpointService/RenewLeases',
+                request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.RenewLeasesRequest.SerializeToString,
+                response_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.RenewLeasesResponse.FromString,
+                _registered_method=True)
+        self.ReleaseModels = channel.unary_unary(
+                '/tinsmith.v1.CheckpointService/ReleaseModels',
+                request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsRequest.SerializeToString,
+                response_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsResponse.FromString,
+                _registered_method=True)
         self.ExportCheckpoint = channel.unary_stream(
                 '/tinsmith.v1.CheckpointService/ExportCheckpoint',
                 request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ExportCheckpointRequest.SerializeToString,
@@ -99,6 +119,16 @@ class CheckpointServiceServicer:
     which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
+
+    EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
+    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
+    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
+    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
+    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
+    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
+    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
+    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
+    clock that nobody sets, and are granted anew when this server starts.
 
     ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -123,7 +153,8 @@ class CheckpointServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateCheckpoint(self, request, context):
-        """Changes the time to live or the metadata. A repeat changes nothing more.
+        """Changes the time to live or the metadata. A repeat changes nothing more. A time to live, or none, makes
+        an ephemeral checkpoint an ordinary one.
         Errors: INVALID_ARGUMENT for a mask with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -165,6 +196,26 @@ class CheckpointServiceServicer:
         and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
         DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
         (STALE_EPOCH) for a writer that was replaced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLeases(self, request, context):
+        """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
+        a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
+        the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseModels(self, request, context):
+        """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
+        its sake; leases count all the same. For Training servers: the answer names the models of this writer
+        whose newest one is still kept, so that a server that was away can say which of them are gone. A
+        repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+        FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,6 +267,16 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WriteCheckpointRequest.FromString,
                     response_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WriteCheckpointResponse.SerializeToString,
             ),
+            'RenewLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLeases,
+                    request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.RenewLeasesRequest.FromString,
+                    response_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.RenewLeasesResponse.SerializeToString,
+            ),
+            'ReleaseModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseModels,
+                    request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsRequest.FromString,
+                    response_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsResponse.SerializeToString,
+            ),
             'ExportCheckpoint': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportCheckpoint,
                     request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ExportCheckpointRequest.FromString,
@@ -238,6 +299,16 @@ class CheckpointService:
     which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
+
+    EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
+    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
+    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
+    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
+    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
+    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
+    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
+    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
+    clock that nobody sets, and are granted anew when this server starts.
 
     ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -425,6 +496,60 @@ class CheckpointService:
             '/tinsmith.v1.CheckpointService/WriteCheckpoint',
             tinsmith_dot_v1_dot_checkpoint__service__pb2.WriteCheckpointRequest.SerializeToString,
             tinsmith_dot_v1_dot_checkpoint__service__pb2.WriteCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinsmith.v1.CheckpointService/RenewLeases',
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.RenewLeasesRequest.SerializeToString,
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.RenewLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinsmith.v1.CheckpointService/ReleaseModels',
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsRequest.SerializeToString,
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

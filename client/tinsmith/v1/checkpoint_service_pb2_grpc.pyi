@@ -36,6 +36,16 @@ class CheckpointServiceStub:
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
+    EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
+    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
+    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
+    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
+    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
+    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
+    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
+    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
+    clock that nobody sets, and are granted anew when this server starts.
+
     ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
@@ -54,7 +64,8 @@ class CheckpointServiceStub:
     INVALID_ARGUMENT for a bad page.
     """
     UpdateCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]
-    """Changes the time to live or the metadata. A repeat changes nothing more.
+    """Changes the time to live or the metadata. A repeat changes nothing more. A time to live, or none, makes
+    an ephemeral checkpoint an ordinary one.
     Errors: INVALID_ARGUMENT for a mask with other fields.
     """
     DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.DeleteCheckpointRequest, _checkpoint_service_pb2.DeleteCheckpointResponse]
@@ -80,6 +91,18 @@ class CheckpointServiceStub:
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
     (STALE_EPOCH) for a writer that was replaced.
     """
+    RenewLeases: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.RenewLeasesRequest, _checkpoint_service_pb2.RenewLeasesResponse]
+    """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
+    a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
+    the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+    """
+    ReleaseModels: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ReleaseModelsRequest, _checkpoint_service_pb2.ReleaseModelsResponse]
+    """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
+    its sake; leases count all the same. For Training servers: the answer names the models of this writer
+    whose newest one is still kept, so that a server that was away can say which of them are gone. A
+    repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+    FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
+    """
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]
     """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
     Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
@@ -96,6 +119,16 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
+    EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
+    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
+    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
+    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
+    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
+    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
+    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
+    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
+    clock that nobody sets, and are granted anew when this server starts.
+
     ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
@@ -111,7 +144,8 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     INVALID_ARGUMENT for a bad page.
     """
     UpdateCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]  # type: ignore[assignment]
-    """Changes the time to live or the metadata. A repeat changes nothing more.
+    """Changes the time to live or the metadata. A repeat changes nothing more. A time to live, or none, makes
+    an ephemeral checkpoint an ordinary one.
     Errors: INVALID_ARGUMENT for a mask with other fields.
     """
     DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.DeleteCheckpointRequest, _checkpoint_service_pb2.DeleteCheckpointResponse]  # type: ignore[assignment]
@@ -137,6 +171,18 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
     (STALE_EPOCH) for a writer that was replaced.
     """
+    RenewLeases: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.RenewLeasesRequest, _checkpoint_service_pb2.RenewLeasesResponse]  # type: ignore[assignment]
+    """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
+    a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
+    the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+    """
+    ReleaseModels: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ReleaseModelsRequest, _checkpoint_service_pb2.ReleaseModelsResponse]  # type: ignore[assignment]
+    """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
+    its sake; leases count all the same. For Training servers: the answer names the models of this writer
+    whose newest one is still kept, so that a server that was away can say which of them are gone. A
+    repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+    FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
+    """
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
     """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
     Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
@@ -151,6 +197,16 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     which trains all weights has, in place of the adapter's files, `model.safetensors`, `config.json`
     (as transformers writes them) and the tokenizer's files (as the base model has them). Its path is
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
+
+    EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
+    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
+    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
+    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
+    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
+    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
+    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
+    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
+    clock that nobody sets, and are granted anew when this server starts.
 
     ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -183,7 +239,8 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.UpdateCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.UpdateCheckpointResponse, _abc.Awaitable[_checkpoint_service_pb2.UpdateCheckpointResponse]]:
-        """Changes the time to live or the metadata. A repeat changes nothing more.
+        """Changes the time to live or the metadata. A repeat changes nothing more. A time to live, or none, makes
+        an ephemeral checkpoint an ordinary one.
         Errors: INVALID_ARGUMENT for a mask with other fields.
         """
 
@@ -232,6 +289,30 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
         DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
         (STALE_EPOCH) for a writer that was replaced.
+        """
+
+    @_abc_1.abstractmethod
+    def RenewLeases(
+        self,
+        request: _checkpoint_service_pb2.RenewLeasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoint_service_pb2.RenewLeasesResponse, _abc.Awaitable[_checkpoint_service_pb2.RenewLeasesResponse]]:
+        """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
+        a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
+        the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseModels(
+        self,
+        request: _checkpoint_service_pb2.ReleaseModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoint_service_pb2.ReleaseModelsResponse, _abc.Awaitable[_checkpoint_service_pb2.ReleaseModelsResponse]]:
+        """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
+        its sake; leases count all the same. For Training servers: the answer names the models of this writer
+        whose newest one is still kept, so that a server that was away can say which of them are gone. A
+        repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+        FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
         """
 
     @_abc_1.abstractmethod

@@ -918,8 +918,10 @@ class SaveCheckpointRequest(_message.Message):
     kind: _types_pb2.CheckpointKind.ValueType
     """TRAINING or SAMPLER."""
     name: _builtins.str
-    """`[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Empty is allowed for SAMPLER only: ephemeral weights with
-    a name that the server gives and `ephemeral_ttl_s` from its settings.
+    """`[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Empty is allowed for SAMPLER only: ephemeral weights, see
+    CheckpointService, with a name that the server gives: `ephemeral-` and 16 hex digits. They are
+    reclaimed when nobody uses them and the model has newer ones or is deleted, and at the latest
+    `ttl_seconds`, else `ephemeral_ttl_s` of the server's settings, after their last use.
     """
     ttl_seconds: _builtins.int
     """Seconds until it is deleted, 1 to 315,360,000. Unset means never."""

@@ -201,7 +201,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModel(self, request, context):
-        """Deletes a model; its checkpoints stay. Calls still queued for it fail with NOT_FOUND.
+        """Deletes a model; its checkpoints stay, but for ephemeral ones: those go once nobody uses them. Calls
+        still queued for it fail with NOT_FOUND.
         Deleting twice: the second is NOT_FOUND (MODEL_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

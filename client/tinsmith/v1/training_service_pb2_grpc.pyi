@@ -91,7 +91,8 @@ class TrainingServiceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListModelsRequest, _training_service_pb2.ListModelsResponse]
     """Lists models, newest first, in pages. Errors: INVALID_ARGUMENT for a bad page token or size."""
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]
-    """Deletes a model; its checkpoints stay. Calls still queued for it fail with NOT_FOUND.
+    """Deletes a model; its checkpoints stay, but for ephemeral ones: those go once nobody uses them. Calls
+    still queued for it fail with NOT_FOUND.
     Deleting twice: the second is NOT_FOUND (MODEL_NOT_FOUND).
     """
     Forward: _grpc.StreamStreamMultiCallable[_training_service_pb2.ForwardRequest, _training_service_pb2.ForwardResponse]
@@ -191,7 +192,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListModelsRequest, _training_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists models, newest first, in pages. Errors: INVALID_ARGUMENT for a bad page token or size."""
     DeleteModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
-    """Deletes a model; its checkpoints stay. Calls still queued for it fail with NOT_FOUND.
+    """Deletes a model; its checkpoints stay, but for ephemeral ones: those go once nobody uses them. Calls
+    still queued for it fail with NOT_FOUND.
     Deleting twice: the second is NOT_FOUND (MODEL_NOT_FOUND).
     """
     Forward: _aio.StreamStreamMultiCallable[_training_service_pb2.ForwardRequest, _training_service_pb2.ForwardResponse]  # type: ignore[assignment]
@@ -318,7 +320,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.DeleteModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.DeleteModelResponse, _abc.Awaitable[_training_service_pb2.DeleteModelResponse]]:
-        """Deletes a model; its checkpoints stay. Calls still queued for it fail with NOT_FOUND.
+        """Deletes a model; its checkpoints stay, but for ephemeral ones: those go once nobody uses them. Calls
+        still queued for it fail with NOT_FOUND.
         Deleting twice: the second is NOT_FOUND (MODEL_NOT_FOUND).
         """
 

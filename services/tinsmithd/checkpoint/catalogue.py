@@ -8,46 +8,20 @@ whoever asks for it; it is left out of pages, never expires, and can be deleted 
 """
 
 import contextlib
-import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinsmithd.checkpoint import schema
 from tinsmithd.checkpoint.failures import storage_errors
-from tinsmithd.checkpoint.store import Blob
-from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, LoraConfig, Tuning
+from tinsmithd.checkpoint.record import Checkpoint, intact, read, text_of
+from tinsmithd.domain import CheckpointKind, CheckpointPath, is_ephemeral_name
 from tinsmithd.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound, Reason
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is known of a checkpoint; `expire_time_s` None means never."""
-
-    path: CheckpointPath
-    base_model: str
-    tuning: Tuning
-    step_count: int
-    create_time_s: float
-    expire_time_s: float | None
-    user_metadata: Mapping[str, str]
-    files: Sequence[Blob]
-    request_id: str = ""
-    """Of the request that made it; empty where that is not to be recognised."""
-    request_digest: str = ""
-    """Of all that the request said."""
-    number: int = 0
-    """Rises with every commit; orders pages."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all its files."""
-        return sum(blob.size_bytes for blob in self.files)
 
 
 @dataclass(frozen=True)
@@ -147,7 +121,7 @@ class Catalogue:
 
     def _find(self, path: CheckpointPath) -> Checkpoint | None:
         row = self._row(path)
-        found = None if row is None else _read(row, str(path))
+        found = None if row is None else read(row, str(path))
         return None if found is None or self._expired(found) else found
 
     def _expired(self, checkpoint: Checkpoint) -> bool:
@@ -188,7 +162,7 @@ class Catalogue:
             return kept
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        path, number, record = checkpoint.path, checkpoint.number, _record(checkpoint)
+        path, number, record = checkpoint.path, checkpoint.number, text_of(checkpoint)
         expire_time_s = checkpoint.expire_time_s
         if expire_time_s is not None:
             expire_time_s = float(expire_time_s)  # as SQLite gives it back
@@ -257,7 +231,7 @@ class Catalogue:
             with contextlib.closing(self._db.execute(query, values)) as rows:
                 for row in rows:
                     with _logged():
-                        found.append(_read(row))
+                        found.append(read(row))
                     if len(found) >= size:
                         break
             return found, total
@@ -287,7 +261,7 @@ class Catalogue:
         with self._reading():
             for row in self._db.execute(query, (self._clock(),)):
                 with _logged():
-                    numbers.append(_read(row).number)
+                    numbers.append(read(row).number)
         return numbers
 
     def delete_expired(self, numbers: Collection[int]) -> int:
@@ -298,6 +272,46 @@ class Catalogue:
             removed = [self._db.execute(query, (number, now_s)).rowcount for number in numbers]
         self.removals += sum(removed)
         return sum(removed)
+
+    def ephemeral(self) -> Sequence[Checkpoint]:
+        """All ephemeral checkpoints, older ones first; those that are damaged are left out."""
+        found = []
+        with self._reading():
+            for row in self._db.execute("SELECT * FROM checkpoints ORDER BY number"):
+                with _logged():
+                    checkpoint = read(row)
+                    if checkpoint.ephemeral is not None:
+                        found.append(checkpoint)
+        return found
+
+    def present(self, numbers: Collection[int]) -> set[int]:
+        """Those of these checkpoints that are there, expired or not."""
+        query = "SELECT number FROM checkpoints WHERE number=?"
+        with self._reading():
+            return {n for n in numbers if self._db.execute(query, (n,)).fetchone() is not None}
+
+    def extend(self, number: int, expire_time_s: float) -> None:
+        """Let an ephemeral checkpoint that is there live longer, even if it expired by now."""
+        with self._writing():
+            checkpoint = self._ephemeral(number)
+            if checkpoint is not None:
+                self._write(replace(checkpoint, expire_time_s=expire_time_s))
+
+    def delete_ephemeral(self, numbers: Collection[int]) -> int:
+        """Remove those of these checkpoints that are ephemeral still; returns how many."""
+        with self._writing():
+            due = [number for number in numbers if self._ephemeral(number) is not None]
+            for number in due:
+                self._db.execute("DELETE FROM checkpoints WHERE number=?", (number,))
+        self.removals += len(due)
+        return len(due)
+
+    def _ephemeral(self, number: int) -> Checkpoint | None:
+        row = self._db.execute("SELECT * FROM checkpoints WHERE number=?", (number,)).fetchone()
+        with _logged():
+            found = None if row is None else read(row)
+            return found if found is not None and found.ephemeral is not None else None
+        return None
 
     def contents(self) -> Collection[str]:
         """SHA-256 of every file that a checkpoint refers to: the others may be removed.
@@ -313,7 +327,7 @@ class Catalogue:
                 message = f"the catalogue of checkpoints is damaged: {error}"
                 raise DataLoss(message, Reason.CHECKPOINT_CORRUPT) from error
             rows = self._db.execute("SELECT * FROM checkpoints")
-            return {blob.sha256 for row in rows for blob in _read(row).files}
+            return {blob.sha256 for row in rows for blob in read(row).files}
 
     def probe(self) -> None:
         """Do nothing, as long as checkpoints can be looked up."""
@@ -341,7 +355,7 @@ class Catalogue:
         row = self._db.execute(query, (writer.name,)).fetchone()
         if row is None:
             return None
-        if not _intact(row):
+        if not intact(row):
             message = f"the epoch of writer {writer.name!r} is damaged"
             raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
         highest: int = row["epoch"]
@@ -367,7 +381,13 @@ def check_repeat(found: Checkpoint, request_id: str, request_digest: str) -> Non
 
 
 def _not_found(path: CheckpointPath) -> NotFound:
-    return NotFound(f"no checkpoint {path}", Reason.CHECKPOINT_NOT_FOUND)
+    message = f"no checkpoint {path}"
+    if is_ephemeral_name(path.name):
+        message += (
+            "; sampler weights without a name are reclaimed when no client holds them and their "
+            "model has newer ones or is deleted: save them again, or under a name"
+        )
+    return NotFound(message, Reason.CHECKPOINT_NOT_FOUND)
 
 
 @contextlib.contextmanager
@@ -377,58 +397,3 @@ def _logged() -> Iterator[None]:
         yield
     except DataLoss as error:
         _log.error("%s", error.message)
-
-
-def _intact(row: sqlite3.Row) -> bool:
-    *columns, digest = tuple(row)
-    try:
-        return bool(schema.digest(*columns) == digest)
-    except TypeError:
-        return False
-
-
-def _read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
-    """The checkpoint of a row.
-
-    Raises:
-        DataLoss: It is not what was written (CHECKPOINT_CORRUPT).
-    """
-    try:
-        if not _intact(row):
-            raise ValueError("the digest differs")
-        record = json.loads(row["record"])
-        return Checkpoint(
-            path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
-            base_model=record["base_model"],
-            tuning=FullConfig() if record["lora"] is None else LoraConfig(**record["lora"]),
-            step_count=record["step_count"],
-            create_time_s=record["create_time_s"],
-            expire_time_s=row["expire_time_s"],
-            user_metadata=record["user_metadata"],
-            files=[Blob(*file) for file in record["files"]],
-            # Those of older releases have none.
-            request_id=record.get("request_id", ""),
-            request_digest=record.get("request_digest", ""),
-            number=row["number"],
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        subject = subject or f"{row['model_id']!r} {row['kind']!r} {row['name']!r}"
-        message = f"{subject}: entry {row['number']} of the catalogue is damaged: {error}"
-        raise DataLoss(message, Reason.CHECKPOINT_CORRUPT) from error
-
-
-def _record(checkpoint: Checkpoint) -> str:
-    """The column `record`; `lora` is null where there is no adapter."""
-    tuning = checkpoint.tuning
-    return json.dumps(
-        {
-            "base_model": checkpoint.base_model,
-            "lora": None if isinstance(tuning, FullConfig) else asdict(tuning),
-            "step_count": checkpoint.step_count,
-            "create_time_s": checkpoint.create_time_s,
-            "user_metadata": dict(checkpoint.user_metadata),
-            "files": [[blob.name, blob.size_bytes, blob.sha256] for blob in checkpoint.files],
-            "request_id": checkpoint.request_id,
-            "request_digest": checkpoint.request_digest,
-        }
-    )

@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 
 from tinsmithd import state_files
-from tinsmithd.checkpoint.catalogue import Checkpoint
+from tinsmithd.checkpoint.record import Checkpoint
 from tinsmithd.checkpoint.store import Blob
 
 _OURS = (state_files.STATE_FILE, state_files.OPTIMIZER_FILE)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from tinsmithd import failpoints
 from tinsmithd.checkpoint import schema
-from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint, Writer, check_repeat
+from tinsmithd.checkpoint.catalogue import Catalogue, Writer, check_repeat
 from tinsmithd.checkpoint.failures import storage_errors
+from tinsmithd.checkpoint.leases import Leases
+from tinsmithd.checkpoint.record import Checkpoint, Ephemeral
 from tinsmithd.checkpoint.safety import check_file_name, check_files
 from tinsmithd.checkpoint.store import Blob, Staging, Store
 from tinsmithd.domain import CheckpointPath, Tuning
@@ -46,6 +48,7 @@ class Header:
     user_metadata: dict[str, str]
     writer: Writer | None = None
     """None where nobody else may write in its place."""
+    ephemeral: bool = False
     request_id: str = ""
     """Tells a repeat of this request from another one; empty: it is never a repeat."""
 
@@ -53,7 +56,7 @@ class Header:
         """Of all that the request says, but for who makes it."""
         return schema.digest(
             *(str(self.path), self.base_model, str(self.tuning), self.step_count),
-            *(self.ttl_seconds, self.overwrite, sorted(self.user_metadata.items())),
+            *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
             [[blob.name, blob.size_bytes, blob.sha256] for blob in files],
         )
 
@@ -146,6 +149,7 @@ class Keeper:
         folder: Path,
         *,
         checkpoint_bytes_max: int,
+        lease_s: float = 30.0,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -153,6 +157,7 @@ class Keeper:
         try:
             file = folder / "catalogue.sqlite"
             self.catalogue = Catalogue(file, clock, may_be_new=self._store.empty)
+            self.leases = Leases(self.catalogue, lease_s, clock, monotonic)
         except BaseException:
             self._store.close()
             raise
@@ -201,6 +206,7 @@ class Keeper:
             files=files,
             request_id=header.request_id,
             request_digest=header.digest(files),
+            ephemeral=_ephemeral(header),
         )
         with self._publishing:
             try:
@@ -210,6 +216,7 @@ class Keeper:
                     added = self.catalogue.add(
                         checkpoint, overwrite=header.overwrite, writer=header.writer
                     )
+                self.leases.grant(added)
             except Exception as error:
                 self._swept = None
                 if isinstance(error, ResourceExhausted | Unavailable):
@@ -249,13 +256,69 @@ class Keeper:
                 expire_time_s=None if ttl_seconds is None else now_s + ttl_seconds,
                 request_id=request_id,
                 request_digest=digest,
+                ephemeral=None,
             )
             return self.catalogue.add(copied, overwrite=False)
 
     def set_ttl(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> Checkpoint:
-        """`checkpoint` with so long to live from now on; None means for ever."""
+        """`checkpoint`, an ordinary one, with so long to live from now on; None means for ever."""
         expire_time_s = None if ttl_seconds is None else self._clock() + ttl_seconds
-        return replace(checkpoint, expire_time_s=expire_time_s)
+        return replace(checkpoint, expire_time_s=expire_time_s, ephemeral=None)
+
+    def update(
+        self, path: CheckpointPath, change: Callable[[Checkpoint], Checkpoint]
+    ) -> Checkpoint:
+        """Change a checkpoint, see `Catalogue.update`."""
+        self.leases.renew(path)
+        changed = self.catalogue.update(path, change)
+        if changed.ephemeral is None:
+            self.leases.grant(changed)
+        return changed
+
+    def get(self, path: CheckpointPath) -> Checkpoint:
+        """One checkpoint, which is thereby used; see `Catalogue.get`."""
+        self.leases.renew(path)
+        return self.catalogue.get(path)
+
+    def renew(self, paths: Collection[CheckpointPath]) -> Sequence[CheckpointPath]:
+        """Hold ephemeral checkpoints for one more lease; returns those paths with nothing there.
+
+        Raises:
+            Unavailable: The catalogue cannot be read.
+        """
+        missing = []
+        for path in paths:
+            if not self.leases.renew(path):
+                try:
+                    self.catalogue.get(path)
+                except NotFound:
+                    missing.append(path)
+                except DataLoss:
+                    continue  # there is something, and whoever reads it hears more
+        return missing
+
+    def release(self, model_ids: Collection[str], writer: Writer | None) -> Sequence[str]:
+        """Models are gone; returns this writer's other models that have ephemeral checkpoints.
+
+        Raises:
+            FailedPrecondition: The writer was replaced, and what it knows is old (STALE_EPOCH).
+        """
+        if writer is not None:
+            self.catalogue.admit(writer)
+        self.leases.release(model_ids)
+        return [] if writer is None else self.leases.kept_models(writer.name)
+
+    def reclaim(self) -> None:
+        """Remove ephemeral checkpoints that nobody needs, and their bytes.
+
+        Raises:
+            DataLoss, ResourceExhausted, Unavailable, OSError: As `sweep`.
+        """
+        removed = self.leases.reclaim()
+        if removed:
+            with self._publishing:
+                self._remove_unused()
+            _log.debug("reclaimed %d ephemeral checkpoints", removed)
 
     def open(
         self,
@@ -274,7 +337,7 @@ class Keeper:
             Unavailable: It cannot be read now (CHECKPOINT_UNAVAILABLE).
         """
         with self._opening:
-            found = self.catalogue.get(path)
+            found = self.get(path)
             names = choose(found)
             present = {blob.name for blob in found.files}
             for name in names:
@@ -296,6 +359,7 @@ class Keeper:
         self._expired_since = {n: self._expired_since.get(n, now_s) for n in expired}
         due = [n for n, since_s in self._expired_since.items() if now_s - since_s >= EXPIRY_GRACE_S]
         removed = self.catalogue.delete_expired(due) if due else 0
+        self.leases.forget_deleted()
         with self._publishing:
             blobs = 0
             if self._swept != self.catalogue.removals:
@@ -320,3 +384,9 @@ class Keeper:
         """
         self.catalogue.probe()
         self._store.probe()
+
+
+def _ephemeral(header: Header) -> Ephemeral | None:
+    if not header.ephemeral:
+        return None
+    return Ephemeral(header.ttl_seconds, "" if header.writer is None else header.writer.name)

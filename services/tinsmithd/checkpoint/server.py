@@ -26,6 +26,7 @@ from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.server import RpcServer
 
 PROBE_INTERVAL_S = 5.0
+RECLAIMS_PER_LEASE = 5
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["CheckpointService"].full_name
 _log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class CheckpointServer:
         self._keeper = Keeper(
             folder,
             checkpoint_bytes_max=config.checkpoint_bytes_max,
+            lease_s=config.lease_s,
             clock=clock,
             monotonic=monotonic,
         )
@@ -71,7 +73,16 @@ class CheckpointServer:
         """Bind and serve."""
         await self._rpc.start()
         await self._rpc.set_serving(True)
-        self._tasks = [asyncio.create_task(self._sweep()), asyncio.create_task(self._watch())]
+        self._tasks = [
+            asyncio.create_task(self._every(self._config.sweep_interval_s, self._keeper.sweep)),
+            asyncio.create_task(self._every(self._reclaim_interval_s, self._keeper.reclaim)),
+            asyncio.create_task(self._watch()),
+        ]
+
+    @property
+    def _reclaim_interval_s(self) -> float:
+        # What nobody holds any more goes soon after its lease, however long that is.
+        return self._config.lease_s / RECLAIMS_PER_LEASE
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -87,13 +98,13 @@ class CheckpointServer:
                 await task
         self._keeper.close()
 
-    async def _sweep(self) -> None:
+    async def _every(self, interval_s: float, sweep: Callable[[], None]) -> None:
         while True:
             try:
-                await asyncio.to_thread(self._keeper.sweep)
+                await asyncio.to_thread(sweep)
             except (OSError, TinsmithError) as error:
-                _log.error("the sweep failed and is tried again later: %s", error)
-            await asyncio.sleep(self._config.sweep_interval_s)
+                _log.error("a sweep failed and is tried again later: %s", error)
+            await asyncio.sleep(interval_s)
 
     async def _watch(self) -> None:
         serving = True

@@ -10,9 +10,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
-from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
+from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.keeper import Header, Keeper, Write
+from tinsmithd.checkpoint.record import Checkpoint
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import FullConfig
@@ -24,6 +25,8 @@ PAGE_BYTES = 1024 * 1024
 """A page of so many bytes, and those of one checkpoint more, ends there."""
 RANK_MAX = 1 << 20
 WRITER_CHARACTERS_MAX = 128
+NAMES_MAX = 1000
+"""Paths, or models, in one call about leases."""
 UPDATABLE = ("ttl_seconds", "user_metadata")
 
 
@@ -39,7 +42,7 @@ class CheckpointServicer(CheckpointServiceServicer):
     ) -> pb.GetCheckpointResponse:
         """Return what is known of one checkpoint."""
         path = convert.path_from_pb(request.path, "path")
-        found = await asyncio.to_thread(self._keeper.catalogue.get, path)
+        found = await asyncio.to_thread(self._keeper.get, path)
         return pb.GetCheckpointResponse(checkpoint=_to_pb(found))
 
     async def ListCheckpoints(
@@ -77,7 +80,7 @@ class CheckpointServicer(CheckpointServiceServicer):
                 checkpoint = replace(checkpoint, user_metadata=metadata)
             return checkpoint
 
-        changed = await asyncio.to_thread(self._keeper.catalogue.update, path, change)
+        changed = await asyncio.to_thread(self._keeper.update, path, change)
         return pb.UpdateCheckpointResponse(checkpoint=_to_pb(changed))
 
     async def DeleteCheckpoint(
@@ -131,6 +134,29 @@ class CheckpointServicer(CheckpointServiceServicer):
             await asyncio.shield(asyncio.to_thread(write.discard))
         return pb.WriteCheckpointResponse(checkpoint=_to_pb(committed))
 
+    async def RenewLeases(
+        self, request: pb.RenewLeasesRequest, context: Any
+    ) -> pb.RenewLeasesResponse:
+        """Hold ephemeral checkpoints."""
+        convert.check_count("paths", request.paths, "names_max", NAMES_MAX)
+        paths = [convert.path_from_pb(p, f"paths[{i}]") for i, p in enumerate(request.paths)]
+        missing = set(await asyncio.to_thread(self._keeper.renew, paths))
+        return pb.RenewLeasesResponse(
+            lease_seconds=self._keeper.leases.lease_s,
+            not_found_paths=[
+                given for given, path in zip(request.paths, paths, strict=True) if path in missing
+            ],
+        )
+
+    async def ReleaseModels(
+        self, request: pb.ReleaseModelsRequest, context: Any
+    ) -> pb.ReleaseModelsResponse:
+        """Take note of models that are gone."""
+        convert.check_count("model_ids", request.model_ids, "names_max", NAMES_MAX)
+        writer = _writer(request, "")
+        kept = await asyncio.to_thread(self._keeper.release, set(request.model_ids), writer)
+        return pb.ReleaseModelsResponse(kept_model_ids=kept[:NAMES_MAX])
+
     async def ExportCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
         self, request: pb.ExportCheckpointRequest, context: Any
     ) -> AsyncIterator[pb.ExportCheckpointResponse]:
@@ -180,23 +206,26 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
         ttl_seconds=convert.ttl_from_pb(ttl, "header.ttl_seconds"),
         overwrite=header.overwrite,
         user_metadata=convert.metadata_from_pb(header.user_metadata, "header.user_metadata"),
-        writer=_writer(header),
+        writer=_writer(header, "header."),
         request_id=convert.request_id_from_pb(header.request_id, "header.request_id"),
+        ephemeral=header.ephemeral,
     )
 
 
-def _writer(header: pb.WriteCheckpointHeader) -> Writer | None:
-    if header.writer_epoch < 0:
-        raise InvalidArgument("header.writer_epoch", "is below 0")
+def _writer(
+    message: pb.WriteCheckpointHeader | pb.ReleaseModelsRequest, where: str
+) -> Writer | None:
+    if message.writer_epoch < 0:
+        raise InvalidArgument(f"{where}writer_epoch", "is below 0")
     limit = "writer_characters_max"
-    convert.check_count("header.writer", header.writer, limit, WRITER_CHARACTERS_MAX)
-    if not header.writer:
-        if header.writer_epoch:
+    convert.check_count(f"{where}writer", message.writer, limit, WRITER_CHARACTERS_MAX)
+    if not message.writer:
+        if message.writer_epoch:
             # A fence that nobody is behind would be taken for one.
-            message = "must be set with writer_epoch"
-            raise InvalidArgument("header.writer", message, Reason.MISSING_FIELD)
+            text = "must be set with writer_epoch"
+            raise InvalidArgument(f"{where}writer", text, Reason.MISSING_FIELD)
         return None
-    return Writer(header.writer, header.writer_epoch)
+    return Writer(message.writer, message.writer_epoch)
 
 
 async def _pieces(
@@ -247,6 +276,7 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
         size_bytes=checkpoint.size_bytes,
         user_metadata=checkpoint.user_metadata,
         step_count=checkpoint.step_count,
+        ephemeral=checkpoint.ephemeral is not None,
     )
     if checkpoint.expire_time_s is not None:
         message.expire_time.CopyFrom(_timestamp(checkpoint.expire_time_s))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import zlib
+from collections.abc import Collection
 
 import grpc
 
@@ -58,6 +59,18 @@ class CheckpointSource:
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
         content = hashlib.sha256(b"".join(file.sha256 for file in found.files)).hexdigest()
         return Adapter(f"{path}@{content}", functools.partial(self._fetch, path, content))
+
+    async def renew(self, paths: Collection[CheckpointPath]) -> float:
+        """Renew the leases on ephemeral checkpoints; returns for how long, seconds.
+
+        Raises:
+            Unavailable: The Checkpoint server does not answer.
+        """
+        request = pb.RenewLeasesRequest(paths=map(str, paths))
+        try:
+            return (await self._stub.RenewLeases(request, timeout=GET_S_MAX)).lease_seconds
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
 
     async def _fetch(self, path: CheckpointPath, content: str) -> ModelState:
         listed: dict[str, bytes] = {}

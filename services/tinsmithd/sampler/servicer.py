@@ -1,8 +1,8 @@
 """The face of the Sampler service: parse, call the scheduler, encode. No rule lives here."""
 
+import contextlib
 import importlib.metadata
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from tinsmith.v1 import sampler_service_pb2 as pb
@@ -14,7 +14,8 @@ from tinsmithd.domain import SampleRequest
 from tinsmithd.errors import NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
 from tinsmithd.sampler.checkpoints import CheckpointSource
-from tinsmithd.sampler.scheduler import Adapter, SamplerScheduler
+from tinsmithd.sampler.leases import Leases
+from tinsmithd.sampler.scheduler import Adapter, Output, SamplerScheduler
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
 PIECE_BYTES_MAX = 1024 * 1024
@@ -27,6 +28,7 @@ class SamplerServicer(SamplerServiceServicer):
     def __init__(self, config: SamplerConfig, checkpoints: CheckpointSource) -> None:
         self._config = config
         self._checkpoints = checkpoints
+        self._leases = Leases(checkpoints.renew)
         self.scheduler: SamplerScheduler | None = None
         self._limits = RequestLimits(
             config.num_samples_max,
@@ -68,8 +70,7 @@ class SamplerServicer(SamplerServiceServicer):
             request, chunks_max=limits.chunks_max, stops_max=limits.stops_max
         )
         wanted = self._check(scheduler, asked)
-        adapter = await self._adapter(request.checkpoint_path, scheduler)
-        async with aclosing(scheduler.run(wanted, adapter)) as outputs:  # type: ignore[type-var]
+        async with self._run(scheduler, wanted, request.checkpoint_path) as outputs:
             async for output in outputs:
                 response = pb.SampleResponse(
                     deltas=[convert.delta_to_pb(tokens, form) for tokens in output.tokens]
@@ -87,12 +88,12 @@ class SamplerServicer(SamplerServiceServicer):
         chunks_max = self._config.chunks_max
         asked = convert.compute_request_from_pb(request, chunks_max=chunks_max)
         wanted = self._check(scheduler, asked)
-        adapter = await self._adapter(request.checkpoint_path, scheduler)
         response = pb.ComputeLogprobsResponse()
-        async for output in scheduler.run(wanted, adapter):
-            assert output.prompt_scores is not None
-            scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
-            response.prompt_logprobs.CopyFrom(scores)
+        async with self._run(scheduler, wanted, request.checkpoint_path) as outputs:
+            async for output in outputs:
+                assert output.prompt_scores is not None
+                scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
+                response.prompt_logprobs.CopyFrom(scores)
         return response
 
     async def GetTokenizer(  # type: ignore[override]  # grpc.aio's form of the method
@@ -108,8 +109,17 @@ class SamplerServicer(SamplerServiceServicer):
     def _check(self, scheduler: SamplerScheduler, request: SampleRequest) -> SampleRequest:
         return check_request(request, scheduler.info, self._limits)
 
-    async def _adapter(self, path: str, scheduler: SamplerScheduler) -> Adapter | None:
-        if not path:
-            return None
-        parsed = path_from_pb(path, "checkpoint_path")
-        return await self._checkpoints.find(parsed, scheduler.info.name)
+    @contextlib.asynccontextmanager
+    async def _run(
+        self, scheduler: SamplerScheduler, wanted: SampleRequest, path: str
+    ) -> AsyncIterator[AsyncIterator[Output]]:
+        """Outputs of a request, whose checkpoint is held until it ends."""
+        adapter: Adapter | None = None
+        async with contextlib.AsyncExitStack() as stack:
+            if path:
+                parsed = path_from_pb(path, "checkpoint_path")
+                adapter = await self._checkpoints.find(parsed, scheduler.info.name)
+                await stack.enter_async_context(self._leases.held(parsed))
+            outputs = scheduler.run(wanted, adapter)
+            await stack.enter_async_context(contextlib.aclosing(outputs))  # type: ignore[type-var]
+            yield outputs

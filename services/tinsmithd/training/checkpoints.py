@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -138,6 +138,7 @@ class CheckpointClient:
             request_id=options.request_id,
             writer=self.writer_name,
             writer_epoch=self.writer_epoch,
+            ephemeral=options.ephemeral,
         )
         return CheckpointWriter(self._stub, header)
 
@@ -162,6 +163,21 @@ class CheckpointClient:
             tuning=convert.tuning_from_pb(found, "checkpoint.", 1 << 30),
             step_count=found.step_count,
         )
+
+    async def release_models(self, model_ids: Sequence[str]) -> Sequence[str]:
+        """Say which models are gone; returns those that have ephemeral checkpoints of this cluster.
+
+        Raises:
+            FailedPrecondition: This process was replaced (STALE_EPOCH).
+            Unavailable: The server cannot be reached.
+        """
+        request = pb.ReleaseModelsRequest(
+            model_ids=model_ids, writer=self.writer_name, writer_epoch=self.writer_epoch
+        )
+        try:
+            return list((await self._stub.ReleaseModels(request, timeout=30)).kept_model_ids)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
 
     async def read(self, path: CheckpointPath) -> AsyncIterator[tuple[str, bytes]]:
         """The files of a checkpoint, piece by piece; only a normal end means that all is well.

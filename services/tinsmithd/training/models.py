@@ -96,6 +96,7 @@ class Models:
 
     Attributes:
         place: Where the rank group is to be found.
+        on_deleted: Told of each model that was deleted.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Models:
         self.place = TrainerPlace()
         self._turns = Turns()
         self._created_count = 0
+        self.on_deleted: Callable[[str], None] = lambda model_id: None
 
     # --- the trainer comes and goes -----------------------------------------------------------
 
@@ -341,6 +343,10 @@ class Models:
             raise model_not_found(model_id)
         return model
 
+    def exists(self, model_id: str) -> bool:
+        """Whether there is a model of this id."""
+        return model_id in self._models
+
     def list(self) -> Sequence[Model]:
         """All models, newest first."""
         return list(reversed(self._models.values()))
@@ -358,6 +364,7 @@ class Models:
         model.lane.close(model_not_found(model_id))
         model.lane.forget()
         self._later(self._sweep(model))
+        self.on_deleted(model_id)
         trainer = self.place.current
         if (was_lost and not self._journal.keeps) or trainer is None:
             return

@@ -21,6 +21,7 @@ from tinsmithd.training.link import TrainerLinkServicer
 from tinsmithd.training.metrics import TrainingCollector
 from tinsmithd.training.models import ModelLimits, Models
 from tinsmithd.training.recovery import SnapshotRule
+from tinsmithd.training.releases import Releases
 from tinsmithd.training.rules import LaneLimits
 from tinsmithd.training.servicer import TrainingServicer
 from tinsmithd.training.snapshots import DiskSnapshots, Snapshots
@@ -75,6 +76,8 @@ class TrainingServer:
         self._checkpoints = CheckpointClient(config.checkpoint_target)
         self._journal, snapshots = _storage(config)
         self._models = Models(_limits(config), self._checkpoints, self._journal, snapshots)
+        self._releases = Releases(self._checkpoints, self._models.exists)
+        self._models.on_deleted = self._releases.deleted
         self._rpc = RpcServer(config, SERVICE_NAME, (RECOVERY_NAME,))
         self._rpc.metrics.registry.register(TrainingCollector(self._models, self._journal))
         if self._journal.keeps:
@@ -114,6 +117,7 @@ class TrainingServer:
         self._tasks = [
             asyncio.create_task(self._watch()),
             asyncio.create_task(self._sweep()),
+            asyncio.create_task(self._releases.run()),
             asyncio.create_task(self._link.watch()),
             asyncio.create_task(self._journal.failed()),
         ]

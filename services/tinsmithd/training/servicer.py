@@ -15,7 +15,7 @@ from tinsmithd import failpoints
 from tinsmithd.config import TrainingConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import array_from_pb, array_to_pb
-from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath
+from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath, new_ephemeral_name
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc.intake import off_loop, refusal_of_call
 from tinsmithd.training.model import Model
@@ -212,7 +212,7 @@ class TrainingServicer(TrainingServiceServicer):
         if request.name or kind is CheckpointKind.TRAINING:
             name = convert.name_from_pb(request.name, "name")
         else:
-            name = f"ephemeral-{secrets.token_hex(8)}"
+            name = new_ephemeral_name()
             ttl = self._config.ephemeral_ttl_s if ttl is None else ttl
         return SaveOptions(
             path=CheckpointPath(request.model_id, kind, name),
@@ -221,6 +221,7 @@ class TrainingServicer(TrainingServiceServicer):
             user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
             # A call with a number is the same one when it comes again; any other is not.
             request_id=digest_of(request).hex() if request.seq_id else secrets.token_hex(32),
+            ephemeral=not request.name,
         )
 
     async def LoadCheckpoint(

@@ -66,6 +66,7 @@ class SaveOptions:
     overwrite: bool
     user_metadata: Mapping[str, str]
     request_id: str = ""
+    ephemeral: bool = False
 
 
 @dataclass(frozen=True)
