@@ -2,24 +2,26 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
+from tinsmith._check import shown, text
 from tinsmith._leases import Leases
 from tinsmith._retry import is_lost, retrying
 from tinsmith._waiting import Attempts, Waiting
 from tinsmith.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
+    TinsmithError,
     UnavailableError,
     from_rpc_error,
     unsupported,
 )
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmith.v1.connection import CHANNEL_OPTIONS, has_port, service_address
+from tinsmith.v1.connection import channel_options, proxy_note, service_address
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmith.v1.training_service_pb2_grpc import TrainingServiceStub
 
@@ -38,20 +40,34 @@ ASK_TIMEOUT_S = 5.0
 TRAINING, SAMPLER, CHECKPOINT = "training", "sampler", "checkpoint"
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+ADDRESS_VARIABLES = ("TINSMITH_ADDRESS", "TINKER_BASE_URL")
 
 
 def address_of(given: str | None) -> str:
-    """`host:port` from an argument, `TINSMITH_ADDRESS`, or the default.
+    """`host:port` from an argument, `TINSMITH_ADDRESS`, `TINKER_BASE_URL`, or the default.
 
     Raises:
-        InvalidArgumentError: It is https, or has no port.
+        InvalidArgumentError: It has no port, or cannot be sent.
+        UnimplementedError: It is the URL of an HTTP gateway, or needs TLS.
     """
-    text = given or os.environ.get("TINSMITH_ADDRESS") or DEFAULT_ADDRESS
-    if text.startswith("https://"):
-        raise unsupported("base_url", "TLS is not supported yet")
-    address = text.removeprefix("http://").rstrip("/")
-    if not has_port(address):
-        raise InvalidArgumentError(f"base_url: {text!r} is not host:port", field="base_url")
+    if given is not None:
+        return _checked(given, "base_url")
+    for variable in ADDRESS_VARIABLES:
+        if found := os.environ.get(variable):
+            if variable == "TINKER_BASE_URL" and "://" in found:
+                why = f"{shown(found)} is the URL of a gateway, which there is none of yet; set it "
+                raise unsupported(variable, f"{why}to host:port of the Training server")
+            return _checked(found, variable)
+    return DEFAULT_ADDRESS
+
+
+def _checked(given: object, where: str) -> str:
+    address = text(given, where).removeprefix("http://").rstrip("/")
+    if address.startswith("https://"):
+        raise unsupported(where, "TLS is not supported yet")
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and int(port) <= 65_535):
+        raise InvalidArgumentError(f"{where}: {shown(given)} is not host:port", field=where)
     return address
 
 
@@ -67,12 +83,18 @@ class Connection:
         self.address = address
         self.give_up_after_s = give_up_after_s
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._addresses = {TRAINING: address}
         self._capabilities: training_service_pb2.GetCapabilitiesResponse | None = None
         self._asking: asyncio.Task[training_service_pb2.GetCapabilitiesResponse] | None = None
         self._unreachable: set[str] = set()
         self._waiting = Waiting(self._ask_model)
         self._closed = False
         self.leases = Leases(self.checkpoint)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What makes another connection like this one, in another process too."""
+        return {"address": self.address, "give_up_after_s": self.give_up_after_s}
 
     async def retrying(
         self,
@@ -94,13 +116,22 @@ class Connection:
         async def watched() -> T:
             try:
                 return await attempt()
-            except grpc.RpcError as error:
-                if service != TRAINING and is_lost(from_rpc_error(error)):
-                    self._unreachable.add(service)  # it may have come back somewhere else
-                raise
+            except grpc.RpcError as failure:
+                error = from_rpc_error(failure)
+                if is_lost(error):
+                    if service != TRAINING:
+                        self._unreachable.add(service)  # it may have come back somewhere else
+                    raise self._with_proxy(error, service) from None
+                raise error from None
 
         call = Attempts(what, service, model_id)
         return await retrying(call, watched, self._waiting, self.give_up_after_s)
+
+    def _with_proxy(self, error: TinsmithError, service: str) -> TinsmithError:
+        # gRPC's own text has the proxy's address where a reader takes it for the server's.
+        if note := proxy_note(self._addresses.get(service, self.address)):
+            error.message = f"{error.message} ({note})"
+        return error
 
     def training(self) -> "TrainingServiceAsyncStub":
         """Stub of the Training service."""
@@ -126,7 +157,8 @@ class Connection:
             else:
                 self._unreachable.discard(service)
         given = found.sampler_address if service == SAMPLER else found.checkpoint_address
-        return self._channel(service_address(service, self.address, given))
+        self._addresses[service] = service_address(service, self.address, given)
+        return self._channel(self._addresses[service])
 
     async def capabilities(self) -> training_service_pb2.GetCapabilitiesResponse:
         """What the cluster says of itself, once it has a base model.
@@ -167,7 +199,7 @@ class Connection:
             message = "the ServiceClient is closed, and so are the clients made with it"
             raise FailedPreconditionError(message, reason="CLIENT_CLOSED")
         if address not in self._channels:
-            options: Any = list(CHANNEL_OPTIONS)
+            options: Any = list(channel_options(address))
             self._channels[address] = grpc.aio.insecure_channel(address, options=options)
         return self._channels[address]
 

@@ -1,13 +1,12 @@
 """The client's types to messages and back."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
 from typing import Any
 
-from tinsmith import tensors
+from tinsmith import _check, tensors
 from tinsmith.errors import InvalidArgumentError
-from tinsmith.types.inputs import Datum, ModelInput, SamplingParams, int_tokens
+from tinsmith.types.inputs import Datum, ModelInput, SamplingParams, check_datum, int_tokens
 from tinsmith.types.outputs import (
     Checkpoint,
     ForwardBackwardOutput,
@@ -15,7 +14,7 @@ from tinsmith.types.outputs import (
     StopReason,
     TopkLogprobs,
 )
-from tinsmith.types.tensor import as_like
+from tinsmith.types.tensor import Like, as_like, from_any
 from tinsmith.v1 import (
     checkpoint_service_pb2,
     sampler_service_pb2,
@@ -58,11 +57,13 @@ def requests_of(
     requests: list[ComputeRequest] = [kind(loss_fn=loss_fn)]
     room = MESSAGE_BYTES
     for index, datum in enumerate(data):
-        if not isinstance(datum, Datum):
-            message = f"data[{index}]: expected a Datum, got {type(datum).__name__}"
-            raise InvalidArgumentError(message, field=f"data[{index}]")
+        check_datum(datum, index)
         tokens = int_tokens(datum.model_input, f"data[{index}].model_input")
-        inputs = {name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()}
+        # Read once more: the mapping is the caller's to change until now.
+        inputs = {
+            _check.text(name, f"data[{index}].loss_fn_inputs"): from_any(name, value).to_numpy()
+            for name, value in datum.loss_fn_inputs.items()
+        }
         nbytes = tokens.nbytes + sum(array.nbytes for array in inputs.values())
         if nbytes > room and requests[-1].data:
             requests.append(kind())
@@ -83,33 +84,37 @@ def loss_fn_to_pb(name: str, config: Mapping[str, float | str] | None) -> types_
     """
     message = types_pb2.LossFn()
     known = [field.name for field in message.DESCRIPTOR.fields]
-    if name not in known:
-        text = f"loss_fn: {name!r} is not one of {', '.join(known)}"
-        raise InvalidArgumentError(text, field="loss_fn")
+    if not isinstance(name, str) or name not in known:
+        why = f"{_check.shown(name)} is not one of {', '.join(known)}"
+        raise _check.refuse("loss_fn", why)
+    if config is not None and not isinstance(config, Mapping):
+        why = f"expected a mapping, got {type(config).__name__}"
+        raise _check.refuse("loss_fn_config", why)
     settings = getattr(message, name)
     settings.SetInParent()
     allowed = [field.name for field in settings.DESCRIPTOR.fields]
     for key, value in (config or {}).items():
-        where = f"loss_fn_config[{key!r}]"
+        where = f"loss_fn_config[{_check.shown(key)}]"
         if key not in allowed:
-            text = f"{where}: {name} has {', '.join(allowed) or 'no settings'}"
-            raise InvalidArgumentError(text, field=where)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidArgumentError(f"{where}: {value!r} is not a finite number", field=where)
-        setattr(settings, key, float(value))
+            raise _check.refuse(where, f"{name} has {', '.join(allowed) or 'no settings'}")
+        setattr(settings, key, _check.real(value, where))
     return message
 
 
 def output_from_pb(
-    outputs: Iterable[Any], metrics: Mapping[str, float], data: Sequence[Datum]
+    outputs: Iterable[Any], metrics: Mapping[str, float], likes: Sequence[Like]
 ) -> ForwardBackwardOutput:
-    """Read results, each in the form that its datum was given in."""
+    """Read results, each in the form that its datum was given in.
+
+    Raises:
+        ValueError: They are not one for each datum, or cannot be read.
+    """
     read = [
         {
-            name: as_like(tensors.decode(tensor), datum.like)
+            name: as_like(tensors.decode(tensor), like)
             for name, tensor in output.loss_fn_outputs.items()
         }
-        for output, datum in zip(outputs, data, strict=True)
+        for output, like in zip(outputs, likes, strict=True)
     ]
     return ForwardBackwardOutput(list(read), dict(metrics))
 
@@ -121,7 +126,7 @@ def sampling_params_to_pb(params: SamplingParams) -> sampler_service_pb2.Samplin
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
-        seed=params.seed,
+        seed=_check.seed(params.seed, "sampling_params.seed"),
     )
     if params.stop is not None:
         message.stop.CopyFrom(_stop_to_pb(params.stop))
@@ -129,12 +134,9 @@ def sampling_params_to_pb(params: SamplingParams) -> sampler_service_pb2.Samplin
 
 
 def _stop_to_pb(stop: str | Sequence[str] | Sequence[int]) -> sampler_service_pb2.StopCondition:
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    strings = [s for s in stops if isinstance(s, str)]
-    tokens = [s for s in stops if isinstance(s, int) and not isinstance(s, bool)]
-    if len(strings) + len(tokens) != len(stops) or (strings and tokens):
-        message = "stop: expected a string, strings, or token ids"
-        raise InvalidArgumentError(message, field="sampling_params.stop")
+    stops: list[Any] = [stop] if isinstance(stop, str) else list(stop)
+    strings = [entry for entry in stops if isinstance(entry, str)]
+    tokens = [entry for entry in stops if not isinstance(entry, str)]
     # No stop at all for an empty list, as in Tinker; else the model's own stops count too.
     return sampler_service_pb2.StopCondition(tokens=tokens, strings=strings, eos=bool(stops))
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinsmith.errors import InvalidArgumentError
-from tinsmith.types.inputs import Datum
-from tinsmith.types.tensor import TensorData
+from tinsmith.types.inputs import Datum, check_datum
+from tinsmith.types.tensor import TensorData, from_any
 
 if TYPE_CHECKING:
     import torch
 
-CustomLossFn = Callable[[list[Datum], list["torch.Tensor"]], Any]
-"""Takes the data and the logprobs of each, float32 `(N,)` or `(N, K)`; returns the scalar loss
-and a mapping of metrics."""
+CustomLossFn = Callable[[list[Datum], list[Any]], Any]
+"""Takes the data and the logprobs of each, torch, float32 `(N,)` or `(N, K)`; returns the scalar
+loss and a mapping of metrics."""
 
 
 class LogprobList(list["torch.Tensor"]):
@@ -62,14 +62,16 @@ def forward_data(data: Sequence[Datum]) -> list[Datum]:
     """The data of the first call: only what cross-entropy reads.
 
     Raises:
-        InvalidArgumentError: A datum has no `target_tokens`.
+        InvalidArgumentError: One is no Datum or has no `target_tokens`.
     """
     prepared = []
     for index, datum in enumerate(data):
+        check_datum(datum, index)
         targets = datum.loss_fn_inputs.get("target_tokens")
         if targets is None:
             where = f'data[{index}].loss_fn_inputs["target_tokens"]'
             raise InvalidArgumentError(f"{where}: is missing", field=where, reason="MISSING_FIELD")
+        targets = from_any("target_tokens", targets)
         weights = datum.loss_fn_inputs.get("weights")
         if weights is None:
             weights = TensorData(np.zeros(targets.shape, np.float32))
@@ -98,6 +100,9 @@ def run_loss(
     except (TypeError, ValueError):
         message = "loss_fn: must return (loss, metrics)"
         raise InvalidArgumentError(message, field="loss_fn") from None
+    if not isinstance(metrics, Mapping):
+        message = f"loss_fn: the metrics must be a mapping, got {type(metrics).__name__}"
+        raise InvalidArgumentError(message, field="loss_fn")
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         message = "loss_fn: the loss must be a scalar tensor that depends on the logprobs"
         raise InvalidArgumentError(message, field="loss_fn")

@@ -8,7 +8,12 @@ from typing import TypeVar
 import grpc
 
 from tinsmith._waiting import Attempts, Waiting
-from tinsmith.errors import TinsmithError, UnavailableError, from_rpc_error
+from tinsmith.errors import (
+    APIConnectionError,
+    TinsmithError,
+    UnavailableError,
+    from_rpc_error,
+)
 
 T = TypeVar("T")
 
@@ -52,7 +57,7 @@ async def retrying(
             call.attempt_s = loop.time()
             try:
                 result = await attempt()
-            except (grpc.RpcError, UnavailableError) as failure:
+            except (grpc.RpcError, TinsmithError) as failure:
                 error = _as_error(failure)
                 if not is_retryable(error):
                     waiting.answered(call)
@@ -68,7 +73,7 @@ async def retrying(
             waiting.failed(call, error)
             if now_s - max(call.failing_s, waiting.answered_s(call)) > give_up_after_s:
                 waiting.gave_up(call)
-                raise error
+                raise error if isinstance(error, APIConnectionError) else _unanswered(error)
             wait_s = _wait_s(error, delay_s)
             # Woken only every other time: whoever gets through must not make the rest hammer.
             woken = await waiting.pause(call, wait_s, wakes=not woken and not error.retry_after_s)
@@ -77,6 +82,11 @@ async def retrying(
 
 def _as_error(failure: grpc.RpcError | TinsmithError) -> TinsmithError:
     return failure if isinstance(failure, TinsmithError) else from_rpc_error(failure)
+
+
+def _unanswered(error: TinsmithError) -> TinsmithError:
+    """What a broken connection is in the end, whatever its status says."""
+    return UnavailableError(str(error), code=error.code) if is_lost(error) else error
 
 
 def _wait_s(error: TinsmithError, delay_s: float) -> float:

@@ -1,6 +1,6 @@
 """Tinker's `x_async` names for every method `x` that returns a future."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,14 +29,26 @@ def async_twins(*names: str, final: bool) -> Callable[[type[T]], type[T]]:
 
 
 def _final_twin(name: str) -> Callable[..., Any]:
-    async def twin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await getattr(self, name)(*args, **kwargs)
+    def twin(self: Any, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        return _awaited(getattr(self, name)(*args, **kwargs))
 
     return twin
 
 
 def _future_twin(name: str) -> Callable[..., Any]:
-    async def twin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, name)(*args, **kwargs)
+    def twin(self: Any, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        return _given(getattr(self, name)(*args, **kwargs))
 
     return twin
+
+
+# The call is made when the twin is called, not when it is awaited: calls keep the order of the
+# program, and nobody can change an argument in between.
+
+
+async def _awaited(future: Awaitable[T]) -> T:
+    return await future
+
+
+async def _given(value: T) -> T:
+    return value

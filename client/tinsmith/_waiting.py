@@ -27,7 +27,7 @@ ASK_INTERVAL_S = 5.0
 TAKEN_S = 3.0
 """An attempt after a failure that lives for so long has reached the service: it waits no more."""
 WAKE_SPREAD_S = 0.2
-REASON_CHARS_MAX = 200
+REASON_CHARS_MAX = 300
 
 _log = logging.getLogger("tinsmith")
 

@@ -6,10 +6,12 @@ result = await client.forward_backward(data, "cross_entropy")        # in a coro
 
 import asyncio
 import concurrent.futures
+import contextlib
+import weakref
 from collections.abc import Coroutine, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
-from tinsmith import _loop
+from tinsmith import _fork, _loop
 
 T = TypeVar("T")
 
@@ -17,11 +19,14 @@ T = TypeVar("T")
 class APIFuture(Generic[T]):
     """The result of a call that is under way.
 
-    It may be waited for from any thread and any event loop, any number of times.
+    It may be waited for from any thread and any event loop, any number of times. Whoever stops
+    waiting, by a timeout or by being cancelled, leaves it to the others.
     """
 
     def __init__(self, future: "concurrent.futures.Future[T]") -> None:
         self._future = future
+        self._wakes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Event]
+        self._wakes = weakref.WeakKeyDictionary()
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result.
@@ -33,6 +38,7 @@ class APIFuture(Generic[T]):
             TimeoutError: It is not there yet; the call goes on.
             TinsmithError: The call failed.
         """
+        self._check()
         if _loop.in_loop_thread() and not self._future.done():
             raise RuntimeError("result() would block the client's own event loop; use await")
         return self._future.result(timeout)
@@ -41,14 +47,36 @@ class APIFuture(Generic[T]):
         """Wait for the result in a coroutine.
 
         Raises:
-            TimeoutError: It is not there yet; this future is cancelled.
+            TimeoutError: It is not there yet; the call goes on.
             TinsmithError: The call failed.
         """
-        async with asyncio.timeout(timeout):
-            return await asyncio.wrap_future(self._future)
+        self._check()
+        if not self._future.done():
+            async with asyncio.timeout(timeout):
+                await self._wake().wait()
+        if self._future.cancelled():
+            raise asyncio.CancelledError
+        return self._future.result()
+
+    def _wake(self) -> asyncio.Event:
+        # Not `wrap_future`: to cancel its waiter would cancel the call for everybody.
+        loop = asyncio.get_running_loop()
+        if loop not in self._wakes:
+            done = self._wakes[loop] = asyncio.Event()
+
+            def wake(_: "concurrent.futures.Future[T]") -> None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed; nobody waits there
+                    loop.call_soon_threadsafe(done.set)
+
+            self._future.add_done_callback(wake)
+        return self._wakes[loop]
+
+    def _check(self) -> None:
+        if not self._future.done():  # in a forked process it never will be
+            _fork.check()
 
     def future(self) -> "concurrent.futures.Future[T]":
-        """The same as a standard future. Cancelling it gives up the result."""
+        """The same as a standard future. Cancelling it gives up the result, for everybody."""
         return self._future
 
     def coroutine(self) -> Coroutine[Any, Any, T]:

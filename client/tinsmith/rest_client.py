@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 import shutil
 import tarfile
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from tinsmith import _loop
+from tinsmith import _check, _loop
 from tinsmith._connection import CHECKPOINT, Connection, address_of
 from tinsmith._convert import checkpoint_from_pb
 from tinsmith._lifetime import delete_model
@@ -63,10 +64,15 @@ class RestClient:
     Args:
         connection: Internal; users pass `base_url`.
         base_url: As in `ServiceClient`.
+        api_key: Ignored; there are no keys yet.
     """
 
     def __init__(
-        self, connection: Connection | None = None, *, base_url: str | None = None
+        self,
+        connection: Connection | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
     ) -> None:
         if connection is None:
             connection = Connection(address_of(base_url))
@@ -82,14 +88,15 @@ class RestClient:
         self, training_run_id: str, access_scope: str = "owned"
     ) -> APIFuture[TrainingRun]:
         """One model."""
-        request = training_service_pb2.GetModelRequest(model_id=training_run_id)
+        run = _check.text(training_run_id, "training_run_id")
+        request = training_service_pb2.GetModelRequest(model_id=run)
 
         async def ask() -> TrainingRun:
             stub = self._connection.training()
             response = await self._connection.retrying(
                 "get_training_run", lambda: stub.GetModel(request)
             )
-            checkpoints = await self._all_checkpoints(training_run_id)
+            checkpoints = await self._all_checkpoints(run)
             return _run_from_pb(response.model, checkpoints)
 
         return APIFuture(_loop.run(ask()))
@@ -109,6 +116,8 @@ class RestClient:
         project_id: str | None = None,
     ) -> APIFuture[TrainingRunsResponse]:
         """Models, newest first."""
+        limit = _check.whole(limit, "limit", 0)
+        offset = _check.whole(offset, "offset", 0)
 
         async def ask() -> TrainingRunsResponse:
             models: list[training_service_pb2.Model] = []
@@ -139,15 +148,17 @@ class RestClient:
         Raises:
             NotFoundError: There is none (MODEL_NOT_FOUND); from the future.
         """
-        return APIFuture(_loop.run(delete_model(self._connection, model_id)))
+        name = _check.text(model_id, "model_id")
+        return APIFuture(_loop.run(delete_model(self._connection, name)))
 
     # --- checkpoints --------------------------------------------------------------------------
 
     def list_checkpoints(self, training_run_id: str) -> APIFuture[CheckpointsListResponse]:
         """All checkpoints of one model, newest first."""
+        run = _check.text(training_run_id, "training_run_id")
 
         async def ask() -> CheckpointsListResponse:
-            return CheckpointsListResponse(await self._all_checkpoints(training_run_id))
+            return CheckpointsListResponse(await self._all_checkpoints(run))
 
         return APIFuture(_loop.run(ask()))
 
@@ -155,6 +166,8 @@ class RestClient:
         self, limit: int = 100, offset: int = 0
     ) -> APIFuture[CheckpointsListResponse]:
         """Checkpoints of all models, newest first."""
+        limit = _check.whole(limit, "limit", 0)
+        offset = _check.whole(offset, "offset", 0)
 
         async def ask() -> CheckpointsListResponse:
             found = await self._all_checkpoints("")
@@ -193,16 +206,20 @@ class RestClient:
                 train_attn=lora.train_attn,
             )
 
-        return self._ask("GetCheckpoint", pb.GetCheckpointRequest(path=tinker_path), read)
+        request = pb.GetCheckpointRequest(path=_check.text(tinker_path, "tinker_path"))
+        return self._ask("GetCheckpoint", request, read)
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
         """Delete a checkpoint by its run and `weights/<name>` or `sampler_weights/<name>`."""
-        path = f"tinsmith://{training_run_id}/{checkpoint_id}"
+        run = _check.text(training_run_id, "training_run_id")
+        path = f"tinsmith://{run}/{_check.text(checkpoint_id, 'checkpoint_id')}"
         return self.delete_checkpoint_from_tinker_path(path)
 
-    def delete_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
-        """Delete a checkpoint."""
-        request = pb.DeleteCheckpointRequest(path=path)
+    def delete_checkpoint_from_tinker_path(
+        self, tinker_path: str | None = None, *, path: str | None = None
+    ) -> APIFuture[None]:
+        """Delete a checkpoint; `path` is another name of the parameter, as below."""
+        request = pb.DeleteCheckpointRequest(path=_path_of(tinker_path, path))
         attempts = 0
 
         async def attempt() -> None:
@@ -217,19 +234,28 @@ class RestClient:
 
         return APIFuture(_loop.run(self._retrying("DeleteCheckpoint", attempt)))
 
-    def publish_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
+    def publish_checkpoint_from_tinker_path(
+        self, tinker_path: str | None = None, *, path: str | None = None
+    ) -> APIFuture[None]:
         """Refused: whoever reaches this cluster may read every checkpoint already."""
         raise unsupported("publish_checkpoint_from_tinker_path", _NO_OWNERS)
 
-    def unpublish_checkpoint_from_tinker_path(self, path: str) -> APIFuture[None]:
+    def unpublish_checkpoint_from_tinker_path(
+        self, tinker_path: str | None = None, *, path: str | None = None
+    ) -> APIFuture[None]:
         """Refused: nobody can be kept from reading a checkpoint of this cluster."""
         raise unsupported("unpublish_checkpoint_from_tinker_path", _NO_OWNERS)
 
     def set_checkpoint_ttl_from_tinker_path(
-        self, path: str, ttl_seconds: int | None
+        self,
+        tinker_path: str | None = None,
+        ttl_seconds: int | None = None,
+        *,
+        path: str | None = None,
     ) -> APIFuture[None]:
         """Delete a checkpoint after so many seconds from now; None: never."""
-        return self._update(path, "ttl_seconds", ttl_seconds=ttl_seconds)
+        seconds = _check.optional_whole(ttl_seconds, "ttl_seconds")
+        return self._update(_path_of(tinker_path, path), "ttl_seconds", ttl_seconds=seconds)
 
     def _update(self, path: str, field: str, **values: Any) -> APIFuture[None]:
         mask = FieldMask(paths=[field])
@@ -254,12 +280,16 @@ class RestClient:
             ttl_seconds: Seconds until the copy is deleted; None: never.
             weights_access_token: Not supported.
         """
-        if destination_project_id is not None or weights_access_token is not None:
-            raise unsupported("destination_project_id", "there are no projects or tokens yet")
+        if destination_project_id is not None:
+            raise unsupported("destination_project_id", "there are no projects yet")
+        if weights_access_token is not None:
+            raise unsupported("weights_access_token", "there are no access tokens yet")
+        source = _check.text(path, "path")
+        target = f"{source}-copy" if destination_path is None else destination_path
         request = pb.CopyCheckpointRequest(
-            source_path=path,
-            destination_path=destination_path or f"{path}-copy",
-            ttl_seconds=ttl_seconds,
+            source_path=source,
+            destination_path=_check.text(target, "destination_path"),
+            ttl_seconds=_check.optional_whole(ttl_seconds, "ttl_seconds"),
             request_id=str(uuid.uuid4()),  # sent again, it is still one copy
         )
         return self._ask("CopyCheckpoint", request, lambda r: str(r.checkpoint.path))
@@ -274,7 +304,9 @@ class RestClient:
             path: The checkpoint, of either kind.
             folder: Where to; it is made. Files of the same names in it are replaced.
         """
-        request = pb.ExportCheckpointRequest(path=path)
+        request = pb.ExportCheckpointRequest(path=_check.text(path, "path"))
+        if not isinstance(folder, str | os.PathLike):
+            raise _check.refuse("folder", f"expected a path, got {type(folder).__name__}")
         target = Path(folder)
 
         async def fetch() -> bytes:
@@ -304,6 +336,12 @@ class RestClient:
             return read(await self._call(method, request))
 
         return APIFuture(_loop.run(ask()))
+
+
+def _path_of(tinker_path: str | None, path: str | None) -> str:
+    if tinker_path is not None and path is not None:
+        raise _check.refuse("path", "tinker_path is given, too")
+    return _check.text(path if tinker_path is None else tinker_path, "tinker_path")
 
 
 def _nothing(_: Any) -> None:

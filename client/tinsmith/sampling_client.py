@@ -2,14 +2,14 @@
 
 import queue
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from tinsmith import _loop, tensors
+from tinsmith import _check, _loop, tensors
 from tinsmith._connection import CHECKPOINT, SAMPLER, Connection
 from tinsmith._convert import (
     delta_from_pb,
@@ -35,6 +35,7 @@ from tinsmith.v1 import checkpoint_service_pb2
 from tinsmith.v1 import sampler_service_pb2 as pb
 
 SEED_BITS = 62
+INT32_MAX = 2**31 - 1
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ T = TypeVar("T")
 class SamplingClient:
     """Samples from one set of weights, which never change under it.
 
-    Made by `ServiceClient` or `TrainingClient`; may be pickled.
+    Made by `ServiceClient` or `TrainingClient`; may be pickled, and keeps its settings.
 
     Weights that were saved without a name live as long as a client holds them, this one or a copy
     in another process: until it is closed or collected as garbage. After that they go within a
@@ -69,6 +70,7 @@ class SamplingClient:
         cls, connection: Connection, base_model: str, model_path: str
     ) -> "ClientFuture[SamplingClient]":
         """A client for a checkpoint, after a look whether it is there."""
+        model_path = _check.text(model_path, "model_path")
         request = checkpoint_service_pb2.GetCheckpointRequest(path=model_path)
 
         async def build() -> SamplingClient:
@@ -85,7 +87,7 @@ class SamplingClient:
         self._connection.leases.let_go(self)
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._connection.address, self._base_model, self.model_path)
+        return _rebuild, (self._connection.settings, self._base_model, self.model_path)
 
     def sample(
         self,
@@ -103,7 +105,7 @@ class SamplingClient:
 
         Args:
             prompt: P tokens.
-            num_samples: How many.
+            num_samples: How many, at least 1.
             sampling_params: How to draw; None: the defaults.
             include_prompt_logprobs: Also return the prompt's logprobs, at temperature 1.
             topk_prompt_logprobs: Also return so many most likely tokens at each prompt position.
@@ -124,11 +126,15 @@ class SamplingClient:
             if value:
                 raise unsupported(name, "is not supported")
         request = self._request(prompt, num_samples, sampling_params)
-        request.include_prompt_logprobs = include_prompt_logprobs
-        request.topk_prompt_logprobs = topk_prompt_logprobs
+        request.include_prompt_logprobs = _check.flag(
+            include_prompt_logprobs, "include_prompt_logprobs"
+        )
+        request.topk_prompt_logprobs = _check.whole(
+            topk_prompt_logprobs, "topk_prompt_logprobs", 0, INT32_MAX
+        )
 
         async def attempt() -> SampleResponse:
-            samples = _Samples(num_samples)
+            samples = _Samples(request.num_samples)
             async for response in (await self._connection.sampler()).Sample(request):
                 samples.add(response)
             return samples.result()
@@ -138,7 +144,10 @@ class SamplingClient:
     def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams | None
     ) -> pb.SampleRequest:
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            why = f"expected SamplingParams, got {type(params).__name__}"
+            raise _check.refuse("sampling_params", why)
         if params.seed is None:
             # Drawn here, so that an attempt that is repeated makes the same samples.
             params = replace(params, seed=secrets.randbits(SEED_BITS))
@@ -146,7 +155,7 @@ class SamplingClient:
             base_model=self._base_model,
             checkpoint_path=self.model_path or "",
             prompt=model_input_to_pb(prompt, "prompt"),
-            num_samples=num_samples,
+            num_samples=_check.whole(num_samples, "num_samples", 1, INT32_MAX),
             sampling_params=sampling_params_to_pb(params),
         )
 
@@ -164,11 +173,14 @@ class SamplingClient:
             DataLossError: Begun again, it made other tokens than before (SAMPLE_DIFFERS): another
                 Sampler computes otherwise, and the two cannot be one sample.
         """
-        request = self._request(prompt, num_samples, sampling_params)
+        # Not a generator itself: that would read its arguments when the first token is asked for.
+        return self._stream(self._request(prompt, num_samples, sampling_params))
+
+    def _stream(self, request: pb.SampleRequest) -> Iterator[SampledTokens]:
         items: queue.SimpleQueue[SampledTokens | None] = queue.SimpleQueue()
 
         async def pump() -> None:
-            given = [_Given() for _ in range(max(num_samples, 1))]
+            given = [_Given() for _ in range(request.num_samples)]
 
             async def attempt() -> None:
                 for sequence in given:
@@ -233,8 +245,10 @@ class SamplingClient:
         return self._tokenizer
 
 
-def _rebuild(address: str, base_model: str, model_path: str | None) -> SamplingClient:
-    return SamplingClient(Connection(address), base_model, model_path)
+def _rebuild(
+    settings: Mapping[str, Any], base_model: str, model_path: str | None
+) -> SamplingClient:
+    return SamplingClient(Connection(**settings), base_model, model_path)
 
 
 class _Given:
@@ -268,7 +282,7 @@ class _Samples:
     """Puts the pieces of a stream together."""
 
     def __init__(self, num_samples: int) -> None:
-        self._tokens: list[list[int]] = [[] for _ in range(max(num_samples, 1))]
+        self._tokens: list[list[int]] = [[] for _ in range(num_samples)]
         self._logprobs: list[list[float]] = [[] for _ in self._tokens]
         self._reasons: list[StopReason] = ["length" for _ in self._tokens]
         self._scores: pb.PromptLogprobs | None = None

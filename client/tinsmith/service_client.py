@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from tinsmith import _loop
+from tinsmith import _check, _loop
 from tinsmith._connection import GIVE_UP_AFTER_S, Connection, address_of
 from tinsmith._twins import async_twins
 from tinsmith.errors import InvalidArgumentError, unsupported
@@ -14,14 +14,14 @@ from tinsmith.futures import APIFuture, ClientFuture
 from tinsmith.rest_client import RestClient, capabilities_of
 from tinsmith.sampling_client import SamplingClient
 from tinsmith.training_client import TrainingClient
-from tinsmith.types import AdamOptimizerConfig, GetServerCapabilitiesResponse
+from tinsmith.types import AdamOptimizerConfig, GetServerCapabilitiesResponse, LoraConfig
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 
 
 @async_twins(
     *("create_lora_training_client", "create_full_training_client"),
-    "create_training_client_from_state",
+    *("create_training_client_from_state", "get_training_client"),
     *("create_training_client_from_state_with_optimizer", "create_sampling_client"),
     "copy_weights",
     final=True,
@@ -34,8 +34,8 @@ class ServiceClient:
             `base_url`: `ServiceClient("host:50051")`.
         project_id: Ignored; there are no projects.
         base_url: `host:port` of the Training server; else `TINSMITH_ADDRESS`, else
-            127.0.0.1:50051. It says where the other two services are, unless
-            `TINSMITH_ADDRESS_SAMPLER` or `TINSMITH_ADDRESS_CHECKPOINT` does.
+            `TINKER_BASE_URL`, else 127.0.0.1:50051. It says where the other two services are,
+            unless `TINSMITH_ADDRESS_SAMPLER` or `TINSMITH_ADDRESS_CHECKPOINT` does.
         api_key: Ignored; there are no keys yet.
         display_name: Ignored.
         give_up_after_s: Seconds for which a call is repeated while nothing but failures comes. They
@@ -58,8 +58,9 @@ class ServiceClient:
             base_url, user_metadata = base_url or user_metadata, None
         for name in kwargs:
             warnings.warn(f"ServiceClient ignores {name}", FutureWarning, stacklevel=2)
-        self._user_metadata = dict(user_metadata or {})
-        self._connection = Connection(address_of(base_url), give_up_after_s)
+        self._user_metadata = _check.metadata(user_metadata)
+        seconds = _check.real(give_up_after_s, "give_up_after_s")
+        self._connection = Connection(address_of(base_url), seconds)
 
     # --- clients ------------------------------------------------------------------------------
 
@@ -86,19 +87,14 @@ class ServiceClient:
             user_metadata: Kept with the model.
             optimizer: Only AdamW.
         """
-        if optimizer is not None and not isinstance(optimizer, AdamOptimizerConfig):
-            raise unsupported("optimizer", f"{type(optimizer).__name__} is not supported")
-        if not (train_mlp or train_attn or train_unembed):
-            message = "one of train_mlp, train_attn and train_unembed must be true"
-            raise InvalidArgumentError(message, field="lora_config")
-        if rank < 1:
-            raise InvalidArgumentError(f"rank: {rank} is below 1", field="lora_config.rank")
+        _check_optimizer(optimizer)
+        checked = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
         lora = types_pb2.LoraConfig(
-            rank=rank,
-            seed=seed,
-            train_mlp=train_mlp,
-            train_attn=train_attn,
-            train_unembed=train_unembed,
+            rank=checked.rank,
+            seed=_check.seed(checked.seed, "seed"),
+            train_mlp=checked.train_mlp,
+            train_attn=checked.train_attn,
+            train_unembed=checked.train_unembed,
         )
         return self._create(user_metadata, base_model=base_model, lora_config=lora)
 
@@ -128,6 +124,7 @@ class ServiceClient:
         optimizer: AdamOptimizerConfig | None = None,
     ) -> ClientFuture[TrainingClient]:
         """Create a model with a checkpoint's weights; its optimizer starts anew."""
+        _check_optimizer(optimizer)
         return self._from_state(path, base_model, user_metadata, weights_access_token, False)
 
     def create_training_client_from_state_with_optimizer(
@@ -152,16 +149,32 @@ class ServiceClient:
             raise unsupported("weights_access_token", "there are no access tokens yet")
         return self._create(
             user_metadata,
-            base_model=base_model or "",
-            checkpoint_path=path,
+            base_model=base_model,
+            checkpoint_path=_check.text(path, "path"),
             with_optimizer=with_optimizer,
         )
 
+    def get_training_client(self, model_id: str) -> ClientFuture[TrainingClient]:
+        """Go on with a model that exists, such as one whose script died.
+
+        The new client goes on after the last call that the service was sent, once all of them have
+        ended. A client that still uses the model hears of it: its next call fails with
+        FailedPreconditionError (SEQ_ID_CONFLICT), and so do those after it.
+
+        Args:
+            model_id: `TrainingClient.model_id`; `RestClient.list_training_runs` has them too.
+
+        Raises:
+            NotFoundError: There is no such model.
+        """
+        return TrainingClient.attached(self._connection, _check.text(model_id, "model_id"))
+
     def _create(
-        self, user_metadata: Mapping[str, str] | None, **fields: Any
+        self, user_metadata: Mapping[str, str] | None, base_model: str | None, **fields: Any
     ) -> ClientFuture[TrainingClient]:
         request = pb.CreateModelRequest(
-            user_metadata={**self._user_metadata, **(user_metadata or {})},
+            base_model=_check.optional_text(base_model, "base_model"),
+            user_metadata={**self._user_metadata, **_check.metadata(user_metadata)},
             request_id=str(uuid.uuid4()),  # sent again, it is still one model
             **fields,
         )
@@ -195,10 +208,12 @@ class ServiceClient:
         if model_path is not None:
             return SamplingClient.opened(self._connection, base_model or "", model_path)
         if base_model is None:
-            raise ValueError("create_sampling_client: pass model_path or base_model")
+            message = "create_sampling_client: pass model_path or base_model"
+            raise InvalidArgumentError(message, field="model_path", reason="MISSING_FIELD")
+        name = _check.text(base_model, "base_model")
 
         async def build() -> SamplingClient:
-            return SamplingClient(self._connection, base_model, None)
+            return SamplingClient(self._connection, name, None)
 
         return ClientFuture(_loop.run(build()))
 
@@ -210,9 +225,18 @@ class ServiceClient:
         """Not supported; `forward_backward_custom` takes the function itself."""
         raise unsupported("create_custom_loss", "pass the function to forward_backward_custom")
 
-    def copy_weights(self, path: str, *, ttl_seconds: int | None = None) -> APIFuture[str]:
+    def copy_weights(
+        self,
+        path: str,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> APIFuture[str]:
         """Copy a checkpoint; see `RestClient.copy_weights`."""
-        return self.create_rest_client().copy_weights(path, ttl_seconds=ttl_seconds)
+        rest = self.create_rest_client()
+        return rest.copy_weights(
+            path, ttl_seconds=ttl_seconds, weights_access_token=weights_access_token
+        )
 
     # --- about the cluster --------------------------------------------------------------------
 
@@ -247,3 +271,8 @@ class ServiceClient:
         trace: TracebackType | None,
     ) -> None:
         self.close().result()
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if optimizer is not None and not isinstance(optimizer, AdamOptimizerConfig):
+        raise unsupported("optimizer", f"{type(optimizer).__name__} is not supported")

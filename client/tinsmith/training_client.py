@@ -1,20 +1,16 @@
 """`TrainingClient`: trains one model, call by call."""
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
-from tinsmith import _loop
+from tinsmith import _check, _loop
+from tinsmith._calls import Calls
+from tinsmith._check import refuse
 from tinsmith._connection import Connection
-from tinsmith._convert import ComputeRequest, loss_fn_to_pb, output_from_pb, requests_of
-from tinsmith._custom_loss import (
-    CustomLossFn,
-    backward_data,
-    forward_data,
-    metrics_of,
-    run_loss,
-)
-from tinsmith._lane import Lane
+from tinsmith._custom_loss import CustomLossFn
+from tinsmith._lane import Lane, attach
 from tinsmith._lifetime import ModelLifetime
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
@@ -55,12 +51,24 @@ class TrainingClient(ModelLifetime):
         model_id: The model's id.
     """
 
-    def __init__(self, connection: Connection, model: pb.Model) -> None:
+    def __init__(
+        self, connection: Connection, model: pb.Model, next_seq_id: int | None = None
+    ) -> None:
         self._connection = connection
         self._model = model
-        self._lane = Lane(connection, model.model_id, model.next_seq_id)
+        self._lane = Lane(connection, model.model_id, next_seq_id or model.next_seq_id)
+        self._calls = Calls(connection, model.model_id, self._lane)
         self._tokenizer: Any = None
         self.model_id = model.model_id
+
+    @classmethod
+    def attached(cls, connection: Connection, model_id: str) -> "ClientFuture[TrainingClient]":
+        """A client for a model that exists, which goes on after its last call."""
+
+        async def build() -> TrainingClient:
+            return cls(connection, *await attach(connection, model_id))
+
+        return ClientFuture(_loop.run(build()))
 
     # --- computing ----------------------------------------------------------------------------
 
@@ -71,7 +79,8 @@ class TrainingClient(ModelLifetime):
         loss_fn_config: Mapping[str, float | str] | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Compute losses and logprobs without gradients; arguments as `forward_backward`."""
-        return self._compute(data, loss_fn, loss_fn_config, backward=False)
+        data = data_of(data)
+        return APIFuture(self._calls.compute(data, loss_fn, loss_fn_config, backward=False))
 
     def forward_backward(
         self,
@@ -89,47 +98,8 @@ class TrainingClient(ModelLifetime):
         Raises:
             InvalidArgumentError: At once for what the client can see, else from the future.
         """
-        return self._compute(data, loss_fn, loss_fn_config, backward=True)
-
-    def _compute(
-        self,
-        data: Sequence[Datum],
-        loss_fn: str,
-        config: Mapping[str, float | str] | None,
-        *,
-        backward: bool,
-    ) -> APIFuture[ForwardBackwardOutput]:
-        data = list(data)
-        loss = loss_fn_to_pb(loss_fn, config)
-        kind = pb.ForwardBackwardRequest if backward else pb.ForwardRequest
-        requests = requests_of(kind, data, loss)
-
-        async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
-            return await self._send(numbers[0], data, requests)
-
-        return APIFuture(self._lane.submit(1, start))
-
-    async def _send(
-        self,
-        seq_id: int,
-        data: Sequence[Datum],
-        requests: Sequence[ComputeRequest],
-    ) -> ForwardBackwardOutput:
-        requests[0].model_id, requests[0].seq_id = self.model_id, seq_id
-        backward = isinstance(requests[0], pb.ForwardBackwardRequest)
-        stub = self._connection.training()
-        method: Any = stub.ForwardBackward if backward else stub.Forward
-
-        async def attempt() -> ForwardBackwardOutput:
-            outputs: list[Any] = []
-            metrics: dict[str, float] = {}
-            async for response in method(iter(requests)):
-                outputs.extend(response.outputs)
-                metrics.update(response.metrics)
-            return output_from_pb(outputs, metrics, data)
-
-        what = "forward_backward" if backward else "forward"
-        return await self._lane.call(what, seq_id, attempt)
+        data = data_of(data)
+        return APIFuture(self._calls.compute(data, loss_fn, loss_fn_config, backward=True))
 
     def forward_backward_custom(
         self,
@@ -152,29 +122,11 @@ class TrainingClient(ModelLifetime):
             A future that also unpacks as `loss, metrics`. `loss:sum` is the custom loss,
             `surrogate_loss:sum` what the service computed in its stead.
         """
-        data = list(data)
-        prepared = forward_data(data)
-        loss = loss_fn_to_pb("cross_entropy", None)
-        requests = requests_of(pb.ForwardRequest, prepared, loss)
-
-        async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
-            first, second = numbers
-            try:
-                forward = await self._send(first, prepared, requests)
-                logprobs = [output["logprobs"] for output in forward.loss_fn_outputs]
-                arrays = [tensor.to_numpy() for tensor in logprobs]
-                value, metrics, gradients = await asyncio.to_thread(run_loss, loss_fn, data, arrays)
-                weighted = backward_data(data, gradients)
-                weighted_requests = requests_of(pb.ForwardBackwardRequest, weighted, loss)
-            except BaseException:
-                await self._lane.skip(second)  # it is taken, and later calls wait for it
-                raise
-            output = await self._send(second, data, weighted_requests)
-            return ForwardBackwardOutput(
-                output.loss_fn_outputs, metrics_of(value, metrics, output.metrics)
-            )
-
-        return CustomLossFuture(self._lane.submit(2, start))
+        if not callable(loss_fn):
+            raise refuse("loss_fn", f"expected a function, got {type(loss_fn).__name__}")
+        if importlib.util.find_spec("torch") is None:
+            raise ImportError("forward_backward_custom needs torch: pip install torch")
+        return CustomLossFuture(self._calls.custom(data_of(data), loss_fn))
 
     def optim_step(
         self,
@@ -195,32 +147,13 @@ class TrainingClient(ModelLifetime):
             raise TypeError("optim_step: optim_params is missing")
         if not isinstance(params, AdamParams):
             raise unsupported("optim_params", f"{type(params).__name__} is not supported, AdamW is")
-        message = types_pb2.AdamParams(**vars(params))
-
-        def request(seq_id: int) -> pb.OptimStepRequest:
-            return pb.OptimStepRequest(model_id=self.model_id, seq_id=seq_id, adam_params=message)
+        values = {each.name: getattr(params, each.name) for each in fields(AdamParams)}
+        message = pb.OptimStepRequest(adam_params=types_pb2.AdamParams(**values))
 
         def read(response: pb.OptimStepResponse) -> OptimStepResponse:
             return OptimStepResponse(dict(response.metrics))
 
-        return self._unary("optim_step", "OptimStep", request, read)
-
-    def _unary(
-        self,
-        what: str,
-        method: str,
-        request: Callable[[int], Any],
-        read: Callable[[Any], Any],
-    ) -> APIFuture[Any]:
-        async def start(numbers: Sequence[int]) -> Any:
-            message = request(numbers[0])
-
-            async def attempt() -> Any:
-                return await getattr(self._connection.training(), method)(message)
-
-            return read(await self._lane.call(what, numbers[0], attempt))
-
-        return APIFuture(self._lane.submit(1, start))
+        return APIFuture(self._calls.unary("optim_step", "OptimStep", message, read))
 
     # --- saving and loading -------------------------------------------------------------------
 
@@ -242,7 +175,7 @@ class TrainingClient(ModelLifetime):
         return self._save(
             "save_state",
             types_pb2.CHECKPOINT_KIND_TRAINING,
-            name,
+            _named(name),
             ttl_seconds,
             overwrite,
             user_metadata,
@@ -261,7 +194,7 @@ class TrainingClient(ModelLifetime):
         return self._save(
             "save_weights_for_sampler",
             types_pb2.CHECKPOINT_KIND_SAMPLER,
-            name,
+            _named(name),
             ttl_seconds,
             overwrite,
             user_metadata,
@@ -282,18 +215,15 @@ class TrainingClient(ModelLifetime):
         user_metadata: Mapping[str, str] | None,
         result: Callable[[str], Any],
     ) -> APIFuture[Any]:
-        def request(seq_id: int) -> pb.SaveCheckpointRequest:
-            return pb.SaveCheckpointRequest(
-                model_id=self.model_id,
-                seq_id=seq_id,
-                kind=kind,
-                name=name,
-                ttl_seconds=ttl_seconds,
-                overwrite=overwrite,
-                user_metadata=dict(user_metadata or {}),
-            )
-
-        return self._unary(what, "SaveCheckpoint", request, lambda r: result(r.path))
+        message = pb.SaveCheckpointRequest(
+            kind=kind,
+            name=name,
+            ttl_seconds=_check.optional_whole(ttl_seconds, "ttl_seconds"),
+            overwrite=_check.flag(overwrite, "overwrite"),
+            user_metadata=_check.metadata(user_metadata),
+        )
+        future = self._calls.unary(what, "SaveCheckpoint", message, lambda r: result(r.path))
+        return APIFuture(future)
 
     def load_state(
         self, path: str, weights_access_token: str | None = None
@@ -313,15 +243,14 @@ class TrainingClient(ModelLifetime):
         if token is not None:
             raise unsupported("weights_access_token", "there are no access tokens yet")
 
-        def request(seq_id: int) -> pb.LoadCheckpointRequest:
-            return pb.LoadCheckpointRequest(
-                model_id=self.model_id, seq_id=seq_id, path=path, with_optimizer=with_optimizer
-            )
+        message = pb.LoadCheckpointRequest(
+            path=_check.text(path, "path"), with_optimizer=with_optimizer
+        )
 
         def read(response: pb.LoadCheckpointResponse) -> LoadWeightsResponse:
             return LoadWeightsResponse(response.path, self.model_id)
 
-        return self._unary("load_state", "LoadCheckpoint", request, read)
+        return APIFuture(self._calls.unary("load_state", "LoadCheckpoint", message, read))
 
     def save_weights_and_get_sampling_client(
         self,
@@ -396,3 +325,17 @@ class TrainingClient(ModelLifetime):
             fetch = fetch_tokenizer(self._connection, self._model.base_model)
             self._tokenizer = load_tokenizer(_loop.run(fetch).result())
         return self._tokenizer
+
+
+def data_of(data: object) -> list[Datum]:
+    """The data of a call, from any collection or iterator."""
+    if isinstance(data, Datum | str | Mapping) or not isinstance(data, Iterable):
+        raise refuse("data", f"expected a list of Datum, got {type(data).__name__}")
+    return list(data)
+
+
+def _named(name: object) -> str:
+    """A name, which the service would else give itself."""
+    if not (given := _check.text(name, "name")):
+        raise refuse("name", "must not be empty", "MISSING_FIELD")
+    return given

@@ -73,6 +73,7 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         self.pieces: list[bytes | Fault] = []
         self.delete_faults: list[Fault] = []
         self.checkpoints: set[str] = set()
+        self.recorded: list[bytes] = []
         self._turn = asyncio.Condition()
         self._next = 1
 
@@ -84,8 +85,16 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
             self.model.next_seq_id += 1
         return pb.GetModelResponse(model=self.model)
 
+    def _record(self, *requests: Any) -> None:
+        """Write a call down without what a client draws by chance."""
+        for request in requests:
+            if hasattr(request, "request_id"):
+                request.ClearField("request_id")
+            self.recorded.append(request.SerializeToString(deterministic=True))
+
     async def CreateModel(self, request: Any, context: Any) -> pb.CreateModelResponse:
         self.created.append(request.request_id)
+        self._record(request)
         if self.create_faults:
             await self.create_faults.pop(0)(context)
         return pb.CreateModelResponse(
@@ -110,6 +119,7 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
 
     async def _compute(self, requests: Any, what: str, context: Any) -> Any:
         messages = [message async for message in requests]
+        self._record(*messages)
         first, data = messages[0], [datum for message in messages for datum in message.data]
         self.messages[first.seq_id] = [message.ByteSize() for message in messages]
         valid = first.HasField("loss_fn") and all(d.loss_fn_inputs for d in data)
@@ -131,10 +141,23 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         yield pb.ForwardBackwardResponse(metrics={"loss:sum": 1.0})
 
     async def OptimStep(self, request: Any, context: Any) -> pb.OptimStepResponse:
+        self._record(request)
         await self._number(request.seq_id, "optim_step", context)
         return pb.OptimStepResponse(metrics={"step:last": 1.0})
 
+    async def SaveCheckpoint(self, request: Any, context: Any) -> pb.SaveCheckpointResponse:
+        self._record(request)
+        # Without a kind it is what clients use a number up with.
+        await self._number(request.seq_id, "save", context, valid=bool(request.kind))
+        return pb.SaveCheckpointResponse(path=f"tinsmith://m/weights/{request.name}")
+
+    async def LoadCheckpoint(self, request: Any, context: Any) -> pb.LoadCheckpointResponse:
+        self._record(request)
+        await self._number(request.seq_id, "load", context)
+        return pb.LoadCheckpointResponse(path=request.path)
+
     async def Sample(self, request: Any, context: Any) -> AsyncIterator[spb.SampleResponse]:
+        self._record(request)
         self.sample_seeds.append(request.sampling_params.seed)
         breaks = len(self.sample_seeds) <= self.sample_breaks
         # Later attempts cut the same tokens elsewhere.
@@ -155,6 +178,7 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         yield spb.SampleResponse(deltas=[last])
 
     async def ComputeLogprobs(self, request: Any, context: Any) -> spb.ComputeLogprobsResponse:
+        self._record(request)
         logprobs = tensors.encode(np.array([-0.5], np.float32))
         return spb.ComputeLogprobsResponse(prompt_logprobs=spb.PromptLogprobs(logprobs=logprobs))
 

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tinsmith._check import text
 from tinsmith.errors import InvalidArgumentError
+from tinsmith.types._values import Value
 from tinsmith.types.inputs import AdamOptimizerConfig
 
 StopReason = Literal["length", "stop"]
@@ -18,8 +20,8 @@ CheckpointType = Literal["training", "sampler"]
 ModelID = str
 
 
-@dataclass(frozen=True)
-class ForwardBackwardOutput:
+@dataclass(frozen=True, eq=False)
+class ForwardBackwardOutput(Value):
     """Result of forward, forward_backward and forward_backward_custom.
 
     Unpacks as `loss, metrics`.
@@ -43,23 +45,23 @@ class ForwardBackwardOutput:
         return iter((self.loss, self.metrics))
 
 
-@dataclass(frozen=True)
-class OptimStepResponse:
+@dataclass(frozen=True, eq=False)
+class OptimStepResponse(Value):
     """`grad_norm:last` is the global L2 norm before clipping, `step:last` counts the steps."""
 
     metrics: dict[str, float] | None = None
 
 
-@dataclass(frozen=True)
-class TopkLogprobs:
+@dataclass(frozen=True, eq=False)
+class TopkLogprobs(Value):
     """The k most likely tokens at each position, best first: int32 and float32 `(P, k)`."""
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class SampledSequence:
+@dataclass(frozen=True, eq=False)
+class SampledSequence(Value):
     """One sample.
 
     Attributes:
@@ -83,8 +85,8 @@ class SampledSequence:
         return [float(logprob) for logprob in self.logprobs_np]
 
 
-@dataclass(frozen=True)
-class SampleResponse:
+@dataclass(frozen=True, eq=False)
+class SampleResponse(Value):
     """Result of sample.
 
     Attributes:
@@ -122,8 +124,8 @@ def nan_to_none(values: NDArray[np.float32]) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-@dataclass(frozen=True)
-class SampledTokens:
+@dataclass(frozen=True, eq=False)
+class SampledTokens(Value):
     """New tokens of one sequence, from `sample_stream`; `stop_reason` comes with its last."""
 
     sequence_index: int
@@ -132,31 +134,31 @@ class SampledTokens:
     stop_reason: StopReason | None = None
 
 
-@dataclass(frozen=True)
-class SaveWeightsResponse:
+@dataclass(frozen=True, eq=False)
+class SaveWeightsResponse(Value):
     """`path` names the checkpoint."""
 
     path: str
     type: str = "save_weights"
 
 
-@dataclass(frozen=True)
-class SaveWeightsForSamplerResponse:
+@dataclass(frozen=True, eq=False)
+class SaveWeightsForSamplerResponse(Value):
     """`path` names the checkpoint."""
 
     path: str
 
 
-@dataclass(frozen=True)
-class LoadWeightsResponse:
+@dataclass(frozen=True, eq=False)
+class LoadWeightsResponse(Value):
     """`path` names what was loaded."""
 
     path: str | None = None
     model_id: str | None = None
 
 
-@dataclass(frozen=True)
-class ModelData:
+@dataclass(frozen=True, eq=False)
+class ModelData(Value):
     """What a model is built on."""
 
     arch: str | None = None
@@ -164,8 +166,8 @@ class ModelData:
     tokenizer_id: str | None = None
 
 
-@dataclass(frozen=True)
-class GetInfoResponse:
+@dataclass(frozen=True, eq=False)
+class GetInfoResponse(Value):
     """What a TrainingClient's model is."""
 
     model_id: str
@@ -176,8 +178,8 @@ class GetInfoResponse:
     optimizer_config: AdamOptimizerConfig = field(default_factory=AdamOptimizerConfig)
 
 
-@dataclass(frozen=True)
-class SupportedModel:
+@dataclass(frozen=True, eq=False)
+class SupportedModel(Value):
     """A base model that the cluster holds."""
 
     model_name: str
@@ -186,15 +188,15 @@ class SupportedModel:
     sampleable: bool = True
 
 
-@dataclass(frozen=True)
-class GetServerCapabilitiesResponse:
+@dataclass(frozen=True, eq=False)
+class GetServerCapabilitiesResponse(Value):
     """What the cluster can do."""
 
     supported_models: list[SupportedModel]
 
 
-@dataclass(frozen=True)
-class Cursor:
+@dataclass(frozen=True, eq=False)
+class Cursor(Value):
     """Where a page lies in the whole list."""
 
     offset: int
@@ -202,8 +204,8 @@ class Cursor:
     total_count: int
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Value):
     """What is known of a checkpoint; `checkpoint_id` is `weights/<name>` or so."""
 
     checkpoint_id: str
@@ -217,16 +219,16 @@ class Checkpoint:
     expires_at: datetime | None = None
 
 
-@dataclass(frozen=True)
-class CheckpointsListResponse:
+@dataclass(frozen=True, eq=False)
+class CheckpointsListResponse(Value):
     """Checkpoints, newest first."""
 
     checkpoints: list[Checkpoint]
     cursor: Cursor | None = None
 
 
-@dataclass(frozen=True)
-class ParsedCheckpointTinkerPath:
+@dataclass(frozen=True, eq=False)
+class ParsedCheckpointTinkerPath(Value):
     """The parts of `tinsmith://<run>/<weights|sampler_weights>/<name>`."""
 
     tinker_path: str
@@ -242,7 +244,7 @@ class ParsedCheckpointTinkerPath:
             InvalidArgumentError: It is no such path.
         """
         kinds: dict[str, CheckpointType] = {"weights": "training", "sampler_weights": "sampler"}
-        scheme, _, rest = tinker_path.partition("://")
+        scheme, _, rest = text(tinker_path, "tinker_path").partition("://")
         parts = rest.split("/")
         valid = scheme in ("tinsmith", "tinker") and len(parts) == 3 and all(parts)
         if not valid or parts[1] not in kinds:
@@ -253,8 +255,8 @@ class ParsedCheckpointTinkerPath:
         return cls(tinker_path, parts[0], kinds[parts[1]], f"{parts[1]}/{parts[2]}")
 
 
-@dataclass(frozen=True)
-class TrainingRun:
+@dataclass(frozen=True, eq=False)
+class TrainingRun(Value):
     """A model on the cluster."""
 
     training_run_id: str
@@ -269,16 +271,16 @@ class TrainingRun:
     user_metadata: dict[str, str] | None = None
 
 
-@dataclass(frozen=True)
-class TrainingRunsResponse:
+@dataclass(frozen=True, eq=False)
+class TrainingRunsResponse(Value):
     """Models, newest first."""
 
     training_runs: list[TrainingRun]
     cursor: Cursor
 
 
-@dataclass(frozen=True)
-class WeightsInfoResponse:
+@dataclass(frozen=True, eq=False)
+class WeightsInfoResponse(Value):
     """What a checkpoint's adapter is."""
 
     base_model: str

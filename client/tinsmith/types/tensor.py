@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinsmith.errors import InvalidArgumentError
+from tinsmith._check import INT64_MAX, refuse, shown
+from tinsmith.errors import UnknownInputError, unsupported
+from tinsmith.types._values import equal, is_torch
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 TensorDtype = Literal["int64", "float32"]
 Like = Literal["", "numpy", "torch"]
 
-_LIST_DTYPES: dict[str, TensorDtype] = {
+_DTYPES: dict[str, TensorDtype] = {
     "target_tokens": "int64",
     "weights": "float32",
     "advantages": "float32",
@@ -26,51 +27,65 @@ _LIST_DTYPES: dict[str, TensorDtype] = {
     "clip_low_threshold": "float32",
     "clip_high_threshold": "float32",
 }
+"""What the losses read each of their inputs as, whatever it is given as."""
 
 
 class TensorData:
-    """A dense array of float32 or int64 values.
+    """A dense array of float32 or int64 values, with memory of its own.
 
     Args:
-        data: Values: an array, or a flat or nested list.
-        dtype: "float32" or "int64"; None takes the kind of `data`.
+        data: Values: an array, a tensor, or a flat or nested list. They are copied.
+        dtype: "float32" or "int64"; None takes the kind of `data`. Integers and booleans convert
+            exactly or are refused, floats are rounded to float32 as numpy does.
         shape: None takes the shape of `data`.
+        sparse_crow_indices: Not supported; pass a dense array.
+        sparse_col_indices: Not supported.
 
     Raises:
-        InvalidArgumentError: The values are ragged, of another kind, or do not fill `shape`.
+        InvalidArgumentError: The values are ragged, of another kind, do not fit the dtype, or do
+            not fill `shape`.
     """
 
     __slots__ = ("_array", "like")
 
     def __init__(
         self,
-        data: Sequence[Any] | NDArray[Any],
+        data: Sequence[Any] | NDArray[Any] | torch.Tensor,
         dtype: TensorDtype | None = None,
         shape: Sequence[int] | None = None,
+        sparse_crow_indices: Sequence[int] | None = None,
+        sparse_col_indices: Sequence[int] | None = None,
     ) -> None:
-        self._array = _to_array(data, dtype)
+        if sparse_crow_indices is not None or sparse_col_indices is not None:
+            raise unsupported("sparse_crow_indices", "sparse arrays are not supported, dense are")
+        self._array = _own(data, dtype, "data")
         if shape is not None:
             try:
                 self._array = self._array.reshape(tuple(shape))
-            except ValueError as error:
-                raise InvalidArgumentError(f"shape: {error}", field="shape") from None
+            except (TypeError, ValueError) as error:
+                raise refuse("shape", str(error), "INVALID_SHAPE") from None
         self.like: Like = ""
         """What the caller works with; results for it come back as the same."""
 
     @classmethod
     def from_numpy(cls, array: NDArray[Any]) -> TensorData:
-        """From an array of a float or signed integer dtype."""
+        """From an array of a float, integer or boolean dtype."""
         tensor = cls(array)
         tensor.like = "numpy"
         return tensor
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
-        """From a tensor of a float or signed integer dtype, on any device; bfloat16 too."""
-        plain = tensor.detach().cpu()
-        data = cls(plain.float().numpy() if plain.is_floating_point() else plain.numpy())
+        """From a tensor of a float, integer or boolean dtype, on any device; bfloat16 too."""
+        data = cls(tensor)
         data.like = "torch"
         return data
+
+    @classmethod
+    def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: float = 0) -> TensorData:
+        """As `from_torch`: what Tinker packs is sent dense here; `pad_value` must be 0."""
+        _check_pad_value(pad_value)
+        return cls.from_torch(tensor)
 
     @property
     def dtype(self) -> TensorDtype:
@@ -88,14 +103,16 @@ class TensorData:
         flat: list[Any] = self._array.ravel().tolist()
         return flat
 
-    def to_numpy(self) -> NDArray[Any]:
+    def to_numpy(self, pad_value: float = 0) -> NDArray[Any]:
         """The values as float32 or int64 array; it may not be written to."""
+        _check_pad_value(pad_value)
         return self._array
 
-    def to_torch(self) -> torch.Tensor:
+    def to_torch(self, pad_value: float = 0) -> torch.Tensor:
         """The values as a tensor of its own memory."""
         import torch
 
+        _check_pad_value(pad_value)
         return torch.from_numpy(self._array.copy())
 
     def tolist(self) -> list[Any]:
@@ -115,9 +132,9 @@ class TensorData:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorData):
             return NotImplemented
-        return self.dtype == other.dtype and np.array_equal(self._array, other._array)
+        return self.dtype == other.dtype and equal(self._array, other._array)
 
-    __hash__ = None  # type: ignore[assignment]  # it is a mutable value's view
+    __hash__ = None  # type: ignore[assignment]  # like a list's: it is compared by its content
 
     def __repr__(self) -> str:
         return f"TensorData({self._array!r})"
@@ -132,43 +149,151 @@ def _rebuild(array: NDArray[Any], like: Like) -> TensorData:
     return tensor
 
 
-def _to_array(data: Any, dtype: TensorDtype | None) -> NDArray[Any]:
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise InvalidArgumentError("data: rows have different lengths", field="data") from None
-    if array.size == 0 and not isinstance(data, np.ndarray):
-        array = array.astype(dtype or np.float32)
-    if array.dtype.kind not in "fi":
-        message = f"dtype: {array.dtype} is neither float nor signed integer"
-        raise InvalidArgumentError(message, field="dtype")
-    kind = dtype or ("float32" if array.dtype.kind == "f" else "int64")
-    if kind not in ("float32", "int64"):
-        raise InvalidArgumentError(f"dtype: {kind!r} is not float32 or int64", field="dtype")
-    if kind == "int64" and array.dtype.kind == "f" and not np.array_equal(array, np.trunc(array)):
-        raise InvalidArgumentError("dtype: the values are not whole numbers", field="dtype")
-    array = array.astype(kind, copy=isinstance(data, np.ndarray))
+def _check_pad_value(pad_value: float) -> None:
+    if pad_value != 0:
+        raise unsupported("pad_value", "only 0 is supported: arrays are dense here")
+
+
+# --- reading what callers have ----------------------------------------------------------------
+
+
+def _own(data: Any, dtype: TensorDtype | None, field: str) -> NDArray[Any]:
+    """A read-only copy of anything that is numbers, as float32 or int64."""
+    if dtype not in (None, "float32", "int64"):
+        raise refuse("dtype", f"{shown(dtype)} is not float32 or int64", "INVALID_DTYPE")
+    array = _copied(data, field)
+    if not array.size and not hasattr(data, "dtype"):
+        array = array.astype(dtype or np.float32)  # an empty list has no dtype of its own
+    array = _exactly(array, dtype or ("float32" if array.dtype.kind in "fV" else "int64"), field)
     array.flags.writeable = False
     return array
 
 
+def _copied(data: Any, field: str) -> NDArray[Any]:
+    if np.ma.is_masked(data):
+        raise refuse(field, "masked values cannot be sent")
+    try:
+        if is_torch(data):
+            return _from_torch(data)
+        if isinstance(data, list | tuple) and data and is_torch(data[0]):
+            data = [_from_torch(entry) if is_torch(entry) else entry for entry in data]
+        return np.array(data, copy=True)
+    except ValueError:
+        raise refuse(field, "rows have different lengths", "INVALID_SHAPE") from None
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise refuse(field, f"cannot be read as an array: {shown(str(error))}") from None
+
+
+def _from_torch(tensor: Any) -> NDArray[Any]:
+    """A copy; of any device and layout, bfloat16 as float32."""
+    plain = tensor.detach()
+    plain = (plain if str(plain.layout) == "torch.strided" else plain.to_dense()).cpu()
+    if plain.is_floating_point() and plain.element_size() < 4:
+        plain = plain.float()
+    array: NDArray[Any] = np.array(plain.numpy(), copy=True)
+    return array
+
+
+def _exactly(array: NDArray[Any], dtype: TensorDtype, field: str) -> NDArray[Any]:
+    kind = array.dtype.kind
+    if kind == "V" and "float" in array.dtype.name:  # bfloat16 and others that numpy only carries
+        array, kind = array.astype(np.float32), "f"
+    if kind not in "biuf":
+        why = f"expected numbers, got {shown(array.dtype.name)}"
+        raise refuse(field, why, "INVALID_DTYPE")
+    if array.dtype == dtype:
+        return array
+    if kind == "b":
+        return array.astype(dtype)
+    with np.errstate(all="ignore"):
+        converted = array.astype(dtype)
+        if kind == "f" and dtype == "float32":
+            fits = np.isfinite(converted) == np.isfinite(array)
+        elif kind == "f":
+            fits = (converted == array) & (array >= -(2.0**63)) & (array < 2.0**63)
+        elif dtype == "int64":
+            fits = array <= INT64_MAX
+        else:
+            fits = (array >= -(2**24)) & (array <= 2**24)
+    if not fits.all() and not (kind in "iu" and dtype == "float32" and _are_floats(array[~fits])):
+        raise refuse(field, f"not every value can be a {dtype} exactly", "INVALID_DTYPE")
+    return converted
+
+
+def _are_floats(integers: NDArray[Any]) -> bool:
+    """Whether integers of more than 24 bits happen to be float32 values."""
+    return all(int(np.float32(number)) == number for number in integers.ravel().tolist())
+
+
 def from_any(name: str, value: Any) -> TensorData:
-    """Read one of a datum's `loss_fn_inputs`.
+    """Read one of a datum's `loss_fn_inputs`, as what the losses read under that name.
 
     Args:
-        name: Its name, which says the dtype where the value is a plain list.
+        name: Its name; it says the dtype, and a plain list needs one that is known.
         value: TensorData, numpy array, torch tensor or list.
+
+    Raises:
+        InvalidArgumentError: The value is no array of numbers, or does not convert exactly.
+        UnknownInputError: A plain list under a name that says no dtype.
     """
+    field = f'loss_fn_inputs["{name}"]'
+    dtype = _DTYPES.get(name)
+    like: Like = ""
     if isinstance(value, TensorData):
-        return value
-    if isinstance(value, np.ndarray):
-        return TensorData.from_numpy(value)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return TensorData.from_torch(value)
-    if name not in _LIST_DTYPES:
-        raise KeyError(f"{name}: a plain list needs a known name; pass an array or TensorData")
-    return TensorData(value, _LIST_DTYPES[name])
+        if dtype is None or value.dtype == dtype:
+            return value
+        value, like = value.to_numpy(), value.like
+    elif is_torch(value):
+        like = "torch"
+    elif isinstance(value, np.ndarray):
+        like = "numpy"
+    elif dtype is None:
+        raise UnknownInputError(
+            f"{field}: a plain list needs a known name; pass an array or TensorData", field=field
+        )
+    if name == "target_tokens" and isinstance(value, Mapping):
+        array = token_ids(value, field)
+    else:
+        array = _own(value, dtype, field)
+    if not array.ndim:
+        raise refuse(field, "expected an array, got one number", "INVALID_SHAPE")
+    tensor = TensorData.__new__(TensorData)
+    tensor._array, tensor.like = array, like
+    return tensor
+
+
+def token_ids(value: Any, field: str) -> NDArray[np.int64]:
+    """Token ids, int64 `(N,)`, read-only and of their own memory.
+
+    Args:
+        value: A list, an array, a tensor or an iterator of integers, or what a tokenizer returns:
+            a mapping with `input_ids` (transformers' BatchEncoding) of one text.
+        field: Names the argument in an error.
+
+    Raises:
+        InvalidArgumentError: It is something else; floats and booleans are no ids.
+    """
+    encoded = isinstance(value, Mapping)
+    if encoded:
+        if "input_ids" not in value:
+            raise refuse(field, "expected token ids, got a mapping without input_ids")
+        value = value["input_ids"]
+    if isinstance(value, str | bytes):
+        raise refuse(field, "expected token ids, got text; encode it with the tokenizer")
+    if not hasattr(value, "__len__") and isinstance(value, Iterable):
+        value = list(value)
+    array = _copied(value, field)
+    if encoded and array.ndim == 2 and len(array) == 1:
+        array = array[0]
+    if array.size and array.dtype.kind not in "iu":
+        raise refuse(field, f"expected integers, got {shown(array.dtype.name)}", "INVALID_DTYPE")
+    if array.ndim != 1:
+        raise refuse(field, "expected a flat list of integers", "INVALID_SHAPE")
+    if not array.size:
+        array = np.zeros(0, np.int64)
+    array = _exactly(array, "int64", field)
+    array.flags.writeable = False
+    return array
 
 
 class NumpyTensor(np.ndarray[Any, Any]):

@@ -1,11 +1,14 @@
 """Opens channels to the three services of a cluster, knowing one address."""
 
+import ipaddress
 import os
 from collections.abc import Sequence
 from types import TracebackType
 
 import grpc
 
+from tinsmith import _fork
+from tinsmith.errors import InvalidArgumentError
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmith.v1.training_service_pb2 import GetCapabilitiesRequest, GetCapabilitiesResponse
@@ -20,6 +23,61 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 """Channel arguments that suit the servers: message sizes in bytes, times in milliseconds."""
+
+
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+
+def channel_options(address: str) -> Sequence[tuple[str, int]]:
+    """Channel arguments for one address: `CHANNEL_OPTIONS`, and no proxy to this machine itself."""
+    if _is_local(address):
+        return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
+    return CHANNEL_OPTIONS
+
+
+def proxy_note(address: str) -> str:
+    """Says which proxy stands between this process and an address; empty where none does.
+
+    gRPC goes through the first of `PROXY_VARIABLES` that is set, unless the first of
+    `NO_PROXY_VARIABLES` names the host, and its own errors then name the proxy's address.
+    """
+    variable = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
+    if variable is None or _is_local(address):
+        return ""
+    host = _host(address)
+    excluded = next((os.environ[name] for name in NO_PROXY_VARIABLES if os.environ.get(name)), "")
+    if any(_covers(entry.strip(), host) for entry in excluded.split(",")):
+        return ""
+    # What is before the @ may be a password.
+    proxy = os.environ[variable].rpartition("@")[2].rpartition("://")[2].rstrip("/")
+    return (
+        f"{address} is reached through the proxy {proxy}, which {variable} names; "
+        f"no_grpc_proxy={host} goes without it"
+    )
+
+
+def _covers(entry: str, host: str) -> bool:
+    """Whether an entry of `no_proxy`, the end of a name or a network, means a host."""
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return bool(entry) and host.endswith(entry)
+
+
+def _host(address: str) -> str:
+    name = address.rpartition("///")[2].removeprefix("ipv4:").removeprefix("ipv6:")
+    return name.rpartition(":")[0].strip("[]")
+
+
+def _is_local(address: str) -> bool:
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = _host(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def has_port(address: str) -> bool:
@@ -40,12 +98,13 @@ def service_address(service: str, base: str, given: str) -> str:
             all services); `:port` means that port on the host of `base`.
 
     Raises:
-        ValueError: What the environment says is not `host:port`.
+        InvalidArgumentError: What the environment says is not `host:port` (also a ValueError).
     """
     variable = f"TINSMITH_ADDRESS_{service.upper()}"
     if here := os.environ.get(variable):
         if not has_port(here):
-            raise ValueError(f"{variable}: {here!r} is not host:port")
+            message = f"{variable}: {here!r} is not host:port"
+            raise InvalidArgumentError(message, field=variable)
         return here
     if not given:
         return base
@@ -58,31 +117,54 @@ class Cluster:
     """Blocking stubs for one cluster; a context manager that closes its channels.
 
     Attributes:
-        training: Stub of TrainingService.
-        sampler: Stub of SamplerService.
-        checkpoint: Stub of CheckpointService.
         capabilities: What the Training server said of itself on connecting.
     """
 
     def __init__(self, address: str, timeout_s: float = 30.0) -> None:
         self._channels = [self._open(address)]
-        self.training = TrainingServiceStub(self._channels[0])
-        self.capabilities: GetCapabilitiesResponse = self.training.GetCapabilities(
-            GetCapabilitiesRequest(), timeout=timeout_s, wait_for_ready=True
-        )
+        self._training = TrainingServiceStub(self._channels[0])
+        try:
+            self.capabilities: GetCapabilitiesResponse = self.training.GetCapabilities(
+                GetCapabilitiesRequest(), timeout=timeout_s, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            if note := proxy_note(address):
+                error.add_note(note)
+            self.close()
+            raise
         found = self.capabilities
         sampler = self._open(service_address("sampler", address, found.sampler_address))
         checkpoint = self._open(service_address("checkpoint", address, found.checkpoint_address))
         self._channels += [sampler, checkpoint]
-        self.sampler = SamplerServiceStub(sampler)
-        self.checkpoint = CheckpointServiceStub(checkpoint)
+        self._sampler = SamplerServiceStub(sampler)
+        self._checkpoint = CheckpointServiceStub(checkpoint)
 
     @staticmethod
     def _open(address: str) -> grpc.Channel:
-        return grpc.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+        _fork.use()
+        return grpc.insecure_channel(address, options=list(channel_options(address)))
+
+    @property
+    def training(self) -> TrainingServiceStub:
+        """Stub of TrainingService."""
+        _fork.check()
+        return self._training
+
+    @property
+    def sampler(self) -> SamplerServiceStub:
+        """Stub of SamplerService."""
+        _fork.check()
+        return self._sampler
+
+    @property
+    def checkpoint(self) -> CheckpointServiceStub:
+        """Stub of CheckpointService."""
+        _fork.check()
+        return self._checkpoint
 
     def close(self) -> None:
         """Close all channels; calls under way are cancelled."""
+        _fork.check()
         for channel in self._channels:
             channel.close()
 
@@ -106,6 +188,8 @@ def connect(address: str, timeout_s: float = 30.0) -> Cluster:
         timeout_s: How long to wait until it answers, seconds.
 
     Raises:
-        grpc.RpcError: It did not answer in time (DEADLINE_EXCEEDED) or refused.
+        grpc.RpcError: It did not answer in time (DEADLINE_EXCEEDED) or refused; a note says where a
+            proxy stands in between.
+        FailedPreconditionError: This process was forked from one that had used tinsmith (FORKED).
     """
     return Cluster(address, timeout_s)

@@ -276,6 +276,7 @@ class Model(_message.Message):
     NEXT_SEQ_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     STATE_MESSAGE_FIELD_NUMBER: _builtins.int
+    PENDING_CALLS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Server-given id, random."""
     base_model: _builtins.str
@@ -286,6 +287,8 @@ class Model(_message.Message):
     """Whether it can be trained."""
     state_message: _builtins.str
     """What a state other than READY means here, for a person."""
+    pending_calls: _builtins.int
+    """Calls that were taken in and not answered yet, those that wait for a predecessor among them."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter."""
@@ -319,10 +322,11 @@ class Model(_message.Message):
         next_seq_id: _builtins.int = ...,
         state: Global___ModelState.ValueType = ...,
         state_message: _builtins.str = ...,
+        pending_calls: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "state", b"state", "state_message", b"state_message", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "pending_calls", b"pending_calls", "state", b"state", "state_message", b"state_message", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015

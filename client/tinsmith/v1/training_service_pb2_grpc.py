@@ -43,6 +43,12 @@ class TrainingServiceStub:
     have no number.
     `seq_id` 0 means "now, after all that is queued, and not retry-safe": for people with grpcurl.
 
+    ATTACHING. A client that goes on with a model which another one used asks GetModel until
+    `pending_calls` is 0 (what was sent before takes effect in its place, or its missing predecessor
+    is given up) and goes on with `next_seq_id`. Its first call should have content that no other
+    client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
+    has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
 
@@ -139,6 +145,12 @@ class TrainingServiceServicer:
     RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
     have no number.
     `seq_id` 0 means "now, after all that is queued, and not retry-safe": for people with grpcurl.
+
+    ATTACHING. A client that goes on with a model which another one used asks GetModel until
+    `pending_calls` is 0 (what was sent before takes effect in its place, or its missing predecessor
+    is given up) and goes on with `next_seq_id`. Its first call should have content that no other
+    client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
+    has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
@@ -340,6 +352,12 @@ class TrainingService:
     RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
     have no number.
     `seq_id` 0 means "now, after all that is queued, and not retry-safe": for people with grpcurl.
+
+    ATTACHING. A client that goes on with a model which another one used asks GetModel until
+    `pending_calls` is 0 (what was sent before takes effect in its place, or its missing predecessor
+    is given up) and goes on with `next_seq_id`. Its first call should have content that no other
+    client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
+    has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.

@@ -268,6 +268,7 @@ def _model_to_pb(model: Model) -> pb.Model:
         create_time=_timestamp(model.create_time_s),
         last_request_time=_timestamp(model.last_request_time_s),
         next_seq_id=model.lane.next_seq_id,
+        pending_calls=model.lane.pending,
         state=state,
         state_message=model.state_message if state == pb.MODEL_STATE_RECOVERING else "",
     )

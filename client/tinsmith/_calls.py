@@ -1,0 +1,138 @@
+"""The calls of one model, as messages: built and checked in the caller's thread, then numbered.
+
+Nothing of a caller's is read once a call has its number, and nothing that is wrong with it is found
+out after that.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from tinsmith._connection import Connection
+from tinsmith._convert import ComputeRequest, loss_fn_to_pb, output_from_pb, requests_of
+from tinsmith._custom_loss import (
+    CustomLossFn,
+    backward_data,
+    forward_data,
+    metrics_of,
+    run_loss,
+)
+from tinsmith._lane import Lane
+from tinsmith.errors import InternalError
+from tinsmith.types import Datum, ForwardBackwardOutput
+from tinsmith.v1 import training_service_pb2 as pb
+
+
+class Calls:
+    """Makes the calls of one model.
+
+    Args:
+        connection: Where to.
+        model_id: Which model.
+        lane: Numbers them.
+    """
+
+    def __init__(self, connection: Connection, model_id: str, lane: Lane) -> None:
+        self._connection = connection
+        self._model_id = model_id
+        self._lane = lane
+
+    def unary(
+        self, what: str, method: str, message: Any, read: Callable[[Any], Any]
+    ) -> "Future[Any]":
+        """Make a call of one message.
+
+        Args:
+            what: Names the call for a person.
+            method: The stub's method.
+            message: The call but for its model and number.
+            read: Makes the result of the answer.
+        """
+        message.model_id = self._model_id
+
+        async def start(numbers: Sequence[int]) -> Any:
+            message.seq_id = numbers[0]
+
+            async def attempt() -> Any:
+                return await getattr(self._connection.training(), method)(message)
+
+            return read(await self._lane.call(what, numbers[0], attempt))
+
+        return self._lane.submit(1, start)
+
+    def compute(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        config: Mapping[str, float | str] | None,
+        *,
+        backward: bool,
+    ) -> "Future[ForwardBackwardOutput]":
+        """Make a forward or a forward_backward call."""
+        kind = pb.ForwardBackwardRequest if backward else pb.ForwardRequest
+        requests = requests_of(kind, data, loss_fn_to_pb(loss_fn, config))
+        likes = [datum.like for datum in data]
+
+        async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
+            return await self._send(numbers[0], likes, requests)
+
+        return self._lane.submit(1, start)
+
+    def custom(
+        self, data: Sequence[Datum], loss_fn: CustomLossFn
+    ) -> "Future[ForwardBackwardOutput]":
+        """Make the two calls of a custom loss, with the loss between them."""
+        prepared = forward_data(data)
+        likes = [datum.like for datum in data]
+        loss = loss_fn_to_pb("cross_entropy", None)
+        requests = requests_of(pb.ForwardRequest, prepared, loss)
+
+        async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
+            first, second = numbers
+            forward = await self._send(first, likes, requests)
+            logprobs = [output["logprobs"] for output in forward.loss_fn_outputs]
+            arrays = [tensor.to_numpy() for tensor in logprobs]
+            done, error = await asyncio.to_thread(_caught, run_loss, loss_fn, list(data), arrays)
+            if error is not None:
+                raise error
+            value, metrics, gradients = done
+            weighted = backward_data(prepared, gradients)
+            output = await self._send(
+                second, likes, requests_of(pb.ForwardBackwardRequest, weighted, loss)
+            )
+            return ForwardBackwardOutput(
+                output.loss_fn_outputs, metrics_of(value, metrics, output.metrics)
+            )
+
+        return self._lane.submit(2, start)
+
+    async def _send(
+        self, seq_id: int, likes: Sequence[Any], requests: Sequence[ComputeRequest]
+    ) -> ForwardBackwardOutput:
+        requests[0].model_id, requests[0].seq_id = self._model_id, seq_id
+        backward = isinstance(requests[0], pb.ForwardBackwardRequest)
+
+        async def attempt() -> ForwardBackwardOutput:
+            stub = self._connection.training()
+            method: Any = stub.ForwardBackward if backward else stub.Forward
+            outputs: list[Any] = []
+            metrics: dict[str, float] = {}
+            async for response in method(iter(requests)):
+                outputs.extend(response.outputs)
+                metrics.update(response.metrics)
+            try:
+                return output_from_pb(outputs, metrics, likes)
+            except ValueError as error:
+                raise InternalError(f"the answer cannot be read: {error}") from None
+
+        what = "forward_backward" if backward else "forward"
+        return await self._lane.call(what, seq_id, attempt)
+
+
+def _caught(function: Callable[..., Any], *args: Any) -> tuple[Any, BaseException | None]:
+    """What a user's function returns or raises: some exceptions cannot pass through a future."""
+    try:
+        return function(*args), None
+    except BaseException as error:
+        return None, error
