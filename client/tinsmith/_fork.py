@@ -23,6 +23,11 @@ def use() -> None:
     _in_use = True
 
 
+def is_broken() -> bool:
+    """True in a process whose parent used grpc before it forked: nothing can be sent from here."""
+    return _forked_in_use
+
+
 def check() -> None:
     """Refuse where the parent of this process used grpc before it forked.
 

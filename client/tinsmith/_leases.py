@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from tinsmith import _loop
+from tinsmith import _fork, _loop
 from tinsmith.errors import TinsmithError
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 
@@ -52,11 +52,13 @@ class Leases:
 
     def hold(self, holder: object, path: str) -> None:
         """Hold a path from now on until `holder` is collected or lets go; from any thread."""
-        _loop.loop().call_soon_threadsafe(self._add, weakref.ref(holder), path)
+        if not _fork.is_broken():  # a holder there cannot sample, and must be told when it tries to
+            _loop.loop().call_soon_threadsafe(self._add, weakref.ref(holder), path)
 
     def let_go(self, holder: object) -> None:
         """Hold nothing for this holder any more; from any thread."""
-        _loop.loop().call_soon_threadsafe(self._paths.pop, id(holder), None)
+        if not _fork.is_broken():
+            _loop.loop().call_soon_threadsafe(self._paths.pop, id(holder), None)
 
     def close(self) -> None:
         """Hold nothing any more; on the loop."""

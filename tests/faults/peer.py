@@ -149,7 +149,8 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         self._record(request)
         # Without a kind it is what clients use a number up with.
         await self._number(request.seq_id, "save", context, valid=bool(request.kind))
-        return pb.SaveCheckpointResponse(path=f"tinsmith://m/weights/{request.name}")
+        name = request.name or "ephemeral-1"
+        return pb.SaveCheckpointResponse(path=f"tinsmith://m/sampler_weights/{name}")
 
     async def LoadCheckpoint(self, request: Any, context: Any) -> pb.LoadCheckpointResponse:
         self._record(request)
