@@ -18,10 +18,10 @@ from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd import state_files
-from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.keeper import Header, Keeper
 from tinsmithd.checkpoint.record import Checkpoint
 from tinsmithd.checkpoint.store import Blob
+from tinsmithd.checkpoint.writers import Writer
 from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
 
 PATH = "tinsmith://run/weights/one"

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 MIB = 1024 * 1024
+LINK_ADDRESS = "127.0.0.1:50054"
+"""Where ranks attach if nothing else is said."""
 _log = logging.getLogger(__name__)
 
 
@@ -142,15 +144,23 @@ class ServerConfig(Config):
 
 
 def _check_address(key: str, address: str) -> None:
+    if not _is_loopback(key, address):
+        _log.warning("listening on %s without keys or TLS: keep the network private", address)
+
+
+def _is_loopback(key: str, address: str) -> bool:
+    """Whether only this machine reaches an address.
+
+    Raises:
+        ConfigError: It is none.
+    """
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdigit() or int(port) > 65_535:
         raise ConfigError(f"{key}: expected host:port")
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
-        _log.warning("listening on %s without keys or TLS: keep the network private", address)
+        return host == "localhost"
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,14 @@ class TrainingConfig(ServerConfig):
     replay_check: str = "exact"
     """What calls that are made again after a crash must give: exact (the same bits, on ranks of the
     same kind) or close (the same metrics but for rounding). On GPUs it is always close."""
+    link_address: str = ""
+    """host:port where ranks attach, and nobody else; empty is 127.0.0.1:50054, or a free port of
+    127.0.0.1 where this server starts its ranks itself."""
+    link_secret_file: str = ""
+    """File with the secret that ranks must show, of 32 characters or more; empty makes one,
+    `link.secret` in `data_folder`, which is enough on loopback alone."""
+    link_port_file: str = ""
+    """File to write the port of `link_address` into; empty writes none."""
     rank_lease_s: float = 30.0
     """A rank group that says nothing for so long is replaced."""
     call_attempts_max: int = 2
@@ -216,8 +234,12 @@ class TrainingConfig(ServerConfig):
     spawn_threads: int = 0
 
     def check(self) -> None:
-        """Also: spawned ranks need a base model, and parts need a size."""
+        """Also: spawned ranks need a base model, parts need a size, the rank link a secret."""
         super().check()
+        private = _is_loopback("training.link_address", self.link_bind_address)
+        if not private and not self.link_secret_file:
+            message = "must be set where other machines reach link_address"
+            raise ConfigError(f"training.link_secret_file: {message}")
         if self.spawn_ranks and not self.spawn_base_model:
             raise ConfigError("training.spawn_base_model: needed with spawn_ranks")
         _one_of("training.replay_check", self.replay_check, ("exact", "close"))
@@ -228,15 +250,26 @@ class TrainingConfig(ServerConfig):
         if self.rank_lease_s < 1:
             raise ConfigError("training.rank_lease_s: must be at least 1")
 
+    @property
+    def link_bind_address(self) -> str:
+        """`link_address`, or what it is where it is empty."""
+        return self.link_address or ("127.0.0.1:0" if self.spawn_ranks else LINK_ADDRESS)
+
 
 @dataclass(frozen=True)
 class TrainerConfig(Config):
-    """One rank of the rank group; `torchrun` starts as many as there are devices."""
+    """One rank of a rank group, or with `ranks` the group: as many as there are devices."""
 
     section: ClassVar[str] = "trainer"
 
-    training_target: str = "127.0.0.1:50051"
-    """Training server that rank 0 attaches to."""
+    training_target: str = LINK_ADDRESS
+    """Where rank 0 attaches: `link_address` of the Training server."""
+    link_secret_file: str = ""
+    """File with the secret that the Training server demands; rank 0 alone needs it."""
+    launch_token: str = ""
+    """Given out by a Training server that starts its ranks, which knows them by it."""
+    ranks: int = 1
+    """Ranks of the group, all on this machine; where torchrun starts them, it says how many."""
     base_model: str = ""
     """Hugging Face name or folder."""
     dtype: str = "float32"
@@ -270,7 +303,7 @@ class TrainerConfig(Config):
         _one_of("trainer.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("trainer.engine", self.engine, ("deepspeed", "reference"))
         _one_of("trainer.zero_stage", self.zero_stage, (0, 1, 2, 3))
-        for key in ("micro_batch_tokens_max", "resident_models_max"):
+        for key in ("ranks", "micro_batch_tokens_max", "resident_models_max"):
             if not getattr(self, key):
                 raise ConfigError(f"trainer.{key}: must be at least 1")
 
@@ -324,6 +357,9 @@ class CheckpointConfig(ServerConfig):
     checkpoint_bytes_max: int = 64 * 1024 * MIB
     files_max: int = 64
     """Files of one checkpoint, and names in one request."""
+    writer_epoch_step_max: int = 1_000_000
+    """How far a writer's epoch may be above the highest that was seen of it; an epoch is one start
+    of a Training server, so this many may come without one save between them."""
     sweep_interval_s: float = 60.0
     """How often expired checkpoints are reclaimed."""
     lease_s: float = 30.0

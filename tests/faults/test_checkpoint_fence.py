@@ -9,8 +9,8 @@ import pytest
 
 from checkpoints import PATH, ServerProcess, files, keep, kept, messages, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
-from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.keeper import Keeper
+from tinsmithd.checkpoint.writers import Writer
 from tinsmithd.errors import DataLoss, FailedPrecondition
 from wire import reason_and_field
 
@@ -61,6 +61,35 @@ def test_a_writer_of_the_same_epoch_writes_on(server: ServerProcess) -> None:
     server.write(files(1), writer="a", writer_epoch=3, overwrite=True)
     server.write(files(2), writer="a", writer_epoch=7, overwrite=True)
     assert server.read() == files(2)
+
+
+@pytest.mark.parametrize("epoch", [10**6 + 4, 2**40, 2**62, 2**63 - 1])
+def test_an_epoch_may_not_jump(server: ServerProcess, tmp_path: Path, epoch: int) -> None:
+    """Row 11: what no restarts explain is refused by field, fences nobody off and leaves nothing.
+    A writer that restarted often without a save goes on; so does one that was never seen."""
+    server.write(files(0), writer="a", writer_epoch=3)
+    for writer in ("a", "never-seen"):
+        with pytest.raises(grpc.RpcError) as refusal:
+            server.write(files(9), PATH + "-x", writer=writer, writer_epoch=epoch)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason_and_field(refusal.value) == ("LIMIT_EXCEEDED", "header.writer_epoch")
+    server.write(files(1), PATH + "-1", writer="a", writer_epoch=3)
+    server.write(files(2), PATH + "-2", writer="a", writer_epoch=10**6 + 3)
+    server.write(files(3), PATH + "-3", writer="never-seen", writer_epoch=10**6)
+    assert staged(tmp_path / "data") == []
+
+
+def test_a_stale_writer_is_not_told_its_name(server: ServerProcess) -> None:
+    """Row 11: whoever knows the name can fence its owner off, and callers read the error."""
+    server.write(files(0), writer="the-secret-name", writer_epoch=3)
+    with pytest.raises(grpc.RpcError) as refusal:
+        server.write(files(9), PATH + "-x", writer="the-secret-name", writer_epoch=2)
+    assert isinstance(refusal.value, grpc.Call)
+    assert "the-secret-name" not in str(refusal.value.details())
+    assert b"the-secret-name" not in b"".join(
+        value if isinstance(value, bytes) else value.encode()
+        for _, value in refusal.value.trailing_metadata() or ()
+    )
 
 
 def test_a_writer_that_is_replaced_while_it_streams_is_refused_at_the_commit(
@@ -142,8 +171,8 @@ def test_a_fence_that_would_not_hold_is_refused(
 
 def test_the_longest_name_and_the_highest_epoch_are_taken(server: ServerProcess) -> None:
     """Row 20: at the limits, one below what is refused."""
-    server.write(files(0), writer="ä" * 128, writer_epoch=2**63 - 1)
-    refused(server, PATH, "ä" * 128, 2**63 - 2)
+    server.write(files(0), writer="ä" * 128, writer_epoch=10**6)
+    refused(server, PATH, "ä" * 128, 10**6 - 1)
 
 
 def test_an_epoch_that_is_damaged_lets_nobody_write(tmp_path: Path) -> None:
@@ -152,7 +181,7 @@ def test_an_epoch_that_is_damaged_lets_nobody_write(tmp_path: Path) -> None:
     keep(keeper, files(0), writer=Writer("a", 4))
     keeper.catalogue._db.execute("UPDATE writers SET epoch=0")
     for epoch in (3, 4, 5):
-        with pytest.raises(DataLoss, match="'a'"):
+        with pytest.raises(DataLoss, match="epoch of this writer"):
             keep(keeper, files(1), overwrite=True, writer=Writer("a", epoch))
     assert kept(keeper) == files(0)
     keep(keeper, files(1), overwrite=True, writer=Writer("b", 1))

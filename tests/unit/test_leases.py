@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import Clock, blobs, files, keep, kept
-from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.keeper import EXPIRY_GRACE_S, Keeper
+from tinsmithd.checkpoint.writers import Writer
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
 from tinsmithd.training.releases import Releases

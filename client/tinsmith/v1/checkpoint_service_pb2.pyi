@@ -674,7 +674,9 @@ class WriteCheckpointHeader(_message.Message):
     writer_epoch: _builtins.int
     """Rises with every replacement of `writer`, and needs it. Below the highest that this server has seen
     of that writer, at the header or at the commit, the write is refused as STALE_EPOCH, a repeat too. It
-    counts from the header on, even if the write fails.
+    counts from the header on, even if the write fails. More than `writer_epoch_step_max` (1,000,000)
+    above that highest, or above 0 where there is none, it is INVALID_ARGUMENT, LIMIT_EXCEEDED, and does
+    not count: epochs count restarts and do not jump.
     """
     request_id: _builtins.str
     """De-duplication key, up to 128 characters. Empty means not retry-safe."""

@@ -12,24 +12,22 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tinsmithd.checkpoint import schema
 from tinsmithd.checkpoint.failures import storage_errors
-from tinsmithd.checkpoint.record import Checkpoint, intact, read, text_of
+from tinsmithd.checkpoint.record import Checkpoint, read, text_of
+from tinsmithd.checkpoint.writers import EPOCH_STEP_MAX, Writer, admit, highest_epoch
 from tinsmithd.domain import CheckpointKind, CheckpointPath, is_ephemeral_name
-from tinsmithd.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound, Reason
+from tinsmithd.errors import (
+    AlreadyExists,
+    DataLoss,
+    NotFound,
+    Reason,
+)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Who writes, where one may be replaced by another: of one name only the highest epoch may."""
-
-    name: str
-    epoch: int
 
 
 class Catalogue:
@@ -38,6 +36,7 @@ class Catalogue:
     Args:
         file: SQLite's file; made where there is none.
         clock: Seconds since 1970.
+        epoch_step_max: See `CheckpointConfig.writer_epoch_step_max`.
         may_be_new: False where an empty catalogue can only be one that was lost.
 
     Attributes:
@@ -51,8 +50,16 @@ class Catalogue:
     ResourceExhausted (STORAGE_FULL). Then nothing changed.
     """
 
-    def __init__(self, file: Path, clock: Callable[[], float], *, may_be_new: bool = True) -> None:
+    def __init__(
+        self,
+        file: Path,
+        clock: Callable[[], float],
+        *,
+        may_be_new: bool = True,
+        epoch_step_max: int = EPOCH_STEP_MAX,
+    ) -> None:
         self._clock = clock
+        self._epoch_step_max = epoch_step_max
         self._lock = threading.RLock()
         self._db = schema.open_file(file, may_be_new=may_be_new)
         self._unsettled = False
@@ -146,7 +153,7 @@ class Catalogue:
         path = checkpoint.path
         with self._writing(str(path)):
             if writer is not None:
-                self._check_epoch(writer)
+                highest_epoch(self._db, writer)
             if not overwrite and (found := self._find(path)) is not None:
                 check_repeat(found, checkpoint.request_id, checkpoint.request_digest)
                 return found
@@ -339,31 +346,11 @@ class Catalogue:
 
         Raises:
             FailedPrecondition: It was replaced by one of a higher epoch (STALE_EPOCH).
+            InvalidArgument: Its epoch is too far above the highest that was seen.
             DataLoss: Nobody knows any more whether it was (CHECKPOINT_CORRUPT).
         """
         with self._writing():
-            highest = self._check_epoch(writer)
-            if highest is None or highest < writer.epoch:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO writers VALUES (?,?,?)",
-                    (writer.name, writer.epoch, schema.digest(writer.name, writer.epoch)),
-                )
-
-    def _check_epoch(self, writer: Writer) -> int | None:
-        """The highest epoch of this writer that was seen; None where there is none."""
-        query = "SELECT * FROM writers WHERE name=?"
-        row = self._db.execute(query, (writer.name,)).fetchone()
-        if row is None:
-            return None
-        if not intact(row):
-            message = f"the epoch of writer {writer.name!r} is damaged"
-            raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
-        highest: int = row["epoch"]
-        if writer.epoch < highest:
-            message = f"writer {writer.name!r} of epoch {writer.epoch} was replaced by {highest}"
-            metadata = {"epoch": str(writer.epoch), "highest_epoch": str(highest)}
-            raise FailedPrecondition(message, Reason.STALE_EPOCH, metadata=metadata)
-        return highest
+            admit(self._db, writer, self._epoch_step_max)
 
 
 def check_repeat(found: Checkpoint, request_id: str, request_digest: str) -> None:

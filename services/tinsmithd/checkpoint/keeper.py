@@ -12,12 +12,13 @@ from pathlib import Path
 
 from tinsmithd import failpoints
 from tinsmithd.checkpoint import schema
-from tinsmithd.checkpoint.catalogue import Catalogue, Writer, check_repeat
+from tinsmithd.checkpoint.catalogue import Catalogue, check_repeat
 from tinsmithd.checkpoint.failures import storage_errors
 from tinsmithd.checkpoint.leases import Leases
 from tinsmithd.checkpoint.record import Checkpoint, Ephemeral
 from tinsmithd.checkpoint.safety import check_file_name, check_files
 from tinsmithd.checkpoint.store import Blob, Staging, Store
+from tinsmithd.checkpoint.writers import EPOCH_STEP_MAX, Writer
 from tinsmithd.domain import CheckpointPath, Tuning
 from tinsmithd.errors import (
     DataLoss,
@@ -150,13 +151,16 @@ class Keeper:
         *,
         checkpoint_bytes_max: int,
         lease_s: float = 30.0,
+        epoch_step_max: int = EPOCH_STEP_MAX,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = Store(folder)
         try:
             file = folder / "catalogue.sqlite"
-            self.catalogue = Catalogue(file, clock, may_be_new=self._store.empty)
+            self.catalogue = Catalogue(
+                file, clock, may_be_new=self._store.empty, epoch_step_max=epoch_step_max
+            )
             self.leases = Leases(self.catalogue, lease_s, clock, monotonic)
         except BaseException:
             self._store.close()
@@ -183,6 +187,7 @@ class Keeper:
 
         Raises:
             FailedPrecondition: The writer was replaced (STALE_EPOCH).
+            InvalidArgument: Its epoch jumps (LIMIT_EXCEEDED).
         """
         if header.writer is not None:
             self.catalogue.admit(header.writer)

@@ -53,6 +53,7 @@ class CheckpointServer:
             folder,
             checkpoint_bytes_max=config.checkpoint_bytes_max,
             lease_s=config.lease_s,
+            epoch_step_max=config.writer_epoch_step_max,
             clock=clock,
             monotonic=monotonic,
         )

@@ -10,11 +10,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
-from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.keeper import Header, Keeper, Write
 from tinsmithd.checkpoint.record import Checkpoint
 from tinsmithd.checkpoint.store import Blob
+from tinsmithd.checkpoint.writers import Writer
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import FullConfig
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
@@ -225,7 +225,7 @@ def _writer(
             text = "must be set with writer_epoch"
             raise InvalidArgument(f"{where}writer", text, Reason.MISSING_FIELD)
         return None
-    return Writer(message.writer, message.writer_epoch)
+    return Writer(message.writer, message.writer_epoch, where)
 
 
 async def _pieces(
