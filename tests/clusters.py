@@ -117,7 +117,7 @@ class RunningCluster:
         return self._cluster.pid(name)
 
     def rank_pids(self) -> Sequence[int]:
-        """Process ids of the ranks, by rank: where there are several, torchrun's children. None
+        """Process ids of the ranks, by rank: where there are several, a child's children. None
         while the rank group is not there."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             for child in children(self.pid("training")):

@@ -5,9 +5,11 @@ The server, the wire between the two, the rank's loop and its engine are the rea
 
 import asyncio
 import contextlib
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,11 +18,12 @@ import numpy as np
 from tinsmith import tensors
 from tinsmith import v1 as pb
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
+from tinsmithd import link_secret
 from tinsmithd.config import TrainingConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import TrainingEngine
-from tinsmithd.trainer.link import hello, lead
+from tinsmithd.trainer.link import LinkTarget, hello, lead
 from tinsmithd.training.server import TrainingServer
 
 ADAM = pb.AdamParams(learning_rate=0.01, eps=0.1)
@@ -62,11 +65,11 @@ class RankZero:
         go: It waits for this before each `compute`, so that a test can queue calls up.
     """
 
-    def __init__(self, engine: TrainingEngine, port: int) -> None:
+    def __init__(self, engine: TrainingEngine, server: LinkTarget) -> None:
         self.computes: list[tuple[str, link_pb.Compute]] = []
         self.go = threading.Event()
         greeting = hello(engine, "reference", 1)
-        link = (Commands(engine, world_size=1), f"127.0.0.1:{port}", greeting)
+        link = (Commands(engine, world_size=1), server, greeting)
         self._thread = threading.Thread(target=self._run, args=link, daemon=True)
         self._thread.start()
 
@@ -158,12 +161,19 @@ async def recorded_cluster(
     engine: TrainingEngine, quantum_tokens: int
 ) -> AsyncIterator[RecordedCluster]:
     """Run one on free ports."""
+    stack = contextlib.ExitStack()
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     config = TrainingConfig(
-        listen_address="127.0.0.1:0", quantum_tokens=quantum_tokens, durability="none"
+        listen_address="127.0.0.1:0",
+        link_address="127.0.0.1:0",
+        data_folder=str(folder),
+        quantum_tokens=quantum_tokens,
+        durability="none",
     )
     server = TrainingServer(config)
     await server.start()
-    rank = RankZero(engine, server.port)
+    target = LinkTarget(f"127.0.0.1:{server.link_port}", str(link_secret.made_in(folder)))
+    rank = RankZero(engine, target)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub: Any = pb.TrainingServiceStub(channel)
@@ -174,3 +184,4 @@ async def recorded_cluster(
         rank.go.set()
         await server.stop()
         await asyncio.to_thread(rank.join)
+        stack.close()

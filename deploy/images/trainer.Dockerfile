@@ -23,4 +23,4 @@ RUN pip install --no-cache-dir --no-deps --force-reinstall .
 
 WORKDIR /
 USER 10001:10001
-ENTRYPOINT ["torchrun", "--standalone", "--nproc-per-node=1", "-m", "tinsmithd.trainer"]
+ENTRYPOINT ["python", "-P", "-m", "tinsmithd.trainer"]

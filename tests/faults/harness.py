@@ -69,8 +69,8 @@ class Plan:
         """Environment of the clusters: small parts, so that there is a middle to be killed in."""
         return {
             "TINSMITH_TRAINING_SNAPSHOT_STEPS": "7",
-            # Kills by hand do not count, but torchrun cannot say that it was one.
-            "TINSMITH_TRAINING_CALL_ATTEMPTS_MAX": "1000" if self.ranks > 1 else "2",
+            # Kills by hand do not count.
+            "TINSMITH_TRAINING_CALL_ATTEMPTS_MAX": "2",
             "TINSMITH_TRAINER_MICRO_BATCH_TOKENS_MAX": str(2 * self.length),
             "TINSMITH_TRAINER_COLLECTIVE_TIMEOUT_S": "5",
         }

@@ -17,6 +17,7 @@ class Process:
 
     Attributes:
         port: What it listens on; 0 for a rank.
+        link_port: Where ranks attach, of a Training server.
         log: Its log file.
     """
 
@@ -28,6 +29,10 @@ class Process:
         every = dict(settings)
         if kind != "trainer":
             every = {"listen_address": "127.0.0.1:0", **every, "port_file": port_file}
+        link_port_file = folder / f"{kind}-{number}.link"
+        if kind == "training":
+            link = {"link_address": "127.0.0.1:0", "link_port_file": link_port_file}
+            every = {**link, **every}
         prefix = f"TINSMITH_{kind.upper()}_"
         environment = {prefix + key.upper(): str(value) for key, value in every.items()}
         with self.log.open("wb") as log:
@@ -41,6 +46,7 @@ class Process:
         if kind != "trainer":
             self.until(port_file.exists)
             self.port = int(port_file.read_text())
+        self.link_port = int(link_port_file.read_text()) if kind == "training" else 0
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something is true while this process lives."""
@@ -114,7 +120,8 @@ class Training:
     def start_rank(self, *, env: Mapping[str, str] | None = None, **settings: object) -> Process:
         """Start a rank group of one that attaches."""
         every = {
-            "training_target": self.address,
+            "training_target": f"127.0.0.1:{self.server.link_port}",
+            "link_secret_file": self.data / "link.secret",
             "base_model": self._base_model,
             "threads": 1,
             **settings,
@@ -125,9 +132,12 @@ class Training:
 
     def restart_server(self, *, env: Mapping[str, str] | None = None, **settings: object) -> None:
         """Kill the server and start it again on the same port."""
-        port = self.server.port
+        same = {
+            "listen_address": f"127.0.0.1:{self.server.port}",
+            "link_address": f"127.0.0.1:{self.server.link_port}",
+        }
         self.server.kill()
-        self.server = self.start_server(env=env, listen_address=f"127.0.0.1:{port}", **settings)
+        self.server = self.start_server(env=env, **{**same, **settings})
 
     def kill(self) -> None:
         """End all with SIGKILL."""

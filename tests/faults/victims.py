@@ -68,7 +68,7 @@ class Victims:
             channel.close()
 
     def group(self) -> Sequence[int]:
-        """The ranks, and torchrun where there is one."""
+        """The ranks, and their parent where there are several."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             launched = children(self._cluster.pid("training"))
             return [*launched, *(pid for parent in launched for pid in children(parent))]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,9 @@ class KubeCluster:
         self("delete", "namespace", self._namespace, "--wait=false")
 
     def deploy(self, base_model: Path) -> None:
-        """The steps of docs/deploy.md: apply, fill the volume of base models, restart."""
+        """The steps of docs/deploy.md: secret, apply, fill the volume of base models, restart."""
+        secret = f"--from-literal=secret={secrets.token_hex(32)}"
+        self("create", "secret", "generic", "tinsmith-link", secret)
         self.apply()
         (writer,) = yaml.safe_load_all((DEPLOY / "base-models-writer.yaml").read_text())
         (container,) = writer["spec"]["containers"]

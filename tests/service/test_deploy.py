@@ -190,6 +190,23 @@ def test_probes_name_the_service_of_the_contract(manifests: list[Manifest], name
         assert start["periodSeconds"] * start["failureThreshold"] >= 1800
 
 
+@pytest.mark.parametrize("name", ["training", "trainer"])
+def test_no_secret_of_the_rank_link_is_in_the_manifests(
+    manifests: list[Manifest], name: str
+) -> None:
+    """Both ends mount one that the user makes, where their settings look for it."""
+    config = load(SECTIONS[name], environment_of(container_of(manifests, name)))
+    assert isinstance(config, TrainingConfig | TrainerConfig)
+    (mount,) = [m for m in container_of(manifests, name)["volumeMounts"] if m["name"] == "link"]
+    (volume,) = [v for v in pod_of(manifests, name)["volumes"] if v["name"] == "link"]
+    assert mount["readOnly"]
+    assert config.link_secret_file == f"{mount['mountPath']}/secret"
+    assert volume["secret"]["secretName"] == "tinsmith-link"
+    assert volume["secret"]["defaultMode"] & 0o007 == 0
+    assert "Secret" not in {m["kind"] for m in manifests}
+    assert "create secret generic tinsmith-link" in (ROOT / "docs" / "deploy.md").read_text()
+
+
 @pytest.mark.parametrize("name", SERVERS)
 def test_prometheus_finds_the_metrics(manifests: list[Manifest], name: str) -> None:
     """Annotations, declared port and settings name one port."""
@@ -208,10 +225,12 @@ def test_prometheus_finds_the_metrics(manifests: list[Manifest], name: str) -> N
 def test_service_reaches_its_server(manifests: list[Manifest], name: str) -> None:
     """Selector, port and port name lead to the pods of that server and to no others."""
     spec = find(manifests, "Service", name)["spec"]
-    (port,) = spec["ports"]
     declared = ports_of(manifests, name)
-    assert port["targetPort"] == "grpc"
-    assert port["port"] == declared["grpc"]
+    for port in spec["ports"]:
+        assert port["targetPort"] == port["name"]
+        assert port["port"] == declared[port["name"]]
+    names = [port["name"] for port in spec["ports"]]
+    assert names == (["grpc", "link"] if name == "training" else ["grpc"])
     chosen = [
         m["metadata"]["name"]
         for m in manifests
@@ -230,15 +249,19 @@ def test_addresses_in_settings_are_services(manifests: list[Manifest]) -> None:
     assert isinstance(sampler, SamplerConfig)
     assert isinstance(trainer, TrainerConfig)
     dialled = {
-        trainer.training_target: "training",
         training.sampler_address: "sampler",
         training.checkpoint_address: "checkpoint",
         training.checkpoint_target: "checkpoint",
         sampler.checkpoint_target: "checkpoint",
     }
     for address, name in dialled.items():
-        (port,) = find(manifests, "Service", name)["spec"]["ports"]
+        (port,) = [
+            p for p in find(manifests, "Service", name)["spec"]["ports"] if p["name"] == "grpc"
+        ]
         assert address == f"{name}:{port['port']}"
+    link = ports_of(manifests, "training")["link"]
+    assert trainer.training_target == f"training:{link}"
+    assert training.link_address == f"0.0.0.0:{link}"
     assert training.spawn_ranks == 0
 
 
@@ -278,7 +301,8 @@ def test_there_is_never_a_second_one(manifests: list[Manifest]) -> None:
 
 
 def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
-    """Only this namespace reaches the servers, every pod their metrics, and nobody the ranks."""
+    """Only this namespace reaches the servers, every pod their metrics, only ranks the rank link,
+    and nobody the ranks."""
     servers = find(manifests, "NetworkPolicy", "tinsmith-servers")["spec"]
     by_key = {e["key"]: e["values"] for e in servers["podSelector"]["matchExpressions"]}
     assert sorted(by_key["app.kubernetes.io/name"]) == sorted(SERVERS)
@@ -288,6 +312,12 @@ def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
     for rule, port_name in ((calls, "grpc"), (scrapes, "metrics")):
         ports = {ports_of(manifests, name)[port_name] for name in SERVERS}
         assert {port["port"] for port in rule["ports"]} == ports
+    link = find(manifests, "NetworkPolicy", "tinsmith-link")["spec"]
+    assert link["podSelector"]["matchLabels"]["app.kubernetes.io/name"] == "training"
+    (rule,) = link["ingress"]
+    (peer,) = rule["from"]
+    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/name"] == "trainer"
+    assert [port["port"] for port in rule["ports"]] == [ports_of(manifests, "training")["link"]]
     ranks = find(manifests, "NetworkPolicy", "tinsmith-trainer")["spec"]
     assert "Ingress" in ranks["policyTypes"]
     assert not ranks.get("ingress")
@@ -303,11 +333,11 @@ def test_budget_covers_the_samplers(manifests: list[Manifest]) -> None:
 
 
 def test_gpu_overlay_has_one_rank_per_gpu() -> None:
-    """The GPU limit and torchrun's --nproc-per-node are the same number."""
+    """The GPU limit and the number of ranks are the same."""
     container = container_of(render("gpu"), "trainer")
-    (count,) = [a for a in container["command"] if a.startswith("--nproc-per-node=")]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == count.partition("=")[2]
-    assert environment_of(container)["TINSMITH_TRAINER_TRAINING_TARGET"] == "training:50051"
+    ranks = environment_of(container)["TINSMITH_TRAINER_RANKS"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == ranks
+    assert environment_of(container)["TINSMITH_TRAINER_TRAINING_TARGET"] == "training:50054"
 
 
 def test_ci_overlay_has_nothing_that_1_20_lacks() -> None:

@@ -106,7 +106,7 @@ def test_an_unknown_setting_stops_a_server(name: str, tmp_path: Path) -> None:
 def test_a_taken_port_is_one_line(cluster: RunningCluster, tmp_path: Path) -> None:
     """No stack trace, and the address."""
     taken = cluster.addresses["checkpoint"]
-    process = start("training", tmp_path, listen_address=taken)
+    process = start("training", tmp_path, listen_address=taken, link_address="127.0.0.1:0")
     _, error = process.communicate(timeout=30)
     assert process.returncode != 0
     assert f"cannot listen on {taken}" in error

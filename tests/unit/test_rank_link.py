@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
     TrainerLinkServiceServicer,
     add_TrainerLinkServiceServicer_to_server,
 )
+from tinsmithd import link_secret
 from tinsmithd.trainer import link
 
 HELLO = pb.AttachRequest(hello=pb.Hello(world_size=1, engine="none"))
@@ -76,12 +78,13 @@ class Server(TrainerLinkServiceServicer):
         reads: Whether it reads anything after a stream's first message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, secret_file: Path) -> None:
         self.reads = True
         self._streams: queue.SimpleQueue[Stream] = queue.SimpleQueue()
         self.grpc = grpc.server(futures.ThreadPoolExecutor(8))
         add_TrainerLinkServiceServicer_to_server(self, self.grpc)
-        self.port = self.grpc.add_insecure_port("127.0.0.1:0")
+        port = self.grpc.add_insecure_port("127.0.0.1:0")
+        self.target = link.LinkTarget(f"127.0.0.1:{port}", str(secret_file))
         self.grpc.start()
 
     def Attach(
@@ -137,8 +140,8 @@ class End(Exception):
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(link_secret.made_in(tmp_path))
     yield made
     made.grpc.stop(0).wait()
 
@@ -163,7 +166,7 @@ def broadcasts(server: Server, commands: Pretender) -> Iterator[list[bytes]]:
 
     def run() -> None:
         with contextlib.suppress(End):
-            link.lead(commands, f"127.0.0.1:{server.port}", HELLO, broadcast)  # type: ignore[arg-type]
+            link.lead(commands, server.target, HELLO, broadcast)  # type: ignore[arg-type]
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -30,6 +30,46 @@ beyond that grpc itself refuses it."""
 _log = logging.getLogger(__name__)
 
 
+def make_grpc_server(
+    config: ServerConfig, first: Sequence[grpc.aio.ServerInterceptor]
+) -> grpc.aio.Server:
+    """A gRPC server without services; every listener of this project is made here.
+
+    Args:
+        config: Its limits.
+        first: What a call passes before errors become statuses.
+    """
+    return grpc.aio.server(
+        interceptors=[
+            *first,
+            ErrorInterceptor(config.message_bytes_max, config.message_items_max),
+        ],
+        maximum_concurrent_rpcs=config.concurrent_calls_max,
+        options=[
+            ("grpc.max_receive_message_length", RECEIVE_SLACK * config.message_bytes_max),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+    )
+
+
+def bind(server: grpc.aio.Server, address: str) -> int:
+    """Let a server listen; returns the port.
+
+    Raises:
+        OSError: The address cannot be bound.
+    """
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        message = f"cannot listen on {address}: is the port taken?"
+        raise OSError(errno.EADDRINUSE, message) from error
+
+
 class RpcServer:
     """One gRPC server with health, reflection and channelz.
 
@@ -54,22 +94,7 @@ class RpcServer:
         self.metrics = Metrics()
         counting = [MetricsInterceptor(self.metrics)] if config.metrics_address else []
         self.shutting_down = asyncio.Event()
-        self.grpc_server = grpc.aio.server(
-            interceptors=[
-                *counting,
-                ErrorInterceptor(config.message_bytes_max, config.message_items_max),
-            ],
-            maximum_concurrent_rpcs=config.concurrent_calls_max,
-            options=[
-                ("grpc.max_receive_message_length", RECEIVE_SLACK * config.message_bytes_max),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
-        )
+        self.grpc_server = make_grpc_server(config, counting)
         self._said: dict[str, bool] = {}
         self.metrics.registry.register(ServingCollector(self._said))
         self._health = health.aio.HealthServicer()
@@ -86,16 +111,12 @@ class RpcServer:
         await self._set("", True)
         for name in (self.service_name, *self._more_names):
             await self._set(name, False)
-        try:
-            self.port = self.grpc_server.add_insecure_port(self._config.listen_address)
-        except RuntimeError as error:
-            message = f"cannot listen on {self._config.listen_address}: is the port taken?"
-            raise OSError(errno.EADDRINUSE, message) from error
+        self.port = bind(self.grpc_server, self._config.listen_address)
         if self._config.metrics_address:
             self.metrics_port = self.metrics.serve(self._config.metrics_address)
         await self.grpc_server.start()
         if self._config.port_file:
-            _write_whole(Path(self._config.port_file), f"{self.port}\n")
+            write_whole(Path(self._config.port_file), f"{self.port}\n")
         host = self._config.listen_address.rpartition(":")[0]
         _log.info("%s listens on %s:%d", self.service_name, host, self.port)
         if self.metrics_port:
@@ -134,7 +155,8 @@ class RpcServer:
         _log.info("%s stops: calls under way have %g s", self.service_name, grace_s)
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that somebody may be waiting for."""
     # Whoever waits for the file must not read half of it.
     part = file.with_suffix(".part")
     part.write_text(text)

@@ -1,4 +1,7 @@
-"""`python -m tinsmithd.trainer`: one rank; `torchrun -m tinsmithd.trainer`: several."""
+"""`python -m tinsmithd.trainer`: a rank group of one, or of `--ranks` processes on this machine.
+
+`torchrun -m tinsmithd.trainer` starts ranks on several machines.
+"""
 
 import ctypes
 import logging
@@ -10,9 +13,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tinsmithd.config import TrainerConfig
+from tinsmithd import link_secret
+from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.process import EXIT_HOPELESS, load_or_exit, set_up
+from tinsmithd.trainer import group
 from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, MeetError
 
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +40,8 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     rank, world_size = distributed.rank_and_world_size()
-    loading = link.LoadingLink(config.training_target) if rank == 0 else None
+    server = link.LinkTarget(config.training_target, config.link_secret_file)
+    loading = link.LoadingLink(server) if rank == 0 else None
 
     def on_progress(message: str) -> None:
         if loading is not None:
@@ -62,12 +68,12 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         link.follow(commands, distributed.broadcast_bytes)
         return
     loading.close()
-    greeting = link.hello(engine, config.engine, world_size)
+    greeting = link.hello(engine, config.engine, world_size, config.launch_token)
 
     def on_link(begun: link.Link) -> None:
         last_words[:] = [begun.leave]
 
-    link.lead(commands, config.training_target, greeting, distributed.broadcast_bytes, on_link)
+    link.lead(commands, server, greeting, distributed.broadcast_bytes, on_link)
 
 
 def _end(status: int, farewells: Sequence[Callable[[], None]]) -> NoReturn:
@@ -96,7 +102,7 @@ def _end_on_signals(last_words: Words, farewells: Words) -> None:
 
 
 def _die_with_parent(config: TrainerConfig) -> None:
-    """Leave no orphan: not even a stopped process outlives torchrun, or the server it belongs to.
+    """Leave no orphan: not even a stopped process outlives who started it.
 
     Only Linux can do this; elsewhere a rank finds out by its heartbeat.
     """
@@ -109,15 +115,23 @@ def _die_with_parent(config: TrainerConfig) -> None:
 
 
 def main() -> None:
-    """Run one rank until it is ended."""
+    """Run one rank, or a whole group, until it is ended."""
     config = load_or_exit(TrainerConfig)
     _die_with_parent(config)
     set_up(config)
+    rank = os.environ.get("RANK")
+    if rank is None and config.ranks > 1:
+        sys.exit(group.run(config.ranks))
     last_words: Words = []
     farewells: Words = []
     _end_on_signals(last_words, farewells)
     try:
+        if rank in (None, "0"):
+            link_secret.read(config.link_secret_file, link_secret.RANKS_KEY)
         _serve(config, last_words, farewells)
+    except ConfigError as error:
+        _log.error("%s", error)
+        _end(EXIT_HOPELESS, farewells)
     except TinsmithError as error:
         _log.error("%s", error.message)
         _end(EXIT_HOPELESS, farewells)

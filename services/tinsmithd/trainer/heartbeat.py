@@ -1,6 +1,6 @@
 """Who is in a rank group, and whether they all live: rules over a key-value store.
 
-A rank whose process died is noticed where it ran (torchrun) and by those that wait for it (the
+A rank whose process died is noticed where it was started and by those that wait for it (the
 connection breaks). A node that vanished without a word, or a process that stands still, is noticed
 by nobody: the others would wait in their next collective for ever. A short timeout of collectives
 is no remedy, since a rank may rightly compute for minutes while another waits. So every rank says
@@ -29,6 +29,8 @@ _LEFT = b"left"
 
 EXIT_GROUP_LOST = 75
 """Exit status of a rank whose group is no more: start the group again (EX_TEMPFAIL)."""
+EXIT_RANK_SILENT = 76
+"""The same, where a rank gave no sign of life: what it was asked to do may be why."""
 
 _log = logging.getLogger(__name__)
 
@@ -177,6 +179,7 @@ class Heartbeat:
         *,
         timeout_s: float,
         on_loss: Callable[[Loss], None],
+        store_rank: int | None = None,
     ) -> None:
         """Prepare.
 
@@ -186,7 +189,10 @@ class Heartbeat:
             rank: This process's.
             timeout_s: A rank that is silent for longer is lost.
             on_loss: Called once, from a thread, unless this rank left first; to end the process.
+            store_rank: Whose process serves the store: where it does not answer, that one is
+                silent. None where it is nobody's of the group.
         """
+        self._store_rank = store_rank
         self._store = store
         self._timeout_s = timeout_s
         self._interval_s = min(INTERVAL_S_MAX, timeout_s / BEATS_PER_TIMEOUT)
@@ -283,6 +289,8 @@ class Heartbeat:
         """What is wrong, from what was heard so far; needs the lock."""
         unanswered_s = self._awake_s - self._answered_s
         if unanswered_s > self._timeout_s and not self._leaving:
+            if self._store_rank in self._others:
+                return _silence([self._store_rank], unanswered_s)
             return Loss(f"the store of the rank group has not answered for {unanswered_s:.1f} s")
         silent = [
             rank
@@ -295,9 +303,7 @@ class Heartbeat:
         silence_s = self._answered_s - self._heard_s[first]
         if any(self._values[rank] == _LEFT for rank in silent):
             return Loss(f"rank {first} was ended {silence_s:.0f} s ago", orderly=True)
-        names = f"rank {first}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
-        message = f"{names} gave no sign of life for {silence_s:.1f} s"
-        return Loss(message, silent=tuple(silent))
+        return _silence(silent, silence_s)
 
     def _lose(self, loss: Loss) -> None:
         with self._lock:
@@ -305,3 +311,9 @@ class Heartbeat:
                 return
             self._lost = True
         self._on_loss(loss)
+
+
+def _silence(ranks: Sequence[int], silence_s: float) -> Loss:
+    names = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    message = f"{names} gave no sign of life for {silence_s:.1f} s"
+    return Loss(message, silent=tuple(ranks))

@@ -10,15 +10,17 @@ is over: nobody reads that, and the next message that it waits for does not come
 """
 
 import logging
-import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import grpc
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmithd import link_secret
+from tinsmithd.config import ConfigError
 from tinsmithd.convert import types as convert
 from tinsmithd.rpc.channels import open_channel
 from tinsmithd.trainer.commands import Commands
@@ -43,6 +45,28 @@ Broadcast = Callable[[bytes | None], bytes]
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class LinkTarget:
+    """Where rank 0 attaches.
+
+    Attributes:
+        address: `link_address` of the Training server.
+        secret_file: What holds the secret that it demands; read for each stream, so that another
+            one needs no restart.
+    """
+
+    address: str
+    secret_file: str
+
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What a stream shows."""
+        try:
+            return link_secret.shown(link_secret.read(self.secret_file, link_secret.RANKS_KEY))
+        except ConfigError as error:  # it was there at the start; the server says no
+            _log.error("%s", error)
+            return ()
+
+
 class Link:
     """One stream to the Training server; messages may be sent from any thread.
 
@@ -55,8 +79,8 @@ class Link:
             stream is over.
     """
 
-    def __init__(self, target: str) -> None:
-        self._channel = open_channel(target)
+    def __init__(self, server: LinkTarget) -> None:
+        self._channel = open_channel(server.address)
         self._outgoing = Outgoing()
         self.welcomed = False
         self.send = self._outgoing.put
@@ -64,7 +88,7 @@ class Link:
         attach: grpc.StreamStreamMultiCallable = self._channel.stream_stream(
             _ATTACH, request_serializer=pb.AttachRequest.SerializeToString
         )
-        self.commands: Iterator[bytes] = attach(iter(self._outgoing))
+        self.commands: Iterator[bytes] = attach(iter(self._outgoing), metadata=server.metadata())
         # Not only when the next command is awaited: a snapshot may be waiting to be sent.
         if not self.commands.add_callback(self._outgoing.end):
             self._outgoing.end()
@@ -89,7 +113,9 @@ class Link:
         self._channel.close()
 
 
-def hello(engine: TrainingEngine, engine_name: str, world_size: int) -> pb.AttachRequest:
+def hello(
+    engine: TrainingEngine, engine_name: str, world_size: int, launch_token: str = ""
+) -> pb.AttachRequest:
     """The message that says that the group is ready."""
     return pb.AttachRequest(
         hello=pb.Hello(
@@ -97,7 +123,7 @@ def hello(engine: TrainingEngine, engine_name: str, world_size: int) -> pb.Attac
             world_size=world_size,
             engine=engine_name,
             identity=engine.identity,
-            pid=os.getpid(),
+            launch_token=launch_token,
         )
     )
 
@@ -105,8 +131,8 @@ def hello(engine: TrainingEngine, engine_name: str, world_size: int) -> pb.Attac
 class LoadingLink:
     """Tells the Training server how far loading is, as far as it can be reached."""
 
-    def __init__(self, target: str) -> None:
-        self._link = Link(target)
+    def __init__(self, server: LinkTarget) -> None:
+        self._link = Link(server)
         # The answer of this stream is of no interest, but reading it keeps the call alive.
         threading.Thread(target=self._drain, daemon=True).start()
 
@@ -115,7 +141,10 @@ class LoadingLink:
             for _ in self._link.commands:
                 pass
         except grpc.RpcError as error:
-            _log.debug("progress was not taken: %s", error)
+            # A wrong secret is worth saying before the base model is loaded, not after.
+            refused = _code(error) is grpc.StatusCode.UNAUTHENTICATED
+            level = logging.ERROR if refused else logging.DEBUG
+            _log.log(level, "the Training server did not take progress (%s)", _why(error))
 
     def say(self, message: str) -> None:
         """Pass one line on."""
@@ -128,7 +157,7 @@ class LoadingLink:
 
 def lead(
     commands: Commands,
-    target: str,
+    server: LinkTarget,
     greeting: pb.AttachRequest,
     broadcast: Broadcast,
     on_link: Callable[[Link], None] = lambda _: None,
@@ -137,14 +166,14 @@ def lead(
 
     Args:
         commands: What carries them out.
-        target: The Training server.
+        server: Where to attach.
         greeting: See `hello`.
         broadcast: Passes commands on to the other ranks.
         on_link: Told of each stream as it begins.
     """
     delay_s = RETRY_DELAY_S
     while True:
-        link = Link(target)
+        link = Link(server)
         on_link(link)
         link.send(greeting)
         link.say_alive()
@@ -153,9 +182,14 @@ def lead(
             for data in link.commands:
                 _carry_out(data, commands, link, broadcast)
         except grpc.RpcError as error:
-            _log.warning("the stream to the Training server at %s broke (%s)", target, _why(error))
+            refused = _code(error) is grpc.StatusCode.UNAUTHENTICATED
+            _log.log(
+                logging.ERROR if refused else logging.WARNING,
+                "the stream to the Training server at %s broke (%s)",
+                *(server.address, _why(error)),
+            )
         else:
-            _log.warning("the Training server ended the stream")
+            _log.info("the Training server ended the stream")
         finally:
             link.close()
         broadcast(_FORGET)
@@ -184,6 +218,10 @@ def follow(commands: Commands, broadcast: Broadcast) -> None:
             commands.forget_models()
         else:
             commands.apply(pb.AttachResponse.FromString(data), lambda _: None)
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode:
+    return error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
 
 
 def _why(error: grpc.RpcError) -> str:

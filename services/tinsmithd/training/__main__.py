@@ -1,6 +1,6 @@
 """`python -m tinsmithd.training`: the Training server as a process."""
 
-from tinsmithd.config import TrainingConfig
+from tinsmithd.config import ConfigError, TrainingConfig
 from tinsmithd.process import give_up, keep_freed_memory, load_or_exit, run, set_up
 from tinsmithd.training.launcher import LaunchError
 from tinsmithd.training.records import Fenced, StoreDamaged
@@ -20,7 +20,7 @@ def main() -> None:
     keep_freed_memory()
     try:
         run(lambda: _serve(config), config.section)
-    except (LaunchError, StoreDamaged) as error:
+    except (ConfigError, LaunchError, StoreDamaged) as error:
         give_up(config.section, error)
     except Fenced:
         give_up(config.section, "another Training server has taken over")

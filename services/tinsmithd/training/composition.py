@@ -46,15 +46,12 @@ class Composition:
         return cls(values["identity"], values["counts"], plans, values.get("metrics", {}))
 
 
-def difference(
+def differing(
     ours: Mapping[str, str], theirs: Mapping[str, str], keys: Collection[str] = ()
-) -> str:
-    """What differs between two identities (or some keys of them), for a person."""
-    return ", ".join(
-        f"{key} was {ours.get(key, 'unset')} and is {theirs.get(key, 'unset')}"
-        for key in sorted(keys or {*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    )
+) -> Sequence[str]:
+    """The keys in which two identities differ, among some keys or all."""
+    found = sorted(keys or {*ours, *theirs})
+    return [key for key in found if ours.get(key) != theirs.get(key)]
 
 
 def are_close(ours: Mapping[str, float], theirs: Mapping[str, float]) -> bool:

@@ -4,17 +4,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from tinsmithd.config import TrainingConfig
+from tinsmithd.process import EXIT_HOPELESS
 
 _log = logging.getLogger(__name__)
-
-EXIT_HOPELESS = 78
-"""Exit status of a rank for which a restart cannot help (EX_CONFIG of sysexits.h)."""
 
 RESTART_DELAY_S_FIRST = 0.1
 RESTART_DELAY_S_MAX = 30.0
@@ -24,7 +22,13 @@ SETTLED_S = 3.0
 CAUSE_WAIT_S_MAX = 3.0
 """A connection that broke says nothing; the process that had it ends about then."""
 ENDED_KEPT_MAX = 64
-_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+_FROM_OUTSIDE = [
+    status
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    for status in (-number, 128 + number)
+]
+"""As a process that ended so, and as a rank group says of one of its ranks."""
+_OF_ANOTHER_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LaunchError(Exception):
@@ -34,47 +38,53 @@ class LaunchError(Exception):
 class Launcher:
     """Keeps rank groups running as child processes: one, and those that stand by.
 
-    A group of one rank is a plain child; several ranks are started by `torchrun`, which ends all
-    when one dies.
+    A group of one rank is a plain child; of several, a child starts them and ends all when one
+    dies. Each child gets a token that nobody else knows: what a rank group says of itself is
+    believed no further than that.
+
+    Args:
+        config: What to start.
+        link_address: Where the ranks attach.
+        secret_file: The secret that they show there.
     """
 
-    def __init__(self, config: TrainingConfig, port: int) -> None:
+    def __init__(self, config: TrainingConfig, link_address: str, secret_file: Path) -> None:
         self._config = config
-        self._port = port
-        self._running: dict[int, asyncio.subprocess.Process] = {}
-        self._ended: dict[int, int] = {}
+        self._link_address = link_address
+        self._secret_file = secret_file
+        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._ended: dict[str, int] = {}
         self._out_of_memory_count = _out_of_memory_count()
 
-    async def blamed(self, pid: int) -> bool:
+    async def blamed(self, token: str) -> bool:
         """Whether a group that is just going ends by itself, not by somebody's hand.
 
-        With several ranks it is torchrun that ends, which does not say why: they are blamed.
+        Of a group that was not started here nobody knows: it is blamed.
 
         Args:
-            pid: Process id of its rank 0.
+            token: Its launch token.
         """
-        process = self._running.get(pid)
+        process = self._running.get(token)
         if process is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(process.wait()), CAUSE_WAIT_S_MAX)
-        elif self._config.spawn_ranks > 1:
+        elif token not in self._ended:
             return True
-        status = self._ended.get(pid) if process is None else process.returncode
+        status = self._ended.get(token) if process is None else process.returncode
         if status is None:  # it lives, and lost its connection
             return False
         before, self._out_of_memory_count = self._out_of_memory_count, _out_of_memory_count()
         return status not in _FROM_OUTSIDE or self._out_of_memory_count > before
 
-    def end(self, pid: int) -> None:
-        """End a group at once; it is started again.
+    def end(self, token: str) -> None:
+        """End a group that was started here at once; it is started again.
 
         Args:
-            pid: Process id of its rank 0.
+            token: Its launch token; any other has no effect.
         """
-        for child in (pid, _parent(pid)):
-            if child in self._running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
+        process = self._running.get(token)
+        if process is not None:
+            _end(process)
 
     async def run(self) -> None:
         """Run until cancelled.
@@ -98,16 +108,19 @@ class Launcher:
         loop = asyncio.get_running_loop()
         while True:
             started_s = loop.time()
+            token = secrets.token_hex(16)
             # A session of its own: Ctrl-C goes to this server, which then stops the ranks.
             process = await asyncio.create_subprocess_exec(
-                *self._command(), env=self._environment(), start_new_session=True
+                *(sys.executable, "-P", "-m", "tinsmithd.trainer"),
+                env=self._environment(token),
+                start_new_session=True,
             )
-            self._running[process.pid] = process
+            self._running[token] = process
             try:
                 status = await process.wait()
             finally:
                 await _stop(process)
-                self._forget(process)
+                self._forget(token)
             if status == EXIT_HOPELESS:
                 raise LaunchError("the trainer cannot start; its log says why")
             if loop.time() - started_s > delay_s + SETTLED_S:
@@ -116,26 +129,20 @@ class Launcher:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, RESTART_DELAY_S_MAX)
 
-    def _forget(self, process: asyncio.subprocess.Process) -> None:
-        del self._running[process.pid]
-        if process.returncode is not None:
-            self._ended[process.pid] = process.returncode
+    def _forget(self, token: str) -> None:
+        status = self._running.pop(token).returncode
+        if status is not None:
+            self._ended[token] = status
         while len(self._ended) > ENDED_KEPT_MAX:
             del self._ended[next(iter(self._ended))]
 
-    def _command(self) -> Sequence[str]:
-        if self._config.spawn_ranks == 1:
-            return [sys.executable, "-m", "tinsmithd.trainer"]
-        return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            f"--nproc-per-node={self._config.spawn_ranks}",
-            *("-m", "tinsmithd.trainer"),
-        ]
-
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, token: str) -> dict[str, str]:
         config = self._config
         settings = {
-            "training_target": f"127.0.0.1:{self._port}",
+            "training_target": self._link_address,
+            "link_secret_file": self._secret_file.resolve(),
+            "launch_token": token,
+            "ranks": config.spawn_ranks,
             "base_model": config.spawn_base_model,
             "dtype": config.spawn_dtype,
             "engine": config.spawn_engine,
@@ -145,11 +152,9 @@ class Launcher:
             "live_with_pid": os.getpid(),
         }
         environment = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
-        # torchrun must find the same packages, and its ranks must not leave this machine.
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        # What torchrun gives its ranks after SIGTERM; less than `_stop` gives torchrun.
-        ours = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
-        return {**ours, **os.environ, **environment}
+        # A job that this server is part of may have said who is which rank: those are other ranks.
+        inherited = {k: v for k, v in os.environ.items() if k not in _OF_ANOTHER_JOB}
+        return {**inherited, **environment}
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
@@ -159,17 +164,15 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     try:
         await asyncio.wait_for(process.wait(), STOP_S_MAX)
     except TimeoutError:
-        # Ranks have sessions of their own; the kernel ends them with torchrun, their parent.
-        os.killpg(process.pid, signal.SIGKILL)
+        _end(process)
         await process.wait()
 
 
-def _parent(pid: int) -> int:
-    """Process id of a process's parent; 0 where there is none to be found."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError):
-        return 0
+def _end(process: asyncio.subprocess.Process) -> None:
+    """End a child that was not waited for yet, with all ranks: they are of its process group."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _out_of_memory_count() -> int:

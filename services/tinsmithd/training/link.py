@@ -10,6 +10,7 @@ import grpc
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.internal.v1.trainer_link_service_pb2_grpc import TrainerLinkServiceServicer
 from tinsmithd.errors import TinsmithError
+from tinsmithd.training.claims import GroupClaim, progress
 from tinsmithd.training.models import Models
 from tinsmithd.training.rank_group import RankGroup
 
@@ -28,16 +29,16 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         models: What the rank group works for.
         lease_s: A group that says nothing for so long has lost its place.
         cause: Whether a group that is gone was not ended from outside, as far as can be known; by
-            process id of its rank 0.
-        on_silent: Told when a group lost its place that way.
+            the launch token that it showed.
+        on_silent: Told the launch token of a group that lost its place that way.
     """
 
     def __init__(
         self,
         models: Models,
         lease_s: float,
-        cause: Callable[[int], Awaitable[bool]],
-        on_silent: Callable[[int], None],
+        cause: Callable[[str], Awaitable[bool]],
+        on_silent: Callable[[str], None],
     ) -> None:
         self._models = models
         self._lease_s = lease_s
@@ -98,11 +99,11 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         if has_place:
             self._models.detach(group)
             self._place.release()
-            _log.warning("trainer detached")
+            _log.log(logging.INFO if self._closing else logging.WARNING, "trainer detached")
 
     async def _lose(self, group: RankGroup, why: str) -> None:
         if not group.gone.is_set():
-            group.lose(why, blamed=not group.leaving and await self._cause(group.pid))
+            group.lose(why, blamed=not group.leaving and await self._cause(group.launch_token))
 
     def _welcome(self, group: RankGroup) -> pb.AttachResponse:
         self._attached_count += 1
@@ -127,7 +128,7 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
                     _log.error("%s: it has lost its place", message)
                     group.lose(message)
                     self._models.detach(group)
-                    self._on_silent(group.pid)
+                    self._on_silent(group.launch_token)
                     if group.task is not None:  # it may wait for ever to write to that group
                         asyncio.get_running_loop().call_later(LEAVE_S_MAX, group.task.cancel)
 
@@ -140,10 +141,12 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
     async def _hello(self, requests: AsyncIterator[pb.AttachRequest]) -> RankGroup | None:
         async for request in requests:
             if request.WhichOneof("content") == "loading":
-                _log.info("trainer: %s", request.loading.message)
-                self._models.place.progress = request.loading.message
+                message = progress(request.loading)
+                _log.info("trainer: %s", message)
+                self._models.place.progress = message
             elif request.WhichOneof("content") == "hello":
-                return RankGroup(request.hello, asyncio.get_running_loop().time)
+                claim = GroupClaim.of(request.hello)
+                return RankGroup(claim, asyncio.get_running_loop().time)
         return None
 
     async def _read(self, group: RankGroup, requests: AsyncIterator[pb.AttachRequest]) -> None:

@@ -6,14 +6,17 @@ pieces of a snapshot may still be coming in meanwhile.
 """
 
 import asyncio
+import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
-from tinsmithd import errors
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
-from tinsmithd.errors import Internal, Reason, TinsmithError
+from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
+from tinsmithd.text import bounded
+from tinsmithd.training.claims import GroupClaim
 from tinsmithd.training.trainer import (
     CallPart,
     Computed,
@@ -26,6 +29,15 @@ from tinsmithd.training.trainer import (
 )
 from tinsmithd.training.works import ComputeWork
 
+NONSENSE_BYTES_MAX = 200
+"""What of an answer that makes no sense is shown."""
+MESSAGE_BYTES_MAX = 1024
+"""What of a failure is passed on."""
+
+OnPart = Callable[[pb.AttachRequest], Awaitable[None]]
+
+_log = logging.getLogger(__name__)
+_ERRORS = {cls.__name__: cls for cls in TinsmithError.__subclasses__()}
 _PARTS = {
     CallPart.WHOLE: pb.CALL_PART_UNSPECIFIED,
     CallPart.FIRST: pb.CALL_PART_FIRST,
@@ -34,15 +46,15 @@ _PARTS = {
 
 
 class RankGroup:
-    """A rank group that attached."""
+    """A rank group that attached.
 
-    def __init__(self, hello: pb.Hello, clock: Callable[[], float]) -> None:
-        self._info = convert.base_model_from_pb(hello.base_model)
-        self._world_size = hello.world_size
-        self._engine = hello.engine
-        self._identity = dict(hello.identity)
-        self.pid = hello.pid
-        """Process id of rank 0 on its machine."""
+    Args:
+        claim: What it says of itself.
+        clock: Seconds, for `heard_s`.
+    """
+
+    def __init__(self, claim: GroupClaim, clock: Callable[[], float]) -> None:
+        self._claim = claim
         self._clock = clock
         self._next_command_id = 1
         self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue(maxsize=16)
@@ -89,22 +101,27 @@ class RankGroup:
     @property
     def info(self) -> BaseModelInfo:
         """The base model that the group holds."""
-        return self._info
+        return self._claim.info
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self._world_size
+        return self._claim.world_size
 
     @property
     def engine(self) -> str:
         """Name of the engine."""
-        return self._engine
+        return self._claim.engine
 
     @property
     def identity(self) -> Mapping[str, str]:
         """All that the last bit of a result depends on, besides commands and plans."""
-        return self._identity
+        return self._claim.identity
+
+    @property
+    def launch_token(self) -> str:
+        """What the launcher that started it gave it; empty where there is none."""
+        return self._claim.launch_token
 
     async def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model."""
@@ -132,13 +149,25 @@ class RankGroup:
         compute.data.extend(work.data)
         compute.backward, compute.part, compute.plan = work.backward, _PARTS[part], plan
 
+        expected = len(work.data)
+
         async def take(message: pb.AttachRequest) -> None:
-            for output in message.results.outputs:
+            results(message.results)
+
+        def results(some: pb.DatumResults) -> None:
+            nonlocal expected
+            expected -= len(some.outputs)
+            if expected < 0:
+                raise self._nonsense("more results than data")
+            for output in some.outputs:
                 on_result(output)
 
-        done = await self._finish(await self._begin(command), take)
-        for output in done.results.outputs:
-            on_result(output)
+        done = await self._finish(await self._begin(command), "results", take)
+        results(done.results)
+        if expected:
+            raise self._nonsense(f"{expected} results are missing")
+        if not 0 <= done.engine_s < math.inf:
+            raise self._nonsense(f"{done.engine_s} seconds of work")
         return Computed(dict(done.metrics), done.plan, done.non_finite, done.engine_s)
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
@@ -149,20 +178,25 @@ class RankGroup:
     async def export_state(self, model_id: str, *, optimizer: bool, on_piece: OnPiece) -> StateInfo:
         """Send the model's state files, piece by piece."""
         command = pb.ExportState(optimizer=optimizer)
-        take = _pieces_to(on_piece)
-        return _state_info(await self._execute(model_id, take, export_state=command))
+        message = pb.AttachResponse(model_id=model_id, export_state=command)
+        answers = await self._begin(message)
+        return self._state_info(await self._finish(answers, "piece", _pieces_to(on_piece)))
 
     async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends it to `on_piece`."""
         command = pb.AttachResponse(model_id=model_id, snapshot=pb.Snapshot())
         answers = await self._begin(command)
         first = await self._next(answers)
-        if first.WhichOneof("content") == "failed":
+        case = first.WhichOneof("content")
+        if case != "captured":
             self._answers.pop(answers.command_id)
-            raise _failure(first.failed)
+            if case == "failed":
+                raise self._failure(first.failed)
+            raise self._nonsense(f"{case} before captured")
 
         async def send() -> StateInfo:
-            return _state_info(await self._finish(answers, _pieces_to(on_piece)))
+            done = await self._finish(answers, "piece", _pieces_to(on_piece))
+            return self._state_info(done)
 
         return send()
 
@@ -180,7 +214,7 @@ class RankGroup:
             piece = pb.StatePiece(file_name=file_name, data=data)
             await self._send(pb.AttachResponse(command_id=command_id, piece=piece))
         command = pb.ImportState(optimizer=optimizer, create=create)
-        return _state_info(await self._execute(model_id, import_state=command))
+        return self._state_info(await self._execute(model_id, import_state=command))
 
     # --- one command --------------------------------------------------------------------------
 
@@ -198,9 +232,9 @@ class RankGroup:
         assert self._lost is not None
         return TrainerLost(str(self._lost))
 
-    async def _execute(self, model_id: str, on_part: Any = None, **command: Any) -> pb.Done:
+    async def _execute(self, model_id: str, **command: Any) -> pb.Done:
         message = pb.AttachResponse(model_id=model_id, **command)
-        return await self._finish(await self._begin(message), on_part)
+        return await self._finish(await self._begin(message))
 
     async def _begin(self, command: pb.AttachResponse) -> "_Answers":
         answers = _Answers(self._take_command_id())
@@ -220,19 +254,29 @@ class RankGroup:
             raise TrainerLost(str(self._lost), blamed=self._lost.blamed)
         return message
 
-    async def _finish(self, answers: "_Answers", on_part: Any) -> pb.Done:
-        """Read the answers of a command up to its last one."""
+    async def _finish(
+        self, answers: "_Answers", part: str = "", on_part: OnPart | None = None
+    ) -> pb.Done:
+        """Read the answers of a command up to its last one.
+
+        Args:
+            answers: They come in here.
+            part: What may come before the last one.
+            on_part: Takes it.
+        """
         failure: Exception | None = None
         try:
             while True:
                 message = await self._next(answers)
                 case = message.WhichOneof("content")
                 if case == "failed":
-                    raise failure or _failure(message.failed)
+                    raise failure or self._failure(message.failed)
                 if case == "done":
                     if failure is not None:
                         raise failure
                     return message.done
+                if case != part or on_part is None:
+                    raise self._nonsense(f"{case or 'nothing'} where it does not belong")
                 if failure is None:
                     try:
                         await on_part(message)
@@ -241,6 +285,39 @@ class RankGroup:
         finally:
             # What still comes of a command whose caller was cancelled is of no interest.
             self._answers.pop(answers.command_id, None)
+
+    def _failure(self, failed: pb.Failed) -> Exception:
+        if failed.model_broken:
+            return ModelBroken(bounded(failed.message, MESSAGE_BYTES_MAX))
+        cls = _ERRORS.get(failed.error)
+        if cls is None or failed.reason not in list(Reason):
+            return self._nonsense(f"error {failed.error!r} for reason {failed.reason!r}")
+        if cls is Internal:
+            return Internal()
+        reason = Reason(failed.reason)
+        message = bounded(failed.message, MESSAGE_BYTES_MAX)
+        if cls is InvalidArgument:
+            error: TinsmithError = cls("", message, reason)
+        else:
+            error = cls(message, reason)
+        error.field = failed.field
+        return error
+
+    def _state_info(self, done: pb.Done) -> StateInfo:
+        try:
+            tuning = convert.tuning_from_pb(done, "", 1 << 30)
+        except TinsmithError as error:
+            raise self._nonsense(error.message) from error
+        if done.step_count < 0:
+            raise self._nonsense(f"{done.step_count} steps")
+        return StateInfo(tuning, done.step_count)
+
+    def _nonsense(self, what: str) -> TrainerLost:
+        """The group said what no group says: it has lost its place, and the call may be why."""
+        why = f"the rank group's answer makes no sense: {bounded(what, NONSENSE_BYTES_MAX)}"
+        _log.error("%s", why)
+        self.lose(why, blamed=True)
+        return TrainerLost(why, blamed=True)
 
 
 class _Answers(asyncio.Queue[pb.AttachRequest | None]):
@@ -251,28 +328,10 @@ class _Answers(asyncio.Queue[pb.AttachRequest | None]):
         self.command_id = command_id
 
 
-def _pieces_to(on_piece: OnPiece) -> Callable[[pb.AttachRequest], Awaitable[None]]:
+def _pieces_to(on_piece: OnPiece) -> OnPart:
     """Passes the pieces that rank 0 sends on."""
 
     async def take(message: pb.AttachRequest) -> None:
         await on_piece(message.piece.file_name, message.piece.data)
 
     return take
-
-
-def _failure(failed: pb.Failed) -> Exception:
-    if failed.model_broken:
-        return ModelBroken(failed.message)
-    cls = getattr(errors, failed.error, None)
-    if cls is None or cls is Internal or not issubclass(cls, TinsmithError):
-        return Internal()
-    if cls is errors.InvalidArgument:
-        error: TinsmithError = cls("", failed.message, Reason(failed.reason))
-    else:
-        error = cls(failed.message, Reason(failed.reason))
-    error.field = failed.field
-    return error
-
-
-def _state_info(done: pb.Done) -> StateInfo:
-    return StateInfo(convert.tuning_from_pb(done, "", 1 << 30), done.step_count)

@@ -8,13 +8,13 @@ so that one damaged snapshot costs time and nothing else.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from tinsmithd import failpoints
 from tinsmithd.errors import Reason, TinsmithError, Unavailable
-from tinsmithd.training.composition import Composition, are_close, difference
+from tinsmithd.training.composition import Composition, are_close, differing
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.model import Model
 from tinsmithd.training.parts import NOMINAL_TOKENS
@@ -95,6 +95,7 @@ class Recovery:
         self._taken_s = 0.0
         self._taking: asyncio.Task[None] | None = None
         self._failures = 0
+        self._said: Sequence[str] = ()
 
     # --- back to the ranks --------------------------------------------------------------------
 
@@ -170,14 +171,28 @@ class Recovery:
 
     def _check_fits(self, trainer: Trainer, compositions: Sequence[Composition]) -> None:
         identity = trainer.identity
-        what = difference(self._model.identity, identity, BASE_KEYS)
         keys = () if self._is_exact(trainer) else CLOSE_KEYS
-        for composition in compositions:
-            what = what or difference(composition.identity, identity, keys)
-        if what:
-            message = f"model {self._model.model_id} cannot go on with this trainer: {what}"
-            self._model.state_message = message
-            raise Unavailable(message, Reason.TRAINER_MISMATCH, retry_after_s=5.0)
+        pairs: list[tuple[Mapping[str, str], Sequence[str]]] = [(self._model.identity, BASE_KEYS)]
+        pairs += [(composition.identity, keys) for composition in compositions]
+        for ours, compared in pairs:
+            what = differing(ours, identity, compared)
+            if what:
+                raise self._mismatch(what, ours, identity)
+
+    def _mismatch(
+        self, keys: Sequence[str], ours: Mapping[str, str], theirs: Mapping[str, str]
+    ) -> Unavailable:
+        """The ranks are of another kind. Callers hear which settings differ, and the log how."""
+        differ = f"{', '.join(keys)} {'differs' if len(keys) == 1 else 'differ'}"
+        message = f"model {self._model.model_id} cannot go on with this trainer: {differ}"
+        was = [
+            f"{key} was {ours.get(key, 'unset')} and is {theirs.get(key, 'unset')}" for key in keys
+        ]
+        if was != self._said:  # it is tried again and again
+            _log.error("model %s: %s", self._model.model_id, "; ".join(was))
+            self._said = was
+        self._model.state_message = message
+        return Unavailable(message, Reason.TRAINER_MISMATCH, retry_after_s=5.0)
 
     def _is_exact(self, trainer: Trainer) -> bool:
         return self._rule.exact and trainer.identity.get("device", "cpu") == "cpu"

@@ -9,9 +9,11 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
 )
 from tinsmith.v1.training_service_pb2 import DESCRIPTOR
 from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
+from tinsmithd import link_secret
 from tinsmithd.config import TrainingConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.rpc.metrics import DiskCollector
+from tinsmithd.rpc.private import PrivateServer
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.training.calls import CallLimits
 from tinsmithd.training.checkpoints import CheckpointClient
@@ -89,7 +91,7 @@ class TrainingServer:
         self._link = TrainerLinkServicer(
             self._models, config.rank_lease_s, self._cause, self._end_ranks
         )
-        add_TrainerLinkServiceServicer_to_server(self._link, self._rpc.grpc_server)
+        self._link_server: PrivateServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -97,13 +99,22 @@ class TrainingServer:
         """The port it listens on."""
         return self._rpc.port
 
+    @property
+    def link_port(self) -> int:
+        """The port where ranks attach."""
+        return 0 if self._link_server is None else self._link_server.port
+
     async def start(self) -> None:
         """Read the journal, bind, serve, and start the ranks where this server is to do that.
 
         Raises:
             StoreDamaged: The journal cannot be used.
             Fenced: Another Training server has taken over.
+            ConfigError: The secret of the rank link cannot be used.
+            OSError: An address cannot be bound.
         """
+        if self._config.link_secret_file:  # a wrong one is said before anything is claimed
+            link_secret.read(self._config.link_secret_file, link_secret.SERVER_KEY)
         contents = await self._journal.open()
         # A Training server that this one replaced may still be there: it can write neither the
         # journal nor checkpoints any more.
@@ -113,6 +124,7 @@ class TrainingServer:
         # What was read may belong to another server by now, if this one was stopped meanwhile.
         with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
             await self._journal.commit()
+        secret_file = await self._start_link()
         await self._rpc.start()
         self._tasks = [
             asyncio.create_task(self._watch()),
@@ -122,8 +134,21 @@ class TrainingServer:
             asyncio.create_task(self._journal.failed()),
         ]
         if self._config.spawn_ranks:
-            self._launcher = Launcher(self._config, self.port)
+            host = self._config.link_bind_address.rpartition(":")[0]
+            if host in ("", "0.0.0.0", "[::]"):
+                host = "127.0.0.1"
+            address = f"{host}:{self.link_port}"
+            self._launcher = Launcher(self._config, address, secret_file)
             self._tasks.append(asyncio.create_task(self._launcher.run()))
+
+    async def _start_link(self) -> Path:
+        """Let ranks attach; returns the file with the secret that they must show."""
+        config = self._config
+        file = Path(config.link_secret_file or link_secret.made_in(Path(config.data_folder)))
+        self._link_server = PrivateServer(config, link_secret.read(file, link_secret.SERVER_KEY))
+        add_TrainerLinkServiceServicer_to_server(self._link, self._link_server.grpc_server)
+        await self._link_server.start(config.link_bind_address, config.link_port_file)
+        return file
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -148,6 +173,8 @@ class TrainingServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await stopping
+        if self._link_server is not None:
+            await self._link_server.stop()
         await self._journal.close()
         await self._checkpoints.close()
 
@@ -155,13 +182,13 @@ class TrainingServer:
     def _drain_s(self) -> float:
         return self._config.stop_grace_s
 
-    async def _cause(self, pid: int) -> bool:
+    async def _cause(self, launch_token: str) -> bool:
         """Whether ranks that are going ended by themselves: unknown counts as yes."""
-        return True if self._launcher is None else await self._launcher.blamed(pid)
+        return True if self._launcher is None else await self._launcher.blamed(launch_token)
 
-    def _end_ranks(self, pid: int) -> None:
+    def _end_ranks(self, launch_token: str) -> None:
         if self._launcher is not None:
-            self._launcher.end(pid)
+            self._launcher.end(launch_token)
 
     async def _watch(self) -> None:
         """Let health say what is true."""

@@ -16,6 +16,9 @@ def _claim(folder: str) -> None:
     if "torch.distributed.run" in arguments or "-m tinsmithd." not in arguments:
         return
     kind = arguments.split("-m tinsmithd.")[1].split()[0]
+    # The process that starts the ranks of a group computes nothing.
+    if os.environ.get("TINSMITH_TRAINER_RANKS", "1") != "1" and "RANK" not in os.environ:
+        return
     file, mine = os.path.join(folder, kind), os.path.join(folder, f"{kind}.{os.getpid()}")
     try:
         os.rename(file, mine)  # one process of many can do this

@@ -209,13 +209,16 @@ class Hello(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
-    PID_FIELD_NUMBER: _builtins.int
+    LAUNCH_TOKEN_FIELD_NUMBER: _builtins.int
     world_size: _builtins.int
     """Number of ranks."""
     engine: _builtins.str
     """Name of its engine."""
-    pid: _builtins.int
-    """Process id of rank 0 on its machine."""
+    launch_token: _builtins.str
+    """What the launcher that started this group gave it (`trainer.launch_token`); empty where a person or
+    Kubernetes started it. A Training server ends and blames only groups that it started itself, and
+    knows them by this alone.
+    """
     @_builtins.property
     def base_model(self) -> _types_pb2.BaseModel:
         """What it holds."""
@@ -223,7 +226,8 @@ class Hello(_message.Message):
     @_builtins.property
     def identity(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Everything besides the commands that the last bit of a result may depend on: settings, versions, the
-        processor, what the base model is. Two groups of equal identity compute the same.
+        processor, what the base model is. Two groups of equal identity compute the same. At most 64
+        entries; keys of 256 bytes, values of 1024.
         """
 
     def __init__(
@@ -233,11 +237,11 @@ class Hello(_message.Message):
         world_size: _builtins.int = ...,
         engine: _builtins.str = ...,
         identity: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        pid: _builtins.int = ...,
+        launch_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "engine", b"engine", "identity", b"identity", "pid", b"pid", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "engine", b"engine", "identity", b"identity", "launch_token", b"launch_token", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -251,7 +255,7 @@ class Loading(_message.Message):
 
     MESSAGE_FIELD_NUMBER: _builtins.int
     message: _builtins.str
-    """What it is doing, for a person."""
+    """What it is doing, for a person; of more than 200 bytes the rest is not shown."""
     def __init__(
         self,
         *,

@@ -26,7 +26,16 @@ if _version_not_supported:
 
 
 class TrainerLinkServiceStub:
-    """Served by the Training server; rank 0 of the rank group is its only caller.
+    """Served by the Training server, on a listener of its own (`training.link_address`); rank 0 of the rank
+    group is its only caller.
+
+    Every call shows the cluster's secret in its metadata, `authorization: Bearer SECRET`
+    (`training.link_secret_file`, `trainer.link_secret_file`). One that does not is UNAUTHENTICATED before
+    any of its messages is read. The port of clients does not serve this: UNIMPLEMENTED there.
+
+    What rank 0 says is a claim all the same: it is bounded before it is kept, and escaped before it is
+    shown. A hello that is impossible is INVALID_ARGUMENT; an answer that no command has costs the group
+    its place.
     """
 
     def __init__(self, channel):
@@ -43,7 +52,16 @@ class TrainerLinkServiceStub:
 
 
 class TrainerLinkServiceServicer:
-    """Served by the Training server; rank 0 of the rank group is its only caller.
+    """Served by the Training server, on a listener of its own (`training.link_address`); rank 0 of the rank
+    group is its only caller.
+
+    Every call shows the cluster's secret in its metadata, `authorization: Bearer SECRET`
+    (`training.link_secret_file`, `trainer.link_secret_file`). One that does not is UNAUTHENTICATED before
+    any of its messages is read. The port of clients does not serve this: UNIMPLEMENTED there.
+
+    What rank 0 says is a claim all the same: it is bounded before it is kept, and escaped before it is
+    shown. A hello that is impossible is INVALID_ARGUMENT; an answer that no command has costs the group
+    its place.
     """
 
     def Attach(self, request_iterator, context):
@@ -76,7 +94,16 @@ def add_TrainerLinkServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainerLinkService:
-    """Served by the Training server; rank 0 of the rank group is its only caller.
+    """Served by the Training server, on a listener of its own (`training.link_address`); rank 0 of the rank
+    group is its only caller.
+
+    Every call shows the cluster's secret in its metadata, `authorization: Bearer SECRET`
+    (`training.link_secret_file`, `trainer.link_secret_file`). One that does not is UNAUTHENTICATED before
+    any of its messages is read. The port of clients does not serve this: UNIMPLEMENTED there.
+
+    What rank 0 says is a claim all the same: it is bounded before it is kept, and escaped before it is
+    shown. A hello that is impossible is INVALID_ARGUMENT; an answer that no command has costs the group
+    its place.
     """
 
     @staticmethod

@@ -29,7 +29,17 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrainerLinkServiceStub:
-    """Served by the Training server; rank 0 of the rank group is its only caller."""
+    """Served by the Training server, on a listener of its own (`training.link_address`); rank 0 of the rank
+    group is its only caller.
+
+    Every call shows the cluster's secret in its metadata, `authorization: Bearer SECRET`
+    (`training.link_secret_file`, `trainer.link_secret_file`). One that does not is UNAUTHENTICATED before
+    any of its messages is read. The port of clients does not serve this: UNIMPLEMENTED there.
+
+    What rank 0 says is a claim all the same: it is bounded before it is kept, and escaped before it is
+    shown. A hello that is impossible is INVALID_ARGUMENT; an answer that no command has costs the group
+    its place.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -47,7 +57,17 @@ class TrainerLinkServiceStub:
 
 @_typing.type_check_only
 class TrainerLinkServiceAsyncStub(TrainerLinkServiceStub):
-    """Served by the Training server; rank 0 of the rank group is its only caller."""
+    """Served by the Training server, on a listener of its own (`training.link_address`); rank 0 of the rank
+    group is its only caller.
+
+    Every call shows the cluster's secret in its metadata, `authorization: Bearer SECRET`
+    (`training.link_secret_file`, `trainer.link_secret_file`). One that does not is UNAUTHENTICATED before
+    any of its messages is read. The port of clients does not serve this: UNIMPLEMENTED there.
+
+    What rank 0 says is a claim all the same: it is bounded before it is kept, and escaped before it is
+    shown. A hello that is impossible is INVALID_ARGUMENT; an answer that no command has costs the group
+    its place.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.StreamStreamMultiCallable[_trainer_link_service_pb2.AttachRequest, _trainer_link_service_pb2.AttachResponse]  # type: ignore[assignment]
@@ -61,7 +81,17 @@ class TrainerLinkServiceAsyncStub(TrainerLinkServiceStub):
     """
 
 class TrainerLinkServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Served by the Training server; rank 0 of the rank group is its only caller."""
+    """Served by the Training server, on a listener of its own (`training.link_address`); rank 0 of the rank
+    group is its only caller.
+
+    Every call shows the cluster's secret in its metadata, `authorization: Bearer SECRET`
+    (`training.link_secret_file`, `trainer.link_secret_file`). One that does not is UNAUTHENTICATED before
+    any of its messages is read. The port of clients does not serve this: UNIMPLEMENTED there.
+
+    What rank 0 says is a claim all the same: it is bounded before it is kept, and escaped before it is
+    shown. A hello that is impossible is INVALID_ARGUMENT; an answer that no command has costs the group
+    its place.
+    """
 
     @_abc_1.abstractmethod
     def Attach(

@@ -1,4 +1,4 @@
-"""The process group of the ranks: started by torchrun, or one process alone."""
+"""The process group of the ranks: started by `trainer.group` or torchrun, or one process alone."""
 
 import datetime
 import logging
@@ -10,7 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, Heartbeat, Loss, Member, meet
+from tinsmithd.trainer.group import STORE_FD, loopback_alone
+from tinsmithd.trainer.heartbeat import (
+    EXIT_GROUP_LOST,
+    EXIT_RANK_SILENT,
+    Heartbeat,
+    Loss,
+    Member,
+    meet,
+)
 
 COLLECTIVE_TIMEOUT_S = 30.0
 """How long a rank may be silent; see `TrainerConfig.collective_timeout_s`."""
@@ -31,7 +39,7 @@ _heartbeat: Heartbeat | None = None
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as torchrun says; alone it is 0 of 1."""
+    """This process's rank and the number of ranks, as who started it says; alone it is 0 of 1."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -53,7 +61,8 @@ def init(collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if rank_and_world_size()[1] == 1:
-            # Nobody to meet: no port is needed.
+            # Nobody to meet: no port is needed, and what gloo opens all the same stays here.
+            os.environ.update(loopback_alone())
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -70,8 +79,9 @@ def _join(backend: str, collective_timeout_s: float) -> None:
     # collective that merely takes long only after the process group's timeout, and a watchdog
     # thread that itself hangs in the driver after TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (8 minutes).
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    meet_timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
-    store, rank, world_size = next(rendezvous("env://", timeout=meet_timeout))
+    rank, world_size = rank_and_world_size()
+    ours = STORE_FD in os.environ
+    store = _store(rank, world_size)
     me = Member(node=os.environ.get("GROUP_RANK", str(rank)), pid=os.getpid())
     group = meet(store, rank, world_size, me, timeout_s=MEET_TIMEOUT_S)
 
@@ -84,10 +94,15 @@ def _join(backend: str, collective_timeout_s: float) -> None:
         )
         for silent in loss.silent:
             _end_sibling(me, group.members[silent])
-        os._exit(EXIT_GROUP_LOST)
+        os._exit(EXIT_RANK_SILENT if loss.silent else EXIT_GROUP_LOST)
 
     _heartbeat = Heartbeat(
-        store.clone(), group, rank, timeout_s=collective_timeout_s, on_loss=on_loss
+        store.clone(),
+        group,
+        rank,
+        timeout_s=collective_timeout_s,
+        on_loss=on_loss,
+        store_rank=0 if ours else None,
     )
     # Before the process group connects: that waits for the others as well.
     _heartbeat.start()
@@ -101,10 +116,29 @@ def _join(backend: str, collective_timeout_s: float) -> None:
     _control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=IDLE_S_MAX))
 
 
+def _store(rank: int, world_size: int) -> dist.TCPStore:  # type: ignore[name-defined]
+    """The store at which the ranks meet; rank 0 serves it where it was given a socket for it."""
+    timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
+    given = os.environ.pop(STORE_FD, None)
+    if given is None:  # torchrun, which may keep a store of its own
+        found, _, _ = next(rendezvous("env://", timeout=timeout))
+        return found
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=int(given) if given else None,
+    )
+
+
 def _end_sibling(me: Member, other: Member) -> None:
     """End a silent rank of this node at once.
 
-    torchrun would ask it with SIGTERM, which a stopped process does not hear, and wait 30 s.
+    torchrun would ask it with SIGTERM, which a stopped process does not hear, and wait 30 s. The
+    process id is what the store says: it counts only where this process's own parent started it.
     """
     if other.node != me.node:
         return

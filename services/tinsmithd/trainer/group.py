@@ -1,0 +1,127 @@
+"""Starts the ranks of a group on this machine, and ends them all when one of them ends.
+
+They find each other as under torchrun: the same variables, a store at `MASTER_ADDR`. Its socket is
+opened here, on loopback, and handed to rank 0, which serves the store on it: a store that opens its
+own socket listens on every interface. See docs/adr/0008-ranks-without-torchrun.md.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, EXIT_RANK_SILENT
+
+STORE_FD = "TINSMITH_STORE_FD"
+"""Tells rank 0 which descriptor is the store's socket."""
+STOP_S_MAX = 5.0
+"""How long ranks may take to end after SIGTERM."""
+LAST_WORDS_S_MAX = 0.5
+"""How long the others may take to end by themselves, and to say why, when one has ended."""
+HOST = "127.0.0.1"
+INTERFACE = "lo" if sys.platform == "linux" else "lo0"
+
+
+def loopback_alone() -> dict[str, str]:
+    """Variables with which no part of torch listens beyond this machine."""
+    return {"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE}
+
+
+def run(count: int) -> int:
+    """Run a group of this program's ranks until one ends or somebody asks this process to end.
+
+    Args:
+        count: How many ranks.
+
+    Returns:
+        An exit status that says how the group ended: that of the rank that ended first, 128 and
+        the signal's number where one killed it; `EXIT_HOPELESS` if any rank says so.
+    """
+    return asyncio.run(_run(count))
+
+
+async def _run(count: int) -> int:
+    loop = asyncio.get_running_loop()
+    asked: asyncio.Future[int] = loop.create_future()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _answer, asked, 128 + number)
+    ranks = await _start(count)
+    ends = [asyncio.create_task(rank.wait()) for rank in ranks]
+    statuses: list[int] = []
+    for end in ends:
+        end.add_done_callback(lambda ended: statuses.append(ended.result()))
+    await asyncio.wait([asked, *ends], return_when=asyncio.FIRST_COMPLETED)
+    if asked.done():
+        _signal(ranks, signal.SIGTERM)
+        await asyncio.wait(ends, timeout=STOP_S_MAX)
+    else:
+        await asyncio.wait(ends, timeout=LAST_WORDS_S_MAX)
+    by_themselves = list(statuses)
+    _signal(ranks, signal.SIGKILL)
+    await asyncio.wait(ends)
+    return asked.result() if asked.done() else group_status(by_themselves)
+
+
+def _answer(asked: asyncio.Future[int], status: int) -> None:
+    if not asked.done():
+        asked.set_result(status)
+
+
+def _signal(ranks: Sequence[asyncio.subprocess.Process], number: int) -> None:
+    for rank in ranks:
+        if rank.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                rank.send_signal(number)
+
+
+async def _start(count: int) -> Sequence[asyncio.subprocess.Process]:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen(socket.SOMAXCONN)
+        # The ranks end with this process: see `_die_with_parent`.
+        command = [sys.executable, "-P", "-m", "tinsmithd.trainer", *sys.argv[1:]]
+        command.append(f"--live-with-pid={os.getpid()}")
+        store = (listener.fileno(),)
+        return [
+            await asyncio.create_subprocess_exec(
+                *command,
+                env={**os.environ, **_variables(rank, count, listener)},
+                pass_fds=() if rank else store,
+            )
+            for rank in range(count)
+        ]
+
+
+def _variables(rank: int, count: int, listener: socket.socket) -> Mapping[str, str]:
+    """What torchrun would say to a rank, and where the store's socket is."""
+    return {
+        # As under torchrun: as many threads as cores in each rank would stand in each other's way.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        **loopback_alone(),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        STORE_FD: "" if rank else str(listener.fileno()),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+    }
+
+
+def group_status(statuses: Sequence[int]) -> int:
+    """What the end of the ranks says of the group.
+
+    Args:
+        statuses: As `subprocess` gives them, of the ranks that ended by themselves, in that order.
+    """
+    ended = [status if status >= 0 else 128 - status for status in statuses]
+    for told in (EXIT_HOPELESS, EXIT_RANK_SILENT):
+        if told in ended:
+            return told
+    # Those that only followed another one have this status.
+    return next((status for status in ended if status != EXIT_GROUP_LOST), EXIT_GROUP_LOST)
