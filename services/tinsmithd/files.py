@@ -2,7 +2,15 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name that another process gave is a file's, and leads into no other folder."""
+    return _PLAIN_NAME.fullmatch(name) is not None
 
 
 def sync_folder(folder: Path) -> None:

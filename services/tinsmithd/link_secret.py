@@ -4,7 +4,6 @@ It is the content of a file. Rank 0 sends it with each stream that it opens; the
 looks at it before anything else of the stream.
 """
 
-import contextlib
 import hmac
 import logging
 import os
@@ -73,9 +72,7 @@ def made_in(folder: Path) -> Path:
             writing.write(f"{secrets.token_hex(32)}\n")
             writing.flush()
             os.fsync(writing.fileno())
-        with contextlib.suppress(FileExistsError):  # another process was first
-            os.link(part, file)
-        part.unlink()
+        os.replace(part, file)
     return file
 
 

@@ -21,6 +21,7 @@ from faults.processes import Process, Training
 from tinsmith import types
 from tinsmith import v1 as pb
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
+from tinsmith.v1 import types_pb2
 from tinsmithd import link_secret
 
 ATTACH = "/tinsmith.internal.v1.TrainerLinkService/Attach"
@@ -78,11 +79,6 @@ class Stream:
     def next(self) -> link_pb.AttachResponse:
         """What the server says next."""
         return link_pb.AttachResponse.FromString(next(self._call))
-
-    def command(self) -> link_pb.AttachResponse:
-        """The next command; a welcome before it is passed over."""
-        response = self.next()
-        return self.next() if response.HasField("welcome") else response
 
     def end(self) -> grpc.RpcError | None:
         """How the server ends it: with an error, or None."""
@@ -363,6 +359,28 @@ def test_an_answer_that_no_command_has_costs_the_group_its_place(
     following = knowing(waiting, hello())
     assert following.next().welcome.epoch > welcome.welcome.epoch
     following.close()
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "", ".", "a/b", "a\0b", "x" * 300])
+def test_no_name_that_a_rank_gives_leads_out_of_a_folder(waiting: Training, name: str) -> None:
+    """The files of a state are named by rank 0: a name that is none costs it its place."""
+    stream = knowing(waiting, hello())
+    assert stream.next().HasField("welcome")
+    call = create(waiting)
+    command = stream.next()
+    stream.say(command_id=command.command_id, done=link_pb.Done())
+    model_id = call.result(WAIT_S).model.model_id
+    stub = pb.TrainingServiceStub(grpc.insecure_channel(waiting.address))
+    kind = types_pb2.CHECKPOINT_KIND_TRAINING
+    request = pb.SaveCheckpointRequest(model_id=model_id, name="x", kind=kind)
+    save = stub.SaveCheckpoint.future(request, timeout=WAIT_S)
+    command = stream.next()
+    assert command.HasField("export_state")
+    stream.say(command_id=command.command_id, piece=link_pb.StatePiece(file_name=name, data=b"x"))
+    assert stream.end() is None
+    stream.close()
+    assert save.exception().code() is grpc.StatusCode.DATA_LOSS  # nothing of it was written down
+    assert waiting.server.says("makes no sense: a file ")
 
 
 # --- settings ---------------------------------------------------------------------------------

@@ -227,4 +227,7 @@ def _code(error: grpc.RpcError) -> grpc.StatusCode:
 def _why(error: grpc.RpcError) -> str:
     if not isinstance(error, grpc.Call):
         return type(error).__name__
-    return f"{error.code().name}: {error.details() or ''}"
+    hint = ""
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        hint = "; training_target must be the server's link_address, not the port of its clients"
+    return f"{error.code().name}: {error.details() or ''}{hint}"

@@ -6,7 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig
-from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, ResourceExhausted
+from tinsmithd.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    Reason,
+    ResourceExhausted,
+    TinsmithError,
+)
 from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter
 from tinsmithd.training.composition import Composition
 from tinsmithd.training.counts import FORWARD, FORWARD_BACKWARD, REPLAY
@@ -323,6 +329,9 @@ class ModelRules:
             await draft.discard()
             message = f"a snapshot cannot be written: {error}"
             raise ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=1.0) from error
+        except TinsmithError:
+            await draft.discard()
+            raise
         return StoredSnapshot(position, step_count, folder)
 
     async def drop(self, snapshot: StoredSnapshot | None) -> None:

@@ -15,6 +15,7 @@ from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
+from tinsmithd.files import is_plain_name
 from tinsmithd.text import bounded
 from tinsmithd.training.claims import GroupClaim
 from tinsmithd.training.trainer import (
@@ -180,7 +181,7 @@ class RankGroup:
         command = pb.ExportState(optimizer=optimizer)
         message = pb.AttachResponse(model_id=model_id, export_state=command)
         answers = await self._begin(message)
-        return self._state_info(await self._finish(answers, "piece", _pieces_to(on_piece)))
+        return self._state_info(await self._finish(answers, "piece", self._pieces_to(on_piece)))
 
     async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends it to `on_piece`."""
@@ -195,7 +196,7 @@ class RankGroup:
             raise self._nonsense(f"{case} before captured")
 
         async def send() -> StateInfo:
-            done = await self._finish(answers, "piece", _pieces_to(on_piece))
+            done = await self._finish(answers, "piece", self._pieces_to(on_piece))
             return self._state_info(done)
 
         return send()
@@ -312,6 +313,17 @@ class RankGroup:
             raise self._nonsense(f"{done.step_count} steps")
         return StateInfo(tuning, done.step_count)
 
+    def _pieces_to(self, on_piece: OnPiece) -> OnPart:
+        """Passes the pieces that rank 0 sends on."""
+
+        async def take(message: pb.AttachRequest) -> None:
+            name = message.piece.file_name
+            if not is_plain_name(name):
+                raise self._nonsense(f"a file {name!r}")
+            await on_piece(name, message.piece.data)
+
+        return take
+
     def _nonsense(self, what: str) -> TrainerLost:
         """The group said what no group says: it has lost its place, and the call may be why."""
         why = f"the rank group's answer makes no sense: {bounded(what, NONSENSE_BYTES_MAX)}"
@@ -326,12 +338,3 @@ class _Answers(asyncio.Queue[pb.AttachRequest | None]):
     def __init__(self, command_id: int) -> None:
         super().__init__()
         self.command_id = command_id
-
-
-def _pieces_to(on_piece: OnPiece) -> OnPart:
-    """Passes the pieces that rank 0 sends on."""
-
-    async def take(message: pb.AttachRequest) -> None:
-        await on_piece(message.piece.file_name, message.piece.data)
-
-    return take

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinsmithd import failpoints
-from tinsmithd.files import sync_folder
+from tinsmithd.errors import DataLoss, Reason
+from tinsmithd.files import is_plain_name, sync_folder
 from tinsmithd.training.records import StoreDamaged
 from tinsmithd.training.trainer import Pieces
 
@@ -129,6 +130,8 @@ class DiskDraft:
 
     def _write(self, name: str, data: bytes) -> None:
         if name not in self._sizes:
+            if not is_plain_name(name):
+                raise DataLoss(f"{name!r} is no name of a state's file", Reason.CHECKPOINT_CORRUPT)
             self._close()
             self._staging.mkdir(parents=True, exist_ok=True)
             self._file = (self._staging / name).open("xb")
