@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tinsmithd.errors import DataLoss
 from tinsmithd.training.records import StoreDamaged
 from tinsmithd.training.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
 
-FILES = {"weights": random.Random(1).randbytes(PIECE_BYTES + 9), "ü": b"config", "empty": b""}
+FILES = {
+    "weights": random.Random(1).randbytes(PIECE_BYTES + 9),
+    "config.json": b"config",
+    "empty": b"",
+}
 
 
 async def written(snapshots: DiskSnapshots, position: int = 7) -> str:
@@ -20,6 +25,16 @@ async def written(snapshots: DiskSnapshots, position: int = 7) -> str:
     folder = await draft.finish(optimizer=True, step_count=3)
     await draft.discard()
     return folder
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", ".", "..", ".hidden", "x" * 129])
+async def test_no_name_leads_out_of_a_snapshots_folder(tmp_path: Path, name: str) -> None:
+    """Whoever gave it: nothing is written, and the draft can be discarded."""
+    draft = DiskSnapshots(tmp_path / "snapshots").begin("a", 1)
+    with pytest.raises(DataLoss, match="no name of a state's file"):
+        await draft.write(name, b"x")
+    await draft.discard()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 async def expect_damage(snapshots: DiskSnapshots, folder: str) -> None:

@@ -32,6 +32,8 @@ from tinsmithd.training.works import ComputeWork
 
 NONSENSE_BYTES_MAX = 200
 """What of an answer that makes no sense is shown."""
+STEP_COUNT_MAX = 1 << 53
+"""Of a model that nobody could have trained for so long: a step more must still be a number."""
 MESSAGE_BYTES_MAX = 1024
 """What of a failure is passed on."""
 
@@ -309,7 +311,7 @@ class RankGroup:
             tuning = convert.tuning_from_pb(done, "", 1 << 30)
         except TinsmithError as error:
             raise self._nonsense(error.message) from error
-        if done.step_count < 0:
+        if not 0 <= done.step_count <= STEP_COUNT_MAX:
             raise self._nonsense(f"{done.step_count} steps")
         return StateInfo(tuning, done.step_count)
 
