@@ -44,6 +44,10 @@ T = TypeVar("T")
 class SamplingClient:
     """Samples from one set of weights, which never change under it.
 
+    Where the checkpoint's name is given to other weights, this client still gets its own while the
+    Sampler holds them, and else a FailedPreconditionError (CHECKPOINT_REPLACED); a new client has
+    the new ones.
+
     Made by `ServiceClient` or `TrainingClient`; may be pickled, and keeps its settings.
 
     Weights that were saved without a name live as long as a client holds them, this one or a copy
@@ -57,8 +61,15 @@ class SamplingClient:
         model_path: The checkpoint's path, or None for the base model itself.
     """
 
-    def __init__(self, connection: Connection, base_model: str, model_path: str | None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        base_model: str,
+        model_path: str | None,
+        digest: bytes = b"",
+    ) -> None:
         self._connection = connection
+        self._digest = digest
         self._base_model = base_model
         self._tokenizer: Any = None
         self.model_path = model_path
@@ -78,7 +89,9 @@ class SamplingClient:
                 return await (await connection.checkpoint()).GetCheckpoint(request)
 
             found = await connection.retrying("create_sampling_client", ask, service=CHECKPOINT)
-            return cls(connection, base_model or found.checkpoint.base_model, model_path)
+            checkpoint = found.checkpoint
+            base = base_model or checkpoint.base_model
+            return cls(connection, base, model_path, checkpoint.digest)
 
         return ClientFuture(_loop.run(build()))
 
@@ -87,7 +100,8 @@ class SamplingClient:
         self._connection.leases.let_go(self)
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._connection.settings, self._base_model, self.model_path)
+        settings = self._connection.settings
+        return _rebuild, (settings, self._base_model, self.model_path, self._digest)
 
     def sample(
         self,
@@ -154,6 +168,7 @@ class SamplingClient:
         return pb.SampleRequest(
             base_model=self._base_model,
             checkpoint_path=self.model_path or "",
+            checkpoint_digest=self._digest,
             prompt=model_input_to_pb(prompt, "prompt"),
             num_samples=_check.whole(num_samples, "num_samples", 1, INT32_MAX),
             sampling_params=sampling_params_to_pb(params),
@@ -220,6 +235,7 @@ class SamplingClient:
         request = pb.ComputeLogprobsRequest(
             base_model=self._base_model,
             checkpoint_path=self.model_path or "",
+            checkpoint_digest=self._digest,
             prompt=model_input_to_pb(prompt, "prompt"),
         )
 
@@ -246,9 +262,9 @@ class SamplingClient:
 
 
 def _rebuild(
-    settings: Mapping[str, Any], base_model: str, model_path: str | None
+    settings: Mapping[str, Any], base_model: str, model_path: str | None, digest: bytes
 ) -> SamplingClient:
-    return SamplingClient(Connection(**settings), base_model, model_path)
+    return SamplingClient(Connection(**settings), base_model, model_path, digest)
 
 
 class _Given:

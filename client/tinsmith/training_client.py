@@ -179,7 +179,7 @@ class TrainingClient(ModelLifetime):
             ttl_seconds,
             overwrite,
             user_metadata,
-            SaveWeightsResponse,
+            lambda response: SaveWeightsResponse(response.path),
         )
 
     def save_weights_for_sampler(
@@ -198,7 +198,7 @@ class TrainingClient(ModelLifetime):
             ttl_seconds,
             overwrite,
             user_metadata,
-            SaveWeightsForSamplerResponse,
+            lambda response: SaveWeightsForSamplerResponse(response.path),
         )
 
     def save_weights_external(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +213,7 @@ class TrainingClient(ModelLifetime):
         ttl_seconds: int | None,
         overwrite: bool,
         user_metadata: Mapping[str, str] | None,
-        result: Callable[[str], Any],
+        result: Callable[[pb.SaveCheckpointResponse], Any],
     ) -> APIFuture[Any]:
         message = pb.SaveCheckpointRequest(
             kind=kind,
@@ -222,7 +222,7 @@ class TrainingClient(ModelLifetime):
             overwrite=_check.flag(overwrite, "overwrite"),
             user_metadata=_check.metadata(user_metadata),
         )
-        future = self._calls.unary(what, "SaveCheckpoint", message, lambda r: result(r.path))
+        future = self._calls.unary(what, "SaveCheckpoint", message, result)
         return APIFuture(future)
 
     def load_state(
@@ -281,12 +281,12 @@ class TrainingClient(ModelLifetime):
             None,
             False,
             None,
-            SaveWeightsForSamplerResponse,
+            lambda response: response,
         )
 
         async def build() -> SamplingClient:
-            path = (await saved).path
-            return SamplingClient(self._connection, self._model.base_model, path)
+            made = await saved
+            return SamplingClient(self._connection, self._model.base_model, made.path, made.digest)
 
         return ClientFuture(_loop.run(build()))
 

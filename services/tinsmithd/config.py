@@ -176,6 +176,14 @@ class TrainingConfig(ServerConfig):
     """What clients are told, as `sampler_address`."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server itself reaches the Checkpoint server."""
+    checkpoint_answer_s_max: float = 30.0
+    """A call to the Checkpoint server that moves no data is given up after so long."""
+    checkpoint_stall_s_max: float = 60.0
+    """One that moves data is given up when nothing moves for so long; a slow one is waited for."""
+    staged_bytes_max: int = 256 * 1024 * MIB
+    """Bytes of states on their way to or from the Checkpoint server; they are in data_folder."""
+    state_copies_max: int = 2
+    """States that the ranks hold a copy of at once, until this server has taken it."""
     data_folder: str = "tinsmith-data/training"
     """Where the journal and the snapshots are kept; one server at a time has it."""
     durability: str = "fsync"
@@ -244,9 +252,11 @@ class TrainingConfig(ServerConfig):
             raise ConfigError("training.spawn_base_model: needed with spawn_ranks")
         _one_of("training.replay_check", self.replay_check, ("exact", "close"))
         _one_of("training.durability", self.durability, ("fsync", "async", "none"))
-        for key in ("quantum_tokens", "snapshot_steps", "call_attempts_max"):
+        counts = ("quantum_tokens", "snapshot_steps", "call_attempts_max", "state_copies_max")
+        for key in counts:
             if not getattr(self, key):
                 raise ConfigError(f"training.{key}: must be at least 1")
+        _check_patience(self)
         if self.rank_lease_s < 1:
             raise ConfigError("training.rank_lease_s: must be at least 1")
 
@@ -320,6 +330,12 @@ class SamplerConfig(ServerConfig):
     dtype: str = "float32"
     """Element type of the frozen weights: float32 or bfloat16."""
     checkpoint_target: str = "127.0.0.1:50053"
+    checkpoint_answer_s_max: float = 30.0
+    """As the Training server's."""
+    checkpoint_stall_s_max: float = 60.0
+    """As the Training server's."""
+    checkpoint_recheck_s: float = 10.0
+    """Whether a checkpoint that is served from memory is still there is asked so often."""
     num_samples_max: int = 256
     chunks_max: int = 1024
     """Chunks of one prompt."""
@@ -330,6 +346,8 @@ class SamplerConfig(ServerConfig):
     running_max: int = 8
     waiting_max: int = 256
     adapters_max: int = 16
+    fetches_max: int = 16
+    """Adapters that are fetched at once, or wait in memory for their turn to be loaded."""
     sample_tokens_max: int = 131_072
     """num_samples times prompt and max_tokens: bounds the KV cache of a call."""
     threads: int = 0
@@ -340,6 +358,9 @@ class SamplerConfig(ServerConfig):
         super().check()
         if not self.base_model:
             raise ConfigError("sampler.base_model: must be set")
+        _check_patience(self)
+        if not self.fetches_max:
+            raise ConfigError("sampler.fetches_max: must be at least 1")
         if self.adapters_max < self.running_max:
             raise ConfigError("sampler.adapters_max: must be at least running_max")
         _one_of("sampler.dtype", self.dtype, ("float32", "bfloat16"))
@@ -376,6 +397,12 @@ class CheckpointConfig(ServerConfig):
 SECTIONS: Mapping[str, type[Config]] = {
     cls.section: cls for cls in (TrainingConfig, TrainerConfig, SamplerConfig, CheckpointConfig)
 }
+
+
+def _check_patience(config: "TrainingConfig | SamplerConfig") -> None:
+    for key in ("checkpoint_answer_s_max", "checkpoint_stall_s_max"):
+        if not getattr(config, key):
+            raise ConfigError(f"{config.section}.{key}: must be above 0")
 
 
 def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:

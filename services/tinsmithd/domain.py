@@ -4,6 +4,7 @@ No gRPC, no protobuf, no torch: a scheduler, a catalogue and an engine can all s
 Shapes: `N` tokens of one datum, `K` targets per position.
 """
 
+import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -306,3 +307,15 @@ class CheckpointPath:
             if not NAME_PATTERN.fullmatch(part):
                 raise ValueError(f"model and name must match {NAME_PATTERN.pattern}")
         return cls(parts[0], kinds[parts[1]], parts[2])
+
+
+def content_digest(files: Mapping[str, bytes]) -> bytes:
+    """What a checkpoint holds, in 32 bytes: equal for equal files.
+
+    Args:
+        files: SHA-256 of each file, by name.
+    """
+    whole = hashlib.sha256()
+    for name in sorted(files):
+        whole.update(hashlib.sha256(name.encode()).digest() + files[name])
+    return whole.digest()

@@ -65,6 +65,7 @@ class Reason(StrEnum):
     TRAINER_MISMATCH = "TRAINER_MISMATCH"
     STALE_EPOCH = "STALE_EPOCH"
     STORAGE_UNAVAILABLE = "STORAGE_UNAVAILABLE"
+    CHECKPOINT_REPLACED = "CHECKPOINT_REPLACED"
 
 
 RULES: Mapping[Reason, Rule] = {
@@ -110,4 +111,5 @@ RULES: Mapping[Reason, Rule] = {
     Reason.TRAINER_MISMATCH: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.STALE_EPOCH: Rule("FAILED_PRECONDITION", frozenset({"epoch", "highest_epoch"}), "never"),
     Reason.STORAGE_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
+    Reason.CHECKPOINT_REPLACED: Rule("FAILED_PRECONDITION", frozenset(), "never"),
 }

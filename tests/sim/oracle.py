@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from sim import engine
-from sim.checkpoints import training
+from sim.checkpoints import digest_of, training
 from sim.clients import ModelUser
 from sim.engine import State
 from tinsmithd.domain import CheckpointPath
@@ -101,7 +101,7 @@ class Oracle:
     def _check_poisoned(self, seq_id: int, work: Work | None) -> None:
         key = str(seq_id)
         if isinstance(work, SaveWork):
-            key = "export"
+            key = "snapshot"
             # Its first try may have gone through, and nobody knew.
             path = str(work.options.path)
             self._saved.setdefault(path, {None}).add(self._made(work))
@@ -160,7 +160,8 @@ class Oracle:
             raise Wrong("there is one of another call")
         self._saved[path] = {made}
         size = sum(len(data) for _, data in made[1])
-        _expect(dict(outcome.value), {"path": path, "size_bytes": size})
+        wanted = {"path": path, "size_bytes": size, "digest": digest_of(made[1]).hex()}
+        _expect(dict(outcome.value), wanted)
 
     def _load(self, work: LoadWork, outcome: Outcome, reason: Reason | None) -> None:
         path = str(work.path)

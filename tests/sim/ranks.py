@@ -291,20 +291,9 @@ class SimTrainer:
         )
         return done
 
-    async def export_state(self, model_id: str, *, optimizer: bool, on_piece: OnPiece) -> StateInfo:
-        """Send the model's state files."""
-
-        async def take(piece: tuple[str, bytes]) -> None:
-            await on_piece(*piece)
-
-        done: StateInfo = await self._execute(
-            f"{model_id} export",
-            lambda group, put: group.send_files(group.need(model_id), optimizer, put),
-            take,
-        )
-        return done
-
-    async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
+    async def snapshot(
+        self, model_id: str, *, optimizer: bool, on_piece: OnPiece
+    ) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends the copy."""
         pieces: asyncio.Queue[Any] = asyncio.Queue()
         self._open.append(pieces)
@@ -314,7 +303,7 @@ class SimTrainer:
 
             async def send() -> None:
                 slow_s = group.world.snapshot_slow_s
-                info = await group.send_files(state, True, pieces.put_nowait, slow_s)
+                info = await group.send_files(state, optimizer, pieces.put_nowait, slow_s)
                 pieces.put_nowait(_Done(info))
 
             group.world.spawn(send())
@@ -323,7 +312,10 @@ class SimTrainer:
             await on_piece(*piece)
 
         async def finish() -> StateInfo:
-            done: StateInfo = await self._finish(pieces, take)
+            try:
+                done: StateInfo = await self._finish(pieces, take)
+            except TrainerLost as error:
+                raise TrainerLost(str(error)) from error
             return done
 
         await self._execute(f"{model_id} snapshot", command)

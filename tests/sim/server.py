@@ -5,18 +5,20 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sim.checkpoints import SimCheckpointClient
+from sim.checkpoints import SimCheckpointClient, SimStaging
 from sim.disk import SimStore, Unclaimable
 from sim.loop import Process
 from sim.ranks import SimTrainer
 from sim.snapshots import SimSnapshots
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
 from tinsmithd.training.calls import CallLimits
+from tinsmithd.training.checkpoints import Checkpoints
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.models import ModelLimits, Models, NewModel
 from tinsmithd.training.records import Fenced, StoreDamaged
 from tinsmithd.training.recovery import SnapshotRule
 from tinsmithd.training.rules import LaneLimits
+from tinsmithd.training.staging import Copies
 from tinsmithd.training.works import RefusedWork, Work
 
 if TYPE_CHECKING:
@@ -89,8 +91,9 @@ class Server:
         client: Any = SimCheckpointClient(world.checkpoints)
         self.client = client
         self.journal = Journal(SimStore(world.disk))
+        checkpoints = Checkpoints(client, SimStaging(), Copies(world.copies_max))
         self.models = Models(
-            world.limits, client, self.journal, SimSnapshots(world.disk), world.new_model_id
+            world.limits, checkpoints, self.journal, SimSnapshots(world.disk), world.new_model_id
         )
 
     def start(self) -> None:

@@ -67,6 +67,7 @@ class World:
         rng = self.stream("world")
         self.rng = rng
         self.limits = limits(rng)
+        self.copies_max = self.stream("copies").choice([1, 2, 2])
         self.tight = rng.random() < 0.1
         if self.tight:
             self.limits = tight(self.limits, TIGHT_BYTES)

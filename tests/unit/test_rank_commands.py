@@ -94,8 +94,9 @@ def compute(plan: bytes = b"", *, backward: bool = True) -> pb.AttachResponse:
     return pb.AttachResponse(command_id=7, model_id="m", compute=message)
 
 
-def snapshot(command_id: int, model_id: str = "m") -> pb.AttachResponse:
-    return pb.AttachResponse(command_id=command_id, model_id=model_id, snapshot=pb.Snapshot())
+def snapshot(command_id: int, model_id: str = "m", *, optimizer: bool = True) -> pb.AttachResponse:
+    copied = pb.Snapshot(optimizer=optimizer)
+    return pb.AttachResponse(command_id=command_id, model_id=model_id, snapshot=copied)
 
 
 def test_a_compute_answers_with_its_plan_and_what_it_took(engine: Pretender) -> None:
@@ -181,11 +182,14 @@ def files_of(messages: Sequence[pb.AttachRequest]) -> dict[str, bytes]:
     return files
 
 
-def test_a_snapshot_is_what_the_model_was_when_it_was_copied(engine: Pretender) -> None:
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_a_snapshot_is_what_the_model_was_when_it_was_copied(
+    engine: Pretender, optimizer: bool
+) -> None:
     """`captured` at once; the pieces and `done` later, whatever is answered in between."""
     commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
-    expected = state_files.to_files(engine.export_state("m", optimizer=True))
-    commands.apply(snapshot(1), answers.append, later)
+    expected = state_files.to_files(engine.export_state("m", optimizer=optimizer))
+    commands.apply(snapshot(1, optimizer=optimizer), answers.append, later)
     assert answers == [pb.AttachRequest(command_id=1, captured=pb.Captured())]
     step = pb.AttachResponse(command_id=2, model_id="m", optim_step=pb.OptimStep())
     commands.apply(step, answers.append, later)
@@ -261,9 +265,6 @@ def test_only_rank_0_answers(engine: Pretender) -> None:
     other: Callable[..., None] = Commands(engine, world_size=2, rank=1).apply
     other(snapshot(1), answers.append)
     assert (engine.copies_count, answers) == (1, [])
-    export = pb.AttachResponse(command_id=2, model_id="m", export_state=pb.ExportState())
-    other(export, answers.append)
-    assert (engine.copies_count, answers) == (2, [])
 
 
 def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
@@ -271,9 +272,11 @@ def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
     taken: list[ModelState] = []
     engine.import_state = lambda _, state, *, optimizer: taken.append(state)  # type: ignore[attr-defined]
     commands, answers = Commands(engine, world_size=1), list[pb.AttachRequest]()
-    export = pb.ExportState(optimizer=True)
-    commands.apply(pb.AttachResponse(command_id=1, export_state=export), answers.append)
-    *pieces, done = answers
+    later = Later()
+    later.go.set()
+    commands.apply(snapshot(1), answers.append, later)
+    later.wait()
+    *pieces, done = later.messages
     assert done.done.step_count == 1
     for message in pieces:
         commands.apply(pb.AttachResponse(command_id=2, piece=message.piece), answers.append)

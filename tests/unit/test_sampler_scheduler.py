@@ -246,7 +246,7 @@ async def test_loads_that_end_together_do_not_evict_the_same_adapter(engine: Rec
     tasks = [
         asyncio.create_task(drain(scheduler, 2, 1, adapter(key, None, gate))) for key in ("c", "d")
     ]
-    await until(lambda: len(scheduler._adapters) == 4)
+    await until(lambda: scheduler.adapters == 4)
     gate.set()
     assert await asyncio.gather(*tasks) == [1, 1]
     assert engine.held == {"c", "d"}
@@ -266,7 +266,7 @@ async def test_a_load_that_failed_is_tried_again(
 
     bad = Adapter("a", fail)
     gone = asyncio.create_task(drain(scheduler, 1, 1, bad))
-    await until(lambda: "a" in scheduler._adapters)
+    await until(lambda: scheduler.adapters == 1)
     gone.cancel()
     await asyncio.sleep(0)
     gate.set()

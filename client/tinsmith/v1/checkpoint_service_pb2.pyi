@@ -94,6 +94,7 @@ class Checkpoint(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     EPHEMERAL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """`tinsmith://<model_id>/<weights|sampler_weights>/<name>`."""
     model_id: _builtins.str
@@ -110,6 +111,10 @@ class Checkpoint(_message.Message):
     """Optimizer steps that the model had made."""
     ephemeral: _builtins.bool
     """It lives as long as somebody uses it, see above."""
+    digest: _builtins.bytes
+    """Says what it holds, 32 bytes: equal for equal files, another once the name is overwritten. A
+    SHA-256 over, for each file in order of its name, the SHA-256 of the name and `sha256`.
+    """
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -151,10 +156,11 @@ class Checkpoint(_message.Message):
         files: _abc.Iterable[Global___CheckpointFile] | None = ...,
         step_count: _builtins.int = ...,
         ephemeral: _builtins.bool = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "ephemeral", b"ephemeral", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "ephemeral", b"ephemeral", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015

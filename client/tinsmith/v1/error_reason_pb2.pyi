@@ -133,6 +133,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The writer was replaced by another one and must not write any more."""
     ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 38
     """The storage of calls cannot be written at present."""
+    ERROR_REASON_CHECKPOINT_REPLACED: _ErrorReason.ValueType  # 39
+    """The checkpoint's name was given to other content than the call asks for, and what it asks for is
+    not held any more.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed; see `ErrorRule` for how it is sent."""
@@ -219,6 +223,10 @@ ERROR_REASON_STALE_EPOCH: ErrorReason.ValueType  # 37
 """The writer was replaced by another one and must not write any more."""
 ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 38
 """The storage of calls cannot be written at present."""
+ERROR_REASON_CHECKPOINT_REPLACED: ErrorReason.ValueType  # 39
+"""The checkpoint's name was given to other content than the call asks for, and what it asks for is
+not held any more.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -276,6 +276,7 @@ class SampleRequest(_message.Message):
     INCLUDE_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model. May be empty when there is one, or with `checkpoint_path`."""
     checkpoint_path: _builtins.str
@@ -288,6 +289,11 @@ class SampleRequest(_message.Message):
     """Also return this many most likely tokens at each prompt position (first message)."""
     tensor_format: _types_pb2.TensorFormat.ValueType
     """How tensors come back."""
+    checkpoint_digest: _builtins.bytes
+    """Only this content of `checkpoint_path`: its `Checkpoint.digest`, 32 bytes. A name that was
+    overwritten is served as it was while this server has it in memory, and is CHECKPOINT_REPLACED
+    then; it never is what replaced it. Empty: whatever the name means when the call comes.
+    """
     @_builtins.property
     def prompt(self) -> _types_pb2.ModelInput:
         """The prompt, at least one token."""
@@ -307,10 +313,11 @@ class SampleRequest(_message.Message):
         include_prompt_logprobs: _builtins.bool = ...,
         topk_prompt_logprobs: _builtins.int = ...,
         tensor_format: _types_pb2.TensorFormat.ValueType = ...,
+        checkpoint_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "include_prompt_logprobs", b"include_prompt_logprobs", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "base_model", b"base_model", "checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "include_prompt_logprobs", b"include_prompt_logprobs", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_samples: _TypeAlias = _typing.Literal["num_samples"]  # noqa: Y015
     _WhichOneofArgType__num_samples: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples"]  # noqa: Y015
@@ -435,6 +442,7 @@ class ComputeLogprobsRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model. May be empty when there is one, or with `checkpoint_path`."""
     checkpoint_path: _builtins.str
@@ -443,6 +451,11 @@ class ComputeLogprobsRequest(_message.Message):
     """Also return this many most likely tokens at each position. 0 means none."""
     tensor_format: _types_pb2.TensorFormat.ValueType
     """How tensors come back."""
+    checkpoint_digest: _builtins.bytes
+    """Only this content of `checkpoint_path`: its `Checkpoint.digest`, 32 bytes. A name that was
+    overwritten is served as it was while this server has it in memory, and is CHECKPOINT_REPLACED
+    then; it never is what replaced it. Empty: whatever the name means when the call comes.
+    """
     @_builtins.property
     def prompt(self) -> _types_pb2.ModelInput:
         """The prompt, at least one token."""
@@ -455,10 +468,11 @@ class ComputeLogprobsRequest(_message.Message):
         prompt: _types_pb2.ModelInput | None = ...,
         topk_prompt_logprobs: _builtins.int = ...,
         tensor_format: _types_pb2.TensorFormat.ValueType = ...,
+        checkpoint_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "prompt", b"prompt", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "prompt", b"prompt", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

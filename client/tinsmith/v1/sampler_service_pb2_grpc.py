@@ -79,7 +79,8 @@ class SamplerServiceServicer:
         With a seed, the same request gives the same samples, whatever else is running.
         Cancelling the call stops the work.
         Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
-        BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+        BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
+        CHECKPOINT_REPLACED);
         RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

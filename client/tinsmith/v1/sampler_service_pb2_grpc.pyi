@@ -44,7 +44,8 @@ class SamplerServiceStub:
     With a seed, the same request gives the same samples, whatever else is running.
     Cancelling the call stops the work.
     Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
-    BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+    BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
+    CHECKPOINT_REPLACED);
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).
     """
     ComputeLogprobs: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]
@@ -71,7 +72,8 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     With a seed, the same request gives the same samples, whatever else is running.
     Cancelling the call stops the work.
     Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
-    BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+    BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
+    CHECKPOINT_REPLACED);
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).
     """
     ComputeLogprobs: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
@@ -107,7 +109,8 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         With a seed, the same request gives the same samples, whatever else is running.
         Cancelling the call stops the work.
         Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
-        BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT);
+        BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
+        CHECKPOINT_REPLACED);
         RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).
         """
 

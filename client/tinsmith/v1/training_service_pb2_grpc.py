@@ -256,9 +256,11 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SaveCheckpoint(self, request, context):
-        """Saves the model under a name, whole or not at all, and returns once it is durable.
+        """Saves the model under a name, whole or not at all, and returns once it is durable. While the
+        Checkpoint server takes it the model's later calls wait, and nobody else's.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT (INVALID_NAME);
-        ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL).
+        ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL);
+        UNAVAILABLE (CHECKPOINT_UNAVAILABLE) once the Checkpoint server makes no progress for a minute.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -266,9 +268,11 @@ class TrainingServiceServicer:
 
     def LoadCheckpoint(self, request, context):
         """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-        and drops waiting gradients. On an error the model is as before.
+        and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+        it the model's later calls wait, and nobody else's.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
-        (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT).
+        (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
+        (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

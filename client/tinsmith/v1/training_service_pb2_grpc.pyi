@@ -124,15 +124,19 @@ class TrainingServiceStub:
     call brought them); DATA_LOSS.
     """
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.SaveCheckpointRequest, _training_service_pb2.SaveCheckpointResponse]
-    """Saves the model under a name, whole or not at all, and returns once it is durable.
+    """Saves the model under a name, whole or not at all, and returns once it is durable. While the
+    Checkpoint server takes it the model's later calls wait, and nobody else's.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT (INVALID_NAME);
-    ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL).
+    ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL);
+    UNAVAILABLE (CHECKPOINT_UNAVAILABLE) once the Checkpoint server makes no progress for a minute.
     """
     LoadCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.LoadCheckpointRequest, _training_service_pb2.LoadCheckpointResponse]
     """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-    and drops waiting gradients. On an error the model is as before.
+    and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+    it the model's later calls wait, and nobody else's.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
-    (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT).
+    (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
+    (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
     """
 
 @_typing.type_check_only
@@ -231,15 +235,19 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     call brought them); DATA_LOSS.
     """
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.SaveCheckpointRequest, _training_service_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
-    """Saves the model under a name, whole or not at all, and returns once it is durable.
+    """Saves the model under a name, whole or not at all, and returns once it is durable. While the
+    Checkpoint server takes it the model's later calls wait, and nobody else's.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT (INVALID_NAME);
-    ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL).
+    ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL);
+    UNAVAILABLE (CHECKPOINT_UNAVAILABLE) once the Checkpoint server makes no progress for a minute.
     """
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.LoadCheckpointRequest, _training_service_pb2.LoadCheckpointResponse]  # type: ignore[assignment]
     """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-    and drops waiting gradients. On an error the model is as before.
+    and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+    it the model's later calls wait, and nobody else's.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
-    (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT).
+    (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
+    (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -389,9 +397,11 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.SaveCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.SaveCheckpointResponse, _abc.Awaitable[_training_service_pb2.SaveCheckpointResponse]]:
-        """Saves the model under a name, whole or not at all, and returns once it is durable.
+        """Saves the model under a name, whole or not at all, and returns once it is durable. While the
+        Checkpoint server takes it the model's later calls wait, and nobody else's.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT (INVALID_NAME);
-        ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL).
+        ALREADY_EXISTS (CHECKPOINT_EXISTS; SEQ_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL);
+        UNAVAILABLE (CHECKPOINT_UNAVAILABLE) once the Checkpoint server makes no progress for a minute.
         """
 
     @_abc_1.abstractmethod
@@ -401,9 +411,11 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.LoadCheckpointResponse, _abc.Awaitable[_training_service_pb2.LoadCheckpointResponse]]:
         """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-        and drops waiting gradients. On an error the model is as before.
+        and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+        it the model's later calls wait, and nobody else's.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
-        (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT).
+        (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
+        (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

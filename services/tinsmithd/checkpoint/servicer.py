@@ -16,7 +16,7 @@ from tinsmithd.checkpoint.record import Checkpoint
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.checkpoint.writers import Writer
 from tinsmithd.convert import types as convert
-from tinsmithd.domain import FullConfig
+from tinsmithd.domain import FullConfig, content_digest
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 from tinsmithd.rpc.intake import off_loop
 
@@ -277,6 +277,7 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
         user_metadata=checkpoint.user_metadata,
         step_count=checkpoint.step_count,
         ephemeral=checkpoint.ephemeral is not None,
+        digest=content_digest({blob.name: bytes.fromhex(blob.sha256) for blob in checkpoint.files}),
     )
     if checkpoint.expire_time_s is not None:
         message.expire_time.CopyFrom(_timestamp(checkpoint.expire_time_s))

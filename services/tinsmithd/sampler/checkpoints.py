@@ -1,104 +1,134 @@
-"""The Checkpoint server as the Sampler uses it: a client of its public API."""
+"""Adapters of SAMPLER checkpoints, each under a key that says what it holds."""
 
+import asyncio
 import functools
-import hashlib
-import zlib
-from collections.abc import Collection
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 
-import grpc
-
-from tinsmith.v1 import checkpoint_service_pb2 as pb
-from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd import failpoints, state_files
-from tinsmithd.domain import CheckpointKind, CheckpointPath, ModelState
-from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
-from tinsmithd.rpc.channels import open_aio_channel
-from tinsmithd.rpc.status import from_rpc_error
+from tinsmithd.checkpoint_client import CheckpointClient, check_digest
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, ModelState
+from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
 from tinsmithd.sampler.scheduler import Adapter
 
-GET_S_MAX = 30.0
+REMEMBERED_MAX = 1024
+"""Checkpoints of which it is known when they were last asked for."""
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointSource:
-    """Finds and fetches the adapters of SAMPLER checkpoints."""
+    """Finds and fetches the adapters of SAMPLER checkpoints.
 
-    def __init__(self, target: str) -> None:
-        self._channel = open_aio_channel(target)
-        self._stub = CheckpointServiceStub(self._channel)
+    Args:
+        client: The Checkpoint server.
+        recheck_s: See the setting `checkpoint_recheck_s`.
+    """
+
+    def __init__(self, client: CheckpointClient, recheck_s: float) -> None:
+        self._client = client
+        self._recheck_s = recheck_s
+        self._seen_s: OrderedDict[str, float] = OrderedDict()
+        self._rechecks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Close the channel."""
-        await self._channel.close()
+        rechecks = list(self._rechecks)
+        for task in rechecks:
+            task.cancel()
+        await asyncio.gather(*rechecks, return_exceptions=True)
+        await self._client.close()
 
-    async def find(self, path: CheckpointPath, base_model: str) -> Adapter:
-        """The adapter that a path means now: a name that was overwritten is another adapter.
+    async def find(
+        self,
+        path: CheckpointPath,
+        base_model: str,
+        digest: bytes,
+        has: Callable[[str], bool],
+    ) -> Adapter:
+        """The adapter of a path: of one content, or of what the name means now.
+
+        What is in memory under a digest is served without waiting for anybody; that it was deleted
+        is noticed a little later.
+
+        Args:
+            path: The checkpoint.
+            base_model: What the adapter has to fit.
+            digest: The content that is wanted; empty: any.
+            has: Whether the adapter of a key is in memory.
 
         Raises:
             NotFound: There is no such checkpoint (CHECKPOINT_NOT_FOUND).
             FailedPrecondition: It is of another kind (WRONG_CHECKPOINT_KIND), of another base
-                model, or no adapter (INCOMPATIBLE_CHECKPOINT).
+                model, no adapter (INCOMPATIBLE_CHECKPOINT), or its name was given to other content
+                (CHECKPOINT_REPLACED).
             Unavailable: The Checkpoint server does not answer.
         """
         if path.kind is not CheckpointKind.SAMPLER:
             message = f"{path} is for training; save one for the sampler"
             raise FailedPrecondition(message, Reason.WRONG_CHECKPOINT_KIND)
-        try:
-            request = pb.GetCheckpointRequest(path=str(path))
-            response = await self._stub.GetCheckpoint(request, timeout=GET_S_MAX)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
-        found = response.checkpoint
+        key = f"{path}@{digest.hex()}"
+        if digest and key in self._seen_s and has(key):
+            self._recheck_soon(path, key)
+            return self._adapter(path, key, digest)
+        found = await self._client.get(path)
+        check_digest(found, digest)
         if found.base_model != base_model:
             message = f"{path} is of base model {found.base_model!r}, not {base_model!r}"
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-        if found.WhichOneof("tuning") == "full_config":
+        if isinstance(found.tuning, FullConfig):
             message = (
                 f"{path} holds all weights of a model, which this Sampler does not serve; export "
                 "it and serve the folder as a base model"
             )
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-        content = hashlib.sha256(b"".join(file.sha256 for file in found.files)).hexdigest()
-        return Adapter(f"{path}@{content}", functools.partial(self._fetch, path, content))
+        key = f"{path}@{found.digest.hex()}"
+        self._saw(key)
+        return self._adapter(path, key, found.digest)
 
-    async def renew(self, paths: Collection[CheckpointPath]) -> float:
+    async def renew_leases(self, paths: Collection[CheckpointPath]) -> float:
         """Renew the leases on ephemeral checkpoints; returns for how long, seconds.
 
         Raises:
             Unavailable: The Checkpoint server does not answer.
         """
-        request = pb.RenewLeasesRequest(paths=map(str, paths))
-        try:
-            return (await self._stub.RenewLeases(request, timeout=GET_S_MAX)).lease_seconds
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
+        return await self._client.renew_leases(paths)
 
-    async def _fetch(self, path: CheckpointPath, content: str) -> ModelState:
-        listed: dict[str, bytes] = {}
+    def _adapter(self, path: CheckpointPath, key: str, digest: bytes) -> Adapter:
+        return Adapter(key, functools.partial(self._fetch, path, digest))
+
+    async def _fetch(self, path: CheckpointPath, digest: bytes) -> ModelState:
         files: dict[str, bytearray] = {}
-        try:
-            async for response in self._stub.ReadCheckpoint(
-                pb.ReadCheckpointRequest(path=str(path))
-            ):
-                if response.HasField("checkpoint"):
-                    listed = {file.name: file.sha256 for file in response.checkpoint.files}
-                    continue
-                piece = response.piece
-                if zlib.crc32(piece.data) != piece.crc32:
-                    raise _corrupt(f"{piece.file_name} of {path} was damaged on its way")
-                files.setdefault(piece.file_name, bytearray()).extend(piece.data)
+        async with self._client.reader(path) as reader:
+            if reader.info.digest != digest:  # whoever asks again is told what became of it
+                message = f"{path} was replaced before it was read"
+                raise Unavailable(message, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=0.1)
+            async for name, data in reader.pieces():
+                files.setdefault(name, bytearray()).extend(data)
                 failpoints.hit("sampler_mid_swap")
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
-        if hashlib.sha256(b"".join(listed.values())).hexdigest() != content:
-            message = f"{path} was replaced while it was read"
-            raise Unavailable(message, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=0.1)
-        for name, digest in listed.items():
-            if hashlib.sha256(files.get(name, b"")).digest() != digest:
-                raise _corrupt(f"{name} of {path} does not match its digest")
-        return state_files.from_files(
-            {name: bytes(files[name]) for name in listed if name in files}
-        )
+        return state_files.from_files({name: bytes(content) for name, content in files.items()})
 
+    # --- is it still there? -------------------------------------------------------------------
 
-def _corrupt(message: str) -> DataLoss:
-    return DataLoss(message, Reason.CHECKPOINT_CORRUPT)
+    def _saw(self, key: str) -> None:
+        self._seen_s[key] = time.monotonic()
+        self._seen_s.move_to_end(key)
+        if len(self._seen_s) > REMEMBERED_MAX:
+            self._seen_s.popitem(last=False)
+
+    def _recheck_soon(self, path: CheckpointPath, key: str) -> None:
+        if time.monotonic() - self._seen_s[key] > self._recheck_s:
+            self._saw(key)
+            task = asyncio.create_task(self._recheck(path, key))
+            self._rechecks.add(task)
+            task.add_done_callback(self._rechecks.discard)
+
+    async def _recheck(self, path: CheckpointPath, key: str) -> None:
+        try:
+            await self._client.get(path)
+        except NotFound:
+            self._seen_s.pop(key, None)  # whoever wants it next is told
+        except TinsmithError as error:
+            _log.warning("whether %s is still there is not known: %s", path, error)

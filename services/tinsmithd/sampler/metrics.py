@@ -22,6 +22,7 @@ class SamplerCollector(Collector):
         for name, text, value in (
             ("requests_running", "Requests that have a place.", scheduler.running),
             ("requests_waiting", "Requests that wait for a place.", scheduler.waiting),
+            ("requests_fetching", "Requests whose adapter is on its way.", scheduler.fetching),
             ("adapters", "Adapters in memory, or on their way to it.", scheduler.adapters),
         ):
             yield GaugeMetricFamily(_PREFIX + name, text, value)

@@ -6,6 +6,7 @@ import logging
 
 from tinsmith.v1.sampler_service_pb2 import DESCRIPTOR
 from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_server
+from tinsmithd.checkpoint_client import CheckpointClient, Patience
 from tinsmithd.config import SamplerConfig
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.sampler.checkpoints import CheckpointSource
@@ -41,7 +42,9 @@ class SamplerServer:
 
     def __init__(self, config: SamplerConfig) -> None:
         self._config = config
-        self._checkpoints = CheckpointSource(config.checkpoint_target)
+        patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
+        client = CheckpointClient(config.checkpoint_target, patience)
+        self._checkpoints = CheckpointSource(client, config.checkpoint_recheck_s)
         self._servicer = SamplerServicer(config, self._checkpoints)
         self._rpc = RpcServer(config, SERVICE_NAME)
         add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
@@ -68,8 +71,9 @@ class SamplerServer:
 
     async def _load(self) -> None:
         engine = await asyncio.to_thread(load_engine, self._config)
+        config = self._config
         limits = SchedulerLimits(
-            self._config.running_max, self._config.waiting_max, self._config.adapters_max
+            config.running_max, config.waiting_max, config.adapters_max, config.fetches_max
         )
         self._servicer.scheduler = SamplerScheduler(engine, limits)
         self._rpc.metrics.registry.register(SamplerCollector(self._servicer.scheduler))

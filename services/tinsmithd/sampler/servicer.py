@@ -11,7 +11,7 @@ from tinsmithd.config import SamplerConfig
 from tinsmithd.convert import sampler as convert
 from tinsmithd.convert.types import base_model_to_pb, path_from_pb
 from tinsmithd.domain import SampleRequest
-from tinsmithd.errors import NotFound, Reason, Unavailable
+from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
 from tinsmithd.sampler.checkpoints import CheckpointSource
 from tinsmithd.sampler.leases import Leases
@@ -19,6 +19,7 @@ from tinsmithd.sampler.scheduler import Adapter, Output, SamplerScheduler
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
 PIECE_BYTES_MAX = 1024 * 1024
+DIGEST_BYTES = 32
 _LIMITS = [field.name for field in pb.SamplerLimits.DESCRIPTOR.fields]
 
 
@@ -28,7 +29,7 @@ class SamplerServicer(SamplerServiceServicer):
     def __init__(self, config: SamplerConfig, checkpoints: CheckpointSource) -> None:
         self._config = config
         self._checkpoints = checkpoints
-        self._leases = Leases(checkpoints.renew)
+        self._leases = Leases(checkpoints.renew_leases)
         self.scheduler: SamplerScheduler | None = None
         self._limits = RequestLimits(
             config.num_samples_max,
@@ -70,7 +71,7 @@ class SamplerServicer(SamplerServiceServicer):
             request, chunks_max=limits.chunks_max, stops_max=limits.stops_max
         )
         wanted = self._check(scheduler, asked)
-        async with self._run(scheduler, wanted, request.checkpoint_path) as outputs:
+        async with self._run(scheduler, wanted, request) as outputs:
             async for output in outputs:
                 response = pb.SampleResponse(
                     deltas=[convert.delta_to_pb(tokens, form) for tokens in output.tokens]
@@ -89,7 +90,7 @@ class SamplerServicer(SamplerServiceServicer):
         asked = convert.compute_request_from_pb(request, chunks_max=chunks_max)
         wanted = self._check(scheduler, asked)
         response = pb.ComputeLogprobsResponse()
-        async with self._run(scheduler, wanted, request.checkpoint_path) as outputs:
+        async with self._run(scheduler, wanted, request) as outputs:
             async for output in outputs:
                 assert output.prompt_scores is not None
                 scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
@@ -111,15 +112,31 @@ class SamplerServicer(SamplerServiceServicer):
 
     @contextlib.asynccontextmanager
     async def _run(
-        self, scheduler: SamplerScheduler, wanted: SampleRequest, path: str
+        self,
+        scheduler: SamplerScheduler,
+        wanted: SampleRequest,
+        request: pb.SampleRequest | pb.ComputeLogprobsRequest,
     ) -> AsyncIterator[AsyncIterator[Output]]:
         """Outputs of a request, whose checkpoint is held until it ends."""
         adapter: Adapter | None = None
+        digest = _digest(request)
         async with contextlib.AsyncExitStack() as stack:
-            if path:
-                parsed = path_from_pb(path, "checkpoint_path")
-                adapter = await self._checkpoints.find(parsed, scheduler.info.name)
-                await stack.enter_async_context(self._leases.held(parsed))
+            if request.checkpoint_path:
+                path = path_from_pb(request.checkpoint_path, "checkpoint_path")
+                name = scheduler.info.name
+                adapter = await self._checkpoints.find(path, name, digest, scheduler.has)
+                await stack.enter_async_context(self._leases.held(path))
             outputs = scheduler.run(wanted, adapter)
             await stack.enter_async_context(contextlib.aclosing(outputs))  # type: ignore[type-var]
             yield outputs
+
+
+def _digest(request: pb.SampleRequest | pb.ComputeLogprobsRequest) -> bytes:
+    digest = request.checkpoint_digest
+    if len(digest) not in (0, DIGEST_BYTES):
+        text = f"has {len(digest)} bytes, a digest has {DIGEST_BYTES}"
+        raise InvalidArgument("checkpoint_digest", text)
+    if digest and not request.checkpoint_path:
+        text = "needed by checkpoint_digest"
+        raise InvalidArgument("checkpoint_path", text, Reason.MISSING_FIELD)
+    return digest

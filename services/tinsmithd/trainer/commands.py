@@ -25,7 +25,7 @@ from tinsmithd.trainer.engines.interface import (
     PlanMismatch,
     TrainingEngine,
 )
-from tinsmithd.trainer.snapshots import Later, Snapshots, send_state
+from tinsmithd.trainer.snapshots import Later, Snapshots
 
 RANK_MAX = 1 << 30
 """The Training server has checked the rank."""
@@ -186,16 +186,10 @@ class Commands:
         adam = convert.adam_from_pb(command.optim_step.adam_params, "adam_params")
         return pb.Done(metrics=self._engine.optim_step(command.model_id, adam))
 
-    def _export_state(self, command: pb.AttachResponse, replies: _Replies) -> None:
-        state = self._engine.export_state(
-            command.model_id, optimizer=command.export_state.optimizer
-        )
-        if self._snapshots is not None:
-            send_state(command.command_id, state, replies.later)
-
     def _snapshot(self, command: pb.AttachResponse, replies: _Replies) -> None:
         def copy() -> ModelState:
-            return self._engine.export_state(command.model_id, optimizer=True)
+            optimizer = command.snapshot.optimizer
+            return self._engine.export_state(command.model_id, optimizer=optimizer)
 
         if self._snapshots is None:
             copy()  # the ranks do it together

@@ -1,19 +1,12 @@
 """What the calls of a model do: `ModelRules` carries them out on the ranks."""
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig
-from tinsmithd.errors import (
-    AlreadyExists,
-    FailedPrecondition,
-    Reason,
-    ResourceExhausted,
-    TinsmithError,
-)
-from tinsmithd.training.checkpoints import CheckpointClient, CheckpointWriter
+from tinsmithd.checkpoint_client import CheckpointInfo, NewCheckpoint
+from tinsmithd.domain import CheckpointKind, FullConfig
+from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
+from tinsmithd.training.checkpoints import Checkpoints, check_base_model, wrong_kind
 from tinsmithd.training.composition import Composition
 from tinsmithd.training.counts import FORWARD, FORWARD_BACKWARD, REPLAY
 from tinsmithd.training.journal import Journal
@@ -24,7 +17,8 @@ from tinsmithd.training.records import AddSnapshot, StoredSnapshot, Trim
 from tinsmithd.training.recovery import Recovery, SnapshotRule
 from tinsmithd.training.rules import Done, Emit, TakeTurn
 from tinsmithd.training.snapshots import Snapshots
-from tinsmithd.training.trainer import Pieces, Trainer, TrainerLost
+from tinsmithd.training.staging import Staged, whole
+from tinsmithd.training.trainer import Trainer, TrainerLost
 from tinsmithd.training.works import ComputeWork, LoadWork, SaveWork, StepWork, Work
 
 
@@ -35,21 +29,6 @@ class CallLimits:
     quantum_tokens: int
     journal_bytes_max: int
     snapshots: SnapshotRule
-
-
-class CheckpointFiles:
-    """Reads checkpoints whole, one at a time: one that fails half-way must not reach the ranks, and
-    one that comes slowly must not hold a turn."""
-
-    def __init__(self, client: CheckpointClient) -> None:
-        self.client = client
-        self._reading = asyncio.Lock()
-
-    @contextlib.asynccontextmanager
-    async def read(self, path: CheckpointPath) -> AsyncIterator[Pieces]:
-        """The files of a checkpoint, in memory for the body of the `async with`."""
-        async with self._reading:
-            yield [piece async for piece in self.client.read(path)]
 
 
 class _Held:
@@ -84,7 +63,7 @@ class ModelRules:
         model: Model,
         limits: CallLimits,
         place: TrainerPlace,
-        checkpoints: CheckpointFiles,
+        checkpoints: Checkpoints,
         journal: Journal,
         snapshots: Snapshots | None,
     ) -> None:
@@ -94,7 +73,9 @@ class ModelRules:
         self._checkpoints = checkpoints
         self._journal = journal
         self._snapshots = snapshots
-        self._recovery = Recovery(model, place, journal, snapshots, self, limits.snapshots)
+        self._recovery = Recovery(
+            model, place, journal, snapshots, checkpoints.copies, self, limits.snapshots
+        )
         self._since_step, self._since_snapshot = _Held(), _Held()
 
     # --- the lane's side ----------------------------------------------------------------------
@@ -246,56 +227,49 @@ class ModelRules:
         # Made again after a crash, this is the same request to the Checkpoint server, which knows
         # it again.
         model, options = self._model, work.options
+        new = NewCheckpoint(
+            path=options.path,
+            base_model=model.info.name,
+            tuning=model.tuning,
+            step_count=model.step_count,
+            ttl_seconds=options.ttl_seconds,
+            overwrite=options.overwrite,
+            user_metadata=options.user_metadata,
+            request_id=options.request_id,
+            ephemeral=options.ephemeral,
+        )
         optimizer = options.path.kind is CheckpointKind.TRAINING
-        writer: CheckpointWriter | None = None
-        try:
-            async with turn(NOMINAL_TOKENS):
-                writer = self._checkpoints.client.writer(
-                    options, model.info.name, model.tuning, model.step_count
-                )
-                await trainer.export_state(
-                    model.model_id, optimizer=optimizer, on_piece=writer.write
-                )
+        async with self._checkpoints.staging.open() as staged:
+            async with self._checkpoints.copies.leaving:
+                async with turn(NOMINAL_TOKENS):
+                    sending = await trainer.snapshot(
+                        model.model_id, optimizer=optimizer, on_piece=staged.write
+                    )
+                await sending
             # What others can see must not rest on results that this process alone knows.
             await self._journal.flush()
-            size_bytes = await self._committed(writer)
-        except BaseException:
-            if writer is not None:
-                writer.cancel()
-            raise
-        return Done({"path": str(options.path), "size_bytes": size_bytes})
-
-    @staticmethod
-    async def _committed(writer: CheckpointWriter) -> int:
-        """Commit a checkpoint; returns its size in bytes."""
-        try:
-            return await writer.commit()
-        except AlreadyExists as error:
-            if error.reason is not Reason.REQUEST_ID_CONFLICT:
-                raise
-            # This very call saved it, before ranks died that rounded in another way, as GPUs do.
-            return writer.size_bytes
+            saved = await self._checkpoints.save(new, staged)
+        value = {"path": str(options.path), "size_bytes": saved.size_bytes}
+        return Done({**value, "digest": saved.digest.hex()})
 
     async def _load(self, trainer: Trainer, position: int, work: LoadWork, turn: TakeTurn) -> Done:
         model = self._model
         if work.path.kind is not CheckpointKind.TRAINING:
             raise wrong_kind(work.path)
-        found = await self._checkpoints.client.get(work.path)
-        check_base_model(found.base_model, model.info.name)
-        if isinstance(found.tuning, FullConfig) != isinstance(model.tuning, FullConfig):
-            message = "of checkpoint and model, one is an adapter and the other all weights"
-            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-        step_count = found.step_count if work.optimizer else 0
-        await self._recovery.quiet()  # one of before must not come to count after this one
-        async with self._checkpoints.read(work.path) as pieces:
+        async with self._checkpoints.fetched(work.path, self._check_fits) as (found, staged):
+            step_count = found.step_count if work.optimizer else 0
+            await self._recovery.quiet()  # one of before must not come to count after this one
             # The checkpoint may be deleted or replaced later: what was loaded is a snapshot, which
             # is written first, since what the ranks have taken in cannot be undone.
-            snapshot = await self.keep(position, pieces, work.optimizer, step_count)
+            snapshot = await self.keep(position, staged, work.optimizer, step_count)
             try:
-                async with turn(NOMINAL_TOKENS):
-                    await trainer.import_state(
-                        model.model_id, pieces, optimizer=work.optimizer, create=False
-                    )
+                async with self._checkpoints.copies.coming:
+                    pieces = await whole(staged)
+                    async with turn(NOMINAL_TOKENS):
+                        await trainer.import_state(
+                            model.model_id, pieces, optimizer=work.optimizer, create=False
+                        )
+                    del pieces
             except BaseException:
                 await self.drop(snapshot)
                 raise
@@ -310,8 +284,14 @@ class ModelRules:
         trim = Trim(model.model_id, position)
         return Done(value, writes=[AddSnapshot.of(model.model_id, snapshot), trim])
 
+    def _check_fits(self, found: CheckpointInfo) -> None:
+        check_base_model(found.base_model, self._model.info.name)
+        if isinstance(found.tuning, FullConfig) != isinstance(self._model.tuning, FullConfig):
+            message = "of checkpoint and model, one is an adapter and the other all weights"
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+
     async def keep(
-        self, position: int, pieces: Pieces, optimizer: bool, step_count: int
+        self, position: int, staged: Staged, optimizer: bool, step_count: int
     ) -> StoredSnapshot | None:
         """Write files of a checkpoint as a snapshot; None where nothing is kept.
 
@@ -322,7 +302,7 @@ class ModelRules:
             return None
         draft = self._snapshots.begin(self._model.model_id, position)
         try:
-            for name, data in pieces:
+            async for name, data in staged.pieces():
                 await draft.write(name, data)
             folder = await draft.finish(optimizer=optimizer, step_count=step_count)
         except OSError as error:
@@ -338,18 +318,3 @@ class ModelRules:
         """Remove a snapshot's files."""
         if snapshot is not None and self._snapshots is not None:
             await self._snapshots.remove(snapshot.folder)
-
-
-def check_base_model(found: str, wanted: str) -> None:
-    """Refuse a checkpoint of another base model than the one that was asked for, if any was."""
-    if wanted and found != wanted:
-        message = f"the checkpoint is of base model {found!r}, not {wanted!r}"
-        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-
-
-def wrong_kind(path: CheckpointPath) -> FailedPrecondition:
-    """The error of a checkpoint without the optimizer state that is needed."""
-    return FailedPrecondition(
-        f"{path} has no optimizer state: a TRAINING checkpoint is needed",
-        Reason.WRONG_CHECKPOINT_KIND,
-    )

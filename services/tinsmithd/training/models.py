@@ -7,10 +7,11 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinsmithd.checkpoint_client import CheckpointInfo
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import (
     DataLoss,
@@ -22,14 +23,8 @@ from tinsmithd.errors import (
     Unavailable,
 )
 from tinsmithd.training.answers import Answer
-from tinsmithd.training.calls import (
-    CallLimits,
-    CheckpointFiles,
-    ModelRules,
-    check_base_model,
-    wrong_kind,
-)
-from tinsmithd.training.checkpoints import CheckpointClient
+from tinsmithd.training.calls import CallLimits, ModelRules
+from tinsmithd.training.checkpoints import Checkpoints, check_base_model, wrong_kind
 from tinsmithd.training.creations import Creations
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.model import Model
@@ -48,6 +43,7 @@ from tinsmithd.training.records import (
 from tinsmithd.training.rules import Call, LaneLimits, model_lost, model_not_found, shutting_down
 from tinsmithd.training.scheduler import Lane
 from tinsmithd.training.snapshots import Snapshots
+from tinsmithd.training.staging import Staged, whole
 from tinsmithd.training.trainer import Trainer, TrainerLost
 from tinsmithd.training.turns import Turns
 from tinsmithd.training.works import Outcome, Work
@@ -89,7 +85,7 @@ class Models:
 
     Args:
         limits: Bounds.
-        checkpoints: The Checkpoint server.
+        checkpoints: Those of the Checkpoint server.
         journal: Where everything is written down; open.
         snapshots: Where states are kept; None where the journal keeps nothing.
         new_id: Makes the id of a model, which nobody can guess.
@@ -102,13 +98,13 @@ class Models:
     def __init__(
         self,
         limits: ModelLimits,
-        checkpoints: CheckpointClient,
+        checkpoints: Checkpoints,
         journal: Journal,
         snapshots: Snapshots | None,
         new_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self._limits = limits
-        self._checkpoints = CheckpointFiles(checkpoints)
+        self._checkpoints = checkpoints
         self._journal = journal
         self._snapshots = snapshots
         self._new_id = new_id
@@ -238,19 +234,37 @@ class Models:
         )
 
     async def _create(self, request: NewModel) -> Model:
-        tuning, step_count = request.tuning, 0
-        base_model, trainer = request.base_model, self.place.need()
-        if request.path is not None:
-            if request.with_optimizer and request.path.kind is not CheckpointKind.TRAINING:
-                raise wrong_kind(request.path)
-            found = await self._checkpoints.client.get(request.path)
+        self.place.need()
+        if request.path is None:
+            assert request.tuning is not None  # one of the two is set by the servicer
+            self._check_held(request.base_model)
+            return await self._begin(request, request.tuning)
+        if request.with_optimizer and request.path.kind is not CheckpointKind.TRAINING:
+            raise wrong_kind(request.path)
+
+        def check(found: CheckpointInfo) -> None:
             check_base_model(found.base_model, request.base_model)
-            base_model, tuning = found.base_model, found.tuning
+            self._check_held(found.base_model)
+
+        async with self._checkpoints.fetched(request.path, check) as (found, staged):
             step_count = found.step_count if request.with_optimizer else 0
-        if base_model and base_model != trainer.info.name:
-            message = f"no base model {base_model!r}; this cluster holds {trainer.info.name!r}"
+            return await self._begin(request, found.tuning, staged, step_count)
+
+    def _check_held(self, base_model: str) -> None:
+        name = self.place.need().info.name
+        if base_model and base_model != name:
+            message = f"no base model {base_model!r}; this cluster holds {name!r}"
             raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
-        assert tuning is not None  # one of tuning and path is set by the servicer
+
+    async def _begin(
+        self,
+        request: NewModel,
+        tuning: Tuning,
+        staged: Staged | None = None,
+        step_count: int = 0,
+    ) -> Model:
+        """Put a new model onto the ranks and write it down; from then on it is there."""
+        trainer = self.place.need()
         self._created_count += 1
         model = Model(
             self._new_id(),
@@ -264,34 +278,45 @@ class Models:
             request_digest=request.digest,
             step_count=step_count,
         )
-        await self._begin(model, trainer, request)
-        return model
-
-    async def _begin(self, model: Model, trainer: Trainer, request: NewModel) -> None:
-        """Put a new model onto the ranks and write it down; from then on it is there."""
-        turn = self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS)
         try:
-            if request.path is None:
-                async with turn:
-                    self._check_room()
-                    self._check_alone(model.tuning)
+            if staged is None:
+                async with self._place_of_new(model):
                     await trainer.create_model(model.model_id, model.tuning)
                     await self._write_down(model, trainer)
-                return
-            async with self._checkpoints.read(request.path) as pieces, turn:
-                self._check_room()
-                self._check_alone(model.tuning)
-                optimizer = request.with_optimizer
-                await trainer.import_state(model.model_id, pieces, optimizer=optimizer, create=True)
-                rules = self._rules(model)
-                snapshot = await rules.keep(0, pieces, optimizer, model.step_count)
-                model.snapshots = [] if snapshot is None else [snapshot]
-                await self._write_down(model, trainer)
+            else:
+                await self._import(model, trainer, staged, optimizer=request.with_optimizer)
         except TrainerLost as error:
             text = "the trainer was lost"
             raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
         except Fenced as error:
             raise shutting_down() from error
+        return model
+
+    @contextlib.asynccontextmanager
+    async def _place_of_new(self, model: Model) -> AsyncIterator[None]:
+        """A turn in which a model may be added."""
+        async with self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS):
+            self._check_room()
+            self._check_alone(model.tuning)
+            yield
+
+    async def _import(
+        self, model: Model, trainer: Trainer, staged: Staged, *, optimizer: bool
+    ) -> None:
+        rules = self._rules(model)
+        snapshot = await rules.keep(0, staged, optimizer, model.step_count)
+        model.snapshots = [] if snapshot is None else [snapshot]
+        try:
+            async with self._checkpoints.copies.coming:
+                pieces = await whole(staged)
+                async with self._place_of_new(model):
+                    await trainer.import_state(
+                        model.model_id, pieces, optimizer=optimizer, create=True
+                    )
+                    await self._write_down(model, trainer)
+        except BaseException:
+            await rules.drop(snapshot)
+            raise
 
     async def _write_down(self, model: Model, trainer: Trainer) -> None:
         writes: list[Write] = [AddModel(model.model_id, model.number, model.about())]

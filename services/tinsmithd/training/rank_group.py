@@ -2,7 +2,7 @@
 
 A command goes out with a number; answers come back with that number, any parts first, then `done`
 or `failed`. One command is under way at a time, since the scheduler gives out one turn; only the
-pieces of a snapshot may still be coming in meanwhile.
+pieces of copied states may still be coming in meanwhile.
 """
 
 import asyncio
@@ -178,16 +178,12 @@ class RankGroup:
         command = pb.OptimStep(adam_params=convert.adam_to_pb(adam))
         return dict((await self._execute(model_id, optim_step=command)).metrics)
 
-    async def export_state(self, model_id: str, *, optimizer: bool, on_piece: OnPiece) -> StateInfo:
-        """Send the model's state files, piece by piece."""
-        command = pb.ExportState(optimizer=optimizer)
-        message = pb.AttachResponse(model_id=model_id, export_state=command)
-        answers = await self._begin(message)
-        return self._state_info(await self._finish(answers, "piece", self._pieces_to(on_piece)))
-
-    async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
+    async def snapshot(
+        self, model_id: str, *, optimizer: bool, on_piece: OnPiece
+    ) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends it to `on_piece`."""
-        command = pb.AttachResponse(model_id=model_id, snapshot=pb.Snapshot())
+        copied = pb.Snapshot(optimizer=optimizer)
+        command = pb.AttachResponse(model_id=model_id, snapshot=copied)
         answers = await self._begin(command)
         first = await self._next(answers)
         case = first.WhichOneof("content")
@@ -198,7 +194,11 @@ class RankGroup:
             raise self._nonsense(f"{case} before captured")
 
         async def send() -> StateInfo:
-            done = await self._finish(answers, "piece", self._pieces_to(on_piece))
+            try:
+                done = await self._finish(answers, "piece", self._pieces_to(on_piece))
+            except TrainerLost as error:
+                # The copy was made: what ended the ranks since then is somebody else's call.
+                raise TrainerLost(str(error)) from error
             return self._state_info(done)
 
         return send()

@@ -29,6 +29,7 @@ from tinsmithd.training.records import (
 )
 from tinsmithd.training.rules import Done, Emit, TakeTurn, model_lost
 from tinsmithd.training.snapshots import Draft, Snapshot, Snapshots
+from tinsmithd.training.staging import Copies
 from tinsmithd.training.trainer import StateInfo, Trainer, TrainerLost
 from tinsmithd.training.works import ComputeWork, Outcome, StepWork, digest_of
 
@@ -82,6 +83,7 @@ class Recovery:
         place: TrainerPlace,
         journal: Journal,
         snapshots: Snapshots | None,
+        copies: Copies,
         changes: Changes,
         rule: SnapshotRule,
     ) -> None:
@@ -89,6 +91,7 @@ class Recovery:
         self._place = place
         self._journal = journal
         self._snapshots = snapshots
+        self._copies = copies
         self._changes = changes
         self._rule = rule
         self._taken_step = model.snapshots[-1].step_count if model.snapshots else model.step_count
@@ -123,8 +126,7 @@ class Recovery:
             stored = await self._journal.calls(model.model_id)
         except StoreDamaged as error:
             raise model_lost(model.model_id, str(error)) from error
-        # A snapshot is read in a turn: one at a time is in memory.
-        async with turn(NOMINAL_TOKENS):
+        async with self._copies.coming:
             begin, snapshot = await self._newest()
             calls = [
                 (call, Composition.decode(call.plan))
@@ -133,13 +135,14 @@ class Recovery:
             ]
             self._check_fits(trainer, [composition for _, composition in calls])
             model.state_message = f"is brought back, {len(calls)} calls after its snapshot"
-            await trainer.delete_model(model.model_id)
-            if snapshot is None:
-                await trainer.create_model(model.model_id, model.tuning)
-            else:
-                await trainer.import_state(
-                    model.model_id, snapshot.pieces, optimizer=snapshot.optimizer, create=True
-                )
+            async with turn(NOMINAL_TOKENS):
+                await trainer.delete_model(model.model_id)
+                if snapshot is None:
+                    await trainer.create_model(model.model_id, model.tuning)
+                else:
+                    await trainer.import_state(
+                        model.model_id, snapshot.pieces, optimizer=snapshot.optimizer, create=True
+                    )
             snapshot_step = model.step_count = 0 if snapshot is None else snapshot.step_count
             del snapshot
         model.non_finite_since = ""
@@ -267,10 +270,16 @@ class Recovery:
         if trainer is None:
             return
         draft = self._snapshots.begin(model.model_id, position)
+        await self._copies.leaving.acquire()
         try:
             async with turn(NOMINAL_TOKENS):
-                sending = await trainer.snapshot(model.model_id, draft.write)
-        except TinsmithError as error:
+                sending = await trainer.snapshot(
+                    model.model_id, optimizer=True, on_piece=draft.write
+                )
+        except BaseException as error:
+            self._copies.leaving.release()
+            if not isinstance(error, TinsmithError):
+                raise
             _log.warning("no snapshot of model %s: %s", model.model_id, error)
             return
         self._taken_step, self._taken_s = model.step_count, now_s
@@ -281,7 +290,10 @@ class Recovery:
         assert self._snapshots is not None
         folder = ""
         try:
-            state = await sending
+            try:
+                state = await sending
+            finally:
+                self._copies.leaving.release()
             folder = await draft.finish(optimizer=True, step_count=state.step_count)
             await self._snapshots.verify(folder)
             snapshot = StoredSnapshot(position, state.step_count, folder)

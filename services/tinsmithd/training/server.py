@@ -10,13 +10,14 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
 from tinsmith.v1.training_service_pb2 import DESCRIPTOR
 from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from tinsmithd import link_secret
+from tinsmithd.checkpoint_client import CheckpointClient, Patience
 from tinsmithd.config import TrainingConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.private import PrivateServer
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.training.calls import CallLimits
-from tinsmithd.training.checkpoints import CheckpointClient
+from tinsmithd.training.checkpoints import Checkpoints
 from tinsmithd.training.journal import Journal, NoJournal
 from tinsmithd.training.launcher import Launcher
 from tinsmithd.training.link import TrainerLinkServicer
@@ -28,6 +29,7 @@ from tinsmithd.training.rules import LaneLimits
 from tinsmithd.training.servicer import TrainingServicer
 from tinsmithd.training.snapshots import DiskSnapshots, Snapshots
 from tinsmithd.training.sqlite_store import SqliteStore
+from tinsmithd.training.staging import Copies, DiskStaging
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["TrainingService"].full_name
 WATCH_INTERVAL_S = 0.2
@@ -75,10 +77,13 @@ class TrainingServer:
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
-        self._checkpoints = CheckpointClient(config.checkpoint_target)
+        patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
+        self._client = CheckpointClient(config.checkpoint_target, patience)
+        staging = DiskStaging(Path(config.data_folder) / "staged", config.staged_bytes_max)
+        checkpoints = Checkpoints(self._client, staging, Copies(config.state_copies_max))
         self._journal, snapshots = _storage(config)
-        self._models = Models(_limits(config), self._checkpoints, self._journal, snapshots)
-        self._releases = Releases(self._checkpoints, self._models.exists)
+        self._models = Models(_limits(config), checkpoints, self._journal, snapshots)
+        self._releases = Releases(self._client, self._models.exists)
         self._models.on_deleted = self._releases.deleted
         self._rpc = RpcServer(config, SERVICE_NAME, (RECOVERY_NAME,))
         self._rpc.metrics.registry.register(TrainingCollector(self._models, self._journal))
@@ -118,8 +123,8 @@ class TrainingServer:
         contents = await self._journal.open()
         # A Training server that this one replaced may still be there: it can write neither the
         # journal nor checkpoints any more.
-        self._checkpoints.writer_name = contents.cluster_id
-        self._checkpoints.writer_epoch = contents.epoch
+        self._client.writer_name = contents.cluster_id
+        self._client.writer_epoch = contents.epoch
         await self._models.recall(contents.models, contents.deleted)
         # What was read may belong to another server by now, if this one was stopped meanwhile.
         with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
@@ -176,7 +181,7 @@ class TrainingServer:
         if self._link_server is not None:
             await self._link_server.stop()
         await self._journal.close()
-        await self._checkpoints.close()
+        await self._client.close()
 
     @property
     def _drain_s(self) -> float:

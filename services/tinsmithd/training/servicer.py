@@ -204,7 +204,11 @@ class TrainingServicer(TrainingServiceServicer):
     ) -> pb.SaveCheckpointResponse:
         """Save the model under a name."""
         value = await self._submit(request, lambda: SaveWork(self._save_options(request)))
-        return pb.SaveCheckpointResponse(path=value["path"], size_bytes=value["size_bytes"])
+        return pb.SaveCheckpointResponse(
+            path=value["path"],
+            size_bytes=value["size_bytes"],
+            digest=bytes.fromhex(value.get("digest", "")),  # an old journal has none
+        )
 
     def _save_options(self, request: pb.SaveCheckpointRequest) -> SaveOptions:
         kind = convert.kind_from_pb(request.kind, "kind")

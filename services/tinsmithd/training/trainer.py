@@ -97,14 +97,14 @@ class Trainer(Protocol):
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply the waiting gradients; returns the metrics."""
 
-    async def export_state(self, model_id: str, *, optimizer: bool, on_piece: OnPiece) -> StateInfo:
-        """Send the model's state files, piece by piece."""
-
-    async def snapshot(self, model_id: str, on_piece: OnPiece) -> Awaitable[StateInfo]:
-        """Copy the model's state, with its optimizer state; other calls may follow at once.
+    async def snapshot(
+        self, model_id: str, *, optimizer: bool, on_piece: OnPiece
+    ) -> Awaitable[StateInfo]:
+        """Copy the model's state; other calls may follow at once.
 
         Returns:
-            What sends the copy's files to `on_piece`; it may fail as any other method.
+            What sends the copy's files to `on_piece`; it may fail as any other method, but is to
+            blame for no loss of the group.
         """
 
     async def import_state(

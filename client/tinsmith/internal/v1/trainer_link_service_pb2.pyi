@@ -453,7 +453,6 @@ class AttachResponse(_message.Message):
     DELETE_MODEL_FIELD_NUMBER: _builtins.int
     COMPUTE_FIELD_NUMBER: _builtins.int
     OPTIM_STEP_FIELD_NUMBER: _builtins.int
-    EXPORT_STATE_FIELD_NUMBER: _builtins.int
     PIECE_FIELD_NUMBER: _builtins.int
     IMPORT_STATE_FIELD_NUMBER: _builtins.int
     WELCOME_FIELD_NUMBER: _builtins.int
@@ -477,10 +476,6 @@ class AttachResponse(_message.Message):
     @_builtins.property
     def optim_step(self) -> Global___OptimStep:
         """One optimizer step."""
-
-    @_builtins.property
-    def export_state(self) -> Global___ExportState:
-        """Send the model's state."""
 
     @_builtins.property
     def piece(self) -> Global___StatePiece:
@@ -507,17 +502,16 @@ class AttachResponse(_message.Message):
         delete_model: Global___DeleteModel | None = ...,
         compute: Global___Compute | None = ...,
         optim_step: Global___OptimStep | None = ...,
-        export_state: Global___ExportState | None = ...,
         piece: Global___StatePiece | None = ...,
         import_state: Global___ImportState | None = ...,
         welcome: Global___Welcome | None = ...,
         snapshot: Global___Snapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "export_state", b"export_state", "import_state", b"import_state", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "import_state", b"import_state", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "export_state", b"export_state", "import_state", b"import_state", "model_id", b"model_id", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "import_state", b"import_state", "model_id", b"model_id", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["create_model", "delete_model", "compute", "optim_step", "export_state", "piece", "import_state", "welcome", "snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["create_model", "delete_model", "compute", "optim_step", "piece", "import_state", "welcome", "snapshot"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -547,16 +541,21 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class Snapshot(_message.Message):
-    """Copy and send the model's state, with its optimizer state."""
+    """Copy the model's state, then send the copy as pieces, then done."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    optimizer: _builtins.bool
+    """With the optimizer state."""
     def __init__(
         self,
+        *,
+        optimizer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -678,28 +677,6 @@ class OptimStep(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OptimStep: _TypeAlias = OptimStep  # noqa: Y015
-
-@_typing.final
-class ExportState(_message.Message):
-    """Send the model's state as pieces, then done."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OPTIMIZER_FIELD_NUMBER: _builtins.int
-    optimizer: _builtins.bool
-    """With the optimizer state."""
-    def __init__(
-        self,
-        *,
-        optimizer: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ExportState: _TypeAlias = ExportState  # noqa: Y015
 
 @_typing.final
 class ImportState(_message.Message):

@@ -1,0 +1,357 @@
+"""Reads and writes checkpoints through the Checkpoint server's public API.
+
+Nothing here waits for ever: a call has a deadline, and a stream ends that makes no progress. One
+that is only slow is waited for. What was read counts only once all of it is verified.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import zlib
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd.convert import types as convert
+from tinsmithd.domain import CheckpointKind, CheckpointPath, Tuning, content_digest
+from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
+from tinsmithd.rpc.channels import open_aio_channel
+from tinsmithd.rpc.status import from_rpc_error
+
+if TYPE_CHECKING:
+    from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceAsyncStub
+
+PIECE_BYTES_MAX = 256 * 1024
+"""Small, since a piece that leaves is progress: at 100 kB/s it takes under three seconds."""
+IN_FLIGHT_BYTES = 8 * 1024 * 1024
+"""So much may have left this process and not arrived: buffers of sockets on the way."""
+SLOW_BYTES_PER_S = 50_000
+"""A way as slow as this still has its time to empty them."""
+COMMIT_BYTES_PER_S = 10 * 1024 * 1024
+"""A server this slow has its time to sync and to verify what it got."""
+RANK_MAX = 1 << 30
+"""The Checkpoint server has checked the rank."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the Checkpoint server is waited for, seconds.
+
+    Attributes:
+        answer_s_max: For the answer to a call that moves no data.
+        stall_s_max: For the next progress of a stream.
+    """
+
+    answer_s_max: float = 30.0
+    stall_s_max: float = 60.0
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        digest: Equal for equal files, see `domain.content_digest`; 32 bytes.
+    """
+
+    path: CheckpointPath
+    kind: CheckpointKind
+    base_model: str
+    tuning: Tuning
+    step_count: int
+    size_bytes: int = 0
+    digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """What is to be saved, besides its files.
+
+    Attributes:
+        ttl_seconds: None: for ever.
+        overwrite: Replace what has the name.
+        request_id: The same one says that it is the same request again.
+        ephemeral: It lives as long as somebody uses it.
+    """
+
+    path: CheckpointPath
+    base_model: str
+    tuning: Tuning
+    step_count: int
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    request_id: str = ""
+    ephemeral: bool = False
+
+
+class CheckpointReader:
+    """One checkpoint that is being read.
+
+    Attributes:
+        info: What it is. Its name may mean something else by now; what is read stays this one.
+    """
+
+    def __init__(self, info: CheckpointInfo, files: Mapping[str, bytes], stream: "_Stream") -> None:
+        self.info = info
+        self._files = files
+        self._stream = stream
+
+    async def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
+        """The files, piece by piece, once; only a normal end means that all is well.
+
+        Raises:
+            DataLoss: Something is not what was saved (CHECKPOINT_CORRUPT).
+            Unavailable: The server is gone, or made no progress (CHECKPOINT_UNAVAILABLE).
+        """
+        digests = {name: hashlib.sha256() for name in self._files}
+        while (response := await self._stream.next()) is not None:
+            piece = response.piece
+            if piece.file_name not in digests:
+                raise self._corrupt(f"{piece.file_name[:100]!r} is not one of its files")
+            if zlib.crc32(piece.data) != piece.crc32:
+                raise self._corrupt(f"{piece.file_name} was damaged on its way")
+            digests[piece.file_name].update(piece.data)
+            yield piece.file_name, piece.data
+        for name, digest in digests.items():
+            if digest.digest() != self._files[name]:
+                raise self._corrupt(f"{name} does not match its digest")
+
+    def _corrupt(self, what: str) -> DataLoss:
+        return DataLoss(f"{self.info.path}: {what}", Reason.CHECKPOINT_CORRUPT)
+
+
+class CheckpointWriter:
+    """One checkpoint on its way: `write` pieces, then `commit`; `cancel` leaves nothing."""
+
+    def __init__(
+        self,
+        stub: "CheckpointServiceAsyncStub",
+        header: pb.WriteCheckpointHeader,
+        patience: Patience,
+    ) -> None:
+        self._call = stub.WriteCheckpoint()
+        self._header = header
+        self._patience = patience
+        self._opened = False
+        self._sizes: dict[str, int] = {}
+        self._digests: dict[str, hashlib._Hash] = {}
+
+    async def write(self, file_name: str, data: bytes) -> None:
+        """Append bytes to a file; files come one after the other."""
+        await self._open()
+        for start in range(0, len(data), PIECE_BYTES_MAX) or (0,):
+            part = data[start : start + PIECE_BYTES_MAX]
+            offset = self._sizes.setdefault(file_name, 0)
+            piece = pb.CheckpointPiece(
+                file_name=file_name, offset=offset, data=part, crc32=zlib.crc32(part)
+            )
+            await self._send(pb.WriteCheckpointRequest(piece=piece))
+            self._sizes[file_name] = offset + len(part)
+            self._digests.setdefault(file_name, hashlib.sha256()).update(part)
+
+    async def commit(self) -> CheckpointInfo:
+        """Make it durable and visible; returns what it is now."""
+        await self._open()
+        files = [
+            pb.CheckpointFile(name=n, size_bytes=self._sizes[n], sha256=self._digests[n].digest())
+            for n in sorted(self._sizes)
+        ]
+        await self._send(pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=files)))
+        try:
+            async with _limit(self._commit_s):
+                await self._call.done_writing()
+                response = await self._call
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._failure(error) from error
+        return _info(response.checkpoint)
+
+    @property
+    def _commit_s(self) -> float:
+        # What the server is doing cannot be seen: it gets the rest of the bytes, syncs, verifies.
+        size = sum(self._sizes.values())
+        in_flight_s = min(size, IN_FLIGHT_BYTES) / SLOW_BYTES_PER_S
+        return self._patience.stall_s_max + in_flight_s + size / COMMIT_BYTES_PER_S
+
+    def cancel(self) -> None:
+        """Give up; the server discards what it got. Harmless after `commit`."""
+        self._call.cancel()
+
+    async def _open(self) -> None:
+        if not self._opened:
+            self._opened = True
+            await self._send(pb.WriteCheckpointRequest(header=self._header))
+
+    async def _send(self, request: pb.WriteCheckpointRequest) -> None:
+        try:
+            async with _limit(self._patience.stall_s_max):
+                await self._call.write(request)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._failure(error) from error
+
+    async def _failure(self, error: Exception) -> Exception:
+        # A write on a call that the server ended says only that it ended; the status says why.
+        if not isinstance(error, grpc.aio.AioRpcError):
+            try:
+                await self._call
+            except grpc.aio.AioRpcError as cause:
+                error = cause
+        if isinstance(error, grpc.RpcError):
+            return from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE)
+        return error
+
+
+class CheckpointClient:
+    """The Checkpoint server, as other servers use it.
+
+    Args:
+        target: Where it is.
+        patience: How long it is waited for.
+
+    Attributes:
+        writer_name, writer_epoch: Fence off a Training server that was replaced.
+    """
+
+    def __init__(self, target: str, patience: Patience = Patience()) -> None:
+        self.writer_name, self.writer_epoch = "", 0
+        self._patience = patience
+        self._channel = open_aio_channel(target)
+        self._stub = CheckpointServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    def writer(self, new: NewCheckpoint) -> CheckpointWriter:
+        """Begin a checkpoint."""
+        header = pb.WriteCheckpointHeader(
+            path=str(new.path),
+            base_model=new.base_model,
+            **convert.tuning_to_pb(new.tuning),
+            step_count=new.step_count,
+            ttl_seconds=new.ttl_seconds,
+            overwrite=new.overwrite,
+            user_metadata=dict(new.user_metadata),
+            request_id=new.request_id,
+            ephemeral=new.ephemeral,
+            writer=self.writer_name,
+            writer_epoch=self.writer_epoch,
+        )
+        return CheckpointWriter(self._stub, header, self._patience)
+
+    async def get(self, path: CheckpointPath) -> CheckpointInfo:
+        """What a path means now.
+
+        Raises:
+            NotFound: Nothing (CHECKPOINT_NOT_FOUND).
+            Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
+        """
+        request = pb.GetCheckpointRequest(path=str(path))
+        return _info((await self._ask(self._stub.GetCheckpoint, request)).checkpoint)
+
+    async def release_models(self, model_ids: Sequence[str]) -> Sequence[str]:
+        """Say which models are gone; returns those that have ephemeral checkpoints of this cluster.
+
+        Raises:
+            FailedPrecondition: This process was replaced (STALE_EPOCH).
+            Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
+        """
+        request = pb.ReleaseModelsRequest(
+            model_ids=model_ids, writer=self.writer_name, writer_epoch=self.writer_epoch
+        )
+        return list((await self._ask(self._stub.ReleaseModels, request)).kept_model_ids)
+
+    async def renew_leases(self, paths: Collection[CheckpointPath]) -> float:
+        """Renew the leases on ephemeral checkpoints; returns for how long, seconds.
+
+        Raises:
+            Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
+        """
+        request = pb.RenewLeasesRequest(paths=map(str, paths))
+        return float((await self._ask(self._stub.RenewLeases, request)).lease_seconds)
+
+    async def _ask(self, method: Callable[..., Any], request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._patience.answer_s_max)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
+
+    @contextlib.asynccontextmanager
+    async def reader(self, path: CheckpointPath) -> AsyncIterator[CheckpointReader]:
+        """Read a checkpoint for the body of the `async with`.
+
+        Args:
+            path: Which one; this call is the only one that asks what the name means.
+
+        Raises:
+            NotFound: There is none (CHECKPOINT_NOT_FOUND).
+            Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
+        """
+        request = pb.ReadCheckpointRequest(path=str(path))
+        stream = _Stream(self._stub.ReadCheckpoint(request), self._patience.stall_s_max)
+        try:
+            first = await stream.next()
+            if first is None or not first.HasField("checkpoint"):
+                text = f"{path}: the answer does not begin with the checkpoint"
+                raise DataLoss(text, Reason.CHECKPOINT_CORRUPT)
+            info = _info(first.checkpoint)
+            files = {file.name: file.sha256 for file in first.checkpoint.files}
+            yield CheckpointReader(info, files, stream)
+        finally:
+            stream.cancel()
+
+
+class _Stream:
+    """The answers of a read, each within a bounded time."""
+
+    def __init__(self, call: Any, stall_s_max: float) -> None:
+        self._call = call
+        self._stall_s_max = stall_s_max
+
+    async def next(self) -> pb.ReadCheckpointResponse | None:
+        """The next answer; None at the end."""
+        try:
+            async with _limit(self._stall_s_max):
+                response = await self._call.read()
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
+        return None if response is grpc.aio.EOF else response
+
+    def cancel(self) -> None:
+        """Read no more; harmless after the end."""
+        self._call.cancel()
+
+
+def check_digest(found: CheckpointInfo, wanted: bytes) -> None:
+    """Refuse other content than was asked for, if any was."""
+    if wanted and found.digest != wanted:
+        raise FailedPrecondition(
+            f"{found.path} was replaced: it is not the content any more that was asked for",
+            Reason.CHECKPOINT_REPLACED,
+        )
+
+
+@contextlib.asynccontextmanager
+async def _limit(stall_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(stall_s):
+            yield
+    except TimeoutError as error:
+        text = f"the Checkpoint server made no progress for {stall_s:g} s"
+        raise Unavailable(text, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=1.0) from error
+
+
+def _info(found: pb.Checkpoint) -> CheckpointInfo:
+    return CheckpointInfo(
+        path=convert.path_from_pb(found.path, "checkpoint.path"),
+        kind=convert.kind_from_pb(found.kind, "checkpoint.kind"),
+        base_model=found.base_model,
+        tuning=convert.tuning_from_pb(found, "checkpoint.", RANK_MAX),
+        step_count=found.step_count,
+        size_bytes=found.size_bytes,
+        digest=content_digest({file.name: file.sha256 for file in found.files}),
+    )
