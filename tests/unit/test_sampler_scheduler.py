@@ -276,3 +276,41 @@ async def test_a_load_that_failed_is_tried_again(
     with pytest.raises(NotFound):
         await drain(scheduler, 3, 1, Adapter("b", fail))
     assert await drain(scheduler, 4, 1, adapter("b")) == 1
+
+
+async def test_no_slot_is_held_while_an_adapter_is_fetched(engine: Recorder) -> None:
+    """With one slot: two adapters come at the same time, and others are served meanwhile."""
+    scheduler = SamplerScheduler(engine, SchedulerLimits(1, 8, 2))
+    await drain(scheduler, 1, 1, adapter("here"))
+    fetched: list[str] = []
+    gate = asyncio.Event()
+    waiting = [
+        asyncio.create_task(drain(scheduler, 2, 1, adapter(key, fetched, gate)))
+        for key in ("a", "b")
+    ]
+    await until(lambda: len(fetched) == 2)
+    assert await drain(scheduler, 3, 2) == 2
+    assert await drain(scheduler, 4, 2, adapter("here")) == 2
+    assert (scheduler.running, scheduler.waiting, scheduler.fetching) == (0, 0, 2)
+    gate.set()
+    assert await asyncio.gather(*waiting) == [1, 1]
+    assert scheduler.fetching == 0
+    scheduler.close()
+
+
+async def test_few_adapters_are_fetched_at_once(engine: Recorder) -> None:
+    """A place is free again when its adapter is loaded, or when nobody wants it any more."""
+    scheduler = SamplerScheduler(engine, SchedulerLimits(1, 8, 4, 1))
+    fetched: list[str] = []
+    gate = asyncio.Event()
+    gone = asyncio.create_task(drain(scheduler, 1, 1, adapter("a", fetched, gate)))
+    later = asyncio.create_task(drain(scheduler, 2, 1, adapter("b", fetched, gate)))
+    await until(lambda: scheduler.fetching == 2 and fetched)
+    assert fetched == ["a"]
+    gone.cancel()
+    await until(lambda: fetched == ["a", "b"])
+    gate.set()
+    assert await later == 1
+    assert await drain(scheduler, 3, 1, adapter("c", fetched)) == 1
+    assert engine.loads == ["b", "c"]
+    scheduler.close()
