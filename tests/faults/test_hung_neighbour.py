@@ -22,15 +22,17 @@ from tinsmith import types
 from tinsmith import v1 as pb
 from tinsmith.v1 import types_pb2
 from tinsmithd.embedded import SERVICES
+from tiny_models import write_tiny_model
 from wire import reason_and_field
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
 PARAMS = types.SamplingParams(max_tokens=4, seed=1)
 STALL_S = 3.0
+VOCAB_SIZE = 8192
 RANK = 256
-"""Its state of 4 MB does not fit into the buffers on the way."""
-SLOW_BYTES_PER_S = 600_000
+"""With that vocabulary its state of 30 MB does not fit into the buffers on the way."""
+SLOW_BYTES_PER_S = 3_000_000
 """At this rate it takes longer than `STALL_S`."""
 
 
@@ -87,9 +89,11 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("hung")
+    base_model = write_tiny_model(folder / "tiny-wide", vocab_size=VOCAB_SIZE)
     with ExitStack() as stack:
-        yield World(tiny_model, tmp_path_factory.mktemp("hung"), stack)
+        yield World(base_model, folder, stack)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +139,9 @@ def test_a_hung_checkpoint_server_delays_the_save_and_nobody_else(
     """Others train, come and have snapshots taken; then the save ends well, with the same bytes."""
     calm = saver.save_state("calm").result(60).path
     with world.hung():
-        saving = under_way(world.way, lambda: saver.save_state("hung"), 20_000)
+        saving = under_way(
+            world.way, lambda: saver.save_state("hung"), 20_000
+        )  # more than a header
         for _ in range(4):
             step(other)
         world.model(3)

@@ -145,6 +145,35 @@ def test_sampling_is_repeatable_streams_and_pickles(
     assert tokens == [s.tokens for s in again.sequences] == streamed
 
 
+def test_a_sampling_client_never_changes_under_its_user(
+    service: tinsmith.ServiceClient, trainer: tinsmith.TrainingClient
+) -> None:
+    """Its name is given to other weights: it and a pickled copy go on with theirs, or are refused;
+    a client that is opened later has the new ones."""
+
+    def save() -> str:
+        trainer.forward_backward(example(), "cross_entropy").result()
+        trainer.optim_step(AdamParams(learning_rate=0.3)).result()
+        return trainer.save_weights_for_sampler("best", overwrite=True).result().path
+
+    def scores(client: tinsmith.SamplingClient) -> list[float | None]:
+        return client.compute_logprobs(PROMPT).result()
+
+    used = service.create_sampling_client(save()).result()
+    first = scores(used)
+    save()
+    unused = service.create_sampling_client(used.model_path).result()
+    newest = service.create_sampling_client(save()).result()
+    assert scores(used) == scores(pickle.loads(pickle.dumps(used))) == first
+    assert scores(newest) != first
+    with pytest.raises(tinsmith.FailedPreconditionError) as refusal:
+        scores(unused)  # nobody has what it was opened for
+    assert refusal.value.reason == "CHECKPOINT_REPLACED"
+    parts = list(used.sample_stream(PROMPT, 1, SamplingParams(max_tokens=3, seed=1)))
+    again = used.sample(PROMPT, 1, SamplingParams(max_tokens=3, seed=1)).result()
+    assert [t for part in parts for t in part.tokens] == list(again.sequences[0].tokens)
+
+
 def test_prompt_logprobs_are_those_of_training(trainer: tinsmith.TrainingClient) -> None:
     """compute_logprobs, sample and forward score the same tokens alike."""
     sampler = trainer.save_weights_and_get_sampling_client().result()

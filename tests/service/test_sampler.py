@@ -115,6 +115,7 @@ async def served(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Served]:
             listen_address="127.0.0.1:0",
             base_model=str(tiny_model),
             checkpoint_target=f"127.0.0.1:{checkpoint.port}",
+            checkpoint_recheck_s=0,
             stop_grace_s=1,
             threads=1,
         )
@@ -357,6 +358,42 @@ async def test_a_checkpoint_changes_the_samples_and_a_replaced_one_again(
     error = await refusal(served.stub.Sample(sample_request(checkpoint_path=PATH)))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert reason_and_field(error)[0] == "CHECKPOINT_NOT_FOUND"
+
+
+async def test_a_pinned_checkpoint_is_served_as_it_was_or_refused(
+    served: Served, states: list[ModelState]
+) -> None:
+    """From memory while it is there, also once its name means something else; never what that is.
+    A deleted one is NOT_FOUND soon, as before."""
+
+    async def write(state: ModelState) -> bytes:
+        await served.write(state)
+        request = checkpoint_pb.GetCheckpointRequest(path=PATH)
+        return (await served.checkpoints.GetCheckpoint(request)).checkpoint.digest
+
+    async def reason(digest: bytes, **fields: object) -> tuple[str, str]:
+        pinned = sample_request(**{"checkpoint_path": PATH, **fields}, checkpoint_digest=digest)
+        return reason_and_field(await refusal(served.stub.Sample(pinned)))
+
+    old = await write(states[0])
+    first = await served.sample(checkpoint_path=PATH, checkpoint_digest=old)
+    new = await write(states[1])
+    assert len({old, new, b"\0" * 32}) == 3
+    assert await served.sample(checkpoint_path=PATH, checkpoint_digest=old) == first
+    second = await served.sample(checkpoint_path=PATH, checkpoint_digest=new)
+    assert second == await served.sample(checkpoint_path=PATH) != first
+    assert await reason(b"\0" * 32) == ("CHECKPOINT_REPLACED", "")
+    assert await write(states[0]) == old
+    await served.checkpoints.DeleteCheckpoint(checkpoint_pb.DeleteCheckpointRequest(path=PATH))
+    gone: grpc.aio.AioRpcError | None = None
+    while gone is None:  # whether it is still there is asked beside the samples
+        try:
+            assert await served.sample(checkpoint_path=PATH, checkpoint_digest=new) == second
+        except grpc.aio.AioRpcError as error:
+            gone = error
+    assert reason_and_field(gone)[0] == "CHECKPOINT_NOT_FOUND"
+    assert await reason(b"\0" * 31) == ("INVALID_FIELD", "checkpoint_digest")
+    assert await reason(old, checkpoint_path="") == ("MISSING_FIELD", "checkpoint_path")
 
 
 async def test_checkpoints_that_do_not_fit_are_refused(
