@@ -106,9 +106,9 @@ def request(name: int, max_tokens: int) -> SampleRequest:
 async def drain(
     scheduler: SamplerScheduler, name: int, max_tokens: int, adapter: Adapter | None = None
 ) -> int:
-    """Number of steps whose tokens arrived."""
+    """Number of tokens that arrived."""
     async with aclosing(scheduler.run(request(name, max_tokens), adapter)) as outputs:  # type: ignore[type-var]
-        return len([output async for output in outputs])
+        return sum([len(made.tokens) async for output in outputs for made in output.tokens])
 
 
 async def until(condition: object) -> None:
@@ -196,6 +196,23 @@ async def test_a_cancelled_request_ends_with_the_step_it_is_in(
     await until(lambda: engine.closed == [1])
     assert len(engine.steps) <= before + 1
     assert await asyncio.gather(drain(scheduler, 2, 2), drain(scheduler, 3, 2)) == [2, 2]
+
+
+async def test_a_compute_slot_is_never_held_while_waiting_for_a_reader(
+    scheduler: SamplerScheduler, engine: Recorder
+) -> None:
+    """Both slots are taken by requests whose readers take one token and no more: they are computed
+    to their end, others are served, and a reader that comes late still gets everything."""
+    late = [scheduler.run(request(name, 50), None) for name in (1, 2)]
+    firsts = [await anext(outputs) for outputs in late]
+    await until(lambda: scheduler.running == 0)
+    assert sorted(engine.closed) == [1, 2]
+    assert await asyncio.gather(*(drain(scheduler, name, 2) for name in (3, 4))) == [2, 2]
+    for first, outputs in zip(firsts, late, strict=True):
+        made = [*first.tokens, *[some async for output in outputs for some in output.tokens]]
+        assert sum(len(some.tokens) for some in made) == 50
+        assert [some.stop_reason for some in made][-1] is StopReason.LENGTH
+        assert [some.stop_reason for some in made][:-1] == [None] * (len(made) - 1)
 
 
 async def test_one_load_serves_all_who_want_an_adapter(

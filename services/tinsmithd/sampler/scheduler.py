@@ -2,20 +2,22 @@
 
 The engine's thread takes one step of one request after the other, first come first served. A
 request hands in its next step only when the last one is done, so all running requests advance at
-the same pace and a cancelled one stops with the step it is in.
+the same pace and a cancelled one stops with the step it is in. None waits for its reader: what a
+request makes is buffered (`Unread`), and its slot is free once it is made.
 """
 
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tinsmithd.domain import BaseModelInfo, ModelState, PromptScores, SampledTokens, SampleRequest
+from tinsmithd.domain import BaseModelInfo, ModelState, SampleRequest
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.sampler.engines.interface import Generation, SamplingEngine
+from tinsmithd.sampler.unread import Output, Unread
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,6 @@ class Adapter:
 
     key: str
     fetch: Callable[[], Awaitable[ModelState]]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Some of what a request made: its prompt's scores first, where asked for, then tokens."""
-
-    prompt_scores: PromptScores | None = None
-    tokens: Sequence[SampledTokens] = ()
 
 
 class SamplerScheduler:
@@ -89,19 +83,39 @@ class SamplerScheduler:
         Raises:
             ResourceExhausted: Too many wait already (QUEUE_FULL).
         """
-        async with self._slot(adapter):
-            generation = await self._start(request, adapter)
-            self.prompt_tokens += len(request.prompt)
-            try:
-                if generation.prompt_scores is not None:
-                    yield Output(prompt_scores=generation.prompt_scores)
-                while not generation.finished:
-                    tokens = await self._in_thread(generation.step)
-                    self.sampled_tokens += sum(len(some.tokens) for some in tokens)
-                    yield Output(tokens=tokens)
-            finally:
-                with contextlib.suppress(RuntimeError):  # the server is stopping
-                    self._thread.submit(generation.close)
+        unread = Unread()
+        making = asyncio.create_task(self._make(request, adapter, unread))
+        try:
+            async for output in unread.read():
+                yield output
+        finally:
+            making.cancel()
+            await asyncio.wait([making])
+
+    async def _make(self, request: SampleRequest, adapter: Adapter | None, unread: Unread) -> None:
+        try:
+            async with self._slot(adapter):
+                await self._generate(request, adapter, unread)
+        except Exception as error:
+            unread.end(error)
+        else:
+            unread.end()
+
+    async def _generate(
+        self, request: SampleRequest, adapter: Adapter | None, unread: Unread
+    ) -> None:
+        generation = await self._start(request, adapter)
+        self.prompt_tokens += len(request.prompt)
+        try:
+            if generation.prompt_scores is not None:
+                unread.put(Output(prompt_scores=generation.prompt_scores))
+            while not generation.finished:
+                tokens = await self._in_thread(generation.step)
+                self.sampled_tokens += sum(len(some.tokens) for some in tokens)
+                unread.put(Output(tokens=tokens))
+        finally:
+            with contextlib.suppress(RuntimeError):  # the server is stopping
+                self._thread.submit(generation.close)
 
     async def _start(self, request: SampleRequest, adapter: Adapter | None) -> Generation:
         key = None if adapter is None else adapter.key

@@ -15,7 +15,8 @@ from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
 from tinsmithd.sampler.checkpoints import CheckpointSource
 from tinsmithd.sampler.leases import Leases
-from tinsmithd.sampler.scheduler import Adapter, Output, SamplerScheduler
+from tinsmithd.sampler.scheduler import Adapter, SamplerScheduler
+from tinsmithd.sampler.unread import Output
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
 PIECE_BYTES_MAX = 1024 * 1024

@@ -1,0 +1,83 @@
+"""What a request has made and its reader has not taken yet.
+
+Whoever computes never waits for whoever reads: what comes is put in at once. It is kept in two flat
+arrays per sequence, so that a call whose reader takes nothing costs 16 bytes per token, of which
+`sample_tokens_max` bounds the number. A reader that comes late gets all of it at once.
+"""
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from tinsmithd.domain import PromptScores, SampledTokens, StopReason
+
+
+@dataclass(frozen=True)
+class Output:
+    """Some of what a request made: its prompt's scores first, where asked for, then tokens."""
+
+    prompt_scores: PromptScores | None = None
+    tokens: Sequence[SampledTokens] = ()
+
+
+@dataclass
+class _Tokens:
+    """The unread tokens of one sequence."""
+
+    tokens: "array[int]" = field(default_factory=lambda: array("q"))
+    logprobs: "array[float]" = field(default_factory=lambda: array("d"))
+    stop_reason: StopReason | None = None
+
+
+class Unread:
+    """A buffer with one writer and one reader, on one event loop."""
+
+    def __init__(self) -> None:
+        self._scores: PromptScores | None = None
+        self._sequences: dict[int, _Tokens] = {}
+        self._error: Exception | None = None
+        self._ended = False
+        self._changed = asyncio.Event()
+
+    def put(self, output: Output) -> None:
+        """Add what was made."""
+        if output.prompt_scores is not None:
+            self._scores = output.prompt_scores
+        for made in output.tokens:
+            unread = self._sequences.setdefault(made.sequence_index, _Tokens())
+            unread.tokens.extend(made.tokens)
+            unread.logprobs.extend(made.logprobs)
+            unread.stop_reason = made.stop_reason
+        self._changed.set()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Nothing more comes; the reader hears of an error once it has read what was made."""
+        self._error, self._ended = error, True
+        self._changed.set()
+
+    async def read(self) -> AsyncIterator[Output]:
+        """All that comes, until its end.
+
+        Raises:
+            Exception: What it ended with.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._scores is not None:
+                scores, self._scores = self._scores, None
+                yield Output(prompt_scores=scores)
+            if self._sequences:
+                sequences, self._sequences = self._sequences, {}
+                yield Output(tokens=[_sampled(i, made) for i, made in sequences.items()])
+            if self._ended and not self._sequences:
+                if self._error is not None:
+                    raise self._error
+                return
+            if self._ended:  # more came while the last was being read
+                self._changed.set()
+
+
+def _sampled(index: int, made: _Tokens) -> SampledTokens:
+    return SampledTokens(index, made.tokens.tolist(), made.logprobs.tolist(), made.stop_reason)
