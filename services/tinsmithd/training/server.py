@@ -130,7 +130,12 @@ class TrainingServer:
         with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
             await self._journal.commit()
         secret_file = await self._start_link()
-        await self._rpc.start()
+        try:
+            await self._rpc.start()
+        except OSError:  # such as a port that is taken
+            if self._link_server is not None:
+                await self._link_server.stop()
+            raise
         self._tasks = [
             asyncio.create_task(self._watch()),
             asyncio.create_task(self._sweep()),
