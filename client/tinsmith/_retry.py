@@ -28,7 +28,7 @@ _LOST_TEXTS = (
     "Internal error from Core",  # what grpc.aio says when a message cannot be sent any more
 )
 _BUSY_TEXT = "Concurrent RPC limit exceeded"  # of grpc's server itself
-_AT_WORK = ("QUEUE_FULL", "SEQ_ID_GAP")
+_AT_WORK = ("QUEUE_FULL", "SEQ_ID_GAP", "SERVER_BUSY")
 
 
 async def retrying(

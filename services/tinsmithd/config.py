@@ -125,7 +125,24 @@ class ServerConfig(Config):
     """Most items of one message: each field that is set, at every level, and each plain number.
     A message is read in some tens of milliseconds at most, whatever it holds."""
     concurrent_calls_max: int = 1024
-    """Calls worked on at once; more are RESOURCE_EXHAUSTED."""
+    """Calls under way at once, waiting ones included; more are RESOURCE_EXHAUSTED. Health's `Check`
+    is not counted."""
+    received_bytes_max: int = 1024 * MIB
+    """Bytes of requests that were received and that nothing else accounts for yet: of calls that
+    are not complete, above all. A call that would have more is RESOURCE_EXHAUSTED."""
+    peer_share_max: float = 0.5
+    """Share of `concurrent_calls_max`, `received_bytes_max` and the like that one peer may have. A
+    peer is a host: where all callers come through one proxy they are one, and this is 1."""
+    stream_stall_s: float = 60.0
+    """A peer that sends nothing of a call that is not complete, or reads nothing of an answer, for
+    so long has its stream ended; waiting for a turn is no stall."""
+    handshake_s_max: float = 10.0
+    """A connection that does not speak HTTP/2 by then is closed."""
+    connection_idle_s_max: float = 300.0
+    """A connection without calls is closed after so long; a client opens it again by itself."""
+    connections_max: int = 0
+    """Connections at once, more are closed at once; 0 leaves a quarter of the descriptors that the
+    process may open, and at most 1,024, to its own files."""
     stop_grace_s: float = 20.0
     """How long SIGTERM lets calls finish."""
     port_file: str = ""
@@ -133,11 +150,26 @@ class ServerConfig(Config):
     metrics_address: str = ""
     """host:port where Prometheus reads `/metrics`; empty serves and counts none."""
 
+    @property
+    def call_received_bytes_max(self) -> int:
+        """Bytes that one call may have to send before anything else accounts for them."""
+        return self.message_bytes_max
+
     def check(self) -> None:
         """Also warn when an address is reachable from other machines."""
         super().check()
         if not self.message_items_max:
             raise ConfigError(f"{self.section}.message_items_max: must be at least 1")
+        for key in ("concurrent_calls_max", "stream_stall_s", "handshake_s_max"):
+            if not getattr(self, key):
+                raise ConfigError(f"{self.section}.{key}: must be above 0")
+        if not 0 < self.peer_share_max <= 1:
+            raise ConfigError(f"{self.section}.peer_share_max: must be above 0 and at most 1")
+        if self.received_bytes_max * self.peer_share_max < self.call_received_bytes_max:
+            raise ConfigError(
+                f"{self.section}.received_bytes_max: a peer's share of it must hold one call of "
+                f"{self.call_received_bytes_max} bytes"
+            )
         _check_address(f"{self.section}.listen_address", self.listen_address)
         if self.metrics_address:
             _check_address(f"{self.section}.metrics_address", self.metrics_address)
@@ -240,6 +272,11 @@ class TrainingConfig(ServerConfig):
     spawn_engine: str = "deepspeed"
     spawn_zero_stage: int = 1
     spawn_threads: int = 0
+
+    @property
+    def call_received_bytes_max(self) -> int:
+        """See `ServerConfig`."""
+        return max(self.message_bytes_max, self.call_bytes_max)
 
     def check(self) -> None:
         """Also: spawned ranks need a base model, parts need a size, the rank link a secret."""
@@ -381,6 +418,9 @@ class CheckpointConfig(ServerConfig):
     writer_epoch_step_max: int = 1_000_000
     """How far a writer's epoch may be above the highest that was seen of it; an epoch is one start
     of a Training server, so this many may come without one save between them."""
+    staged_bytes_max: int = 256 * 1024 * MIB
+    """Bytes on disk of checkpoints that are not complete; writes beyond are RESOURCE_EXHAUSTED. One
+    peer has at most `peer_share_max` of them, too."""
     sweep_interval_s: float = 60.0
     """How often expired checkpoints are reclaimed."""
     lease_s: float = 30.0
@@ -388,10 +428,13 @@ class CheckpointConfig(ServerConfig):
     reclaimed soon after, if its model has a newer one or is gone."""
 
     def check(self) -> None:
-        """Also: a lease lasts long enough to be renewed."""
+        """Also: a lease lasts long enough to be renewed, and one checkpoint can be staged."""
         super().check()
         if self.lease_s < 0.5:
             raise ConfigError("checkpoint.lease_s: must be at least 0.5")
+        if self.staged_bytes_max * self.peer_share_max < self.checkpoint_bytes_max:
+            message = "a peer's share of it must hold one checkpoint of checkpoint_bytes_max"
+            raise ConfigError(f"checkpoint.staged_bytes_max: {message}")
 
 
 SECTIONS: Mapping[str, type[Config]] = {

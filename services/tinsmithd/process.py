@@ -2,7 +2,9 @@
 
 import asyncio
 import ctypes
+import logging
 import os
+import resource
 import select
 import sys
 import threading
@@ -15,12 +17,16 @@ from tinsmithd.logs import log_to_stderr
 from tinsmithd.text import bounded
 
 C = TypeVar("C", bound=Config)
+_log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MMAP_THRESHOLD_BYTES = 32 * 1024 * 1024
 """Larger buffers are still the kernel's; glibc takes no larger number."""
 TRIM_THRESHOLD_BYTES = 128 * 1024 * 1024
 """What is free at the end of the heap beyond this is given back."""
+
+FILES_FEW = 4096
+"""Fewer descriptors than this are soon used up by connections alone."""
 
 WHY_BYTES_MAX = 2000
 UMASK = 0o077
@@ -61,8 +67,22 @@ def set_up(config: Config) -> None:
     # busy processes on two cores a training step was seen to take forty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     log_to_stderr(config.log_level, config.section)
+    raise_files_limit()
     if config.live_with_pid:
         threading.Thread(target=_end_with, args=(config.live_with_pid,), daemon=True).start()
+
+
+def raise_files_limit() -> None:
+    """Let this process open as many files and connections as its administrator allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:  # a system that says unlimited and means less
+        _log.warning("the limit of open files stays %d: %s", soft, error)
+        return
+    _log.info("may open %d files and connections (was %d)", hard, soft)
+    if 0 <= hard < FILES_FEW:
+        _log.warning("the hard limit of open files is low: callers can use up %d of them", hard)
 
 
 def keep_freed_memory() -> None:

@@ -66,6 +66,8 @@ class Reason(StrEnum):
     STALE_EPOCH = "STALE_EPOCH"
     STORAGE_UNAVAILABLE = "STORAGE_UNAVAILABLE"
     CHECKPOINT_REPLACED = "CHECKPOINT_REPLACED"
+    SERVER_BUSY = "SERVER_BUSY"
+    STREAM_STALLED = "STREAM_STALLED"
 
 
 RULES: Mapping[Reason, Rule] = {
@@ -112,4 +114,6 @@ RULES: Mapping[Reason, Rule] = {
     Reason.STALE_EPOCH: Rule("FAILED_PRECONDITION", frozenset({"epoch", "highest_epoch"}), "never"),
     Reason.STORAGE_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.CHECKPOINT_REPLACED: Rule("FAILED_PRECONDITION", frozenset(), "never"),
+    Reason.SERVER_BUSY: Rule("RESOURCE_EXHAUSTED", frozenset({"limit", "value"}), "always"),
+    Reason.STREAM_STALLED: Rule("UNAVAILABLE", frozenset(), "always"),
 }

@@ -25,7 +25,7 @@ CLASSES = {
     "DataLoss": "DATA_LOSS",
     "Internal": "INTERNAL",
 }
-GIVEN_ELSEWHERE = {"INTERNAL": "by its class"}
+GIVEN_ELSEWHERE = {"INTERNAL": "by its class", "INVALID_FIELD": "by default"}
 
 Found = tuple[str, str, str, ast.Call, ast.AST]
 """File and line, class, reason, the call, and what it stands in."""

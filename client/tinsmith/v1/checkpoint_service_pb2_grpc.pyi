@@ -46,7 +46,7 @@ class CheckpointServiceStub:
     or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
     clock that nobody sets, and are granted anew when this server starts.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
     helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
@@ -129,7 +129,7 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
     clock that nobody sets, and are granted anew when this server starts.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
     helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
@@ -208,7 +208,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
     clock that nobody sets, and are granted anew when this server starts.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
     (CHECKPOINT_CORRUPT) where what is known of the checkpoint is damaged: overwriting or deleting it
     helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no

@@ -137,6 +137,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The checkpoint's name was given to other content than the call asks for, and what it asks for is
     not held any more.
     """
+    ERROR_REASON_SERVER_BUSY: _ErrorReason.ValueType  # 40
+    """The server, or this peer's share of it, has no room for the call now: too many calls are under
+    way, or too many bytes of calls that are not complete. Nothing was done.
+    """
+    ERROR_REASON_STREAM_STALLED: _ErrorReason.ValueType  # 41
+    """The peer of a stream stood still for `stream_stall_s`: it sent nothing though the call was not
+    complete (nothing was done), or it read nothing of the answer (the same call again is answered
+    from its start).
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed; see `ErrorRule` for how it is sent."""
@@ -226,6 +235,15 @@ ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 38
 ERROR_REASON_CHECKPOINT_REPLACED: ErrorReason.ValueType  # 39
 """The checkpoint's name was given to other content than the call asks for, and what it asks for is
 not held any more.
+"""
+ERROR_REASON_SERVER_BUSY: ErrorReason.ValueType  # 40
+"""The server, or this peer's share of it, has no room for the call now: too many calls are under
+way, or too many bytes of calls that are not complete. Nothing was done.
+"""
+ERROR_REASON_STREAM_STALLED: ErrorReason.ValueType  # 41
+"""The peer of a stream stood still for `stream_stall_s`: it sent nothing though the call was not
+complete (nothing was done), or it read nothing of the answer (the same call again is answered
+from its start).
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

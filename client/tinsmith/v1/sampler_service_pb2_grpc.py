@@ -29,7 +29,7 @@ class SamplerServiceStub:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them.
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them.
     """
 
     def __init__(self, channel):
@@ -64,7 +64,7 @@ class SamplerServiceServicer:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them.
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them.
     """
 
     def GetSamplerCapabilities(self, request, context):
@@ -77,7 +77,8 @@ class SamplerServiceServicer:
     def Sample(self, request, context):
         """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
         With a seed, the same request gives the same samples, whatever else is running.
-        Cancelling the call stops the work.
+        Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
+        fewer and larger messages.
         Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
         BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
         CHECKPOINT_REPLACED);
@@ -138,7 +139,7 @@ class SamplerService:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them.
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them.
     """
 
     @staticmethod

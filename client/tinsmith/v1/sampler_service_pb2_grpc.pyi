@@ -30,7 +30,7 @@ class SamplerServiceStub:
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them.
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them.
     """
 
     @_typing.overload
@@ -42,7 +42,8 @@ class SamplerServiceStub:
     Sample: _grpc.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]
     """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
     With a seed, the same request gives the same samples, whatever else is running.
-    Cancelling the call stops the work.
+    Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
+    fewer and larger messages.
     Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
     BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
     CHECKPOINT_REPLACED);
@@ -61,7 +62,7 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them.
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -70,7 +71,8 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     Sample: _aio.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]  # type: ignore[assignment]
     """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
     With a seed, the same request gives the same samples, whatever else is running.
-    Cancelling the call stops the work.
+    Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
+    fewer and larger messages.
     Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
     BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
     CHECKPOINT_REPLACED);
@@ -88,7 +90,7 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Samples from a base model or from any SAMPLER checkpoint, by its immutable name. Holds no state
     of its own: every call may be sent again, to any replica.
 
-    ERRORS and what is UNKNOWN are as TrainingService describes them.
+    ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them.
     """
 
     @_abc_1.abstractmethod
@@ -107,7 +109,8 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_sampler_service_pb2.SampleResponse], _abc.AsyncIterator[_sampler_service_pb2.SampleResponse]]:
         """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
         With a seed, the same request gives the same samples, whatever else is running.
-        Cancelling the call stops the work.
+        Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
+        fewer and larger messages.
         Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
         BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
         CHECKPOINT_REPLACED);

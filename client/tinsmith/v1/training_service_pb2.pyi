@@ -176,6 +176,10 @@ class Limits(_message.Message):
     MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
     CHUNKS_MAX_FIELD_NUMBER: _builtins.int
     LOSS_FN_INPUTS_MAX_FIELD_NUMBER: _builtins.int
+    CONCURRENT_CALLS_MAX_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    PEER_SHARE_MAX_FIELD_NUMBER: _builtins.int
+    STREAM_STALL_S_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     data_per_call_max: _builtins.int
@@ -212,6 +216,14 @@ class Limits(_message.Message):
     """Most chunks of one datum's input."""
     loss_fn_inputs_max: _builtins.int
     """Most arrays in one datum's `loss_fn_inputs`."""
+    concurrent_calls_max: _builtins.int
+    """Most calls under way at once."""
+    received_bytes_max: _builtins.int
+    """Most bytes of calls that are not complete."""
+    peer_share_max: _builtins.float
+    """Share of those two that one host may have, above 0 and up to 1."""
+    stream_stall_s: _builtins.float
+    """Longest time in which a stream may stand still because of its peer, seconds."""
     def __init__(
         self,
         *,
@@ -231,10 +243,14 @@ class Limits(_message.Message):
         message_items_max: _builtins.int = ...,
         chunks_max: _builtins.int = ...,
         loss_fn_inputs_max: _builtins.int = ...,
+        concurrent_calls_max: _builtins.int = ...,
+        received_bytes_max: _builtins.int = ...,
+        peer_share_max: _builtins.float = ...,
+        stream_stall_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_max", b"models_max", "rank_max", b"rank_max", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_max", b"models_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "stream_stall_s", b"stream_stall_s", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,14 @@ class TrainingServiceStub:
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
+    BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
+    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
+    most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
+    to wait. A call that is not complete and sends nothing for `stream_stall_s`, between two messages or
+    within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
+    whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
+    answer from its start. Waiting for a turn is no stall. `grpc.health.v1.Health/Check` needs no place.
+
     FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
     answer ends. When ranks or this server die, the model is brought back from its newest snapshot
     and the calls after that, bit for bit; calls under way take longer, and a caller that lost its
@@ -162,6 +170,14 @@ class TrainingServiceServicer:
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
+    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
+    most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
+    to wait. A call that is not complete and sends nothing for `stream_stall_s`, between two messages or
+    within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
+    whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
+    answer from its start. Waiting for a turn is no stall. `grpc.health.v1.Health/Check` needs no place.
 
     FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
     answer ends. When ranks or this server die, the model is brought back from its newest snapshot
@@ -373,6 +389,14 @@ class TrainingService:
     ERRORS. Every error carries google.rpc.ErrorInfo with `reason` from `ErrorReason` and domain
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
+
+    BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
+    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
+    most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
+    to wait. A call that is not complete and sends nothing for `stream_stall_s`, between two messages or
+    within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
+    whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
+    answer from its start. Waiting for a turn is no stall. `grpc.health.v1.Health/Check` needs no place.
 
     FAILURES. In durability modes FSYNC and ASYNC a call and its answer are written down before the
     answer ends. When ranks or this server die, the model is brought back from its newest snapshot

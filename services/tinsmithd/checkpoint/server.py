@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tinsmith.v1.checkpoint_service_pb2 import DESCRIPTOR
 from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
+from tinsmithd.budget import Budget
 from tinsmithd.checkpoint.keeper import Keeper
 from tinsmithd.checkpoint.metrics import CheckpointCollector
 from tinsmithd.checkpoint.servicer import CheckpointServicer
@@ -61,7 +62,8 @@ class CheckpointServer:
         registry = self._rpc.metrics.registry
         registry.register(CheckpointCollector(self._keeper.catalogue))
         registry.register(DiskCollector(folder))
-        servicer = CheckpointServicer(self._keeper, self._config.files_max)
+        staged = Budget("staged_bytes_max", config.staged_bytes_max, config.peer_share_max)
+        servicer = CheckpointServicer(self._keeper, self._config.files_max, staged)
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
+from tinsmithd.budget import Budget, Lease
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.keeper import Header, Keeper, Write
 from tinsmithd.checkpoint.record import Checkpoint
@@ -18,6 +19,7 @@ from tinsmithd.checkpoint.writers import Writer
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import FullConfig, content_digest
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
+from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import off_loop
 
 PIECE_BYTES_MAX = 4 * 1024 * 1024
@@ -33,8 +35,9 @@ UPDATABLE = ("ttl_seconds", "user_metadata")
 class CheckpointServicer(CheckpointServiceServicer):
     """Serves `tinsmith.v1.CheckpointService`."""
 
-    def __init__(self, keeper: Keeper, files_max: int) -> None:
+    def __init__(self, keeper: Keeper, files_max: int, staged: Budget) -> None:
         self._keeper = keeper
+        self._staged = staged
         self._files_max = files_max
 
     async def GetCheckpoint(
@@ -126,12 +129,13 @@ class CheckpointServicer(CheckpointServiceServicer):
     ) -> pb.WriteCheckpointResponse:
         """Write a checkpoint."""
         header = await _header(request_iterator)
-        write = await asyncio.to_thread(self._keeper.begin, header)
-        try:
-            promised = await _pieces(request_iterator, write, self._files_max)
-            committed = await asyncio.to_thread(write.commit, promised)
-        finally:
-            await asyncio.shield(asyncio.to_thread(write.discard))
+        with self._staged.lease(flow.current().peer) as staged:
+            write = await asyncio.to_thread(self._keeper.begin, header)
+            try:
+                promised = await _pieces(request_iterator, write, staged, self._files_max)
+                committed = await asyncio.to_thread(write.commit, promised)
+            finally:
+                await asyncio.shield(asyncio.to_thread(write.discard))
         return pb.WriteCheckpointResponse(checkpoint=_to_pb(committed))
 
     async def RenewLeases(
@@ -229,7 +233,10 @@ def _writer(
 
 
 async def _pieces(
-    requests: AsyncIterator[pb.WriteCheckpointRequest], write: Write, files_max: int
+    requests: AsyncIterator[pb.WriteCheckpointRequest],
+    write: Write,
+    staged: Lease,
+    files_max: int,
 ) -> list[Blob]:
     """Take all pieces in; returns the files that the commit promises."""
     promised: list[Blob] | None = None
@@ -241,7 +248,10 @@ async def _pieces(
         if case == "piece":
             _check_piece(request.piece)
             piece = request.piece
+            staged.take(len(piece.data))
             await asyncio.to_thread(write.append, piece.file_name, piece.offset, piece.data)
+            flow.current().handed_over()
+            del piece
         elif case == "commit":
             convert.check_count("commit.files", request.commit.files, "files_max", files_max)
             promised = [

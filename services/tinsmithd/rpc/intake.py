@@ -94,8 +94,10 @@ class Intake:
         """
         async for data in requests:
             message, error = await self._read(data)
+            del data  # what was read is not kept until the next message is there
             if error is None or self._numbered:
                 yield message
+            del message
             if error is not None:
                 raise error
 

@@ -5,21 +5,29 @@
 - Requests are read by `Intake`: bytes that are no message of the expected type are
   INVALID_ARGUMENT, not INTERNAL; one that is too large says which limit it is over.
 - Answers are serialised deterministically, so that a repeat is equal byte for byte.
+- Every call passes a `Gate`: it has a place, counted bytes, and ends where its peer stalls. All
+  handlers therefore read their messages themselves, as those of request streams do; on the wire
+  there is no difference.
 """
 
 import abc
 import asyncio
 import functools
+import inspect
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+import traceback
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 from grpc_status import rpc_status
 
+from tinsmithd.config import ServerConfig
 from tinsmithd.errors import Internal, TinsmithError
+from tinsmithd.rpc.flow import Flow, Gate, is_exempt
 from tinsmithd.rpc.intake import Intake
 from tinsmithd.rpc.status import to_status
 
@@ -43,106 +51,134 @@ class WrappingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # 
         if wrapped is not None:
             return wrapped
         handler = await continuation(details)
-        if handler is None or not method.startswith("/tinsmith."):
+        if handler is None or not self.covers(method, handler):
             return handler
         self._wrapped[method] = wrapped = self.wrap(handler, method)
         return wrapped
+
+    def covers(self, method: str, handler: Any) -> bool:
+        """Whether this one is for a method (`/package.Service/Method`)."""
+        return method.startswith("/tinsmith.")
 
     @abc.abstractmethod
     def wrap(self, handler: Any, method: str) -> Any:
         """Wrap the handler of a method (`/package.Service/Method`)."""
 
 
-class ErrorInterceptor(WrappingInterceptor):
-    """Makes statuses of errors and the same bytes of equal answers.
+class CallInterceptor(WrappingInterceptor):
+    """Lets calls through a gate, makes statuses of errors and the same bytes of equal answers.
 
     Args:
-        message_bytes_max: A larger request is refused, with a reason.
-        message_items_max: Likewise one of more items, see `Intake`.
+        gate: What the calls of the server share.
+        config: Has the limits of a message, see `Intake`.
     """
 
-    def __init__(self, message_bytes_max: int, message_items_max: int) -> None:
+    def __init__(self, gate: Gate, config: ServerConfig) -> None:
         super().__init__()
-        self._message_bytes_max = message_bytes_max
-        self._message_items_max = message_items_max
+        self._gate = gate
+        self._config = config
+
+    def covers(self, method: str, handler: Any) -> bool:
+        """All, standard services too, but for those of `is_exempt`."""
+        return not is_exempt(method, _behavior(handler))
 
     def wrap(self, handler: Any, method: str) -> Any:
         """See `WrappingInterceptor`."""
         # The generated handler has `Message.FromString`, a method of the class.
-        kind = handler.request_deserializer.__self__
-        own = method.startswith("/tinsmith.internal.")
-        intake = Intake(kind, self._message_bytes_max, self._message_items_max, own=own)
-        return rebuilt(
-            handler,
-            functools.partial(_guard_unary, method=method, intake=intake),
-            functools.partial(_guard_stream, method=method, intake=intake),
-            request_deserializer=None,  # grpc would do it on the event loop, whatever it takes
-            response_serializer=_serialize,
+        intake = Intake(
+            handler.request_deserializer.__self__,
+            self._config.message_bytes_max,
+            self._config.message_items_max,
+            own=not method.startswith("/tinsmith.v1."),
         )
+        read = _Reading(self._gate, intake, method, streaming=handler.request_streaming)
+        if handler.response_streaming:
+            stream = _guard_stream(_behavior(handler), read)
+            return grpc.stream_stream_rpc_method_handler(stream, response_serializer=_serialize)
+        unary = _guard_unary(_behavior(handler), read)
+        return grpc.stream_unary_rpc_method_handler(unary, response_serializer=_serialize)
 
 
-def rebuilt(
-    handler: Any,
-    unary: Callable[[Any], Any],
-    stream: Callable[[Any], Any],
-    **codecs: Callable[[Any], Any] | None,
-) -> Any:
-    """A handler of the same kind around another behavior.
+@dataclass(frozen=True)
+class _Reading:
+    """How the calls of one method come in."""
 
-    Args:
-        handler: The handler as it is.
-        unary: Wraps a behavior that returns its response.
-        stream: Wraps a behavior that yields its responses.
-        codecs: `request_deserializer` and `response_serializer` of the new handler.
+    gate: Gate
+    intake: Intake
+    method: str
+    streaming: bool
+
+    def flow(self, context: Any) -> Flow:
+        return self.gate.flow(context, self.method, functools.partial(self.abort, context))
+
+    async def requests(self, flow: Flow) -> Any:
+        """What a servicer gets: the request, or the stream of them."""
+        if self.streaming:
+            return self.intake.stream(flow.messages())
+        return await self.intake.request(await flow.message())
+
+    async def abort(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
+        """End a call with an error."""
+        await _abort(context, error, self.method)
+
+
+def _behavior(handler: Any) -> Any:
+    return (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+
+
+def _guard_unary(behavior: Any, reading: _Reading) -> Any:
+    async def respond(flow: Flow, context: grpc.aio.ServicerContext) -> Any:
+        return await behavior(await reading.requests(flow), context)
+
+    return functools.wraps(behavior)(_guarded(respond, reading))
+
+
+def _guard_stream(behavior: Any, reading: _Reading) -> Any:
+    async def respond(flow: Flow, context: grpc.aio.ServicerContext) -> None:
+        requests = await reading.requests(flow)
+        if inspect.iscoroutinefunction(behavior):  # it writes by itself, as standard services do
+            await behavior(requests, context)
+            return
+        async with aclosing(behavior(requests, context)) as responses:
+            async for response in responses:
+                await flow.write(response)
+
+    return functools.wraps(behavior)(_guarded(respond, reading))
+
+
+def _guarded(respond: Any, reading: _Reading) -> Any:
+    async def guarded(_: Any, context: grpc.aio.ServicerContext) -> Any:
+        with reading.flow(context) as flow:
+            try:
+                flow.take_place()
+                return await respond(flow, context)
+            except asyncio.CancelledError:
+                raise
+            except grpc.aio.AbortError as error:
+                _forget_frames(error)
+                raise
+            except Exception as error:
+                failure = error
+            # Out of the handler, so that what is raised now does not keep the failure. The status
+            # may wait behind what the caller does not read: until then the call has its place, so
+            # that nobody can pile such calls up, and nothing else.
+            flow.handed_over()
+            await reading.abort(context, failure)
+
+    return guarded
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions held that an error came through.
+
+    grpc keeps the error with its call, in a cycle: megabytes would wait for the garbage collector.
     """
-    if handler.response_streaming:
-        wrapped = stream(handler.unary_stream or handler.stream_stream)
-        build = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_stream_rpc_method_handler
-        )
-    else:
-        wrapped = unary(handler.unary_unary or handler.stream_unary)
-        build = (
-            grpc.stream_unary_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_unary_rpc_method_handler
-        )
-    return build(wrapped, **codecs)
-
-
-async def _read(intake: Intake, request: Any) -> Any:
-    if hasattr(request, "__aiter__"):
-        return intake.stream(request)
-    return await intake.request(request)
-
-
-def _guard_unary(behavior: Any, method: str, intake: Intake) -> Any:
-    @functools.wraps(behavior)
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            return await behavior(await _read(intake, request), context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _abort(context, error, method)
-
-    return guarded
-
-
-def _guard_stream(behavior: Any, method: str, intake: Intake) -> Any:
-    @functools.wraps(behavior)
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        try:
-            async for response in behavior(await _read(intake, request), context):
-                yield response
-        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _abort(context, error, method)
-
-    return guarded
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__context__
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
@@ -153,4 +189,9 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: st
     else:
         _log.error("%s failed [%s]", method, request_id, exc_info=error)
         status = to_status(Internal(), request_id)
-    await context.abort_with_status(rpc_status.to_status(status))
+    _forget_frames(error)
+    try:
+        await context.abort_with_status(rpc_status.to_status(status))
+    except (grpc.aio.InternalError, grpc.aio.UsageError) as gone:
+        # The caller went away, or has been told of something else already.
+        raise asyncio.CancelledError from gone

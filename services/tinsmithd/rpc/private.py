@@ -15,6 +15,7 @@ import grpc
 
 from tinsmithd import link_secret
 from tinsmithd.config import ServerConfig
+from tinsmithd.rpc.flow import Gate
 from tinsmithd.rpc.server import bind, make_grpc_server, write_whole
 
 REFUSALS_INTERVAL_S = 10.0
@@ -73,7 +74,7 @@ class PrivateServer:
     """
 
     def __init__(self, config: ServerConfig, secret: str) -> None:
-        self.grpc_server = make_grpc_server(config, [SecretInterceptor(secret)])
+        self.grpc_server = make_grpc_server(config, Gate(config), [SecretInterceptor(secret)])
         self.port = 0
 
     async def start(self, address: str, port_file: str = "") -> None:

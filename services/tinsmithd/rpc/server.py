@@ -9,7 +9,9 @@ says NOT_SERVING, no new calls, calls under way get `stop_grace_s`, then the pro
 import asyncio
 import errno
 import logging
+import math
 import os
+import resource
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,33 +21,35 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tinsmithd.config import ServerConfig
-from tinsmithd.rpc.interceptors import ErrorInterceptor
+from tinsmithd.rpc.flow import RECEIVE_SLACK, Gate
+from tinsmithd.rpc.interceptors import CallInterceptor
 from tinsmithd.rpc.metrics import Metrics, MetricsInterceptor, ServingCollector
 from tinsmithd.rpc.reflection import add_reflection
 
-RECEIVE_SLACK = 2
-"""What is up to so many times too large is still received, so that it is refused with a reason;
-beyond that grpc itself refuses it."""
+INT32_MAX = 2**31 - 1
+OWN_FILES_MAX = 1024
+"""Descriptors that connections leave to journals, checkpoints and what else a server opens."""
 
 _log = logging.getLogger(__name__)
 
 
 def make_grpc_server(
-    config: ServerConfig, first: Sequence[grpc.aio.ServerInterceptor]
+    config: ServerConfig, gate: Gate, first: Sequence[grpc.aio.ServerInterceptor]
 ) -> grpc.aio.Server:
     """A gRPC server without services; every listener of this project is made here.
 
     Args:
         config: Its limits.
+        gate: What its calls share.
         first: What a call passes before errors become statuses.
     """
     return grpc.aio.server(
-        interceptors=[
-            *first,
-            ErrorInterceptor(config.message_bytes_max, config.message_items_max),
-        ],
-        maximum_concurrent_rpcs=config.concurrent_calls_max,
+        interceptors=[*first, CallInterceptor(gate, config)],
         options=[
+            ("grpc.max_concurrent_streams", config.concurrent_calls_max),
+            ("grpc.max_allowed_incoming_connections", connections_max(config)),
+            ("grpc.server_handshake_timeout_ms", _ms(config.handshake_s_max)),
+            ("grpc.max_connection_idle_ms", _ms(config.connection_idle_s_max)),
             ("grpc.max_receive_message_length", RECEIVE_SLACK * config.message_bytes_max),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
@@ -94,7 +98,9 @@ class RpcServer:
         self.metrics = Metrics()
         counting = [MetricsInterceptor(self.metrics)] if config.metrics_address else []
         self.shutting_down = asyncio.Event()
-        self.grpc_server = make_grpc_server(config, counting)
+        self._gate = Gate(config)
+        self._watching: asyncio.Task[None] | None = None
+        self.grpc_server = make_grpc_server(config, self._gate, counting)
         self._said: dict[str, bool] = {}
         self.metrics.registry.register(ServingCollector(self._said))
         self._health = health.aio.HealthServicer()
@@ -115,10 +121,14 @@ class RpcServer:
         if self._config.metrics_address:
             self.metrics_port = self.metrics.serve(self._config.metrics_address)
         await self.grpc_server.start()
+        self._watching = asyncio.create_task(self._gate.pressure.run())
         if self._config.port_file:
             write_whole(Path(self._config.port_file), f"{self.port}\n")
         host = self._config.listen_address.rpartition(":")[0]
-        _log.info("%s listens on %s:%d", self.service_name, host, self.port)
+        _log.info(
+            "%s listens on %s:%d, for %d connections",
+            *(self.service_name, host, self.port, connections_max(self._config)),
+        )
         if self.metrics_port:
             host = self._config.metrics_address.rpartition(":")[0]
             _log.info("metrics are at http://%s:%d/metrics", host, self.metrics_port)
@@ -142,6 +152,8 @@ class RpcServer:
         self.shutting_down.set()
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(self._config.stop_grace_s)
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.to_thread(self.metrics.close)
 
     async def until_signal(self) -> None:
@@ -153,6 +165,20 @@ class RpcServer:
         await asked.wait()
         grace_s = self._config.stop_grace_s
         _log.info("%s stops: calls under way have %g s", self.service_name, grace_s)
+
+
+def connections_max(config: ServerConfig) -> int:
+    """Connections that a server takes: what its descriptors allow, if nothing else is said."""
+    if config.connections_max:
+        return config.connections_max
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return INT32_MAX
+    return min(files - min(files // 4, OWN_FILES_MAX), INT32_MAX)
+
+
+def _ms(seconds: float) -> int:
+    return min(math.ceil(seconds * 1000), INT32_MAX)
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -92,5 +92,5 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
 
 def _pack(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
-    packed.Pack(message)
+    packed.Pack(message, deterministic=True)
     return packed

@@ -124,26 +124,33 @@ def refusals() -> Iterator[list[TinsmithError]]:
 
 
 async def read_call(
-    first: ComputeRequest,
-    rest: AsyncIterator[ComputeRequest],
-    info: BaseModelInfo,
+    requests: AsyncIterator[ComputeRequest],
+    find: Callable[[str], BaseModelInfo],
     limits: DataLimits,
 ) -> ComputeCall:
     """Read a call to its end; what is wrong with it goes into `refusal`.
 
+    A message is not kept beside what is made of it, nor until the next one is there.
+
     Args:
-        first: Its first message.
-        rest: The others.
-        info: The base model that the data are checked against.
+        requests: Its messages.
+        find: Says by a model's id which base model the data are checked against.
         limits: Bounds.
+
+    Raises:
+        InvalidArgument: There is no message (MALFORMED_STREAM).
+        TinsmithError: What `find` raised.
     """
+    first = await read_header(requests)
     call = ComputeCall(first.model_id, first.seq_id, first.tensor_format)
-    reader = _Reader(call, first, info, limits)
+    reader = _Reader(call, first, find(first.model_id), limits)
     try:
         await _take(reader, first)
-        async for message in rest:
+        del first
+        async for message in requests:
             _check_no_header(message)
             await _take(reader, message)
+            del message
         reader.end()
     except InvalidArgument as error:  # not worth reading on
         reader.refuse(error)

@@ -17,6 +17,7 @@ from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import array_from_pb, array_to_pb
 from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath, new_ephemeral_name
 from tinsmithd.errors import InvalidArgument, Reason
+from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import off_loop, refusal_of_call
 from tinsmithd.training.model import Model
 from tinsmithd.training.models import Models, NewModel
@@ -26,7 +27,6 @@ from tinsmithd.training.requests import (
     DataLimits,
     digest_of,
     read_call,
-    read_header,
     read_work,
 )
 from tinsmithd.training.works import (
@@ -166,23 +166,25 @@ class TrainingServicer(TrainingServiceServicer):
         *,
         backward: bool,
     ) -> AsyncIterator[Response]:
-        first = await read_header(requests)
-        model = self._models.get(first.model_id)
-        call = await read_call(first, requests, model.info, self._data_limits)
+        find = self._models.get
+        call = await read_call(requests, lambda name: find(name).info, self._data_limits)
+        model, tensor_format = find(call.model_id), call.tensor_format
         # To grpc a cancelled stream ends like a finished one. Answering tells them apart: it fails
         # on a call that is gone, and until it is done the cancellation has reached this task.
-        await context.send_initial_metadata(())
+        await flow.current().begin()
         failpoints.hit("recv")
         work = call.work(backward=backward)
         answer = self._models.submit(model, call.seq_id, call.digest, work, call.nbytes)
+        flow.current().handed_over(kept=True)
+        del call, work  # the lane has them, and drops them before a slow reader is done
         # Cut by size alone, never by what is there already: a repeat gets the same messages.
         response, nbytes = response_type(), 0
         async for part in answer.parts():
             output = response.outputs.add()
-            if call.tensor_format == types_pb2.TENSOR_FORMAT_PLAIN and len(part) > INLINE_BYTES:
-                await off_loop(_read_output, output, part, call.tensor_format)
+            if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN and len(part) > INLINE_BYTES:
+                await off_loop(_read_output, output, part, tensor_format)
             else:
-                _read_output(output, part, call.tensor_format)
+                _read_output(output, part, tensor_format)
             nbytes += len(part)
             if nbytes >= RESPONSE_BYTES:
                 yield response

@@ -1,0 +1,277 @@
+"""What a call may hold of a server, from its first byte on: a place, bytes, and time to stall.
+
+A call has a place among `concurrent_calls_max` before its first message is read, and what it
+received counts against `received_bytes_max` before it is parsed, until the call ends or says that
+somebody else accounts for it (`handed_over`). A request stream that sends nothing for
+`stream_stall_s` before it is complete is ended, and so is a response stream whose reader takes
+nothing for as long. To wait for a turn, for ranks or for weights is no stall: nobody reads or
+writes then. Of places and bytes one peer may have `peer_share_max`. A peer is a host: all that come
+through one proxy, or from one machine, are one.
+
+Health's `Check` passes all of this: liveness must not depend on who else calls. Streams between
+processes of one cluster (`tinsmith.internal`) have a listener and a lease of their own: they take a
+place there, and may be silent and as large as they are.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import inspect
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+from grpc_health.v1 import health
+
+from tinsmithd.budget import Budget, Lease, server_busy
+from tinsmithd.config import ServerConfig
+from tinsmithd.errors import InvalidArgument, Reason, Unavailable
+from tinsmithd.rpc.pressure import Pressure
+
+INTERNAL_PREFIX = "/tinsmith.internal."
+CHECK_METHOD = f"/{health.SERVICE_NAME}/Check"
+WATCH_METHOD = f"/{health.SERVICE_NAME}/Watch"
+RETRY_AFTER_S = 1.0
+RECEIVE_SLACK = 2
+"""What is up to so many times too large is still received, so that it is refused with a reason;
+beyond that grpc itself refuses it."""
+
+Abort = Callable[[Exception], Awaitable[None]]
+
+_current: contextvars.ContextVar["Flow"] = contextvars.ContextVar("flow")
+
+
+def current() -> "Flow":
+    """The flow of the call that is being served."""
+    return _current.get()
+
+
+def is_exempt(method: str, behavior: Any) -> bool:
+    """Whether a method passes untouched: health's `Check`, and what grpc runs in threads, which
+    are standard calls of one small message."""
+    return method == CHECK_METHOD or not (
+        inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def peer_host(peer: str) -> str:
+    """The host of what grpc calls a peer, such as `ipv4:10.0.0.1:40000`.
+
+    One host may have a whole /64 of IPv6 addresses, so that counts as one.
+    """
+    kind, _, address = peer.partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return kind
+    text = unquote(address).rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        host = ipaddress.ip_address(text)
+    except ValueError:
+        return text
+    if isinstance(host, ipaddress.IPv4Address):
+        return str(host)
+    if host.ipv4_mapped is not None:
+        return str(host.ipv4_mapped)
+    return str(ipaddress.ip_network((host, 64), strict=False))
+
+
+class Gate:
+    """What the calls of one server share.
+
+    Attributes:
+        pressure: To be run while the server serves.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        share = config.peer_share_max
+        calls = ("concurrent_calls_max", config.concurrent_calls_max, share)
+        self._calls = Budget(*calls)
+        self._watches = Budget(*calls)  # apart: a full server must still tell who watches health
+        self._received = Budget("received_bytes_max", config.received_bytes_max, share)
+        self._stall_s = config.stream_stall_s
+        self.pressure = Pressure(
+            config.received_bytes_max,
+            config.stream_stall_s,
+            RECEIVE_SLACK * config.message_bytes_max,
+        )
+
+    def flow(self, context: grpc.aio.ServicerContext, method: str, abort: Abort) -> "Flow":
+        """That of a call which has just begun; it has no place yet.
+
+        Args:
+            context: Of the call.
+            method: `/package.Service/Method`.
+            abort: Ends the call with an error while its servicer waits for a message.
+        """
+        peer = peer_host(context.peer())
+        internal = method.startswith(INTERNAL_PREFIX)
+        places = self._watches if method == WATCH_METHOD else self._calls
+        return Flow(
+            context,
+            abort,
+            peer,
+            None if internal else self.pressure,
+            place=places.lease(peer),
+            received=None if internal else self._received.lease(peer),
+            stall_s=None if internal else self._stall_s,
+        )
+
+
+class Flow:
+    """One call's messages, in and out; a context manager that gives back what it took.
+
+    Attributes:
+        peer: The host that called.
+    """
+
+    def __init__(
+        self,
+        context: grpc.aio.ServicerContext,
+        abort: Abort,
+        peer: str,
+        pressure: Pressure | None,
+        *,
+        place: Lease,
+        received: Lease | None,
+        stall_s: float | None,
+    ) -> None:
+        self._context: Any = context
+        self._abort = abort
+        self.peer = peer
+        self._pressure = pressure
+        self._place = place
+        self._received = received
+        self._stall_s = stall_s
+        self._begun = False
+        self._aborting: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> "Flow":
+        _current.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handed_over()
+        self._place.give_back()
+
+    def take_place(self) -> None:
+        """Take the call's place.
+
+        Raises:
+            ResourceExhausted: There is none (SERVER_BUSY).
+        """
+        self._place.take(1)
+
+    def handed_over(self, *, kept: bool = False) -> None:
+        """What was received so far is gone, or with `kept` is accounted for elsewhere."""
+        if self._received is None:
+            return
+        if kept and self._pressure is not None:
+            self._pressure.kept(self._received.amount)
+        self._received.give_back()
+
+    # --- requests -----------------------------------------------------------------------------
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """The messages of the call's stream, not parsed.
+
+        Raises:
+            ResourceExhausted: There is no room for one (SERVER_BUSY).
+            grpc.aio.AbortError: Nothing came for too long; the caller has been told.
+        """
+        while (data := await self._read()) is not None:
+            yield data
+            del data  # not kept until the next one is there
+
+    async def message(self) -> bytes:
+        """The one message of a call that has one; raises as `messages`, and InvalidArgument where
+        there is none (MALFORMED_STREAM)."""
+        data = await self._read()
+        if data is None:
+            raise InvalidArgument("", "the call has no message", Reason.MALFORMED_STREAM)
+        return data
+
+    async def _read(self) -> bytes | None:
+        # The read itself is never cancelled: grpc's core would write into what Python has freed.
+        # Ending the call from outside ends it.
+        loop = asyncio.get_running_loop()
+        timer = None
+        if self._stall_s is not None:
+            timer = loop.call_later(self._stall_s, self._stalled)
+        if self._pressure is not None:
+            self._pressure.began(self, loop.time(), self._squeezed)
+        try:
+            data = await self._context.read()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._pressure is not None:
+                self._pressure.ended(self)
+        if data is grpc.aio.EOF:
+            return None
+        if self._received is not None:
+            self._received.take(len(data))
+        return bytes(data)
+
+    def _stalled(self) -> None:
+        message = f"nothing was sent for stream_stall_s = {self._stall_s:g} s; nothing was done"
+        self._end_soon(_stalled(message))
+
+    def _squeezed(self) -> None:
+        self._end_soon(server_busy("half messages hold received_bytes_max", "received_bytes_max"))
+
+    def _end_soon(self, error: Exception) -> None:
+        if self._aborting is None:
+            self._aborting = asyncio.create_task(self._end(error))
+
+    async def _end(self, error: Exception) -> None:
+        with contextlib.suppress(grpc.aio.AbortError, asyncio.CancelledError):
+            await self._abort(error)
+
+    # --- responses ----------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Send what comes before the first response.
+
+        Raises:
+            asyncio.CancelledError: The call is gone.
+        """
+        if not self._begun:
+            self._begun = True
+            with _gone_is_cancelled():
+                await self._context.send_initial_metadata(())
+
+    async def write(self, response: Any) -> None:
+        """Send a response once the reader has room for it.
+
+        Raises:
+            Unavailable: It had none for too long (STREAM_STALLED).
+        """
+        # A write that is given up must not be the one that begins the answer, which the status
+        # that follows would else begin again.
+        await self.begin()
+        try:
+            with _gone_is_cancelled():
+                async with asyncio.timeout(self._stall_s):
+                    await self._context.write(response)
+        except TimeoutError:
+            message = (
+                f"nothing was read for stream_stall_s = {self._stall_s:g} s; "
+                "the same call again is answered from its start"
+            )
+            raise _stalled(message) from None
+
+
+@contextlib.contextmanager
+def _gone_is_cancelled() -> Iterator[None]:
+    """A caller that went away is no failure of the server, as which grpc raises it."""
+    try:
+        yield
+    except grpc.aio.InternalError as gone:
+        raise asyncio.CancelledError from gone
+
+
+def _stalled(message: str) -> Unavailable:
+    return Unavailable(message, Reason.STREAM_STALLED, retry_after_s=RETRY_AFTER_S)
