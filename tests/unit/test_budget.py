@@ -8,9 +8,9 @@ import pytest
 from tinsmithd.budget import Budget
 from tinsmithd.config import CheckpointConfig, ConfigError, TrainingConfig
 from tinsmithd.errors import Reason, ResourceExhausted
-from tinsmithd.rpc import pressure
+from tinsmithd.rpc import reads as reads_module
 from tinsmithd.rpc.flow import peer_host
-from tinsmithd.rpc.pressure import Pressure
+from tinsmithd.rpc.reads import Reads
 from tinsmithd.rpc.server import connections_max
 
 
@@ -105,32 +105,69 @@ def test_connections_leave_descriptors_to_the_servers_own_files(
     assert connections_max(CheckpointConfig(connections_max=7)) == 7
 
 
-async def test_pressure_ends_old_reads_once_and_only_while_the_process_grows(
+class Reader:
+    """A read, and how it was ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    def stalled(self) -> None:
+        self.ends.append("stalled")
+
+    def squeezed(self) -> None:
+        self.ends.append("squeezed")
+
+
+def reads_at(monkeypatch: pytest.MonkeyPatch, reads: Reads, since_s: float) -> Reader:
+    """A read that began then."""
+    reader = Reader()
+    monkeypatch.setattr("time.monotonic", lambda: since_s)
+    reads.began(reader)
+    return reader
+
+
+def test_a_read_that_takes_too_long_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that got its message, nor one that began later."""
+    reads = Reads(3.0, 50, 50)
+    old, done, new = (reads_at(monkeypatch, reads, since_s) for since_s in (0.0, 0.1, 2.0))
+    reads.ended(done)
+    for now_s in (2.9, 3.0, 3.1, 4.9):
+        reads.look(now_s)
+    assert (old.ends, done.ends, new.ends) == (["stalled"], [], [])
+
+
+def test_half_messages_are_ended_only_while_the_process_grows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A read that has just begun is left alone, and so is every read at a size that stays."""
-    rss, ended = [100], []
-    monkeypatch.setattr(pressure, "rss_bytes", lambda: rss[0])
-    watcher = Pressure(50, 0.2, message_bytes_max=50)
-    for name, since_s in (("old", 0.0), ("new", 9.99)):
-        watcher.began(name, since_s, lambda name=name: ended.append(name))
-    watcher._look(10.0)
-    assert ended == []
-    rss[0] = 151
-    watcher._look(10.0)
-    watcher._look(10.0)
-    assert ended == ["old"]
-    watcher.began("few", 0.0, lambda: ended.append("few"))
-    watcher._message_bytes_max = 49  # one read cannot be why
-    watcher._look(10.0)
-    watcher._message_bytes_max = 50
-    watcher.kept(51)  # nor is there more than what was taken in
-    watcher._look(10.0)
-    assert ended == ["old"]
-    watcher.ended("few")
-    watcher.ended("new")
-    for _ in range(4):  # as long as the window: this is its size now
-        watcher._look(11.0)
-    watcher.began("last", 0.0, lambda: ended.append("last"))
-    watcher._look(11.0)
-    assert ended == ["old"]
+    """A read that has just begun is left alone, and so are all where their number cannot be why, or
+    what was taken in is, or the process has its size for long."""
+    rss = [100]
+    monkeypatch.setattr(reads_module, "rss_bytes", lambda: rss[0])
+
+    def watched(message_bytes_max: int) -> tuple[Reads, Reader, Reader]:
+        rss[0] = 100
+        reads = Reads(100.0, 50, message_bytes_max)
+        old, new = (reads_at(monkeypatch, reads, since_s) for since_s in (0.0, 9.99))
+        reads.look(10.0)
+        rss[0] = 151
+        return reads, old, new
+
+    reads, old, new = watched(50)
+    reads.look(10.0)
+    reads.look(10.0)
+    assert (old.ends, new.ends) == (["squeezed"], [])
+    reads, old, new = watched(49)
+    reads.look(10.0)
+    assert old.ends == new.ends == []
+    reads, old, new = watched(50)
+    reads.kept(1)
+    reads.look(10.0)
+    assert old.ends == new.ends == []
+    for reader in (old, new):
+        reads.ended(reader)
+    rss[0] = 200
+    for _ in range(2000):  # as long as the window
+        reads.look(10.0)
+    later = reads_at(monkeypatch, reads, 5.0)
+    reads.look(10.0)
+    assert later.ends == []

@@ -29,7 +29,7 @@ from grpc_health.v1 import health
 from tinsmithd.budget import Budget, Lease, server_busy
 from tinsmithd.config import ServerConfig
 from tinsmithd.errors import InvalidArgument, Reason, Unavailable
-from tinsmithd.rpc.pressure import Pressure
+from tinsmithd.rpc.reads import Reads
 
 INTERNAL_PREFIX = "/tinsmith.internal."
 CHECK_METHOD = f"/{health.SERVICE_NAME}/Check"
@@ -82,7 +82,7 @@ class Gate:
     """What the calls of one server share.
 
     Attributes:
-        pressure: To be run while the server serves.
+        reads: To be run while the server serves.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -92,9 +92,9 @@ class Gate:
         self._watches = Budget(*calls)  # apart: a full server must still tell who watches health
         self._received = Budget("received_bytes_max", config.received_bytes_max, share)
         self._stall_s = config.stream_stall_s
-        self.pressure = Pressure(
-            config.received_bytes_max,
+        self.reads = Reads(
             config.stream_stall_s,
+            config.received_bytes_max,
             RECEIVE_SLACK * config.message_bytes_max,
         )
 
@@ -113,7 +113,7 @@ class Gate:
             context,
             abort,
             peer,
-            None if internal else self.pressure,
+            None if internal else self.reads,
             place=places.lease(peer),
             received=None if internal else self._received.lease(peer),
             stall_s=None if internal else self._stall_s,
@@ -132,7 +132,7 @@ class Flow:
         context: grpc.aio.ServicerContext,
         abort: Abort,
         peer: str,
-        pressure: Pressure | None,
+        reads: Reads | None,
         *,
         place: Lease,
         received: Lease | None,
@@ -141,7 +141,7 @@ class Flow:
         self._context: Any = context
         self._abort = abort
         self.peer = peer
-        self._pressure = pressure
+        self._reads = reads
         self._place = place
         self._received = received
         self._stall_s = stall_s
@@ -168,8 +168,8 @@ class Flow:
         """What was received so far is gone, or with `kept` is accounted for elsewhere."""
         if self._received is None:
             return
-        if kept and self._pressure is not None:
-            self._pressure.kept(self._received.amount)
+        if kept and self._reads is not None:
+            self._reads.kept(self._received.amount)
         self._received.give_back()
 
     # --- requests -----------------------------------------------------------------------------
@@ -196,30 +196,27 @@ class Flow:
     async def _read(self) -> bytes | None:
         # The read itself is never cancelled: grpc's core would write into what Python has freed.
         # Ending the call from outside ends it.
-        loop = asyncio.get_running_loop()
-        timer = None
-        if self._stall_s is not None:
-            timer = loop.call_later(self._stall_s, self._stalled)
-        if self._pressure is not None:
-            self._pressure.began(self, loop.time(), self._squeezed)
-        try:
+        if self._reads is None:
             data = await self._context.read()
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if self._pressure is not None:
-                self._pressure.ended(self)
+        else:
+            self._reads.began(self)
+            try:
+                data = await self._context.read()
+            finally:
+                self._reads.ended(self)
         if data is grpc.aio.EOF:
             return None
         if self._received is not None:
             self._received.take(len(data))
         return bytes(data)
 
-    def _stalled(self) -> None:
+    def stalled(self) -> None:
+        """See `reads.Reader`."""
         message = f"nothing was sent for stream_stall_s = {self._stall_s:g} s; nothing was done"
         self._end_soon(_stalled(message))
 
-    def _squeezed(self) -> None:
+    def squeezed(self) -> None:
+        """See `reads.Reader`."""
         self._end_soon(server_busy("half messages hold received_bytes_max", "received_bytes_max"))
 
     def _end_soon(self, error: Exception) -> None:

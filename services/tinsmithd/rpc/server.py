@@ -121,7 +121,7 @@ class RpcServer:
         if self._config.metrics_address:
             self.metrics_port = self.metrics.serve(self._config.metrics_address)
         await self.grpc_server.start()
-        self._watching = asyncio.create_task(self._gate.pressure.run())
+        self._watching = asyncio.create_task(self._gate.reads.run())
         if self._config.port_file:
             write_whole(Path(self._config.port_file), f"{self.port}\n")
         host = self._config.listen_address.rpartition(":")[0]
