@@ -55,6 +55,17 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
+def hosts_of(cluster: RunningCluster) -> list[str]:
+    """Where the processes of a cluster listen, once for each port."""
+    found = {
+        pid: listening(pid)
+        for name in cluster.addresses
+        for pid in everyone_below(cluster.pid(name))
+    }
+    assert set(cluster.rank_pids()) < set(found)
+    return [address.rpartition(":")[0] for every in found.values() for address in every]
+
+
 def test_it_sees_who_listens_everywhere() -> None:
     """The test below could find something."""
     with (
@@ -77,13 +88,13 @@ def test_nothing_of_a_loopback_cluster_listens_elsewhere(
     for server in ("TRAINING", "SAMPLER", "CHECKPOINT"):
         monkeypatch.setenv(f"TINSMITH_{server}_METRICS_ADDRESS", "127.0.0.1:0")
     with RunningCluster(tiny_model, tmp_path, ranks=2) as cluster:
-        ranks = cluster.rank_pids()
-        found = {
-            pid: listening(pid)
-            for name in cluster.addresses
-            for pid in everyone_below(cluster.pid(name))
-        }
-    assert set(ranks) < set(found)
-    at = [address.rpartition(":")[0] for every in found.values() for address in every]
+        at = hosts_of(cluster)
     assert len(at) >= 3 + 3 + 1 + 1 + 2  # servers, their metrics, the link, the store, gloo
+    assert [host for host in at if not is_loopback(host)] == []
+
+
+def test_nor_does_anything_of_a_cluster_with_one_rank(cluster: RunningCluster) -> None:
+    """A process group of one has nobody to connect to."""
+    at = hosts_of(cluster)
+    assert len(at) >= 3 + 1  # servers, the link
     assert [host for host in at if not is_loopback(host)] == []
