@@ -375,7 +375,8 @@ def test_no_name_that_a_rank_gives_leads_out_of_a_folder(waiting: Training, name
     request = pb.SaveCheckpointRequest(model_id=model_id, name="x", kind=kind)
     save = stub.SaveCheckpoint.future(request, timeout=WAIT_S)
     command = stream.next()
-    assert command.HasField("export_state")
+    assert command.HasField("snapshot")
+    stream.say(command_id=command.command_id, captured=link_pb.Captured())
     stream.say(command_id=command.command_id, piece=link_pb.StatePiece(file_name=name, data=b"x"))
     assert stream.end() is None
     stream.close()
