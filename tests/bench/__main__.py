@@ -18,7 +18,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import report, rows_compute, rows_durable, rows_memory, rows_rpc, rows_step
+from bench import (
+    report,
+    rows_compute,
+    rows_durable,
+    rows_memory,
+    rows_neighbour,
+    rows_rpc,
+    rows_step,
+)
 from bench.configs import SHAPES
 from bench.harness import Result
 from bench.sides import Settings
@@ -36,6 +44,7 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "25": rows_compute.growth,
     "26": rows_step.idle_models,
     "28": rows_durable.back_again,
+    "29": rows_neighbour.neighbour,
 }
 
 
