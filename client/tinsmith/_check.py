@@ -93,9 +93,9 @@ def optional_whole(
 
 
 def seed(value: object, field: str) -> int | None:
-    """A seed from -2^63 to 2^64 - 1, as the 64 bits of a signed integer; None stays None."""
+    """A seed from -2^63 to 2^64 - 1, as 64 bits without a sign; None stays None."""
     number = optional_whole(value, field, most=UINT64_MAX)
-    return number - 2**64 if number is not None and number > INT64_MAX else number
+    return None if number is None else number % 2**64
 
 
 def real(value: object, field: str) -> float:
