@@ -1,0 +1,5 @@
+"""`python -m tinsmith.cli` is `tinsmith`."""
+
+from tinsmith.cli import main
+
+main()

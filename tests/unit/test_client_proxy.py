@@ -1,0 +1,128 @@
+"""Loopback never goes through a proxy; elsewhere an error says that there is one."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+import tinsmith
+from faults.peer import Peer
+from tinsmith.v1 import connect
+from tinsmith.v1.connection import channel_options, proxy_note
+
+VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+
+
+class Proxy:
+    """Refuses every CONNECT and keeps whom it was for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            self.asked.append(connection.recv(200).decode("latin-1").split()[1])
+            connection.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+            connection.close()
+
+    def stop(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    for name in (*VARIABLES, "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    running = Proxy()
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_loopback_never_uses_a_proxy(
+    proxy: Proxy, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the client nor the stubs, whichever variable names it."""
+    monkeypatch.setenv(variable, f"http://{proxy.address}")
+    peer = Peer()
+    try:
+        service = tinsmith.ServiceClient(peer.address, give_up_after_s=5)
+        service.create_lora_training_client("base").result(20)
+        with connect(peer.address, timeout_s=10) as cluster:
+            assert cluster.training.GetModel is not None
+        named = tinsmith.ServiceClient(f"localhost:{peer.port}", give_up_after_s=5)
+        named.create_lora_training_client("base").result(20)
+        service.close().result(10)
+        named.close().result(10)
+    finally:
+        peer.stop()
+    assert proxy.asked == []
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "localhost:1", "a.localhost:1",
+                "unix:/tmp/x", "unix:///tmp/x", "ipv4:127.0.0.1:1", "dns:///localhost:1"]
+)  # fmt: skip
+def test_this_machine_is_known_by_all_its_names(address: str) -> None:
+    assert ("grpc.enable_http_proxy", 0) in channel_options(address)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:1", "example.com:1", "localhost.com:1", "[::2]:1"])
+def test_others_are_not_this_machine(address: str) -> None:
+    assert ("grpc.enable_http_proxy", 0) not in channel_options(address)
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_elsewhere_the_error_names_the_proxy_and_its_variable(
+    proxy: Proxy, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no password, which a proxy's URL may hold; what gRPC says looks like the server's."""
+    monkeypatch.setenv(variable, f"http://user:secret@{proxy.address}/")
+    service = tinsmith.ServiceClient("server.invalid:50051", give_up_after_s=0.3)
+    with pytest.raises(tinsmith.UnavailableError) as failure:
+        service.create_lora_training_client("base").result(30)
+    assert proxy.asked[0] == "server.invalid:50051"
+    told = f"server.invalid:50051 is reached through the proxy {proxy.address}, which {variable} "
+    assert told in str(failure.value)
+    assert "secret" not in str(failure.value)
+    with pytest.raises(grpc.RpcError) as raw:
+        connect("server.invalid:50051", timeout_s=0.5)
+    assert told in raw.value.__notes__[0]
+
+
+@pytest.mark.parametrize("name", ["no_grpc_proxy", "no_proxy"])
+@pytest.mark.parametrize(
+    "entry", ["server.invalid", "invalid", ".invalid", "other, server.invalid"]
+)
+def test_no_proxy_is_what_grpc_takes_it_for(
+    proxy: Proxy, name: str, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+    monkeypatch.setenv(name, entry)
+    assert proxy_note("server.invalid:1") == ""
+    assert proxy_note("else.example:1") != ""
+
+    async def ask() -> None:
+        async with grpc.aio.insecure_channel("server.invalid:1") as channel:
+            await channel.unary_unary("/a/b")(b"", timeout=1)
+
+    with pytest.raises(grpc.RpcError):
+        asyncio.run(ask())
+    assert proxy.asked == []
+
+
+def test_networks_in_no_proxy_count(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+    monkeypatch.setenv("no_proxy", "10.0.0.0/8")
+    assert proxy_note("10.1.2.3:1") == ""
+    assert "http_proxy" in proxy_note("11.1.2.3:1")
