@@ -27,6 +27,10 @@ MESSAGE_BYTES = 256 * 1024
 next is serialised here, into memory that the one before has left. Serialising a megabyte at once
 takes new pages from the system each time, at several times the cost of sending them."""
 
+DATUM_BYTES = 256
+"""What a datum counts for beside its arrays, so that a message has some thousand data at most:
+servers limit the items of one message (`message_items_max`)."""
+
 ComputeRequest = training_service_pb2.ForwardRequest | training_service_pb2.ForwardBackwardRequest
 
 _STOP_REASONS: Mapping[int, StopReason] = {
@@ -64,7 +68,7 @@ def requests_of(
             _check.text(name, f"data[{index}].loss_fn_inputs"): from_any(name, value).to_numpy()
             for name, value in datum.loss_fn_inputs.items()
         }
-        nbytes = tokens.nbytes + sum(array.nbytes for array in inputs.values())
+        nbytes = DATUM_BYTES + tokens.nbytes + sum(array.nbytes for array in inputs.values())
         if nbytes > room and requests[-1].data:
             requests.append(kind())
             room = MESSAGE_BYTES

@@ -241,7 +241,8 @@ class TrainingConfig(ServerConfig):
     """A call during which the ranks died so often by themselves is refused."""
     journal_bytes_max: int = 16 * 1024 * MIB
     """Bytes of one model's calls since its last snapshot."""
-    data_per_call_max: int = 1024
+    data_per_call_max: int = 65_536
+    """Bounds what a call costs beside its bytes; memory is bounded by `call_bytes_max`."""
     chunks_max: int = 1024
     """Chunks of one datum's input."""
     loss_fn_inputs_max: int = 16

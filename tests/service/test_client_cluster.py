@@ -227,3 +227,120 @@ def test_one_client_works_in_several_event_loops(
         return (await future).metrics["loss:sum"]
 
     assert asyncio.run(step()) == asyncio.run(step())
+
+
+# --- more than one client, more than 1,024 data ---------------------------------------------------
+
+
+def test_a_call_of_many_data_is_one_call_and_sums_are_equal(
+    service: tinsmith.ServiceClient, cluster: RunningCluster
+) -> None:
+    """3,000 data at once give the sum, the outputs and the step of three calls of 1,000."""
+    rng = np.random.default_rng(1)
+    data = [
+        Datum(
+            ModelInput.from_ints(rng.integers(0, 250, 2)),
+            {"target_tokens": rng.integers(0, 250, 2), "weights": rng.normal(size=2)},
+        )
+        for _ in range(3000)
+    ]
+    sums, outputs, norms = [], [], []
+    for size in (3000, 1000):
+        made = service.create_lora_training_client(cluster.base_model, rank=2, seed=4)
+        with made.result() as model:
+            parts = [data[start : start + size] for start in range(0, len(data), size)]
+            results = [model.forward_backward(part, "cross_entropy").result() for part in parts]
+            sums.append(sum(result.loss for result in results))
+            outputs.append([out["logprobs"] for r in results for out in r.loss_fn_outputs])
+            norms.append(model.optim_step(AdamParams()).result().metrics["grad_norm:last"])  # type: ignore[index]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    np.testing.assert_allclose(np.stack(outputs[0]), np.stack(outputs[1]), atol=1e-5)
+
+
+def test_arrays_of_any_dtype_give_the_same_numbers(trainer: tinsmith.TrainingClient) -> None:
+    """Masks as weights, unsigned targets, lists: what arrives is the same."""
+    import torch
+
+    targets, weights = TOKENS[1:], [1, 0, 1, 1]
+    forms: list[tuple[Any, Any]] = [
+        (targets, weights),
+        (np.array(targets, np.uint16), np.array(weights, bool)),
+        (np.array(targets, np.uint32), np.array(weights, np.int64)),
+        (torch.tensor(targets, dtype=torch.int32), torch.tensor(weights, dtype=torch.bool)),
+    ]
+    losses = set()
+    for target, weight in forms:
+        inputs = {"target_tokens": target, "weights": weight}
+        datum = Datum(ModelInput.from_ints(np.array(TOKENS[:-1], np.uint8)), inputs)
+        losses.add(trainer.forward([datum], "cross_entropy").result().loss)
+    assert len(losses) == 1
+
+
+def test_a_client_attaches_to_a_model_and_the_one_before_hears_of_it(
+    service: tinsmith.ServiceClient, trainer: tinsmith.TrainingClient
+) -> None:
+    """It goes on after the last call, with the state that is there; nobody's call is taken for
+    another's."""
+    trainer.forward_backward(example(), "cross_entropy")
+    trainer.optim_step(AdamParams(learning_rate=0.05))
+    trained = loss_of(trainer)
+    other = service.get_training_client(trainer.model_id).result()
+    assert other.get_info() == trainer.get_info()
+    assert loss_of(other) == trained
+    # The same content as the new client's next call: without the mark between them it would be
+    # taken for a repeat, and one of the two steps would silently not be made.
+    step = AdamParams(learning_rate=0.0)
+    with pytest.raises(tinsmith.FailedPreconditionError, match="another client") as refusal:
+        trainer.optim_step(step).result()
+    assert refusal.value.reason == "SEQ_ID_CONFLICT"
+    steps = other.optim_step(step).result().metrics
+    assert steps is not None
+    assert steps["step:last"] == 2
+    with pytest.raises(tinsmith.FailedPreconditionError):
+        trainer.forward(example(), "cross_entropy").result()
+    again = service.get_training_client(trainer.model_id).result()
+    assert loss_of(again) == trained
+    with pytest.raises(tinsmith.NotFoundError):
+        service.get_training_client("no-such-model").result()
+
+
+def test_a_client_attaches_where_another_one_left_a_gap(
+    service: tinsmith.ServiceClient,
+    trainer: tinsmith.TrainingClient,
+    stubs: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A script died with a call sent and the one before it not: that model is not lost."""
+    from tinsmith import _lane
+    from tinsmith import v1 as pb
+
+    monkeypatch.setattr(_lane, "STILL_S_MAX", 0.5)
+    before = loss_of(trainer)  # number 1
+    request = pb.OptimStepRequest(
+        model_id=trainer.model_id, seq_id=3, adam_params=pb.AdamParams(learning_rate=0.0)
+    )
+    orphan = stubs.training.OptimStep.future(request)
+    while not stubs.training.GetModel(
+        pb.GetModelRequest(model_id=trainer.model_id)
+    ).model.pending_calls:
+        pass
+    other = service.get_training_client(trainer.model_id).result()
+    assert loss_of(other) == before
+    assert orphan.result(10).metrics["step:last"] == 1
+
+
+def test_a_bad_argument_costs_a_real_model_nothing(trainer: tinsmith.TrainingClient) -> None:
+    """Neither its number nor its time."""
+    before = loss_of(trainer)
+    for bad in (10, "\ud800", b"name", None):
+        with pytest.raises(tinsmith.InvalidArgumentError):
+            trainer.save_state(bad)  # type: ignore[arg-type]
+
+    def broken(data: Any, logprobs: Any) -> Any:
+        raise StopIteration
+
+    failed = trainer.forward_backward_custom(example(), broken)
+    assert loss_of(trainer) == before
+    with pytest.raises(RuntimeError):
+        failed.result()

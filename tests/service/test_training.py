@@ -359,9 +359,10 @@ def test_malformed_streams(stubs: Cluster, cluster: RunningCluster, model: pb.Mo
     with pytest.raises(grpc.RpcError) as refusal:
         forward_backward(stubs, call(model.model_id), call(model.model_id))
     assert reason_and_field(refusal.value) == ("MALFORMED_STREAM", "model_id")
-    data = [datum()] * 1025
+    # In several messages: one of them may hold fewer items than a call may hold data.
+    parts = [pb.ForwardBackwardRequest(data=[datum()] * 4096) for _ in range(17)]
     with pytest.raises(grpc.RpcError) as refusal:
-        forward_backward(stubs, call(model.model_id, data=data))
+        forward_backward(stubs, call(model.model_id), *parts)
     assert reason_and_field(refusal.value) == ("LIMIT_EXCEEDED", "data")
     with grpc.insecure_channel(cluster.address) as channel:
         rpc = channel.stream_stream("/tinsmith.v1.TrainingService/ForwardBackward")
