@@ -122,8 +122,8 @@ class ServerConfig(Config):
     message_bytes_max: int = 32 * MIB
     """Largest message received."""
     message_items_max: int = 262_144
-    """Most items of one message: each field that is set, at every level, and each plain number.
-    A message is read in some tens of milliseconds at most, whatever it holds."""
+    """Most items of one message: each field that is set, at every level, each plain number, and
+    each four bytes of text. It is read in some tens of milliseconds at most, whatever it holds."""
     concurrent_calls_max: int = 1024
     """Calls under way at once, waiting ones included; more are RESOURCE_EXHAUSTED. Health's `Check`
     is not counted."""
@@ -363,6 +363,8 @@ class SamplerConfig(ServerConfig):
     section: ClassVar[str] = "sampler"
 
     listen_address: str = "127.0.0.1:50052"
+    message_bytes_max: int = 8 * MIB
+    """A prompt of a million tokens."""
     base_model: str = ""
     """Hugging Face name or folder."""
     dtype: str = "float32"
@@ -411,6 +413,8 @@ class CheckpointConfig(ServerConfig):
     section: ClassVar[str] = "checkpoint"
 
     listen_address: str = "127.0.0.1:50053"
+    message_bytes_max: int = 8 * MIB
+    """A piece has up to 4 MiB."""
     data_folder: str = "tinsmith-data/checkpoints"
     """Where checkpoints are kept; this server is its only writer."""
     checkpoint_bytes_max: int = 64 * 1024 * MIB

@@ -23,7 +23,7 @@ DATUM = types_pb2.Datum(
 )
 CALL = ForwardRequest(model_id="m", seq_id=7, data=[DATUM, DATUM])
 TENSOR_ITEMS = 1 + 2 + 3  # dtype, shape and ints; one dimension, two numbers
-DATUM_ITEMS = 1 + 2 * (1 + 1 + TENSOR_ITEMS) + 1 + 1 + 1 + TENSOR_ITEMS
+DATUM_ITEMS = 1 + 2 * (1 + 1 + TENSOR_ITEMS) + 1 + 1 + 1 + TENSOR_ITEMS + len("weights") // 4
 CALL_ITEMS = 2 + 2 * (1 + DATUM_ITEMS)
 MIB = 1 << 20
 

@@ -209,8 +209,8 @@ class Limits(_message.Message):
     call_attempts_max: _builtins.int
     """So many times may the ranks die during one call by themselves."""
     message_items_max: _builtins.int
-    """Most items of one message, whatever its bytes: each field that is set, at every level, and each
-    plain number counts as one.
+    """Most items of one message, whatever its bytes: each field that is set, at every level, each plain
+    number and each four bytes of text count as one.
     """
     chunks_max: _builtins.int
     """Most chunks of one datum's input."""

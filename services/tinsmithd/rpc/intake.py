@@ -28,8 +28,11 @@ from tinsmithd.errors import InvalidArgument, Reason, ResourceExhausted, Tinsmit
 T = TypeVar("T")
 
 HEADER_FIELDS = ("model_id", "seq_id")
+HEADER_FIELD_BYTES_MAX = 1024
 KEY_CHARS_MAX = 100
 """What a path shows of the key of an entry."""
+TEXT_BYTES_PER_ITEM = 4
+"""Text is shown in refusals and compared, letter by letter."""
 THREADS = 2
 """They mostly wait for each other: a second one lets a short request pass a long one."""
 
@@ -82,6 +85,7 @@ class Intake:
         """
         message, error = await self._read(data)
         if error is not None and not self._numbered:
+            del data, message  # an error keeps the frame that raises it
             raise error
         _refusal.set(error)
         return message
@@ -188,11 +192,13 @@ def _fields(descriptor: Descriptor) -> Mapping[int, "FieldDescriptor"]:
 
 @functools.cache
 def _steps(descriptor: Descriptor) -> Mapping[int, Any]:
-    """What `walk` does at each tag: a mapping to go into, or bytes of one packed number, or 0."""
+    """What `walk` does at each tag: a mapping to go into, or bytes of one item in it, or 0."""
     steps: dict[int, Any] = {}
     for tag, field in _fields(descriptor).items():
         if field.message_type is not None:
             steps[tag] = _steps(field.message_type)
+        elif field.type == FieldDescriptor.TYPE_STRING:
+            steps[tag] = TEXT_BYTES_PER_ITEM
         elif tag & 7 == _LENGTH:
             steps[tag] = _BYTES_EACH.get(_WIRE_TYPES.get(field.type, _VARINT), 0)
         else:
@@ -201,7 +207,8 @@ def _steps(descriptor: Descriptor) -> Mapping[int, Any]:
 
 
 def walk(data: bytes, descriptor: Descriptor, items_max: int) -> int | None:
-    """Count the items of a message: every field that is set, at every level, and every number.
+    """Count the items of a message: every field that is set, at every level, every number in it,
+    and some bytes of text.
 
     Returns:
         Where the first field is that the descriptor does not have, or None.
@@ -292,7 +299,8 @@ def header_of(data: bytes, descriptor: Descriptor, items_max: int) -> bytes:
             tag, position = _varint(data, position)
             _, position = _skip(data, position, tag & 7)
             field = _fields(descriptor).get(tag)
-            if field is not None and field.name in HEADER_FIELDS:
+            short = position - begin <= HEADER_FIELD_BYTES_MAX
+            if field is not None and field.name in HEADER_FIELDS and short:
                 found.append(data[begin:position])
     except IndexError:  # not these fields
         pass

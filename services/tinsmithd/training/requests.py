@@ -115,12 +115,18 @@ def refusals() -> Iterator[list[TinsmithError]]:
     try:
         yield found
     except InvalidArgument as error:
-        found.append(error)
+        found.append(_bare(error))
     except TinsmithError:
         raise  # such as RESOURCE_EXHAUSTED, which uses no number
     except Exception as error:
         _log.error("a call cannot be read", exc_info=error)
         found.append(Internal())
+
+
+def _bare(error: TinsmithError) -> TinsmithError:
+    """An error to keep: without the frames that raised it, which hold the call's messages."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 async def read_call(
@@ -153,7 +159,7 @@ async def read_call(
             del message
         reader.end()
     except InvalidArgument as error:  # not worth reading on
-        reader.refuse(error)
+        reader.refuse(_bare(error))
     call.digest = reader.content.digest()
     if call.refusal is not None:
         call.packed, call.lengths = [], []
@@ -187,9 +193,10 @@ class _Reader:
         call.refusal = next(iter(found), None)
 
     def refuse(self, error: TinsmithError) -> None:
-        """What comes is not read: the refusal stands for it in the digest."""
+        """What comes is not read: the refusal stands for it in the digest. What was found wrong
+        before may only be that something was not read."""
         self.content.update(b"\0" + str(error).encode())
-        self._call.refusal = self._call.refusal or error
+        self._call.refusal = error
 
     def end(self) -> None:
         """All was taken."""

@@ -1,0 +1,143 @@
+"""What reads messages raises its own error only: the extremes of every field, without a server."""
+
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from google.protobuf.message import DecodeError, Message
+
+from attack.mutate import mutate
+from attack.requests import tokens_of, valid_requests
+from tinsmith import SamplingParams
+from tinsmith import v1 as pb
+from tinsmith._convert import sampling_params_to_pb
+from tinsmithd.config import SamplerConfig, TrainingConfig
+from tinsmithd.convert import sampler as sampler_convert
+from tinsmithd.convert import types as convert
+from tinsmithd.domain import BaseModelInfo, LoraConfig
+from tinsmithd.errors import InvalidArgument
+from tinsmithd.sampler.validate import RequestLimits, check_request
+from tinsmithd.training import requests
+from tinsmithd.training.requests import DataLimits
+
+INFO = BaseModelInfo("tiny", "LlamaForCausalLM", 300, 512, "float32", 2, 1)
+LIMITS = DataLimits(
+    *(1024, 1 << 28, TrainingConfig().chunks_max, TrainingConfig().loss_fn_inputs_max, 64)
+)
+SAMPLING = RequestLimits(64, SamplerConfig().stop_characters_max, 64, 131_072)
+MODEL_ID, PATH = "a" * 32, "tinsmith://a/weights/b"
+MUTANTS = 400
+
+
+async def only(message: Message) -> AsyncIterator[Any]:
+    yield message
+
+
+async def read_data(message: Any) -> None:
+    """As Forward and ForwardBackward do; what is wrong must be a refusal that is not INTERNAL."""
+    call = await requests.read_call(only(message), lambda _: INFO, LIMITS)
+    if call.refusal is not None:
+        raise call.refusal
+    call.work(backward=True)
+
+
+def read_sampling(message: Any) -> None:
+    """As Sample does."""
+    asked = sampler_convert.sample_request_from_pb(message, chunks_max=1024, stops_max=64)
+    check_request(asked, INFO, SAMPLING)
+
+
+def read_scoring(message: Any) -> None:
+    """As ComputeLogprobs does."""
+    asked = sampler_convert.compute_request_from_pb(message, chunks_max=1024)
+    check_request(asked, INFO, SAMPLING)
+
+
+def read_save(message: Any) -> None:
+    """As SaveCheckpoint does."""
+    convert.kind_from_pb(message.kind, "kind")
+    convert.name_from_pb(message.name, "name")
+    convert.ttl_from_pb(message.ttl_seconds, "ttl_seconds")
+    convert.metadata_from_pb(message.user_metadata, "user_metadata")
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "Sample": read_sampling,
+    "ComputeLogprobs": read_scoring,
+    "OptimStep": lambda m: convert.adam_from_pb(m.adam_params, "adam_params"),
+    "CreateModel": lambda m: convert.tuning_to_pb(convert.tuning_from_pb(m, "", 256)),
+    "SaveCheckpoint": read_save,
+    "LoadCheckpoint": lambda m: convert.path_from_pb(m.path, "path"),
+    "ListModels": lambda m: convert.page_from_pb(m.page_size, m.page_token),
+}
+
+
+def mutants(name: str) -> list[Message]:
+    """Messages that parse."""
+    rng = random.Random(7)
+    valid = valid_requests(MODEL_ID, PATH)[name]
+    found = []
+    for _ in range(MUTANTS):
+        try:
+            message = type(valid).FromString(mutate(valid, rng))
+        except DecodeError:
+            continue
+        message.DiscardUnknownFields()
+        found.append(message)
+    return found
+
+
+@pytest.mark.parametrize("name", ["Forward", "ForwardBackward"])
+async def test_reading_data_raises_its_own_error_only(name: str) -> None:
+    """An INTERNAL refusal raises here, too: it is no InvalidArgument."""
+    fields = []
+    for message in mutants(name):
+        try:
+            await read_data(message)
+        except InvalidArgument as error:
+            fields.append(error.field)
+    assert len(fields) > MUTANTS / 4
+    assert all(fields)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_converters_raise_their_own_error_only(name: str) -> None:
+    """With the field."""
+    fields = []
+    for message in mutants(name):
+        try:
+            READERS[name](message)
+        except InvalidArgument as error:
+            fields.append(error.field)
+    assert fields
+    assert all(fields)
+
+
+async def test_a_fault_while_a_call_is_read_is_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it is: the call has its digest and number, and the log has the cause."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(convert, "datum_from_pb", fails)
+    valid: Any = valid_requests(MODEL_ID, PATH)["Forward"]
+    call = await requests.read_call(only(valid), lambda _: INFO, LIMITS)
+    assert call.refusal is not None
+    assert call.refusal.reason == "INTERNAL"
+    assert len(call.digest) == 32
+    assert "a fault of ours" in caplog.text
+    work = requests.read_work(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert work.kind == "refused"
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1, 2**63, 2**64 - 1])
+def test_every_seed_of_64_bits_travels(seed: int) -> None:
+    """From the client to the domain and back; one below 0, as earlier versions kept, too."""
+    params = sampling_params_to_pb(SamplingParams(max_tokens=1, seed=seed))
+    asked = pb.SampleRequest(prompt=tokens_of([1]), sampling_params=params)
+    read = sampler_convert.sample_request_from_pb(asked, chunks_max=1, stops_max=1)
+    assert read.params.seed == seed % 2**64
+    assert convert.lora_to_pb(LoraConfig(seed=seed)).seed == seed % 2**64
