@@ -19,11 +19,14 @@ from tinsmithd.text import bounded
 C = TypeVar("C", bound=Config)
 _log = logging.getLogger(__name__)
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
 MMAP_THRESHOLD_BYTES = 32 * 1024 * 1024
 """Larger buffers are still the kernel's; glibc takes no larger number."""
 TRIM_THRESHOLD_BYTES = 128 * 1024 * 1024
 """What is free at the end of the heap beyond this is given back."""
+ARENAS = 2
+"""Heaps of a process. By default each of gRPC's threads comes to have one, and keeps in it what its
+messages left behind: calls of 280 MiB that were refused at 64 MiB took 290 MiB in place of 150."""
 
 FILES_FEW = 4096
 """Fewer descriptors than this are soon used up by connections alone."""
@@ -96,6 +99,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
+        mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def _end_with(pid: int) -> None:

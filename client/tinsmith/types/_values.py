@@ -46,8 +46,7 @@ def owned(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: owned(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        plain = bool(value) and type(value[0]) is int and set(map(type, value)) == {int}
-        return list(value) if plain else [owned(entry) for entry in value]
+        return [owned(entry) for entry in value]
     if isinstance(value, Value):
         return value.copied()
     if isinstance(value, tuple):

@@ -38,6 +38,13 @@ class EncodedTextChunk(Value):
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", token_ids(self.tokens, "tokens").tolist())
 
+    def copied(self) -> EncodedTextChunk:
+        """Another one of the same tokens; quicker than by looking at each of them."""
+        made = object.__new__(EncodedTextChunk)
+        object.__setattr__(made, "tokens", list(self.tokens))
+        object.__setattr__(made, "type", self.type)
+        return made
+
     @property
     def length(self) -> int:
         """Number of tokens."""
