@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -40,6 +41,7 @@ def write_tiny_model(
     context_length: int = 512,
     tie: bool = False,
     seed: int = 0,
+    **settings: Any,
 ) -> Path:
     """Write a model folder and return it.
 
@@ -51,9 +53,10 @@ def write_tiny_model(
         context_length: `max_position_embeddings`.
         tie: Share the embedding with the head.
         seed: Of the random weights.
+        settings: More entries of `config.json`.
     """
     config_class, model_class = FAMILIES[family]
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -71,6 +74,7 @@ def write_tiny_model(
     }
     if family == "qwen3_moe":
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    sizes |= settings
     torch.manual_seed(seed)
     model = model_class(config_class(**sizes))
     model.save_pretrained(folder)

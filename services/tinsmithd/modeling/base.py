@@ -15,15 +15,15 @@ if not torch.cuda.is_available():
     # transformers looks for DeepSpeed, and DeepSpeed for devices, with a warning.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tinsmithd.domain import BaseModelInfo
-from tinsmithd.errors import NotFound, Reason
+from tinsmithd.modeling.supported import check_config, check_positions
 from tinsmithd.modeling.tokenizer_files import read_tokenizer_files
-
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""Architectures whose LoRA targets and numbers the conformance suite checks."""
+from tinsmithd.modeling.weight_files import check_fetched, check_loaded, check_weights, refused
 
 FINGERPRINT_ELEMENTS = 256
 """Elements of each parameter that a fingerprint reads, or up to twice as many."""
@@ -64,8 +64,9 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
         on_progress: Takes a line for a person now and then.
 
     Raises:
-        NotFound: There is no such model, or its architecture is not supported
-            (BASE_MODEL_NOT_FOUND).
+        NotFound: There is no such model; its files are cut or missing; its weights are not those
+            that its configuration asks for; or something in it is not supported. The message
+            names it (BASE_MODEL_NOT_FOUND).
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -73,20 +74,15 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
     name = folder.resolve().name if folder.is_dir() else name_or_folder
     on_progress(f"loading {name}")
     start_s = time.monotonic()
+    if folder.is_dir():
+        check_fetched(folder)
     try:
         config = AutoConfig.from_pretrained(name_or_folder)
-    except (OSError, ValueError) as error:
-        raise _not_found(f"cannot read base model {name_or_folder!r}: {_line(error)}") from error
-    if config.model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
-        raise _not_found(f"{name}: architecture {config.model_type!r} is not one of {known}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_folder, dtype=DTYPES[dtype], use_safetensors=True, attn_implementation="sdpa"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
-    except (OSError, ValueError) as error:
-        raise _not_found(f"cannot load base model {name_or_folder!r}: {_line(error)}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise refused(repr(name_or_folder), _line(error)) from error
+    check_config(name, config)
+    model, tokenizer = _load(name_or_folder, dtype)
+    check_positions(name, model)
     # Here, while each weight is whole and in host memory.
     fingerprint = _fingerprint(config, model)
     model.requires_grad_(False)
@@ -110,6 +106,29 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
     return BaseModel(model, tokenizer, files, info, fingerprint)
 
 
+def _load(name_or_folder: str, dtype: str) -> tuple[Any, Any]:
+    """The model, with exactly the weights that its configuration asks for, and its tokenizer."""
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        check_weights(folder)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused, by their names, right below
+        )
+        check_loaded(name_or_folder, found)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise  # which says nothing of the model
+        raise refused(repr(name_or_folder), _line(error)) from error
+    return model, tokenizer
+
+
 def _fingerprint(config: Any, model: Any) -> str:
     """A digest of the configuration and, per parameter, of name, shape, dtype and some elements.
 
@@ -126,10 +145,6 @@ def _fingerprint(config: Any, model: Any) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _not_found(message: str) -> NotFound:
-    return NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
 
 
 def _line(error: Exception) -> str:

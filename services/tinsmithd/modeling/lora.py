@@ -21,17 +21,80 @@ import numpy as np
 import peft
 import torch
 from peft import PeftModel
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
 from tinsmithd.domain import LoraConfig, ModelState, Tuning
-from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.fused_lora import FusedLoraLinear
+from tinsmithd.modeling.logits import float_logits
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 """Weights of all experts in one parameter each, as transformers stores them."""
 UNEMBED_MODULE = "lm_head"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What of a model an adapter can stand on, by PEFT's names: what the model really has.
+
+    Attributes:
+        attn: Linear layers of attention.
+        mlp: Linear layers of MLPs.
+        mlp_parameters: Of MLPs what is reached as a parameter only: the weights of all experts,
+            and those of dense layers in an architecture that has experts. There PEFT takes the
+            names of such layers for what earlier releases of transformers called the experts.
+        unembed: The head.
+    """
+
+    attn: Sequence[str]
+    mlp: Sequence[str]
+    mlp_parameters: Sequence[str]
+    unembed: Sequence[str]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "Targets":
+        """Look at a model that no adapter stands on yet."""
+        layers = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        names = [name for name, _ in model.named_parameters()]
+        mlp = [name for name in MLP_MODULES if name in layers]
+        parameters = [e for e in EXPERT_PARAMETERS if any(n.endswith(f".{e}") for n in names)]
+        if _are_taken_for_experts(mlp, model):
+            parameters += [f"mlp.{name}.weight" for name in mlp]
+            mlp = []
+        return cls(
+            attn=[name for name in ATTN_MODULES if name in layers],
+            mlp=mlp,
+            mlp_parameters=parameters,
+            unembed=[UNEMBED_MODULE] if UNEMBED_MODULE in layers else [],
+        )
+
+    def chosen(self, lora: LoraConfig) -> tuple[list[str], list[str]]:
+        """Modules and parameters that an adapter stands on.
+
+        Raises:
+            InvalidArgument: It is to adapt what the model has none of; the field says what.
+        """
+        modules: list[str] = []
+        parameters: list[str] = []
+        for field, wanted, layers, weights in (
+            ("train_attn", lora.train_attn, self.attn, ()),
+            ("train_mlp", lora.train_mlp, self.mlp, self.mlp_parameters),
+            ("train_unembed", lora.train_unembed, self.unembed, ()),
+        ):
+            if wanted and not layers and not weights:
+                message = "the base model has no layer that this could adapt; set it to false"
+                raise InvalidArgument(f"lora_config.{field}", message)
+            if wanted:
+                modules += layers
+                parameters += weights
+        return modules, parameters
 
 
 @dataclass(frozen=True)
@@ -52,6 +115,10 @@ class HeadLayer:
     scaling: float = 1.0
     trained: bool = False
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 `(T, V)` of hidden states `(T, d)`, without a graph."""
+        return float_logits(hidden, self.module.weight, self.lora_a, self.lora_b, self.scaling)
+
 
 class Adapters:
     """The adapters of one base model.
@@ -65,6 +132,7 @@ class Adapters:
 
     def __init__(self, base: BaseModel, *, fused: bool = False) -> None:
         self._base = base
+        self._targets = Targets.of(base.model)
         self._fused = fused
         self._peft: PeftModel | None = None
         self._loras: dict[str, LoraConfig] = {}
@@ -82,6 +150,9 @@ class Adapters:
 
         That is PEFT's and Hu et al.'s start; here each value depends on the seed and the
         parameter's place in the sorted names only.
+
+        Raises:
+            InvalidArgument: It is to adapt what the model has none of; the field says what.
         """
         if key in self._loras:
             raise ValueError(f"adapter {key!r} exists")
@@ -129,7 +200,11 @@ class Adapters:
         Raises:
             FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
         """
-        self.add(key, state.tuning)
+        try:
+            self.add(key, state.tuning)
+        except InvalidArgument as error:
+            message = f"the checkpoint does not fit this base model: {error.message}"
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT) from error
         try:
             self.import_weights(key, state.weights)
         except BaseException:
@@ -211,16 +286,12 @@ class Adapters:
         """What a checkpoint holds besides: nothing."""
         return {}
 
+    def adapts_parameters(self, tuning: Tuning) -> bool:
+        """True where an adapter would stand on parameters, not on layers; see `Targets`."""
+        return isinstance(tuning, LoraConfig) and bool(self._targets.chosen(tuning)[1])
+
     def _peft_config(self, lora: LoraConfig) -> peft.LoraConfig:
-        experts = adapts_experts(self._base, lora)
-        modules: list[str] = []
-        if lora.train_attn:
-            modules += ATTN_MODULES
-        if lora.train_mlp and not experts:
-            modules += MLP_MODULES
-        if lora.train_unembed:
-            modules.append(UNEMBED_MODULE)
-        parameters = list(EXPERT_PARAMETERS) if experts else None
+        modules, parameters = self._targets.chosen(lora)
         alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -229,15 +300,15 @@ class Adapters:
             lora_dropout=0.0,
             bias="none",
             target_modules=modules,
-            target_parameters=parameters,
+            target_parameters=parameters or None,
         )
 
 
-def adapts_experts(base: BaseModel, tuning: Tuning) -> bool:
-    """True where an adapter stands on experts, which are parameters and not layers."""
-    if not isinstance(tuning, LoraConfig) or not tuning.train_mlp:
-        return False
-    return bool(base.model.config.model_type == "qwen3_moe")
+def _are_taken_for_experts(modules: Sequence[str], model: torch.nn.Module) -> bool:
+    """Whether PEFT would put an adapter for these layers somewhere else."""
+    config = peft.LoraConfig(target_modules=list(modules))
+    convert_peft_config_for_transformers(config, model, None)
+    return set(config.target_modules or ()) != set(modules)
 
 
 def replace_values(

@@ -2,7 +2,8 @@
 
 Their tokens stand one after the other in a batch of one; every linear layer sees them all at once,
 positions start anew with each sequence, and attention stays inside each. `segment_lengths` reaches
-the attention layers as an extra argument of the model's forward.
+the attention layers as an extra argument of the model's forward. What else a layer asks for is done
+inside each segment, or the model is refused.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,38 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.weight_files import refused
+
 ATTENTION = "tinsmith_packed"
 """Name of this attention for `set_attn_implementation`."""
 
+WINDOW_BLOCK_TOKENS_MIN = 256
+"""Queries that are computed together where a window hides the tokens before; else a window's."""
 
-def use_packed_attention(model: Any) -> None:
-    """Make a model take `segment_lengths`; without them it computes as before."""
+
+class UnsupportedAttention(ValueError):
+    """A layer asks for something of its attention that is not done here."""
+
+
+def use_packed_attention(base: BaseModel) -> None:
+    """Make a model take `segment_lengths`; without them it computes as before.
+
+    Raises:
+        NotFound: Its layers ask for something of their attention that would not be done
+            (BASE_MODEL_NOT_FOUND).
+    """
     AttentionInterface.register(ATTENTION, packed_attention)
-    model.set_attn_implementation(ATTENTION)
+    base.model.set_attn_implementation(ATTENTION)
+    # What layers ask for shows when they do: two data of one token each.
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=next(base.model.parameters()).device)
+    try:
+        with torch.no_grad():
+            base.model.model(
+                input_ids=tokens, position_ids=tokens, segment_lengths=[1, 1], use_cache=False
+            )
+    except UnsupportedAttention as error:
+        raise refused(base.info.name, f"its layers are trained with {error}") from error
 
 
 def packed_attention(
@@ -32,8 +57,13 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     segment_lengths: Sequence[int] | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,  # have taken effect already
+    use_cache: bool = False,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment.
 
@@ -44,12 +74,29 @@ def packed_attention(
         value: As `key`.
         attention_mask: Must be None: there is no padding.
         scaling: Factor on the scores.
+        sliding_window: Tokens that a token sees, itself included; None lets it see all before.
         segment_lengths: Tokens of each segment, in order, T in all; None means one segment.
+        dropout: Must be 0.
+        is_causal: Must not be False.
+        position_ids: Not used.
+        use_cache: Must be False.
+        others: What else the layer asks for: each must be None or False.
 
     Returns:
         `(1, T, heads, head_dim)`, and no attention weights.
+
+    Raises:
+        UnsupportedAttention: An argument is not what it must be; the message names it.
     """
-    assert attention_mask is None
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    wrong = {name: x for name, x in others.items() if x is not None and x is not False}
+    wrong |= {"attention_mask": attention_mask} if attention_mask is not None else {}
+    wrong |= {"dropout": dropout} if dropout else {}
+    wrong |= {"use_cache": use_cache} if use_cache else {}
+    wrong |= {"is_causal": is_causal} if not is_causal else {}
+    if wrong:
+        raise UnsupportedAttention(f"{', '.join(sorted(wrong))}, which is not supported")
     lengths = segment_lengths or [query.shape[2]]
     # Neighbours of equal length are one batch.
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
@@ -60,11 +107,46 @@ def packed_attention(
     parts = []
     for (length, count), piece in zip(runs, pieces, strict=True):
         batch = [_unpack(tensor[0], count) for tensor in piece]
-        found, _weights = sdpa_attention_forward(
-            module, *batch, attention_mask=None, scaling=scaling, is_causal=True
-        )
+        if sliding_window is None or length <= sliding_window:
+            found, _weights = sdpa_attention_forward(
+                module, *batch, attention_mask=None, scaling=scaling, is_causal=True
+            )
+        else:
+            found = _within_window(module, *batch, scaling=scaling, window=sliding_window)
         parts.append(found.reshape(1, count * length, *found.shape[2:]))
     return torch.cat(parts, dim=1), None
+
+
+def _within_window(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    window: int,
+) -> Tensor:
+    """Attention of sequences in which a token sees the `window` tokens up to itself.
+
+    Some queries at a time meet the keys that any of them sees, so that time and memory grow with
+    tokens times window.
+    """
+    count = query.shape[2]
+    size = max(window, WINDOW_BLOCK_TOKENS_MIN)
+    starts = range(0, count, size)
+    pieces = query.split_with_sizes([min(size, count - start) for start in starts], dim=2)
+    parts = []
+    for start, queries in zip(starts, pieces, strict=True):
+        end, first = start + queries.shape[2], max(0, start - window + 1)
+        rows = torch.arange(start, end, device=query.device)[:, None]
+        columns = torch.arange(first, end, device=query.device)[None]
+        mask = (columns <= rows) & (columns > rows - window)
+        seen = (tensor[:, :, first:end] for tensor in (key, value))
+        found, _weights = sdpa_attention_forward(
+            module, queries, *seen, attention_mask=mask[None, None], scaling=scaling
+        )
+        parts.append(found)
+    return torch.cat(parts, dim=1)
 
 
 def _unpack(packed: Tensor, count: int) -> Tensor:

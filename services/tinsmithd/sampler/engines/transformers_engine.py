@@ -20,7 +20,7 @@ from tinsmithd.domain import (
     TopKLogprobs,
 )
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.lora import Adapters
+from tinsmithd.modeling.lora import Adapters, HeadLayer
 from tinsmithd.sampler.engines.interface import Generation
 from tinsmithd.sampler.engines.sampling import Draws, draw
 from tinsmithd.sampler.engines.stopping import StopCheck
@@ -71,14 +71,15 @@ class TransformersGeneration:
     def _read_prompt(self) -> None:
         request = self._request
         with self._adapters.active(self._adapter) as model:
+            head = self._adapters.head(self._adapter)
             tokens = torch.tensor(request.prompt, device=model.device)[None]
             hidden = model.model(
                 input_ids=tokens, past_key_values=self._cache, use_cache=True
             ).last_hidden_state[0]
             if request.include_prompt_logprobs or request.topk_prompt_logprobs:
                 topk = request.topk_prompt_logprobs
-                self._prompt_scores = score_prompt(model, hidden, tokens[0], topk)
-            self._next_logits = model.lm_head(hidden[-1:]).float().cpu()
+                self._prompt_scores = score_prompt(head, hidden, tokens[0], topk)
+            self._next_logits = head.logits(hidden[-1:]).cpu()
 
     @torch.inference_mode()
     def step(self) -> Sequence[SampledTokens]:
@@ -94,7 +95,7 @@ class TransformersGeneration:
                     past_key_values=self._cache,
                     use_cache=True,
                 ).last_hidden_state[:, -1]
-                logits = model.lm_head(hidden).float().cpu()
+                logits = self._adapters.head(self._adapter).logits(hidden).cpu()
         elif len(self._sequences) > 1:
             # The first tokens all come from the one reading of the prompt.
             logits = logits.expand(len(self._sequences), -1)
@@ -118,11 +119,13 @@ class TransformersGeneration:
         self._cache = self._next_logits = None
 
 
-def score_prompt(model: Any, hidden: torch.Tensor, tokens: torch.Tensor, topk: int) -> PromptScores:
+def score_prompt(
+    head: HeadLayer, hidden: torch.Tensor, tokens: torch.Tensor, topk: int
+) -> PromptScores:
     """Logprobs of a prompt at temperature 1, a piece at a time, in float32.
 
     Args:
-        model: Its `lm_head` is used.
+        head: What makes logits of hidden states.
         hidden: Last hidden states, `(P, H)`.
         tokens: The prompt, int64 `(P,)`.
         topk: How many most likely tokens to return at each position.
@@ -133,7 +136,7 @@ def score_prompt(model: Any, hidden: torch.Tensor, tokens: torch.Tensor, topk: i
     values = np.full((count, topk), np.nan, np.float32)
     for start in range(0, count - 1, HEAD_CHUNK_TOKENS):
         end = min(start + HEAD_CHUNK_TOKENS, count - 1)
-        logits = model.lm_head(hidden[start:end]).float()
+        logits = head.logits(hidden[start:end])
         norm = logits.logsumexp(1, keepdim=True)
         here = slice(start + 1, end + 1)
         chosen = logits.gather(1, tokens[here, None]) - norm
@@ -150,7 +153,7 @@ class TransformersEngine:
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
-        self._adapters = Adapters(base)
+        self._adapters = Adapters(base, fused=True)
         self._eos_ids = _eos_ids(base)
 
     @property

@@ -21,7 +21,7 @@ from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, ModelStat
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.full import FullWeights
-from tinsmithd.modeling.lora import Adapters, adapts_experts
+from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.packing import use_packed_attention
 from tinsmithd.trainer.engines import batching, distributed, identity, memory
 from tinsmithd.trainer.engines import plan as plans
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
         self._device = distributed.init()
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
-        use_packed_attention(base.model)
+        use_packed_attention(base)
         self._zero = zero
         # What is trained does get stale, so no gathered copy of it may be kept.
         if full:
@@ -113,10 +113,19 @@ class DeepSpeedEngine:
         """Add a model with its first values and no optimizer state.
 
         Raises:
-            InvalidArgument: An adapter would stand on experts of a partitioned base.
+            InvalidArgument: An adapter would stand on experts of a partitioned base, or on what
+                the base has none of.
         """
-        if self._place.partitioned and adapts_experts(self._base, tuning):
-            message = "experts cannot be adapted under ZeRO stage 3; set it to false"
+        weights = self._weights
+        if (
+            self._place.partitioned
+            and isinstance(weights, Adapters)
+            and weights.adapts_parameters(tuning)
+        ):
+            message = (
+                "experts, and the layers of a model that can have them, cannot be adapted under "
+                "ZeRO stage 3; set it to false"
+            )
             raise InvalidArgument("lora_config.train_mlp", message)
         self._models.add(model_id, tuning)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tinsmithd.domain import LossFn
+from tinsmithd.modeling.logits import float_logits
 from tinsmithd.trainer.engines.losses import (
     SEQUENCE_RATIO,
     is_sequence_wise,
@@ -128,7 +129,7 @@ class _Scratch:
         vocab_size = head.weight.shape[0]
         self._step = max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // (4 * vocab_size), self._count))
         shape = (self._step, vocab_size)
-        self._logits = torch.empty(shape, dtype=head.weight.dtype, device=hidden.device)
+        self._logits = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         self._p = torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
     def chunks(self) -> list[slice]:
@@ -139,14 +140,8 @@ class _Scratch:
     def logprobs(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Logprobs `(c, K)` of the wanted tokens, and all probabilities `(c, V)`, a buffer."""
         head = self._head
-        logits = torch.mm(hidden, head.weight.t(), out=self._logits[: len(hidden)])
-        if head.lora_a is not None and head.lora_b is not None:
-            update = hidden.to(head.lora_a.dtype) @ head.lora_a.t()
-            if logits.dtype == update.dtype:
-                logits.addmm_(update, head.lora_b.t(), alpha=head.scaling)
-            else:
-                logits = logits.float().addmm_(update, head.lora_b.t(), alpha=head.scaling)
-        logits = logits.float()
+        out = self._logits[: len(hidden)]
+        logits = float_logits(hidden, head.weight, head.lora_a, head.lora_b, head.scaling, out=out)
         p = torch.softmax(logits, dim=1, out=self._p[: len(hidden)])
         # The largest probability is 1 / sum(exp(logit - largest logit)).
         logsumexp = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.supported import has_windows
 
 PACKAGES = ("tinsmith", "transformers", "peft", "deepspeed")
 """Whose code decides how something is computed; of torch the build says more."""
@@ -58,6 +59,12 @@ def describe(
         "torch": torch.__version__,
         **{name: _version(name) for name in PACKAGES},
     }
+    # What was computed in another way before, under the same versions. Whoever never was has no
+    # such entry, so that calls which were recorded before can be made again.
+    if base.info.dtype != "float32":
+        found["logits"] = "float32"
+    if has_windows(base.model.config):
+        found["attention"] = "windows"
     return {name: str(value) for name, value in found.items()}
 
 

@@ -72,6 +72,8 @@ class TrainingEngine(Protocol):
 
         Raises:
             ValueError: The id is taken, or a full model would not be alone.
+            InvalidArgument: An adapter is to stand on what the base has none of, or on what this
+                engine cannot adapt; the field says what.
         """
 
     def delete_model(self, model_id: str) -> None:

@@ -125,11 +125,18 @@ class ReferenceEngine:
         loss = 0.0
         try:
             with self._weights.active(model_id) as causal_lm:
+                head = self._weights.head(model_id)
                 for index, datum in enumerate(data):
                     if index:
                         failpoints.hit(failpoint)
                     result = compute_datum(
-                        causal_lm, model.parameters, datum, loss_fn, gradients, self._device
+                        causal_lm,
+                        head,
+                        model.parameters,
+                        datum,
+                        loss_fn,
+                        gradients,
+                        self._device,
                     )
                     loss += result.loss
                     if len(data) == 1:
