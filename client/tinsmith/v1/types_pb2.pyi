@@ -494,7 +494,10 @@ class LoraConfig(_message.Message):
     train_attn: _builtins.bool
     """Adapt the attention projections (q, k, v, o). Default true."""
     train_mlp: _builtins.bool
-    """Adapt the MLP projections (gate, up, down), of experts too. Default true."""
+    """Adapt the MLP projections (gate, up, down): those of dense layers, of experts, or of both where
+    a model has both. Default true. What is to be adapted and is not in the base model is refused
+    with INVALID_ARGUMENT and its field; so it is with the other two.
+    """
     train_unembed: _builtins.bool
     """Adapt the output head. Default true. At least one of the three must be true."""
     def __init__(
