@@ -76,7 +76,7 @@ def cut_shard(folder: Path) -> None:
 def wrong_index(folder: Path) -> None:
     places = shard(folder)
     places[NORM] = next(p for p in places.values() if p != places[NORM])
-    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def foreign_shard(folder: Path) -> None:
@@ -88,7 +88,11 @@ def foreign_shard(folder: Path) -> None:
 
 def broken_index(folder: Path) -> None:
     shard(folder)
-    (folder / INDEX).write_text('{"weight_map": ["a"]}')
+    (folder / INDEX).write_text('{"metadata": {}, "weight_map": ["a"]}')
+
+
+def half_an_index(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": shard(folder)}))
 
 
 def pickled(folder: Path) -> None:
@@ -130,6 +134,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a weight in another shard": (wrong_index, (NORM, INDEX)),
     "a shard elsewhere": (foreign_shard, ("../other.safetensors",)),
     "a broken index": (broken_index, (INDEX,)),
+    "half an index": (half_an_index, (INDEX,)),
     "pickled weights": (pickled, (WEIGHTS, INDEX, "only safetensors")),
 }
 

@@ -9,7 +9,7 @@ as under autocast, and its gradients come back in its own.
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
 
 
@@ -29,6 +29,13 @@ class FusedLoraLinear(Linear):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         apply: Any = _Function.apply
         return apply(x, base.weight, base.bias, a, b, self.scaling[name])
+
+
+def fused_or_wrapped(target: Any, adapter_name: str, **settings: Any) -> LoraLayer:
+    """What PEFT puts in the place of a linear layer, or around it where its weight is adapted."""
+    if settings.get("parameter_name"):
+        return ParamWrapper(target, adapter_name, **settings)
+    return FusedLoraLinear(target, adapter_name, **settings)
 
 
 class _Function(torch.autograd.Function):

@@ -26,7 +26,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from tinsmithd.domain import LoraConfig, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.fused_lora import FusedLoraLinear
+from tinsmithd.modeling.fused_lora import fused_or_wrapped
 from tinsmithd.modeling.logits import float_logits
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -160,7 +160,7 @@ class Adapters:
             raise ValueError("an adapter has a LoraConfig")
         config, name = self._peft_config(lora), _module_name(key)
         if self._fused:
-            config._register_custom_module({torch.nn.Linear: FusedLoraLinear})
+            config._register_custom_module({torch.nn.Linear: fused_or_wrapped})
         self._active = None
         with warnings.catch_warnings():
             # PEFT warns of a head that shares the embedding's weight: adapting only the head is

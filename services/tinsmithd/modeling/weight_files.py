@@ -103,7 +103,8 @@ def _is_pointer(path: Path) -> bool:
 
 def _check_index(folder: Path) -> None:
     try:
-        places = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
+        index = json.loads((folder / INDEX_FILE).read_bytes())
+        places, _ = index["weight_map"], index["metadata"]  # transformers reads both
         wanted: dict[str, list[str]] = {}
         for weight, file_name in places.items():
             wanted.setdefault(file_name, []).append(weight)
