@@ -81,9 +81,8 @@ def wrong_index(folder: Path) -> None:
 
 def foreign_shard(folder: Path) -> None:
     places = shard(folder)
-    (folder / INDEX).write_text(
-        json.dumps({"weight_map": {**places, NORM: "../other.safetensors"}})
-    )
+    places[NORM] = "../other.safetensors"
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def broken_index(folder: Path) -> None:
