@@ -74,9 +74,9 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
     name = folder.resolve().name if folder.is_dir() else name_or_folder
     on_progress(f"loading {name}")
     start_s = time.monotonic()
-    if folder.is_dir():
-        check_fetched(folder)
     try:
+        if folder.is_dir():
+            check_fetched(folder)
         config = AutoConfig.from_pretrained(name_or_folder)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise refused(repr(name_or_folder), _line(error)) from error
@@ -109,9 +109,9 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
 def _load(name_or_folder: str, dtype: str) -> tuple[Any, Any]:
     """The model, with exactly the weights that its configuration asks for, and its tokenizer."""
     folder = Path(name_or_folder)
-    if folder.is_dir():
-        check_weights(folder)
     try:
+        if folder.is_dir():
+            check_weights(folder)
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_folder,
             dtype=DTYPES[dtype],

@@ -33,7 +33,7 @@ def check_config(name: str, config: Any) -> None:
     if foreign := sorted(set(layer_types) - set(LAYER_TYPES)):
         known = ", ".join(LAYER_TYPES)
         raise refused(name, f"layer_types: {shown(foreign)}, which are not one of {known}")
-    if "sliding_attention" in layer_types and not config.sliding_window:
+    if "sliding_attention" in layer_types and not getattr(config, "sliding_window", None):
         message = "layer_types: sliding_attention, but use_sliding_window and sliding_window set no"
         raise refused(name, f"{message} window")
 
