@@ -17,7 +17,7 @@ import numpy as np
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmithd import state_files
+from tinsmithd import state_files, state_tensors
 from tinsmithd.checkpoint.keeper import Header, Keeper
 from tinsmithd.checkpoint.record import Checkpoint
 from tinsmithd.checkpoint.store import Blob
@@ -27,6 +27,7 @@ from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
 PATH = "tinsmith://run/weights/one"
 START_S_MAX = 30.0
 LORA = LoraConfig(rank=4)
+PEFT_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 32}
 
 
 class Clock:
@@ -42,9 +43,12 @@ class Clock:
 def files(seed: int = 0, *, optimizer: bool = True, columns: int = 900) -> dict[str, bytes]:
     """The files of a small adapter, other ones for each seed."""
     rng = np.random.default_rng(seed)
-    weights = {"a.lora_A.weight": rng.normal(size=(4, columns)).astype(np.float32)}
-    moments = {f"exp_avg.{k}": v * 2 for k, v in weights.items()} if optimizer else {}
-    return state_files.to_files(ModelState(LORA, weights, moments, 3, {"r": 4}))
+    shapes = {"a.lora_A.weight": (4, columns), "a.lora_B.weight": (6, 4)}
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    moments = {f"{kind}.{k}": v**2 for k, v in weights.items() for kind in state_tensors.MOMENTS}
+    if not optimizer:
+        moments = {}
+    return state_files.to_files(ModelState(LORA, weights, moments, 3, PEFT_CONFIG))
 
 
 def messages(

@@ -386,6 +386,10 @@ class SamplerConfig(ServerConfig):
     running_max: int = 8
     waiting_max: int = 256
     adapters_max: int = 16
+    rank_max: int = 256
+    """Largest LoRA rank that is served; as `training.rank_max`."""
+    adapter_bytes_max: int = 8 * 1024 * MIB
+    """Largest checkpoint that is fetched."""
     fetches_max: int = 16
     """Adapters that are fetched at once, or wait in memory for their turn to be loaded."""
     sample_tokens_max: int = 131_072
@@ -426,6 +430,8 @@ class CheckpointConfig(ServerConfig):
     staged_bytes_max: int = 256 * 1024 * MIB
     """Bytes on disk of checkpoints that are not complete; writes beyond are RESOURCE_EXHAUSTED. One
     peer has at most `peer_share_max` of them, too."""
+    rank_max: int = 256
+    """Largest LoRA rank; as `training.rank_max`."""
     sweep_interval_s: float = 60.0
     """How often expired checkpoints are reclaimed."""
     lease_s: float = 30.0

@@ -33,6 +33,7 @@ NAMES = (
     "pre_optim",  # rank: before an optimizer step
     "mid_optim",  # rank: gradients are summed, values are half changed
     "post_optim_pre_ack",  # rank: the step is made, nobody knows
+    "import_mid",  # rank: a state was read, and is about to be taken in
     "ckpt_mid_write",  # Checkpoint: a piece is written
     "ckpt_pre_fsync",  # Checkpoint: all pieces are written, none is synced
     "ckpt_pre_rename",  # Checkpoint: files are synced and in staging

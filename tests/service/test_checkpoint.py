@@ -238,7 +238,7 @@ async def test_export_is_a_tar_of_a_peft_folder(served: Served) -> None:
         assert tar.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
         member = tar.extractfile("adapter_model.safetensors")
         assert member is not None
-        assert list(load(member.read())) == ["a.lora_A.weight"]
+        assert sorted(load(member.read())) == ["a.lora_A.weight", "a.lora_B.weight"]
 
 
 BAD_PATHS = [
@@ -305,12 +305,20 @@ def _streams() -> dict[str, tuple[list[pb.WriteCheckpointRequest], str, str]]:
             "",
         ),
         "unknown file": ([header, piece("../x", 0, b"x")], "INVALID_NAME", "piece.file_name"),
-        "pickle": (list(messages(PATH, bad_tensors)), "INVALID_FIELD", "commit.files"),
-        "no json object": (list(messages(PATH, bad_json)), "INVALID_FIELD", "commit.files"),
+        "pickle": (
+            list(messages(PATH, bad_tensors)),
+            "INVALID_FIELD",
+            'commit.files["adapter_model.safetensors"]',
+        ),
+        "no json object": (
+            list(messages(PATH, bad_json)),
+            "INVALID_FIELD",
+            'commit.files["adapter_config.json"]',
+        ),
         "missing file": (
-            list(messages(PATH, {"model_state.json": b"{}"})),
+            list(messages(PATH, {"adapter_config.json": b"{}"})),
             "MISSING_FIELD",
-            "commit.files",
+            'commit.files["model_state.json"]',
         ),
         "optimizer in a sampler checkpoint": (
             list(messages(SAMPLER_PATH, content)),

@@ -65,6 +65,7 @@ class Served:
         fields = {
             "base_model": "tiny-llama",
             "lora_config": lora_to_pb(state.tuning),
+            "step_count": state.step_count,
             "overwrite": True,
             **header,
         }
@@ -404,7 +405,7 @@ async def test_checkpoints_that_do_not_fit_are_refused(
     error = await refusal(served.stub.Sample(sample_request(checkpoint_path=path)))
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert reason_and_field(error)[0] == "WRONG_CHECKPOINT_KIND"
-    weights = dict(list(states[0].weights.items())[1:])
+    weights = dict(list(states[0].weights.items())[2:])  # A and B of one module
     part = ModelState(states[0].tuning, weights, {}, 0, states[0].config)
     for state, base_model in ((states[0], "other"), (part, "tiny-llama")):
         await served.write(state, base_model=base_model)

@@ -36,6 +36,8 @@ KINDS = {
 }
 
 STEP_EVERY = 3
+CREATIONS_MAX = 20
+"""Tries to create one model, where what it begins as ends the ranks."""
 DATA_MAX = 4
 DATUM_BYTES = 100
 TIGHT_BYTES = 2 * (STEP_EVERY - 1) * (DATA_MAX * DATUM_BYTES + 150)
@@ -154,20 +156,34 @@ class ModelUser:
             await self._check_gone()
 
     async def _create(self) -> None:
+        for attempt in range(CREATIONS_MAX):
+            error = await self._try_to_create(attempt)
+            if error is None:
+                return
+            if error.reason is not Reason.CALL_POISONED:
+                self.world.fail(f"{self.name} cannot be created: {error!r}")
+                raise error
+            ends = (" create", " import")
+            deaths = sum(n for what, n in self.world.blames.items() if what.endswith(ends))
+            if deaths < self.world.limits.lane.call_attempts_max:
+                self.world.fail(f"{self.name} is refused after {deaths} deaths")
+            self.world.checked("poisoned creation")
+        self.world.fail(f"{self.name} cannot be created")
+
+    async def _try_to_create(self, attempt: int) -> TinsmithError | None:
         seed = self.rng.randrange(1000)
         path, tuning, optimizer = self._source(), None, False
         if path is None:
             tuning = LoraConfig(seed=seed)
         else:
             optimizer = path.kind is CheckpointKind.TRAINING and self.rng.random() < 0.5
-        request_id = f"create {self.name}"
+        request_id = f"create {self.name} {attempt}"
         digest = hashlib.sha256(repr((tuning, str(path), optimizer)).encode()).digest()
         self.new = NewModel("base", tuning, path, optimizer, {}, request_id, digest)
         outcome = await self._ask(CreateRequest(self.new), "create")
-        if outcome.error is not None:
-            self.world.fail(f"{self.name} cannot be created: {outcome.error!r}")
-            raise outcome.error
-        self.model_id = outcome.value["model_id"]
+        if outcome.error is None:
+            self.model_id = outcome.value["model_id"]
+        return outcome.error
 
     def _source(self) -> CheckpointPath | None:
         if self.rng.random() < 0.6:

@@ -190,7 +190,7 @@ class SimStore:
         await disk.pause()
         disk.world.log("claim", self._epoch)
         models, deleted = disk.tables.stored_models(), disk.tables.deleted_models()
-        return Contents("cluster", self._epoch, models, deleted)
+        return Contents("cluster", self._epoch, models, deleted, dict(disk.tables.starts))
 
     async def _commit(self, writes: Sequence[Write]) -> None:
         disk = self._disk

@@ -108,6 +108,8 @@ class Oracle:
         elif isinstance(work, LoadWork):
             key = "import"
         deaths = self._world.blames.get(f"{self.user.model_id} {key}", 0)
+        if isinstance(work, LoadWork):  # or of others that took in the same checkpoint
+            deaths = sum(n for what, n in self._world.blames.items() if what.endswith(" import"))
         if deaths < self._world.limits.lane.call_attempts_max:
             raise Wrong(f"poisoned after {deaths} deaths")
         self._world.checked("poisoned")

@@ -322,7 +322,13 @@ class SimTrainer:
         return finish()
 
     async def import_state(
-        self, model_id: str, pieces: Pieces, *, optimizer: bool, create: bool
+        self,
+        model_id: str,
+        pieces: Pieces,
+        *,
+        optimizer: bool,
+        create: bool,
+        said: StateInfo | None,
     ) -> StateInfo:
         """Replace the model's state, or create the model from it."""
 

@@ -105,7 +105,7 @@ class Server:
             contents = await self.journal.open()
             self.client.writer_name = contents.cluster_id
             self.client.writer_epoch = contents.epoch
-            await self.models.recall(contents.models, contents.deleted)
+            await self.models.recall(contents.models, contents.deleted, contents.starts)
             self.up = True
             self.world.server_is_up(self)
             await self.journal.failed()

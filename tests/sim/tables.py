@@ -13,6 +13,7 @@ from tinsmithd.training.records import (
     AddResult,
     AddSnapshot,
     CountAttempt,
+    CountStart,
     DeletedModel,
     DeleteModel,
     DropAnswers,
@@ -75,6 +76,7 @@ class Tables:
         self.epoch = 0
         self.models: dict[str, ModelTable] = {}
         self.deleted: dict[str, ModelTable] = {}
+        self.starts: dict[str, int] = {}
 
     def commit(self, writes: Sequence[Write]) -> None:
         """Make all of these."""
@@ -130,6 +132,9 @@ class Tables:
         if isinstance(write, AddModel):
             assert write.model_id not in self.models
             self.models[write.model_id] = ModelTable(write.number, json.dumps(write.about))
+            return
+        if isinstance(write, CountStart):
+            self.starts[write.key] = write.attempts
             return
         table = self.models.get(write.model_id)
         if table is None:  # a model that was deleted leaves nothing behind

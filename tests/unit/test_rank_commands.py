@@ -13,6 +13,7 @@ from tinsmith.v1.training_service_pb2 import DatumOutput
 from tinsmithd import state_files
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, LossFn, ModelState, Tuning
+from tinsmithd.state_tensors import MOMENTS
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import ForwardResult, ModelBroken, OnResult, PlanMismatch
 from tinsmithd.trainer.snapshots import COPIES_MAX, PIECE_BYTES_MAX
@@ -72,9 +73,11 @@ class Pretender:
         if model_id == "absent":
             raise KeyError(model_id)
         self.copies_count += 1
-        weights = {"w": np.full(3_000_000, self.value, np.float32)}
-        moments = {f"{kind}.w": weights["w"] for kind in ("exp_avg", "exp_avg_sq")}
-        return ModelState(LORA, weights, moments if optimizer else {}, int(self.value), {"r": 2})
+        weights = {"w.lora_A.weight": np.full((2, 1_500_000), self.value, np.float32)}
+        weights["w.lora_B.weight"] = np.full((3, 2), self.value, np.float32)
+        moments = {f"{kind}.{n}": a for n, a in weights.items() for kind in MOMENTS}
+        config = {"peft_type": "LORA", "r": 2}
+        return ModelState(LORA, weights, moments if optimizer else {}, int(self.value), config)
 
 
 @pytest.fixture
@@ -283,4 +286,8 @@ def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
     command = pb.ImportState(optimizer=True, create=True)
     commands.apply(pb.AttachResponse(command_id=2, import_state=command), answers.append)
     assert answers[-1].done.step_count == 1
-    np.testing.assert_array_equal(taken[0].weights["w"], np.ones(3_000_000, np.float32))
+    assert {name: array.shape for name, array in taken[0].weights.items()} == {
+        "w.lora_A.weight": (2, 1_500_000),
+        "w.lora_B.weight": (3, 2),
+    }
+    assert all((array == 1).all() for array in taken[0].weights.values())

@@ -23,6 +23,7 @@ def state(tuning: Tuning, **changes: Any) -> ModelState:
     return ModelState(tuning, **{**values, **changes})
 
 
+FILES = {"tokenizer.json": b"{}", "tokenizer.model": b"\xff"}
 STATES = {
     "adapter": state(LoraConfig(rank=4)),
     "without optimizer": state(LoraConfig(rank=4), optimizer={}),
@@ -48,8 +49,11 @@ def test_pieces_are_the_files_byte_for_byte(case: str, bytes_max: int) -> None:
 
 def test_what_was_written_is_read_back() -> None:
     """Values to the bit, and everything besides."""
-    written = STATES["full"]
-    read = state_files.from_files(state_files.to_files(written))
+    weights = {name: STATES["full"].weights[name] for name in ("a.weight", "b.weight", "turned")}
+    moments = {f"{k}.{n}": a**2 for n, a in weights.items() for k in ("exp_avg", "exp_avg_sq")}
+    config = {"model_type": "llama"}
+    written = state(FullConfig(), weights=weights, optimizer=moments, config=config, files=FILES)
+    read = state_files.from_files(state_files.to_files(written), FullConfig())
     assert (read.tuning, read.step_count, read.config, read.files) == (
         written.tuning,
         written.step_count,

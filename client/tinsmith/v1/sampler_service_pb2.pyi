@@ -116,6 +116,8 @@ class SamplerLimits(_message.Message):
     MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
     CHUNKS_MAX_FIELD_NUMBER: _builtins.int
     STOP_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    RANK_MAX_FIELD_NUMBER: _builtins.int
+    ADAPTER_BYTES_MAX_FIELD_NUMBER: _builtins.int
     CONCURRENT_CALLS_MAX_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_MAX_FIELD_NUMBER: _builtins.int
     PEER_SHARE_MAX_FIELD_NUMBER: _builtins.int
@@ -142,6 +144,10 @@ class SamplerLimits(_message.Message):
     """Most chunks of one prompt."""
     stop_characters_max: _builtins.int
     """Most characters of one stop string."""
+    rank_max: _builtins.int
+    """Largest LoRA rank that is served."""
+    adapter_bytes_max: _builtins.int
+    """Largest checkpoint that is served, bytes."""
     concurrent_calls_max: _builtins.int
     """Most calls under way at once, waiting ones included."""
     received_bytes_max: _builtins.int
@@ -164,6 +170,8 @@ class SamplerLimits(_message.Message):
         message_items_max: _builtins.int = ...,
         chunks_max: _builtins.int = ...,
         stop_characters_max: _builtins.int = ...,
+        rank_max: _builtins.int = ...,
+        adapter_bytes_max: _builtins.int = ...,
         concurrent_calls_max: _builtins.int = ...,
         received_bytes_max: _builtins.int = ...,
         peer_share_max: _builtins.float = ...,
@@ -171,7 +179,7 @@ class SamplerLimits(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_max", b"adapters_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall_s", b"stream_stall_s", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_max", b"adapters_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall_s", b"stream_stall_s", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,7 +16,7 @@ from tinsmithd.checkpoint.catalogue import Catalogue, check_repeat
 from tinsmithd.checkpoint.failures import storage_errors
 from tinsmithd.checkpoint.leases import Leases
 from tinsmithd.checkpoint.record import Checkpoint, Ephemeral
-from tinsmithd.checkpoint.safety import check_file_name, check_files
+from tinsmithd.checkpoint.safety import check_file_name, check_files, check_length
 from tinsmithd.checkpoint.store import Blob, Staging, Store
 from tinsmithd.checkpoint.writers import EPOCH_STEP_MAX, Writer
 from tinsmithd.domain import CheckpointPath, Tuning
@@ -80,9 +80,11 @@ class Write:
         """Add the next bytes of a file.
 
         Raises:
-            InvalidArgument, ResourceExhausted: See `Staging.append` and `check_file_name`.
+            InvalidArgument, ResourceExhausted: See `Staging.append`, `check_file_name` and
+                `check_length`.
         """
         check_file_name(name, self._header.path.kind, self._header.tuning)
+        check_length(name, offset + len(data))
         with self._lock:
             self._staged().append(name, offset, data)
 
@@ -97,12 +99,12 @@ class Write:
             ResourceExhausted, Unavailable: The disk does not take it; what was there stays.
         """
         with self._lock:
-            staging = self._staged()
+            staging, header = self._staged(), self._header
             found = staging.finish()
             _check_promised(found, promised)
             with storage_errors():
-                check_files(staging, found, self._header.tuning)
-            return self._keeper.publish(self._header, staging, found)
+                check_files(staging, found, header.path.kind, header.tuning, header.step_count)
+            return self._keeper.publish(header, staging, found)
 
     def discard(self) -> None:
         """Leave nothing behind; harmless after a commit."""

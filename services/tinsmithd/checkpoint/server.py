@@ -63,7 +63,9 @@ class CheckpointServer:
         registry.register(CheckpointCollector(self._keeper.catalogue))
         registry.register(DiskCollector(folder))
         staged = Budget("staged_bytes_max", config.staged_bytes_max, config.peer_share_max)
-        servicer = CheckpointServicer(self._keeper, self._config.files_max, staged)
+        servicer = CheckpointServicer(
+            self._keeper, staged, files_max=config.files_max, rank_max=config.rank_max
+        )
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []
 

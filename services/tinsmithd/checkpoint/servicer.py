@@ -25,7 +25,6 @@ from tinsmithd.rpc.intake import off_loop
 PIECE_BYTES_MAX = 4 * 1024 * 1024
 PAGE_BYTES = 1024 * 1024
 """A page of so many bytes, and those of one checkpoint more, ends there."""
-RANK_MAX = 1 << 20
 WRITER_CHARACTERS_MAX = 128
 NAMES_MAX = 1000
 """Paths, or models, in one call about leases."""
@@ -35,10 +34,11 @@ UPDATABLE = ("ttl_seconds", "user_metadata")
 class CheckpointServicer(CheckpointServiceServicer):
     """Serves `tinsmith.v1.CheckpointService`."""
 
-    def __init__(self, keeper: Keeper, files_max: int, staged: Budget) -> None:
+    def __init__(self, keeper: Keeper, staged: Budget, *, files_max: int, rank_max: int) -> None:
         self._keeper = keeper
         self._staged = staged
         self._files_max = files_max
+        self._rank_max = rank_max
 
     async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Any
@@ -128,7 +128,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         self, request_iterator: AsyncIterator[pb.WriteCheckpointRequest], context: Any
     ) -> pb.WriteCheckpointResponse:
         """Write a checkpoint."""
-        header = await _header(request_iterator)
+        header = await _header(request_iterator, self._rank_max)
         with self._staged.lease(flow.current().peer) as staged:
             write = await asyncio.to_thread(self._keeper.begin, header)
             try:
@@ -188,7 +188,7 @@ async def _threaded(source: Iterator[bytes]) -> AsyncIterator[bytes]:
         yield data
 
 
-async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
+async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest], rank_max: int) -> Header:
     first = None
     async for request in requests:
         first = request
@@ -205,7 +205,7 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest]) -> Header:
     return Header(
         path=convert.path_from_pb(header.path, "header.path"),
         base_model=header.base_model,
-        tuning=convert.tuning_from_pb(header, "header.", RANK_MAX),
+        tuning=convert.tuning_from_pb(header, "header.", rank_max),
         step_count=header.step_count,
         ttl_seconds=convert.ttl_from_pb(ttl, "header.ttl_seconds"),
         overwrite=header.overwrite,

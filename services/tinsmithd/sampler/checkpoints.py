@@ -5,11 +5,11 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from tinsmithd import failpoints, state_files
 from tinsmithd.checkpoint_client import CheckpointClient, check_digest
-from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, ModelState
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
 from tinsmithd.sampler.scheduler import Adapter
 
@@ -25,11 +25,21 @@ class CheckpointSource:
     Args:
         client: The Checkpoint server.
         recheck_s: See the setting `checkpoint_recheck_s`.
+        rank_max, adapter_bytes_max: See the settings.
     """
 
-    def __init__(self, client: CheckpointClient, recheck_s: float) -> None:
+    def __init__(
+        self,
+        client: CheckpointClient,
+        recheck_s: float,
+        *,
+        rank_max: int,
+        adapter_bytes_max: int,
+    ) -> None:
         self._client = client
         self._recheck_s = recheck_s
+        self._rank_max = rank_max
+        self._adapter_bytes_max = adapter_bytes_max
         self._seen_s: OrderedDict[str, float] = OrderedDict()
         self._rechecks: set[asyncio.Task[None]] = set()
 
@@ -84,6 +94,12 @@ class CheckpointSource:
                 "it and serve the folder as a base model"
             )
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        if found.tuning.rank > self._rank_max or found.size_bytes > self._adapter_bytes_max:
+            message = (
+                f"{path} has rank {found.tuning.rank} and {found.size_bytes} bytes; rank_max is "
+                f"{self._rank_max}, adapter_bytes_max {self._adapter_bytes_max}"
+            )
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
         key = f"{path}@{found.digest.hex()}"
         self._saw(key)
         return self._adapter(path, key, found.digest)
@@ -108,7 +124,8 @@ class CheckpointSource:
             async for name, data in reader.pieces():
                 files.setdefault(name, bytearray()).extend(data)
                 failpoints.hit("sampler_mid_swap")
-        return state_files.from_files({name: bytes(content) for name, content in files.items()})
+        # To check a large one takes longer than the event loop may stand still.
+        return await asyncio.to_thread(_read, files, reader.info.tuning)
 
     # --- is it still there? -------------------------------------------------------------------
 
@@ -132,3 +149,7 @@ class CheckpointSource:
             self._seen_s.pop(key, None)  # whoever wants it next is told
         except TinsmithError as error:
             _log.warning("whether %s is still there is not known: %s", path, error)
+
+
+def _read(files: Mapping[str, bytearray], tuning: Tuning) -> ModelState:
+    return state_files.from_files({name: bytes(data) for name, data in files.items()}, tuning)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 
 from tinsmith.v1.sampler_service_pb2 import DESCRIPTOR
@@ -44,7 +45,12 @@ class SamplerServer:
         self._config = config
         patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
         client = CheckpointClient(config.checkpoint_target, patience)
-        self._checkpoints = CheckpointSource(client, config.checkpoint_recheck_s)
+        self._checkpoints = CheckpointSource(
+            client,
+            config.checkpoint_recheck_s,
+            rank_max=config.rank_max,
+            adapter_bytes_max=config.adapter_bytes_max,
+        )
         self._servicer = SamplerServicer(config, self._checkpoints)
         self._rpc = RpcServer(config, SERVICE_NAME)
         add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
@@ -71,6 +77,9 @@ class SamplerServer:
 
     async def _load(self) -> None:
         engine = await asyncio.to_thread(load_engine, self._config)
+        # All that is there now stays. Python's collector would walk through it again and again, and
+        # nothing is answered meanwhile: with torch that is half a second.
+        gc.freeze()
         config = self._config
         limits = SchedulerLimits(
             config.running_max, config.waiting_max, config.adapters_max, config.fetches_max

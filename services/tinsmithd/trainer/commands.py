@@ -14,7 +14,7 @@ import numpy as np
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2, types_pb2
-from tinsmithd import state_files
+from tinsmithd import failpoints, state_files
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
@@ -145,11 +145,12 @@ class Commands:
             message.results.outputs.append(output.SerializeToString(deterministic=True))
             replies.now(message)
 
-        data = [
-            convert.datum_from_pb(types_pb2.Datum.FromString(datum), f"data[{i}]")
-            for i, datum in enumerate(compute.data)
-        ]
-        loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
+        with _reading("data"):
+            data = [
+                convert.datum_from_pb(types_pb2.Datum.FromString(datum), f"data[{i}]")
+                for i, datum in enumerate(compute.data)
+            ]
+            loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
         start_s = time.perf_counter()
         result = self._engine.forward(
             command.model_id,
@@ -199,8 +200,9 @@ class Commands:
     def _import_state(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         files = {name: b"".join(pieces) for name, pieces in self._pieces.items()}
         self._pieces.clear()
-        state = state_files.from_files(files)
+        state = _checked_state(files, command.import_state)
         optimizer = command.import_state.optimizer
+        failpoints.hit("import_mid")
         if command.import_state.create:
             self._engine.create_model(command.model_id, state.tuning)
             self._model_ids.add(command.model_id)
@@ -215,6 +217,36 @@ class Commands:
         if not optimizer:
             return pb.Done(**convert.tuning_to_pb(state.tuning))
         return done_with(state)
+
+
+def _checked_state(files: Mapping[str, bytes], command: pb.ImportState) -> ModelState:
+    """Read a state; every rank refuses the same ones, since all have the same bytes.
+
+    Raises:
+        DataLoss: It is not what it has to be, or what it is said to be (CHECKPOINT_CORRUPT).
+    """
+    if command.WhichOneof("tuning") is None:
+        return state_files.from_files(files, None, values=False)
+    state = state_files.from_files(files, convert.tuning_from_pb(command, "", RANK_MAX))
+    if command.optimizer and state.step_count != command.step_count:
+        steps = f"{state.step_count} steps, said to be {command.step_count}"
+        raise state_files.corrupt(f"{state_files.STATE_FILE}: {steps}")
+    if command.optimizer and state.step_count and not state.optimizer:
+        steps = f"{state.step_count} steps, and no {state_files.OPTIMIZER_FILE}"
+        raise state_files.corrupt(f"{state_files.STATE_FILE}: {steps}")
+    return state
+
+
+@contextlib.contextmanager
+def _reading(field: str) -> Iterator[None]:
+    """Refuse what cannot be read: it came of bytes that all ranks have, so all refuse it."""
+    try:
+        yield
+    except (TinsmithError, MemoryError):
+        raise
+    except Exception as error:
+        _log.exception("%s cannot be read", field)
+        raise InvalidArgument(field, f"cannot be read ({type(error).__name__})") from error
 
 
 def _at_once(reply: Reply) -> Later:

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from tinsmithd.checkpoint_client import CheckpointInfo, NewCheckpoint
 from tinsmithd.domain import CheckpointKind, FullConfig
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
-from tinsmithd.training.checkpoints import Checkpoints, check_base_model, wrong_kind
+from tinsmithd.training.checkpoints import (
+    Checkpoints,
+    check_base_model,
+    check_claim,
+    wrong_kind,
+)
 from tinsmithd.training.composition import Composition
 from tinsmithd.training.counts import FORWARD, FORWARD_BACKWARD, REPLAY
 from tinsmithd.training.journal import Journal
@@ -18,7 +23,8 @@ from tinsmithd.training.recovery import Recovery, SnapshotRule
 from tinsmithd.training.rules import Done, Emit, TakeTurn
 from tinsmithd.training.snapshots import Snapshots
 from tinsmithd.training.staging import Staged, whole
-from tinsmithd.training.trainer import Trainer, TrainerLost
+from tinsmithd.training.starts import Starts, key_of_checkpoint
+from tinsmithd.training.trainer import StateInfo, Trainer, TrainerLost
 from tinsmithd.training.works import ComputeWork, LoadWork, SaveWork, StepWork, Work
 
 
@@ -29,6 +35,7 @@ class CallLimits:
     quantum_tokens: int
     journal_bytes_max: int
     snapshots: SnapshotRule
+    rank_max: int = 256
 
 
 class _Held:
@@ -66,6 +73,7 @@ class ModelRules:
         checkpoints: Checkpoints,
         journal: Journal,
         snapshots: Snapshots | None,
+        starts: Starts,
     ) -> None:
         self._model = model
         self._limits = limits
@@ -73,6 +81,7 @@ class ModelRules:
         self._checkpoints = checkpoints
         self._journal = journal
         self._snapshots = snapshots
+        self._starts = starts
         self._recovery = Recovery(
             model, place, journal, snapshots, checkpoints.copies, self, limits.snapshots
         )
@@ -258,6 +267,8 @@ class ModelRules:
             raise wrong_kind(work.path)
         async with self._checkpoints.fetched(work.path, self._check_fits) as (found, staged):
             step_count = found.step_count if work.optimizer else 0
+            said = StateInfo(found.tuning, step_count)
+            key = key_of_checkpoint(found.digest)
             await self._recovery.quiet()  # one of before must not come to count after this one
             # The checkpoint may be deleted or replaced later: what was loaded is a snapshot, which
             # is written first, since what the ranks have taken in cannot be undone.
@@ -265,9 +276,13 @@ class ModelRules:
             try:
                 async with self._checkpoints.copies.coming:
                     pieces = await whole(staged)
-                    async with turn(NOMINAL_TOKENS):
+                    async with turn(NOMINAL_TOKENS), self._starts.attempt(key):
                         await trainer.import_state(
-                            model.model_id, pieces, optimizer=work.optimizer, create=False
+                            model.model_id,
+                            pieces,
+                            optimizer=work.optimizer,
+                            create=False,
+                            said=said,
                         )
                     del pieces
             except BaseException:
@@ -285,7 +300,9 @@ class ModelRules:
         return Done(value, writes=[AddSnapshot.of(model.model_id, snapshot), trim])
 
     def _check_fits(self, found: CheckpointInfo) -> None:
+        self._starts.check(key_of_checkpoint(found.digest))
         check_base_model(found.base_model, self._model.info.name)
+        check_claim(found, self._model.info, self._limits.rank_max)
         if isinstance(found.tuning, FullConfig) != isinstance(self._model.tuning, FullConfig):
             message = "of checkpoint and model, one is an adapter and the other all weights"
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)

@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+from tinsmithd import state_files
 from tinsmithd.checkpoint_client import CheckpointClient, CheckpointInfo, NewCheckpoint
-from tinsmithd.domain import CheckpointPath
+from tinsmithd.domain import BaseModelInfo, CheckpointPath, LoraConfig
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason
 from tinsmithd.training.staging import Copies, Staged, Staging
 
@@ -60,6 +61,28 @@ class Checkpoints:
             return await self._client.get(new.path)
         finally:
             writer.cancel()
+
+
+def check_claim(found: CheckpointInfo, info: BaseModelInfo, rank_max: int) -> None:
+    """Refuse a checkpoint by what it is said to be, before its files are read into memory.
+
+    Args:
+        found: What it is said to be.
+        info: The base model that is to take it.
+        rank_max: Largest LoRA rank.
+
+    Raises:
+        FailedPrecondition: No model here can be that (INCOMPATIBLE_CHECKPOINT).
+    """
+    what = ""
+    if isinstance(found.tuning, LoraConfig) and found.tuning.rank > rank_max:
+        what = f"rank {found.tuning.rank}, rank_max is {rank_max}"
+    bytes_max = state_files.state_bytes_max(info.parameter_count)
+    if found.size_bytes > bytes_max:
+        what = f"{found.size_bytes} bytes, a model of this base at most {bytes_max}"
+    if what:
+        message = f"{found.path} has {what}"
+        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
 
 
 def check_base_model(found: str, wanted: str) -> None:

@@ -7,8 +7,9 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from tinsmithd.checkpoint_client import CheckpointInfo
@@ -24,7 +25,12 @@ from tinsmithd.errors import (
 )
 from tinsmithd.training.answers import Answer
 from tinsmithd.training.calls import CallLimits, ModelRules
-from tinsmithd.training.checkpoints import Checkpoints, check_base_model, wrong_kind
+from tinsmithd.training.checkpoints import (
+    Checkpoints,
+    check_base_model,
+    check_claim,
+    wrong_kind,
+)
 from tinsmithd.training.creations import Creations
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.model import Model
@@ -44,7 +50,8 @@ from tinsmithd.training.rules import Call, LaneLimits, model_lost, model_not_fou
 from tinsmithd.training.scheduler import Lane
 from tinsmithd.training.snapshots import Snapshots
 from tinsmithd.training.staging import Staged, whole
-from tinsmithd.training.trainer import Trainer, TrainerLost
+from tinsmithd.training.starts import Starts, key_of_checkpoint, key_of_request
+from tinsmithd.training.trainer import ModelBroken, StateInfo, Trainer, TrainerLost
 from tinsmithd.training.turns import Turns
 from tinsmithd.training.works import Outcome, Work
 
@@ -111,6 +118,7 @@ class Models:
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._deletions: set[asyncio.Task[None]] = set()
         self._creations = Creations()
+        self._starts = Starts(journal, limits.lane.call_attempts_max)
         self.place = TrainerPlace()
         self._turns = Turns()
         self._created_count = 0
@@ -156,9 +164,14 @@ class Models:
             model.lane.close(model_lost(model.model_id))
 
     async def recall(
-        self, stored: Sequence[StoredModel], deleted: Sequence[DeletedModel] = ()
+        self,
+        stored: Sequence[StoredModel],
+        deleted: Sequence[DeletedModel] = (),
+        starts: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """Take up the models that the journal has, and remember those that were deleted."""
+        """Take up the models that the journal has, and remember those that were deleted, and what
+        ended the ranks."""
+        self._starts.recall(starts)
         if self._snapshots is not None:
             self._snapshots.epoch = self._journal.epoch
         for gone in deleted:
@@ -219,6 +232,7 @@ class Models:
             self._checkpoints,
             self._journal,
             self._snapshots,
+            self._starts,
         )
 
     def _give_lane(self, model: Model) -> None:
@@ -243,12 +257,13 @@ class Models:
             raise wrong_kind(request.path)
 
         def check(found: CheckpointInfo) -> None:
+            self._starts.check(key_of_checkpoint(found.digest))
             check_base_model(found.base_model, request.base_model)
             self._check_held(found.base_model)
+            check_claim(found, self.place.need().info, self._limits.calls.rank_max)
 
         async with self._checkpoints.fetched(request.path, check) as (found, staged):
-            step_count = found.step_count if request.with_optimizer else 0
-            return await self._begin(request, found.tuning, staged, step_count)
+            return await self._begin(request, found.tuning, found, staged)
 
     def _check_held(self, base_model: str) -> None:
         name = self.place.need().info.name
@@ -260,11 +275,13 @@ class Models:
         self,
         request: NewModel,
         tuning: Tuning,
+        found: CheckpointInfo | None = None,
         staged: Staged | None = None,
-        step_count: int = 0,
     ) -> Model:
         """Put a new model onto the ranks and write it down; from then on it is there."""
         trainer = self.place.need()
+        step_count = found.step_count if found is not None and request.with_optimizer else 0
+        key = key_of_checkpoint(found.digest) if found else key_of_request(request.request_id)
         self._created_count += 1
         model = Model(
             self._new_id(),
@@ -279,13 +296,15 @@ class Models:
             step_count=step_count,
         )
         try:
-            if staged is None:
-                async with self._place_of_new(model):
-                    await trainer.create_model(model.model_id, model.tuning)
-                    await self._write_down(model, trainer)
-            else:
-                await self._import(model, trainer, staged, optimizer=request.with_optimizer)
-        except TrainerLost as error:
+            async with self._starts.attempt(key):
+                if staged is None:
+                    async with self._place_of_new(model):
+                        await trainer.create_model(model.model_id, model.tuning)
+                        await self._write_down(model, trainer)
+                else:
+                    await self._import(model, trainer, staged, optimizer=request.with_optimizer)
+        except (TrainerLost, ModelBroken) as error:
+            self._starts.check(key)
             text = "the trainer was lost"
             raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
         except Fenced as error:
@@ -310,8 +329,9 @@ class Models:
             async with self._checkpoints.copies.coming:
                 pieces = await whole(staged)
                 async with self._place_of_new(model):
+                    said = StateInfo(model.tuning, model.step_count)
                     await trainer.import_state(
-                        model.model_id, pieces, optimizer=optimizer, create=True
+                        model.model_id, pieces, optimizer=optimizer, create=True, said=said
                     )
                     await self._write_down(model, trainer)
         except BaseException:

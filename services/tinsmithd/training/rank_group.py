@@ -210,6 +210,7 @@ class RankGroup:
         *,
         optimizer: bool,
         create: bool,
+        said: StateInfo | None,
     ) -> StateInfo:
         """Replace the model's state, or create the model from it."""
         command_id = self._take_command_id()
@@ -217,6 +218,9 @@ class RankGroup:
             piece = pb.StatePiece(file_name=file_name, data=data)
             await self._send(pb.AttachResponse(command_id=command_id, piece=piece))
         command = pb.ImportState(optimizer=optimizer, create=create)
+        if said is not None:
+            claim = convert.tuning_to_pb(said.tuning)
+            command.MergeFrom(pb.ImportState(**claim, step_count=said.step_count))
         return self._state_info(await self._execute(model_id, import_state=command))
 
     # --- one command --------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from tinsmithd.training.works import Outcome, Work
 
 DELETED_KEPT_MAX = 1_000
 """Models that are remembered after they were deleted."""
+STARTS_KEPT_MAX = 1_000
+"""Creations and checkpoints that are remembered because ranks died of them."""
 
 
 class Fenced(Exception):
@@ -109,6 +111,17 @@ class CountAttempt:
 
 
 @dataclass(frozen=True)
+class CountStart:
+    """The ranks died so many times while something was put onto them; 0 forgets it.
+
+    The `STARTS_KEPT_MAX` that were counted last are kept.
+    """
+
+    key: str
+    attempts: int
+
+
+@dataclass(frozen=True)
 class AddSnapshot:
     """The state of a model after the call at `position` is in `folder`."""
 
@@ -147,6 +160,7 @@ Write = (
     | AddResult
     | ForgetCalls
     | CountAttempt
+    | CountStart
     | AddSnapshot
     | Trim
     | DropAnswers
@@ -222,6 +236,7 @@ class Contents:
     epoch: int
     models: Sequence[StoredModel] = field(default_factory=list)
     deleted: Sequence[DeletedModel] = field(default_factory=list)
+    starts: Mapping[str, int] = field(default_factory=dict)
 
 
 class JournalStore(Protocol):

@@ -141,7 +141,11 @@ class Recovery:
                     await trainer.create_model(model.model_id, model.tuning)
                 else:
                     await trainer.import_state(
-                        model.model_id, snapshot.pieces, optimizer=snapshot.optimizer, create=True
+                        model.model_id,
+                        snapshot.pieces,
+                        optimizer=snapshot.optimizer,
+                        create=True,
+                        said=None,
                     )
             snapshot_step = model.step_count = 0 if snapshot is None else snapshot.step_count
             del snapshot

@@ -64,6 +64,7 @@ def _limits(config: TrainingConfig) -> ModelLimits:
             snapshots=SnapshotRule(
                 config.snapshot_steps, config.snapshot_interval_s, config.replay_check == "exact"
             ),
+            rank_max=config.rank_max,
         ),
     )
 
@@ -125,7 +126,7 @@ class TrainingServer:
         # journal nor checkpoints any more.
         self._client.writer_name = contents.cluster_id
         self._client.writer_epoch = contents.epoch
-        await self._models.recall(contents.models, contents.deleted)
+        await self._models.recall(contents.models, contents.deleted, contents.starts)
         # What was read may belong to another server by now, if this one was stopped meanwhile.
         with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
             await self._journal.commit()

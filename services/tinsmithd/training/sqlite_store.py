@@ -145,7 +145,7 @@ class SqliteStore:
                     db.execute(statement)
                 self._epoch = self._claim_epoch(db)
             cluster_id = db.execute("SELECT value FROM meta WHERE name='cluster_id'").fetchone()[0]
-            return Contents(cluster_id, self._epoch, self._models(db), _deleted(db))
+            return Contents(cluster_id, self._epoch, self._models(db), _deleted(db), _starts(db))
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             raise StoreDamaged(f"the journal in {self._folder} cannot be used: {error}") from error
 
@@ -272,6 +272,11 @@ def _deleted(db: sqlite3.Connection) -> list[DeletedModel]:
         for model_id, number, about, good in rows
         if good
     ]
+
+
+def _starts(db: sqlite3.Connection) -> dict[str, int]:
+    rows = db.execute("SELECT key, attempts FROM starts WHERE crc32 IS seal(key, attempts)")
+    return dict(rows.fetchall())
 
 
 def _good(row: Sequence[Any], what: str) -> Sequence[Any]:

@@ -7,11 +7,13 @@ import zlib
 
 from tinsmithd.training.records import (
     DELETED_KEPT_MAX,
+    STARTS_KEPT_MAX,
     AddCall,
     AddModel,
     AddResult,
     AddSnapshot,
     CountAttempt,
+    CountStart,
     DeleteModel,
     DropAnswers,
     ForgetCalls,
@@ -49,6 +51,10 @@ CREATE TABLE IF NOT EXISTS deleted (
     model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, crc32 INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS requests (model_id TEXT PRIMARY KEY, time_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS starts (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, attempts INTEGER NOT NULL,
+    crc32 INTEGER NOT NULL
+);
 """
 CALL = "position, seq_id, digest, payload_bytes, attempts, result_digest, answer_bytes, plan"
 CALL_SEAL = f"seal(model_id, {CALL})"
@@ -108,6 +114,8 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
                 (write.attempts, write.model_id, write.position),
             )
             _seal_calls(db, "position=?", write.model_id, write.position)
+        case CountStart():
+            _count_start(db, write)
         case AddSnapshot():
             db.execute(
                 "INSERT OR REPLACE INTO snapshots SELECT ?, ?, ?, ?, 0 "
@@ -125,6 +133,18 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
             _trim(db, write)
         case DropAnswers():
             _drop_answers(db, write)
+
+
+def _count_start(db: sqlite3.Connection, write: CountStart) -> None:
+    db.execute("DELETE FROM starts WHERE key=?", (write.key,))
+    if write.attempts:
+        row = (write.key, write.attempts, seal(write.key, write.attempts))
+        db.execute("INSERT INTO starts (key, attempts, crc32) VALUES (?, ?, ?)", row)
+        db.execute(
+            "DELETE FROM starts WHERE number IN "
+            "(SELECT number FROM starts ORDER BY number DESC LIMIT -1 OFFSET ?)",
+            (STARTS_KEPT_MAX,),
+        )
 
 
 def _remember(db: sqlite3.Connection, model_id: str) -> None:

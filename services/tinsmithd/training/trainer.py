@@ -114,8 +114,22 @@ class Trainer(Protocol):
         *,
         optimizer: bool,
         create: bool,
+        said: StateInfo | None,
     ) -> StateInfo:
-        """Replace the model's state, or create the model from it."""
+        """Replace the model's state, or create the model from it.
+
+        Args:
+            model_id: Which model.
+            pieces: The state.
+            optimizer: Whether its optimizer state counts, too.
+            create: The model is not there yet.
+            said: What a checkpoint is said to hold: its files must say so, too. None for a snapshot
+                that ranks made, which is not checked for what its values became.
+
+        Raises:
+            DataLoss: The files are not what they have to be (CHECKPOINT_CORRUPT).
+            FailedPrecondition: They do not fit the model (INCOMPATIBLE_CHECKPOINT).
+        """
 
 
 class TrainerLost(Exception):

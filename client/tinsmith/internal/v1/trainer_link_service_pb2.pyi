@@ -686,20 +686,38 @@ class ImportState(_message.Message):
 
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     CREATE_FIELD_NUMBER: _builtins.int
+    LORA_CONFIG_FIELD_NUMBER: _builtins.int
+    FULL_CONFIG_FIELD_NUMBER: _builtins.int
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
     optimizer: _builtins.bool
     """With the optimizer state."""
     create: _builtins.bool
     """Create the model first, to train what the state holds."""
+    step_count: _builtins.int
+    """With `optimizer`: the optimizer steps that the checkpoint is said to have."""
+    @_builtins.property
+    def lora_config(self) -> _types_pb2.LoraConfig:
+        """An adapter of this shape."""
+
+    @_builtins.property
+    def full_config(self) -> _types_pb2.FullConfig:
+        """All weights."""
+
     def __init__(
         self,
         *,
         optimizer: _builtins.bool = ...,
         create: _builtins.bool = ...,
+        lora_config: _types_pb2.LoraConfig | None = ...,
+        full_config: _types_pb2.FullConfig | None = ...,
+        step_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "optimizer", b"optimizer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "full_config", b"full_config", "lora_config", b"lora_config", "optimizer", b"optimizer", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
+    _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___ImportState: _TypeAlias = ImportState  # noqa: Y015

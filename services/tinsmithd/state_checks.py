@@ -1,0 +1,320 @@
+"""Parses the files of a state into checked values, for whoever writes, keeps or reads them.
+
+A state file is a claim: types, ranges, sizes and shapes are checked, and held against each other,
+before anything is allocated for what it says. What is refused depends on its bytes alone, so all
+ranks refuse it alike. safetensors and JSON, strictly read; nothing here runs or unpacks anything.
+"""
+
+import codecs
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, BinaryIO
+
+from tinsmithd.domain import FullConfig, LoraConfig, Tuning
+from tinsmithd.errors import Reason
+
+FORMAT_VERSION = 1
+JSON_BYTES_MAX = 1024 * 1024
+NAME_CHARS_MAX = 512
+LIST_ENTRIES_MAX = 1_024
+NUMBER_CHARS_MAX = 400
+RANK_MAX = 1 << 20
+"""No tensors of a larger one can be there; who knows what is trained here bounds it further."""
+STEP_COUNT_MAX = 1 << 53
+PIECE_BYTES = 1024 * 1024
+
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
+
+
+class StateInvalid(ValueError):
+    """A state file is not what it has to be.
+
+    Attributes:
+        file: Its name.
+        field: Where in it, such as `lora.rank` or `["a.lora_A.weight"]`; empty for the whole.
+        message: What is wrong.
+        reason: Which kind of wrong.
+        metadata: Limit and value, of LIMIT_EXCEEDED.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        field: str,
+        message: str,
+        reason: Reason = Reason.INVALID_FIELD,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(f"{file}{': ' if field else ''}{field}: {message}")
+        self.file, self.field, self.message, self.reason = file, field, message, reason
+        self.metadata = dict(metadata or {})
+
+
+def over(file: str, field: str, limit: str, value: int, most: int) -> StateInvalid:
+    """The error of what is too much."""
+    metadata = {"limit": limit, "value": short(value)}
+    message = f"{short(value)} is more than {limit} = {most}"
+    return StateInvalid(file, field, message, Reason.LIMIT_EXCEEDED, metadata)
+
+
+def short(value: object) -> str:
+    """What somebody wrote, cut and escaped."""
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- JSON -------------------------------------------------------------------------------------
+
+
+def parse_json(file: str, data: bytes, bytes_max: int = JSON_BYTES_MAX) -> dict[str, Any]:
+    """Read a JSON object: UTF-8, no name twice, every number finite.
+
+    Raises:
+        StateInvalid: It is none, or has more than `bytes_max` bytes.
+    """
+    if len(data) > bytes_max:
+        raise over(file, "", "bytes", len(data), bytes_max)
+    try:
+        found = json.loads(
+            data.decode(),
+            object_pairs_hook=_pairs,
+            parse_float=_number(float),
+            parse_int=_number(int),
+            parse_constant=_number(float),
+        )
+    except (ValueError, RecursionError) as error:
+        message = f"not JSON that is read here: {short(str(error))}"
+        raise StateInvalid(file, "", message) from error
+    if not isinstance(found, dict):
+        raise StateInvalid(file, "", "not a JSON object")
+    return found
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        if len(text) > NUMBER_CHARS_MAX or not math.isfinite(number := kind(text)):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return number
+
+    return read
+
+
+# --- model_state.json -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class About:
+    """What `model_state.json` says."""
+
+    tuning: Tuning
+    step_count: int
+    has_optimizer: bool
+
+
+def parse_about(file: str, data: bytes, tuning: Tuning | None) -> About:
+    """Read `model_state.json`.
+
+    Args:
+        file: Its name.
+        data: Its content.
+        tuning: What it has to say of what is trained, but for the seed; None: anything.
+
+    Raises:
+        StateInvalid: Something in it is missing, unknown, of another type or out of range.
+    """
+    found = parse_json(file, data)
+    which = "full" if "full" in found else "lora"
+    _check_names(file, "", found, ("format_version", which, "step_count", "has_optimizer"))
+    check_integer(file, "format_version", found["format_version"], FORMAT_VERSION, FORMAT_VERSION)
+    if type(found["has_optimizer"]) is not bool:
+        raise StateInvalid(file, "has_optimizer", "not true or false")
+    config = found[which]
+    if not isinstance(config, dict):
+        raise StateInvalid(file, which, "not a JSON object")
+    said: Tuning = FullConfig()
+    if which == "lora":
+        said = _lora(file, config)
+    else:
+        _check_names(file, which, config, ())
+    if tuning is not None:
+        _check_same(file, which, said, tuning)
+    step_count = check_integer(file, "step_count", found["step_count"], 0, STEP_COUNT_MAX)
+    return About(said, step_count, found["has_optimizer"])
+
+
+def _check_same(file: str, which: str, said: Tuning, tuning: Tuning) -> None:
+    if type(said) is not type(tuning):
+        raise StateInvalid(file, which, "the checkpoint is said to hold something else")
+    for field in fields(said):
+        ours, theirs = getattr(tuning, field.name), getattr(said, field.name)
+        if field.name != "seed" and ours != theirs:
+            message = f"{short(theirs)}, but the checkpoint is said to have {short(ours)}"
+            raise StateInvalid(file, f"{which}.{field.name}", message)
+
+
+def _lora(file: str, config: Mapping[str, Any]) -> LoraConfig:
+    _check_names(file, "lora", config, [field.name for field in fields(LoraConfig)])
+    check_integer(file, "lora.rank", config["rank"], 1, RANK_MAX)
+    alpha = config["alpha"]
+    if type(alpha) not in (int, float) or not alpha > 0:
+        raise StateInvalid(file, "lora.alpha", f"{short(alpha)} is no number above 0")
+    check_integer(file, "lora.seed", config["seed"], -(1 << 63), (1 << 64) - 1)
+    switches = ("train_attn", "train_mlp", "train_unembed")
+    for name in switches:
+        if type(config[name]) is not bool:
+            raise StateInvalid(file, f"lora.{name}", "not true or false")
+    if not any(config[name] for name in switches):
+        raise StateInvalid(file, "lora", f"one of {', '.join(switches)} must be true")
+    try:
+        return LoraConfig(**{**config, "alpha": float(alpha)})
+    except OverflowError as error:
+        raise StateInvalid(file, "lora.alpha", "out of range") from error
+
+
+def check_integer(file: str, field: str, value: object, low: int, high: int) -> int:
+    """A whole number in a range.
+
+    Raises:
+        StateInvalid: It is none.
+    """
+    # A bool is an int to Python, and 4.0 would be taken for 4 by whoever converts.
+    if type(value) is not int or not low <= value <= high:
+        message = f"{short(value)} is no whole number in {low}..{high}"
+        raise StateInvalid(file, field, message)
+    return value
+
+
+def _check_names(file: str, field: str, found: Mapping[str, Any], names: Collection[str]) -> None:
+    prefix = f"{field}." if field else ""
+    for name in names:
+        if name not in found:
+            raise StateInvalid(file, f"{prefix}{name}", "is missing", Reason.MISSING_FIELD)
+    for name in found:
+        if name not in names:
+            raise StateInvalid(file, field, f"{short(name)} is not known")
+
+
+# --- configurations that others read ------------------------------------------------------------
+
+
+def check_peft_config(file: str, found: Mapping[str, Any], lora: LoraConfig) -> None:
+    """Hold `adapter_config.json` against the adapter that it describes.
+
+    Whoever downloads the adapter lets PEFT read it: so whatever would load code, name modules by a
+    pattern or compute something else with the tensors is refused, by being anything but off.
+
+    Raises:
+        StateInvalid: It describes another adapter, or more than one.
+    """
+    for name in ("peft_type", "r"):
+        if name not in found:
+            raise StateInvalid(file, name, "is missing", Reason.MISSING_FIELD)
+    wanted = {"r": lora.rank, "lora_alpha": lora.alpha}
+    for name, value in found.items():
+        if name in wanted:
+            if type(value) not in (int, float) or value != wanted[name]:
+                message = f"{short(value)}, expected {wanted[name]:g}"
+                raise StateInvalid(file, name, message)
+        elif not (is_off(value) or (name in PEFT_VALUES and PEFT_VALUES[name](value))):
+            where = name if _NAME.fullmatch(name) and len(name) <= 80 else ""
+            shown = f"{short(value)}" if where else f"{short(name)}"
+            raise StateInvalid(file, where, f"{shown} is not allowed here")
+
+
+def is_off(value: object) -> bool:
+    """Whether a setting of PEFT's says nothing."""
+    return value is None or value is False or value == [] or value == {}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= NAME_CHARS_MAX
+
+
+def _are_names(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= LIST_ENTRIES_MAX
+        and all(isinstance(name, str) and is_name(name) for name in value)
+    )
+
+
+def is_name(name: str) -> bool:
+    """Whether a text may name a module or a tensor."""
+    return len(name) <= NAME_CHARS_MAX and name.isascii() and bool(_NAME.fullmatch(name))
+
+
+PEFT_VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "peft_type": lambda value: value == "LORA",
+    "task_type": lambda value: value == "CAUSAL_LM",
+    "target_modules": _are_names,  # a text would be a pattern
+    "target_parameters": _are_names,
+    "bias": lambda value: value == "none",
+    "lora_dropout": lambda value: type(value) in (int, float) and 0 <= value < 1,
+    "inference_mode": lambda value: value is True,
+    "init_lora_weights": lambda value: value is True or value == "gaussian",
+    "base_model_name_or_path": _is_text,
+    "revision": _is_text,
+    "peft_version": _is_text,
+    "megatron_core": lambda value: value == "megatron.core",
+    "qalora_group_size": lambda value: type(value) is int,
+}
+"""What settings of PEFT's may be besides off."""
+
+
+def check_model_config(file: str, found: Mapping[str, Any]) -> None:
+    """Hold the `config.json` of a full model against what its readers may be asked to do.
+
+    Raises:
+        StateInvalid: It has no type of model, asks for code, or a size is impossible.
+    """
+    model_type = found.get("model_type")
+    if not isinstance(model_type, str) or not is_name(model_type):
+        raise StateInvalid(file, "model_type", "is no name", Reason.MISSING_FIELD)
+    check_no_code(file, found)
+    if not is_off(found.get("quantization_config")):
+        raise StateInvalid(file, "quantization_config", "weights are not quantized here")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        if name in found:
+            check_integer(file, name, found[name], 1, (1 << 31) - 1)
+
+
+def check_text(file: str, content: BinaryIO, *, is_object: bool) -> None:
+    """Refuse what is not UTF-8 or, with `is_object`, does not look like a JSON object.
+
+    It is read in pieces, and not parsed: parsed, a vocabulary takes many times its bytes.
+
+    Raises:
+        StateInvalid: See above.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    first = last = ""
+    try:
+        while data := content.read(PIECE_BYTES):
+            text = decoder.decode(data).strip()
+            first, last = first or text[:1], text[-1:] or last
+        decoder.decode(b"", final=True)
+    except ValueError as error:
+        raise StateInvalid(file, "", f"not UTF-8: {error}") from error
+    if is_object and (first, last) != ("{", "}"):
+        raise StateInvalid(file, "", "not a JSON object")
+
+
+def check_no_code(file: str, found: Mapping[str, Any]) -> None:
+    """Refuse a configuration that makes transformers ask its user to run code.
+
+    Raises:
+        StateInvalid: It does.
+    """
+    for name in ("auto_map", "custom_pipelines", "trust_remote_code"):
+        if not is_off(found.get(name)):
+            raise StateInvalid(file, name, "nothing here brings code with it")
