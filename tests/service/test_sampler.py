@@ -499,8 +499,8 @@ def test_a_process_serves_and_ends_on_sigterm(
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        ((), 2, "sampler.base_model: must be set"),
-        (("--base-model", "/nowhere/at-all"), 1, "/nowhere/at-all"),
+        ((), 78, "sampler.base_model: must be set"),
+        (("--base-model", "/nowhere/at-all"), 78, "/nowhere/at-all"),
     ],
 )
 def test_a_process_that_cannot_start_says_why(args: tuple[str, ...], code: int, says: str) -> None:
