@@ -351,11 +351,13 @@ def _nothing(_: Any) -> None:
 def _unpack(archive: bytes, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        # Plain tar: one that is packed, or a sparse file in it, could be any size once unpacked.
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
             # Not `extractall`: it is safe with a filter only, which Python has since 3.11.4.
             for member in tar:
                 name = member.name
-                source = tar.extractfile(member) if member.isfile() else None
+                plain = member.isfile() and not member.issparse()
+                source = tar.extractfile(member) if plain else None
                 if source is None or name != Path(name).name or name == "..":
                     message = f"the archive holds {name}, which is no plain file"
                     raise InvalidArgumentError(message, field="path")

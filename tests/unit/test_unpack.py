@@ -1,5 +1,6 @@
 """An archive from a server is unpacked as plain files beside each other, or not at all."""
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -50,3 +51,15 @@ def test_what_is_no_file_is_refused(tmp_path: Path, kind: bytes) -> None:
     with pytest.raises(InvalidArgumentError, match="link, which is no plain file"):
         _unpack(archive_of(member), tmp_path / "new")
     assert [path.name for path in tmp_path.rglob("*")] == ["new"]
+
+
+def test_what_would_grow_when_unpacked_is_refused(tmp_path: Path) -> None:
+    """A packed archive, whatever it packs, and a file that is mostly holes."""
+    with pytest.raises(tarfile.ReadError):
+        _unpack(gzip.compress(archive_of(file("a.json"))), tmp_path / "new")
+    sparse = tarfile.TarInfo("a.json")
+    sparse.pax_headers = {"GNU.sparse.map": "0,3", "GNU.sparse.size": str(1 << 40)}
+    sparse.size = 3
+    with pytest.raises(InvalidArgumentError, match="no plain file"):
+        _unpack(archive_of(sparse), tmp_path / "new")
+    assert not list(tmp_path.rglob("*.json"))

@@ -85,7 +85,10 @@ class CheckpointServiceStub:
     """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
     stream that breaks leaves nothing behind. A repeat with the same `request_id` returns the first
     checkpoint.
-    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS unless `overwrite`, when
+    The files are checked at the commit: types, ranges, names, shapes and finite values, against each
+    other and against the header; the field of a refusal is such as
+    `commit.files["model_state.json"].lora.rank`.
+    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME, and what the checks find); ALREADY_EXISTS unless `overwrite`, when
     the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
     and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
@@ -165,7 +168,10 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
     stream that breaks leaves nothing behind. A repeat with the same `request_id` returns the first
     checkpoint.
-    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS unless `overwrite`, when
+    The files are checked at the commit: types, ranges, names, shapes and finite values, against each
+    other and against the header; the field of a refusal is such as
+    `commit.files["model_state.json"].lora.rank`.
+    Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME, and what the checks find); ALREADY_EXISTS unless `overwrite`, when
     the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
     and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
     DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
@@ -284,7 +290,10 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
         stream that breaks leaves nothing behind. A repeat with the same `request_id` returns the first
         checkpoint.
-        Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME); ALREADY_EXISTS unless `overwrite`, when
+        The files are checked at the commit: types, ranges, names, shapes and finite values, against each
+        other and against the header; the field of a refusal is such as
+        `commit.files["model_state.json"].lora.rank`.
+        Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME, and what the checks find); ALREADY_EXISTS unless `overwrite`, when
         the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
         and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
         DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION

@@ -97,7 +97,9 @@ class TrainingServiceStub:
     since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
     REQUEST_ID_CONFLICT.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
-    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
+    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN; CALL_POISONED:
+    the ranks died by themselves `call_attempts_max` times during this request, or while the same
+    content was put onto them);
     RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.GetModelRequest, _training_service_pb2.GetModelResponse]
@@ -216,7 +218,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
     REQUEST_ID_CONFLICT.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
-    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
+    FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN; CALL_POISONED:
+    the ranks died by themselves `call_attempts_max` times during this request, or while the same
+    content was put onto them);
     RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.GetModelRequest, _training_service_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -344,7 +348,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
         REQUEST_ID_CONFLICT.
         Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
-        FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN);
+        FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN; CALL_POISONED:
+        the ranks died by themselves `call_attempts_max` times during this request, or while the same
+        content was put onto them);
         RESOURCE_EXHAUSTED (TOO_MANY_MODELS); DATA_LOSS (CHECKPOINT_CORRUPT).
         """
 
