@@ -166,6 +166,6 @@ def _train_until_it_fails(client: tinsmith.TrainingClient) -> None:
 
 def test_a_base_model_that_is_not_there_stops_the_cluster_with_a_sentence(tmp_path: Path) -> None:
     """`tinsmith up` says what is wrong instead of waiting for ever."""
-    with pytest.raises(Exception, match="server ended") as failure:
+    with pytest.raises(Exception, match="server cannot start") as failure:
         RunningCluster(tmp_path / "absent", tmp_path / "data")
     assert any("cannot read base model" in note for note in failure.value.__notes__)
