@@ -158,9 +158,9 @@ class RecordedCluster:
 
 @asynccontextmanager
 async def recorded_cluster(
-    engine: TrainingEngine, quantum_tokens: int
+    engine: TrainingEngine, quantum_tokens: int, *, models_max: int = 64
 ) -> AsyncIterator[RecordedCluster]:
-    """Run one on free ports."""
+    """Run one on free ports; it keeps nothing."""
     stack = contextlib.ExitStack()
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     config = TrainingConfig(
@@ -168,6 +168,7 @@ async def recorded_cluster(
         link_address="127.0.0.1:0",
         data_folder=str(folder),
         quantum_tokens=quantum_tokens,
+        models_max=models_max,
         durability="none",
     )
     server = TrainingServer(config)

@@ -103,14 +103,17 @@ class ServiceClient:
     ) -> ClientFuture[TrainingClient]:
         """Create a model that trains all weights of the base model, without an adapter.
 
-        It owns the trainer: there can be no other model beside it. Delete it to make room.
+        While it is called it has the trainer to itself: other models are suspended to disk
+        meanwhile, and it is when one of them is called. Each such change loads the base model
+        again.
 
         Args:
             base_model: Name of a base model that the cluster holds.
             user_metadata: Kept with the model.
 
         Raises:
-            FailedPreconditionError: There are other models (RANK_GROUP_TAKEN).
+            FailedPreconditionError: There are other models, and the service, which keeps nothing on
+                disk, can suspend none (RANK_GROUP_TAKEN).
         """
         full = types_pb2.FullConfig()
         return self._create(user_metadata, base_model=base_model, full_config=full)

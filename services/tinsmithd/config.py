@@ -250,6 +250,14 @@ class TrainingConfig(ServerConfig):
     call_bytes_max: int = 256 * MIB
     targets_per_position_max: int = 64
     models_max: int = 64
+    """Models at the ranks. At the limit the one that was idle longest is suspended: it moves to
+    disk, and its next call brings it back. With durability "none" no model can be suspended."""
+    models_kept_max: int = 1000
+    """Models that there are, suspended ones included."""
+    suspend_idle_s: float = 2.0
+    """A model whose last call ended within so long is not suspended for another one,"""
+    suspend_busy_s: float = 30.0
+    """unless it has been at the ranks for so long: then it leaves them between two calls."""
     rank_max: int = 256
     lane_calls_max: int = 256
     lane_bytes_max: int = 1024 * MIB
@@ -291,7 +299,7 @@ class TrainingConfig(ServerConfig):
         _one_of("training.replay_check", self.replay_check, ("exact", "close"))
         _one_of("training.durability", self.durability, ("fsync", "async", "none"))
         counts = ("quantum_tokens", "snapshot_steps", "call_attempts_max", "state_copies_max")
-        for key in counts:
+        for key in (*counts, "models_max", "models_kept_max"):
             if not getattr(self, key):
                 raise ConfigError(f"training.{key}: must be at least 1")
         _check_patience(self)

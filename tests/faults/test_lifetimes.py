@@ -1,6 +1,8 @@
-"""What is not used any more goes, and what is used stays: weights of training loops."""
+"""What is not used any more goes, and what is used stays: weights of training loops, and models."""
 
+import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,23 +14,39 @@ import tinsmith
 from clusters import RunningCluster
 from faults.amount import amount
 from tinsmith import AdamParams, Datum, ModelInput, SamplingParams
+from tinsmith import v1 as pb
+from tinsmith.v1 import connect
 
 SAVES = amount(40, full=1000)
 LEASE_S = 2.0
+MODELS, MODELS_MAX = amount((7, 2), full=(200, 64))
+ROUNDS = 2
 PROMPT = ModelInput.from_ints([5, 6, 7])
 
 
 class Lifetimes:
-    """A cluster whose leases are short."""
+    """A cluster, such as one with short leases and few seats."""
 
     def __init__(self, running: RunningCluster, data: Path) -> None:
         self.service = tinsmith.ServiceClient(running.address)
+        self.address = running.address
         self.base_model = running.base_model
+        self._running = running
         self._blobs = data / "checkpoints" / "blobs"
 
     def bytes_on_disk(self) -> int:
         """Of all checkpoints, as the disk has them."""
         return sum(path.stat().st_size for path in self._blobs.rglob("*") if path.is_file())
+
+    def restart(self) -> None:
+        """The Training server dies, and its ranks with it; both are started again."""
+        os.kill(self._running.pid("training"), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: RunningCluster) -> Lifetimes:
+    """One in which there is a seat for each."""
+    return Lifetimes(cluster, Path())
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +55,21 @@ def lifetimes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     data = tmp_path_factory.mktemp("lifetimes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINSMITH_CHECKPOINT_LEASE_S", str(LEASE_S))
-        with RunningCluster(tiny_model, data) as running:
+        patch.setenv("TINSMITH_TRAINING_MODELS_MAX", str(MODELS_MAX))
+        patch.setenv("TINSMITH_TRAINING_SUSPEND_IDLE_S", "0")
+        with RunningCluster(tiny_model, data, keep=True) as running:
             yield Lifetimes(running, data)
+
+
+def data_of(seed: int) -> list[Datum]:
+    tokens = np.random.default_rng(seed).integers(0, 256, 9)
+    inputs = {"target_tokens": tokens[1:], "weights": np.ones(8, np.float32)}
+    return [Datum(ModelInput.from_ints(tokens[:-1].tolist()), inputs)]
 
 
 def round_of(trainer: tinsmith.TrainingClient, seed: int) -> tinsmith.SamplingClient:
     """One round of a training loop: gradients, a step, and weights to sample from."""
-    tokens = np.random.default_rng(seed).integers(0, 256, 9)
-    inputs = {"target_tokens": tokens[1:], "weights": np.ones(8, np.float32)}
-    trainer.forward_backward(
-        [Datum(ModelInput.from_ints(tokens[:-1].tolist()), inputs)], "cross_entropy"
-    )
+    trainer.forward_backward(data_of(seed), "cross_entropy")
     trainer.optim_step(AdamParams(learning_rate=0.01))
     return trainer.save_weights_and_get_sampling_client().result()
 
@@ -90,6 +112,7 @@ def test_ephemeral_weights_are_reclaimed_when_nobody_holds_them(lifetimes: Lifet
     print(f"{sets():.2f} sets after that, with 2 live clients")
     assert tokens_of(first) == held[1]
     copy = pickle.loads(held[0])
+    first_path = str(first.model_path)
     first.close()
     del first
     time.sleep(2 * LEASE_S)
@@ -97,10 +120,108 @@ def test_ephemeral_weights_are_reclaimed_when_nobody_holds_them(lifetimes: Lifet
     assert tokens_of(sampler) == newest
     copy.close()
     until(lambda: sets() < 1.5, f"{sets():.1f} sets are on disk")
+    # The Sampler may have them in memory still, and serves a client that is pinned to them.
+    gone = lifetimes.service.create_rest_client().get_weights_info_by_tinker_path(first_path)
     with pytest.raises(tinsmith.NotFoundError, match="reclaimed when no client holds them"):
-        tokens_of(copy)
+        gone.result()
     trainer.delete().result()
     time.sleep(2 * LEASE_S)
     assert tokens_of(sampler) == newest
     del sampler
     until(lambda: sets() < 0.5, f"{sets():.1f} sets are on disk")
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def half_a_round(trainer: tinsmith.TrainingClient, seed: int) -> list[float]:
+    """Gradients that wait, over those of the round before; every other round ends with a step."""
+    done = trainer.forward_backward(data_of(seed), "cross_entropy").result()
+    if seed % 2:
+        params = AdamParams(learning_rate=0.05, eps=0.1)
+        trainer.optim_step(params).result()
+    return [float(value) for value in done.loss_fn_outputs[0]["logprobs"].to_numpy()]
+
+
+def created(lifetimes: Lifetimes, index: int) -> tinsmith.TrainingClient:
+    """A model that differs from the others, in its shape as well."""
+    service, base = lifetimes.service, lifetimes.base_model
+    return service.create_lora_training_client(base, rank=2 + 2 * (index % 2), seed=index).result()
+
+
+@pytest.mark.timeout(max(180, 6 * MODELS))
+def test_a_run_can_be_repeated_any_number_of_times(
+    lifetimes: Lifetimes, undisturbed: Lifetimes
+) -> None:
+    """More models than there are seats, used in turn: each as if it had been alone, bit for bit.
+
+    Gradients that wait move with their model, and nobody has to delete anything.
+    """
+    trainers = [created(lifetimes, index) for index in range(MODELS)]
+    found: list[list[list[float]]] = [[] for _ in trainers]
+    for turn in range(2 * ROUNDS):
+        for index, trainer in enumerate(trainers):
+            found[index].append(half_a_round(trainer, 100 * index + turn))
+    suspended = states_of(lifetimes).count(pb.ModelState.MODEL_STATE_SUSPENDED)
+    assert suspended >= MODELS - MODELS_MAX
+    saved = [trainer.save_state("end").result().path for trainer in trainers]
+    for index, trainer in enumerate(trainers):
+        with created(undisturbed, index) as twin:
+            alone = [half_a_round(twin, 100 * index + turn) for turn in range(2 * ROUNDS)]
+            assert found[index] == alone, f"model {index}"
+            path = twin.save_state("end").result().path
+            assert files_of(lifetimes, saved[index]) == files_of(undisturbed, path), (
+                f"model {index}"
+            )
+        trainer.delete().result()
+    print(f"{MODELS} models in {MODELS_MAX} seats, {suspended} suspended at the end: all the same")
+
+
+def test_a_model_that_trains_all_weights_shares_the_ranks_with_others(
+    lifetimes: Lifetimes, undisturbed: Lifetimes
+) -> None:
+    """It moves to disk when another is called, comes back when it is, and stops nobody."""
+    service, base = lifetimes.service, lifetimes.base_model
+    found: dict[str, list[list[float]]] = {"full": [], "lora": []}
+    with (
+        service.create_full_training_client(base).result() as full,
+        service.create_lora_training_client(base, rank=4, seed=1).result() as lora,
+    ):
+        for turn in range(4):
+            found["full"].append(half_a_round(full, turn))
+            found["lora"].append(half_a_round(lora, turn))
+    service, base = undisturbed.service, undisturbed.base_model
+    with service.create_full_training_client(base).result() as full:
+        assert found["full"] == [half_a_round(full, turn) for turn in range(4)]
+    with service.create_lora_training_client(base, rank=4, seed=1).result() as lora:
+        assert found["lora"] == [half_a_round(lora, turn) for turn in range(4)]
+
+
+def test_models_stay_suspended_over_a_restart_and_come_back_when_called(
+    lifetimes: Lifetimes,
+) -> None:
+    """As many as there are seats come back at once, the others with their next call."""
+    trainers = [created(lifetimes, index) for index in range(MODELS_MAX + 2)]
+    first = [half_a_round(trainer, 7) for trainer in trainers]
+    lifetimes.restart()
+    until(
+        lambda: states_of(lifetimes).count(pb.ModelState.MODEL_STATE_READY) >= MODELS_MAX,
+        "not back",
+    )
+    assert states_of(lifetimes).count(pb.ModelState.MODEL_STATE_SUSPENDED) >= 2
+    for trainer, before in zip(trainers, first, strict=True):
+        assert half_a_round(trainer, 7) != before  # a step was made
+        trainer.delete().result()
+
+
+def states_of(lifetimes: Lifetimes) -> list[int]:
+    with connect(lifetimes.address) as stubs:
+        listed = stubs.training.ListModels(pb.ListModelsRequest(page_size=1000))
+        return [model.state for model in listed.models]
+
+
+def files_of(lifetimes: Lifetimes, path: str) -> dict[str, bytes]:
+    """SHA-256 of a checkpoint's files."""
+    with connect(lifetimes.address) as stubs:
+        found = stubs.checkpoint.GetCheckpoint(pb.GetCheckpointRequest(path=path)).checkpoint
+        return {file.name: file.sha256 for file in found.files}

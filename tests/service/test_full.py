@@ -32,9 +32,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_cluster(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    """A cluster without other models: a full model must be alone."""
-    with RunningCluster(base, tmp_path_factory.mktemp("full")) as running:
-        yield running
+    """A cluster without other models, which would be suspended for a full one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINSMITH_TRAINING_SUSPEND_IDLE_S", "0")
+        with RunningCluster(base, tmp_path_factory.mktemp("full")) as running:
+            yield running
 
 
 @pytest.fixture
@@ -131,22 +133,21 @@ def test_a_full_checkpoint_continues_bit_identically(
     np.testing.assert_array_equal(logprobs_of(again), expected)
 
 
-def test_a_full_model_owns_the_rank_group(stubs: Cluster) -> None:
-    """No other beside it, nor it beside another: refused, and both go on; deleting makes room."""
-    for first, second in (
-        ({"full_config": pb.FullConfig()}, {"lora_config": pb.LoraConfig(rank=2)}),
-        ({"lora_config": pb.LoraConfig(rank=2)}, {"full_config": pb.FullConfig()}),
-        ({"full_config": pb.FullConfig()}, {"full_config": pb.FullConfig()}),
-    ):
-        model = create(stubs, **first)
-        assert model.WhichOneof("tuning") == next(iter(first))
-        with pytest.raises(grpc.RpcError) as refusal:
-            create(stubs, **second)
-        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert reason_and_field(refusal.value)[0] == "RANK_GROUP_TAKEN"
-        step = stubs.training.OptimStep(pb.OptimStepRequest(model_id=model.model_id, seq_id=1))
-        assert step.metrics["step:last"] == 1
-        stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=model.model_id))
+def test_a_full_model_and_another_take_turns_at_the_ranks(stubs: Cluster) -> None:
+    """Whoever is called is there, alone where one of them trains all weights; nobody is refused."""
+    full, lora = {"full_config": pb.FullConfig()}, {"lora_config": pb.LoraConfig(rank=2)}
+    for first, second in ((full, lora), (lora, full), (full, full)):
+        models = [create(stubs, **first), create(stubs, **second)]
+        assert models[0].WhichOneof("tuning") == next(iter(first))
+        for model in models:
+            step = stubs.training.OptimStep(pb.OptimStepRequest(model_id=model.model_id, seq_id=1))
+            assert step.metrics["step:last"] == 1
+        listed = stubs.training.ListModels(pb.ListModelsRequest()).models
+        states = [model.state for model in listed]  # newest first
+        suspended, ready = pb.ModelState.MODEL_STATE_SUSPENDED, pb.ModelState.MODEL_STATE_READY
+        assert states == [ready, suspended]
+        for model in models:
+            stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=model.model_id))
 
 
 def test_an_adapter_after_a_full_model_starts_from_the_base(

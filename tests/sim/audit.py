@@ -4,6 +4,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sim.oracle import Oracle, Wrong, check_state
+from sim.server import seats_for_all
 from sim.tables import ModelTable
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ async def audit(world: "World") -> None:
     server = world.server
     assert server is not None
     world.log("last restart")
+    world.limits = seats_for_all(world.limits)  # so that each is held against what it must be
     world.kill_server(server)
     if not await _all_back(world):
         return

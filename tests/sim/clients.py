@@ -10,7 +10,7 @@ from sim.network import Connection
 from sim.server import CallRequest, CreateRequest, DeleteRequest, Request
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
-from tinsmithd.training.models import NewModel
+from tinsmithd.training.model import NewModel
 from tinsmithd.training.works import (
     ComputeWork,
     LoadWork,

@@ -79,12 +79,12 @@ MUTATIONS = {
         Lane, "_again", "entry.attempts += blamed", "entry.attempts += 0"
     ),
     "everyone-blamed": Mutation(Lane, "_again", "entry.attempts += blamed", "entry.attempts += 1"),
-    "stale-ranks": Mutation(Lane, "_apply", "if self.recovering:", "if False:"),
+    "stale-ranks": Mutation(Lane, "_apply", "if self._presence.absent:", "if False:"),
     "refused-kept": Mutation(
         Lane,
         "_is_written",
-        "self._losses += begun and changes_model(entry.call.work)",
-        "pass",
+        "if begun and changes_model(entry.call.work):",
+        "if False:",
     ),
     "answer-unwritten": Mutation(
         Lane, "_apply", "if not await self._is_written(entry, begun=True):", "if False:"
@@ -100,6 +100,9 @@ MUTATIONS = {
     ),
     "load-beside-snapshot": Mutation(
         calls.ModelRules, "_load", "await self._recovery.quiet()", "pass"
+    ),
+    "suspended-too-late": Mutation(
+        calls.ModelRules, "suspend", "self._stepped_at", "self._stepped_at + 1"
     ),
     "deleted-forgotten": Mutation(
         Models, "delete", "remember=bool(model.request_id)", "remember=False"

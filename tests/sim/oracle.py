@@ -66,7 +66,7 @@ class Oracle:
             outcome = decode_outcome(found)
             reason = None if outcome.error is None else outcome.error.reason
             if reason is Reason.MODEL_NOT_FOUND and self.user.deleting:
-                self.ended = True
+                self._ends_at(seq_id)
                 return
             if reason is Reason.MODEL_LOST and self._world.may_be_lost(self.user.model_id):
                 self.ended = True
@@ -79,6 +79,13 @@ class Oracle:
                     f"{error}; answer {found!r}; state {engine.show(self.state)}"
                 ) from None
             self._world.checked("answer")
+
+    def _ends_at(self, seq_id: int) -> None:
+        """The model was deleted before this call, or after it but before anybody had its answer."""
+        self.ended = True
+        for later, call in self.user.calls.items():
+            if later >= seq_id and isinstance(call.work, SaveWork):
+                self._saved.pop(str(call.work.options.path), None)
 
     def _apply(
         self, seq_id: int, work: Work | None, outcome: Outcome, reason: Reason | None

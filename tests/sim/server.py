@@ -14,10 +14,12 @@ from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
 from tinsmithd.training.calls import CallLimits
 from tinsmithd.training.checkpoints import Checkpoints
 from tinsmithd.training.journal import Journal
-from tinsmithd.training.models import ModelLimits, Models, NewModel
+from tinsmithd.training.model import NewModel
+from tinsmithd.training.models import ModelLimits, Models
 from tinsmithd.training.records import Fenced, StoreDamaged
 from tinsmithd.training.recovery import SnapshotRule
 from tinsmithd.training.rules import LaneLimits
+from tinsmithd.training.seats import SeatLimits
 from tinsmithd.training.staging import Copies
 from tinsmithd.training.works import RefusedWork, Work
 
@@ -58,7 +60,7 @@ class DeleteRequest:
 Request = CallRequest | CreateRequest | DeleteRequest
 
 
-def limits(rng: "random.Random") -> ModelLimits:
+def limits(rng: "random.Random", seats_rng: "random.Random") -> ModelLimits:
     """Settings of one run."""
     lane = LaneLimits(
         lane_calls_max=rng.choice([3, 8, 64]),
@@ -70,7 +72,15 @@ def limits(rng: "random.Random") -> ModelLimits:
     )
     rule = SnapshotRule(rng.choice([1, 1, 2, 3, 100]), rng.choice([3.0, 30.0, 600.0]))
     calls = CallLimits(rng.choice([6, 12, 1000]), 1_000_000, rule)
-    return ModelLimits(models_max=100, model_idle_ttl_s=1e9, lane=lane, calls=calls)
+    # Often more models than there are seats, and in some runs with hardly any rest between moves.
+    choice = seats_rng.choice
+    seats = SeatLimits(choice([1, 2, 100, 100]), choice([0.0, 0.2]), choice([0.3, 3.0]))
+    return ModelLimits(100, 1e9, seats, lane, calls)
+
+
+def seats_for_all(found: ModelLimits) -> ModelLimits:
+    """The same with a seat for each model."""
+    return replace(found, seats=SeatLimits(100))
 
 
 class Server:

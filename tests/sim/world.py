@@ -66,7 +66,7 @@ class World:
         self._owned: list[tuple[Process, asyncio.Task[Any]]] = []
         rng = self.stream("world")
         self.rng = rng
-        self.limits = limits(rng)
+        self.limits = limits(rng, self.stream("seats"))
         self.copies_max = self.stream("copies").choice([1, 2, 2])
         self.tight = rng.random() < 0.1
         if self.tight:
@@ -174,6 +174,7 @@ class World:
             return
         self.log(why, server.name, server.process.steps)
         server.process.kill()
+        self.count("models suspended", server.models.place.counts.suspended)
         for process, task in self._owned:
             if process is server.process:
                 task.cancel()

@@ -10,9 +10,11 @@ from tinsmithd.domain import BaseModelInfo, LoraConfig
 from tinsmithd.training.calls import CallLimits
 from tinsmithd.training.checkpoints import Checkpoints
 from tinsmithd.training.journal import NoJournal
-from tinsmithd.training.models import ModelLimits, Models, NewModel
+from tinsmithd.training.model import NewModel
+from tinsmithd.training.models import ModelLimits, Models
 from tinsmithd.training.recovery import SnapshotRule
 from tinsmithd.training.rules import LaneLimits
+from tinsmithd.training.seats import SeatLimits
 from tinsmithd.training.staging import Copies
 
 TTL_S = 1000.0
@@ -36,7 +38,8 @@ async def one_model() -> Models:
     lane = LaneLimits(8, 1000, 1.0, 8, 1000)
     calls = CallLimits(100, 1000, SnapshotRule(1, 1.0))
     checkpoints = Checkpoints(None, None, Copies(1))  # type: ignore[arg-type]
-    models = Models(ModelLimits(8, TTL_S, lane, calls), checkpoints, NoJournal(), None)
+    limits = ModelLimits(8, TTL_S, SeatLimits(8), lane, calls)
+    models = Models(limits, checkpoints, NoJournal(), None)
     models.attach(Ranks())  # type: ignore[arg-type]
     await models.create(REQUEST)
     return models

@@ -98,7 +98,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 22
     """Too many calls wait."""
     ERROR_REASON_TOO_MANY_MODELS: _ErrorReason.ValueType  # 23
-    """The cluster holds as many models as it may."""
+    """The cluster holds as many models as it may; the message names the calls that delete one. Those at the
+    ranks (`models_max`) count in durability mode NONE alone: else one of them is suspended.
+    """
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 24
     """A message is larger than the server receives."""
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 25
@@ -120,7 +122,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 33
     """A fault of the server; its log has the cause under `request_id`."""
     ERROR_REASON_RANK_GROUP_TAKEN: _ErrorReason.ValueType  # 34
-    """A model that trains all weights owns the rank group, or would have to: delete the others."""
+    """In durability mode NONE, where no model can be suspended: a model that trains all weights owns the rank
+    group, or would have to. The message names the calls that delete the others.
+    """
     ERROR_REASON_CALL_POISONED: _ErrorReason.ValueType  # 35
     """The ranks died during this call, by themselves, as often as `call_attempts_max` allows; its
     number is used and it had no effect.
@@ -197,7 +201,9 @@ ERROR_REASON_NON_FINITE_GRADIENT: ErrorReason.ValueType  # 21
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 22
 """Too many calls wait."""
 ERROR_REASON_TOO_MANY_MODELS: ErrorReason.ValueType  # 23
-"""The cluster holds as many models as it may."""
+"""The cluster holds as many models as it may; the message names the calls that delete one. Those at the
+ranks (`models_max`) count in durability mode NONE alone: else one of them is suspended.
+"""
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 24
 """A message is larger than the server receives."""
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 25
@@ -219,7 +225,9 @@ ERROR_REASON_CHECKPOINT_CORRUPT: ErrorReason.ValueType  # 32
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 33
 """A fault of the server; its log has the cause under `request_id`."""
 ERROR_REASON_RANK_GROUP_TAKEN: ErrorReason.ValueType  # 34
-"""A model that trains all weights owns the rank group, or would have to: delete the others."""
+"""In durability mode NONE, where no model can be suspended: a model that trains all weights owns the rank
+group, or would have to. The message names the calls that delete the others.
+"""
 ERROR_REASON_CALL_POISONED: ErrorReason.ValueType  # 35
 """The ranks died during this call, by themselves, as often as `call_attempts_max` allows; its
 number is used and it had no effect.

@@ -63,6 +63,8 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     """Its state is gone, or is not what it was; create it again from a checkpoint."""
     MODEL_STATE_RECOVERING: _ModelState.ValueType  # 3
     """Its state is being brought back to the ranks, or waits for ranks; calls wait. See `state_message`."""
+    MODEL_STATE_SUSPENDED: _ModelState.ValueType  # 4
+    """It is on disk, and its next call brings it back to the ranks, bit for bit. It can be trained."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """State of a model."""
@@ -75,6 +77,8 @@ MODEL_STATE_LOST: ModelState.ValueType  # 2
 """Its state is gone, or is not what it was; create it again from a checkpoint."""
 MODEL_STATE_RECOVERING: ModelState.ValueType  # 3
 """Its state is being brought back to the ranks, or waits for ranks; calls wait. See `state_message`."""
+MODEL_STATE_SUSPENDED: ModelState.ValueType  # 4
+"""It is on disk, and its next call brings it back to the ranks, bit for bit. It can be trained."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
@@ -180,6 +184,7 @@ class Limits(_message.Message):
     RECEIVED_BYTES_MAX_FIELD_NUMBER: _builtins.int
     PEER_SHARE_MAX_FIELD_NUMBER: _builtins.int
     STREAM_STALL_S_FIELD_NUMBER: _builtins.int
+    MODELS_KEPT_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     data_per_call_max: _builtins.int
@@ -189,7 +194,7 @@ class Limits(_message.Message):
     targets_per_position_max: _builtins.int
     """Most targets per position (K)."""
     models_max: _builtins.int
-    """Most models at once."""
+    """Most models at the ranks at once. At the limit the one that was idle longest is suspended."""
     rank_max: _builtins.int
     """Largest LoRA rank."""
     lane_calls_max: _builtins.int
@@ -224,6 +229,8 @@ class Limits(_message.Message):
     """Share of those two that one host may have, above 0 and up to 1."""
     stream_stall_s: _builtins.float
     """Longest time in which a stream may stand still because of its peer, seconds."""
+    models_kept_max: _builtins.int
+    """Most models at once, suspended ones included."""
     def __init__(
         self,
         *,
@@ -247,10 +254,11 @@ class Limits(_message.Message):
         received_bytes_max: _builtins.int = ...,
         peer_share_max: _builtins.float = ...,
         stream_stall_s: _builtins.float = ...,
+        models_kept_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_max", b"models_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "stream_stall_s", b"stream_stall_s", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_kept_max", b"models_kept_max", "models_max", b"models_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "stream_stall_s", b"stream_stall_s", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

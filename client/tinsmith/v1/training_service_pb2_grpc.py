@@ -200,9 +200,13 @@ class TrainingServiceServicer:
     def CreateModel(self, request, context):
         """Creates a model: base model + fresh adapter, or the base model itself to train all of its
         weights, or the state of a checkpoint.
-        A model that trains all weights owns the rank group: it can be created only while there is no
-        other model, and no other can be created until it is deleted (RANK_GROUP_TAKEN). Creating one,
-        and the first adapter after one, loads the base model again.
+        Any number of models, up to `models_kept_max`, share `models_max` places at the ranks. Where they are
+        taken, the model that was idle longest is suspended to disk; its next call brings it back, bit for
+        bit, and takes longer. A model that trains all weights takes all of the places: the others are
+        suspended while it is there, and it while another is called. Each such change loads the base model
+        again. A model that is in use is suspended between two calls, after `suspend_busy_s` of the server's
+        settings. In durability mode NONE nothing can be suspended: then it is TOO_MANY_MODELS, or
+        RANK_GROUP_TAKEN, until a model is deleted.
         A repeat with the same `request_id` and content returns the first model, even if it was deleted
         since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
         REQUEST_ID_CONFLICT.

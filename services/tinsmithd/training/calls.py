@@ -21,6 +21,7 @@ from tinsmithd.training.place import TrainerPlace
 from tinsmithd.training.records import AddSnapshot, StoredSnapshot, Trim
 from tinsmithd.training.recovery import Recovery, SnapshotRule
 from tinsmithd.training.rules import Done, Emit, TakeTurn
+from tinsmithd.training.seats import Seats
 from tinsmithd.training.snapshots import Snapshots
 from tinsmithd.training.staging import Staged, whole
 from tinsmithd.training.starts import Starts, key_of_checkpoint
@@ -74,6 +75,7 @@ class ModelRules:
         journal: Journal,
         snapshots: Snapshots | None,
         starts: Starts,
+        seats: Seats,
     ) -> None:
         self._model = model
         self._limits = limits
@@ -85,7 +87,10 @@ class ModelRules:
         self._recovery = Recovery(
             model, place, journal, snapshots, checkpoints.copies, self, limits.snapshots
         )
+        self._seats = seats
         self._since_step, self._since_snapshot = _Held(), _Held()
+        self._stepped_at = 0
+        self._gradients = False
 
     # --- the lane's side ----------------------------------------------------------------------
 
@@ -117,8 +122,14 @@ class ModelRules:
             held.drop(positions)
 
     def stepped(self, position: int) -> None:
-        """A step was made, and lets a snapshot be taken."""
+        """No gradients wait after this position, and a snapshot can be taken."""
         self._since_step.drop_until(position)
+        self._stepped_at, self._gradients = position, False
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients wait for a step."""
+        return self._gradients
 
     async def execute(
         self, position: int, seq_id: int, work: Work, emit: Emit, turn: TakeTurn
@@ -142,8 +153,22 @@ class ModelRules:
 
     async def restore(self, turn: TakeTurn) -> None:
         """Wait for ranks and bring the model to the state after the last recorded call."""
+        self._model.state_message = "waits for a seat at the ranks"
+        await self._seats.enter(self._model)
         await self._recovery.restore(turn)
+        self._seats.is_back(self._model)
         self._place.counts.restored += 1
+
+    async def suspend(self, turn: TakeTurn) -> None:
+        """Take the model off the ranks, with a snapshot where one makes its return quicker."""
+        # Gradients are in no snapshot: those that wait are computed again.
+        await self._recovery.suspend(self._stepped_at, turn)
+        self._place.counts.suspended += 1
+
+    def left(self) -> None:
+        """Let another model have the seat."""
+        self._model.state_message = "is on disk; its next call brings it back"
+        self._seats.leave(self._model)
 
     async def settled(self, position: int, work: Work, turn: TakeTurn) -> None:
         """Take a snapshot when one is due."""
@@ -154,6 +179,7 @@ class ModelRules:
             full = 2 * self._since_snapshot.nbytes > self._limits.journal_bytes_max
             await self._recovery.stepped(position, turn, full=full)
         elif isinstance(work, LoadWork):
+            self.stepped(position)
             await self._recovery.sweep()
 
     async def forget(self) -> None:
@@ -209,6 +235,7 @@ class ModelRules:
                 self._model.non_finite_since = call
         if not work.backward:  # nothing changed: there is nothing to make again
             return Done({"metrics": metrics}, engine_s=engine_s)
+        self._gradients = True
         made = Composition(trainer.identity, counts, plans, metrics)
         return Done({"metrics": metrics}, plan=made.encode(), engine_s=engine_s)
 

@@ -19,6 +19,7 @@ class Counts:
         engine_s: Seconds that the engine took for them, by kind.
         steps: Optimizer steps made, replays left out.
         restored: Times that a model was brought back to ranks.
+        suspended: Times that a model left the ranks for another one.
     """
 
     rank_groups: int = 0
@@ -26,6 +27,7 @@ class Counts:
     engine_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     steps: int = 0
     restored: int = 0
+    suspended: int = 0
 
     def computed(self, kind: str, tokens: int, engine_s: float) -> None:
         """The ranks computed something."""

@@ -46,6 +46,11 @@ class TrainingCollector(Collector):
                 "Models that the ranks do not have yet.",
                 sum(lane.recovering for lane in lanes),
             ),
+            (
+                "models_suspended",
+                "Models that are on disk alone until they are called.",
+                sum(lane.suspended for lane in lanes),
+            ),
             ("calls_pending", "Calls taken in and not answered.", sum(x.pending for x in lanes)),
             ("ranks", "Ranks of the group at work.", place.world_size if place else 0),
             ("journal_writable", "0 while the journal cannot be written.", self._journal.writable),
@@ -69,6 +74,7 @@ class TrainingCollector(Collector):
         for name, text, value in (
             ("steps", "Optimizer steps made; those that were made again count once.", counts.steps),
             ("models_restored", "Times that a model was brought back.", counts.restored),
+            ("models_suspensions", "Times that a model left the ranks.", counts.suspended),
             ("rank_groups_attached", "Rank groups that came to work.", counts.rank_groups),
         ):
             yield CounterMetricFamily(_PREFIX + name, text, value)

@@ -6,9 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinsmithd.domain import BaseModelInfo, FullConfig, LoraConfig, Tuning
+from tinsmithd.domain import BaseModelInfo, CheckpointPath, FullConfig, LoraConfig, Tuning
 from tinsmithd.training.records import StoredSnapshot
 from tinsmithd.training.scheduler import Lane
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A checked request for a model; `tuning` or `path`, never both."""
+
+    base_model: str
+    tuning: Tuning | None
+    path: CheckpointPath | None
+    with_optimizer: bool
+    user_metadata: dict[str, str]
+    request_id: str
+    digest: bytes
 
 
 @dataclass
@@ -49,6 +62,11 @@ class Model:
     non_finite_since: str = ""
     state_message: str = ""
     lane: Lane = field(init=False)
+
+    @property
+    def created(self) -> bool:
+        """True once it is written down and has its lane."""
+        return "lane" in self.__dict__
 
     def about(self) -> dict[str, Any]:
         """What is written down when it is created."""

@@ -13,14 +13,12 @@ from types import MappingProxyType
 from typing import Any
 
 from tinsmithd.checkpoint_client import CheckpointInfo
-from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
+from tinsmithd.domain import CheckpointKind, Tuning
 from tinsmithd.errors import (
     DataLoss,
-    FailedPrecondition,
     InvalidArgument,
     NotFound,
     Reason,
-    ResourceExhausted,
     Unavailable,
 )
 from tinsmithd.training.answers import Answer
@@ -33,27 +31,28 @@ from tinsmithd.training.checkpoints import (
 )
 from tinsmithd.training.creations import Creations
 from tinsmithd.training.journal import Journal
-from tinsmithd.training.model import Model
+from tinsmithd.training.model import Model, NewModel
 from tinsmithd.training.parts import NOMINAL_TOKENS
 from tinsmithd.training.place import TrainerPlace
+from tinsmithd.training.recalling import recall_calls
 from tinsmithd.training.records import (
     AddModel,
     AddSnapshot,
     DeletedModel,
     DeleteModel,
     Fenced,
-    StoreDamaged,
     StoredModel,
     Write,
 )
 from tinsmithd.training.rules import Call, LaneLimits, model_lost, model_not_found, shutting_down
 from tinsmithd.training.scheduler import Lane
+from tinsmithd.training.seats import SeatLimits, Seats, too_many_models
 from tinsmithd.training.snapshots import Snapshots
 from tinsmithd.training.staging import Staged, whole
 from tinsmithd.training.starts import Starts, key_of_checkpoint, key_of_request
 from tinsmithd.training.trainer import ModelBroken, StateInfo, Trainer, TrainerLost
 from tinsmithd.training.turns import Turns
-from tinsmithd.training.works import Outcome, Work
+from tinsmithd.training.works import Work
 
 DRAIN_POLL_S = 0.05
 _COMING_AND_GOING = ""
@@ -66,23 +65,11 @@ _log = logging.getLogger(__name__)
 class ModelLimits:
     """Bounds on models and calls; the names are those of the settings."""
 
-    models_max: int
+    models_kept_max: int
     model_idle_ttl_s: float
+    seats: SeatLimits
     lane: LaneLimits
     calls: CallLimits
-
-
-@dataclass(frozen=True)
-class NewModel:
-    """A checked request for a model; `tuning` or `path`, never both."""
-
-    base_model: str
-    tuning: Tuning | None
-    path: CheckpointPath | None
-    with_optimizer: bool
-    user_metadata: dict[str, str]
-    request_id: str
-    digest: bytes
 
 
 class Models:
@@ -121,6 +108,7 @@ class Models:
         self._starts = Starts(journal, limits.lane.call_attempts_max)
         self.place = TrainerPlace()
         self._turns = Turns()
+        self._seats = Seats(limits.seats, suspends=journal.keeps, free=self._evict)
         self._created_count = 0
         self.on_deleted: Callable[[str], None] = lambda model_id: None
 
@@ -138,8 +126,9 @@ class Models:
 
     @property
     def recovering(self) -> Sequence[Model]:
-        """Models that the ranks do not have."""
-        return [model for model in self._models.values() if model.lane.recovering]
+        """Models that the ranks do not have and should, though nobody suspended them."""
+        lanes = [model for model in self._models.values() if model.lane.recovering]
+        return [model for model in lanes if not model.lane.resuming]
 
     def attach(self, trainer: Trainer) -> None:
         """Use a rank group from now on."""
@@ -187,12 +176,22 @@ class Models:
                 metadata = {"model_id": model.model_id}
                 error = DataLoss(found.lost, Reason.MODEL_LOST, metadata=metadata)
                 model.lane.close(error)
-            await self._recall_calls(model, found)
-            model.lane.lose_trainer()
+            await recall_calls(self._journal, model, found)
         if self._snapshots is not None:
             await self._snapshots.keep_only(kept)
+        self._bring_back([model for model in self._models.values() if not model.lane.lost])
         if stored:
             _log.info("the journal has %d model(s)", len(stored))
+
+    def _bring_back(self, models: Sequence[Model]) -> None:
+        """After a start: those with calls first, then those used last; the others stay on disk."""
+        first = sorted(models, key=_urgency, reverse=True)
+        self._seats.seat_at_once(first)
+        for model in first:
+            if model in self._seats:
+                model.lane.lose_trainer()
+            else:
+                model.lane.stay_suspended()
 
     def _recalled(self, found: StoredModel | DeletedModel) -> Model:
         model = Model.recalled(found.model_id, found.number, found.about)
@@ -200,29 +199,6 @@ class Models:
         self._give_lane(model)
         self._creations.remember(model)
         return model
-
-    async def _recall_calls(self, model: Model, found: StoredModel) -> None:
-        journal = self._journal
-        works: dict[int, Work] = {}
-        try:
-            for call in found.calls:
-                if call.result_digest is None and not found.lost:
-                    works[call.position] = await journal.work(model.model_id, call.position)
-        except StoreDamaged as error:
-            _log.error("model %s is lost: %s", model.model_id, error)
-            # Its answers stay: what was acknowledged can be asked for again.
-            model.lane.close(model_lost(model.model_id, str(error)))
-
-        def read(position: int) -> Callable[[], object]:
-            async def outcome() -> Outcome:
-                try:
-                    return await journal.outcome(model.model_id, position)
-                except Fenced as error:
-                    raise shutting_down() from error
-
-            return outcome
-
-        model.lane.recall(found.calls, works, read)
 
     def _rules(self, model: Model) -> ModelRules:
         return ModelRules(
@@ -233,6 +209,7 @@ class Models:
             self._journal,
             self._snapshots,
             self._starts,
+            self._seats,
         )
 
     def _give_lane(self, model: Model) -> None:
@@ -295,28 +272,39 @@ class Models:
             request_digest=request.digest,
             step_count=step_count,
         )
+        self._check_room()
+        await self._seats.enter(model)
         try:
+            if self.place.need() is not trainer:  # while it waited for its seat
+                raise TrainerLost("the trainer was replaced")
             async with self._starts.attempt(key):
-                if staged is None:
-                    async with self._place_of_new(model):
-                        await trainer.create_model(model.model_id, model.tuning)
-                        await self._write_down(model, trainer)
-                else:
-                    await self._import(model, trainer, staged, optimizer=request.with_optimizer)
-        except (TrainerLost, ModelBroken) as error:
-            self._starts.check(key)
-            text = "the trainer was lost"
-            raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
-        except Fenced as error:
-            raise shutting_down() from error
+                await self._put(model, trainer, staged, optimizer=request.with_optimizer)
+        except BaseException as error:
+            self._seats.leave(model)
+            if isinstance(error, TrainerLost | ModelBroken):
+                self._starts.check(key)
+                text = "the trainer was lost"
+                raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
+            if isinstance(error, Fenced):
+                raise shutting_down() from error
+            raise
         return model
 
+    async def _put(
+        self, model: Model, trainer: Trainer, staged: Staged | None, *, optimizer: bool
+    ) -> None:
+        if staged is not None:
+            await self._import(model, trainer, staged, optimizer=optimizer)
+            return
+        async with self._turn_of_new():
+            await trainer.create_model(model.model_id, model.tuning)
+            await self._write_down(model, trainer)
+
     @contextlib.asynccontextmanager
-    async def _place_of_new(self, model: Model) -> AsyncIterator[None]:
+    async def _turn_of_new(self) -> AsyncIterator[None]:
         """A turn in which a model may be added."""
         async with self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS):
             self._check_room()
-            self._check_alone(model.tuning)
             yield
 
     async def _import(
@@ -328,7 +316,7 @@ class Models:
         try:
             async with self._checkpoints.copies.coming:
                 pieces = await whole(staged)
-                async with self._place_of_new(model):
+                async with self._turn_of_new():
                     said = StateInfo(model.tuning, model.step_count)
                     await trainer.import_state(
                         model.model_id, pieces, optimizer=optimizer, create=True, said=said
@@ -353,29 +341,14 @@ class Models:
             self._lose_trainer(model)
 
     def _check_room(self) -> None:
-        if len(self._models) < self._limits.models_max:
+        if len(self._models) < self._limits.models_kept_max:
             return
         for model in list(self._models.values()):
             if model.lane.lost and not self._journal.keeps:  # only a tombstone; the oldest may go
                 del self._models[model.model_id]
+                self.on_deleted(model.model_id)
                 return
-        raise ResourceExhausted(
-            f"the cluster holds models_max = {self._limits.models_max} models; delete one",
-            Reason.TOO_MANY_MODELS,
-            metadata={"limit": "models_max", "value": str(len(self._models) + 1)},
-        )
-
-    def _check_alone(self, tuning: Tuning) -> None:
-        living = [model for model in self._models.values() if not model.lane.lost]
-        if any(isinstance(model.tuning, FullConfig) for model in living):
-            message = f"model {living[0].model_id} trains all weights and owns the rank group"
-            raise FailedPrecondition(message, Reason.RANK_GROUP_TAKEN)
-        if living and isinstance(tuning, FullConfig):
-            message = (
-                f"{len(living)} model(s) are on the rank group, and one that trains all weights "
-                "would own it; delete them first"
-            )
-            raise FailedPrecondition(message, Reason.RANK_GROUP_TAKEN)
+        raise too_many_models("models_kept_max", self._limits.models_kept_max)
 
     def get(self, model_id: str) -> Model:
         """One model.
@@ -406,14 +379,15 @@ class Models:
         if self._models.pop(model_id, None) is None:
             return  # somebody else deleted it in the same moment
         was_lost = model.lane.lost
-        model.lane.close(model_not_found(model_id))
+        gone = model_not_found(model_id)
+        model.lane.close(gone)
         model.lane.forget()
-        self._later(self._sweep(model))
+        self._seats.give_up(model, gone)
         self.on_deleted(model_id)
-        trainer = self.place.current
-        if (was_lost and not self._journal.keeps) or trainer is None:
-            return
-        await asyncio.shield(self._later(self._free(trainer, model_id)))
+        dropped = self._evict(model)
+        self._later(self._sweep(model, dropped))
+        if not was_lost or self._journal.keeps:
+            await asyncio.shield(dropped)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
@@ -421,15 +395,24 @@ class Models:
         task.add_done_callback(self._deletions.discard)
         return task
 
-    async def _sweep(self, model: Model) -> None:
+    async def _sweep(self, model: Model, dropped: "asyncio.Task[None]") -> None:
+        await asyncio.wait([dropped])
         # The call under way, or a snapshot, may still add some.
         await model.lane.ended()
+        self._seats.leave(model)  # one that it got in its last moment
         await model.lane.rules.forget()
 
-    async def _free(self, trainer: Trainer, model_id: str) -> None:
-        async with self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS):
-            with contextlib.suppress(TrainerLost):  # then it went with its trainer
-                await trainer.delete_model(model_id)
+    def _evict(self, model: Model) -> "asyncio.Task[None]":
+        """Make the ranks drop a model that is deleted or lost, and let another have its seat."""
+        return self._later(self._drop(model))
+
+    async def _drop(self, model: Model) -> None:
+        trainer = self.place.current
+        if trainer is not None and model in self._seats:
+            async with self._turns.take(_COMING_AND_GOING, NOMINAL_TOKENS):
+                with contextlib.suppress(TrainerLost):  # then it went with its trainer
+                    await trainer.delete_model(model.model_id)
+        self._seats.leave(model)
 
     async def drained(self, timeout_s: float) -> None:
         """Return once no call is under way, or after `timeout_s`."""
@@ -456,3 +439,8 @@ class Models:
             raise InvalidArgument("seq_id", f"{seq_id} is below 0")
         model.last_request_time_s, model.last_used_s = time.time(), time.monotonic()
         return model.lane.submit(seq_id, Call(digest, work, nbytes))
+
+
+def _urgency(model: Model) -> tuple[bool, float]:
+    """Which models come back first after a start: those with calls, then those used last."""
+    return model.lane.pending > 0, model.last_request_time_s

@@ -71,7 +71,7 @@ class Changes(Protocol):
         """Compute, or step."""
 
     def stepped(self, position: int) -> None:
-        """A step was made again."""
+        """No gradients wait after this position."""
 
 
 class Recovery:
@@ -149,6 +149,7 @@ class Recovery:
                     )
             snapshot_step = model.step_count = 0 if snapshot is None else snapshot.step_count
             del snapshot
+        self._changes.stepped(begin)
         model.non_finite_since = ""
         for index, (call, composition) in enumerate(calls):
             model.state_message = f"is brought back, call {index + 1} of {len(calls)}"
@@ -270,9 +271,31 @@ class Recovery:
             return
         if steps < self._rule.steps and not late and not full:
             return
+        if await self._snapshot(position, turn):
+            self._taken_s = now_s
+
+    async def suspend(self, position: int, turn: TakeTurn) -> None:
+        """Take the model off the ranks, with a snapshot first where it has made steps since one.
+
+        Args:
+            position: No call after this one changed more than the waiting gradients.
+            turn: Gives a turn.
+        """
+        await self.quiet()
+        model = self._model
+        newest = model.snapshots[-1].position if model.snapshots else 0
+        if position > newest and model.step_count > self._taken_step:
+            await self._snapshot(position, turn)
         trainer = self._place.current
-        if trainer is None:
-            return
+        if trainer is not None:
+            async with turn(NOMINAL_TOKENS):
+                await trainer.delete_model(model.model_id)
+
+    async def _snapshot(self, position: int, turn: TakeTurn) -> bool:
+        """Let the ranks copy the state, which is then written; False where they cannot."""
+        model, trainer = self._model, self._place.current
+        if trainer is None or self._snapshots is None:
+            return False
         draft = self._snapshots.begin(model.model_id, position)
         await self._copies.leaving.acquire()
         try:
@@ -285,9 +308,10 @@ class Recovery:
             if not isinstance(error, TinsmithError):
                 raise
             _log.warning("no snapshot of model %s: %s", model.model_id, error)
-            return
-        self._taken_step, self._taken_s = model.step_count, now_s
+            return False
+        self._taken_step = model.step_count
         self._taking = asyncio.create_task(self._take(position, draft, sending))
+        return True
 
     async def _take(self, position: int, draft: Draft, sending: Awaitable[StateInfo]) -> None:
         model = self._model

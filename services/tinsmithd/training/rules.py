@@ -5,7 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tinsmithd.errors import DataLoss, NotFound, Reason, TinsmithError, Unavailable
+from tinsmithd.errors import (
+    DataLoss,
+    FailedPrecondition,
+    NotFound,
+    Reason,
+    TinsmithError,
+    Unavailable,
+)
 from tinsmithd.training.records import Write
 from tinsmithd.training.works import Work
 
@@ -82,6 +89,20 @@ class Rules(Protocol):
             TrainerLost, ModelBroken: The ranks died, or could not hold it.
         """
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients wait for a step."""
+
+    async def suspend(self, turn: TakeTurn) -> None:
+        """Take the model off the ranks; `restore` brings it back.
+
+        Raises:
+            TinsmithError, TrainerLost, ModelBroken: They may have it still.
+        """
+
+    def left(self) -> None:
+        """The model is not at the ranks any more, and another may have its seat."""
+
     async def forget(self) -> None:
         """The model is deleted and its lane has ended: leave nothing of it."""
 
@@ -115,3 +136,13 @@ def model_lost(model_id: str, why: str = "the trainer that held it is gone") -> 
 def model_not_found(model_id: str) -> NotFound:
     """The error of an id that names no model."""
     return NotFound(f"no model {model_id!r}", Reason.MODEL_NOT_FOUND)
+
+
+def call_poisoned(attempts: int, why: str) -> FailedPrecondition:
+    """The error of a call that ended the ranks too often."""
+    return FailedPrecondition(
+        f"the trainer failed {attempts} times during this call; it is not tried again and changed "
+        f"nothing of the model ({why})",
+        Reason.CALL_POISONED,
+        metadata={"attempts": str(attempts)},
+    )

@@ -7,7 +7,8 @@ turn, or one for each of its parts, so that a lane with a long queue or large ca
 by one part at most.
 
 When the ranks die the lane brings its model back (`Rules.restore`) and goes on with the call that
-was under way; its callers just wait.
+was under way; its callers just wait. A suspended model leaves the ranks between two calls and
+comes back in the same way, with its next call.
 """
 
 import asyncio
@@ -19,7 +20,6 @@ from typing import Any
 from tinsmithd import failpoints
 from tinsmithd.errors import (
     DataLoss,
-    FailedPrecondition,
     Internal,
     Reason,
     ResourceExhausted,
@@ -28,6 +28,7 @@ from tinsmithd.errors import (
 )
 from tinsmithd.training.answers import Answer
 from tinsmithd.training.journal import Journal
+from tinsmithd.training.presence import Presence
 from tinsmithd.training.records import (
     AddResult,
     CountAttempt,
@@ -41,6 +42,7 @@ from tinsmithd.training.rules import (
     Call,
     LaneLimits,
     Rules,
+    call_poisoned,
     model_lost,
     shutting_down,
 )
@@ -84,7 +86,9 @@ class Lane:
         self._waiting = Waiting(name, limits, journal, rules)
         self._answers = self._waiting.answers
         self._recording = 0
-        self._losses = self._restored_losses = 0
+        self._presence = Presence()
+        self.idle_since_s = 0.0
+        """When its last call ended, by the loop's clock."""
         self._runner: asyncio.Task[None] | None = None
         self._under_way: Entry | None = None
         self._ended = asyncio.Event()
@@ -109,12 +113,28 @@ class Lane:
 
     @property
     def recovering(self) -> bool:
-        """True while the ranks do not have the model's state."""
-        return self._closed is None and self._losses != self._restored_losses
+        """True while the ranks do not have the model's state and should."""
+        return self._closed is None and self._presence.absent and not self._presence.suspended
+
+    @property
+    def resuming(self) -> bool:
+        """True while a suspended model is brought back because of a call."""
+        return self.recovering and self._presence.resuming
+
+    @property
+    def suspended(self) -> bool:
+        """True while the model's state is on disk alone; its next call brings it back."""
+        return self._closed is None and self._presence.suspended
 
     @property
     def _has_work(self) -> bool:
-        return self._closed is None and (self._waiting.ready or self.recovering)
+        wanted = self._waiting.ready or self.recovering or self._presence.leaving
+        return self._closed is None and wanted
+
+    @property
+    def blocked(self) -> bool:
+        """True while the model cannot be brought back to the ranks that there are."""
+        return self._blocked is not None
 
     @property
     def pending(self) -> int:
@@ -160,7 +180,17 @@ class Lane:
 
     def lose_trainer(self) -> None:
         """The ranks do not have the model's state any more."""
-        self._losses += 1
+        self._presence.lose()
+        self._start()
+
+    def suspend(self) -> None:
+        """Leave the ranks before the next call, or at once; that call brings the model back."""
+        self._presence.leaving = True
+        self._start()
+
+    def stay_suspended(self) -> None:
+        """After a start: leave the state on disk until there is a call."""
+        self._presence.suspend()
         self._start()
 
     def _start(self) -> None:
@@ -169,11 +199,17 @@ class Lane:
             self._runner = asyncio.create_task(self._run(), name=f"lane {self._name}")
 
     async def _run(self) -> None:
+        came_back = False
         try:
             while self._has_work:
-                if self.recovering:
+                # Whoever came back for a call makes it, however long the way was.
+                if self._presence.leaving and not (came_back and self._waiting.ready):
+                    await self._suspend()
+                elif self._presence.absent:
                     await self._restore()
+                    came_back = not self._presence.absent
                 else:
+                    came_back = False
                     self._under_way = self._waiting.take()
                     await self._apply(self._under_way)
                     self._under_way = None
@@ -185,10 +221,23 @@ class Lane:
             self._give_up(Internal())
         finally:
             self._runner = None
+            self.idle_since_s = asyncio.get_running_loop().time()
             self._ended.set()
 
+    async def _suspend(self) -> None:
+        try:
+            if not self._presence.absent:
+                await self._rules.suspend(self._turn)
+        except (TinsmithError, TrainerLost, ModelBroken) as error:
+            # Whatever the ranks have of it, they drop it before they get it again.
+            if self._closed is None:
+                _log.warning("model %s left the ranks with an error: %s", self._name, error)
+        self._presence.suspend()
+        self._blocked = None
+        self._rules.left()
+
     async def _restore(self) -> None:
-        losses = self._losses
+        losses = self._presence.begin()
         try:
             await self._rules.restore(self._turn)
         except DataLoss as error:
@@ -207,7 +256,7 @@ class Lane:
                 self._blocked = error if isinstance(error, Unavailable) else None
                 await asyncio.sleep(BROKEN_PAUSE_S)
         else:
-            self._restored_losses = losses
+            self._presence.end(losses)
             self._blocked = None
 
     @contextlib.asynccontextmanager
@@ -227,7 +276,7 @@ class Lane:
         if isinstance(work, RefusedWork):
             self._settle(entry, Outcome(error=work.error))
             return
-        if self.recovering:  # other ranks came while it was written down
+        if self._presence.absent:  # other ranks came while it was written down
             self._waiting.put_back(entry)
             return
         try:
@@ -261,7 +310,8 @@ class Lane:
                 await entry.written
         except TinsmithError as error:  # there is no room to write it down
             # Brought back, the model is without it: the journal does not have it.
-            self._losses += begun and changes_model(entry.call.work)
+            if begun and changes_model(entry.call.work):
+                self._presence.lose()
             await self._waiting.take_back(entry, error, written=False)
             return False
         return True
@@ -333,11 +383,11 @@ class Lane:
             self.close(lost)
             entry.answer.fail(lost)
             return
-        self._losses += 1
+        self._presence.lose()
         entry.attempts += blamed
         if entry.attempts >= self._limits.call_attempts_max:
             _log.error("call %d of model %s is refused: %s", entry.seq_id, self._name, why)
-            self._settle(entry, Outcome(error=_poisoned(entry, why)))
+            self._settle(entry, Outcome(error=call_poisoned(entry.attempts, why)))
             return
         if blamed:
             count = CountAttempt(self._name, entry.position, entry.attempts)
@@ -371,12 +421,3 @@ class Lane:
     def forget(self) -> None:
         """Drop the kept answers: the model is deleted."""
         self._answers.clear()
-
-
-def _poisoned(entry: Entry, why: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"the trainer failed {entry.attempts} times during this call; it is not tried again and "
-        f"changed nothing of the model ({why})",
-        Reason.CALL_POISONED,
-        metadata={"attempts": str(entry.attempts)},
-    )

@@ -26,6 +26,7 @@ from tinsmithd.training.models import ModelLimits, Models
 from tinsmithd.training.recovery import SnapshotRule
 from tinsmithd.training.releases import Releases
 from tinsmithd.training.rules import LaneLimits
+from tinsmithd.training.seats import SeatLimits
 from tinsmithd.training.servicer import TrainingServicer
 from tinsmithd.training.snapshots import DiskSnapshots, Snapshots
 from tinsmithd.training.sqlite_store import SqliteStore
@@ -48,8 +49,9 @@ def _storage(config: TrainingConfig) -> tuple[Journal, Snapshots | None]:
 
 def _limits(config: TrainingConfig) -> ModelLimits:
     return ModelLimits(
-        models_max=config.models_max,
+        models_kept_max=config.models_kept_max,
         model_idle_ttl_s=config.model_idle_ttl_s,
+        seats=SeatLimits(config.models_max, config.suspend_idle_s, config.suspend_busy_s),
         lane=LaneLimits(
             lane_calls_max=config.lane_calls_max,
             lane_bytes_max=config.lane_bytes_max,

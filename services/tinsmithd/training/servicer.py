@@ -19,8 +19,8 @@ from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath, new_ephemer
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import off_loop, refusal_of_call
-from tinsmithd.training.model import Model
-from tinsmithd.training.models import Models, NewModel
+from tinsmithd.training.model import Model, NewModel
+from tinsmithd.training.models import Models
 from tinsmithd.training.requests import (
     INLINE_BYTES,
     ComputeRequest,
@@ -266,6 +266,8 @@ def _model_to_pb(model: Model) -> pb.Model:
         state = pb.MODEL_STATE_LOST
     elif model.lane.recovering:
         state = pb.MODEL_STATE_RECOVERING
+    elif model.lane.suspended:
+        state = pb.MODEL_STATE_SUSPENDED
     return pb.Model(
         model_id=model.model_id,
         base_model=model.info.name,
@@ -276,7 +278,7 @@ def _model_to_pb(model: Model) -> pb.Model:
         next_seq_id=model.lane.next_seq_id,
         pending_calls=model.lane.pending,
         state=state,
-        state_message=model.state_message if state == pb.MODEL_STATE_RECOVERING else "",
+        state_message="" if state == pb.MODEL_STATE_READY else model.state_message,
     )
 
 
