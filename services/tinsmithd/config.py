@@ -60,7 +60,9 @@ class Config:
         """
         env = os.environ if env is None else env
         parser = argparse.ArgumentParser(
-            prog=f"python -m tinsmithd.{cls.section}", description=cls.__doc__
+            prog=f"python -m tinsmithd.{cls.section}",
+            description=cls.__doc__,
+            allow_abbrev=False,  # a part of a key is a typo, too
         )
         parser.add_argument("--config", metavar="FILE", help="TOML file")
         kinds = typing.get_type_hints(cls)

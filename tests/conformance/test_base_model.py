@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinsmithd import link_secret
 from tinsmithd.errors import NotFound, Reason
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.weight_files import check_weights
@@ -208,8 +209,11 @@ def test_a_process_with_a_broken_base_model_gives_up_with_one_line(
     """No traceback, and a status that says that a restart cannot help."""
     folder = write_tiny_model(tmp_path / "tiny")
     without(NORM)(folder)
+    arguments = [f"--base-model={folder}", *PORTS[program]]
+    if program == "trainer":
+        arguments.append(f"--link-secret-file={link_secret.made_in(tmp_path)}")
     ended = subprocess.run(
-        [sys.executable, "-m", f"tinsmithd.{program}", f"--base-model={folder}", *PORTS[program]],
+        [sys.executable, "-m", f"tinsmithd.{program}", *arguments],
         capture_output=True,
         text=True,
         timeout=100,
@@ -225,5 +229,5 @@ def test_a_process_with_a_broken_base_model_gives_up_with_one_line(
 
 PORTS: Mapping[str, tuple[str, ...]] = {
     "trainer": ("--training-target=127.0.0.1:1",),
-    "sampler": ("--port=0",),
+    "sampler": ("--listen-address=127.0.0.1:0",),
 }
