@@ -38,7 +38,7 @@ def main() -> None:
     side, folder, state, tokens, threads, zero_stage, out = sys.argv[1:]
     torch.set_num_threads(int(threads))
     files = {path.name: path.read_bytes() for path in Path(state).iterdir()}
-    start = state_files.from_files(files)
+    start = state_files.from_files(files, None)
     vocab = SHAPES[Path(folder).name].vocab
     warm_up = workloads.make_batch([WARM_UP_TOKENS], vocab, seed=1)
     batch = workloads.make_batch([int(tokens)], vocab)

@@ -179,7 +179,7 @@ def replay(case: Case, folder: str, out: Path) -> None:
         engine.create_model("other", LoraConfig(rank=4, seed=8))
         engine.create_model("another", LoraConfig(rank=2, seed=9, train_unembed=False))
     names = (path.name for path in out.iterdir() if path.suffix in (".json", ".safetensors"))
-    state = state_files.from_files({name: (out / name).read_bytes() for name in names})
+    state = state_files.from_files({name: (out / name).read_bytes() for name in names}, None)
     engine.create_model("m", state.tuning)
     plans = [base64.b64decode(text) for text in json.loads((out / "plans.json").read_text())]
     if case.more:

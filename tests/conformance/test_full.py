@@ -160,7 +160,7 @@ def test_a_saved_full_model_continues_bit_identically(engine: TrainingEngine) ->
     train(engine, batches[4:])
     expected = engine.export_state("m", optimizer=True)
     engine.delete_model("m")
-    state = state_files.from_files(files)
+    state = state_files.from_files(files, None)
     engine.create_model("m", state.tuning)
     collect(engine, "m", batches[0], backward=True)  # dropped by the import
     engine.import_state("m", state, optimizer=True)

@@ -385,7 +385,7 @@ def test_a_saved_state_continues_bit_identically(
     train(engine, "m", batches[4:])
 
     fresh = new_engine(request.node.callspec.params["engine"], folders("llama"))
-    state = state_files.from_files(files)
+    state = state_files.from_files(files, None)
     fresh.create_model("again", state.tuning)
     collect(fresh, "again", batches[0], backward=True)  # dropped by the import
     fresh.import_state("again", state, optimizer=True)

@@ -196,7 +196,7 @@ def test_a_saved_state_continues(ours: Ours, folders: Folders, dtype: str) -> No
         ours.forward_backward(make_data(seed, 2))
         ours.engine.optim_step(MODEL_ID, ADAM)
     state = ours.engine.export_state(MODEL_ID, optimizer=True)
-    read = state_files.from_files(state_files.to_files(state))
+    read = state_files.from_files(state_files.to_files(state), None)
     fresh = new_engine(folders("llama"), dtype)
     fresh.engine.import_state(MODEL_ID, read, optimizer=True)
     again = fresh.engine.export_state(MODEL_ID, optimizer=True)
