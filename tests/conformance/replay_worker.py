@@ -38,6 +38,8 @@ REPLAYED = {
 }
 """None of these may change a number."""
 
+PLANS = "plans.json"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -169,7 +171,7 @@ def record(case: Case, folder: str, out: Path) -> None:
         step(engine, len(CALLS), found)
     leave(engine, found, out / "recorded.npz")
     if distributed.rank_and_world_size()[0] == 0:
-        (out / "plans.json").write_text(json.dumps([base64.b64encode(p).decode() for p in plans]))
+        (out / PLANS).write_text(json.dumps([base64.b64encode(p).decode() for p in plans]))
 
 
 def replay(case: Case, folder: str, out: Path) -> None:
@@ -178,10 +180,11 @@ def replay(case: Case, folder: str, out: Path) -> None:
     if not case.full:
         engine.create_model("other", LoraConfig(rank=4, seed=8))
         engine.create_model("another", LoraConfig(rank=2, seed=9, train_unembed=False))
-    names = (path.name for path in out.iterdir() if path.suffix in (".json", ".safetensors"))
+    kept = {path.name for path in out.iterdir() if path.suffix in (".json", ".safetensors")}
+    names = kept - {PLANS}
     state = state_files.from_files({name: (out / name).read_bytes() for name in names}, None)
     engine.create_model("m", state.tuning)
-    plans = [base64.b64decode(text) for text in json.loads((out / "plans.json").read_text())]
+    plans = [base64.b64decode(text) for text in json.loads((out / PLANS).read_text())]
     if case.more:
         infinite(engine)
     engine.import_state("m", state, optimizer=True)
