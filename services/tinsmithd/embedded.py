@@ -163,6 +163,7 @@ class EmbeddedCluster:
                     keeper.result()  # an UpError
         finally:
             waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
     async def _until_serving(self, child: Child) -> None:
         request = health_pb2.HealthCheckRequest(service=SERVICES[child.name])

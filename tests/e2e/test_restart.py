@@ -168,4 +168,4 @@ def test_a_base_model_that_is_not_there_stops_the_cluster_with_a_sentence(tmp_pa
     """`tinsmith up` says what is wrong instead of waiting for ever."""
     with pytest.raises(Exception, match="server cannot start") as failure:
         RunningCluster(tmp_path / "absent", tmp_path / "data")
-    assert any("cannot read base model" in note for note in failure.value.__notes__)
+    assert any("cannot load base model" in note for note in failure.value.__notes__)
