@@ -164,7 +164,7 @@ def _refused(server: str, port: int, text: str) -> None:
                 break
             time.sleep(0.05)
     reason, _ = reason_and_field(refusal.value)
-    assert reason in ("MODEL_NOT_FOUND", "BASE_MODEL_NOT_FOUND", "INVALID_NAME")
+    assert reason in ("MODEL_NOT_FOUND", "BASE_MODEL_NOT_FOUND", "INVALID_NAME", "LIMIT_EXCEEDED")
 
 
 def _answers(answer: object) -> Iterable[object]:
