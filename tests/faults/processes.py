@@ -103,8 +103,8 @@ class Training:
     def __init__(self, base_model: Path, folder: Path, **settings: object) -> None:
         self._base_model = base_model
         self.folder = folder
-        self.data = folder / "data"
-        self._settings = {"data_folder": self.data, "snapshot_steps": 3, **settings}
+        self._settings = {"data_folder": folder / "data", "snapshot_steps": 3, **settings}
+        self.data = Path(str(self._settings["data_folder"]))
         self.server = self.start_server()
         self.ranks: list[Process] = []
 

@@ -337,7 +337,7 @@ def test_row_28_a_disk_that_fails_refuses_calls_and_says_so(
         with pytest.raises(grpc.RpcError) as refusal:
             stub.OptimStep(request, timeout=60)
     assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert reason_and_field(refusal.value)[0] == "STORAGE_FULL"
+    assert reason_and_field(refusal.value)[0] == "STORAGE_UNAVAILABLE"
     until_health(training.address, serving=False)
     assert state(training, client.model_id).next_seq_id == 5
     training.restart_server()

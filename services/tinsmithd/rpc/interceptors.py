@@ -16,7 +16,6 @@ import functools
 import inspect
 import logging
 import secrets
-import traceback
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +156,7 @@ def _guarded(respond: Any, reading: _Reading) -> Any:
             except asyncio.CancelledError:
                 raise
             except grpc.aio.AbortError as error:
-                _forget_frames(error)
+                forget_frames(error)
                 raise
             except Exception as error:
                 failure = error
@@ -170,13 +169,14 @@ def _guarded(respond: Any, reading: _Reading) -> Any:
     return guarded
 
 
-def _forget_frames(error: BaseException | None) -> None:
+def forget_frames(error: BaseException | None) -> None:
     """Let go of what the functions held that an error came through.
 
     grpc keeps the error with its call, in a cycle: megabytes would wait for the garbage collector.
+    The frames themselves are not cleared: one error can be many callers' answer, and to clear the
+    frame of a coroutine that waits ends that coroutine, without a word.
     """
     while error is not None:
-        traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__context__
 
@@ -189,7 +189,7 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: st
     else:
         _log.error("%s failed [%s]", method, request_id, exc_info=error)
         status = to_status(Internal(), request_id)
-    _forget_frames(error)
+    forget_frames(error)
     try:
         await context.abort_with_status(rpc_status.to_status(status))
     except (grpc.aio.InternalError, grpc.aio.UsageError) as gone:
