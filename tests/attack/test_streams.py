@@ -316,6 +316,7 @@ def test_half_messages_are_bounded_together(tmp_path_factory: pytest.TempPathFac
     would hold and nobody has counted. Their callers are told to come again."""
     folder = tmp_path_factory.mktemp("half-messages")
     settings = {"data_folder": folder / "data", "received_bytes_max": 32 * MIB, "peer_share_max": 1}
+    settings["message_bytes_max"] = 32 * MIB  # twice that much is received
     nbytes, before = 60 * MIB, b"\0" + struct.pack("!I", 60 * MIB)
     with process("checkpoint", folder, **settings) as running, ExitStack() as stack:
         with watching([target_of("checkpoint", running)]):
