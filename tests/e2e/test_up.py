@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -20,6 +20,8 @@ from wire import reason_and_field
 
 START_S_MAX = 60
 
+
+started: list[subprocess.Popen[str]] = []
 
 HOSTILE_MODULES = ("queue", "resource", "tinsmithd", "grpc", "torch")
 
@@ -34,7 +36,7 @@ def up(
     fixed = ("up", "--base-model", str(base_model), "--data", str(data), "--port", "0")
     # As the installed command does it: its own folder is on its path, the current one is not.
     command = [sys.executable, "-P", "-m", "tinsmithd.up", *fixed, "--threads", "1", *arguments]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         env=environment,
         cwd=folder,
@@ -42,6 +44,18 @@ def up(
         stderr=subprocess.PIPE,
         text=True,
     )
+    started.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_a_test() -> Iterator[None]:
+    """Servers end with `up`, whatever became of the test that started it."""
+    yield
+    while started:
+        process = started.pop()
+        process.kill()
+        process.wait()
 
 
 def servers(process: subprocess.Popen[str]) -> dict[str, int]:

@@ -3,6 +3,9 @@
 Real forks, in a process of their own: what grpc does in a child of this one would end the tests.
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -27,16 +30,21 @@ def peer() -> Iterator[Peer]:
 def run(peer: Peer, code: str) -> list[str]:
     """Run a script that has `address`; returns its lines, and fails where it crashes or hangs."""
     head = f"import os, sys, tinsmith, multiprocessing, pickle\naddress = {peer.address!r}\n"
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(code)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "never awaited" not in done.stderr
-    return done.stdout.splitlines()
+        start_new_session=True,
+    ) as process:
+        try:
+            out, error = process.communicate(timeout=TIMEOUT_S)
+        finally:  # its children, too, which may hang as well
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, out[-2000:] + error[-4000:]
+    assert "never awaited" not in error
+    return out.splitlines()
 
 
 def test_every_entry_of_a_forked_child_says_spawn_or_forkserver(peer: Peer) -> None:
