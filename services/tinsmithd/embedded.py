@@ -192,7 +192,8 @@ class EmbeddedCluster:
                 raise UpError(f"the {child.name} server cannot start; {log} says why")
             if self._served.is_set() and not self._keep_on:
                 return
-            if loop.time() - started_s > SETTLED_S:
+            # What somebody killed is wanted back at once; what ends by itself, ever more slowly.
+            if status < 0 or loop.time() - started_s > SETTLED_S:
                 delay_s = RESTART_DELAY_S_FIRST
             _log.warning(
                 "the %s server ended (%s) and is started again in %g s; see %s",
