@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+from tinsmithd.child import describe_exit, environment
 from tinsmithd.config import TrainingConfig
 from tinsmithd.process import EXIT_HOPELESS
 
@@ -125,7 +126,7 @@ class Launcher:
                 raise LaunchError("the trainer cannot start; its log says why")
             if loop.time() - started_s > delay_s + SETTLED_S:
                 delay_s = RESTART_DELAY_S_FIRST
-            _log.error("a rank group ended (%s); restart in %g s", _describe(status), delay_s)
+            _log.error("a rank group ended (%s); restart in %g s", describe_exit(status), delay_s)
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, RESTART_DELAY_S_MAX)
 
@@ -151,10 +152,9 @@ class Launcher:
             "log_level": config.log_level,
             "live_with_pid": os.getpid(),
         }
-        environment = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
+        ours = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
         # A job that this server is part of may have said who is which rank: those are other ranks.
-        inherited = {k: v for k, v in os.environ.items() if k not in _OF_ANOTHER_JOB}
-        return {**inherited, **environment}
+        return {k: v for k, v in environment(**ours).items() if k not in _OF_ANOTHER_JOB}
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
@@ -182,9 +182,3 @@ def _out_of_memory_count() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-
-
-def _describe(status: int) -> str:
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exit status {status}"
