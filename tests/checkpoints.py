@@ -17,12 +17,13 @@ import numpy as np
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmithd import state_files, state_tensors
-from tinsmithd.checkpoint.keeper import Header, Keeper
-from tinsmithd.checkpoint.record import Checkpoint
-from tinsmithd.checkpoint.store import Blob
-from tinsmithd.checkpoint.writers import Writer
+from tinsmithd.checkpoint.catalogue.record import Checkpoint
+from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.rules.keeper import Header, Keeper
+from tinsmithd.checkpoint.store.directory import Blob
 from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
+from tinsmithd.state import files as state_files
+from tinsmithd.state import tensors as state_tensors
 
 PATH = "tinsmith://run/weights/one"
 START_S_MAX = 30.0

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from tinsmith.v1 import types_pb2
-from tinsmithd import state_files
 from tinsmithd.domain import LoraConfig, ModelState
+from tinsmithd.state import files as state_files
 
 RANK = 4
 LORA = LoraConfig(rank=RANK)

@@ -27,8 +27,8 @@ from clusters import RunningCluster
 from tinsmith import v1
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
 from tinsmith.v1 import Cluster, types_pb2
-from tinsmithd.checkpoint.keeper import Header, Keeper
-from tinsmithd.checkpoint.store import Blob
+from tinsmithd.checkpoint.rules.keeper import Header, Keeper
+from tinsmithd.checkpoint.store.directory import Blob
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig, ModelState, Tuning
 from tinsmithd.trainer.commands import Commands
@@ -144,7 +144,7 @@ def keep_unchecked(folder: Path) -> None:
     """Put all of them into a Checkpoint server's folder, as a release without checks would have."""
     folder.mkdir(parents=True)
     with (
-        mock.patch("tinsmithd.checkpoint.keeper.check_files"),
+        mock.patch("tinsmithd.checkpoint.rules.keeper.check_files"),
         contextlib.closing(Keeper(folder, checkpoint_bytes_max=1 << 30)) as keeper,
     ):
         for number, kind in enumerate(KEPT):

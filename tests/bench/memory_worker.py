@@ -20,7 +20,7 @@ import torch
 from bench import workloads
 from bench.configs import SHAPES
 from bench.sides import BareLoop, Ours, Settings
-from tinsmithd import state_files
+from tinsmithd.state import files as state_files
 
 WARM_UP_TOKENS = 32
 

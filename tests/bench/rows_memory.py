@@ -12,7 +12,7 @@ import numpy as np
 from bench.configs import SHAPES, write_model
 from bench.harness import Result, compare, estimate
 from bench.sides import Ours, Settings
-from tinsmithd import state_files
+from tinsmithd.state import files as state_files
 
 TARGET = 0.40
 TOKENS = 2048

@@ -16,7 +16,7 @@ import torch
 from data import collect
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.trainer.engines import distributed
+from tinsmithd.trainer.engines.deepspeed import distributed
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 

@@ -15,7 +15,7 @@ import torch
 
 from data import collect, make_data, make_rl_data
 from tinsmithd.domain import AdamParams, Datum, FullConfig, Gspo, LoraConfig, Ppo
-from tinsmithd.trainer.engines import distributed
+from tinsmithd.trainer.engines.deepspeed import distributed
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 

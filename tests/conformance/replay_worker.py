@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from data import make_data, make_rl_data
-from tinsmithd import state_files
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig, LossFn, Ppo
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
-from tinsmithd.trainer.engines import distributed, rounds
+from tinsmithd.state import files as state_files
+from tinsmithd.trainer.engines.deepspeed import distributed, rounds
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import ForwardResult, TrainingEngine
 

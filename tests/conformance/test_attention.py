@@ -20,7 +20,7 @@ from tinsmithd.modeling.packing import (
     packed_attention,
     use_packed_attention,
 )
-from tinsmithd.sampler.engines.transformers_engine import TransformersEngine
+from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model

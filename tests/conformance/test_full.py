@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import collect, make_data
-from tinsmithd import state_files
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import FAMILIES, write_tiny_model

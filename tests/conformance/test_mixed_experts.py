@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data import collect, make_data
-from tinsmithd import state_files
 from tinsmithd.domain import AdamParams, LoraConfig, SampleRequest, SamplingParams
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.lora import Adapters
-from tinsmithd.sampler.engines.transformers_engine import TransformersEngine
+from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
+from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model

@@ -22,7 +22,7 @@ from tinsmithd.domain import (
 from tinsmithd.errors import FailedPrecondition
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.interface import Generation
-from tinsmithd.sampler.engines.transformers_engine import TransformersEngine
+from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from tiny_models import write_tiny_model
 

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data import collect, make_data, make_rl_data
-from tinsmithd import state_files
 from tinsmithd.domain import (
     AdamParams,
     CrossEntropy,
@@ -26,6 +25,7 @@ from tinsmithd.domain import (
 )
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tinsmithd.modeling.base import load_base
+from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import FAMILIES, write_tiny_model

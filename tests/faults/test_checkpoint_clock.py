@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints import PATH, Clock, blobs, files, keep, kept
 from tinsmithd.checkpoint.export import exported_files, tar_of
-from tinsmithd.checkpoint.keeper import EXPIRY_GRACE_S, Keeper
+from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S, Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import NotFound, TinsmithError
 

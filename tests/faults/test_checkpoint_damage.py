@@ -18,12 +18,12 @@ import pytest
 
 from checkpoints import PATH, ServerProcess, blobs, files, keep, kept, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
-from tinsmithd import state_files
-from tinsmithd.checkpoint.keeper import Keeper
-from tinsmithd.checkpoint.schema import CatalogueUnusable, digest
+from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable, digest
+from tinsmithd.checkpoint.rules.keeper import Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import DataLoss, TinsmithError
 from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.state import files as state_files
 from wire import reason_and_field
 
 WEIGHTS, MOMENTS = state_files.WEIGHTS_FILE, state_files.OPTIMIZER_FILE

@@ -25,7 +25,7 @@ from checkpoints import (
 )
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint import server as server_module
-from tinsmithd.checkpoint.keeper import Keeper
+from tinsmithd.checkpoint.rules.keeper import Keeper
 from tinsmithd.checkpoint.server import SERVICE_NAME, CheckpointServer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import CheckpointPath

@@ -9,8 +9,8 @@ import pytest
 
 from checkpoints import PATH, ServerProcess, files, keep, kept, messages, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
-from tinsmithd.checkpoint.keeper import Keeper
-from tinsmithd.checkpoint.writers import Writer
+from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.rules.keeper import Keeper
 from tinsmithd.errors import DataLoss, FailedPrecondition
 from wire import reason_and_field
 

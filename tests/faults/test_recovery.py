@@ -16,7 +16,7 @@ from clusters import until_health
 from faults.processes import Training
 from tinsmith import types
 from tinsmith import v1 as pb
-from tinsmithd.training import sqlite_writes
+from tinsmithd.training.journal import sqlite_tables as sqlite_writes
 from wire import reason_and_field
 
 STEPS = 7

@@ -16,9 +16,9 @@ import torch
 from bench.harness import compare
 from bench.sides import MODEL_ID, BareLoop, Ours, Settings
 from data import make_data
-from tinsmithd import state_files
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.state import files as state_files
 from tiny_models import FAMILIES, write_tiny_model
 
 DEVICE = "cuda"

@@ -17,12 +17,12 @@ from checkpoints import PATH, Clock, blobs, files, messages, piece, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmithd import state_files
-from tinsmithd.checkpoint.keeper import EXPIRY_GRACE_S
+from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S
 from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.checkpoint.store import StoreBusy
+from tinsmithd.checkpoint.store.directory import StoreBusy
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import FullConfig, ModelState
+from tinsmithd.state import files as state_files
 from wire import reason_and_field
 
 SAMPLER_PATH = "tinsmith://run/sampler_weights/one"

@@ -21,14 +21,14 @@ from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
-from tinsmithd import state_files
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.convert.types import lora_to_pb
 from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState, SampledTokens
 from tinsmithd.modeling.base import load_base
-from tinsmithd.sampler.engines.transformers_engine import TransformersGeneration
+from tinsmithd.sampler.engines.transformers.engine import TransformersGeneration
 from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
+from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from wire import reason_and_field
 

@@ -10,8 +10,7 @@ from sim.network import Connection
 from sim.server import CallRequest, CreateRequest, DeleteRequest, Request
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
-from tinsmithd.training.model import NewModel
-from tinsmithd.training.works import (
+from tinsmithd.training.call.work import (
     ComputeWork,
     LoadWork,
     Outcome,
@@ -22,6 +21,7 @@ from tinsmithd.training.works import (
     encode,
     encode_outcome,
 )
+from tinsmithd.training.models.model import NewModel
 
 if TYPE_CHECKING:
     from sim.world import World

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sim.loop import PROCESS
 from sim.tables import Tables
-from tinsmithd.training.records import (
+from tinsmithd.training.call.work import Outcome, Work
+from tinsmithd.training.journal.records import (
     Contents,
     Fenced,
     StoreDamaged,
@@ -19,7 +20,6 @@ from tinsmithd.training.records import (
     StoreUnwritable,
     Write,
 )
-from tinsmithd.training.works import Outcome, Work
 
 if TYPE_CHECKING:
     from sim.snapshots import Folder

@@ -14,11 +14,12 @@ from typing import Any
 
 from sim.disk import SimStore
 from sim.world import Result, simulate
-from tinsmithd.training import calls, recovery, snapshots
-from tinsmithd.training.journal import Journal
-from tinsmithd.training.models import Models
-from tinsmithd.training.scheduler import Lane
-from tinsmithd.training.waiting import Waiting
+from tinsmithd.training.journal.journal import Journal
+from tinsmithd.training.lane.admission import Waiting
+from tinsmithd.training.lane.lane import Lane
+from tinsmithd.training.models import execution as calls
+from tinsmithd.training.models import recovery, snapshots
+from tinsmithd.training.models.models import Models
 
 
 @dataclass(frozen=True)

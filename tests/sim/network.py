@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.server import Request, Server, lost_connection
 from tinsmithd.errors import TinsmithError
-from tinsmithd.training.works import Outcome
+from tinsmithd.training.call.work import Outcome
 
 if TYPE_CHECKING:
     from sim.world import World

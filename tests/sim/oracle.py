@@ -8,7 +8,7 @@ from sim.clients import ModelUser
 from sim.engine import State
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import Reason
-from tinsmithd.training.works import (
+from tinsmithd.training.call.work import (
     ComputeWork,
     LoadWork,
     Outcome,

@@ -15,7 +15,8 @@ from tinsmithd.errors import (
     ResourceExhausted,
     TinsmithError,
 )
-from tinsmithd.training.trainer import (
+from tinsmithd.training.call.work import ComputeWork
+from tinsmithd.training.ranks.interface import (
     CallPart,
     Computed,
     OnPiece,
@@ -24,7 +25,6 @@ from tinsmithd.training.trainer import (
     StateInfo,
     TrainerLost,
 )
-from tinsmithd.training.works import ComputeWork
 
 if TYPE_CHECKING:
     from sim.world import World

@@ -11,17 +11,17 @@ from sim.loop import Process
 from sim.ranks import SimTrainer
 from sim.snapshots import SimSnapshots
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
-from tinsmithd.training.calls import CallLimits
-from tinsmithd.training.checkpoints import Checkpoints
-from tinsmithd.training.journal import Journal
-from tinsmithd.training.model import NewModel
-from tinsmithd.training.models import ModelLimits, Models
-from tinsmithd.training.records import Fenced, StoreDamaged
-from tinsmithd.training.recovery import SnapshotRule
-from tinsmithd.training.rules import LaneLimits
-from tinsmithd.training.seats import SeatLimits
-from tinsmithd.training.staging import Copies
-from tinsmithd.training.works import RefusedWork, Work
+from tinsmithd.training.call.work import RefusedWork, Work
+from tinsmithd.training.journal.journal import Journal
+from tinsmithd.training.journal.records import Fenced, StoreDamaged
+from tinsmithd.training.lane.interface import LaneLimits
+from tinsmithd.training.models.checkpoints import Checkpoints
+from tinsmithd.training.models.execution import CallLimits
+from tinsmithd.training.models.model import NewModel
+from tinsmithd.training.models.models import ModelLimits, Models
+from tinsmithd.training.models.recovery import SnapshotRule
+from tinsmithd.training.models.seats import SeatLimits
+from tinsmithd.training.models.staging import Copies
 
 if TYPE_CHECKING:
     import random

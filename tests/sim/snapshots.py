@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sim.disk import SimDisk
-from tinsmithd.training.snapshots import MANIFEST_FILE, DiskSnapshots, Draft, Snapshot
+from tinsmithd.training.models.snapshots import MANIFEST_FILE, DiskSnapshots, Draft, Snapshot
 
 
 @dataclass

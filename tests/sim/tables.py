@@ -6,8 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tinsmithd.training import records
-from tinsmithd.training.records import (
+from tinsmithd.training.call.work import (
+    Outcome,
+    Work,
+    decode,
+    decode_outcome,
+    digest_of,
+    encode,
+    encode_outcome,
+)
+from tinsmithd.training.journal import records
+from tinsmithd.training.journal.records import (
     AddCall,
     AddModel,
     AddResult,
@@ -25,15 +34,6 @@ from tinsmithd.training.records import (
     StoredSnapshot,
     Trim,
     Write,
-)
-from tinsmithd.training.works import (
-    Outcome,
-    Work,
-    decode,
-    decode_outcome,
-    digest_of,
-    encode,
-    encode_outcome,
 )
 
 

@@ -23,7 +23,7 @@ from sim.network import Network
 from sim.ranks import RankGroup, SimTrainer
 from sim.server import Server, limits, tight
 from tinsmithd import failpoints
-from tinsmithd.training.records import Write
+from tinsmithd.training.journal.records import Write
 
 IDENTITY = {"base_model": "base", "dtype": "float32", "engine": "e1"}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from checkpoints import PATH, blobs, files, keep, kept
-from tinsmithd.checkpoint import schema
-from tinsmithd.checkpoint.catalogue import Catalogue
-from tinsmithd.checkpoint.failures import storage_errors
-from tinsmithd.checkpoint.keeper import Keeper
-from tinsmithd.checkpoint.schema import CatalogueUnusable
+from tinsmithd.checkpoint.catalogue import schema
+from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
+from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable
+from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.store.failures import storage_errors
 from tinsmithd.domain import CheckpointPath, FullConfig, LoraConfig
 from tinsmithd.errors import DataLoss, Unavailable
 

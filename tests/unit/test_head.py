@@ -7,9 +7,9 @@ from torch import Tensor
 
 from formulas import FORMULAS, make_inputs
 from tinsmithd.domain import LOSSES, CrossEntropy, LossFn
-from tinsmithd.trainer.engines import head as head_module
-from tinsmithd.trainer.engines.head import Head, head_pass
-from tinsmithd.trainer.engines.losses import loss_sum
+from tinsmithd.trainer.compute import head as head_module
+from tinsmithd.trainer.compute.head import Head, head_pass
+from tinsmithd.trainer.compute.losses import loss_sum
 
 LENGTHS = (5, 2, 6)
 COUNT, WIDTH, VOCAB_SIZE, RANK = sum(LENGTHS), 16, 50, 3

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from tinsmithd.domain import BaseModelInfo, LoraConfig
-from tinsmithd.training.calls import CallLimits
-from tinsmithd.training.checkpoints import Checkpoints
-from tinsmithd.training.journal import NoJournal
-from tinsmithd.training.model import NewModel
-from tinsmithd.training.models import ModelLimits, Models
-from tinsmithd.training.recovery import SnapshotRule
-from tinsmithd.training.rules import LaneLimits
-from tinsmithd.training.seats import SeatLimits
-from tinsmithd.training.staging import Copies
+from tinsmithd.training.journal.journal import NoJournal
+from tinsmithd.training.lane.interface import LaneLimits
+from tinsmithd.training.models.checkpoints import Checkpoints
+from tinsmithd.training.models.execution import CallLimits
+from tinsmithd.training.models.model import NewModel
+from tinsmithd.training.models.models import ModelLimits, Models
+from tinsmithd.training.models.recovery import SnapshotRule
+from tinsmithd.training.models.seats import SeatLimits
+from tinsmithd.training.models.staging import Copies
 
 TTL_S = 1000.0
 REQUEST = NewModel("", LoraConfig(), None, False, {}, "", b"")

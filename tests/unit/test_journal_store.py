@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from sim.disk import SimDisk, SimStore
-from tinsmithd.training import records as j
-from tinsmithd.training import sqlite_store, sqlite_writes, works
-from tinsmithd.training.records import Fenced, StoreDamaged
-from tinsmithd.training.sqlite_store import SqliteStore
-from tinsmithd.training.works import ComputeWork, Outcome, Work
+from tinsmithd.training.call import work as works
+from tinsmithd.training.call.work import ComputeWork, Outcome, Work
+from tinsmithd.training.journal import records as j
+from tinsmithd.training.journal import sqlite_store
+from tinsmithd.training.journal import sqlite_tables as sqlite_writes
+from tinsmithd.training.journal.records import Fenced, StoreDamaged
+from tinsmithd.training.journal.sqlite_store import SqliteStore
 
 DATUM_BYTES = 1900
 """Two payloads, or two answers, fill a page of the file: most flips of its bits hit something."""

@@ -15,13 +15,20 @@ from tinsmithd.errors import (
     TinsmithError,
     Unavailable,
 )
-from tinsmithd.training.answers import Answer, Answers
-from tinsmithd.training.journal import NoJournal
-from tinsmithd.training.rules import Call, Done, Emit, LaneLimits, TakeTurn, model_not_found
-from tinsmithd.training.scheduler import Lane
-from tinsmithd.training.trainer import TrainerLost
-from tinsmithd.training.turns import Turns
-from tinsmithd.training.works import ComputeWork, RefusedWork, Work
+from tinsmithd.training.call.answer import Answer, Answers
+from tinsmithd.training.call.work import ComputeWork, RefusedWork, Work
+from tinsmithd.training.journal.journal import NoJournal
+from tinsmithd.training.lane.interface import (
+    Call,
+    Done,
+    Emit,
+    LaneLimits,
+    TakeTurn,
+    model_not_found,
+)
+from tinsmithd.training.lane.lane import Lane
+from tinsmithd.training.lane.turns import Turns
+from tinsmithd.training.ranks.interface import TrainerLost
 
 LIMITS = LaneLimits(8, 1000, gap_wait_s_max=30, answers_kept_max=4, answer_bytes_kept_max=1000)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from checkpoints import Clock, blobs, files, keep, kept
-from tinsmithd.checkpoint.keeper import EXPIRY_GRACE_S, Keeper
-from tinsmithd.checkpoint.writers import Writer
+from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S, Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
-from tinsmithd.training.releases import Releases
+from tinsmithd.training.models.releases import Releases
 
 LEASE_S = 30.0
 TTL_S = 86_400
@@ -210,7 +210,7 @@ async def test_deleted_models_are_released_whoever_was_away_when(
     timed: Timed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Checkpoint server down at a deletion, or the Training server restarted after it."""
-    monkeypatch.setattr("tinsmithd.training.releases.RETRY_S", 0.01)
+    monkeypatch.setattr("tinsmithd.training.models.releases.RETRY_S", 0.01)
     paths = [timed.save(i, f"model{i}") for i in range(3)]
     models = {"model0", "model1", "model2"}
     server = Server(timed.keeper)

@@ -6,7 +6,7 @@ import torch
 
 from formulas import FORMULAS, make_inputs
 from tinsmithd.domain import LOSSES, Cispo, Gspo, ImportanceSampling, LossFn, Ppo
-from tinsmithd.trainer.engines.losses import loss_sum
+from tinsmithd.trainer.compute.losses import loss_sum
 
 COUNT = 12
 STEP = 1e-6

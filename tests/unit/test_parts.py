@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmithd.config import ConfigError, TrainingConfig
-from tinsmithd.training.parts import add_metrics, cut, parts
-from tinsmithd.training.trainer import CallPart
-from tinsmithd.training.works import ComputeWork
+from tinsmithd.training.call.batches import add_metrics, cut, parts
+from tinsmithd.training.call.work import ComputeWork
+from tinsmithd.training.ranks.interface import CallPart
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120), st.booleans())

@@ -10,10 +10,10 @@ import pytest
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1.training_service_pb2 import DatumOutput
-from tinsmithd import state_files
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, LossFn, ModelState, Tuning
-from tinsmithd.state_tensors import MOMENTS
+from tinsmithd.state import files as state_files
+from tinsmithd.state.tensors import MOMENTS
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import ForwardResult, ModelBroken, OnResult, PlanMismatch
 from tinsmithd.trainer.snapshots import COPIES_MAX, PIECE_BYTES_MAX

@@ -19,7 +19,7 @@ from tinsmithd.domain import (
     StopReason,
 )
 from tinsmithd.errors import NotFound, Reason, ResourceExhausted
-from tinsmithd.sampler.scheduler import Adapter, SamplerScheduler, SchedulerLimits
+from tinsmithd.sampler.admission import Adapter, SamplerScheduler, SchedulerLimits
 
 STATE = ModelState(LoraConfig(), {}, {}, 0, {})
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tinsmithd.domain import SamplingParams, StopReason
-from tinsmithd.sampler.engines.sampling import Draws, draw
-from tinsmithd.sampler.engines.stopping import StopCheck
+from tinsmithd.sampler.engines.transformers.sampling import Draws, draw
+from tinsmithd.sampler.engines.transformers.stopping import StopCheck
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, 2.5])
 

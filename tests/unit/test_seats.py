@@ -9,9 +9,9 @@ import pytest
 
 from tinsmithd.domain import BaseModelInfo, FullConfig, LoraConfig, Tuning
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, ResourceExhausted
-from tinsmithd.training import seats as module
-from tinsmithd.training.model import Model
-from tinsmithd.training.seats import SeatLimits, Seats
+from tinsmithd.training.models import seats as module
+from tinsmithd.training.models.model import Model
+from tinsmithd.training.models.seats import SeatLimits, Seats
 
 INFO = BaseModelInfo("base", "llama", 10, 10, "float32", 1, 1)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tinsmithd.errors import DataLoss
-from tinsmithd.training.records import StoreDamaged
-from tinsmithd.training.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
+from tinsmithd.training.journal.records import StoreDamaged
+from tinsmithd.training.models.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
 
 FILES = {
     "weights": random.Random(1).randbytes(PIECE_BYTES + 9),

@@ -7,7 +7,7 @@ import pytest
 
 from tinsmithd.domain import content_digest
 from tinsmithd.errors import Reason, ResourceExhausted
-from tinsmithd.training.staging import READ_BYTES, DiskStaging, whole
+from tinsmithd.training.models.staging import READ_BYTES, DiskStaging, whole
 
 FILES = {"b": random.Random(1).randbytes(2 * READ_BYTES + 9), "a": b"small", "empty": b""}
 

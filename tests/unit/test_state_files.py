@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinsmithd import state_files
 from tinsmithd.domain import FullConfig, LoraConfig, ModelState, Tuning
+from tinsmithd.state import files as state_files
 
 
 def state(tuning: Tuning, **changes: Any) -> ModelState:

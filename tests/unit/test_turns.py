@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from tinsmithd.training.turns import PURGE_MIN, Turns
+from tinsmithd.training.lane.turns import PURGE_MIN, Turns
 
 
 class Ranks:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tinsmithd.trainer.engines.waiting import Layout, WaitingGradients, host_copy
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout, WaitingGradients, host_copy
 
 
 def waiting(*values: float) -> WaitingGradients:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tinsmithd import errors
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
-from tinsmithd.training import works
-from tinsmithd.training.works import ComputeWork, Outcome, Work
+from tinsmithd.training.call import work as works
+from tinsmithd.training.call.work import ComputeWork, Outcome, Work
 
 names = st.text("abcXYZ019", min_size=1, max_size=8)
 paths = st.builds(CheckpointPath, names, st.sampled_from(CheckpointKind), names)

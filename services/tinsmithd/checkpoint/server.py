@@ -17,8 +17,8 @@ from pathlib import Path
 from tinsmith.v1.checkpoint_service_pb2 import DESCRIPTOR
 from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from tinsmithd.budget import Budget
-from tinsmithd.checkpoint.keeper import Keeper
 from tinsmithd.checkpoint.metrics import CheckpointCollector
+from tinsmithd.checkpoint.rules.keeper import Keeper
 from tinsmithd.checkpoint.servicer import CheckpointServicer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.errors import TinsmithError

@@ -11,11 +11,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from tinsmithd.budget import Budget, Lease
+from tinsmithd.checkpoint.catalogue.record import Checkpoint
+from tinsmithd.checkpoint.catalogue.writers import Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
-from tinsmithd.checkpoint.keeper import Header, Keeper, Write
-from tinsmithd.checkpoint.record import Checkpoint
-from tinsmithd.checkpoint.store import Blob
-from tinsmithd.checkpoint.writers import Writer
+from tinsmithd.checkpoint.rules.keeper import Header, Keeper, Write
+from tinsmithd.checkpoint.store.directory import Blob
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import FullConfig, content_digest
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason

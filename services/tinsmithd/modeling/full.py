@@ -16,7 +16,7 @@ from tinsmithd.domain import FullConfig, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.lora import HeadLayer, replace_values
-from tinsmithd.state_files import TOKENIZER_FILES
+from tinsmithd.state.files import TOKENIZER_FILES
 
 
 class FullWeights:

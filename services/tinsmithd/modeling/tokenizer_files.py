@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from tinsmithd.state_files import FULL_CONFIG_FILE, TOKENIZER_FILES
+from tinsmithd.state.files import FULL_CONFIG_FILE, TOKENIZER_FILES
 
 
 def read_tokenizer_files(name_or_folder: str, tokenizer: Any) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tinsmithd.sampler.scheduler import SamplerScheduler
+from tinsmithd.sampler.admission import SamplerScheduler
 
 _PREFIX = "tinsmith_sampler_"
 

@@ -10,10 +10,10 @@ from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_s
 from tinsmithd.checkpoint_client import CheckpointClient, Patience
 from tinsmithd.config import SamplerConfig
 from tinsmithd.rpc.server import RpcServer
-from tinsmithd.sampler.checkpoints import CheckpointSource
+from tinsmithd.sampler.adapters import CheckpointSource
+from tinsmithd.sampler.admission import SamplerScheduler, SchedulerLimits
 from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.metrics import SamplerCollector
-from tinsmithd.sampler.scheduler import SamplerScheduler, SchedulerLimits
 from tinsmithd.sampler.servicer import SamplerServicer
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["SamplerService"].full_name
@@ -29,7 +29,7 @@ def load_engine(config: SamplerConfig) -> SamplingEngine:
     import torch
 
     from tinsmithd.modeling.base import load_base
-    from tinsmithd.sampler.engines.transformers_engine import TransformersEngine
+    from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
 
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -13,9 +13,9 @@ from tinsmithd.convert.types import base_model_to_pb, path_from_pb
 from tinsmithd.domain import SampleRequest
 from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
-from tinsmithd.sampler.checkpoints import CheckpointSource
+from tinsmithd.sampler.adapters import CheckpointSource
+from tinsmithd.sampler.admission import Adapter, SamplerScheduler
 from tinsmithd.sampler.leases import Leases
-from tinsmithd.sampler.scheduler import Adapter, SamplerScheduler
 from tinsmithd.sampler.unread import Output
 from tinsmithd.sampler.validate import RequestLimits, check_request
 

@@ -34,7 +34,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
 
     from tinsmithd.trainer import link
     from tinsmithd.trainer.commands import Commands
-    from tinsmithd.trainer.engines import distributed
+    from tinsmithd.trainer.engines.deepspeed import distributed
     from tinsmithd.trainer.engines.factory import make_engine
 
     if config.threads:
@@ -146,7 +146,7 @@ def main() -> None:
 
 def _end_among_others(error: Exception) -> None:
     """End a rank of several at once: in what state the others are is unknown."""
-    from tinsmithd.trainer.engines import distributed
+    from tinsmithd.trainer.engines.deepspeed import distributed
 
     rank, _ = distributed.rank_and_world_size()
     left = distributed.rank_that_left()

@@ -14,10 +14,11 @@ import numpy as np
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2, types_pb2
-from tinsmithd import failpoints, state_files
+from tinsmithd import failpoints
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
+from tinsmithd.state import files as state_files
 from tinsmithd.trainer.answers import done_with, failed
 from tinsmithd.trainer.engines.interface import (
     ForwardResult,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
-from tinsmithd import state_files
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal
+from tinsmithd.state import files as state_files
 from tinsmithd.trainer.answers import done_with, failed
 
 PIECE_BYTES_MAX = 256 * 1024

@@ -2,8 +2,8 @@
 
 from tinsmithd.config import ConfigError, TrainingConfig
 from tinsmithd.process import give_up, keep_freed_memory, load_or_exit, run, set_up
-from tinsmithd.training.launcher import LaunchError
-from tinsmithd.training.records import Fenced, StoreDamaged
+from tinsmithd.training.journal.records import Fenced, StoreDamaged
+from tinsmithd.training.ranks.launcher import LaunchError
 from tinsmithd.training.server import TrainingServer
 
 

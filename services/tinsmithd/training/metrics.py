@@ -10,9 +10,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tinsmithd.training.counts import KINDS
-from tinsmithd.training.journal import Journal
-from tinsmithd.training.models import Models
+from tinsmithd.training.call.counts import KINDS
+from tinsmithd.training.journal.journal import Journal
+from tinsmithd.training.models.models import Models
 
 _PREFIX = "tinsmith_training_"
 

@@ -19,8 +19,8 @@ from tinsmithd.convert.tensors import check_format
 from tinsmithd.domain import BaseModelInfo, CrossEntropy, LossFn
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError, over_limit
 from tinsmithd.rpc.intake import off_loop
-from tinsmithd.training.validate import check_datum
-from tinsmithd.training.works import ComputeWork, RefusedWork, Work
+from tinsmithd.training.call.validate import check_datum
+from tinsmithd.training.call.work import ComputeWork, RefusedWork, Work
 
 ComputeRequest = pb.ForwardRequest | pb.ForwardBackwardRequest
 INLINE_BYTES = 32 * 1024

@@ -16,21 +16,21 @@ from tinsmithd.errors import TinsmithError
 from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.private import PrivateServer
 from tinsmithd.rpc.server import RpcServer
-from tinsmithd.training.calls import CallLimits
-from tinsmithd.training.checkpoints import Checkpoints
-from tinsmithd.training.journal import Journal, NoJournal
-from tinsmithd.training.launcher import Launcher
-from tinsmithd.training.link import TrainerLinkServicer
+from tinsmithd.training.journal.journal import Journal, NoJournal
+from tinsmithd.training.journal.sqlite_store import SqliteStore
+from tinsmithd.training.lane.interface import LaneLimits
 from tinsmithd.training.metrics import TrainingCollector
-from tinsmithd.training.models import ModelLimits, Models
-from tinsmithd.training.recovery import SnapshotRule
-from tinsmithd.training.releases import Releases
-from tinsmithd.training.rules import LaneLimits
-from tinsmithd.training.seats import SeatLimits
+from tinsmithd.training.models.checkpoints import Checkpoints
+from tinsmithd.training.models.execution import CallLimits
+from tinsmithd.training.models.models import ModelLimits, Models
+from tinsmithd.training.models.recovery import SnapshotRule
+from tinsmithd.training.models.releases import Releases
+from tinsmithd.training.models.seats import SeatLimits
+from tinsmithd.training.models.snapshots import DiskSnapshots, Snapshots
+from tinsmithd.training.models.staging import Copies, DiskStaging
+from tinsmithd.training.ranks.launcher import Launcher
+from tinsmithd.training.ranks.link import TrainerLinkServicer
 from tinsmithd.training.servicer import TrainingServicer
-from tinsmithd.training.snapshots import DiskSnapshots, Snapshots
-from tinsmithd.training.sqlite_store import SqliteStore
-from tinsmithd.training.staging import Copies, DiskStaging
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["TrainingService"].full_name
 WATCH_INTERVAL_S = 0.2

@@ -19,8 +19,16 @@ from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath, new_ephemer
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import off_loop, refusal_of_call
-from tinsmithd.training.model import Model, NewModel
-from tinsmithd.training.models import Models
+from tinsmithd.training.call.work import (
+    LoadWork,
+    RefusedWork,
+    SaveOptions,
+    SaveWork,
+    StepWork,
+    Work,
+)
+from tinsmithd.training.models.model import Model, NewModel
+from tinsmithd.training.models.models import Models
 from tinsmithd.training.requests import (
     INLINE_BYTES,
     ComputeRequest,
@@ -28,14 +36,6 @@ from tinsmithd.training.requests import (
     digest_of,
     read_call,
     read_work,
-)
-from tinsmithd.training.works import (
-    LoadWork,
-    RefusedWork,
-    SaveOptions,
-    SaveWork,
-    StepWork,
-    Work,
 )
 
 ENGINE_SECONDS = "tinsmith-engine-seconds"

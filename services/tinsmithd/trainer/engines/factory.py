@@ -58,11 +58,11 @@ def make_engine(
         return SwitchingEngine(lambda: ReferenceEngine(load(dtype)), full_reference)
     if name == "deepspeed":
         on_progress("starting DeepSpeed")
-        from tinsmithd.trainer.engines import distributed
+        from tinsmithd.trainer.engines.deepspeed import distributed
 
         distributed.init()  # before loading: it chooses this rank's device
-        from tinsmithd.trainer.engines.deepspeed_engine import DeepSpeedEngine
-        from tinsmithd.trainer.engines.zero_adapter import ZeroConfig
+        from tinsmithd.trainer.engines.deepspeed.engine import DeepSpeedEngine
+        from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
 
         def make(dtype: str, *, full: bool) -> DeepSpeedEngine:
             return DeepSpeedEngine(

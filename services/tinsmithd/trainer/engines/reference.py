@@ -23,8 +23,8 @@ from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.full import FullWeights, check_same_tuning
 from tinsmithd.modeling.lora import Adapters, check_same_shape
+from tinsmithd.trainer.compute.plain import compute_datum
 from tinsmithd.trainer.engines import identity
-from tinsmithd.trainer.engines.compute import compute_datum
 from tinsmithd.trainer.engines.interface import (
     ForwardResult,
     ModelBroken,

@@ -1,0 +1,116 @@
+"""What is known of a checkpoint, and how a row of the catalogue holds it."""
+
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tinsmithd.checkpoint.catalogue import schema
+from tinsmithd.checkpoint.store.directory import Blob
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, LoraConfig, Tuning
+from tinsmithd.errors import DataLoss, Reason
+
+
+@dataclass(frozen=True)
+class Ephemeral:
+    """Of a checkpoint that lives as long as somebody uses it.
+
+    Attributes:
+        ttl_seconds: How long it may be unused; None: for ever.
+        writer: Who wrote it, see `Writer`; empty: nobody says when its model is gone.
+    """
+
+    ttl_seconds: int | None = None
+    writer: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint; `expire_time_s` None means never."""
+
+    path: CheckpointPath
+    base_model: str
+    tuning: Tuning
+    step_count: int
+    create_time_s: float
+    expire_time_s: float | None
+    user_metadata: Mapping[str, str]
+    files: Sequence[Blob]
+    request_id: str = ""
+    """Of the request that made it; empty where that is not to be recognised."""
+    request_digest: str = ""
+    """Of all that the request said."""
+    number: int = 0
+    """Rises with every commit; orders pages."""
+    ephemeral: Ephemeral | None = None
+    """None for an ordinary one."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(blob.size_bytes for blob in self.files)
+
+
+def intact(row: sqlite3.Row) -> bool:
+    """Whether a row is what was written: its digest says so."""
+    *columns, digest = tuple(row)
+    try:
+        return bool(schema.digest(*columns) == digest)
+    except TypeError:
+        return False
+
+
+def read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
+    """The checkpoint of a row.
+
+    Raises:
+        DataLoss: It is not what was written (CHECKPOINT_CORRUPT).
+    """
+    try:
+        if not intact(row):
+            raise ValueError("the digest differs")
+        record = json.loads(row["record"])
+        return Checkpoint(
+            path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
+            base_model=record["base_model"],
+            tuning=FullConfig() if record["lora"] is None else LoraConfig(**record["lora"]),
+            step_count=record["step_count"],
+            create_time_s=record["create_time_s"],
+            expire_time_s=row["expire_time_s"],
+            user_metadata=record["user_metadata"],
+            ephemeral=_ephemeral(record),
+            files=[Blob(*file) for file in record["files"]],
+            # Those of older releases have none.
+            request_id=record.get("request_id", ""),
+            request_digest=record.get("request_digest", ""),
+            number=row["number"],
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        subject = subject or f"{row['model_id']!r} {row['kind']!r} {row['name']!r}"
+        message = f"{subject}: entry {row['number']} of the catalogue is damaged: {error}"
+        raise DataLoss(message, Reason.CHECKPOINT_CORRUPT) from error
+
+
+def text_of(checkpoint: Checkpoint) -> str:
+    """The column `record`; `lora` is null where there is no adapter."""
+    tuning, ephemeral = checkpoint.tuning, checkpoint.ephemeral
+    return json.dumps(
+        {
+            "base_model": checkpoint.base_model,
+            "lora": None if isinstance(tuning, FullConfig) else asdict(tuning),
+            "step_count": checkpoint.step_count,
+            "create_time_s": checkpoint.create_time_s,
+            "user_metadata": dict(checkpoint.user_metadata),
+            # Absent, as in records of earlier versions, where it is an ordinary one.
+            **({} if ephemeral is None else {"ephemeral": asdict(ephemeral)}),
+            "files": [[blob.name, blob.size_bytes, blob.sha256] for blob in checkpoint.files],
+            "request_id": checkpoint.request_id,
+            "request_digest": checkpoint.request_digest,
+        }
+    )
+
+
+def _ephemeral(record: Mapping[str, Any]) -> Ephemeral | None:
+    found = record.get("ephemeral")
+    return None if found is None else Ephemeral(**found)

@@ -1,0 +1,399 @@
+"""The rules of the Checkpoint service: how store and catalogue move together.
+
+Everything here blocks on disk; the servicer calls it from threads.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tinsmithd import failpoints
+from tinsmithd.checkpoint.catalogue import schema
+from tinsmithd.checkpoint.catalogue.catalogue import Catalogue, check_repeat
+from tinsmithd.checkpoint.catalogue.record import Checkpoint, Ephemeral
+from tinsmithd.checkpoint.catalogue.writers import EPOCH_STEP_MAX, Writer
+from tinsmithd.checkpoint.rules.leases import Leases
+from tinsmithd.checkpoint.rules.safety import check_file_name, check_files, check_length
+from tinsmithd.checkpoint.store.directory import Blob, Staging, Store
+from tinsmithd.checkpoint.store.failures import storage_errors
+from tinsmithd.domain import CheckpointPath, Tuning
+from tinsmithd.errors import (
+    DataLoss,
+    InvalidArgument,
+    NotFound,
+    Reason,
+    ResourceExhausted,
+    TinsmithError,
+    Unavailable,
+)
+
+EXPIRY_GRACE_S = 600.0
+"""So long must a checkpoint have been seen as expired before its bytes go."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint that is being written says of itself."""
+
+    path: CheckpointPath
+    base_model: str
+    tuning: Tuning
+    step_count: int
+    ttl_seconds: int | None
+    overwrite: bool
+    user_metadata: dict[str, str]
+    writer: Writer | None = None
+    """None where nobody else may write in its place."""
+    ephemeral: bool = False
+    request_id: str = ""
+    """Tells a repeat of this request from another one; empty: it is never a repeat."""
+
+    def digest(self, files: Sequence[Blob]) -> str:
+        """Of all that the request says, but for who makes it."""
+        return schema.digest(
+            *(str(self.path), self.base_model, str(self.tuning), self.step_count),
+            *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
+            [[blob.name, blob.size_bytes, blob.sha256] for blob in files],
+        )
+
+
+class Write:
+    """One checkpoint on its way in; `commit` or `discard` ends it.
+
+    Its calls may come from different threads, and `discard` while another is under way: then it
+    waits for that, and whatever comes later fails.
+    """
+
+    def __init__(self, keeper: "Keeper", header: Header) -> None:
+        self._keeper = keeper
+        self._header = header
+        self._lock = threading.Lock()
+        self._staging: Staging | None = None
+        self._ended = False
+
+    def append(self, name: str, offset: int, data: bytes) -> None:
+        """Add the next bytes of a file.
+
+        Raises:
+            InvalidArgument, ResourceExhausted: See `Staging.append`, `check_file_name` and
+                `check_length`.
+        """
+        check_file_name(name, self._header.path.kind, self._header.tuning)
+        check_length(name, offset + len(data))
+        with self._lock:
+            self._staged().append(name, offset, data)
+
+    def commit(self, promised: Sequence[Blob]) -> Checkpoint:
+        """Make it durable and visible, if it is what was promised.
+
+        Raises:
+            DataLoss: The bytes that came are not those (CHECKPOINT_CORRUPT).
+            InvalidArgument: The files are not what a checkpoint is.
+            AlreadyExists: The name is taken (CHECKPOINT_EXISTS).
+            FailedPrecondition: The writer was replaced meanwhile (STALE_EPOCH).
+            ResourceExhausted, Unavailable: The disk does not take it; what was there stays.
+        """
+        with self._lock:
+            staging, header = self._staged(), self._header
+            found = staging.finish()
+            _check_promised(found, promised)
+            with storage_errors():
+                check_files(staging, found, header.path.kind, header.tuning, header.step_count)
+            return self._keeper.publish(header, staging, found)
+
+    def discard(self) -> None:
+        """Leave nothing behind; harmless after a commit."""
+        with self._lock:
+            self._ended = True
+            if self._staging is not None:
+                self._staging.discard()
+
+    def _staged(self) -> Staging:
+        # Made with the first bytes, under the lock: nothing to leave behind before.
+        if self._ended:
+            raise RuntimeError("this write has ended")
+        if self._staging is None:
+            self._staging = self._keeper.stage()
+        return self._staging
+
+
+def _check_promised(found: Sequence[Blob], promised: Sequence[Blob]) -> None:
+    ordered = sorted(promised, key=lambda blob: blob.name)
+    if [(b.name, b.size_bytes) for b in found] != [(b.name, b.size_bytes) for b in ordered]:
+        message = "names and sizes are not those of the files that arrived"
+        raise InvalidArgument("commit.files", message, Reason.MALFORMED_STREAM)
+    for ours, theirs in zip(found, ordered, strict=True):
+        if ours.sha256 != theirs.sha256:
+            message = f"{ours.name} does not have the digest that the commit names"
+            raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
+
+
+class Keeper:
+    """The checkpoints of one folder.
+
+    EXPIRY. The wall clock (`clock`) decides: from its time on an expired checkpoint is not found.
+    Its bytes go only when sweeps saw it expired for `EXPIRY_GRACE_S` on end, by a clock that
+    cannot jump (`monotonic`). So a wall clock that is wrong for a shorter time costs nothing, one
+    that stays ahead costs at most as much of a lifetime as it jumped, and one that jumps back
+    only makes checkpoints live longer.
+
+    Raises:
+        StoreBusy: Another server has the folder.
+        CatalogueUnusable: Nobody can say what is in it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        checkpoint_bytes_max: int,
+        lease_s: float = 30.0,
+        epoch_step_max: int = EPOCH_STEP_MAX,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = Store(folder)
+        try:
+            file = folder / "catalogue.sqlite"
+            self.catalogue = Catalogue(
+                file, clock, may_be_new=self._store.empty, epoch_step_max=epoch_step_max
+            )
+            self.leases = Leases(self.catalogue, lease_s, clock, monotonic)
+        except BaseException:
+            self._store.close()
+            raise
+        self._bytes_max = checkpoint_bytes_max
+        self._clock = clock
+        self._monotonic = monotonic
+        self._expired_since: dict[int, float] = {}
+        # What `removals` was when unused blobs were last looked for; None where some are likely.
+        self._swept: int | None = None
+        # Held from a blob's arrival to its first reference, so that no sweep comes between.
+        self._publishing = threading.Lock()
+        # Held from a lookup until the blobs are open, so that no sweep comes between.
+        self._opening = threading.Lock()
+
+    def close(self) -> None:
+        """Close everything, once what moves blobs has ended: the next server may come at once."""
+        with self._publishing:
+            self.catalogue.close()
+            self._store.close()
+
+    def begin(self, header: Header) -> Write:
+        """Begin to write a checkpoint.
+
+        Raises:
+            FailedPrecondition: The writer was replaced (STALE_EPOCH).
+            InvalidArgument: Its epoch jumps (LIMIT_EXCEEDED).
+        """
+        if header.writer is not None:
+            self.catalogue.admit(header.writer)
+        return Write(self, header)
+
+    def stage(self) -> Staging:
+        """Room for the files of one checkpoint."""
+        return self._store.stage(self._bytes_max)
+
+    def publish(self, header: Header, staging: Staging, files: Sequence[Blob]) -> Checkpoint:
+        """Move staged files into place and make the checkpoint visible."""
+        now_s = self._clock()
+        checkpoint = Checkpoint(
+            path=header.path,
+            base_model=header.base_model,
+            tuning=header.tuning,
+            step_count=header.step_count,
+            create_time_s=now_s,
+            expire_time_s=None if header.ttl_seconds is None else now_s + header.ttl_seconds,
+            user_metadata=header.user_metadata,
+            files=files,
+            request_id=header.request_id,
+            request_digest=header.digest(files),
+            ephemeral=_ephemeral(header),
+        )
+        with self._publishing:
+            try:
+                with storage_errors():
+                    self._store.publish(staging, files)
+                    failpoints.hit("ckpt_post_rename")
+                    added = self.catalogue.add(
+                        checkpoint, overwrite=header.overwrite, writer=header.writer
+                    )
+                self.leases.grant(added)
+            except Exception as error:
+                self._swept = None
+                if isinstance(error, ResourceExhausted | Unavailable):
+                    self._give_room_back()
+                raise
+        failpoints.hit("ckpt_post_commit")
+        return added
+
+    def _give_room_back(self) -> None:
+        # A full disk must not stay full until the next sweep with what was refused.
+        try:
+            self._remove_unused()
+        except (OSError, TinsmithError) as error:
+            _log.warning("files of a refused write stay until the next sweep: %s", error)
+
+    def copy(
+        self,
+        source: CheckpointPath,
+        destination: CheckpointPath,
+        ttl_seconds: int | None,
+        request_id: str = "",
+    ) -> Checkpoint:
+        """Give a checkpoint's files another name."""
+        if source.kind is not destination.kind:
+            message = f"the original is of kind {source.kind}"
+            raise InvalidArgument("destination_path", message, Reason.INVALID_NAME)
+        now_s = self._clock()
+        digest = schema.digest(str(source), str(destination), ttl_seconds)
+        with self._publishing:
+            if request_id and (found := self.catalogue.find(destination)) is not None:
+                check_repeat(found, request_id, digest)  # whatever became of the original
+                return found
+            copied = replace(
+                self.catalogue.get(source),
+                path=destination,
+                create_time_s=now_s,
+                expire_time_s=None if ttl_seconds is None else now_s + ttl_seconds,
+                request_id=request_id,
+                request_digest=digest,
+                ephemeral=None,
+            )
+            return self.catalogue.add(copied, overwrite=False)
+
+    def set_ttl(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> Checkpoint:
+        """`checkpoint`, an ordinary one, with so long to live from now on; None means for ever."""
+        expire_time_s = None if ttl_seconds is None else self._clock() + ttl_seconds
+        return replace(checkpoint, expire_time_s=expire_time_s, ephemeral=None)
+
+    def update(
+        self, path: CheckpointPath, change: Callable[[Checkpoint], Checkpoint]
+    ) -> Checkpoint:
+        """Change a checkpoint, see `Catalogue.update`."""
+        self.leases.renew(path)
+        changed = self.catalogue.update(path, change)
+        if changed.ephemeral is None:
+            self.leases.grant(changed)
+        return changed
+
+    def get(self, path: CheckpointPath) -> Checkpoint:
+        """One checkpoint, which is thereby used; see `Catalogue.get`."""
+        self.leases.renew(path)
+        return self.catalogue.get(path)
+
+    def renew(self, paths: Collection[CheckpointPath]) -> Sequence[CheckpointPath]:
+        """Hold ephemeral checkpoints for one more lease; returns those paths with nothing there.
+
+        Raises:
+            Unavailable: The catalogue cannot be read.
+        """
+        missing = []
+        for path in paths:
+            if not self.leases.renew(path):
+                try:
+                    self.catalogue.get(path)
+                except NotFound:
+                    missing.append(path)
+                except DataLoss:
+                    continue  # there is something, and whoever reads it hears more
+        return missing
+
+    def release(self, model_ids: Collection[str], writer: Writer | None) -> Sequence[str]:
+        """Models are gone; returns this writer's other models that have ephemeral checkpoints.
+
+        Raises:
+            FailedPrecondition: The writer was replaced, and what it knows is old (STALE_EPOCH).
+        """
+        if writer is not None:
+            self.catalogue.admit(writer)
+        self.leases.release(model_ids)
+        return [] if writer is None else self.leases.kept_models(writer.name)
+
+    def reclaim(self) -> None:
+        """Remove ephemeral checkpoints that nobody needs, and their bytes.
+
+        Raises:
+            DataLoss, ResourceExhausted, Unavailable, OSError: As `sweep`.
+        """
+        removed = self.leases.reclaim()
+        if removed:
+            with self._publishing:
+                self._remove_unused()
+            _log.debug("reclaimed %d ephemeral checkpoints", removed)
+
+    def open(
+        self,
+        path: CheckpointPath,
+        choose: Callable[[Checkpoint], Collection[str]] = lambda found: (),
+    ) -> tuple[Checkpoint, list[tuple[Blob, Iterator[bytes]]]]:
+        """A checkpoint and its files, opened: nothing that is deleted disturbs the reading.
+
+        Args:
+            path: Which one.
+            choose: Names the files that are wanted; no name means all.
+
+        Raises:
+            NotFound: There is no such checkpoint, or no such file in it (CHECKPOINT_NOT_FOUND).
+            DataLoss: It is damaged (CHECKPOINT_CORRUPT); while reading: see `Store.read`.
+            Unavailable: It cannot be read now (CHECKPOINT_UNAVAILABLE).
+        """
+        with self._opening:
+            found = self.get(path)
+            names = choose(found)
+            present = {blob.name for blob in found.files}
+            for name in names:
+                if name not in present:
+                    message = f"{path} has no file {name[:100]!r}"
+                    raise NotFound(message, Reason.CHECKPOINT_NOT_FOUND)
+            wanted = [blob for blob in found.files if not names or blob.name in names]
+            return found, [(blob, self._store.read(blob)) for blob in wanted]
+
+    def sweep(self) -> None:
+        """Remove what expired and what nothing refers to any more.
+
+        Raises:
+            DataLoss: The catalogue is damaged: nothing is removed on its word.
+            ResourceExhausted, Unavailable, OSError: The disk fails.
+        """
+        now_s = self._monotonic()
+        expired = self.catalogue.expired()
+        self._expired_since = {n: self._expired_since.get(n, now_s) for n in expired}
+        due = [n for n, since_s in self._expired_since.items() if now_s - since_s >= EXPIRY_GRACE_S]
+        removed = self.catalogue.delete_expired(due) if due else 0
+        self.leases.forget_deleted()
+        with self._publishing:
+            blobs = 0
+            if self._swept != self.catalogue.removals:
+                blobs = self._remove_unused()
+        if removed or blobs:
+            _log.info("removed %d expired checkpoints, %d unused blobs", removed, blobs)
+
+    def _remove_unused(self) -> int:
+        """Remove blobs that nothing refers to; the caller holds `_publishing`."""
+        removals = self.catalogue.removals
+        kept = self.catalogue.contents()
+        with self._opening:
+            removed = self._store.sweep(kept)
+        self._swept = removals
+        return removed
+
+    def probe(self) -> None:
+        """Do nothing, as long as an intact checkpoint could be read.
+
+        Raises:
+            DataLoss, Unavailable: It could not.
+        """
+        self.catalogue.probe()
+        self._store.probe()
+
+
+def _ephemeral(header: Header) -> Ephemeral | None:
+    if not header.ephemeral:
+        return None
+    return Ephemeral(header.ttl_seconds, "" if header.writer is None else header.writer.name)

@@ -1,0 +1,155 @@
+"""Who may stay among the ephemeral checkpoints: those that are held, and the newest of each model.
+
+All of it is in memory. A start grants every lease anew, and the Training server says again which
+models are gone. Calls may come from any thread.
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
+from tinsmithd.checkpoint.catalogue.record import Checkpoint
+from tinsmithd.domain import CheckpointPath
+from tinsmithd.errors import TinsmithError
+
+EXTEND_BELOW = 0.9
+"""Of its time to live so much must be left, or it is written down anew with the next use."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Held:
+    """An ephemeral checkpoint; `until_s` is when its lease ends, by a clock that nobody sets."""
+
+    number: int
+    path: CheckpointPath
+    ttl_seconds: int | None
+    writer: str
+    expire_time_s: float | None
+    until_s: float
+
+
+class Leases:
+    """The leases on the ephemeral checkpoints of a catalogue.
+
+    Args:
+        catalogue: Where they are.
+        lease_s: How long a lease lasts.
+        clock: Seconds since 1970: what times to live count in.
+        monotonic: A clock that nobody sets: what leases count in.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        lease_s: float,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.lease_s = lease_s
+        self._catalogue = catalogue
+        self._clock = clock
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._held: dict[CheckpointPath, _Held] = {}
+        self._released: set[str] = set()
+        for checkpoint in catalogue.ephemeral():
+            self.grant(checkpoint)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def grant(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint was written: whoever wrote it holds it first. An ordinary one needs none."""
+        about = checkpoint.ephemeral
+        with self._lock:
+            if about is None:
+                self._held.pop(checkpoint.path, None)  # it is not ephemeral any more
+                return
+            self._held[checkpoint.path] = _Held(
+                checkpoint.number,
+                checkpoint.path,
+                about.ttl_seconds,
+                about.writer,
+                checkpoint.expire_time_s,
+                self._monotonic() + self.lease_s,
+            )
+
+    def renew(self, path: CheckpointPath) -> bool:
+        """Somebody uses a checkpoint; False where it is no ephemeral one, or not there."""
+        with self._lock:
+            held = self._held.get(path)
+            if held is None:
+                return False
+            held.until_s = self._monotonic() + self.lease_s
+            self._extend(held)
+            return True
+
+    def _extend(self, held: _Held) -> None:
+        """Its time to live counts from its last use, but for the tenth that saves most writes."""
+        if held.ttl_seconds is None or held.expire_time_s is None:
+            return
+        now_s = self._clock()
+        if held.expire_time_s - now_s < held.ttl_seconds * EXTEND_BELOW:
+            expire_time_s = now_s + held.ttl_seconds
+            try:
+                self._catalogue.extend(held.number, expire_time_s)
+            except TinsmithError as error:  # reading goes on, on a full disk too
+                _log.warning("%s: its life is not extended yet: %s", held.path, error.message)
+            else:
+                held.expire_time_s = expire_time_s
+
+    def release(self, model_ids: Collection[str]) -> None:
+        """Models are gone: none of theirs is kept for being the newest."""
+        with self._lock:
+            known = {path.model_id for path in self._held}
+            self._released |= known.intersection(model_ids)
+
+    def kept_models(self, writer: str) -> Sequence[str]:
+        """Models of a writer that have ephemeral checkpoints and were not released."""
+        with self._lock:
+            found = {h.path.model_id for h in self._held.values() if h.writer == writer}
+            return sorted(found - self._released)
+
+    def reclaim(self) -> int:
+        """Remove what nobody holds and no model needs; returns how many.
+
+        Whoever asks for one of these meanwhile waits, and then it is gone.
+        """
+        with self._lock:
+            if not self._due():
+                return 0
+            # Some may have been deleted, and must not count as the newest.
+            self._keep_present()
+            due = self._due()
+            removed = self._catalogue.delete_ephemeral([held.number for held in due])
+            for held in due:
+                del self._held[held.path]
+            self._released &= {path.model_id for path in self._held}
+            return removed
+
+    def forget_deleted(self) -> None:
+        """Drop what is held of checkpoints that were deleted, or expired."""
+        with self._lock:
+            self._keep_present()
+
+    def _keep_present(self) -> None:
+        there = self._catalogue.present([held.number for held in self._held.values()])
+        self._held = {p: held for p, held in self._held.items() if held.number in there}
+
+    def _due(self) -> list[_Held]:
+        now_s = self._monotonic()
+        newest: Counter[str] = Counter()
+        for held in self._held.values():
+            model_id = held.path.model_id
+            newest[model_id] = max(newest[model_id], held.number)
+        return [
+            held
+            for path, held in self._held.items()
+            if held.until_s <= now_s
+            and (held.number < newest[path.model_id] or path.model_id in self._released)
+        ]

@@ -1,0 +1,81 @@
+"""What may be stored: the files of a state, checked. Nothing that runs when it is read."""
+
+from collections.abc import Collection
+from typing import BinaryIO
+
+from tinsmithd.checkpoint.store.directory import Blob, Staging
+from tinsmithd.domain import CheckpointKind, FullConfig, Tuning
+from tinsmithd.errors import InvalidArgument, Reason
+from tinsmithd.state import files as state_files
+from tinsmithd.state.checks import StateInvalid
+
+
+def check_file_name(name: str, kind: CheckpointKind, tuning: Tuning) -> None:
+    """Refuse a file that a checkpoint of this kind does not have.
+
+    Raises:
+        InvalidArgument: See above (INVALID_NAME).
+    """
+    allowed = list(state_files.required_files(tuning))
+    if isinstance(tuning, FullConfig):
+        allowed += state_files.TOKENIZER_FILES
+    if kind is CheckpointKind.TRAINING:
+        # Absent where no step was made yet.
+        allowed.append(state_files.OPTIMIZER_FILE)
+    if name not in allowed:
+        message = f"a {kind} checkpoint has {', '.join(allowed)}, not {name[:100]!r}"
+        raise InvalidArgument("piece.file_name", message, Reason.INVALID_NAME)
+
+
+def check_length(name: str, size_bytes: int) -> None:
+    """Refuse a file that gets longer than one of its name may be, before it is kept.
+
+    Raises:
+        InvalidArgument: See above (LIMIT_EXCEEDED).
+    """
+    most = state_files.bytes_max(name)
+    if most is not None and size_bytes > most:
+        message = f"{name} has more than {most} bytes"
+        metadata = {"limit": "bytes", "value": str(size_bytes)}
+        raise InvalidArgument("piece.data", message, Reason.LIMIT_EXCEEDED, metadata=metadata)
+
+
+def check_files(
+    staging: Staging,
+    blobs: Collection[Blob],
+    kind: CheckpointKind,
+    tuning: Tuning,
+    step_count: int,
+) -> None:
+    """Refuse files that are not what their names and the checkpoint's header say.
+
+    Args:
+        staging: Has them.
+        blobs: All of them.
+        kind: As the header says.
+        tuning: As the header says.
+        step_count: As the header says.
+
+    Raises:
+        InvalidArgument: Something is wrong with one, and in which place.
+    """
+
+    def open_file(name: str) -> BinaryIO:
+        return staging.path(name).open("rb")
+
+    try:
+        about = state_files.parse({blob.name for blob in blobs}, open_file, tuning).about
+        if about.step_count != step_count:
+            message = f"{about.step_count}, but the header says {step_count}"
+            raise StateInvalid(state_files.STATE_FILE, "step_count", message)
+        if kind is CheckpointKind.TRAINING and about.has_optimizer != (step_count > 0):
+            message = f"it is {about.has_optimizer} after {step_count} steps"
+            raise StateInvalid(state_files.STATE_FILE, "has_optimizer", message)
+    except StateInvalid as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: StateInvalid) -> InvalidArgument:
+    separator = "." if error.field and not error.field.startswith("[") else ""
+    field = f'commit.files["{error.file}"]{separator}{error.field}'
+    return InvalidArgument(field, error.message, error.reason, metadata=error.metadata)

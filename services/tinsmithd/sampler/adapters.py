@@ -1,0 +1,156 @@
+"""Adapters of SAMPLER checkpoints, each under a key that says what it holds."""
+
+import asyncio
+import functools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+
+from tinsmithd import failpoints
+from tinsmithd.checkpoint_client import CheckpointClient, check_digest
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, ModelState, Tuning
+from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
+from tinsmithd.sampler.admission import Adapter
+from tinsmithd.state import files as state_files
+
+REMEMBERED_MAX = 1024
+"""Checkpoints of which it is known when they were last asked for."""
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointSource:
+    """Finds and fetches the adapters of SAMPLER checkpoints.
+
+    Args:
+        client: The Checkpoint server.
+        recheck_s: See the setting `checkpoint_recheck_s`.
+        rank_max, adapter_bytes_max: See the settings.
+    """
+
+    def __init__(
+        self,
+        client: CheckpointClient,
+        recheck_s: float,
+        *,
+        rank_max: int,
+        adapter_bytes_max: int,
+    ) -> None:
+        self._client = client
+        self._recheck_s = recheck_s
+        self._rank_max = rank_max
+        self._adapter_bytes_max = adapter_bytes_max
+        self._seen_s: OrderedDict[str, float] = OrderedDict()
+        self._rechecks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Close the channel."""
+        rechecks = list(self._rechecks)
+        for task in rechecks:
+            task.cancel()
+        await asyncio.gather(*rechecks, return_exceptions=True)
+        await self._client.close()
+
+    async def find(
+        self,
+        path: CheckpointPath,
+        base_model: str,
+        digest: bytes,
+        has: Callable[[str], bool],
+    ) -> Adapter:
+        """The adapter of a path: of one content, or of what the name means now.
+
+        What is in memory under a digest is served without waiting for anybody; that it was deleted
+        is noticed a little later.
+
+        Args:
+            path: The checkpoint.
+            base_model: What the adapter has to fit.
+            digest: The content that is wanted; empty: any.
+            has: Whether the adapter of a key is in memory.
+
+        Raises:
+            NotFound: There is no such checkpoint (CHECKPOINT_NOT_FOUND).
+            FailedPrecondition: It is of another kind (WRONG_CHECKPOINT_KIND), of another base
+                model, no adapter (INCOMPATIBLE_CHECKPOINT), or its name was given to other content
+                (CHECKPOINT_REPLACED).
+            Unavailable: The Checkpoint server does not answer.
+        """
+        if path.kind is not CheckpointKind.SAMPLER:
+            message = f"{path} is for training; save one for the sampler"
+            raise FailedPrecondition(message, Reason.WRONG_CHECKPOINT_KIND)
+        key = f"{path}@{digest.hex()}"
+        if digest and key in self._seen_s and has(key):
+            self._recheck_soon(path, key)
+            return self._adapter(path, key, digest)
+        found = await self._client.get(path)
+        check_digest(found, digest)
+        if found.base_model != base_model:
+            message = f"{path} is of base model {found.base_model!r}, not {base_model!r}"
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        if isinstance(found.tuning, FullConfig):
+            message = (
+                f"{path} holds all weights of a model, which this Sampler does not serve; export "
+                "it and serve the folder as a base model"
+            )
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        if found.tuning.rank > self._rank_max or found.size_bytes > self._adapter_bytes_max:
+            message = (
+                f"{path} has rank {found.tuning.rank} and {found.size_bytes} bytes; rank_max is "
+                f"{self._rank_max}, adapter_bytes_max {self._adapter_bytes_max}"
+            )
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        key = f"{path}@{found.digest.hex()}"
+        self._saw(key)
+        return self._adapter(path, key, found.digest)
+
+    async def renew_leases(self, paths: Collection[CheckpointPath]) -> float:
+        """Renew the leases on ephemeral checkpoints; returns for how long, seconds.
+
+        Raises:
+            Unavailable: The Checkpoint server does not answer.
+        """
+        return await self._client.renew_leases(paths)
+
+    def _adapter(self, path: CheckpointPath, key: str, digest: bytes) -> Adapter:
+        return Adapter(key, functools.partial(self._fetch, path, digest))
+
+    async def _fetch(self, path: CheckpointPath, digest: bytes) -> ModelState:
+        files: dict[str, bytearray] = {}
+        async with self._client.reader(path) as reader:
+            if reader.info.digest != digest:  # whoever asks again is told what became of it
+                message = f"{path} was replaced before it was read"
+                raise Unavailable(message, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=0.1)
+            async for name, data in reader.pieces():
+                files.setdefault(name, bytearray()).extend(data)
+                failpoints.hit("sampler_mid_swap")
+        # To check a large one takes longer than the event loop may stand still.
+        return await asyncio.to_thread(_read, files, reader.info.tuning)
+
+    # --- is it still there? -------------------------------------------------------------------
+
+    def _saw(self, key: str) -> None:
+        self._seen_s[key] = time.monotonic()
+        self._seen_s.move_to_end(key)
+        if len(self._seen_s) > REMEMBERED_MAX:
+            self._seen_s.popitem(last=False)
+
+    def _recheck_soon(self, path: CheckpointPath, key: str) -> None:
+        if time.monotonic() - self._seen_s[key] > self._recheck_s:
+            self._saw(key)
+            task = asyncio.create_task(self._recheck(path, key))
+            self._rechecks.add(task)
+            task.add_done_callback(self._rechecks.discard)
+
+    async def _recheck(self, path: CheckpointPath, key: str) -> None:
+        try:
+            await self._client.get(path)
+        except NotFound:
+            self._seen_s.pop(key, None)  # whoever wants it next is told
+        except TinsmithError as error:
+            _log.warning("whether %s is still there is not known: %s", path, error)
+
+
+def _read(files: Mapping[str, bytearray], tuning: Tuning) -> ModelState:
+    return state_files.from_files({name: bytes(data) for name, data in files.items()}, tuning)

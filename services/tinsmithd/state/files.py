@@ -1,0 +1,322 @@
+"""A model's state as the files of a checkpoint, and back. safetensors and JSON, never pickle.
+
+`adapter_model.safetensors` and `adapter_config.json` are what PEFT writes and reads; of a model
+that trains all weights, `model.safetensors`, `config.json` and the tokenizer's files are what
+transformers does. `model_state.json` has our settings and the step count;
+`optimizer.safetensors` the moments.
+"""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors.numpy import save
+
+from tinsmithd.domain import FullConfig, ModelState, Tuning
+from tinsmithd.errors import DataLoss, Reason
+from tinsmithd.state import checks as state_checks
+from tinsmithd.state import tensors as state_tensors
+from tinsmithd.state.checks import FORMAT_VERSION, About, StateInvalid
+from tinsmithd.state.tensors import Tensor
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_CONFIG_FILE = "adapter_config.json"
+STATE_FILE = "model_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+FULL_WEIGHTS_FILE = "model.safetensors"
+FULL_CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    TEMPLATE_FILE,
+    "chat_template.json",
+)
+"""Names of the files that a tokenizer may have in a Hugging Face folder; none has them all."""
+LARGE_TEXT_FILES = (TOKENIZER_FILE, "vocab.json", "merges.txt", "vocab.txt")
+"""Files of a tokenizer whose length grows with its vocabulary."""
+LORA_FILES = (WEIGHTS_FILE, PEFT_CONFIG_FILE, STATE_FILE)
+FULL_FILES = (FULL_WEIGHTS_FILE, FULL_CONFIG_FILE, STATE_FILE)
+VOCABULARY_BYTES_MAX = 64 * 1024 * 1024
+OTHER_BYTES_MAX = 256 * 1024 * 1024
+CONFIG_BYTES_MAX = 4 * 1024 * 1024
+_HEADER_ALIGNMENT = 8
+
+
+def to_files(state: ModelState) -> dict[str, bytes]:
+    """Write a state as file name to content; the optimizer file only where there is state."""
+    files = _plain_files(state)
+    for name, (arrays, metadata) in _tensor_files(state).items():
+        files[name] = save(_contiguous(arrays), metadata=metadata)
+    return files
+
+
+def to_pieces(state: ModelState, bytes_max: int) -> Iterator[tuple[str, bytes]]:
+    """What `to_files` writes, byte for byte, as (file name, next bytes).
+
+    No file is ever held whole, and no call takes long: safetensors writes a file in one call,
+    during which no other thread of Python's runs.
+
+    Args:
+        state: What to write; it must not change before the last piece was taken.
+        bytes_max: Bytes of a piece; only the last one of a file has fewer.
+    """
+    for name, content in _plain_files(state).items():
+        for data in _cut([memoryview(content)], bytes_max):
+            yield name, data
+    for name, (arrays, metadata) in _tensor_files(state).items():
+        for data in _cut(_safetensors(_contiguous(arrays), metadata), bytes_max):
+            yield name, data
+
+
+def _plain_files(state: ModelState) -> dict[str, bytes]:
+    full = isinstance(state.tuning, FullConfig)
+    about = {
+        "format_version": FORMAT_VERSION,
+        "full" if full else "lora": dataclasses.asdict(state.tuning),
+        "step_count": state.step_count,
+        "has_optimizer": bool(state.optimizer),
+    }
+    return {
+        **state.files,
+        FULL_CONFIG_FILE if full else PEFT_CONFIG_FILE: _json(state.config),
+        STATE_FILE: _json(about),
+    }
+
+
+def _tensor_files(
+    state: ModelState,
+) -> dict[str, tuple[Mapping[str, np.ndarray], dict[str, str] | None]]:
+    """Arrays and metadata of each safetensors file."""
+    weights_file = FULL_WEIGHTS_FILE if isinstance(state.tuning, FullConfig) else WEIGHTS_FILE
+    files: dict[str, tuple[Mapping[str, np.ndarray], dict[str, str] | None]] = {
+        weights_file: (state.weights, {"format": "pt"})
+    }
+    if state.optimizer:
+        files[OPTIMIZER_FILE] = (state.optimizer, None)
+    return files
+
+
+def _safetensors(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
+) -> Iterator[memoryview]:
+    """A file of float32 tensors: length of the header, header, then the tensors in its order."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    start = 0
+    for name, array in arrays.items():
+        end = start + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for array in arrays.values():
+        yield array.astype("<f4", copy=False).reshape(-1).view(np.uint8).data
+
+
+def _cut(buffers: Iterable[memoryview], bytes_max: int) -> Iterator[bytes]:
+    waiting: list[memoryview] = []
+    room = bytes_max
+    for buffer in buffers:
+        while len(buffer) >= room:
+            yield b"".join([*waiting, buffer[:room]])
+            buffer, waiting, room = buffer[room:], [], bytes_max
+        waiting.append(buffer)
+        room -= len(buffer)
+    if room < bytes_max:
+        yield b"".join(waiting)
+
+
+def state_bytes_max(parameter_count: int) -> int:
+    """No state is larger: values and two moments of each weight, and files besides.
+
+    An adapter has fewer weights than its base, unless that is as small as in tests.
+    """
+    return 3 * 4 * parameter_count + OTHER_BYTES_MAX
+
+
+def required_files(tuning: Tuning) -> Sequence[str]:
+    """Names of the files that each state of such a model has."""
+    return FULL_FILES if isinstance(tuning, FullConfig) else LORA_FILES
+
+
+def bytes_max(name: str) -> int | None:
+    """How long a file may be; None where its tensors say it."""
+    if name.endswith(".safetensors"):
+        return None
+    if name in LARGE_TEXT_FILES or name.endswith(".model"):
+        return VOCABULARY_BYTES_MAX
+    is_config = name in TOKENIZER_FILES and name != TEMPLATE_FILE
+    return CONFIG_BYTES_MAX if is_config else state_checks.JSON_BYTES_MAX
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedFiles:
+    """What the files of a state say, checked.
+
+    Attributes:
+        about: What `model_state.json` says.
+        config: The content of `adapter_config.json` or `config.json`.
+        weights, moments: The tensors in their files.
+    """
+
+    about: About
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+
+def parse(
+    names: Collection[str],
+    open_file: Callable[[str], BinaryIO],
+    tuning: Tuning | None,
+    *,
+    values: bool = True,
+) -> ParsedFiles:
+    """Check the files of a state, each by itself and against each other.
+
+    Args:
+        names: The files that there are.
+        open_file: Opens one of them.
+        tuning: What they must be a state of, but for the seed; None: of anything.
+        values: Check the tensors' values, too.
+
+    Raises:
+        StateInvalid: Something is wrong with them.
+    """
+
+    def read(name: str) -> bytes:
+        if name not in names:
+            raise StateInvalid(name, "", "is missing", Reason.MISSING_FIELD)
+        with open_file(name) as file:
+            return file.read(state_checks.JSON_BYTES_MAX + 1)
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        if name not in names:
+            raise StateInvalid(name, "", "is missing", Reason.MISSING_FIELD)
+        with open_file(name) as file:
+            return state_tensors.parse_tensors(name, file)
+
+    about = state_checks.parse_about(STATE_FILE, read(STATE_FILE), tuning)
+    weights_file, config_file, _ = required_files(about.tuning)
+    full = isinstance(about.tuning, FullConfig)
+    _check_names(names, about)
+    config = state_checks.parse_json(config_file, read(config_file))
+    if isinstance(about.tuning, FullConfig):
+        state_checks.check_model_config(config_file, config)
+    else:
+        state_checks.check_peft_config(config_file, config, about.tuning)
+    found = {weights_file: tensors(weights_file)}
+    state_tensors.check_weights(weights_file, found[weights_file], about.tuning)
+    if about.has_optimizer:
+        found[OPTIMIZER_FILE] = tensors(OPTIMIZER_FILE)
+        state_tensors.check_moments(OPTIMIZER_FILE, found[OPTIMIZER_FILE], found[weights_file])
+    for name in TOKENIZER_FILES if full else ():
+        if name in names:
+            with open_file(name) as file:
+                _check_tokenizer_file(name, file)
+    for name, present in found.items() if values else ():
+        with open_file(name) as file:
+            state_tensors.check_values(name, present, file)
+    return ParsedFiles(about, config, found[weights_file], found.get(OPTIMIZER_FILE, {}))
+
+
+def _check_names(names: Collection[str], about: About) -> None:
+    if about.has_optimizer != (OPTIMIZER_FILE in names):
+        message = f"it is {about.has_optimizer}, {OPTIMIZER_FILE} says otherwise"
+        raise StateInvalid(STATE_FILE, "has_optimizer", message)
+    if about.has_optimizer and not about.step_count:
+        raise StateInvalid(STATE_FILE, "step_count", "is 0, and there is an optimizer's state")
+    allowed = {*required_files(about.tuning), OPTIMIZER_FILE}
+    if isinstance(about.tuning, FullConfig):
+        allowed |= set(TOKENIZER_FILES)
+    for name in names:
+        if name not in allowed:
+            text = "such a state has no file of this name"
+            raise StateInvalid(name[:100], "", text, Reason.INVALID_NAME)
+
+
+def _check_tokenizer_file(name: str, file: BinaryIO) -> None:
+    most = bytes_max(name)
+    assert most is not None
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size > most:
+        message = f"it has {size} bytes, at most {most} are allowed"
+        metadata = {"limit": "bytes", "value": str(size)}
+        raise StateInvalid(name, "", message, Reason.LIMIT_EXCEEDED, metadata)
+    if name.endswith(".model"):
+        return  # SentencePiece's own bytes, which no server reads
+    is_json = name.endswith(".json")
+    if name in LARGE_TEXT_FILES or not is_json:
+        state_checks.check_text(name, file, is_object=is_json)
+    else:
+        state_checks.check_no_code(name, state_checks.parse_json(name, file.read(), most))
+
+
+def from_files(
+    files: Mapping[str, bytes], tuning: Tuning | None, *, values: bool = True
+) -> ModelState:
+    """Read a state, after it was checked: nothing is allocated for what is only said.
+
+    Args:
+        files: Its files.
+        tuning: What they must be a state of, but for the seed; None: of anything.
+        values: Check the tensors' values, too.
+
+    Raises:
+        DataLoss: A file is missing or not what it should be (CHECKPOINT_CORRUPT).
+    """
+    try:
+        parsed = parse(files.keys(), lambda name: io.BytesIO(files[name]), tuning, values=values)
+        about = parsed.about
+        return ModelState(
+            tuning=about.tuning,
+            weights=_arrays(files[required_files(about.tuning)[0]], parsed.weights),
+            optimizer=_arrays(files.get(OPTIMIZER_FILE, b""), parsed.moments),
+            step_count=about.step_count,
+            config=parsed.config,
+            files={name: files[name] for name in TOKENIZER_FILES if name in files},
+        )
+    except StateInvalid as error:
+        raise corrupt(str(error)) from error
+    except MemoryError:
+        raise  # that is for this process alone to say
+    except Exception as error:
+        # Whatever it is, it came of these bytes alone: no reason for anybody to end.
+        raise corrupt(f"they cannot be read ({type(error).__name__})") from error
+
+
+def corrupt(message: str) -> DataLoss:
+    """The error of a state whose files are not what they have to be."""
+    return DataLoss(f"checkpoint files are damaged: {message}", Reason.CHECKPOINT_CORRUPT)
+
+
+def _arrays(data: bytes, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """float32; views of the data where they are that already."""
+    found = {}
+    for name, tensor in tensors.items():
+        count = (tensor.end - tensor.start) // tensor.dtype.itemsize
+        flat = np.frombuffer(data, tensor.dtype, count, tensor.start)
+        found[name] = np.require(flat, np.float32, "A").reshape(tensor.shape)
+    return found
+
+
+def _contiguous(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,201 @@
+"""The tensors of a state's safetensors files: their headers, shapes and values, checked.
+
+Only what a header says is held in memory; values are looked at piece by piece.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tinsmithd.domain import LoraConfig, Tuning
+from tinsmithd.errors import Reason
+from tinsmithd.state.checks import (
+    PIECE_BYTES,
+    StateInvalid,
+    check_integer,
+    is_name,
+    over,
+    parse_json,
+    short,
+)
+
+HEADER_BYTES_MAX = 2 * 1024 * 1024
+TENSORS_MAX = 16_384
+DIMENSIONS_MAX = 4
+DIMENSION_MAX = 1 << 40
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_LORA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.lora_[AB]\.weight")
+_EXPERTS = "experts."
+"""In names of LoRA tensors that have a slice for each expert."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is in its file.
+
+    Attributes:
+        dtype: Of its elements.
+        shape: Its dimensions.
+        start, end: Its bytes, from the beginning of the file.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def parse_tensors(file: str, content: BinaryIO) -> dict[str, Tensor]:
+    """Read the header of a safetensors file: tensors that follow each other and fill the file.
+
+    Args:
+        file: Its name.
+        content: Its content, which can be sought in.
+
+    Raises:
+        StateInvalid: It is none, or one of the tensors is not one of a state.
+    """
+    size = content.seek(0, io.SEEK_END)
+    content.seek(0)
+    length = int.from_bytes(content.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise StateInvalid(file, "", "not a safetensors file: it is cut off in its header")
+    if length > HEADER_BYTES_MAX:
+        raise over(file, "", "header bytes", length, HEADER_BYTES_MAX)
+    header = parse_json(file, content.read(length), HEADER_BYTES_MAX)
+    _check_metadata(file, header.pop("__metadata__", None))
+    if not header:
+        raise StateInvalid(file, "", "it holds no tensor")
+    if len(header) > TENSORS_MAX:
+        raise over(file, "", "tensors", len(header), TENSORS_MAX)
+    begin = 8 + length
+    found = {name: _tensor(file, name, about, begin) for name, about in header.items()}
+    end = begin
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != end:
+            message = "its bytes do not follow those of the tensor before it"
+            raise StateInvalid(file, _of(name), message)
+        end = tensor.end
+    if end != size:
+        raise StateInvalid(file, "", f"it has {size} bytes, its tensors end at {short(end)}")
+    return found
+
+
+def _of(name: str) -> str:
+    return f"[{json.dumps(name[:100])}]"
+
+
+def _check_metadata(file: str, found: object) -> None:
+    texts = isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
+    if found is not None and not texts:
+        raise StateInvalid(file, "__metadata__", "not texts by name")
+
+
+def _tensor(file: str, name: str, about: object, begin: int) -> Tensor:
+    where = _of(name)
+    if not is_name(name):
+        raise StateInvalid(file, where, "no name of a tensor", Reason.INVALID_NAME)
+    if not isinstance(about, dict) or about.keys() != {"dtype", "shape", "data_offsets"}:
+        raise StateInvalid(file, where, "not dtype, shape and data_offsets")
+    dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        message = f"{short(dtype)} is not one of {', '.join(_DTYPES)}"
+        raise StateInvalid(file, where, message, Reason.INVALID_DTYPE)
+    if not isinstance(shape, list) or not 1 <= len(shape) <= DIMENSIONS_MAX:
+        message = f"a shape has 1 to {DIMENSIONS_MAX} dimensions"
+        raise StateInvalid(file, where, message, Reason.INVALID_SHAPE)
+    for size in shape:
+        if type(size) is not int or not 1 <= size <= DIMENSION_MAX:
+            message = f"{short(size)} is no dimension in 1..{DIMENSION_MAX}"
+            raise StateInvalid(file, where, message, Reason.INVALID_SHAPE)
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        raise StateInvalid(file, where, "data_offsets are not two")
+    start, end = (check_integer(file, where, offset, 0, 1 << 62) for offset in offsets)
+    nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
+    if end - start != nbytes:
+        message = f"shape {shape} has {short(nbytes)} bytes, data_offsets are {end - start} apart"
+        raise StateInvalid(file, where, message, Reason.INVALID_SHAPE)
+    return Tensor(_DTYPES[dtype], tuple(shape), begin + start, begin + end)
+
+
+def check_weights(file: str, tensors: Mapping[str, Tensor], tuning: Tuning) -> None:
+    """Hold the weights' names and shapes against what is trained.
+
+    Of an adapter each module has A `(r, in)` and B `(out, r)`; of experts, a multiple of r.
+
+    Raises:
+        StateInvalid: They are not those of such a model.
+    """
+    if not isinstance(tuning, LoraConfig):
+        return
+    for name, tensor in tensors.items():
+        if not _LORA_NAME.fullmatch(name):
+            message = "not the name of a LoRA weight"
+            raise StateInvalid(file, _of(name), message, Reason.INVALID_NAME)
+        is_a = ".lora_A." in name
+        other = name.replace(".lora_A.", ".lora_B.") if is_a else name.replace("_B.", "_A.")
+        if other not in tensors:
+            raise StateInvalid(file, _of(other), "is missing", Reason.MISSING_FIELD)
+        inner = tensor.shape[0 if is_a else -1]
+        fits = inner % tuning.rank == 0 if _EXPERTS in name else inner == tuning.rank
+        if len(tensor.shape) != 2 or not fits:
+            message = f"shape {list(tensor.shape)} is not one of rank {tuning.rank}"
+            raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)
+        theirs = tensors[other].shape
+        if inner != theirs[-1 if is_a else 0]:
+            message = f"shapes {list(tensor.shape)} and {list(theirs)} do not fit each other"
+            raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)
+
+
+def check_moments(file: str, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Hold an optimizer's moments against the weights: two of its shape for each, float32.
+
+    Raises:
+        StateInvalid: One is missing, too much, or of another shape.
+    """
+    wanted = {f"{kind}.{name}": w.shape for kind in MOMENTS for name, w in weights.items()}
+    for name in wanted.keys() - tensors.keys():
+        raise StateInvalid(file, _of(name), "is missing", Reason.MISSING_FIELD)
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            raise StateInvalid(file, _of(name), "is no moment of a weight", Reason.INVALID_NAME)
+        if tensor.shape != wanted[name]:
+            message = f"shape {list(tensor.shape)}, its weight has {list(wanted[name])}"
+            raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)
+        if tensor.dtype != _DTYPES["F32"]:
+            raise StateInvalid(file, _of(name), "moments are F32", Reason.INVALID_DTYPE)
+
+
+def check_values(file: str, tensors: Mapping[str, Tensor], content: BinaryIO) -> None:
+    """Refuse values that no training can go on from: not finite, or second moments below 0.
+
+    Raises:
+        StateInvalid: There is one.
+    """
+    for name, tensor in tensors.items():
+        low = 0.0 if name.startswith(f"{MOMENTS[1]}.") else -math.inf
+        for values in _pieces(file, tensor, content):
+            if not np.isfinite(values).all():
+                message = "a value is not finite"
+                raise StateInvalid(file, _of(name), message, Reason.NON_FINITE)
+            if low == 0.0 and values.min() < low:
+                raise StateInvalid(file, _of(name), "a second moment is below 0")
+
+
+def _pieces(file: str, tensor: Tensor, content: BinaryIO) -> Iterator[np.ndarray]:
+    content.seek(tensor.start)
+    left = tensor.end - tensor.start
+    while left:
+        data = content.read(min(left, PIECE_BYTES))
+        if not data:
+            raise StateInvalid(file, "", "it is cut off")
+        left -= len(data)
+        yield np.frombuffer(data, tensor.dtype)

@@ -1,0 +1,184 @@
+"""The head without its logits: logprobs, loss and gradients, some positions at a time.
+
+A loss of this API is a sum over tokens of a function of each target's logprob, so the gradient of
+the logits is known as soon as they are: they are used and dropped, chunk by chunk, in the forward
+pass (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024, for every loss). With
+
+    logits = h W^T + s (h A^T) B^T,    p = softmax(logits),    g_k = d loss / d logprob(y_k)
+
+it is `d logits = sum_k g_k (onehot(y_k) - p)`, and everything else are matrix products with it.
+Positions whose g are all zero take no part in them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinsmithd.domain import LossFn
+from tinsmithd.modeling.logits import float_logits
+from tinsmithd.trainer.compute.losses import (
+    SEQUENCE_RATIO,
+    is_sequence_wise,
+    loss_sum,
+    sequence_ratios,
+)
+
+CHUNK_BYTES = 96 * 1024 * 1024
+"""Logits made at once, float32; there are two such buffers."""
+
+CHUNK_TOKENS_MAX = 512
+"""On a CPU more are slower: the logits no longer stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits.
+
+    Attributes:
+        weight: `(V, d)`, of the model's dtype.
+        lora_a: float32 `(r, d)`, or None where the head has no adapter.
+        lora_b: float32 `(V, r)`, likewise.
+        scaling: alpha / rank.
+        trained: Whether the gradient of `weight` is wanted.
+    """
+
+    weight: Tensor
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 1.0
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """What the head gave for T positions.
+
+    Attributes:
+        logprobs: float32 `(T, K)`, detached.
+        loss: The sum.
+        grad_hidden: `(T, d)` of the hidden states' dtype; None without backward.
+        grad_a: float32 `(r, d)`, likewise, or None where the head has no adapter.
+        grad_b: float32 `(V, r)`, likewise.
+        grad_weight: float32 `(V, d)`, likewise, or None where the head's weight is not trained.
+    """
+
+    logprobs: Tensor
+    loss: float
+    grad_hidden: Tensor | None = None
+    grad_a: Tensor | None = None
+    grad_b: Tensor | None = None
+    grad_weight: Tensor | None = None
+
+
+@torch.no_grad()
+def head_pass(
+    hidden: Tensor,
+    head: Head,
+    loss_fn: LossFn,
+    inputs: Mapping[str, Tensor],
+    segment_lengths: Sequence[int],
+    *,
+    backward: bool,
+) -> HeadResult:
+    """Logprobs and loss and, with `backward`, the loss's gradients.
+
+    Args:
+        hidden: `(T, d)`, what the head gets.
+        head: The head.
+        loss_fn: Which loss.
+        inputs: Its inputs, each `(T, K)`; `target_tokens` int64, the others float32. What pads a
+            datum of fewer targets to K has weight 0.
+        segment_lengths: Tokens of each datum, in order, T in all.
+        backward: Whether gradients are wanted.
+    """
+    wanted = inputs["target_tokens"]
+    scratch = _Scratch(hidden, head)
+    logprobs = torch.empty(wanted.shape, dtype=torch.float32, device=hidden.device)
+    if is_sequence_wise(loss_fn):
+        # A first pass finds what a token's loss has to know of the others.
+        for chunk in scratch.chunks():
+            logprobs[chunk], _ = scratch.logprobs(hidden[chunk], wanted[chunk])
+        ratios = sequence_ratios(logprobs, inputs, segment_lengths)
+        inputs = {**inputs, SEQUENCE_RATIO: ratios}
+    gradients = _Gradients(hidden, head) if backward else None
+    loss = 0.0
+    for chunk in scratch.chunks():
+        lp, probabilities = scratch.logprobs(hidden[chunk], wanted[chunk])
+        logprobs[chunk] = lp
+        here = {name: value[chunk] for name, value in inputs.items()}
+        with torch.enable_grad():
+            leaf = lp.requires_grad_(backward)
+            part = loss_sum(loss_fn, leaf, here)
+        loss += float(part.detach())
+        if gradients is not None:
+            (g,) = torch.autograd.grad(part, leaf)
+            gradients.add(chunk, hidden[chunk], probabilities, wanted[chunk], g)
+    if gradients is None:
+        return HeadResult(logprobs, loss)
+    return HeadResult(logprobs, loss, gradients.hidden, gradients.a, gradients.b, gradients.weight)
+
+
+class _Scratch:
+    """Buffers for one chunk of logits, used again for each."""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        self._head = head
+        self._count = len(hidden)
+        vocab_size = head.weight.shape[0]
+        self._step = max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // (4 * vocab_size), self._count))
+        shape = (self._step, vocab_size)
+        self._logits = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        self._p = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+    def chunks(self) -> list[slice]:
+        return [
+            slice(i, min(i + self._step, self._count)) for i in range(0, self._count, self._step)
+        ]
+
+    def logprobs(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Logprobs `(c, K)` of the wanted tokens, and all probabilities `(c, V)`, a buffer."""
+        head = self._head
+        out = self._logits[: len(hidden)]
+        logits = float_logits(hidden, head.weight, head.lora_a, head.lora_b, head.scaling, out=out)
+        p = torch.softmax(logits, dim=1, out=self._p[: len(hidden)])
+        # The largest probability is 1 / sum(exp(logit - largest logit)).
+        logsumexp = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+        return logits.gather(1, wanted) - logsumexp, p
+
+
+class _Gradients:
+    """The gradients of what goes into the head, chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        self._head = head
+        self.hidden = torch.zeros_like(hidden)
+        self.a = None if head.lora_a is None else torch.zeros_like(head.lora_a)
+        self.b = None if head.lora_b is None else torch.zeros_like(head.lora_b)
+        self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if head.trained else None
+
+    def add(self, chunk: slice, hidden: Tensor, p: Tensor, wanted: Tensor, g: Tensor) -> None:
+        """Take in one chunk; `p` is overwritten."""
+        head = self._head
+        rows = (g != 0).any(1).nonzero()[:, 0]
+        if not len(rows):
+            return
+        if some := len(rows) < len(g):
+            hidden, p, wanted, g = hidden[rows], p[rows], wanted[rows], g[rows]
+        d_logits = p.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, wanted, g)
+        d_hidden = torch.mm(
+            d_logits.to(head.weight.dtype), head.weight, out=None if some else self.hidden[chunk]
+        )
+        if self.weight is not None:
+            self.weight.addmm_(d_logits.t(), hidden.float())
+        if self.a is not None and self.b is not None:
+            assert head.lora_a is not None
+            assert head.lora_b is not None
+            wide = hidden.to(self.a.dtype)
+            d_update = (d_logits @ head.lora_b).mul_(head.scaling)
+            self.a.addmm_(d_update.t(), wide)
+            self.b.addmm_(d_logits.t(), wide @ head.lora_a.t(), alpha=head.scaling)
+            d_hidden += (d_update @ head.lora_a).to(d_hidden.dtype)
+        if some:
+            self.hidden[chunk][rows] = d_hidden

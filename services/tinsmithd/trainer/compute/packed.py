@@ -1,0 +1,185 @@
+"""Some data in one forward and at most one backward, without padding and without full logits."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tinsmithd.domain import Datum, LossFn
+from tinsmithd.modeling.lora import HeadLayer
+from tinsmithd.trainer.compute.head import Head, HeadResult, head_pass
+
+Sink = Callable[[Tensor, Tensor], None]
+"""Takes the gradient of one parameter, of its shape, as soon as there is one."""
+
+_CHECKPOINT = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+@dataclass(frozen=True)
+class PackedResult:
+    """What some data gave.
+
+    Attributes:
+        logprobs: Per datum, float32, shaped like its `target_tokens`.
+        loss: The sum.
+        gradients: One per parameter, or None where it has none; empty without backward, and where
+            a sink took them.
+    """
+
+    logprobs: list[np.ndarray]
+    loss: float
+    gradients: list[Tensor | None]
+
+
+def compute_packed(
+    causal_lm: Any,
+    head: HeadLayer,
+    parameters: Sequence[torch.nn.Parameter],
+    data: Sequence[Datum],
+    loss_fn: LossFn,
+    device: torch.device,
+    *,
+    backward: bool,
+    recompute: bool = False,
+    sink: Sink | None = None,
+) -> PackedResult:
+    """Losses, logprobs and gradients of some data.
+
+    Args:
+        causal_lm: The Hugging Face model with the right adapter active, which takes
+            `segment_lengths` (`modeling.packing`).
+        head: Its head.
+        parameters: What gradients are wanted of.
+        data: What to compute together.
+        loss_fn: Which loss.
+        device: Where the model is.
+        backward: Whether gradients are wanted; without, no graph is built.
+        recompute: Keep only each layer's input, and compute the layer again on the way back.
+        sink: Takes the head's gradient; those of all other parameters it gets by hooks.
+    """
+    lengths = [len(datum.tokens) for datum in data]
+    inputs = {name: _stack(data, name, device) for name in data[0].loss_fn_inputs}
+    with torch.set_grad_enabled(backward), _recomputing(causal_lm, backward and recompute):
+        hidden = _hidden(causal_lm, data, lengths, device)
+    result = _through_head(head, hidden.detach(), loss_fn, inputs, lengths, backward=backward)
+    gradients: list[Tensor | None] = []
+    if backward and sink is not None:
+        _backward_into(sink, hidden, head, result)
+    elif backward:
+        gradients = _backward(hidden, head, parameters, result)
+    rows = np.split(result.logprobs.cpu().numpy(), np.cumsum(lengths)[:-1])
+    logprobs = []
+    for row, datum in zip(rows, data, strict=True):
+        shape = datum.loss_fn_inputs["target_tokens"].shape
+        width = shape[1] if len(shape) == 2 else 1
+        logprobs.append(row[:, :width].reshape(shape))
+    return PackedResult(logprobs, result.loss, gradients)
+
+
+def _hidden(
+    causal_lm: Any, data: Sequence[Datum], lengths: Sequence[int], device: torch.device
+) -> Tensor:
+    """`(T, d)`, what the head gets."""
+    tokens = torch.from_numpy(np.concatenate([datum.tokens for datum in data])).to(device)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    output = causal_lm.model(
+        input_ids=tokens[None],
+        position_ids=torch.from_numpy(positions).to(device)[None],
+        segment_lengths=list(lengths),
+        use_cache=False,
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def _stack(data: Sequence[Datum], name: str, device: torch.device) -> Tensor:
+    """One loss input of all data as `(T, K)`, zeros where a datum has fewer than K."""
+    wide = [datum.loss_fn_inputs[name].reshape(len(datum.tokens), -1) for datum in data]
+    width = max(array.shape[1] for array in wide)
+    padded = [np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in wide]
+    return torch.from_numpy(np.concatenate(padded)).to(device)
+
+
+def _through_head(
+    layer: HeadLayer,
+    hidden: Tensor,
+    loss_fn: LossFn,
+    inputs: Mapping[str, Tensor],
+    lengths: Sequence[int],
+    *,
+    backward: bool,
+) -> HeadResult:
+    module = layer.module
+
+    def run(_: Tensor) -> HeadResult:
+        weight = module.weight.detach()
+        head = Head(weight, layer.lora_a, layer.lora_b, layer.scaling, layer.trained)
+        return head_pass(hidden, head, loss_fn, inputs, lengths, backward=backward)
+
+    if not hasattr(module.weight, "ds_id"):
+        return run(hidden)
+    with torch.no_grad(), _forward_replaced(module, run):
+        # DeepSpeed gathers a partitioned weight around its module's call.
+        result: HeadResult = module(hidden)
+    return result
+
+
+@contextmanager
+def _forward_replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.forward
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.forward = before
+
+
+def _backward(
+    hidden: Tensor,
+    head: HeadLayer,
+    parameters: Sequence[torch.nn.Parameter],
+    result: HeadResult,
+) -> list[Tensor | None]:
+    of_head = {id(head.lora_a): result.grad_a, id(head.lora_b): result.grad_b}
+    below = [p for p in parameters if id(p) not in of_head]
+    if head.trained:  # the input side may share its weight: then it has a gradient from there, too
+        of_head[id(head.module.weight)] = result.grad_weight
+    found: dict[int, Tensor | None] = {}
+    # Without an adapted layer under the head there is no graph.
+    if below and hidden.requires_grad:
+        gradients = torch.autograd.grad(hidden, below, result.grad_hidden, allow_unused=True)
+        found = {id(p): g for p, g in zip(below, gradients, strict=True)}
+    return [_sum(of_head.get(id(p)), found.get(id(p))) for p in parameters]
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _backward_into(sink: Sink, hidden: Tensor, head: HeadLayer, result: HeadResult) -> None:
+    assert result.grad_weight is not None
+    sink(head.module.weight, result.grad_weight)
+    torch.autograd.backward(hidden, result.grad_hidden)
+
+
+@contextmanager
+def _recomputing(causal_lm: Any, wanted: bool) -> Iterator[None]:
+    """Activation checkpointing of every layer, by the switch that transformers looks at."""
+    layers = causal_lm.model.layers
+    for layer in layers:
+        layer._gradient_checkpointing_func = _CHECKPOINT
+        layer.gradient_checkpointing = wanted
+        layer.training = wanted  # this module's own flag only: nothing below it drops out
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False

@@ -1,0 +1,191 @@
+"""Many adapters on one base: a bounded number on the device, the others in host memory.
+
+A slot is an adapter in the model with its optimizer; adapters of the same shape take turns in it
+by copying values and moments, so that a model computes the same whether it was away or not. Every
+rank takes the same decisions, since they follow from the order of the calls alone.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tinsmithd.domain import LoraConfig, Tuning
+from tinsmithd.modeling.full import FullWeights
+from tinsmithd.modeling.lora import Adapters
+from tinsmithd.trainer.engines.deepspeed.gradients import WaitingGradients
+from tinsmithd.trainer.engines.deepspeed.zero_adapter import (
+    AdapterSnapshot,
+    ZeroAdapter,
+    ZeroConfig,
+)
+from tinsmithd.trainer.engines.deepspeed.zero_partitioned import ZeroPartitioned, is_partitioned
+
+_HOST = torch.device("cpu")
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place on the device.
+
+    Attributes:
+        key: Of what is in it, in `Adapters` or `FullWeights`.
+        shape: What fits in: the seed of an adapter is 0.
+        zero: Its values and optimizer.
+    """
+
+    key: str
+    shape: Tuning
+    zero: ZeroAdapter | ZeroPartitioned
+
+    @property
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """What is trained, sorted by name."""
+        return self.zero.parameters
+
+
+@dataclass(eq=False)
+class Model:
+    """One model, wherever it is.
+
+    Attributes:
+        tuning: What it trains.
+        waiting: Its gradients that wait for a step.
+        slot: Where it is on the device, or None.
+        away: Its state in host memory while it has no slot.
+    """
+
+    tuning: Tuning
+    waiting: WaitingGradients = field(default_factory=WaitingGradients)
+    slot: Slot | None = None
+    away: AdapterSnapshot | None = None
+
+
+class ResidentModels:
+    """All models of an engine."""
+
+    def __init__(
+        self,
+        weights: Adapters | FullWeights,
+        zero: ZeroConfig,
+        *,
+        device: torch.device,
+        resident_models_max: int,
+        release: Callable[[], None],
+    ) -> None:
+        self._weights = weights
+        self._release = release
+        self._zero = zero
+        self._device = device
+        self._slots_max = resident_models_max
+        self._slot_count = 0
+        self._free: list[Slot] = []
+        self._models: dict[str, Model] = {}
+        self._recent: OrderedDict[str, Model] = OrderedDict()
+        """Models with a slot, the one used longest ago first."""
+
+    def add(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model with its first values."""
+        if model_id in self._models:
+            raise ValueError(f"model {model_id!r} exists")
+        slot = self._take_slot(tuning)
+        try:
+            names = slot.zero.layout.names
+            shapes = dict(zip(names, slot.zero.layout.shapes, strict=True))
+            values = self._weights.first_values(shapes, tuning)
+            if values is not None:
+                slot.zero.load(values, None, 0)
+        except BaseException:
+            self._free.append(slot)
+            raise
+        model = Model(tuning, slot=slot)
+        self._models[model_id] = self._recent[model_id] = model
+
+    def remove(self, model_id: str) -> None:
+        """Drop a model; an unknown id is no error."""
+        model = self._models.pop(model_id, None)
+        self._recent.pop(model_id, None)
+        if model is not None and model.slot is not None:
+            self._free.append(model.slot)
+
+    def get(self, model_id: str) -> Model:
+        """A model, wherever it is."""
+        return self._models[model_id]
+
+    def use(self, model_id: str) -> tuple[Model, Slot]:
+        """A model on the device; another may have to leave it."""
+        model = self._models[model_id]
+        if model.slot is None:
+            assert model.away is not None
+            slot = self._take_slot(model.tuning)
+            slot.zero.restore(model.away)
+            model.waiting.move(self._device)
+            model.slot, model.away = slot, None
+            self._recent[model_id] = model
+        self._recent.move_to_end(model_id)
+        return model, model.slot
+
+    def _take_slot(self, tuning: Tuning) -> Slot:
+        """A free slot of the right shape; without one, the model used longest ago leaves."""
+        shape = replace(tuning, seed=0) if isinstance(tuning, LoraConfig) else tuning
+        while True:
+            for index, slot in enumerate(self._free):
+                if slot.shape == shape:
+                    return self._free.pop(index)
+            if self._slot_count < self._slots_max:
+                return self._new_slot(shape)
+            if self._free:
+                self._drop(self._free.pop(0))
+            else:
+                self._send_away()
+
+    def _send_away(self) -> None:
+        _, model = self._recent.popitem(last=False)
+        assert model.slot is not None
+        model.away = model.slot.zero.snapshot()
+        model.waiting.move(_HOST)
+        self._free.append(model.slot)
+        model.slot = None
+
+    def _new_slot(self, shape: Tuning) -> Slot:
+        used = {slot.key for slot in self._free} | {
+            model.slot.key for model in self._recent.values() if model.slot is not None
+        }
+        key = next(k for k in (f"slot {i}" for i in range(len(used) + 1)) if k not in used)
+        self._weights.add(key, shape)
+        try:
+            zero = sharded(self._weights.parameters(key), self._zero, self._release)
+        except BaseException:
+            self._weights.remove(key)
+            raise
+        self._slot_count += 1
+        return Slot(key, shape, zero)
+
+    def close(self) -> None:
+        """Drop everything; the engine is not used any more."""
+        self._models.clear()
+        for slot in [*self._free, *(m.slot for m in self._recent.values() if m.slot is not None)]:
+            self._drop(slot)
+        self._free.clear()
+        self._recent.clear()
+
+    def _drop(self, slot: Slot) -> None:
+        slot.zero.close()
+        self._weights.remove(slot.key)
+        self._slot_count -= 1
+
+
+def sharded(
+    parameters: Mapping[str, torch.nn.Parameter], zero: ZeroConfig, release: Callable[[], None]
+) -> ZeroAdapter | ZeroPartitioned:
+    """Values and optimizer of what is trained, the way that the ranks hold it.
+
+    Args:
+        parameters: By name, sorted.
+        zero: How models are spread over the ranks.
+        release: Makes DeepSpeed drop every weight that is gathered.
+    """
+    if all(is_partitioned(parameter) for parameter in parameters.values()):
+        return ZeroPartitioned(parameters, release)
+    return ZeroAdapter(parameters, zero)

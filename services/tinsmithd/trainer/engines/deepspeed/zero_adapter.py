@@ -1,0 +1,193 @@
+"""One adapter's values and AdamW state, in a DeepSpeed engine.
+
+DeepSpeed sees one flat parameter: it lays it out over the ranks, holds this rank's slice of values
+and moments (ZeRO stages 1 and up; whole with stage 0; in host memory with `offload`), and the
+adapter's parameters look into its buffer. The gradients, which waited outside (ADR 0001), are
+handed to that slice directly: on the way through DeepSpeed's backward hooks they would be copied
+and scanned some ten times (ADR 0003).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout, host_copy
+from tinsmithd.trainer.engines.deepspeed.zero_slice import MOMENTS, ZeroSlice
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """How models are spread over the ranks.
+
+    Attributes:
+        stage: ZeRO stage, 0 to 3. Stages 1 and up partition optimizer states; 3 also partitions
+            the base model.
+        offload: Keep optimizer states and, with stage 3, the base in host memory.
+        gathered_bytes_max: With stage 3, bytes of the base's weights that each rank keeps whole
+            once they were gathered. They are frozen, so they never go stale.
+    """
+
+    stage: int = 1
+    offload: bool = False
+    gathered_bytes_max: int = 0
+
+
+@dataclass
+class AdapterSnapshot:
+    """An adapter's state as this rank holds it, in host memory.
+
+    Attributes:
+        values: float32, all of them.
+        moments: This rank's slices, one per name of `MOMENTS`; empty before the first step.
+        step_count: Steps made.
+    """
+
+    values: Tensor
+    moments: list[Tensor] = field(default_factory=list)
+    step_count: int = 0
+
+
+class _Flat(torch.nn.Module):
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.flat = torch.nn.Parameter(values)
+
+
+class ZeroAdapter(ZeroSlice):
+    """Steps one adapter, or a whole model that each rank holds.
+
+    Every method is called on all ranks alike, but for those of snapshots.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: ZeroConfig) -> None:
+        self.layout = Layout(parameters)
+        self.parameters = list(parameters.values())
+        self.step_count = 0
+        self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
+        module = _Flat(torch.cat([p.detach().reshape(-1) for p in self.parameters]))
+        self._adamw = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+        self._engine: Any = _initialize(module, self._adamw, config)
+        if config.stage == 0:
+            self._whole: Tensor = module.flat.data
+            self._slices = [self._whole]
+            self._own = module.flat
+        else:
+            zero = self._engine.optimizer
+            self._whole = zero.bit16_groups_flat[0]
+            self._slices = zero.parallel_partitioned_bit16_groups[0]
+            self._own = zero.single_partition_of_fp32_groups[0]
+        for parameter, view in zip(self.parameters, self.layout.views(self._whole), strict=True):
+            parameter.data = view
+
+    @property
+    def padded_count(self) -> int:
+        """Elements of a flat buffer for gradients: padded so that slices are equal."""
+        return self._whole.numel()
+
+    @property
+    def _is_slice(self) -> bool:
+        return len(self._slices) > 1
+
+    def _reduce(self, gradients: Tensor) -> Tensor:
+        """This rank's slice of the sum over the ranks."""
+        if self._world_size == 1:
+            return gradients
+        if len(self._slices) == 1:
+            dist.all_reduce(gradients)
+            return gradients
+        own = torch.empty_like(self._slices[self._rank])
+        dist.reduce_scatter_tensor(own, gradients)
+        return own
+
+    def _publish(self) -> None:
+        mine = self._slices[self._own_index]
+        if mine.data_ptr() != self._own.data_ptr():
+            mine.copy_(self._own.detach())
+        if self._is_slice:
+            dist.all_gather(list(self._slices), mine.clone())
+
+    # --- state in and out ---------------------------------------------------------------------
+
+    def values(self) -> dict[str, np.ndarray]:
+        """A copy of all values, by name."""
+        return self.layout.by_name(host_copy(self._whole[: self.layout.count]))
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """A copy of all moments, as `<kind>.<name>`; empty before the first step."""
+        found: dict[str, np.ndarray] = {}
+        for kind, own in zip(MOMENTS, self._own_moments(), strict=False):
+            if self._is_slice:
+                gathered = torch.empty_like(self._whole)
+                dist.all_gather(list(gathered.chunk(self._world_size)), own.to(gathered.device))
+                whole = gathered[: self.layout.count].detach().cpu()
+            else:
+                whole = host_copy(own[: self.layout.count])
+            found.update({f"{kind}.{n}": a for n, a in self.layout.by_name(whole).items()})
+        return found
+
+    def load(
+        self,
+        values: Mapping[str, np.ndarray],
+        moments: Mapping[str, Mapping[str, np.ndarray]] | None,
+        step_count: int,
+    ) -> None:
+        """Begin with given values and, if any, moments as kind to name to array."""
+        own_moments = []
+        for kind in MOMENTS if moments is not None else ():
+            assert moments is not None
+            padded = torch.zeros(self.padded_count)
+            padded[: self.layout.count] = self.layout.flatten(moments[kind])
+            own_moments.append(padded.chunk(len(self._slices))[self._own_index])
+        flat = self.layout.flatten(values)
+        self.restore(AdapterSnapshot(flat, own_moments, step_count if own_moments else 0))
+
+    def snapshot(self) -> AdapterSnapshot:
+        """Copy this rank's part of the state to host memory."""
+        moments = [moment.cpu().clone() for moment in self._own_moments()]
+        values = self._whole[: self.layout.count].cpu().clone()
+        return AdapterSnapshot(values, moments, self.step_count)
+
+    def restore(self, snapshot: AdapterSnapshot) -> None:
+        """Go on from a snapshot of this or of another adapter of the same shape."""
+        with torch.no_grad():
+            self._whole[: self.layout.count].copy_(snapshot.values)
+            self._own.copy_(self._slices[self._own_index])
+        # copied: the optimizer works in place, and the snapshot may be used again
+        self._set_moments(snapshot.moments, snapshot.step_count)
+
+    @property
+    def _own_index(self) -> int:
+        return self._rank if self._is_slice else 0
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds; the adapter keeps its values."""
+        for parameter in self.parameters:
+            parameter.data = parameter.data.clone()
+        self._engine.destroy()
+        self._engine = None
+
+
+def _initialize(module: torch.nn.Module, optimizer: Any, config: ZeroConfig) -> Any:
+    zero: dict[str, Any] = {"stage": min(config.stage, 2)}
+    if config.offload and config.stage:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it would be compiled; torch's is fused too
+        "steps_per_print": None,
+        "zero_optimization": zero,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine

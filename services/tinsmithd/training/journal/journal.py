@@ -1,0 +1,242 @@
+"""What must not be lost, written down in order: models, their calls, answers, and snapshots.
+
+`Journal` puts what is written at the same time into one commit, and says when it is durable.
+What it writes is in `records`; where the bytes go is a `JournalStore`.
+
+A store belongs to the process that claimed it last. Each claim has a higher epoch, every commit
+is made under the epoch of its process, and one of an earlier epoch is refused: a process that was
+stopped, replaced, and goes on cannot write.
+"""
+
+import asyncio
+import errno
+import logging
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from tinsmithd import failpoints
+from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
+from tinsmithd.training.call.work import Outcome, Work
+from tinsmithd.training.journal.records import (
+    Contents,
+    Fenced,
+    JournalStore,
+    StoredCall,
+    StoreUnwritable,
+    Write,
+)
+
+T = TypeVar("T")
+
+CLOSE_POLL_S = 0.01
+RETRY_S = 0.5
+"""How often what must be written is tried again while the disk is full."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Entry:
+    """Some writes that belong into one commit; with `must` they are tried until they are made."""
+
+    writes: Sequence[Write]
+    must: bool
+    done: "asyncio.Future[None]"
+
+
+class Journal:
+    """Group commit over a store: what is handed in while one commit runs is in the next one.
+
+    Attributes:
+        store: What it writes to.
+        cluster_id: Names this store, for ever.
+        epoch: Of this process.
+        fenced: Set once another process has the store; nothing can be written any more.
+        writable: False while writing fails; it is tried again until it works.
+        commits: Those that were made.
+        commit_s: Seconds that they took.
+    """
+
+    keeps: ClassVar[bool] = True
+    """Whether what is written can be read again."""
+
+    def __init__(self, store: JournalStore) -> None:
+        self.store = store
+        self.cluster_id = ""
+        self.epoch = 0
+        self.fenced = asyncio.Event()
+        self.writable = True
+        self.commits, self.commit_s = 0, 0.0
+        self._waiting: list[_Entry] = []
+        self._wake = asyncio.Event()
+        self._busy = False
+        self._writer: asyncio.Task[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+
+    async def open(self) -> Contents:
+        """Claim the store; from now on writes are taken."""
+        contents = await self.store.claim()
+        self.cluster_id, self.epoch = contents.cluster_id, contents.epoch
+        self._writer = asyncio.create_task(self._write(), name="journal")
+        return contents
+
+    async def failed(self) -> None:
+        """Wait until nothing can be written any more.
+
+        Raises:
+            Fenced: Another process has the store.
+            Exception: Something unexpected.
+        """
+        assert self._writer is not None
+        await asyncio.shield(self._writer)
+        raise Fenced
+
+    async def calls(self, model_id: str) -> Sequence[StoredCall]:
+        """All calls of a model, see `JournalStore.calls`."""
+        return await self._read(self.store.calls(model_id, 0))
+
+    async def work(self, model_id: str, position: int) -> Work:
+        """See `JournalStore.work`."""
+        return await self._read(self.store.work(model_id, position))
+
+    async def outcome(self, model_id: str, position: int) -> Outcome:
+        """See `JournalStore.outcome`."""
+        return await self._read(self.store.outcome(model_id, position))
+
+    async def _read(self, reading: Awaitable[T]) -> T:
+        try:
+            return await reading
+        except Fenced:
+            self._wake.set()  # the writer finds out, too, and this process ends
+            raise
+
+    async def flush(self) -> None:
+        """Wait until all that was handed in is durable."""
+        if self._waiting or self._busy:
+            await self.commit(must=True)
+
+    async def close(self) -> None:
+        """Write what waits, as far as that is possible, and close the store."""
+        while self.writable and not self.fenced.is_set() and (self._waiting or self._busy):
+            await asyncio.sleep(CLOSE_POLL_S)
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+        await self.store.close()
+
+    def commit(self, *writes: Write, must: bool = False) -> "asyncio.Future[None]":
+        """Write some things, all of them or none; the future is done when they are durable.
+
+        Args:
+            writes: What to write, in order; after all that was handed in before.
+            must: It happened already, so it is tried until it can be written.
+
+        Raises (the future):
+            ResourceExhausted: There is no room (STORAGE_FULL); never with `must`.
+            Unavailable: The disk cannot be written (STORAGE_FULL); never with `must`.
+            Fenced: Another process has the store.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Whoever waited may be gone, and then nobody has to hear of a failure.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if self.fenced.is_set():
+            future.set_exception(Fenced())
+        else:
+            self._waiting.append(_Entry(writes, must, future))
+            self._wake.set()
+        return future
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch, self._waiting = self._waiting, []
+            self._busy = True
+            begun_s = time.perf_counter()
+            try:
+                failpoints.hit("wal_append")
+                await self.store.commit([write for entry in batch for write in entry.writes])
+            except Fenced:
+                self._fence(batch)
+                return
+            except StoreUnwritable as error:
+                self._refuse(batch, error)
+                continue
+            except OSError as error:
+                self._refuse(batch, StoreUnwritable(str(error), full=error.errno == errno.ENOSPC))
+                continue
+            finally:
+                self._busy = False
+            self.commits += 1
+            self.commit_s += time.perf_counter() - begun_s
+            if not self.writable:
+                _log.info("the journal can be written again")
+            self.writable = True
+            for entry in batch:
+                if not entry.done.done():
+                    entry.done.set_result(None)
+            if not self._waiting:
+                await self.store.tidy()
+
+    def _fence(self, batch: Sequence[_Entry]) -> None:
+        _log.error("another Training server has taken the journal over; this one must end")
+        self.fenced.set()
+        for entry in [*batch, *self._waiting]:
+            if not entry.done.done():
+                entry.done.set_exception(Fenced())
+        self._waiting.clear()
+
+    def _refuse(self, batch: Sequence[_Entry], error: StoreUnwritable) -> None:
+        if self.writable:
+            _log.error("the journal cannot be written: %s", error)
+        self.writable = False
+        for entry in batch:
+            if not entry.must and not entry.done.done():
+                entry.done.set_exception(_refusal(error))
+        self._waiting[:0] = [entry for entry in batch if entry.must]
+        # Tried again even where nothing waits: somebody has to find out that it works again.
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._wake.set)
+
+
+def _refusal(error: StoreUnwritable) -> TinsmithError:
+    message = f"the call cannot be written down: {error}"
+    if error.full:
+        return ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=1.0)
+    return Unavailable(message, Reason.STORAGE_UNAVAILABLE, retry_after_s=1.0)
+
+
+class NoJournal(Journal):
+    """Keeps nothing: models live as long as the processes that hold them."""
+
+    keeps = False
+
+    def __init__(self) -> None:
+        """There is no store."""
+        self.cluster_id, self.epoch = "", 0
+        self.writable = True
+        self.commits, self.commit_s = 0, 0.0
+        self.fenced = asyncio.Event()
+
+    async def open(self) -> Contents:
+        """Nothing is there."""
+        return Contents("", 0)
+
+    def commit(self, *writes: Write, must: bool = False) -> "asyncio.Future[None]":
+        """Done at once."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_result(None)
+        return future
+
+    async def failed(self) -> None:
+        """Never."""
+        await asyncio.Event().wait()
+
+    async def flush(self) -> None:
+        """Nothing waits."""
+
+    async def close(self) -> None:
+        """Nothing to close."""

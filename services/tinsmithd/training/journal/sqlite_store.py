@@ -1,0 +1,299 @@
+"""The journal's bytes in one SQLite file: WAL, one commit for each batch.
+
+    <folder>/journal.sqlite
+
+`synchronous=FULL` makes a commit durable against the loss of power; with NORMAL it survives the
+death of any process. Each row has a CRC-32 over all that it says and where it says it (`seal`),
+which is checked when it is read; what SQLite itself finds damaged is damage, too.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tinsmithd import failpoints
+from tinsmithd.files import private_folder
+from tinsmithd.training.call.work import Outcome, Work, decode, decode_outcome
+from tinsmithd.training.journal.records import (
+    Contents,
+    DeletedModel,
+    Fenced,
+    StoreDamaged,
+    StoredCall,
+    StoredModel,
+    StoredSnapshot,
+    StoreUnwritable,
+    Write,
+)
+from tinsmithd.training.journal.sqlite_tables import (
+    CALL,
+    CALL_SEAL,
+    DELETED,
+    MODEL,
+    SCHEMA,
+    SNAPSHOT,
+    SNAPSHOT_SEAL,
+    apply,
+    nbytes_of,
+    seal,
+)
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+BUSY_TIMEOUT_S = 10.0
+LOG_BYTES = 4 * 1024 * 1024
+"""The write-ahead log is copied into the file when it is about so long and nobody waits, for a
+commit that did it would take several times as long as another."""
+LOG_PAGES_MAX = 16_384
+"""A commit does copy it when it has so many pages all the same."""
+COMMIT_BYTES = 16 * 1024
+"""About what a commit adds to it besides data."""
+_UNWRITABLE = {
+    sqlite3.SQLITE_FULL: True,
+    sqlite3.SQLITE_IOERR: False,
+    sqlite3.SQLITE_READONLY: False,
+    sqlite3.SQLITE_CANTOPEN: False,
+    sqlite3.SQLITE_BUSY: False,
+    sqlite3.SQLITE_PERM: False,
+}
+"""Primary result codes after which a later try may work, and whether room is what is wanting."""
+
+
+class SqliteStore:
+    """See `JournalStore`.
+
+    Args:
+        folder: Where the file is; made when absent.
+        sync: Whether a commit survives the loss of power.
+    """
+
+    def __init__(self, folder: Path, *, sync: bool) -> None:
+        self._folder = folder
+        self._sync = sync
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._db: sqlite3.Connection | None = None
+        self._epoch = 0
+        self._log_bytes = 0
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def claim(self) -> Contents:
+        """Take the store over and read it."""
+        return await self._in_thread(self._claim)
+
+    async def commit(self, writes: Sequence[Write]) -> None:
+        """Write all of this or nothing."""
+        await self._in_thread(lambda: self._commit(writes))
+
+    async def tidy(self) -> None:
+        """Copy the write-ahead log into the file, once it is long."""
+        if self._log_bytes > LOG_BYTES:
+            await self._in_thread(self._checkpoint)
+
+    async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
+        """The calls of a model after a position."""
+        return await self._in_thread(lambda: self._calls(model_id, after))
+
+    async def work(self, model_id: str, position: int) -> Work:
+        """The payload of a call."""
+        return decode(await self._in_thread(lambda: self._blob("payloads", model_id, position)))
+
+    async def outcome(self, model_id: str, position: int) -> Outcome:
+        """The answer of a call."""
+        data = await self._in_thread(lambda: self._blob("answers", model_id, position))
+        return decode_outcome(data)
+
+    async def close(self) -> None:
+        """Close it."""
+        if self._db is not None:
+            await self._in_thread(self._db.close)
+        self._thread.shutdown()
+
+    # --- in the thread ------------------------------------------------------------------------
+
+    def _claim(self) -> Contents:
+        try:
+            private_folder(self._folder)
+            db = sqlite3.connect(
+                self._folder / "journal.sqlite",
+                isolation_level=None,
+                timeout=BUSY_TIMEOUT_S,
+                check_same_thread=False,
+            )
+            self._db = db
+            db.create_function("seal", -1, seal, deterministic=True)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
+            # Some builds of SQLite zero what is deleted: all payloads would be written once more,
+            # to be dropped.
+            db.execute("PRAGMA secure_delete=FAST")
+            db.execute("PRAGMA foreign_keys=ON")
+            db.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES_MAX}")
+            with _transaction(db):
+                for statement in filter(str.strip, SCHEMA.split(";")):
+                    db.execute(statement)
+                self._epoch = self._claim_epoch(db)
+            cluster_id = db.execute("SELECT value FROM meta WHERE name='cluster_id'").fetchone()[0]
+            return Contents(cluster_id, self._epoch, self._models(db), _deleted(db), _starts(db))
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+            raise StoreDamaged(f"the journal in {self._folder} cannot be used: {error}") from error
+
+    def _claim_epoch(self, db: sqlite3.Connection) -> int:
+        meta = dict(db.execute("SELECT name, value FROM meta"))
+        version = meta.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise StoreDamaged(
+                f"the journal in {self._folder} has format {version}, this server {FORMAT_VERSION}"
+            )
+        epoch = int(meta.get("epoch", 0)) + 1
+        values = {
+            "format_version": FORMAT_VERSION,
+            "epoch": epoch,
+            "cluster_id": meta.get("cluster_id", secrets.token_hex(16)),
+        }
+        db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+        return epoch
+
+    def _models(self, db: sqlite3.Connection) -> list[StoredModel]:
+        found = []
+        times = dict(db.execute("SELECT model_id, time_s FROM requests"))
+        for row in db.execute(
+            f"SELECT {MODEL}, crc32 IS seal({MODEL}) FROM models ORDER BY number"
+        ):
+            model_id, number, about, lost, trimmed_to, good = row
+            if not good:
+                raise StoreDamaged(f"model {model_id} is damaged in the journal")
+            calls: list[StoredCall] = []
+            snapshots: list[StoredSnapshot] = []
+            try:
+                calls, snapshots = self._calls(model_id, 0), self._snapshots(model_id)
+            except StoreDamaged as error:  # this model's alone
+                lost = lost or f"model {model_id} is lost: {error}"
+            content = json.loads(about)
+            found.append(
+                StoredModel(
+                    *(model_id, number, content, lost, trimmed_to, calls, snapshots),
+                    last_request_time_s=times.get(model_id),
+                )
+            )
+        return found
+
+    def _snapshots(self, model_id: str) -> list[StoredSnapshot]:
+        assert self._db is not None
+        rows = self._db.execute(
+            f"SELECT {SNAPSHOT}, crc32 IS {SNAPSHOT_SEAL} FROM snapshots "
+            "WHERE model_id=? ORDER BY position",
+            (model_id,),
+        )
+        return [StoredSnapshot(*_good(row, f"a snapshot of {model_id}")) for row in rows]
+
+    def _check_epoch(self) -> None:
+        assert self._db is not None
+        (epoch,) = self._db.execute("SELECT value FROM meta WHERE name='epoch'").fetchone()
+        if epoch != self._epoch:
+            raise Fenced
+
+    def _calls(self, model_id: str, after: int) -> list[StoredCall]:
+        assert self._db is not None
+        try:
+            rows = self._db.execute(
+                f"SELECT {CALL}, crc32 IS {CALL_SEAL} FROM calls "
+                "WHERE model_id=? AND position>? ORDER BY position",
+                (model_id, after),
+            ).fetchall()
+            # Asked last: what is gone may be gone because another process has the store.
+            self._check_epoch()
+        except sqlite3.Error as error:
+            raise StoreDamaged(f"the calls of {model_id} cannot be read: {error}") from error
+        return [StoredCall(*_good(row, f"a call of {model_id}")) for row in rows]
+
+    def _blob(self, table: str, model_id: str, position: int) -> bytes:
+        assert self._db is not None
+        try:
+            row = self._db.execute(
+                f"SELECT crc32, data FROM {table} WHERE model_id=? AND position=?",
+                (model_id, position),
+            ).fetchone()
+            self._check_epoch()  # asked last, as above
+        except sqlite3.Error as error:
+            raise StoreDamaged(f"{table} of {model_id} cannot be read: {error}") from error
+        if row is None or seal(model_id, position, row[1]) != row[0]:
+            what = "is gone" if row is None else "is damaged"
+            raise StoreDamaged(f"call {position} of {model_id} {what} in {table}")
+        return bytes(row[1])
+
+    def _commit(self, writes: Sequence[Write]) -> None:
+        assert self._db is not None
+        try:
+            with _transaction(self._db):
+                self._check_epoch()
+                if not writes:  # to see whether it can be written
+                    self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', 0)")
+                for write in writes:
+                    apply(self._db, write)
+                failpoints.hit("wal_fsync")
+            self._log_bytes += COMMIT_BYTES + sum(map(nbytes_of, writes))
+        except sqlite3.OperationalError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code not in _UNWRITABLE:
+                raise
+            raise StoreUnwritable(str(error), full=_UNWRITABLE[code]) from error
+        except OSError as error:
+            raise StoreUnwritable(str(error), full=True) from error
+
+    def _checkpoint(self) -> None:
+        assert self._db is not None
+        self._log_bytes = 0
+        # What is not copied now, since the disk is full or somebody reads, is copied another time.
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+
+def _deleted(db: sqlite3.Connection) -> list[DeletedModel]:
+    rows = db.execute(
+        f"SELECT {DELETED}, crc32 IS seal({DELETED}) FROM deleted ORDER BY number"
+    ).fetchall()
+    if not all(row[-1] for row in rows):
+        # Nothing but a repeat that comes late could miss one, which is no reason not to start.
+        _log.error("what the journal has of models that were deleted is damaged in part")
+    return [
+        DeletedModel(model_id, number, json.loads(about))
+        for model_id, number, about, good in rows
+        if good
+    ]
+
+
+def _starts(db: sqlite3.Connection) -> dict[str, int]:
+    rows = db.execute("SELECT key, attempts FROM starts WHERE crc32 IS seal(key, attempts)")
+    return dict(rows.fetchall())
+
+
+def _good(row: Sequence[Any], what: str) -> Sequence[Any]:
+    """A row without its last column, which says whether its seal is right."""
+    if not row[-1]:
+        raise StoreDamaged(f"{what} is damaged in the journal")
+    return row[:-1]
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    # IMMEDIATE: the epoch that is read must still be the epoch when it is committed.
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):  # a full disk may have rolled it back already
+            db.execute("ROLLBACK")
+        raise

@@ -1,0 +1,244 @@
+"""The tables of the journal in SQLite, and what each write does to them."""
+
+import json
+import sqlite3
+import time
+import zlib
+
+from tinsmithd.training.call.work import ComputeWork, digest_of, encode, encode_outcome
+from tinsmithd.training.journal.records import (
+    DELETED_KEPT_MAX,
+    STARTS_KEPT_MAX,
+    AddCall,
+    AddModel,
+    AddResult,
+    AddSnapshot,
+    CountAttempt,
+    CountStart,
+    DeleteModel,
+    DropAnswers,
+    ForgetCalls,
+    LoseModel,
+    Trim,
+    Write,
+)
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value NOT NULL);
+CREATE TABLE IF NOT EXISTS models (
+    model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, lost TEXT NOT NULL,
+    trimmed_to INTEGER NOT NULL, crc32 INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS calls (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, seq_id INTEGER NOT NULL,
+    digest BLOB NOT NULL, payload_bytes INTEGER NOT NULL, attempts INTEGER NOT NULL,
+    result_digest BLOB, answer_bytes INTEGER NOT NULL, plan BLOB NOT NULL, crc32 INTEGER NOT NULL,
+    PRIMARY KEY (model_id, position)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS payloads (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS payloads_by_place ON payloads (model_id, position);
+CREATE TABLE IF NOT EXISTS answers (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, crc32 INTEGER NOT NULL, data BLOB NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS answers_by_place ON answers (model_id, position);
+CREATE TABLE IF NOT EXISTS snapshots (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, step_count INTEGER NOT NULL,
+    folder TEXT NOT NULL, crc32 INTEGER NOT NULL, PRIMARY KEY (model_id, position)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS deleted (
+    model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, crc32 INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS requests (model_id TEXT PRIMARY KEY, time_s REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS starts (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, attempts INTEGER NOT NULL,
+    crc32 INTEGER NOT NULL
+);
+"""
+CALL = "position, seq_id, digest, payload_bytes, attempts, result_digest, answer_bytes, plan"
+CALL_SEAL = f"seal(model_id, {CALL})"
+MODEL = "model_id, number, about, lost, trimmed_to"
+DELETED = "model_id, number, about"
+SNAPSHOT = "position, step_count, folder"
+SNAPSHOT_SEAL = f"seal(model_id, {SNAPSHOT})"
+_TABLES = ("calls", "payloads", "answers", "snapshots", "requests", "models")
+
+
+def nbytes_of(write: Write) -> int:
+    """About what a write adds to the log, besides a few pages."""
+    if isinstance(write, AddCall) and isinstance(write.work, ComputeWork):
+        return write.work.nbytes
+    return sum(map(len, write.outcome.parts)) if isinstance(write, AddResult) else 0
+
+
+def seal(*values: object) -> int:
+    """CRC-32 over some values, their types and lengths."""
+    crc = 0
+    for value in values:
+        data = value if isinstance(value, bytes) else repr(value).encode()
+        crc = zlib.crc32(f"{type(value).__name__} {len(data)} ".encode(), crc)
+        crc = zlib.crc32(data, crc)
+    return crc
+
+
+def apply(db: sqlite3.Connection, write: Write) -> None:
+    """Make a write within the transaction under way."""
+    match write:
+        case AddModel():
+            values = (write.model_id, write.number, json.dumps(write.about), "", 0)
+            db.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?, 0)", values)
+            _seal_model(db, write.model_id)
+        case DeleteModel():
+            if write.remember:
+                _remember(db, write.model_id)
+            for table in _TABLES:
+                db.execute(f"DELETE FROM {table} WHERE model_id=?", (write.model_id,))
+        case LoseModel():
+            lost = (write.why, write.model_id)
+            db.execute("UPDATE models SET lost=? WHERE model_id=?", lost)
+            _seal_model(db, write.model_id)
+        case AddCall():
+            _add_call(db, write)
+        case AddResult():
+            _add_result(db, write)
+        case ForgetCalls():
+            for table in ("calls", "payloads", "answers"):
+                db.executemany(
+                    f"DELETE FROM {table} WHERE model_id=? AND position=?",
+                    [(write.model_id, position) for position in write.positions],
+                )
+        case CountAttempt():
+            db.execute(
+                "UPDATE calls SET attempts=? WHERE model_id=? AND position=?",
+                (write.attempts, write.model_id, write.position),
+            )
+            _seal_calls(db, "position=?", write.model_id, write.position)
+        case CountStart():
+            _count_start(db, write)
+        case AddSnapshot():
+            db.execute(
+                "INSERT OR REPLACE INTO snapshots SELECT ?, ?, ?, ?, 0 "
+                "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
+                (
+                    *(write.model_id, write.position, write.step_count, write.folder),
+                    write.model_id,
+                ),
+            )
+            db.execute(
+                f"UPDATE snapshots SET crc32={SNAPSHOT_SEAL} WHERE model_id=? AND position=?",
+                (write.model_id, write.position),
+            )
+        case Trim():
+            _trim(db, write)
+        case DropAnswers():
+            _drop_answers(db, write)
+
+
+def _count_start(db: sqlite3.Connection, write: CountStart) -> None:
+    db.execute("DELETE FROM starts WHERE key=?", (write.key,))
+    if write.attempts:
+        row = (write.key, write.attempts, seal(write.key, write.attempts))
+        db.execute("INSERT INTO starts (key, attempts, crc32) VALUES (?, ?, ?)", row)
+        db.execute(
+            "DELETE FROM starts WHERE number IN "
+            "(SELECT number FROM starts ORDER BY number DESC LIMIT -1 OFFSET ?)",
+            (STARTS_KEPT_MAX,),
+        )
+
+
+def _remember(db: sqlite3.Connection, model_id: str) -> None:
+    db.execute(
+        f"INSERT INTO deleted SELECT {DELETED}, seal({DELETED}) FROM models WHERE model_id=?",
+        (model_id,),
+    )
+    db.execute(
+        "DELETE FROM deleted WHERE model_id IN "
+        "(SELECT model_id FROM deleted ORDER BY number DESC LIMIT -1 OFFSET ?)",
+        (DELETED_KEPT_MAX,),
+    )
+
+
+def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
+    payload = encode(write.work)
+    # A model that was deleted meanwhile must not leave anything behind.
+    db.execute(
+        "INSERT INTO calls SELECT ?, ?, ?, ?, ?, 0, NULL, 0, x'', 0 "
+        "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
+        (
+            *(write.model_id, write.position, write.seq_id, write.digest, len(payload)),
+            write.model_id,
+        ),
+    )
+    _seal_calls(db, "position=?", write.model_id, write.position)
+    # For people alone, so it has no seal. A trim takes away the call, but not this.
+    db.execute(
+        "INSERT OR REPLACE INTO requests SELECT model_id, ? FROM models WHERE model_id=?",
+        (time.time(), write.model_id),
+    )
+    _add_blob(db, "payloads", write.model_id, write.position, payload)
+
+
+def _add_result(db: sqlite3.Connection, write: AddResult) -> None:
+    answer = encode_outcome(write.outcome)
+    kept_bytes = len(answer) if write.keep else 0
+    db.execute(
+        "UPDATE calls SET result_digest=?, answer_bytes=?, plan=? WHERE model_id=? AND position=?",
+        (digest_of(write.outcome), kept_bytes, write.plan, write.model_id, write.position),
+    )
+    if not write.plan:  # it is never made again
+        place = (write.model_id, write.position)
+        db.execute("DELETE FROM payloads WHERE model_id=? AND position=?", place)
+        db.execute("UPDATE calls SET payload_bytes=0 WHERE model_id=? AND position=?", place)
+    _seal_calls(db, "position=?", write.model_id, write.position)
+    if write.keep:
+        _add_blob(db, "answers", write.model_id, write.position, answer)
+
+
+def _add_blob(
+    db: sqlite3.Connection, table: str, model_id: str, position: int, data: bytes
+) -> None:
+    db.execute(
+        f"INSERT INTO {table} SELECT ?, ?, ?, ? "
+        "WHERE EXISTS (SELECT 1 FROM calls WHERE model_id=? AND position=?)",
+        (model_id, position, seal(model_id, position, data), data, model_id, position),
+    )
+
+
+def _seal_calls(db: sqlite3.Connection, which: str, model_id: str, position: int) -> None:
+    db.execute(
+        f"UPDATE calls SET crc32={CALL_SEAL} WHERE model_id=? AND {which}", (model_id, position)
+    )
+
+
+def _seal_model(db: sqlite3.Connection, model_id: str) -> None:
+    db.execute(f"UPDATE models SET crc32=seal({MODEL}) WHERE model_id=?", (model_id,))
+
+
+def _trim(db: sqlite3.Connection, write: Trim) -> None:
+    place = (write.model_id, write.position)
+    db.execute("UPDATE models SET trimmed_to=max(trimmed_to, ?) WHERE model_id=?", place[::-1])
+    _seal_model(db, write.model_id)
+    db.execute("DELETE FROM snapshots WHERE model_id=? AND position<?", place)
+    db.execute("DELETE FROM payloads WHERE model_id=? AND position<=?", place)
+    db.execute("UPDATE calls SET payload_bytes=0, plan=x'' WHERE model_id=? AND position<=?", place)
+    _seal_calls(db, "position<=?", *place)
+    # The newest call stays even without an answer: it says which number is next.
+    db.execute(
+        "DELETE FROM calls WHERE model_id=? AND position<=? AND answer_bytes=0 AND position < "
+        "(SELECT max(position) FROM calls WHERE model_id=?)",
+        (*place, write.model_id),
+    )
+
+
+def _drop_answers(db: sqlite3.Connection, write: DropAnswers) -> None:
+    place = (write.model_id, write.position)
+    db.execute("DELETE FROM answers WHERE model_id=? AND position<=?", place)
+    db.execute("UPDATE calls SET answer_bytes=0 WHERE model_id=? AND position<=?", place)
+    # Of what is trimmed only the newest call is of use: it says which number is next.
+    db.execute(
+        "DELETE FROM calls WHERE model_id=? AND position<=? AND payload_bytes=0 AND position < "
+        "(SELECT max(position) FROM calls WHERE model_id=?)",
+        (*place, write.model_id),
+    )
+    _seal_calls(db, "position<=?", *place)

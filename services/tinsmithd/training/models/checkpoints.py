@@ -1,0 +1,100 @@
+"""Checkpoints and the turns at the ranks: they are fetched before one and sent after it."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from tinsmithd.checkpoint_client import CheckpointClient, CheckpointInfo, NewCheckpoint
+from tinsmithd.domain import BaseModelInfo, CheckpointPath, LoraConfig
+from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason
+from tinsmithd.state import files as state_files
+from tinsmithd.training.models.staging import Copies, Staged, Staging
+
+
+class Checkpoints:
+    """Takes whole checkpoints from the Checkpoint server and gives them to it.
+
+    Never to be used while a turn is held: that server may be slow, or not answer at all.
+
+    Attributes:
+        staging: Where states are put down on their way.
+        copies: How many states are in memory.
+    """
+
+    def __init__(self, client: CheckpointClient, staging: Staging, copies: Copies) -> None:
+        self._client = client
+        self.staging = staging
+        self.copies = copies
+
+    @contextlib.asynccontextmanager
+    async def fetched(
+        self, path: CheckpointPath, check: Callable[[CheckpointInfo], None]
+    ) -> AsyncIterator[tuple[CheckpointInfo, Staged]]:
+        """A checkpoint, whole and verified, for the body of the `async with`.
+
+        Args:
+            path: Which one. Its name is looked up once: what it is and what it holds go together.
+            check: Raises where it is not wanted, before its files are read.
+        """
+        async with self.staging.open() as staged:
+            async with self._client.reader(path) as reader:
+                info = reader.info
+                check(info)
+                async for name, data in reader.pieces():
+                    await staged.write(name, data)
+            yield info, staged
+
+    async def save(self, new: NewCheckpoint, staged: Staged) -> CheckpointInfo:
+        """Save a state that was put down; returns what it is now.
+
+        Raises:
+            TinsmithError: The Checkpoint server refuses it, or does not answer.
+        """
+        writer = self._client.writer(new)
+        try:
+            async for name, data in staged.pieces():
+                await writer.write(name, data)
+            return await writer.commit()
+        except AlreadyExists as error:
+            if error.reason is not Reason.REQUEST_ID_CONFLICT:
+                raise
+            # This very call saved it, before ranks died that rounded in another way, as GPUs do.
+            return await self._client.get(new.path)
+        finally:
+            writer.cancel()
+
+
+def check_claim(found: CheckpointInfo, info: BaseModelInfo, rank_max: int) -> None:
+    """Refuse a checkpoint by what it is said to be, before its files are read into memory.
+
+    Args:
+        found: What it is said to be.
+        info: The base model that is to take it.
+        rank_max: Largest LoRA rank.
+
+    Raises:
+        FailedPrecondition: No model here can be that (INCOMPATIBLE_CHECKPOINT).
+    """
+    what = ""
+    if isinstance(found.tuning, LoraConfig) and found.tuning.rank > rank_max:
+        what = f"rank {found.tuning.rank}, rank_max is {rank_max}"
+    bytes_max = state_files.state_bytes_max(info.parameter_count)
+    if found.size_bytes > bytes_max:
+        what = f"{found.size_bytes} bytes, a model of this base at most {bytes_max}"
+    if what:
+        message = f"{found.path} has {what}"
+        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+
+
+def check_base_model(found: str, wanted: str) -> None:
+    """Refuse a checkpoint of another base model than the one that was asked for, if any was."""
+    if wanted and found != wanted:
+        message = f"the checkpoint is of base model {found!r}, not {wanted!r}"
+        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+
+
+def wrong_kind(path: CheckpointPath) -> FailedPrecondition:
+    """The error of a checkpoint without the optimizer state that is needed."""
+    return FailedPrecondition(
+        f"{path} has no optimizer state: a TRAINING checkpoint is needed",
+        Reason.WRONG_CHECKPOINT_KIND,
+    )

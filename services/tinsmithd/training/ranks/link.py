@@ -1,0 +1,159 @@
+"""The Training server's end of the streams that rank groups hold open, and who is at work."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmith.internal.v1.trainer_link_service_pb2_grpc import TrainerLinkServiceServicer
+from tinsmithd.errors import TinsmithError
+from tinsmithd.training.models.models import Models
+from tinsmithd.training.ranks.claims import GroupClaim, progress
+from tinsmithd.training.ranks.rank_group import RankGroup
+
+LEAVE_S_MAX = 1.0
+"""How long the stream of a group that lost its place may take to end."""
+EPOCH_BITS = 20
+"""Of a group's epoch count the groups of one Training server; those above are the server's own."""
+
+_log = logging.getLogger(__name__)
+
+
+class TrainerLinkServicer(TrainerLinkServiceServicer):
+    """Takes rank 0's streams and makes one of them the trainer of `models`; others stand by.
+
+    Args:
+        models: What the rank group works for.
+        lease_s: A group that says nothing for so long has lost its place.
+        cause: Whether a group that is gone was not ended from outside, as far as can be known; by
+            the launch token that it showed.
+        on_silent: Told the launch token of a group that lost its place that way.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        lease_s: float,
+        cause: Callable[[str], Awaitable[bool]],
+        on_silent: Callable[[str], None],
+    ) -> None:
+        self._models = models
+        self._lease_s = lease_s
+        self._cause = cause
+        self._on_silent = on_silent
+        self._place = asyncio.Lock()
+        self._groups: set[RankGroup] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._attached_count = 0
+        self._closing = False
+
+    async def Attach(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request_iterator: AsyncIterator[pb.AttachRequest], context: Any
+    ) -> AsyncIterator[pb.AttachResponse]:
+        """Serve one rank group until its stream ends."""
+        group = await self._hello(request_iterator)
+        if group is None or self._closing:
+            return
+        self._groups.add(group)
+        group.task = asyncio.current_task()
+        reader = asyncio.create_task(self._read(group, request_iterator))
+        has_place = False
+        try:
+            if self._place.locked():
+                _log.info("a rank group stands by: %s", group.info.name)
+            has_place = await self._wait_for_place(group)
+            if has_place:
+                yield self._welcome(group)
+                async for command in group.commands():
+                    yield command
+        finally:
+            reader.cancel()
+            # A task of its own: this one may be cancelled, and to find out why a group went takes
+            # a moment.
+            task = asyncio.create_task(self._leave(group, has_place=has_place))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _wait_for_place(self, group: RankGroup) -> bool:
+        """Wait until this group is the one at work; False where it went away before."""
+        place: asyncio.Task[Any] | None = asyncio.create_task(self._place.acquire())
+        gone = asyncio.create_task(group.gone.wait())
+        assert place is not None
+        try:
+            await asyncio.wait([place, gone], return_when=asyncio.FIRST_COMPLETED)
+            if group.gone.is_set():
+                return False
+            placed, place = place, None
+            return placed.done()
+        finally:
+            gone.cancel()
+            if place is not None and not place.cancel():
+                self._place.release()
+
+    async def _leave(self, group: RankGroup, *, has_place: bool) -> None:
+        await self._lose(group, "the rank group's connection ended")
+        self._groups.discard(group)
+        if has_place:
+            self._models.detach(group)
+            self._place.release()
+            _log.log(logging.INFO if self._closing else logging.WARNING, "trainer detached")
+
+    async def _lose(self, group: RankGroup, why: str) -> None:
+        if not group.gone.is_set():
+            group.lose(why, blamed=not group.leaving and await self._cause(group.launch_token))
+
+    def _welcome(self, group: RankGroup) -> pb.AttachResponse:
+        self._attached_count += 1
+        info = group.info
+        _log.info(
+            "trainer attached: %s, %d rank(s), %s engine, %s",
+            *(info.name, group.world_size, group.engine, info.dtype),
+        )
+        self._models.attach(group)
+        # Rises over restarts of this server, too: its own epoch does.
+        epoch = (self._models.epoch << EPOCH_BITS) + self._attached_count
+        return pb.AttachResponse(welcome=pb.Welcome(epoch=epoch))
+
+    async def watch(self) -> None:
+        """Take the place from a group that fell silent, until cancelled."""
+        while True:
+            await asyncio.sleep(min(1.0, self._lease_s / 4))
+            oldest_s = asyncio.get_running_loop().time() - self._lease_s
+            for group in list(self._groups):
+                if group.heard_s < oldest_s:
+                    message = f"the rank group said nothing for {self._lease_s:g} s"
+                    _log.error("%s: it has lost its place", message)
+                    group.lose(message)
+                    self._models.detach(group)
+                    self._on_silent(group.launch_token)
+                    if group.task is not None:  # it may wait for ever to write to that group
+                        asyncio.get_running_loop().call_later(LEAVE_S_MAX, group.task.cancel)
+
+    def close(self) -> None:
+        """Let all groups go."""
+        self._closing = True
+        for group in list(self._groups):
+            group.lose("the Training server stops")
+
+    async def _hello(self, requests: AsyncIterator[pb.AttachRequest]) -> RankGroup | None:
+        async for request in requests:
+            if request.WhichOneof("content") == "loading":
+                message = progress(request.loading)
+                _log.info("trainer: %s", message)
+                self._models.place.progress = message
+            elif request.WhichOneof("content") == "hello":
+                claim = GroupClaim.of(request.hello)
+                return RankGroup(claim, asyncio.get_running_loop().time)
+        return None
+
+    async def _read(self, group: RankGroup, requests: AsyncIterator[pb.AttachRequest]) -> None:
+        try:
+            async for request in requests:
+                group.answered(request)
+        except (grpc.RpcError, TinsmithError) as error:
+            await self._lose(group, f"the rank group's stream broke: {error}")
+        else:
+            await self._lose(group, "the rank group ended")

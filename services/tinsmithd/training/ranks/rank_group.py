@@ -1,0 +1,346 @@
+"""One rank group at the other end of a stream: `RankGroup` is the `Trainer`.
+
+A command goes out with a number; answers come back with that number, any parts first, then `done`
+or `failed`. One command is under way at a time, since the scheduler gives out one turn; only the
+pieces of copied states may still be coming in meanwhile.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmithd.convert import types as convert
+from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
+from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
+from tinsmithd.files import is_plain_name
+from tinsmithd.text import bounded
+from tinsmithd.training.call.work import ComputeWork
+from tinsmithd.training.ranks.claims import GroupClaim
+from tinsmithd.training.ranks.interface import (
+    CallPart,
+    Computed,
+    ModelBroken,
+    OnPiece,
+    OnResult,
+    Pieces,
+    StateInfo,
+    TrainerLost,
+)
+
+NONSENSE_BYTES_MAX = 200
+"""What of an answer that makes no sense is shown."""
+STEP_COUNT_MAX = 1 << 53
+"""Of a model that nobody could have trained for so long: a step more must still be a number."""
+MESSAGE_BYTES_MAX = 1024
+"""What of a failure is passed on."""
+
+OnPart = Callable[[pb.AttachRequest], Awaitable[None]]
+
+_log = logging.getLogger(__name__)
+_ERRORS = {cls.__name__: cls for cls in TinsmithError.__subclasses__()}
+_PARTS = {
+    CallPart.WHOLE: pb.CALL_PART_UNSPECIFIED,
+    CallPart.FIRST: pb.CALL_PART_FIRST,
+    CallPart.LATER: pb.CALL_PART_LATER,
+}
+
+
+class RankGroup:
+    """A rank group that attached.
+
+    Args:
+        claim: What it says of itself.
+        clock: Seconds, for `heard_s`.
+    """
+
+    def __init__(self, claim: GroupClaim, clock: Callable[[], float]) -> None:
+        self._claim = claim
+        self._clock = clock
+        self._next_command_id = 1
+        self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue(maxsize=16)
+        self._answers: dict[int, asyncio.Queue[pb.AttachRequest | None]] = {}
+        self._lost: TrainerLost | None = None
+        self.gone = asyncio.Event()
+        """Set when nothing more will come of it."""
+        self.task: asyncio.Task[Any] | None = None
+        """Serves its stream."""
+        self.leaving = False
+        """It said that it was asked to end: no call is to blame."""
+        self.heard_s = clock()
+        """When it last said anything."""
+
+    # --- the stream's side --------------------------------------------------------------------
+
+    async def commands(self) -> AsyncIterator[pb.AttachResponse]:
+        """What to send to rank 0, until the group is lost."""
+        while (message := await self._outgoing.get()) is not None:
+            yield message
+
+    def answered(self, message: pb.AttachRequest) -> None:
+        """Take in what rank 0 said."""
+        self.heard_s = self._clock()
+        self.leaving = self.leaving or message.HasField("leaving")
+        answers = self._answers.get(message.command_id)
+        if answers is not None:
+            answers.put_nowait(message)
+
+    def lose(self, why: str, *, blamed: bool = False) -> None:
+        """The group is gone; everything that waits for it raises `TrainerLost`."""
+        if self._lost is not None:
+            return
+        self._lost = TrainerLost(why, blamed=blamed)
+        self.gone.set()
+        for answers in self._answers.values():
+            answers.put_nowait(None)
+        while not self._outgoing.empty():
+            self._outgoing.get_nowait()
+        self._outgoing.put_nowait(None)
+
+    # --- the scheduler's side: `Trainer` ------------------------------------------------------
+
+    @property
+    def info(self) -> BaseModelInfo:
+        """The base model that the group holds."""
+        return self._claim.info
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._claim.world_size
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine."""
+        return self._claim.engine
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """All that the last bit of a result depends on, besides commands and plans."""
+        return self._claim.identity
+
+    @property
+    def launch_token(self) -> str:
+        """What the launcher that started it gave it; empty where there is none."""
+        return self._claim.launch_token
+
+    async def create_model(self, model_id: str, tuning: Tuning) -> None:
+        """Add a model."""
+        command = pb.CreateModel(**convert.tuning_to_pb(tuning))
+        await self._execute(model_id, create_model=command)
+
+    async def delete_model(self, model_id: str) -> None:
+        """Drop a model; an unknown one is no error."""
+        await self._execute(model_id, delete_model=pb.DeleteModel())
+
+    async def compute(
+        self,
+        model_id: str,
+        work: ComputeWork,
+        *,
+        part: CallPart,
+        plan: bytes,
+        on_result: OnResult,
+    ) -> Computed:
+        """Forward, and backward too where asked."""
+        command = pb.AttachResponse(model_id=model_id)
+        # Filled in its place: a message that is given to another one is copied with all its data.
+        compute = command.compute
+        compute.loss_fn.ParseFromString(work.loss)
+        compute.data.extend(work.data)
+        compute.backward, compute.part, compute.plan = work.backward, _PARTS[part], plan
+
+        expected = len(work.data)
+
+        async def take(message: pb.AttachRequest) -> None:
+            results(message.results)
+
+        def results(some: pb.DatumResults) -> None:
+            nonlocal expected
+            expected -= len(some.outputs)
+            if expected < 0:
+                raise self._nonsense("more results than data")
+            for output in some.outputs:
+                on_result(output)
+
+        done = await self._finish(await self._begin(command), "results", take)
+        results(done.results)
+        if expected:
+            raise self._nonsense(f"{expected} results are missing")
+        if not 0 <= done.engine_s < math.inf:
+            raise self._nonsense(f"{done.engine_s} seconds of work")
+        return Computed(dict(done.metrics), done.plan, done.non_finite, done.engine_s)
+
+    async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
+        """Apply the waiting gradients; returns the metrics."""
+        command = pb.OptimStep(adam_params=convert.adam_to_pb(adam))
+        return dict((await self._execute(model_id, optim_step=command)).metrics)
+
+    async def snapshot(
+        self, model_id: str, *, optimizer: bool, on_piece: OnPiece
+    ) -> Awaitable[StateInfo]:
+        """Copy the model's state; what is returned sends it to `on_piece`."""
+        copied = pb.Snapshot(optimizer=optimizer)
+        command = pb.AttachResponse(model_id=model_id, snapshot=copied)
+        answers = await self._begin(command)
+        first = await self._next(answers)
+        case = first.WhichOneof("content")
+        if case != "captured":
+            self._answers.pop(answers.command_id)
+            if case == "failed":
+                raise self._failure(first.failed)
+            raise self._nonsense(f"{case} before captured")
+
+        async def send() -> StateInfo:
+            try:
+                done = await self._finish(answers, "piece", self._pieces_to(on_piece))
+            except TrainerLost as error:
+                # The copy was made: what ended the ranks since then is somebody else's call.
+                raise TrainerLost(str(error)) from error
+            return self._state_info(done)
+
+        return send()
+
+    async def import_state(
+        self,
+        model_id: str,
+        pieces: Pieces,
+        *,
+        optimizer: bool,
+        create: bool,
+        said: StateInfo | None,
+    ) -> StateInfo:
+        """Replace the model's state, or create the model from it."""
+        command_id = self._take_command_id()
+        for file_name, data in pieces:
+            piece = pb.StatePiece(file_name=file_name, data=data)
+            await self._send(pb.AttachResponse(command_id=command_id, piece=piece))
+        command = pb.ImportState(optimizer=optimizer, create=create)
+        if said is not None:
+            claim = convert.tuning_to_pb(said.tuning)
+            command.MergeFrom(pb.ImportState(**claim, step_count=said.step_count))
+        return self._state_info(await self._execute(model_id, import_state=command))
+
+    # --- one command --------------------------------------------------------------------------
+
+    def _take_command_id(self) -> int:
+        self._next_command_id += 1
+        return self._next_command_id - 1
+
+    async def _send(self, message: pb.AttachResponse) -> None:
+        if self._lost is not None:
+            raise self._lost_again()
+        await self._outgoing.put(message)
+
+    def _lost_again(self) -> TrainerLost:
+        # A new one each time: several callers raise it. Only the call under way is to blame.
+        assert self._lost is not None
+        return TrainerLost(str(self._lost))
+
+    async def _execute(self, model_id: str, **command: Any) -> pb.Done:
+        message = pb.AttachResponse(model_id=model_id, **command)
+        return await self._finish(await self._begin(message))
+
+    async def _begin(self, command: pb.AttachResponse) -> "_Answers":
+        answers = _Answers(self._take_command_id())
+        self._answers[answers.command_id] = answers
+        command.command_id = answers.command_id
+        try:
+            await self._send(command)
+        except BaseException:
+            del self._answers[answers.command_id]
+            raise
+        return answers
+
+    async def _next(self, answers: "_Answers") -> pb.AttachRequest:
+        message = await answers.get()
+        if message is None:
+            assert self._lost is not None
+            raise TrainerLost(str(self._lost), blamed=self._lost.blamed)
+        return message
+
+    async def _finish(
+        self, answers: "_Answers", part: str = "", on_part: OnPart | None = None
+    ) -> pb.Done:
+        """Read the answers of a command up to its last one.
+
+        Args:
+            answers: They come in here.
+            part: What may come before the last one.
+            on_part: Takes it.
+        """
+        failure: Exception | None = None
+        try:
+            while True:
+                message = await self._next(answers)
+                case = message.WhichOneof("content")
+                if case == "failed":
+                    raise failure or self._failure(message.failed)
+                if case == "done":
+                    if failure is not None:
+                        raise failure
+                    return message.done
+                if case != part or on_part is None:
+                    raise self._nonsense(f"{case or 'nothing'} where it does not belong")
+                if failure is None:
+                    try:
+                        await on_part(message)
+                    except Exception as error:
+                        failure = error  # the rest of the parts must be read all the same
+        finally:
+            # What still comes of a command whose caller was cancelled is of no interest.
+            self._answers.pop(answers.command_id, None)
+
+    def _failure(self, failed: pb.Failed) -> Exception:
+        if failed.model_broken:
+            return ModelBroken(bounded(failed.message, MESSAGE_BYTES_MAX))
+        cls = _ERRORS.get(failed.error)
+        if cls is None or failed.reason not in list(Reason):
+            return self._nonsense(f"error {failed.error!r} for reason {failed.reason!r}")
+        if cls is Internal:
+            return Internal()
+        reason = Reason(failed.reason)
+        message = bounded(failed.message, MESSAGE_BYTES_MAX)
+        if cls is InvalidArgument:
+            error: TinsmithError = cls("", message, reason)
+        else:
+            error = cls(message, reason)
+        error.field = failed.field
+        return error
+
+    def _state_info(self, done: pb.Done) -> StateInfo:
+        try:
+            tuning = convert.tuning_from_pb(done, "", 1 << 30)
+        except TinsmithError as error:
+            raise self._nonsense(error.message) from error
+        if not 0 <= done.step_count <= STEP_COUNT_MAX:
+            raise self._nonsense(f"{done.step_count} steps")
+        return StateInfo(tuning, done.step_count)
+
+    def _pieces_to(self, on_piece: OnPiece) -> OnPart:
+        """Passes the pieces that rank 0 sends on."""
+
+        async def take(message: pb.AttachRequest) -> None:
+            name = message.piece.file_name
+            if not is_plain_name(name):
+                raise self._nonsense(f"a file {name!r}")
+            await on_piece(name, message.piece.data)
+
+        return take
+
+    def _nonsense(self, what: str) -> TrainerLost:
+        """The group said what no group says: it has lost its place, and the call may be why."""
+        why = f"the rank group's answer makes no sense: {bounded(what, NONSENSE_BYTES_MAX)}"
+        _log.error("%s", why)
+        self.lose(why, blamed=True)
+        return TrainerLost(why, blamed=True)
+
+
+class _Answers(asyncio.Queue[pb.AttachRequest | None]):
+    """What rank 0 says of one command; None when it is gone."""
+
+    def __init__(self, command_id: int) -> None:
+        super().__init__()
+        self.command_id = command_id
