@@ -20,7 +20,7 @@ PROTO_SERVICES := $(shell cd protos && find tinsmith -name '*_service.proto' | s
 PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model quickstart examples test lint protos protos-check unit conformance service e2e faults-short \
+.PHONY: help setup model quickstart examples test lint protos protos-check settings unit conformance service e2e faults-short \
   attack-short attack sim faults kills images kube bench bench-gpu gpu clean
 
 help: ## Print this
@@ -105,6 +105,9 @@ bench-gpu: setup ## Rows G1 and G2, on a GPU; SHAPE=4b is the larger model
 protos: setup ## Regenerate the Python stubs in client/ from protos/
 	$(call generate,client)
 	$(call reasons,client,services/tinsmithd/reasons.py)
+
+settings: setup ## Write docs/settings.md from the settings
+	$(BIN)/python -m tinsmithd.config.page docs/settings.md
 
 protos-check: setup ## Fail when the committed stubs are not what protos/ generates
 	rm -rf build/stubs && mkdir -p build/stubs

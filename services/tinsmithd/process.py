@@ -70,6 +70,8 @@ def set_up(config: Config) -> None:
     # busy processes on two cores a training step was seen to take forty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     log_to_stderr(config.log_level, config.section)
+    for warning in config.warnings():
+        _log.warning(warning)
     raise_files_limit()
     if config.live_with_pid:
         threading.Thread(target=_end_with, args=(config.live_with_pid,), daemon=True).start()

@@ -45,7 +45,7 @@ class Settings:
     pairs: int = 9
     threads: int = 1
     shape: str = ""
-    zero_stage: int = TrainerConfig.zero_stage
+    zero_stage: int = TrainerConfig.model_fields["zero_stage"].default
     micro_batch_tokens_max: int | None = None
 
 

@@ -86,13 +86,13 @@ def test_a_peer_is_a_host(peer: str, host: str) -> None:
 def test_limits_that_could_never_let_a_legal_call_in_stop_a_server() -> None:
     """A peer's share holds one call of the largest size."""
     with pytest.raises(ConfigError, match=r"training\.received_bytes_max"):
-        TrainingConfig(call_bytes_max=2**29, received_bytes_max=2**29).check()
-    TrainingConfig(call_bytes_max=2**29, received_bytes_max=2**29, peer_share_max=1).check()
+        TrainingConfig(call_bytes_max=2**29, received_bytes_max=2**29)
+    TrainingConfig(call_bytes_max=2**29, received_bytes_max=2**29, peer_share_max=1)
     with pytest.raises(ConfigError, match=r"checkpoint\.staged_bytes_max"):
-        CheckpointConfig(staged_bytes_max=2**36).check()
+        CheckpointConfig(staged_bytes_max=2**36)
     for share in (0, 1.5, -1):
         with pytest.raises(ConfigError, match="peer_share_max"):
-            CheckpointConfig(peer_share_max=share).check()
+            CheckpointConfig(peer_share_max=share)
 
 
 def test_connections_leave_descriptors_to_the_servers_own_files(

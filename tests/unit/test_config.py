@@ -12,6 +12,7 @@ from tinsmithd.config import (
     TrainerConfig,
     TrainingConfig,
 )
+from tinsmithd.config.sources import SECTION_NAMES
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -32,10 +33,29 @@ def test_later_sources_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[training]\nmodel_max = 2\n", "unknown key training.model_max"),
-        ("[traning]\nmodels_max = 2\n", r"unknown section \[traning\]"),
-        ("[training]\nmodels_max = 'many'\n", "training.models_max: 'many' is not a int"),
-        ("[training\n", "config.toml"),
+        (
+            "[training]\nmodel_max = 2\n",
+            r"toml:2: unknown key training\.model_max; did you mean models_max\?",
+        ),
+        (
+            "[traning]\nmodels_max = 2\n",
+            r"toml: unknown section \[traning\]; did you mean training\?",
+        ),
+        (
+            "[training]\nmodels_max = 'many'\n",
+            r"training\.models_max: must be a whole number, is 'many' \(.*toml:2\)$",
+        ),
+        (
+            "[training]\n# models_max\nrank_max = 1\nmodels_max = true\n",
+            r"training\.models_max: must be a whole number, is True \(.*toml:4\)$",
+        ),
+        (
+            "training.quantum_tokens = 0\n",
+            r"training\.quantum_tokens: must be at least 1, is 0 \(.*toml:1\)$",
+        ),
+        ("[training]\ndata_folder = 3\n", r"training\.data_folder: must be a text, is 3"),
+        ("training = 3\n", r"training must be a section, \[training\]"),
+        ("[training\n", r"config\.toml: "),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -46,10 +66,123 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
         TrainingConfig.load(["--config", str(file)], {})
 
 
-def test_an_unknown_variable_is_refused() -> None:
+@pytest.mark.parametrize("name", ["absent.toml", "."])
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    """Whoever names one means it; a folder is none."""
+    with pytest.raises(ConfigError, match="is no file"):
+        TrainingConfig.load([], {"TINSMITH_CONFIG": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        (
+            "TINSMITH_SAMPLER_BASE_MODLE",
+            r"BASE_MODLE: unknown key; did you mean TINSMITH_SAMPLER_BASE_MODEL\?",
+        ),
+        ("TINSMITH_SAMPLER_ZZ", "ZZ: unknown key; known are TINSMITH_SAMPLER_LOG_LEVEL, "),
+        (
+            "TINSMITH_SAMPELR_BASE_MODEL",
+            r"unknown section; did you mean TINSMITH_SAMPLER_BASE_MODEL\?",
+        ),
+        (
+            "TINSMITH_SAMPLER_RANK_MAX",
+            r"must be a whole number, is 'x' \(TINSMITH_SAMPLER_RANK_MAX",
+        ),
+    ],
+)
+def test_a_wrong_variable_is_refused(variable: str, message: str) -> None:
     """A typo in the environment must not run with a default."""
-    with pytest.raises(ConfigError, match="TINSMITH_SAMPLER_BASE_MODLE: unknown key"):
-        SamplerConfig.load([], {"TINSMITH_SAMPLER_BASE_MODLE": "x"})
+    with pytest.raises(ConfigError, match=message):
+        SamplerConfig.load(["--base-model", "b"], {variable: "x"})
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    """Those of other processes, of the client and of tests."""
+    env = {
+        "TINSMITH_TRAINER_NO_SUCH": "1",
+        "TINSMITH_ADDRESS_SAMPLER": "a:1",
+        "TINSMITH_TEST_THREADS": "2",
+        "TINSMITH_STORE_FD": "3",
+        "tinsmith_sampler_threads": "4",
+        "THREADS": "5",
+    }
+    assert SamplerConfig.load(["--base-model", "b"], env) == SamplerConfig(base_model="b")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--lane-calls-mx", "3"],
+            r"--lane-calls-mx: unknown flag; did you mean --lane-calls-max\?",
+        ),
+        (["--lane-calls=3"], r"--lane-calls: unknown flag"),
+        (["3"], "3: unknown flag; known are --config, "),
+        (["--lane-calls-max"], "--lane-calls-max: expected one argument"),
+        (["--lane-calls-max", "1.5"], r"must be a whole number, is '1.5' \(--lane-calls-max\)"),
+        (["--peer-share-max", "nan"], "peer_share_max: must be a number, is 'nan'"),
+        (["--peer-share-max", "2"], "peer_share_max: must be above 0 and at most 1, is '2'"),
+        (["--rank-lease-s", "0.5"], "rank_lease_s: must be at least 1, is '0.5'"),
+        (["--durability", "all"], "durability: must be one of fsync, async, none, is 'all'"),
+        (["--spawn-engine", "jax"], "spawn_engine: must be one of deepspeed, reference, is 'jax'"),
+    ],
+)
+def test_a_wrong_flag_is_refused(argv: list[str], message: str) -> None:
+    """With what was meant, or what is allowed."""
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig.load(argv, {})
+
+
+def test_everything_that_is_wrong_is_said_at_once() -> None:
+    """Nobody mends settings one start at a time."""
+    with pytest.raises(ConfigError) as refused:
+        TrainingConfig.load(["--rank-max", "-1"], {"TINSMITH_TRAINING_LOG_LEVEL": "x"})
+    assert [part.partition(":")[0] for part in str(refused.value).split("; ")] == [
+        "training.log_level",
+        "training.rank_max",
+    ]
+
+
+@pytest.mark.parametrize("text", ["null", "None", "[1,2]", "a,b", "{}", "", " x ", "-"])
+def test_a_text_is_taken_as_it_is(text: str) -> None:
+    """From the command line and the environment."""
+    by_flag = TrainingConfig.load([f"--data-folder={text}"], {})
+    by_variable = TrainingConfig.load([], {"TINSMITH_TRAINING_DATA_FOLDER": text})
+    assert by_flag.data_folder == by_variable.data_folder == text
+
+
+def test_settings_built_in_code_are_checked_and_take_nothing_from_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are frozen, as loaded ones are."""
+    monkeypatch.setenv("TINSMITH_TRAINING_RANK_MAX", "3")
+    config = TrainingConfig()
+    assert config.rank_max == 256
+    with pytest.raises(ValueError, match="frozen"):
+        config.rank_max = 4
+    with pytest.raises(
+        ConfigError, match=r"training\.rank_mux: unknown key; did you mean rank_max"
+    ):
+        TrainingConfig(rank_mux=4)
+    with pytest.raises(ConfigError, match=r"checkpoint\.lease_s: must be at least 0\.5, is 0\.1"):
+        CheckpointConfig(lease_s=0.1)
+
+
+def test_a_secret_is_in_no_message() -> None:
+    """Not in what is printed of the settings either."""
+    env = {"TINSMITH_TRAINER_LAUNCH_TOKEN": "hush", "TINSMITH_TRAINER_BASE_MODEL": "b"}
+    assert "hush" not in repr(TrainerConfig.load([], env))
+    with pytest.raises(ConfigError, match=r"launch_token: must be a text$") as refused:
+        TrainerConfig(base_model="b", launch_token=b"hush\xff")
+    assert "hush" not in str(refused.value)
+
+
+def test_addresses_that_others_reach_are_warned_of() -> None:
+    """Not loopback's, and not what a port alone cannot say."""
+    argv = ["--listen-address", "0.0.0.0:1", "--metrics-address", "[::1]:2"]
+    (warning,) = CheckpointConfig.load(argv, {}).warnings()
+    assert warning.startswith("listening on 0.0.0.0:1 without keys")
 
 
 @pytest.mark.parametrize(
@@ -80,4 +213,11 @@ def test_impossible_values_are_refused(section: type, argv: list[str], message: 
 
 def test_every_section_has_its_class() -> None:
     """The names of sections are the names of the processes."""
-    assert set(SECTIONS) == {"training", "trainer", "sampler", "checkpoint"}
+    assert tuple(SECTIONS) == SECTION_NAMES == ("training", "trainer", "sampler", "checkpoint")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_says_what_it_means(section: str) -> None:
+    """In a sentence, by its own name."""
+    for key, field in SECTIONS[section].model_fields.items():
+        assert (field.description or "").endswith("."), f"{section}.{key}"

@@ -6,37 +6,47 @@ import re
 import sys
 from collections.abc import Sequence
 
-EXTRA = "server"
+EXTRAS = {"up": "server", "config": "control"}
+"""What a command needs beside the client. These commands know their own arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; without the servers it says what is missing and how to get it."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["up"]:  # `up` knows its own arguments
-        _up(given)
+    if given and given[0] in EXTRAS:
+        _run(given[0], given)
         return
     parser = argparse.ArgumentParser(prog="tinsmith", description="A training API that you run.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("up", help="run a cluster on this machine; `tinsmith up --help` says how")
+    commands.add_parser(
+        "config", help="print the settings of the servers, and where they come from"
+    )
     commands.add_parser("version", help="print the version")
     parser.parse_args(given)
     print(f"tinsmith {_version()}")
 
 
-def _up(argv: Sequence[str]) -> None:
-    missing = missing_for(EXTRA)
+def _run(command: str, argv: Sequence[str]) -> None:
+    missing = missing_for(EXTRAS[command])
     if missing:
-        sys.exit(_how_to_get(", ".join(missing)))
+        sys.exit(_how_to_get(command, ", ".join(missing)))
     try:
-        from tinsmithd.up import main as up
+        if command == "up":
+            from tinsmithd.up import main as up
+
+            up(argv)
+        else:
+            from tinsmithd.config.command import main as config
+
+            config(argv[1:])
     except ModuleNotFoundError as error:
-        sys.exit(_how_to_get(str(error.name)))
-    up(argv)
+        sys.exit(_how_to_get(command, str(error.name)))
 
 
-def _how_to_get(what: str) -> str:
-    command = f"pip install 'tinsmith[{EXTRA}]'"
-    return f"tinsmith: `up` needs the servers, and {what} is not installed: {command}"
+def _how_to_get(command: str, what: str) -> str:
+    how = f"pip install 'tinsmith[{EXTRAS[command]}]'"
+    return f"tinsmith: `{command}` needs the servers, and {what} is not installed: {how}"
 
 
 def missing_for(extra: str) -> list[str]:

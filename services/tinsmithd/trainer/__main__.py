@@ -68,7 +68,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         link.follow(commands, distributed.broadcast_bytes)
         return
     loading.close()
-    greeting = link.hello(engine, config.engine, world_size, config.launch_token)
+    greeting = link.hello(engine, config.engine, world_size, config.launch_token.get_secret_value())
 
     def on_link(begun: link.Link) -> None:
         last_words[:] = [begun.leave]

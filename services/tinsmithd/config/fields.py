@@ -1,0 +1,108 @@
+"""The kinds of value that settings have, and words for what each of them takes."""
+
+import ipaddress
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+MIB = 1024 * 1024
+LINK_ADDRESS = "127.0.0.1:50054"
+"""Where ranks attach if nothing else is said."""
+PORT_MAX = 65_535
+
+
+def _not_bool(value: object) -> object:
+    # Python takes true for 1; a person who writes it means something else.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "must be a number")
+    return value
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of an address.
+
+    Raises:
+        ValueError: It is not host:port.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not (port.isascii() and port.isdigit()) or int(port) > PORT_MAX:
+        raise ValueError("must be host:port")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches an address (host:port)."""
+    host, _ = parse_address(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _address(text: str) -> str:
+    parse_address(text)
+    return text
+
+
+def _address_or_empty(text: str) -> str:
+    return text and _address(text)
+
+
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
+"""A whole number of which 0 is one, too."""
+Positive = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Number = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
+"""A number, such as of seconds, of which 0 is one, too."""
+AboveZero = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
+Required = Annotated[str, Field(min_length=1)]
+"""A text that somebody has to give."""
+Address = Annotated[str, AfterValidator(_address), Field(json_schema_extra={"is": "host:port"})]
+OptionalAddress = Annotated[
+    str, AfterValidator(_address_or_empty), Field(json_schema_extra={"is": "host:port or empty"})
+]
+ZeroStage = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=3)]
+"""A stage of DeepSpeed's ZeRO."""
+Dtype = Literal["float32", "bfloat16"]
+TrainerEngine = Literal["deepspeed", "reference"]
+
+NUMBERS = ("a whole number", "a number")
+_KINDS: dict[object, str] = {int: NUMBERS[0], float: NUMBERS[1], bool: "true or false"}
+
+
+def bounds_of(field: FieldInfo) -> str:
+    """What a setting takes among values of its kind, such as "at least 1"; empty for all."""
+    if get_origin(field.annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(field.annotation)))}"
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["is"])
+    if any(isinstance(bound, MinLen) for bound in field.metadata):
+        return "set"
+    # A setting may narrow the bounds of its kind.
+    least, above, most = _all(field, Ge, "ge"), _all(field, Gt, "gt"), _all(field, Le, "le")
+    found = [f"at least {max(least)}"] if least else []
+    found += [f"above {max(above)}"] if above else []
+    found += [f"at most {min(most)}"] if most else []
+    return " and ".join(found)
+
+
+def _all(field: FieldInfo, kind: type, name: str) -> list[Any]:
+    return [getattr(bound, name) for bound in field.metadata if isinstance(bound, kind)]
+
+
+def kind_of(field: FieldInfo) -> str:
+    """What a setting is, such as "a whole number"."""
+    return _KINDS.get(field.annotation, "a text")
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether its value may be shown to nobody."""
+    return field.annotation is SecretStr
+
+
+def default_of(field: FieldInfo) -> object:
+    """Its default as plain text or number; a secret has an empty one."""
+    default = field.default
+    return default.get_secret_value() if isinstance(default, SecretStr) else default

@@ -1,0 +1,73 @@
+"""Settings of a Sampler."""
+
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from tinsmithd.config.base import ServerConfig, broken_rule
+from tinsmithd.config.fields import (
+    MIB,
+    AboveZero,
+    Address,
+    Count,
+    Dtype,
+    Number,
+    Positive,
+    Required,
+)
+
+
+class SamplerConfig(ServerConfig):
+    """A Sampler server."""
+
+    section: ClassVar[str] = "sampler"
+
+    listen_address: Address = "127.0.0.1:50052"
+    """Where to listen; port 0 takes a free one and logs it."""
+    message_bytes_max: Count = 8 * MIB
+    """Largest message received: a prompt of a million tokens."""
+    base_model: Required
+    """Hugging Face name or folder."""
+    dtype: Dtype = "float32"
+    """Element type of the frozen weights."""
+    checkpoint_target: str = "127.0.0.1:50053"
+    """Where this server reaches the Checkpoint server."""
+    checkpoint_answer_s_max: AboveZero = 30.0
+    """A call to the Checkpoint server that moves no data is given up after this long."""
+    checkpoint_stall_s_max: AboveZero = 60.0
+    """A call to the Checkpoint server that moves data is given up when nothing moves for this long;
+    a slow one is waited for."""
+    checkpoint_recheck_s: Number = 10.0
+    """How often this server asks whether a checkpoint that it serves from memory is still there."""
+    num_samples_max: Count = 256
+    """Sequences of one call."""
+    chunks_max: Count = 1024
+    """Chunks of one prompt."""
+    stops_max: Count = 64
+    """Stop tokens of one call, and stop strings."""
+    stop_characters_max: Count = 1024
+    """Characters of one stop string."""
+    topk_max: Count = 64
+    """Likeliest tokens that a call may ask for at each position of a prompt."""
+    running_max: Count = 8
+    """Calls that are computed at once."""
+    waiting_max: Count = 256
+    """Calls that wait for their turn; more are RESOURCE_EXHAUSTED."""
+    adapters_max: Count = 16
+    """Adapters in memory, at least `running_max`; the one that was used longest ago goes first."""
+    rank_max: Count = 256
+    """Largest LoRA rank that is served; as `training.rank_max`."""
+    adapter_bytes_max: Count = 8 * 1024 * MIB
+    """Largest checkpoint that is fetched."""
+    fetches_max: Positive = 16
+    """Adapters that are fetched at once, or wait in memory for their turn to be loaded."""
+    sample_tokens_max: Count = 131_072
+    """num_samples times prompt and max_tokens: bounds the KV cache of a call."""
+    threads: Count = 0
+    """CPU threads; 0 leaves it to torch."""
+
+    @model_validator(mode="after")
+    def _what_runs_has_its_adapter(self) -> Self:
+        if self.adapters_max < self.running_max:
+            raise broken_rule("adapters_max", f"must be at least running_max, {self.running_max}")
+        return self

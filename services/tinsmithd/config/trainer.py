@@ -1,0 +1,54 @@
+"""Settings of the ranks."""
+
+from typing import ClassVar
+
+from pydantic import Field, SecretStr
+
+from tinsmithd.config.base import Config
+from tinsmithd.config.fields import (
+    LINK_ADDRESS,
+    Count,
+    Dtype,
+    Number,
+    Positive,
+    Required,
+    TrainerEngine,
+    ZeroStage,
+)
+
+
+class TrainerConfig(Config):
+    """One rank of a rank group, or with `ranks` the group: as many as there are devices."""
+
+    section: ClassVar[str] = "trainer"
+
+    training_target: str = LINK_ADDRESS
+    """Where rank 0 attaches: `link_address` of the Training server."""
+    link_secret_file: str = ""
+    """File with the secret that the Training server demands; rank 0 alone needs it."""
+    launch_token: SecretStr = SecretStr("")
+    """Given out by a Training server that starts its ranks, which knows them by it."""
+    ranks: Positive = 1
+    """Ranks of the group, all on this machine; where torchrun starts them, it says how many."""
+    base_model: Required
+    """Hugging Face name or folder."""
+    dtype: Dtype = "float32"
+    """Element type of the frozen weights."""
+    engine: TrainerEngine = "deepspeed"
+    """What computes: deepspeed, or reference, the plain single-process one."""
+    zero_stage: ZeroStage = 1
+    """DeepSpeed ZeRO stage: 0 nothing, 1 and 2 optimizer states, 3 the base too is partitioned."""
+    offload: bool = False
+    """Keep optimizer states and, with stage 3, the base in host memory."""
+    gathered_bytes_max: Count = 0
+    """Stage 3: bytes of the base that a rank keeps whole once they were gathered."""
+    micro_batch_tokens_max: Positive = 2048
+    """Tokens that a rank computes together; a longer datum goes alone."""
+    activation_bytes_max: Count = 0
+    """What a rank keeps for the way back before it recomputes; 0 is half of what is free."""
+    resident_models_max: Positive = 16
+    """Models on the device at once; the others wait in host memory."""
+    threads: Count = 0
+    """CPU threads per rank; 0 leaves it to torch."""
+    collective_timeout_s: Number = Field(30.0, ge=1)
+    """A rank that shows no life for this long ends the group; to compute for long is no silence."""
