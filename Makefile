@@ -21,7 +21,7 @@ PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check settings unit conformance service e2e faults-short \
-  attack-short attack sim faults kills images kube bench bench-gpu gpu clean
+  attack-short attack map tidy sim faults kills images kube bench bench-gpu gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,12 @@ lint: setup ## Style, types, who may import whom, the contract and its generated
 	$(BIN)/lint-imports
 	cd protos && $(abspath $(BIN))/buf lint && $(abspath $(BIN))/buf format --diff --exit-code
 	$(MAKE) protos-check
+
+map: setup ## Draw the rooms of the house into docs/architecture.md
+	PYTHONPATH=tests $(BIN)/python -m tidy.map
+
+tidy: setup ## Sizes, references, dead code, and the rooms of the house
+	$(BIN)/pytest tests/tidy
 
 unit: setup ## Tests of one part, no server
 	$(BIN)/pytest tests/unit
