@@ -3,7 +3,6 @@
 import uuid
 import warnings
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 from tinsmith import _check, _loop
@@ -267,12 +266,7 @@ class ServiceClient:
     def __enter__(self) -> "ServiceClient":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close().result()
 
 

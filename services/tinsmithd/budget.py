@@ -4,7 +4,6 @@ What is taken is given back by a lease, whatever happens to its holder. Thread-s
 """
 
 import threading
-from types import TracebackType
 
 from tinsmithd.errors import Reason, ResourceExhausted
 
@@ -94,12 +93,7 @@ class Lease:
     def __enter__(self) -> "Lease":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.give_back()
 
 

@@ -3,7 +3,6 @@
 import ipaddress
 import os
 from collections.abc import Sequence
-from types import TracebackType
 
 import grpc
 
@@ -171,12 +170,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
