@@ -106,6 +106,7 @@ def keep(
     ttl_seconds: int | None = None,
     writer: Writer | None = None,
     ephemeral: bool = False,
+    lease_id: str = "",
 ) -> Checkpoint:
     """Write a checkpoint into a keeper, as the servicer does."""
     header = Header(
@@ -118,6 +119,7 @@ def keep(
         user_metadata={"who": "a test"},
         writer=writer,
         ephemeral=ephemeral,
+        lease_id=lease_id,
     )
     write = keeper.begin(header)
     try:

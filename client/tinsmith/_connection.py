@@ -205,8 +205,8 @@ class Connection:
 
     async def close(self) -> None:
         """Close all channels for good; calls under way are cancelled."""
+        await self.leases.close()
         self._closed = True
-        self.leases.close()
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close()

@@ -17,7 +17,7 @@ from tinsmith._convert import (
     sampling_params_to_pb,
     topk_from_pb,
 )
-from tinsmith._leases import is_ephemeral
+from tinsmith._leases import is_ephemeral, new_lease_id
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
 from tinsmith.errors import DataLossError, unsupported
@@ -51,9 +51,10 @@ class SamplingClient:
     Made by `ServiceClient` or `TrainingClient`; may be pickled, and keeps its settings.
 
     Weights that were saved without a name live as long as a client holds them, this one or a copy
-    in another process: until it is closed or collected as garbage. After that they go within a
-    minute if their model has newer ones or is deleted. A process that sleeps, or has no network,
-    for half a minute or longer holds nothing meanwhile: if its weights went, calls raise
+    in another process: until it is closed or collected as garbage. After that they go in about a
+    second if their model has newer ones or is deleted; within a minute if this client was pickled,
+    since a copy may be on its way, or its process was killed. A process that sleeps, or has no
+    network, for half a minute or longer holds nothing meanwhile: if its weights went, calls raise
     NotFoundError (CHECKPOINT_NOT_FOUND). Weights that are to stay need a name
     (`save_weights_for_sampler`).
 
@@ -67,14 +68,16 @@ class SamplingClient:
         base_model: str,
         model_path: str | None,
         digest: bytes = b"",
+        lease_id: str = "",
     ) -> None:
         self._connection = connection
         self._digest = digest
         self._base_model = base_model
         self._tokenizer: Any = None
         self.model_path = model_path
+        self._lease_id = ""
         if model_path is not None and is_ephemeral(model_path):
-            connection.leases.hold(self, model_path)
+            self._lease_id = connection.leases.hold(self, model_path, lease_id)
 
     @classmethod
     def opened(
@@ -82,7 +85,8 @@ class SamplingClient:
     ) -> "ClientFuture[SamplingClient]":
         """A client for a checkpoint, after a look whether it is there."""
         model_path = _check.text(model_path, "model_path")
-        request = checkpoint_service_pb2.GetCheckpointRequest(path=model_path)
+        lease_id = new_lease_id()
+        request = checkpoint_service_pb2.GetCheckpointRequest(path=model_path, lease_id=lease_id)
 
         async def build() -> SamplingClient:
             async def ask() -> checkpoint_service_pb2.GetCheckpointResponse:
@@ -91,16 +95,19 @@ class SamplingClient:
             found = await connection.retrying("create_sampling_client", ask, service=CHECKPOINT)
             checkpoint = found.checkpoint
             base = base_model or checkpoint.base_model
-            return cls(connection, base, model_path, checkpoint.digest)
+            return cls(connection, base, model_path, checkpoint.digest, lease_id)
 
         return ClientFuture(_loop.run(build()))
 
     def close(self) -> None:
         """Let go of the weights at once, rather than when this client is collected as garbage."""
-        self._connection.leases.let_go(self)
+        if self._lease_id:
+            self._connection.leases.let_go(self._lease_id)
 
     def __reduce__(self) -> Any:
         settings = self._connection.settings
+        if self._lease_id:
+            self._connection.leases.hand_on(self._lease_id)
         return _rebuild, (settings, self._base_model, self.model_path, self._digest)
 
     def sample(

@@ -11,6 +11,7 @@ from tinsmith._check import refuse
 from tinsmith._connection import Connection
 from tinsmith._custom_loss import CustomLossFn
 from tinsmith._lane import Lane, attach
+from tinsmith._leases import new_lease_id
 from tinsmith._lifetime import ModelLifetime
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
@@ -214,6 +215,7 @@ class TrainingClient(ModelLifetime):
         overwrite: bool,
         user_metadata: Mapping[str, str] | None,
         result: Callable[[pb.SaveCheckpointResponse], Any],
+        lease_id: str = "",
     ) -> APIFuture[Any]:
         message = pb.SaveCheckpointRequest(
             kind=kind,
@@ -221,6 +223,7 @@ class TrainingClient(ModelLifetime):
             ttl_seconds=_check.optional_whole(ttl_seconds, "ttl_seconds"),
             overwrite=_check.flag(overwrite, "overwrite"),
             user_metadata=_check.metadata(user_metadata),
+            lease_id=lease_id,
         )
         future = self._calls.unary(what, "SaveCheckpoint", message, result)
         return APIFuture(future)
@@ -274,6 +277,7 @@ class TrainingClient(ModelLifetime):
         if self._is_full:
             message = "a model that trains all weights is not served; save it and download it"
             raise unsupported("save_weights_and_get_sampling_client", message)
+        lease_id = new_lease_id()
         saved = self._save(
             "save_weights",
             types_pb2.CHECKPOINT_KIND_SAMPLER,
@@ -282,11 +286,13 @@ class TrainingClient(ModelLifetime):
             False,
             None,
             lambda response: response,
+            lease_id,
         )
+        connection, base_model = self._connection, self._model.base_model
 
         async def build() -> SamplingClient:
             made = await saved
-            return SamplingClient(self._connection, self._model.base_model, made.path, made.digest)
+            return SamplingClient(connection, base_model, made.path, made.digest, lease_id)
 
         return ClientFuture(_loop.run(build()))
 

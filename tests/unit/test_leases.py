@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,11 +41,11 @@ class Timed:
         self.keeper.close()
         self.start()
 
-    def save(self, seed: int, model_id: str = "run", writer: Writer = WRITER) -> str:
+    def save(self, seed: int, model_id: str = "run", writer: Writer = WRITER, **header: Any) -> str:
         """A training loop saves its weights of this round."""
         path = f"tinsmith://{model_id}/sampler_weights/ephemeral-{seed:016x}"
         content = files(seed, optimizer=False)
-        keep(self.keeper, content, path, ttl_seconds=TTL_S, writer=writer, ephemeral=True)
+        keep(self.keeper, content, path, ttl_seconds=TTL_S, writer=writer, ephemeral=True, **header)
         return path
 
     def passes(self, seconds: float, *held: str) -> None:
@@ -56,7 +57,7 @@ class Timed:
             )
             self.wall.now_s += step_s
             self.monotonic.now_s += step_s
-            self.keeper.renew([CheckpointPath.parse(path) for path in held])
+            self.keeper.renew([(CheckpointPath.parse(path), "") for path in held])
             self.keeper.reclaim()
             self.keeper.sweep()
 
@@ -167,7 +168,7 @@ def test_who_comes_too_late_hears_what_happened(timed: Timed) -> None:
     timed.save(2)
     timed.passes(MINUTE_S)
     key = CheckpointPath.parse(path)
-    assert timed.keeper.renew([key]) == [key]
+    assert timed.keeper.renew([(key, "")]) == [key]
     with pytest.raises(NotFound, match="reclaimed when no client holds them") as refusal:
         timed.keeper.open(key)
     assert refusal.value.reason is Reason.CHECKPOINT_NOT_FOUND
@@ -189,6 +190,47 @@ def test_a_replaced_writer_releases_nothing(timed: Timed) -> None:
     assert refusal.value.reason is Reason.STALE_EPOCH
     timed.passes(10 * MINUTE_S)
     assert timed.there(path)
+
+
+def test_a_lease_that_is_given_back_ends_alone(timed: Timed) -> None:
+    """Others on the same weights last as long as they would have, with an id or without."""
+    path, newest = timed.save(1, lease_id="first"), timed.save(2)
+    key, leases = CheckpointPath.parse(path), timed.keeper.leases
+    leases.renew(key, "second")
+    leases.end([(key, "first"), (key, "unknown"), (CheckpointPath.parse(newest), "")])
+    timed.keeper.reclaim()
+    assert timed.there(path, newest) == [path, newest]
+    timed.save(1, overwrite=True, lease_id="third")  # written again: `second` holds on
+    leases.end([(key, "third")])
+    timed.save(3)
+    timed.keeper.reclaim()
+    assert timed.there(path) == [path]
+    leases.renew(key)  # somebody without an id looks at it
+    leases.end([(key, "second")])
+    timed.keeper.reclaim()
+    assert timed.there(path) == [path]
+    timed.passes(LEASE_S)
+    assert timed.there(path) == []
+
+
+def test_a_lease_beyond_the_limit_can_only_run_out(
+    timed: Timed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as good as any other until then; those that ended make room."""
+    monkeypatch.setattr("tinsmithd.checkpoint.leases.LEASES_MAX", 2)
+    path, _ = timed.save(1, lease_id="a"), timed.save(2)
+    key, leases = CheckpointPath.parse(path), timed.keeper.leases
+    for lease_id in ("b", "c", "c", "a"):
+        leases.renew(key, lease_id)
+    leases.end([(key, lease_id) for lease_id in "abc"])
+    timed.passes(LEASE_S - 1)
+    assert timed.there(path)
+    timed.passes(2)
+    assert not timed.there(path)
+    path, _ = timed.save(3, lease_id="d"), timed.save(4)
+    leases.end([(CheckpointPath.parse(path), "d")])
+    timed.keeper.reclaim()
+    assert not timed.there(path)
 
 
 class Server:

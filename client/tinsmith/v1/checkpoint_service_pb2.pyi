@@ -239,16 +239,20 @@ class GetCheckpointRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Its path."""
+    lease_id: _builtins.str
+    """The lease that this grants or renews, see the service: up to 128 characters."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -535,8 +539,11 @@ class ReadCheckpointRequest(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     FILE_NAMES_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Its path."""
+    lease_id: _builtins.str
+    """As in GetCheckpointRequest."""
     @_builtins.property
     def file_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these files, at most 64 names; empty means all."""
@@ -546,10 +553,11 @@ class ReadCheckpointRequest(_message.Message):
         *,
         path: _builtins.str = ...,
         file_names: _abc.Iterable[_builtins.str] | None = ...,
+        lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_names", b"file_names", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_names", b"file_names", "lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -663,6 +671,7 @@ class WriteCheckpointHeader(_message.Message):
     WRITER_EPOCH_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EPHEMERAL_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Where it will be found."""
     base_model: _builtins.str
@@ -688,6 +697,10 @@ class WriteCheckpointHeader(_message.Message):
     """De-duplication key, up to 128 characters. Empty means not retry-safe."""
     ephemeral: _builtins.bool
     """It lives as long as somebody uses it, see the service; `ttl_seconds` then counts from its last use."""
+    lease_id: _builtins.str
+    """The first lease on an ephemeral one, as in GetCheckpointRequest. It is no part of what a repeat must
+    have in common with the first request.
+    """
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -715,10 +728,11 @@ class WriteCheckpointHeader(_message.Message):
         writer_epoch: _builtins.int = ...,
         request_id: _builtins.str = ...,
         ephemeral: _builtins.bool = ...,
+        lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "full_config", b"full_config", "lora_config", b"lora_config", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "ephemeral", b"ephemeral", "full_config", b"full_config", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "ephemeral", b"ephemeral", "full_config", b"full_config", "lease_id", b"lease_id", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
@@ -780,24 +794,56 @@ class WriteCheckpointResponse(_message.Message):
 Global___WriteCheckpointResponse: _TypeAlias = WriteCheckpointResponse  # noqa: Y015
 
 @_typing.final
-class RenewLeasesRequest(_message.Message):
-    """Asks to hold ephemeral checkpoints."""
+class Lease(_message.Message):
+    """One holder's lease on an ephemeral checkpoint."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATHS_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path of the checkpoint."""
+    lease_id: _builtins.str
+    """Which lease: up to 128 characters that the holder drew at random. Empty: one that can only run out."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lease: _TypeAlias = Lease  # noqa: Y015
+
+@_typing.final
+class RenewLeasesRequest(_message.Message):
+    """Says which ephemeral checkpoints are held, and which are not any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Their paths, at most 1,000."""
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lease]:
+        """Leases to grant or to renew, at most 1,000."""
+
+    @_builtins.property
+    def released(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lease]:
+        """Leases that end now, at most 1,000, each with its id."""
 
     def __init__(
         self,
         *,
-        paths: _abc.Iterable[_builtins.str] | None = ...,
+        leases: _abc.Iterable[Global___Lease] | None = ...,
+        released: _abc.Iterable[Global___Lease] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["paths", b"paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases", "released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -815,7 +861,7 @@ class RenewLeasesResponse(_message.Message):
     """So long they last from now on, seconds."""
     @_builtins.property
     def not_found_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Those paths at which there is nothing (any more)."""
+        """Those paths of `leases` at which there is nothing (any more)."""
 
     def __init__(
         self,

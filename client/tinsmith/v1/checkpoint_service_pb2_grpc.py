@@ -36,14 +36,20 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
-    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
-    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
-    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
-    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
-    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
-    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
-    clock that nobody sets, and are granted anew when this server starts.
+    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
+    later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
+    gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
+    which counts from its last use. So a reader that comes and goes, or that was cut off for longer than a
+    lease, may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies
+    it, or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by
+    a clock that nobody sets. When this server starts, it grants everyone a lease that runs out.
+
+    A lease has one holder, who draws a `lease_id` for it: at random, so that nobody else can know it, and
+    anew for each time that it begins to hold. With that id RenewLeases ends the lease early, and no other:
+    a checkpoint that several hold stays until each of them has given its lease back or let it run out. No
+    answer shows an id. A lease without an id, and one beyond the 100,000 with ids that this server
+    remembers, can only run out. A renewal that arrives after its lease was given back grants it again.
 
     ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -121,14 +127,20 @@ class CheckpointServiceServicer:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
-    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
-    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
-    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
-    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
-    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
-    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
-    clock that nobody sets, and are granted anew when this server starts.
+    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
+    later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
+    gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
+    which counts from its last use. So a reader that comes and goes, or that was cut off for longer than a
+    lease, may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies
+    it, or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by
+    a clock that nobody sets. When this server starts, it grants everyone a lease that runs out.
+
+    A lease has one holder, who draws a `lease_id` for it: at random, so that nobody else can know it, and
+    anew for each time that it begins to hold. With that id RenewLeases ends the lease early, and no other:
+    a checkpoint that several hold stays until each of them has given its lease back or let it run out. No
+    answer shows an id. A lease without an id, and one beyond the 100,000 with ids that this server
+    remembers, can only run out. A renewal that arrives after its lease was given back grants it again.
 
     ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -205,9 +217,11 @@ class CheckpointServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RenewLeases(self, request, context):
-        """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
-        a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
-        the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+        """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
+        one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+        fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
+        Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
+        either; then nothing is renewed or ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -304,14 +318,20 @@ class CheckpointService:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
-    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
-    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
-    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
-    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
-    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
-    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
-    clock that nobody sets, and are granted anew when this server starts.
+    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
+    later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
+    gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
+    which counts from its last use. So a reader that comes and goes, or that was cut off for longer than a
+    lease, may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies
+    it, or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by
+    a clock that nobody sets. When this server starts, it grants everyone a lease that runs out.
+
+    A lease has one holder, who draws a `lease_id` for it: at random, so that nobody else can know it, and
+    anew for each time that it begins to hold. With that id RenewLeases ends the lease early, and no other:
+    a checkpoint that several hold stays until each of them has given its lease back or let it run out. No
+    answer shows an id. A lease without an id, and one beyond the 100,000 with ids that this server
+    remembers, can only run out. A renewal that arrives after its lease was given back grants it again.
 
     ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS

@@ -37,14 +37,20 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
-    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
-    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
-    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
-    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
-    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
-    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
-    clock that nobody sets, and are granted anew when this server starts.
+    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
+    later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
+    gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
+    which counts from its last use. So a reader that comes and goes, or that was cut off for longer than a
+    lease, may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies
+    it, or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by
+    a clock that nobody sets. When this server starts, it grants everyone a lease that runs out.
+
+    A lease has one holder, who draws a `lease_id` for it: at random, so that nobody else can know it, and
+    anew for each time that it begins to hold. With that id RenewLeases ends the lease early, and no other:
+    a checkpoint that several hold stays until each of them has given its lease back or let it run out. No
+    answer shows an id. A lease without an id, and one beyond the 100,000 with ids that this server
+    remembers, can only run out. A renewal that arrives after its lease was given back grants it again.
 
     ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -95,9 +101,11 @@ class CheckpointServiceStub:
     (STALE_EPOCH) for a writer that was replaced.
     """
     RenewLeases: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.RenewLeasesRequest, _checkpoint_service_pb2.RenewLeasesResponse]
-    """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
-    a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
-    the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+    """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
+    one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+    fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
+    Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
+    either; then nothing is renewed or ended.
     """
     ReleaseModels: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ReleaseModelsRequest, _checkpoint_service_pb2.ReleaseModelsResponse]
     """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
@@ -123,14 +131,20 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
-    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
-    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
-    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
-    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
-    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
-    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
-    clock that nobody sets, and are granted anew when this server starts.
+    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
+    later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
+    gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
+    which counts from its last use. So a reader that comes and goes, or that was cut off for longer than a
+    lease, may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies
+    it, or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by
+    a clock that nobody sets. When this server starts, it grants everyone a lease that runs out.
+
+    A lease has one holder, who draws a `lease_id` for it: at random, so that nobody else can know it, and
+    anew for each time that it begins to hold. With that id RenewLeases ends the lease early, and no other:
+    a checkpoint that several hold stays until each of them has given its lease back or let it run out. No
+    answer shows an id. A lease without an id, and one beyond the 100,000 with ids that this server
+    remembers, can only run out. A renewal that arrives after its lease was given back grants it again.
 
     ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -178,9 +192,11 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     (STALE_EPOCH) for a writer that was replaced.
     """
     RenewLeases: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.RenewLeasesRequest, _checkpoint_service_pb2.RenewLeasesResponse]  # type: ignore[assignment]
-    """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
-    a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
-    the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+    """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
+    one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+    fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
+    Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
+    either; then nothing is renewed or ended.
     """
     ReleaseModels: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ReleaseModelsRequest, _checkpoint_service_pb2.ReleaseModelsResponse]  # type: ignore[assignment]
     """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
@@ -205,14 +221,20 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease on them: the write grants the first one, RenewLeases and
-    every Get, Read and Export renew it for `lease_seconds` from then on. One is reclaimed, within a
-    minute, when nobody holds it any more and its model has a newer ephemeral one or is gone
-    (ReleaseModels). The newest one of a model that is there stays until its time to live is over, which
-    counts from its last use. So a reader that comes and goes, or that was cut off for longer than a lease,
-    may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies it,
-    or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by a
-    clock that nobody sets, and are granted anew when this server starts.
+    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
+    later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
+    gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
+    which counts from its last use. So a reader that comes and goes, or that was cut off for longer than a
+    lease, may find an older one gone: NOT_FOUND. Whoever wants one for longer saves it under a name, copies
+    it, or sets its time to live with UpdateCheckpoint, which makes it an ordinary one. Leases are counted by
+    a clock that nobody sets. When this server starts, it grants everyone a lease that runs out.
+
+    A lease has one holder, who draws a `lease_id` for it: at random, so that nobody else can know it, and
+    anew for each time that it begins to hold. With that id RenewLeases ends the lease early, and no other:
+    a checkpoint that several hold stays until each of them has given its lease back or let it run out. No
+    answer shows an id. A lease without an id, and one beyond the 100,000 with ids that this server
+    remembers, can only run out. A renewal that arrives after its lease was given back grants it again.
 
     ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them. Every RPC that takes a path may answer
     INVALID_ARGUMENT (INVALID_NAME) and NOT_FOUND (CHECKPOINT_NOT_FOUND). Any RPC may answer DATA_LOSS
@@ -306,9 +328,11 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.RenewLeasesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.RenewLeasesResponse, _abc.Awaitable[_checkpoint_service_pb2.RenewLeasesResponse]]:
-        """Renews leases on ephemeral checkpoints; on ordinary ones it does nothing. Whoever holds one sends this
-        a few times in `lease_seconds`. A repeat renews again. It never fails for a path that is not there:
-        the answer names those. Errors: INVALID_ARGUMENT for a bad path or more than 1,000 of them.
+        """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
+        one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+        fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
+        Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
+        either; then nothing is renewed or ended.
         """
 
     @_abc_1.abstractmethod

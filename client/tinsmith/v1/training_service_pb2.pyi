@@ -939,6 +939,7 @@ class SaveCheckpointRequest(_message.Message):
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
     OVERWRITE_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Which model."""
     seq_id: _builtins.int
@@ -957,6 +958,10 @@ class SaveCheckpointRequest(_message.Message):
     """Replace a checkpoint of the same name, with all its metadata. Else that is ALREADY_EXISTS, whatever
     it holds: only the same call is a repeat.
     """
+    lease_id: _builtins.str
+    """Of ephemeral weights: the caller's lease on them, see CheckpointService; up to 128 characters. Empty:
+    the first lease can only run out.
+    """
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """At most 64 entries, keys to 128 and values to 1,024 characters."""
@@ -971,10 +976,11 @@ class SaveCheckpointRequest(_message.Message):
         ttl_seconds: _builtins.int | None = ...,
         overwrite: _builtins.bool = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "kind", b"kind", "model_id", b"model_id", "name", b"name", "overwrite", b"overwrite", "seq_id", b"seq_id", "ttl_seconds", b"ttl_seconds", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "kind", b"kind", "lease_id", b"lease_id", "model_id", b"model_id", "name", b"name", "overwrite", b"overwrite", "seq_id", b"seq_id", "ttl_seconds", b"ttl_seconds", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015

@@ -28,6 +28,8 @@ from tinsmithd.rpc.server import RpcServer
 
 PROBE_INTERVAL_S = 5.0
 RECLAIMS_PER_LEASE = 5
+RECLAIM_PAUSE = 9.0
+"""Pause after a reclaim, in times of how long it took: reclaiming takes a tenth of the time."""
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["CheckpointService"].full_name
 _log = logging.getLogger(__name__)
@@ -63,8 +65,13 @@ class CheckpointServer:
         registry.register(CheckpointCollector(self._keeper.catalogue))
         registry.register(DiskCollector(folder))
         staged = Budget("staged_bytes_max", config.staged_bytes_max, config.peer_share_max)
+        self._reclaimable = asyncio.Event()
         servicer = CheckpointServicer(
-            self._keeper, staged, files_max=config.files_max, rank_max=config.rank_max
+            self._keeper,
+            staged,
+            self._reclaimable,
+            files_max=config.files_max,
+            rank_max=config.rank_max,
         )
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []
@@ -79,15 +86,10 @@ class CheckpointServer:
         await self._rpc.start()
         await self._rpc.set_serving(True)
         self._tasks = [
-            asyncio.create_task(self._every(self._config.sweep_interval_s, self._keeper.sweep)),
-            asyncio.create_task(self._every(self._reclaim_interval_s, self._keeper.reclaim)),
+            asyncio.create_task(self._sweep()),
+            asyncio.create_task(self._reclaim()),
             asyncio.create_task(self._watch()),
         ]
-
-    @property
-    def _reclaim_interval_s(self) -> float:
-        # What nobody holds any more goes soon after its lease, however long that is.
-        return self._config.lease_s / RECLAIMS_PER_LEASE
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -103,13 +105,32 @@ class CheckpointServer:
                 await task
         self._keeper.close()
 
-    async def _every(self, interval_s: float, sweep: Callable[[], None]) -> None:
+    async def _sweep(self) -> None:
         while True:
-            try:
-                await asyncio.to_thread(sweep)
-            except (OSError, TinsmithError) as error:
-                _log.error("a sweep failed and is tried again later: %s", error)
-            await asyncio.sleep(interval_s)
+            await self._try(self._keeper.sweep)
+            await asyncio.sleep(self._config.sweep_interval_s)
+
+    async def _reclaim(self) -> None:
+        # What was given back goes at once, what was not soon after its lease, however long that is.
+        interval_s = self._config.lease_s / RECLAIMS_PER_LEASE
+        while True:
+            self._reclaimable.clear()
+            began_s = time.monotonic()
+            done = await self._try(self._keeper.reclaim)
+            # It looks at every checkpoint. Where those are many, a while passes between two.
+            pause_s = RECLAIM_PAUSE * (time.monotonic() - began_s) if done else interval_s
+            await asyncio.sleep(min(pause_s, interval_s))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._reclaimable.wait()
+
+    async def _try(self, sweep: Callable[[], None]) -> bool:
+        try:
+            await asyncio.to_thread(sweep)
+        except (OSError, TinsmithError) as error:
+            _log.error("a sweep failed and is tried again later: %s", error)
+            return False
+        return True
 
     async def _watch(self) -> None:
         serving = True

@@ -17,7 +17,7 @@ from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.rules.keeper import Header, Keeper, Write
 from tinsmithd.checkpoint.store.directory import Blob
 from tinsmithd.convert import types as convert
-from tinsmithd.domain import FullConfig, content_digest
+from tinsmithd.domain import CheckpointPath, FullConfig, content_digest
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import off_loop
@@ -27,16 +27,25 @@ PAGE_BYTES = 1024 * 1024
 """A page of so many bytes, and those of one checkpoint more, ends there."""
 WRITER_CHARACTERS_MAX = 128
 NAMES_MAX = 1000
-"""Paths, or models, in one call about leases."""
+"""Leases of one kind, or models, in one call about leases."""
 UPDATABLE = ("ttl_seconds", "user_metadata")
 
 
 class CheckpointServicer(CheckpointServiceServicer):
     """Serves `tinsmith.v1.CheckpointService`."""
 
-    def __init__(self, keeper: Keeper, staged: Budget, *, files_max: int, rank_max: int) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        staged: Budget,
+        reclaimable: asyncio.Event,
+        *,
+        files_max: int,
+        rank_max: int,
+    ) -> None:
         self._keeper = keeper
         self._staged = staged
+        self._reclaimable = reclaimable  # set when there may be something that nobody holds
         self._files_max = files_max
         self._rank_max = rank_max
 
@@ -45,7 +54,8 @@ class CheckpointServicer(CheckpointServiceServicer):
     ) -> pb.GetCheckpointResponse:
         """Return what is known of one checkpoint."""
         path = convert.path_from_pb(request.path, "path")
-        found = await asyncio.to_thread(self._keeper.get, path)
+        lease_id = convert.lease_id_from_pb(request.lease_id, "lease_id")
+        found = await asyncio.to_thread(self._keeper.get, path, lease_id)
         return pb.GetCheckpointResponse(checkpoint=_to_pb(found))
 
     async def ListCheckpoints(
@@ -113,7 +123,10 @@ class CheckpointServicer(CheckpointServiceServicer):
         path = convert.path_from_pb(request.path, "path")
         convert.check_count("file_names", request.file_names, "files_max", self._files_max)
         names = list(request.file_names)
-        found, files = await asyncio.to_thread(self._keeper.open, path, lambda found: names)
+        lease_id = convert.lease_id_from_pb(request.lease_id, "lease_id")
+        found, files = await asyncio.to_thread(
+            self._keeper.open, path, lambda found: names, lease_id
+        )
         yield pb.ReadCheckpointResponse(checkpoint=_to_pb(found))
         for blob, content in files:
             offset = 0
@@ -136,20 +149,28 @@ class CheckpointServicer(CheckpointServiceServicer):
                 committed = await asyncio.to_thread(write.commit, promised)
             finally:
                 await asyncio.shield(asyncio.to_thread(write.discard))
+        if header.ephemeral:
+            self._reclaimable.set()  # the one before is not the newest any more
         return pb.WriteCheckpointResponse(checkpoint=_to_pb(committed))
 
     async def RenewLeases(
         self, request: pb.RenewLeasesRequest, context: Any
     ) -> pb.RenewLeasesResponse:
-        """Hold ephemeral checkpoints."""
-        convert.check_count("paths", request.paths, "names_max", NAMES_MAX)
-        paths = [convert.path_from_pb(p, f"paths[{i}]") for i, p in enumerate(request.paths)]
-        missing = set(await asyncio.to_thread(self._keeper.renew, paths))
+        """Hold ephemeral checkpoints, and let go of others."""
+        leases = _leases_from_pb(request.leases, "leases")
+        released = _leases_from_pb(request.released, "released")
+        for index, (_, lease_id) in enumerate(released):
+            if not lease_id:
+                where = f"released[{index}].lease_id"
+                raise InvalidArgument(where, "must be set", Reason.MISSING_FIELD)
+        if released:
+            await asyncio.to_thread(self._keeper.leases.end, released)
+            self._reclaimable.set()
+        missing = set(await asyncio.to_thread(self._keeper.renew, leases))
+        given = zip(request.leases, leases, strict=True)
         return pb.RenewLeasesResponse(
             lease_seconds=self._keeper.leases.lease_s,
-            not_found_paths=[
-                given for given, path in zip(request.paths, paths, strict=True) if path in missing
-            ],
+            not_found_paths=[lease.path for lease, (path, _) in given if path in missing],
         )
 
     async def ReleaseModels(
@@ -159,6 +180,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         convert.check_count("model_ids", request.model_ids, "names_max", NAMES_MAX)
         writer = _writer(request, "")
         kept = await asyncio.to_thread(self._keeper.release, set(request.model_ids), writer)
+        self._reclaimable.set()
         return pb.ReleaseModelsResponse(kept_model_ids=kept[:NAMES_MAX])
 
     async def ExportCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
@@ -213,7 +235,19 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest], rank_max: 
         writer=_writer(header, "header."),
         request_id=convert.request_id_from_pb(header.request_id, "header.request_id"),
         ephemeral=header.ephemeral,
+        lease_id=convert.lease_id_from_pb(header.lease_id, "header.lease_id"),
     )
+
+
+def _leases_from_pb(leases: Sequence[pb.Lease], field: str) -> list[tuple[CheckpointPath, str]]:
+    convert.check_count(field, leases, "names_max", NAMES_MAX)
+    return [
+        (
+            convert.path_from_pb(lease.path, f"{field}[{index}].path"),
+            convert.lease_id_from_pb(lease.lease_id, f"{field}[{index}].lease_id"),
+        )
+        for index, lease in enumerate(leases)
+    ]
 
 
 def _writer(

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ SLOW_BYTES_PER_S = 50_000
 """A way as slow as this still has its time to empty them."""
 COMMIT_BYTES_PER_S = 10 * 1024 * 1024
 """A server this slow has its time to sync and to verify what it got."""
+LEASES_MAX = 1000
+"""As many as the Checkpoint server takes in one request."""
 RANK_MAX = 1 << 30
 """The Checkpoint server has checked the rank."""
 
@@ -76,6 +78,7 @@ class NewCheckpoint:
         overwrite: Replace what has the name.
         request_id: The same one says that it is the same request again.
         ephemeral: It lives as long as somebody uses it.
+        lease_id: The first lease on it then.
     """
 
     path: CheckpointPath
@@ -87,6 +90,7 @@ class NewCheckpoint:
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     request_id: str = ""
     ephemeral: bool = False
+    lease_id: str = ""
 
 
 class CheckpointReader:
@@ -238,19 +242,20 @@ class CheckpointClient:
             user_metadata=dict(new.user_metadata),
             request_id=new.request_id,
             ephemeral=new.ephemeral,
+            lease_id=new.lease_id,
             writer=self.writer_name,
             writer_epoch=self.writer_epoch,
         )
         return CheckpointWriter(self._stub, header, self._patience)
 
-    async def get(self, path: CheckpointPath) -> CheckpointInfo:
-        """What a path means now.
+    async def get(self, path: CheckpointPath, lease_id: str = "") -> CheckpointInfo:
+        """What a path means now; if it is ephemeral, it is held with that lease.
 
         Raises:
             NotFound: Nothing (CHECKPOINT_NOT_FOUND).
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
-        request = pb.GetCheckpointRequest(path=str(path))
+        request = pb.GetCheckpointRequest(path=str(path), lease_id=lease_id)
         return _info((await self._ask(self._stub.GetCheckpoint, request)).checkpoint)
 
     async def release_models(self, model_ids: Sequence[str]) -> Sequence[str]:
@@ -265,14 +270,25 @@ class CheckpointClient:
         )
         return list((await self._ask(self._stub.ReleaseModels, request)).kept_model_ids)
 
-    async def renew_leases(self, paths: Collection[CheckpointPath]) -> float:
-        """Renew the leases on ephemeral checkpoints; returns for how long, seconds.
+    async def renew_leases(
+        self, leases: Mapping[str, CheckpointPath], released: Mapping[str, CheckpointPath]
+    ) -> float:
+        """Renew leases on ephemeral checkpoints and give others back, paths by lease id.
+
+        Returns for how long the leases last, seconds.
 
         Raises:
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
-        request = pb.RenewLeasesRequest(paths=map(str, paths))
-        return float((await self._ask(self._stub.RenewLeases, request)).lease_seconds)
+        lease_s = 0.0
+        held, given_back = _leases(leases), _leases(released)
+        for start in range(0, max(len(held), len(given_back), 1), LEASES_MAX):
+            request = pb.RenewLeasesRequest(
+                leases=held[start : start + LEASES_MAX],
+                released=given_back[start : start + LEASES_MAX],
+            )
+            lease_s = (await self._ask(self._stub.RenewLeases, request)).lease_seconds
+        return lease_s
 
     async def _ask(self, method: Callable[..., Any], request: Any) -> Any:
         try:
@@ -281,17 +297,20 @@ class CheckpointClient:
             raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
 
     @contextlib.asynccontextmanager
-    async def reader(self, path: CheckpointPath) -> AsyncIterator[CheckpointReader]:
+    async def reader(
+        self, path: CheckpointPath, lease_id: str = ""
+    ) -> AsyncIterator[CheckpointReader]:
         """Read a checkpoint for the body of the `async with`.
 
         Args:
             path: Which one; this call is the only one that asks what the name means.
+            lease_id: With which lease it is held, if it is ephemeral.
 
         Raises:
             NotFound: There is none (CHECKPOINT_NOT_FOUND).
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
-        request = pb.ReadCheckpointRequest(path=str(path))
+        request = pb.ReadCheckpointRequest(path=str(path), lease_id=lease_id)
         stream = _Stream(self._stub.ReadCheckpoint(request), self._patience.stall_s_max)
         try:
             first = await stream.next()
@@ -343,6 +362,10 @@ async def _limit(stall_s: float) -> AsyncIterator[None]:
     except TimeoutError as error:
         text = f"the Checkpoint server made no progress for {stall_s:g} s"
         raise Unavailable(text, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=1.0) from error
+
+
+def _leases(leases: Mapping[str, CheckpointPath]) -> list[pb.Lease]:
+    return [pb.Lease(path=str(path), lease_id=lease_id) for lease_id, path in leases.items()]
 
 
 def _info(found: pb.Checkpoint) -> CheckpointInfo:

@@ -36,6 +36,7 @@ PAGE_TOKEN_DIGITS_MAX = 18
 UNLIMITED = 1 << 63
 """Where another server has counted already."""
 REQUEST_ID_CHARS_MAX = 128
+LEASE_ID_CHARS_MAX = 128
 
 _KINDS = {
     pb.CHECKPOINT_KIND_TRAINING: CheckpointKind.TRAINING,
@@ -240,6 +241,12 @@ def name_from_pb(text: str, field: str) -> str:
 def request_id_from_pb(text: str, field: str) -> str:
     """Read a key by which a request is known again; empty: it is not."""
     check_count(field, text, "request_id_characters_max", REQUEST_ID_CHARS_MAX)
+    return text
+
+
+def lease_id_from_pb(text: str, field: str) -> str:
+    """Read the id of a lease; empty: the lease can only run out."""
+    check_count(field, text, "lease_id_characters_max", LEASE_ID_CHARS_MAX)
     return text
 
 

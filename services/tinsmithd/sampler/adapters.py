@@ -5,13 +5,14 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from tinsmithd import failpoints
 from tinsmithd.checkpoint_client import CheckpointClient, check_digest
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
 from tinsmithd.sampler.admission import Adapter
+from tinsmithd.sampler.leases import Lease, Leases
 from tinsmithd.state import files as state_files
 
 REMEMBERED_MAX = 1024
@@ -27,6 +28,9 @@ class CheckpointSource:
         client: The Checkpoint server.
         recheck_s: See the setting `checkpoint_recheck_s`.
         rank_max, adapter_bytes_max: See the settings.
+
+    Attributes:
+        leases: Hold the checkpoints that requests need.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class CheckpointSource:
         rank_max: int,
         adapter_bytes_max: int,
     ) -> None:
+        self.leases = Leases(client.renew_leases)
         self._client = client
         self._recheck_s = recheck_s
         self._rank_max = rank_max
@@ -50,6 +55,7 @@ class CheckpointSource:
         for task in rechecks:
             task.cancel()
         await asyncio.gather(*rechecks, return_exceptions=True)
+        await self.leases.close()
         await self._client.close()
 
     async def find(
@@ -58,6 +64,7 @@ class CheckpointSource:
         base_model: str,
         digest: bytes,
         has: Callable[[str], bool],
+        lease: Lease,
     ) -> Adapter:
         """The adapter of a path: of one content, or of what the name means now.
 
@@ -69,6 +76,7 @@ class CheckpointSource:
             base_model: What the adapter has to fit.
             digest: The content that is wanted; empty: any.
             has: Whether the adapter of a key is in memory.
+            lease: Holds the checkpoint until the request ends.
 
         Raises:
             NotFound: There is no such checkpoint (CHECKPOINT_NOT_FOUND).
@@ -83,8 +91,8 @@ class CheckpointSource:
         key = f"{path}@{digest.hex()}"
         if digest and key in self._seen_s and has(key):
             self._recheck_soon(path, key)
-            return self._adapter(path, key, digest)
-        found = await self._client.get(path)
+            return self._adapter(path, key, digest, lease)
+        found = await self._client.get(path, lease.take())
         check_digest(found, digest)
         if found.base_model != base_model:
             message = f"{path} is of base model {found.base_model!r}, not {base_model!r}"
@@ -103,22 +111,14 @@ class CheckpointSource:
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
         key = f"{path}@{found.digest.hex()}"
         self._saw(key)
-        return self._adapter(path, key, found.digest)
+        return self._adapter(path, key, found.digest, lease)
 
-    async def renew_leases(self, paths: Collection[CheckpointPath]) -> float:
-        """Renew the leases on ephemeral checkpoints; returns for how long, seconds.
+    def _adapter(self, path: CheckpointPath, key: str, digest: bytes, lease: Lease) -> Adapter:
+        return Adapter(key, functools.partial(self._fetch, path, digest, lease))
 
-        Raises:
-            Unavailable: The Checkpoint server does not answer.
-        """
-        return await self._client.renew_leases(paths)
-
-    def _adapter(self, path: CheckpointPath, key: str, digest: bytes) -> Adapter:
-        return Adapter(key, functools.partial(self._fetch, path, digest))
-
-    async def _fetch(self, path: CheckpointPath, digest: bytes) -> ModelState:
+    async def _fetch(self, path: CheckpointPath, digest: bytes, lease: Lease) -> ModelState:
         files: dict[str, bytearray] = {}
-        async with self._client.reader(path) as reader:
+        async with self._client.reader(path, lease.take()) as reader:
             if reader.info.digest != digest:  # whoever asks again is told what became of it
                 message = f"{path} was replaced before it was read"
                 raise Unavailable(message, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=0.1)
@@ -145,7 +145,8 @@ class CheckpointSource:
 
     async def _recheck(self, path: CheckpointPath, key: str) -> None:
         try:
-            await self._client.get(path)
+            async with self.leases.held(path) as lease:
+                await self._client.get(path, lease.take())
         except NotFound:
             self._seen_s.pop(key, None)  # whoever wants it next is told
         except TinsmithError as error:

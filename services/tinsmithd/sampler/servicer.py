@@ -15,7 +15,6 @@ from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
 from tinsmithd.sampler.adapters import CheckpointSource
 from tinsmithd.sampler.admission import Adapter, SamplerScheduler
-from tinsmithd.sampler.leases import Leases
 from tinsmithd.sampler.unread import Output
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
@@ -30,7 +29,6 @@ class SamplerServicer(SamplerServiceServicer):
     def __init__(self, config: SamplerConfig, checkpoints: CheckpointSource) -> None:
         self._config = config
         self._checkpoints = checkpoints
-        self._leases = Leases(checkpoints.renew_leases)
         self.scheduler: SamplerScheduler | None = None
         self._limits = RequestLimits(
             config.num_samples_max,
@@ -125,8 +123,8 @@ class SamplerServicer(SamplerServiceServicer):
             if request.checkpoint_path:
                 path = path_from_pb(request.checkpoint_path, "checkpoint_path")
                 name = scheduler.info.name
-                adapter = await self._checkpoints.find(path, name, digest, scheduler.has)
-                await stack.enter_async_context(self._leases.held(path))
+                lease = await stack.enter_async_context(self._checkpoints.leases.held(path))
+                adapter = await self._checkpoints.find(path, name, digest, scheduler.has, lease)
             outputs = scheduler.run(wanted, adapter)
             await stack.enter_async_context(contextlib.aclosing(outputs))  # type: ignore[type-var]
             yield outputs

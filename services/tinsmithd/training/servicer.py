@@ -228,6 +228,7 @@ class TrainingServicer(TrainingServiceServicer):
             # A call with a number is the same one when it comes again; any other is not.
             request_id=digest_of(request).hex() if request.seq_id else secrets.token_hex(32),
             ephemeral=not request.name,
+            lease_id=convert.lease_id_from_pb(request.lease_id, "lease_id"),
         )
 
     async def LoadCheckpoint(

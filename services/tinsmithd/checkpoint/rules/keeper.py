@@ -6,7 +6,7 @@ Everything here blocks on disk; the servicer calls it from threads.
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,9 +52,11 @@ class Header:
     ephemeral: bool = False
     request_id: str = ""
     """Tells a repeat of this request from another one; empty: it is never a repeat."""
+    lease_id: str = ""
+    """The first lease, of one that is ephemeral."""
 
     def digest(self, files: Sequence[Blob]) -> str:
-        """Of all that the request says, but for who makes it."""
+        """Of all that the request says, but for who makes it and who holds what it makes."""
         return schema.digest(
             *(str(self.path), self.base_model, str(self.tuning), self.step_count),
             *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
@@ -223,7 +225,7 @@ class Keeper:
                     added = self.catalogue.add(
                         checkpoint, overwrite=header.overwrite, writer=header.writer
                     )
-                self.leases.grant(added)
+                self.leases.grant(added, header.lease_id)
             except Exception as error:
                 self._swept = None
                 if isinstance(error, ResourceExhausted | Unavailable):
@@ -282,20 +284,20 @@ class Keeper:
             self.leases.grant(changed)
         return changed
 
-    def get(self, path: CheckpointPath) -> Checkpoint:
+    def get(self, path: CheckpointPath, lease_id: str = "") -> Checkpoint:
         """One checkpoint, which is thereby used; see `Catalogue.get`."""
-        self.leases.renew(path)
+        self.leases.renew(path, lease_id)
         return self.catalogue.get(path)
 
-    def renew(self, paths: Collection[CheckpointPath]) -> Sequence[CheckpointPath]:
-        """Hold ephemeral checkpoints for one more lease; returns those paths with nothing there.
+    def renew(self, leases: Iterable[tuple[CheckpointPath, str]]) -> Sequence[CheckpointPath]:
+        """Renew leases, each a path and an id; returns those paths with nothing there.
 
         Raises:
             Unavailable: The catalogue cannot be read.
         """
         missing = []
-        for path in paths:
-            if not self.leases.renew(path):
+        for path, lease_id in leases:
+            if not self.leases.renew(path, lease_id):
                 try:
                     self.catalogue.get(path)
                 except NotFound:
@@ -321,8 +323,7 @@ class Keeper:
         Raises:
             DataLoss, ResourceExhausted, Unavailable, OSError: As `sweep`.
         """
-        removed = self.leases.reclaim()
-        if removed:
+        if removed := self.leases.reclaim():
             with self._publishing:
                 self._remove_unused()
             _log.debug("reclaimed %d ephemeral checkpoints", removed)
@@ -331,12 +332,14 @@ class Keeper:
         self,
         path: CheckpointPath,
         choose: Callable[[Checkpoint], Collection[str]] = lambda found: (),
+        lease_id: str = "",
     ) -> tuple[Checkpoint, list[tuple[Blob, Iterator[bytes]]]]:
         """A checkpoint and its files, opened: nothing that is deleted disturbs the reading.
 
         Args:
             path: Which one.
             choose: Names the files that are wanted; no name means all.
+            lease_id: Whose lease this renews.
 
         Raises:
             NotFound: There is no such checkpoint, or no such file in it (CHECKPOINT_NOT_FOUND).
@@ -344,7 +347,7 @@ class Keeper:
             Unavailable: It cannot be read now (CHECKPOINT_UNAVAILABLE).
         """
         with self._opening:
-            found = self.get(path)
+            found = self.get(path, lease_id)
             names = choose(found)
             present = {blob.name for blob in found.files}
             for name in names:
@@ -368,9 +371,7 @@ class Keeper:
         removed = self.catalogue.delete_expired(due) if due else 0
         self.leases.forget_deleted()
         with self._publishing:
-            blobs = 0
-            if self._swept != self.catalogue.removals:
-                blobs = self._remove_unused()
+            blobs = self._remove_unused() if self._swept != self.catalogue.removals else 0
         if removed or blobs:
             _log.info("removed %d expired checkpoints, %d unused blobs", removed, blobs)
 
@@ -394,6 +395,5 @@ class Keeper:
 
 
 def _ephemeral(header: Header) -> Ephemeral | None:
-    if not header.ephemeral:
-        return None
-    return Ephemeral(header.ttl_seconds, "" if header.writer is None else header.writer.name)
+    writer = "" if header.writer is None else header.writer.name
+    return Ephemeral(header.ttl_seconds, writer) if header.ephemeral else None

@@ -1,14 +1,18 @@
 """Who may stay among the ephemeral checkpoints: those that are held, and the newest of each model.
 
+A lease has an id that only its holder knows, so that nobody can end a lease of somebody else. One
+without an id can only run out.
+
 All of it is in memory. A start grants every lease anew, and the Training server says again which
 models are gone. Calls may come from any thread.
 """
 
 import logging
+import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
 from tinsmithd.checkpoint.catalogue.record import Checkpoint
@@ -17,20 +21,31 @@ from tinsmithd.errors import TinsmithError
 
 EXTEND_BELOW = 0.9
 """Of its time to live so much must be left, or it is written down anew with the next use."""
+LEASES_MAX = 100_000
+"""Maximum number of leases with ids; one more is a lease that can only run out."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Held:
-    """An ephemeral checkpoint; `until_s` is when its lease ends, by a clock that nobody sets."""
+    """An ephemeral checkpoint and the ends of its leases, by a clock that nobody sets.
+
+    Attributes:
+        until_s: When the last lease without an id ends.
+        leases: When each of the others ends, by id.
+    """
 
     number: int
     path: CheckpointPath
     ttl_seconds: int | None
     writer: str
     expire_time_s: float | None
-    until_s: float
+    until_s: float = -math.inf
+    leases: dict[str, float] = field(default_factory=dict)
+
+    def is_held(self, now_s: float) -> bool:
+        return self.until_s > now_s or any(until_s > now_s for until_s in self.leases.values())
 
 
 class Leases:
@@ -56,6 +71,7 @@ class Leases:
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._held: dict[CheckpointPath, _Held] = {}
+        self._named = 0  # leases with ids, of all checkpoints
         self._released: set[str] = set()
         for checkpoint in catalogue.ephemeral():
             self.grant(checkpoint)
@@ -63,31 +79,49 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
-    def grant(self, checkpoint: Checkpoint) -> None:
+    def grant(self, checkpoint: Checkpoint, lease_id: str = "") -> None:
         """A checkpoint was written: whoever wrote it holds it first. An ordinary one needs none."""
         about = checkpoint.ephemeral
         with self._lock:
+            before = self._held.pop(checkpoint.path, None)
             if about is None:
-                self._held.pop(checkpoint.path, None)  # it is not ephemeral any more
-                return
-            self._held[checkpoint.path] = _Held(
+                return  # it is not ephemeral any more
+            held = self._held[checkpoint.path] = _Held(
                 checkpoint.number,
                 checkpoint.path,
                 about.ttl_seconds,
                 about.writer,
                 checkpoint.expire_time_s,
-                self._monotonic() + self.lease_s,
             )
+            if before is not None:  # the write was repeated, and others may hold it by now
+                held.until_s, held.leases = before.until_s, before.leases
+            self._lease(held, lease_id)
 
-    def renew(self, path: CheckpointPath) -> bool:
+    def renew(self, path: CheckpointPath, lease_id: str = "") -> bool:
         """Somebody uses a checkpoint; False where it is no ephemeral one, or not there."""
         with self._lock:
             held = self._held.get(path)
             if held is None:
                 return False
-            held.until_s = self._monotonic() + self.lease_s
+            self._lease(held, lease_id)
             self._extend(held)
             return True
+
+    def end(self, leases: Iterable[tuple[CheckpointPath, str]]) -> None:
+        """Holders give leases back; nothing happens where there is no such lease."""
+        with self._lock:
+            for path, lease_id in leases:
+                held = self._held.get(path)
+                if held is not None and held.leases.pop(lease_id, None) is not None:
+                    self._named -= 1
+
+    def _lease(self, held: _Held, lease_id: str) -> None:
+        until_s = self._monotonic() + self.lease_s
+        if lease_id and (lease_id in held.leases or self._named < LEASES_MAX):
+            self._named += lease_id not in held.leases
+            held.leases[lease_id] = until_s
+        else:
+            held.until_s = until_s
 
     def _extend(self, held: _Held) -> None:
         """Its time to live counts from its last use, but for the tenth that saves most writes."""
@@ -144,12 +178,15 @@ class Leases:
     def _due(self) -> list[_Held]:
         now_s = self._monotonic()
         newest: Counter[str] = Counter()
+        self._named = 0
         for held in self._held.values():
             model_id = held.path.model_id
             newest[model_id] = max(newest[model_id], held.number)
+            held.leases = {key: until for key, until in held.leases.items() if until > now_s}
+            self._named += len(held.leases)
         return [
             held
             for path, held in self._held.items()
-            if held.until_s <= now_s
+            if not held.is_held(now_s)
             and (held.number < newest[path.model_id] or path.model_id in self._released)
         ]

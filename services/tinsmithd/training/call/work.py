@@ -59,6 +59,7 @@ class SaveOptions:
     Attributes:
         request_id: Of the call, so that the Checkpoint server knows it again when it is made again
             after a crash, or sent again; empty in calls that an older release wrote down.
+        lease_id: The caller's lease on what is ephemeral.
     """
 
     path: CheckpointPath
@@ -67,6 +68,7 @@ class SaveOptions:
     user_metadata: Mapping[str, str]
     request_id: str = ""
     ephemeral: bool = False
+    lease_id: str = ""
 
 
 @dataclass(frozen=True)

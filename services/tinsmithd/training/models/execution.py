@@ -273,6 +273,7 @@ class ModelRules:
             user_metadata=options.user_metadata,
             request_id=options.request_id,
             ephemeral=options.ephemeral,
+            lease_id=options.lease_id,
         )
         optimizer = options.path.kind is CheckpointKind.TRAINING
         async with self._checkpoints.staging.open() as staged:
