@@ -141,6 +141,24 @@ def test_ephemeral_weights_are_reclaimed_when_nobody_holds_them(lifetimes: Lifet
     until(lambda: sets() < 0.5, f"{sets():.1f} sets are on disk")
 
 
+def test_a_request_under_way_outlives_its_client(lifetimes: Lifetimes) -> None:
+    """It gets all its tokens, from weights that stay until it ends and then go."""
+    made = lifetimes.service.create_lora_training_client(lifetimes.base_model, rank=4, seed=2)
+    trainer = made.result()
+    params = SamplingParams(max_tokens=40, seed=1, stop=[])
+    sampler, newer = round_of(trainer, 0), round_of(trainer, 1)
+    whole = list(sampler.sample(PROMPT, 1, params).result().sequences[0].tokens)
+    stream = sampler.sample_stream(PROMPT, 1, params)
+    tokens = list(next(stream).tokens)
+    sampler.close()
+    for part in stream:
+        tokens += part.tokens
+    assert tokens == whole
+    newer.close()
+    trainer.delete().result()
+    until(lambda: trainer.model_id not in models_with_weights(lifetimes), "weights stay", SETTLE_S)
+
+
 # --- models -----------------------------------------------------------------------------------
 
 
@@ -222,6 +240,12 @@ def test_models_stay_suspended_over_a_restart_and_come_back_when_called(
     for trainer, before in zip(trainers, first, strict=True):
         assert half_a_round(trainer, 7) != before  # a step was made
         trainer.delete().result()
+
+
+def models_with_weights(lifetimes: Lifetimes) -> set[str]:
+    with connect(lifetimes.address) as stubs:  # to list them uses none
+        listed = stubs.checkpoint.ListCheckpoints(pb.ListCheckpointsRequest(page_size=1000))
+        return {checkpoint.model_id for checkpoint in listed.checkpoints}
 
 
 def states_of(lifetimes: Lifetimes) -> list[int]:
