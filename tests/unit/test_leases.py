@@ -217,7 +217,7 @@ def test_a_lease_beyond_the_limit_can_only_run_out(
     timed: Timed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is as good as any other until then; those that ended make room."""
-    monkeypatch.setattr("tinsmithd.checkpoint.leases.LEASES_MAX", 2)
+    monkeypatch.setattr("tinsmithd.checkpoint.rules.leases.LEASES_MAX", 2)
     path, _ = timed.save(1, lease_id="a"), timed.save(2)
     key, leases = CheckpointPath.parse(path), timed.keeper.leases
     for lease_id in ("b", "c", "c", "a"):
