@@ -1,7 +1,6 @@
 """What every process of this project does around its own work: logging, Ctrl-C, ending in time."""
 
 import asyncio
-import ctypes
 import logging
 import os
 import resource
@@ -18,15 +17,6 @@ from tinsmithd.text import bounded
 
 C = TypeVar("C", bound=Config)
 _log = logging.getLogger(__name__)
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of malloc.h
-MMAP_THRESHOLD_BYTES = 32 * 1024 * 1024
-"""Larger buffers are still the kernel's; glibc takes no larger number."""
-TRIM_THRESHOLD_BYTES = 128 * 1024 * 1024
-"""What is free at the end of the heap beyond this is given back."""
-ARENAS = 2
-"""Heaps of a process. By default each of gRPC's threads comes to have one, and keeps in it what its
-messages left behind: calls of 280 MiB that were refused at 64 MiB took 290 MiB in place of 150."""
 
 FILES_FEW = 4096
 """Fewer descriptors than this are soon used up by connections alone."""
@@ -88,20 +78,6 @@ def raise_files_limit() -> None:
     _log.info("may open %d files and connections (was %d)", hard, soft)
     if 0 <= hard < FILES_FEW:
         _log.warning("the hard limit of open files is low: callers can use up %d of them", hard)
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator keep the memory of large messages for the next ones.
-
-    By default glibc gives every buffer over 128 KiB, and what is free at the end of its heap, back
-    to the kernel at once, and gets it again page by page: a call of one megabyte cost 1,200 page
-    faults. Elsewhere than on glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
-        mallopt(_M_ARENA_MAX, ARENAS)
 
 
 def _end_with(pid: int) -> None:

@@ -196,7 +196,6 @@ def watching(
     targets: Sequence[Target],
     *,
     health_s_max: float = HEALTH_S_MAX,
-    growth_bytes_max: int = RSS_GROWTH_BYTES_MAX,
 ) -> Iterator[Watch]:
     """Watch these processes while the body attacks them; see the module."""
     watch = Watch()
@@ -227,7 +226,7 @@ def watching(
         assert not found.failures, f"health of {name}: {Counter(found.failures)}"
         assert found.slowest_s <= health_s_max, f"health of {name}: {watch.report()}"
     for name, growth in watch.growth_bytes.items():
-        assert growth <= growth_bytes_max, f"{name} grew by {growth / MIB:.0f} MiB"
+        assert growth <= RSS_GROWTH_BYTES_MAX, f"{name} grew by {growth / MIB:.0f} MiB"
 
 
 def _size(log: Path | None) -> int:

@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from attack.amount import ATTACKS, SEED
-from attack.harness import RSS_GROWTH_BYTES_MAX, Watch, targets_of, watching
+from attack.harness import Watch, targets_of, watching
 from attack.requests import (
     LOSS,
     SERVICES,
@@ -121,9 +121,7 @@ def test_health_answers_beside_the_largest_message_of_every_rpc(
             attacks += [(method, attack) for attack in largest(method, content)]
     random.Random(SEED).shuffle(attacks)
     attacks = attacks if ATTACKS else attacks[:16]
-    # The largest message is there up to four times while it is read, and heaps keep their holes.
-    growth = max(RSS_GROWTH_BYTES_MAX, 10 * CONFIGS[server].message_bytes_max)
-    with watching(targets_of(attacked), growth_bytes_max=growth) as watch:
+    with watching(targets_of(attacked)) as watch:
         send_all(caller, watch, attacks)
     assert watch.codes[grpc.StatusCode.INVALID_ARGUMENT] >= len(attacks) / 3
 

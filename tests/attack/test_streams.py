@@ -294,9 +294,7 @@ def test_received_bytes_count_against_a_budget_before_they_are_kept(
             finally:
                 release.set()
 
-        # Beside the budget grpc's core reads ahead, up to 16 MiB for each stream.
-        growth = {"growth_bytes_max": 350 * MIB}
-        with watching([target_of("training", training.server)], **growth) as watch:
+        with watching([target_of("training", training.server)]) as watch:
             for _ in range(amount(2, 50)):
                 callers = [threading.Thread(target=half_call) for _ in range(5)]
                 for caller in callers:

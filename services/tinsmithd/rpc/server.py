@@ -29,6 +29,10 @@ from tinsmithd.rpc.reflection import add_reflection
 INT32_MAX = 2**31 - 1
 OWN_FILES_MAX = 1024
 """Descriptors that connections leave to journals, checkpoints and what else a server opens."""
+READ_AHEAD_BYTES = 4 * 1024 * 1024
+"""Bytes of a stream that gRPC's core takes in before they are read. Left to itself it measures
+round trips and takes up to 16 MiB for each stream, the more the busier this process is: half calls
+beside a budget of 64 MiB took 220 MiB on a loaded machine, and 120 with this."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +57,8 @@ def make_grpc_server(
             ("grpc.max_receive_message_length", RECEIVE_SLACK * config.message_bytes_max),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", READ_AHEAD_BYTES),
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
