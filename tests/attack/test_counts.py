@@ -38,6 +38,9 @@ LIMITS = TrainingConfig()
 ITEMS = LIMITS.message_items_max - 100
 """Leaves room for what a bomb is packed in."""
 CONFIGS = {"training": TrainingConfig, "sampler": SamplerConfig, "checkpoint": CheckpointConfig}
+MESSAGE_BYTES_MAX = {
+    server: config.model_fields["message_bytes_max"].default for server, config in CONFIGS.items()
+}
 TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 METHODS = {method.name: method for method in every_method()}
 
@@ -82,7 +85,7 @@ def limit_of(error: object) -> tuple[str, str, str]:
 def largest(method: Method, valid: bytes) -> Iterator[bytes]:
     """Requests with as many items of one kind as a message may have, and with as many bytes; each
     behind a valid request, so that it gets as far as can be."""
-    nbytes = CONFIGS[method.server].message_bytes_max - len(valid) - 64
+    nbytes = MESSAGE_BYTES_MAX[method.server] - len(valid) - 64
     for path in paths(method.request):
         field = path[-1]
         if field.is_repeated:
