@@ -259,6 +259,7 @@ def large_message(model_id: str, count: int, targets: int = 14) -> Any:
     return pb_all.ForwardBackwardRequest(data=[data] * count, **header)
 
 
+@pytest.mark.timeout(600)  # in full, 50 rounds of some 4 s
 def test_received_bytes_count_against_a_budget_before_they_are_kept(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
