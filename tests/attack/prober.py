@@ -20,19 +20,20 @@ TIMEOUT_S = 30.0
 OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
 
 
-def waited_s(process: int, *, whole: bool) -> float:
-    """Seconds that a process was ready to run and had no core: its main thread, or all threads."""
-    total_ns = 0
+def waits_s(process: int, *, whole: bool) -> dict[str, float]:
+    """Seconds that threads of a process were ready to run and had no core, by their ids: its main
+    thread, or all."""
+    waits = {}
     for task in Path(f"/proc/{process}/task").iterdir():
         if whole or task.name == str(process):
             with contextlib.suppress(OSError):  # a thread that has just ended
-                total_ns += int((task / "schedstat").read_text().split()[1])
-    return total_ns / 1e9
+                waits[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+    return waits
 
 
 def probe(pid: int, address: str) -> None:
     """Ask once and say how long it took; a failure is said as its code in place of the seconds."""
-    before_s = waited_s(pid, whole=False) + waited_s(os.getpid(), whole=True)
+    before_s = waits_s(pid, whole=False) | waits_s(os.getpid(), whole=True)
     begun_s = time.monotonic()
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -42,8 +43,10 @@ def probe(pid: int, address: str) -> None:
             print(error.code().name, 0.0, flush=True)
             return
     took_s = time.monotonic() - begun_s
-    after_s = waited_s(pid, whole=False) + waited_s(os.getpid(), whole=True)
-    print(f"{took_s:.4f} {after_s - before_s:.4f}", flush=True)
+    after_s = waits_s(pid, whole=False) | waits_s(os.getpid(), whole=True)
+    # By thread: one that has ended took what it had waited with it, and is not counted.
+    waited_s = sum(seconds - before_s.get(task, 0.0) for task, seconds in after_s.items())
+    print(f"{took_s:.4f} {waited_s:.4f}", flush=True)
 
 
 def main() -> None:
