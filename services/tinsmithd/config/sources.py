@@ -174,8 +174,11 @@ class _File(TomlConfigSettingsSource):
 
 
 def _place(file: Path, section: str, key: str) -> str:
-    """Where a file sets a key, as `FILE:LINE`."""
-    lines = file.read_text().split("\n")
+    """Where a file sets a key, as `FILE:LINE`; the file alone where that cannot be said."""
+    try:
+        lines = file.read_text().split("\n")
+    except (OSError, UnicodeDecodeError):  # it has changed since it was loaded
+        return str(file)
     for number, line in enumerate(lines, 1):
         if key not in line:
             continue
