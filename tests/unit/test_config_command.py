@@ -1,6 +1,7 @@
 """`tinsmith config`, and the page of settings."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,10 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 @pytest.fixture(autouse=True)
 def outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A file and variables; returns the file."""
+    """A file and variables, and none of other tests' clusters; returns the file."""
+    for name in list(os.environ):
+        if name.startswith(tuple(f"TINSMITH_{section.upper()}_" for section in SECTIONS)):
+            monkeypatch.delenv(name)
     file = tmp_path / "config.toml"
     file.write_text("[training]\n\nmodels_max = 2\nrank_max = 3\n[trainer]\nranks = 4\n")
     monkeypatch.setenv("TINSMITH_CONFIG", str(file))
