@@ -1,15 +1,17 @@
 """What reads messages raises its own error only: the extremes of every field, without a server."""
 
+import dataclasses
 import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from google.protobuf.message import DecodeError, Message
 
 from attack.mutate import mutate
 from attack.requests import tokens_of, valid_requests
-from tinsmith import SamplingParams
+from tinsmith import SamplingParams, tensors
 from tinsmith import v1 as pb
 from tinsmith._convert import sampling_params_to_pb
 from tinsmithd.config import SamplerConfig, TrainingConfig
@@ -17,6 +19,7 @@ from tinsmithd.convert import sampler as sampler_convert
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import BaseModelInfo, LoraConfig
 from tinsmithd.errors import InvalidArgument
+from tinsmithd.rpc.intake import Intake
 from tinsmithd.sampler.validate import RequestLimits, check_request
 from tinsmithd.training import requests
 from tinsmithd.training.requests import DataLimits
@@ -99,6 +102,36 @@ async def test_reading_data_raises_its_own_error_only(name: str) -> None:
             fields.append(error.field)
     assert len(fields) > MUTANTS / 4
     assert all(fields)
+
+
+@pytest.mark.parametrize(("data", "left"), [(1, False), (40, True)])
+async def test_only_what_has_many_items_leaves_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, data: int, *, left: bool
+) -> None:
+    """A few long tensors are read faster than a thread is reached."""
+    used = []
+
+    async def off_loop(function: Callable[..., Any], *args: Any) -> Any:
+        used.append(function)
+        return function(*args)
+
+    monkeypatch.setattr(requests, "off_loop", off_loop)
+    tokens = np.zeros(8192 // data, np.int64)
+    call = pb.ForwardRequest(model_id=MODEL_ID, loss_fn={"cross_entropy": {}})
+    for _ in range(data):
+        datum = call.data.add()
+        tensors.write(datum.model_input.chunks.add().tokens, tokens)
+        tensors.write(datum.loss_fn_inputs["target_tokens"], tokens)
+        tensors.write(datum.loss_fn_inputs["weights"], np.ones(len(tokens), np.float32))
+    info = dataclasses.replace(INFO, context_length=8192)
+
+    async def message() -> AsyncIterator[bytes]:
+        yield call.SerializeToString()
+
+    stream: Any = Intake(pb.ForwardRequest, 1 << 20, 1 << 18).stream(message())
+    read = await requests.read_call(stream, lambda _: info, LIMITS)
+    assert (read.refusal, len(read.lengths)) == (None, data)
+    assert bool(used) is left
 
 
 @pytest.mark.parametrize("name", READERS)

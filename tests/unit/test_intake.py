@@ -13,7 +13,15 @@ from tinsmith.v1 import (
 )
 from tinsmithd.errors import InvalidArgument, Reason, ResourceExhausted, TinsmithError
 from tinsmithd.rpc import intake
-from tinsmithd.rpc.intake import Intake, refusal_of_call
+from tinsmithd.rpc.intake import (
+    FEW_ITEMS,
+    FEW_ITEMS_INLINE_BYTES,
+    INLINE_BYTES,
+    Intake,
+    is_inline,
+    refusal_of_call,
+    walk,
+)
 
 ForwardRequest = training_service_pb2.ForwardRequest
 TENSOR = types_pb2.Tensor(dtype=types_pb2.DTYPE_INT64, shape=[2], ints=[1, 300])
@@ -65,6 +73,43 @@ async def test_a_message_that_is_too_large_is_not_even_walked() -> None:
 
 
 UNKNOWN = b"\xa2\x1f\x01x"  # field 500, length-delimited
+
+
+def call_of(nbytes: int, items: int = 8) -> Message:
+    """A call with a tensor of so many bytes and so many items in all."""
+    assert items >= 8  # seven fields, and a dimension
+    tensor = types_pb2.Tensor(shape=[1] * (items - 7), data=bytes(nbytes))
+    chunk = types_pb2.ModelInputChunk(tokens=tensor)
+    datum = types_pb2.Datum(model_input=types_pb2.ModelInput(chunks=[chunk]))
+    return ForwardRequest(model_id="m", data=[datum])
+
+
+@pytest.mark.parametrize(
+    ("call", "inline"),
+    [
+        (call_of(0, INLINE_BYTES // 2), True),  # small, whatever is in it
+        (call_of(INLINE_BYTES, FEW_ITEMS), True),
+        (call_of(FEW_ITEMS_INLINE_BYTES - 1000), True),
+        (call_of(INLINE_BYTES, FEW_ITEMS + 1), False),
+        (call_of(FEW_ITEMS_INLINE_BYTES), False),
+    ],
+)
+async def test_what_has_few_items_is_worked_on_in_the_event_loop(
+    call: Message, *, inline: bool
+) -> None:
+    """Many items, or very many bytes, leave it."""
+    assert await read(call.SerializeToString()) == call
+    assert is_inline() is inline
+
+
+async def test_a_long_message_of_few_items_is_refused_like_any_other() -> None:
+    """For what is unknown, by its path; for what is cut; and for too many items."""
+    data = call_of(INLINE_BYTES).SerializeToString()
+    error = await refused(data + nested(0x22, UNKNOWN))
+    assert (error.reason, error.field) == (Reason.INVALID_FIELD, "data[1].500")
+    assert not is_inline()
+    assert (await refused(data[:-1])).reason is Reason.MALFORMED_STREAM
+    assert (await refused(data, ForwardRequest, 7)).reason is Reason.LIMIT_EXCEEDED
 
 
 def nested(tag: int, content: bytes) -> bytes:
@@ -138,9 +183,24 @@ async def test_the_refusal_of_a_streamed_request_follows_what_can_be_read() -> N
         await anext(stream)
 
 
+def test_an_endless_number_is_not_walked_to_its_end() -> None:
+    """It is one item, and would be half a megabyte of steps in the event loop."""
+    longest = b"\x10" + b"\xff" * 9 + b"\x01"
+    assert walk(longest, ForwardRequest.DESCRIPTOR, 1) is None
+    with pytest.raises(IndexError):
+        walk(b"\x10" + b"\x80" * 99 + b"\x01", ForwardRequest.DESCRIPTOR, 1)
+
+
 @pytest.mark.parametrize("items", [1, 1 << 18])
 @pytest.mark.parametrize(
-    "data", [b"\x0a", b"\x0a\x05m", b"\x80" * 12, b"\x22\x02\x0a\x05\x00\x00", b"\x00\x00"]
+    "data",
+    [
+        b"\x0a",
+        b"\x0a\x05m",
+        b"\x80" * 12,
+        b"\x22\x02\x0a\x05\x00\x00",
+        b"\x00\x00",
+    ],
 )
 async def test_what_is_no_message_is_refused(data: bytes, items: int) -> None:
     """Cut fields, endless numbers, fields that reach out of their message."""

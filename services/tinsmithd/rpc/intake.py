@@ -5,7 +5,8 @@ Parsing holds the interpreter's lock, and with it the event loop: 32 MiB of empt
 seconds, whatever thread parses them. So the bytes of a large message are walked first, in a thread
 and in small steps, and its items are counted. What has no more than `message_items_max` is parsed
 in some tens of milliseconds. A message of fewer bytes than that cannot have more items, and is
-parsed at once.
+parsed at once. One that has very few items, as a few long tensors are, is walked at once instead,
+and what is made of it stays on the event loop: a thread would cost more than the work.
 
 A refused call still uses its number (see `training_service.proto`). Of a request that has one, a
 servicer therefore gets what could be read, and hears of the refusal when it asks: the stream raises
@@ -38,12 +39,21 @@ LEFT_BEHIND_BYTES = 4 * 1024 * 1024
 """A larger message has left much behind: it came to gRPC's core in pieces, which held twice its
 bytes and are free now. They are given back before the message is read, or they would be there
 beside all that is made of it."""
+INLINE_BYTES = 32 * 1024
+"""What is made of a message that is no larger takes up to some 20 ms, whatever is in it."""
+FIELD_BYTES_MAX = 20
+"""Of a field that is one number: ten for its tag and ten for its value."""
+FEW_ITEMS = 256
+"""Walking a message that has no more takes up to 0.2 ms."""
+FEW_ITEMS_INLINE_BYTES = 512 * 1024
+"""What is made of so few items takes some milliseconds: the bytes are copied, hashed, compared."""
 THREADS = 2
 """They mostly wait for each other: a second one lets a short request pass a long one."""
 
 _refusal: contextvars.ContextVar[TinsmithError | None] = contextvars.ContextVar(
     "refusal", default=None
 )
+_inline: contextvars.ContextVar[bool] = contextvars.ContextVar("inline", default=False)
 _threads = ThreadPoolExecutor(THREADS, "intake")
 
 
@@ -55,6 +65,11 @@ async def off_loop(function: Callable[..., T], *args: Any) -> T:
 def refusal_of_call() -> TinsmithError | None:
     """What is wrong with the one, numbered request of this call, if anything is."""
     return _refusal.get()
+
+
+def is_inline() -> bool:
+    """Whether the request that this call received last may be worked on in the event loop."""
+    return _inline.get()
 
 
 class Intake:
@@ -117,6 +132,10 @@ class Intake:
             raise ResourceExhausted(message, Reason.MESSAGE_TOO_LARGE, metadata=metadata)
         if self._own:
             return self._parse(data), None
+        few = INLINE_BYTES < len(data) <= FEW_ITEMS_INLINE_BYTES and self._is_plain(data)
+        _inline.set(few or len(data) <= INLINE_BYTES)
+        if few:
+            return self._parse(data), None
         if len(data) > self._items_max:
             return await off_loop(self._read_walked, data)
         parsed = self._parse(data)
@@ -127,6 +146,13 @@ class Intake:
             return parsed, None
         error = await off_loop(self._refusal_of, data)
         return parsed, error or _unknown("")
+
+    def _is_plain(self, data: bytes) -> bool:
+        """Whether it has few items, and none that is unknown."""
+        try:
+            return walk(data, self._descriptor, min(FEW_ITEMS, self._items_max)) is None
+        except (_TooManyItems, IndexError):  # the slower way says what is wrong, if anything is
+            return False
 
     def _read_walked(self, data: bytes) -> tuple[Message, TinsmithError | None]:
         if len(data) > LEFT_BEHIND_BYTES:
@@ -261,6 +287,8 @@ def walk(data: bytes, descriptor: Descriptor, items_max: int) -> int | None:
         elif wire_type == _VARINT:
             while data[position] > 127:
                 position += 1
+                if position - begin > FIELD_BYTES_MAX:
+                    raise IndexError
             position += 1
         else:
             position += _BYTES_EACH[wire_type]

@@ -18,13 +18,11 @@ from tinsmithd.convert import types as convert
 from tinsmithd.convert.tensors import check_format
 from tinsmithd.domain import BaseModelInfo, CrossEntropy, LossFn
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError, over_limit
-from tinsmithd.rpc.intake import off_loop
+from tinsmithd.rpc.intake import is_inline, off_loop
 from tinsmithd.training.call.validate import check_datum
 from tinsmithd.training.call.work import ComputeWork, RefusedWork, Work
 
 ComputeRequest = pb.ForwardRequest | pb.ForwardBackwardRequest
-INLINE_BYTES = 32 * 1024
-"""The data of a message that is no larger are read at once; that takes up to some 20 ms."""
 _HEADER_FIELDS = ("model_id", "seq_id", "loss_fn", "tensor_format")
 
 _log = logging.getLogger(__name__)
@@ -167,10 +165,10 @@ async def read_call(
 
 
 async def _take(reader: "_Reader", message: ComputeRequest) -> None:
-    if message.data and message.ByteSize() > INLINE_BYTES:
-        await off_loop(reader.take, message)
-    else:
+    if is_inline() or not message.data:
         reader.take(message)
+    else:
+        await off_loop(reader.take, message)
 
 
 class _Reader:

@@ -18,7 +18,7 @@ from tinsmithd.convert.tensors import array_from_pb, array_to_pb
 from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath, new_ephemeral_name
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc import flow
-from tinsmithd.rpc.intake import off_loop, refusal_of_call
+from tinsmithd.rpc.intake import INLINE_BYTES, off_loop, refusal_of_call
 from tinsmithd.training.call.work import (
     LoadWork,
     RefusedWork,
@@ -30,7 +30,6 @@ from tinsmithd.training.call.work import (
 from tinsmithd.training.models.model import Model, NewModel
 from tinsmithd.training.models.models import Models
 from tinsmithd.training.requests import (
-    INLINE_BYTES,
     ComputeRequest,
     DataLimits,
     digest_of,
