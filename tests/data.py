@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tinsmithd.domain import CrossEntropy, Datum, LossFn
-from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 
 VOCAB_SIZE = 256
 
@@ -51,11 +51,6 @@ def collect(
 ) -> tuple[Mapping[str, float], list[np.ndarray]]:
     """Metrics of a call, and the logprobs of each datum."""
     logprobs: list[np.ndarray] = []
-    result = engine.forward(
-        model_id,
-        data,
-        loss_fn or CrossEntropy(),
-        backward=backward,
-        on_result=lambda _, outputs: logprobs.append(outputs["logprobs"]),
-    )
+    batch = Batch(model_id, data, loss_fn or CrossEntropy(), backward=backward)
+    result = engine.forward(batch, lambda _, output: logprobs.append(output["logprobs"]))
     return result.metrics, logprobs

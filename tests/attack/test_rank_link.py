@@ -331,7 +331,7 @@ def test_an_impossible_hello_is_refused_by_field(
 
 
 NONSENSE = {
-    "results of what computes nothing": {"results": link_pb.DatumResults(outputs=[b"x"])},
+    "outputs of what computes nothing": {"outputs": link_pb.DatumOutputs(outputs=[b"x"])},
     "a piece of no state": {"piece": link_pb.StatePiece(file_name="../x", data=b"x")},
     "nothing at all": {},
     "an error that there is not": {"failed": link_pb.Failed(error="_log", reason="INTERNAL")},
@@ -375,8 +375,8 @@ def test_no_name_that_a_rank_gives_leads_out_of_a_folder(waiting: Training, name
     request = pb.SaveCheckpointRequest(model_id=model_id, name="x", kind=kind)
     save = stub.SaveCheckpoint.future(request, timeout=WAIT_S)
     command = stream.next()
-    assert command.HasField("snapshot")
-    stream.say(command_id=command.command_id, captured=link_pb.Captured())
+    assert command.HasField("copy_state")
+    stream.say(command_id=command.command_id, copied=link_pb.Copied())
     stream.say(command_id=command.command_id, piece=link_pb.StatePiece(file_name=name, data=b"x"))
     assert stream.end() is None
     stream.close()

@@ -20,6 +20,7 @@ from tinsmith import v1 as pb
 from tinsmith.v1 import Cluster, connect
 from tinsmithd.domain import CrossEntropy, LoraConfig
 from tinsmithd.trainer.engines.factory import make_engine
+from tinsmithd.trainer.engines.interface import Batch
 from tiny_models import write_tiny_model
 
 NO_OP_TARGETS_MS = {50: 1.0, 99: 3.0}
@@ -156,11 +157,8 @@ def _engine_logprobs(folder: Path, settings: Settings) -> list[np.ndarray]:
     engine.create_model("bench", LORA)
     found: list[np.ndarray] = []
     engine.forward(
-        "bench",
-        wide_data(),
-        CrossEntropy(),
-        backward=True,
-        on_result=lambda _, outputs: found.append(outputs["logprobs"]),
+        Batch("bench", wide_data(), CrossEntropy(), backward=True),
+        lambda _, outputs: found.append(outputs["logprobs"]),
     )
     return found
 

@@ -11,6 +11,7 @@ from bench.configs import SHAPES, write_model
 from bench.harness import Agreement, Result, Side, compare, measure, middle, ratio
 from bench.sides import LORA, MODEL_ID, BareLoop, Ours, Settings
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
+from tinsmithd.trainer.engines.interface import Batch
 
 STEP_TARGET = 1.10
 IDLE_TARGET = 1.02
@@ -167,7 +168,5 @@ def idle_models(settings: Settings) -> list[Result]:
 
 def _add_idle(ours: Ours, model_id: str, batch: Sequence[Datum]) -> None:
     ours.engine.create_model(model_id, IDLE_LORA)
-    ours.engine.forward(
-        model_id, batch, CrossEntropy(), backward=True, on_result=lambda _, __: None
-    )
+    ours.engine.forward(Batch(model_id, batch, CrossEntropy(), backward=True), lambda _, __: None)
     ours.engine.optim_step(model_id, ADAM)

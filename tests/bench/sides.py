@@ -17,7 +17,7 @@ from tinsmithd.config import TrainerConfig
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, ModelState
 from tinsmithd.modeling.base import DTYPES
 from tinsmithd.trainer.engines.factory import make_engine
-from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 
 MODEL_ID = "bench"
 LORA = LoraConfig(rank=16, train_unembed=False)
@@ -86,11 +86,8 @@ class Ours:
         """Add gradients to those waiting; returns each datum's logprobs."""
         logprobs: list[np.ndarray] = []
         self.engine.forward(
-            MODEL_ID,
-            data,
-            CrossEntropy(),
-            backward=True,
-            on_result=lambda _, outputs: logprobs.append(outputs["logprobs"]),
+            Batch(MODEL_ID, data, CrossEntropy(), backward=True),
+            lambda _, outputs: logprobs.append(outputs["logprobs"]),
         )
         return logprobs
 

@@ -1,4 +1,4 @@
-"""One rank of `test_replay`: computes calls, or repeats them by their plans in a new process.
+"""One rank of `test_replay`: computes batches, or computes them again in a new process.
 
 Arguments: `record` or `replay`; model folder; folder for what one process leaves to the next; names
 of cases.
@@ -25,9 +25,9 @@ from data import make_data, make_rl_data
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig, LossFn, Ppo
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
 from tinsmithd.state import files as state_files
-from tinsmithd.trainer.engines.deepspeed import distributed, rounds
+from tinsmithd.trainer.engines.deepspeed import batch_run, distributed
 from tinsmithd.trainer.engines.factory import make_engine
-from tinsmithd.trainer.engines.interface import ForwardResult, TrainingEngine
+from tinsmithd.trainer.engines.interface import Batch, ForwardResult, TrainingEngine
 
 RECORDED = {"micro_batch_tokens_max": 30, "activation_bytes_max": 10**12}
 REPLAYED = {
@@ -38,7 +38,7 @@ REPLAYED = {
 }
 """None of these may change a number."""
 
-PLANS = "plans.json"
+COMPOSITIONS = "compositions.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Case:
         recorded: More settings of the first process.
         splits_on: The rank on which micro-batches of several data do not fit into memory; -1: none.
         more: Whether the second process also tries what fails on one rank only, and repeats
-            everything without plans, which is not the same.
+            everything without compositions, which is not the same.
         full: Train all weights.
     """
 
@@ -97,7 +97,7 @@ ADAM = AdamParams(learning_rate=1e-2, grad_clip_norm=20.0, weight_decay=0.1)
 @contextmanager
 def out_of_memory(on_rank: int, times: int = 10**6) -> Iterator[None]:
     """Let micro-batches of several data fail on one rank, half computed, so many times."""
-    real, left = rounds.compute_packed, times
+    real, left = batch_run.compute_packed, times
 
     def compute(*args: Any, **kwargs: Any) -> Any:
         nonlocal left
@@ -107,11 +107,11 @@ def out_of_memory(on_rank: int, times: int = 10**6) -> Iterator[None]:
             raise MemoryError("no memory is left")
         return found
 
-    rounds.compute_packed = compute
+    batch_run.compute_packed = compute
     try:
         yield
     finally:
-        rounds.compute_packed = real
+        batch_run.compute_packed = real
 
 
 def start(case: Case, folder: str, **settings: Any) -> TrainingEngine:
@@ -120,18 +120,14 @@ def start(case: Case, folder: str, **settings: Any) -> TrainingEngine:
 
 
 def forward(
-    engine: TrainingEngine, index: int, plan: bytes, found: dict[str, np.ndarray]
+    engine: TrainingEngine, index: int, composition: bytes, found: dict[str, np.ndarray]
 ) -> ForwardResult:
     """One call; what came out goes to `found`."""
     data, loss_fn, backward = CALLS[index]
     logprobs: list[np.ndarray] = []
     result = engine.forward(
-        "m",
-        data,
-        loss_fn,
-        backward=backward,
-        on_result=lambda _, outputs: logprobs.append(outputs["logprobs"].reshape(-1)),
-        plan=plan,
+        Batch("m", data, loss_fn, backward=backward, composition=composition),
+        lambda _, outputs: logprobs.append(outputs["logprobs"].reshape(-1)),
     )
     found[f"{index} loss"] = np.array(result.metrics["loss:sum"])
     found[f"{index} logprobs"] = np.concatenate(logprobs)
@@ -162,16 +158,18 @@ def record(case: Case, folder: str, out: Path) -> None:
         if distributed.rank_and_world_size()[0] == 0:
             (out / name).write_bytes(data)
     found: dict[str, np.ndarray] = {}
-    plans = []
+    compositions = []
     with out_of_memory(case.splits_on):
         for index in range(len(CALLS)):
-            plans.append(forward(engine, index, b"", found).plan)
+            compositions.append(forward(engine, index, b"", found).composition)
             if index % 2:
                 step(engine, index, found)
         step(engine, len(CALLS), found)
     leave(engine, found, out / "recorded.npz")
     if distributed.rank_and_world_size()[0] == 0:
-        (out / PLANS).write_text(json.dumps([base64.b64encode(p).decode() for p in plans]))
+        (out / COMPOSITIONS).write_text(
+            json.dumps([base64.b64encode(p).decode() for p in compositions])
+        )
 
 
 def replay(case: Case, folder: str, out: Path) -> None:
@@ -181,28 +179,30 @@ def replay(case: Case, folder: str, out: Path) -> None:
         engine.create_model("other", LoraConfig(rank=4, seed=8))
         engine.create_model("another", LoraConfig(rank=2, seed=9, train_unembed=False))
     kept = {path.name for path in out.iterdir() if path.suffix in (".json", ".safetensors")}
-    names = kept - {PLANS}
+    names = kept - {COMPOSITIONS}
     state = state_files.from_files({name: (out / name).read_bytes() for name in names}, None)
     engine.create_model("m", state.tuning)
-    plans = [base64.b64decode(text) for text in json.loads((out / PLANS).read_text())]
+    compositions = [base64.b64decode(text) for text in json.loads((out / COMPOSITIONS).read_text())]
     if case.more:
         infinite(engine)
     engine.import_state("m", state, optimizer=True)
     if case.more:
-        refused(engine, plans[0])
-    repeat(engine, plans, out / "replayed.npz", beside=not case.full)
+        refused(engine, compositions[0])
+    repeat(engine, compositions, out / "replayed.npz", beside=not case.full)
     if case.more:
         engine.import_state("m", state, optimizer=True)
-        repeat(engine, [b""] * len(plans), out / "free.npz", beside=False)
+        repeat(engine, [b""] * len(compositions), out / "free.npz", beside=False)
 
 
-def repeat(engine: TrainingEngine, plans: Sequence[bytes], path: Path, *, beside: bool) -> None:
+def repeat(
+    engine: TrainingEngine, compositions: Sequence[bytes], path: Path, *, beside: bool
+) -> None:
     found: dict[str, np.ndarray] = {}
-    for index, plan in enumerate(plans):
+    for index, composition in enumerate(compositions):
         if beside:
             busy(engine, index)
-        again = forward(engine, index, plan, found).plan
-        assert again == (plan or again)
+        again = forward(engine, index, composition, found).composition
+        assert again == (composition or again)
         if index % 2:
             step(engine, index, found)
     step(engine, len(CALLS), found)
@@ -213,16 +213,16 @@ def busy(engine: TrainingEngine, index: int) -> None:
     """Other models, which take turns with ours on the device."""
     for model_id in ("other", "another"):
         engine.forward(
-            model_id, make_data(index, 2), CrossEntropy(), backward=True, on_result=lambda *_: None
+            Batch(model_id, make_data(index, 2), CrossEntropy(), backward=True), lambda *_: None
         )
         engine.optim_step(model_id, ADAM)
 
 
-def refused(engine: TrainingEngine, plan: bytes) -> None:
-    """Where a planned micro-batch does not fit, the call fails everywhere and leaves nothing."""
+def refused(engine: TrainingEngine, composition: bytes) -> None:
+    """Where a given micro-batch does not fit, the call fails everywhere and leaves nothing."""
     last_rank = distributed.rank_and_world_size()[1] - 1
     with pytest.raises(ResourceExhausted) as refusal, out_of_memory(last_rank, times=1):
-        forward(engine, 0, plan, {})
+        forward(engine, 0, composition, {})
     assert refusal.value.reason is Reason.OUT_OF_MEMORY
 
 
@@ -230,7 +230,7 @@ def infinite(engine: TrainingEngine) -> None:
     """Gradients that are not finite on the last rank: every rank says so."""
     data = sorted(make_data(6, 2), key=lambda datum: -len(datum.tokens))
     data[1].loss_fn_inputs["weights"][:] = np.float32(3e38)
-    result = engine.forward("m", data, CrossEntropy(), backward=True, on_result=lambda *_: None)
+    result = engine.forward(Batch("m", data, CrossEntropy(), backward=True), lambda *_: None)
     assert result.non_finite
     with pytest.raises(FailedPrecondition):
         engine.optim_step("m", ADAM)

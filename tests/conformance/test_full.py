@@ -14,7 +14,7 @@ from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraCo
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.factory import make_engine
-from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 from tiny_models import FAMILIES, write_tiny_model
 
 ENGINES = {
@@ -228,7 +228,7 @@ def test_a_failed_call_takes_back_what_it_added(engine: TrainingEngine) -> None:
         raise RuntimeError("nobody takes results")
 
     with pytest.raises(RuntimeError, match="nobody"):
-        engine.forward("m", make_data(1, 3), CrossEntropy(), backward=True, on_result=give_up)
+        engine.forward(Batch("m", make_data(1, 3), CrossEntropy(), backward=True), give_up)
     engine.savepoint("m")
     collect(engine, "m", make_data(2, 2), backward=True)
     engine.rollback("m")

@@ -18,9 +18,10 @@ from tinsmithd.errors import FailedPrecondition
 from tinsmithd.modeling.base import load_base
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import (
+    Batch,
+    CompositionMismatch,
     ForwardResult,
     ModelBroken,
-    PlanMismatch,
     TrainingEngine,
 )
 from tiny_models import write_tiny_model
@@ -62,10 +63,11 @@ def model(request: pytest.FixtureRequest, engine: TrainingEngine) -> TrainingEng
 
 
 def forward(
-    engine: TrainingEngine, data: list[Datum], *, backward: bool = True, plan: bytes = b""
+    engine: TrainingEngine, data: list[Datum], *, backward: bool = True, composition: bytes = b""
 ) -> ForwardResult:
     return engine.forward(
-        "m", data, CrossEntropy(), backward=backward, on_result=lambda *_: None, plan=plan
+        Batch("m", data, CrossEntropy(), backward=backward, composition=composition),
+        lambda *_: None,
     )
 
 
@@ -75,28 +77,28 @@ def bits(engine: TrainingEngine) -> dict[str, bytes]:
     return {"step": bytes([state.step_count]), **{k: a.tobytes() for k, a in arrays.items()}}
 
 
-# --- plans ------------------------------------------------------------------------------------
+# --- compositions -----------------------------------------------------------------------------
 
 
 def test_a_plan_repeats_a_call(model: TrainingEngine) -> None:
-    """Its own plan comes back, and the step that follows is the same to the bit."""
+    """Its own composition comes back, and the step that follows is the same to the bit."""
     data = make_data(0, 7)
     found = []
-    for plan in (b"", forward(model, data, backward=False).plan):
+    for composition in (b"", forward(model, data, backward=False).composition):
         model.savepoint("m")
-        result = forward(model, data, plan=plan)
-        assert result.plan
-        found.append((result.plan, result.metrics["loss:sum"]))
+        result = forward(model, data, composition=composition)
+        assert result.composition
+        found.append((result.composition, result.metrics["loss:sum"]))
         model.rollback("m")
     assert found[0] == found[1]
 
 
 def test_a_plan_of_another_call_has_no_effect(model: TrainingEngine) -> None:
     """An error before anything happens, with any number of data and none."""
-    plan = forward(model, make_data(0, 3), backward=False).plan
-    for wrong in (b"?", b'{"ranks":2,"rounds":[]}', plan[:-1]):
-        with pytest.raises(PlanMismatch):
-            forward(model, make_data(0, 3), plan=wrong)
+    composition = forward(model, make_data(0, 3), backward=False).composition
+    for wrong in (b"?", b'{"ranks":2,"rounds":[]}', composition[:-1]):
+        with pytest.raises(CompositionMismatch):
+            forward(model, make_data(0, 3), composition=wrong)
     assert model.optim_step("m", ADAM)["grad_norm:last"] == 0
 
 
@@ -196,7 +198,7 @@ def test_the_first_micro_batch_is_no_place_between_two(
     model: TrainingEngine, arm: Callable[[str], None]
 ) -> None:
     """Reached once less often than there are micro-batches, and once where there is one."""
-    rounds = forward(model, make_data(0, 7), backward=False).plan
+    rounds = forward(model, make_data(0, 7), backward=False).composition
     micro_batch_count = rounds.count(b"[[0,[") if rounds.startswith(b"{") else 7
     assert micro_batch_count > 2
     arm(f"mid_backward:raise@{micro_batch_count}")

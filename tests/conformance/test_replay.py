@@ -1,4 +1,4 @@
-"""Calls that are repeated by their plans from a saved state, in a new process: the same bits."""
+"""Batches that are computed again from a saved state, in a new process: the same bits."""
 
 import base64
 import json
@@ -65,7 +65,7 @@ def test_a_repeated_call_gives_the_same_bits(results: Path, ranks: int, case: st
 
 
 def test_another_composition_gives_other_bits(results: Path) -> None:
-    """Without plans, and with other settings, it is not the same: the test above can fail."""
+    """Without them, and with other settings, it is not the same: the test above can fail."""
     recorded, free = (arrays(results / "1" / "stage-0" / f"{n}.npz") for n in ("recorded", "free"))
     assert recorded.keys() == free.keys()
     assert recorded != free
@@ -74,9 +74,11 @@ def test_another_composition_gives_other_bits(results: Path) -> None:
 @pytest.mark.parametrize(("ranks", "case"), [(1, "stage-1-split"), (2, "stage-1-split")])
 def test_a_plan_has_what_memory_split(results: Path, ranks: int, case: str) -> None:
     """On the rank where nothing fitted each datum is alone, on the other one they are together."""
-    plan = read_plans(results / str(ranks) / case)[0]
-    assert plan["ranks"] == ranks
-    sizes = [[[len(indices) for _, indices in of_rank] for of_rank in r] for r in plan["rounds"]]
+    composition = read_compositions(results / str(ranks) / case)[0]
+    assert composition["ranks"] == ranks
+    sizes = [
+        [[len(indices) for _, indices in of_rank] for of_rank in r] for r in composition["rounds"]
+    ]
     assert all(size == 1 for round_ in sizes for size in round_[-1])
     assert any(len(round_[-1]) > 1 for round_ in sizes)
     if ranks == 2:
@@ -86,14 +88,14 @@ def test_a_plan_has_what_memory_split(results: Path, ranks: int, case: str) -> N
 @pytest.mark.parametrize(("ranks", "case"), [(1, "stage-1-recomputed"), (2, "stage-3-recomputed")])
 def test_a_plan_has_what_was_recomputed(results: Path, ranks: int, case: str) -> None:
     """All of what has a way back, nothing of what has none."""
-    plans = read_plans(results / str(ranks) / case)
+    compositions = read_compositions(results / str(ranks) / case)
     recomputed = [
-        {again for round_ in plan["rounds"] for of_rank in round_ for again, _ in of_rank}
-        for plan in plans
+        {again for round_ in composition["rounds"] for of_rank in round_ for again, _ in of_rank}
+        for composition in compositions
     ]
     assert recomputed == [{1}, {0}, {1}, {1}, {1}]
 
 
-def read_plans(folder: Path) -> list[dict]:
-    texts = json.loads((folder / "plans.json").read_text())
+def read_compositions(folder: Path) -> list[dict]:
+    texts = json.loads((folder / "compositions.json").read_text())
     return [json.loads(base64.b64decode(text)) for text in texts]

@@ -23,6 +23,7 @@ from tinsmithd.errors import FailedPrecondition
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.interface import Generation
 from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
+from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from tiny_models import write_tiny_model
 
@@ -49,7 +50,7 @@ def trained_state(folder: Path) -> ModelState:
     trainer.create_model("m", LoraConfig(rank=4, seed=3))
     for seed in range(3):
         data = make_data(seed, 2)
-        trainer.forward("m", data, CrossEntropy(), backward=True, on_result=lambda *_: None)
+        trainer.forward(Batch("m", data, CrossEntropy(), backward=True), lambda *_: None)
         trainer.optim_step("m", AdamParams(learning_rate=3e-2))
     return trainer.export_state("m", optimizer=False)
 

@@ -27,7 +27,7 @@ from tinsmithd.errors import FailedPrecondition, InvalidArgument, NotFound, Reas
 from tinsmithd.modeling.base import load_base
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.factory import make_engine
-from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 from tiny_models import FAMILIES, write_tiny_model
 
 ENGINES = ("reference", "deepspeed")
@@ -233,11 +233,8 @@ def test_results_come_in_order_as_they_are_computed(engine: TrainingEngine) -> N
     data = [*make_data(0, 2), *make_data(1, 1, targets=3)]
     seen: list[tuple[int, tuple[int, ...]]] = []
     engine.forward(
-        "m",
-        data,
-        CrossEntropy(),
-        backward=True,
-        on_result=lambda i, outputs: seen.append((i, outputs["logprobs"].shape)),
+        Batch("m", data, CrossEntropy(), backward=True),
+        lambda i, outputs: seen.append((i, outputs["logprobs"].shape)),
     )
     assert seen == [(i, d.loss_fn_inputs["target_tokens"].shape) for i, d in enumerate(data)]
 
@@ -318,7 +315,7 @@ def test_a_failed_call_adds_nothing(engine: TrainingEngine) -> None:
         engine.create_model(model_id, LORA)
         collect(engine, model_id, data[:1], backward=True)
     with pytest.raises(RuntimeError, match="lost"):
-        engine.forward("disturbed", data, CrossEntropy(), backward=True, on_result=fail)
+        engine.forward(Batch("disturbed", data, CrossEntropy(), backward=True), fail)
     for model_id in ("disturbed", "calm"):
         engine.optim_step(model_id, ADAM)
     assert difference(weights_of(engine, "disturbed"), weights_of(engine, "calm")) == 0

@@ -19,6 +19,7 @@ from data import make_data
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.state import files as state_files
+from tinsmithd.trainer.engines.interface import Batch
 from tiny_models import FAMILIES, write_tiny_model
 
 DEVICE = "cuda"
@@ -132,7 +133,7 @@ def test_calls_accumulate(ours: Ours, dtype: str) -> None:
 def test_forward_and_learning_rate_zero_change_nothing(ours: Ours) -> None:
     """No gradient waits after a forward; a step of rate 0 leaves every bit of the weights."""
     ours.engine.forward(
-        MODEL_ID, make_data(0, 2), CrossEntropy(), backward=False, on_result=lambda _, __: None
+        Batch(MODEL_ID, make_data(0, 2), CrossEntropy(), backward=False), lambda _, __: None
     )
     still = AdamParams(learning_rate=0.0)
     assert ours.engine.optim_step(MODEL_ID, still)["grad_norm:last"] == 0
@@ -154,7 +155,7 @@ def test_a_failed_call_adds_nothing(ours: Ours) -> None:
     expected = numbers(ours, data[:1])[1]
     ours.forward_backward(data[:1])
     with pytest.raises(RuntimeError, match="lost"):
-        ours.engine.forward(MODEL_ID, data, CrossEntropy(), backward=True, on_result=fail)
+        ours.engine.forward(Batch(MODEL_ID, data, CrossEntropy(), backward=True), fail)
     found = compare(([], ours.take_gradients()), ([], expected))
     assert found.gradients_rel <= CLOSE["float32"]
 
@@ -180,9 +181,7 @@ def test_models_side_by_side_are_as_alone(ours: Ours, dtype: str) -> None:
     alone = numbers(ours, data)
     ours.engine.create_model("neighbour", LoraConfig(rank=2, seed=3, train_mlp=False))
     logprobs = ours.forward_backward(data[:2])
-    ours.engine.forward(
-        "neighbour", data, CrossEntropy(), backward=True, on_result=lambda _, __: None
-    )
+    ours.engine.forward(Batch("neighbour", data, CrossEntropy(), backward=True), lambda _, __: None)
     ours.engine.optim_step("neighbour", ADAM)
     logprobs += ours.forward_backward(data[2:])
     found = compare((logprobs, ours.take_gradients()), alone)

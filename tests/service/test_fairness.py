@@ -32,12 +32,12 @@ from tinsmith import v1 as pb
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
 from tinsmith.v1 import Cluster, connect, types_pb2
 from tinsmithd.convert import types as convert
-from tinsmithd.domain import Datum, LoraConfig, LossFn
+from tinsmithd.domain import Datum, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.modeling.base import load_base
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.factory import make_engine
-from tinsmithd.trainer.engines.interface import ForwardResult, OnResult
+from tinsmithd.trainer.engines.interface import Batch, ForwardResult, OnOutput
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from wire import reason_and_field
 
@@ -55,22 +55,11 @@ class RunsOutOnce(ReferenceEngine):
 
     failed = False
 
-    def forward(
-        self,
-        model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        *,
-        backward: bool,
-        on_result: OnResult,
-        plan: bytes = b"",
-    ) -> ForwardResult:
-        if not self.failed and any(UNLUCKY_TOKEN in datum.tokens for datum in data):
+    def forward(self, batch: Batch, on_output: OnOutput) -> ForwardResult:
+        if not self.failed and any(UNLUCKY_TOKEN in datum.tokens for datum in batch.data):
             self.failed = True
             raise ResourceExhausted("no memory is left", Reason.OUT_OF_MEMORY)
-        return super().forward(
-            model_id, data, loss_fn, backward=backward, on_result=on_result, plan=plan
-        )
+        return super().forward(batch, on_output)
 
 
 def reference(folder: Path) -> ReferenceEngine:
@@ -118,10 +107,10 @@ async def test_a_call_is_cut_by_its_own_data_alone(tiny_model: Path) -> None:
     for model_id in (alone, beside):
         computes = [compute for found, compute in recorded.rank.computes if found == model_id]
         assert [token_count(c.data) for c in computes] == [64, 60, 30, 100, 60]
-        assert [c.part for c in computes] == [
-            link_pb.CALL_PART_UNSPECIFIED,
-            link_pb.CALL_PART_FIRST,
-            *[link_pb.CALL_PART_LATER] * 3,
+        assert [c.place for c in computes] == [
+            link_pb.BATCH_PLACE_UNSPECIFIED,
+            link_pb.BATCH_PLACE_FIRST,
+            *[link_pb.BATCH_PLACE_LATER] * 3,
         ]
 
 
@@ -200,9 +189,9 @@ def test_an_engine_that_fails_within_a_part_keeps_what_waited(
         commands.apply(link_pb.AttachResponse(model_id=model_id, **command), answers.append)
         return answers[-1]
 
-    def compute(model_id: str, data: Sequence[Datum], part: link_pb.CallPart.ValueType) -> str:
+    def compute(model_id: str, data: Sequence[Datum], place: link_pb.BatchPlace.ValueType) -> str:
         packed = [datum.SerializeToString() for datum in domain_to_pb(data)]
-        command = link_pb.Compute(loss_fn=CROSS_ENTROPY, data=packed, backward=True, part=part)
+        command = link_pb.Compute(loss_fn=CROSS_ENTROPY, data=packed, backward=True, place=place)
         return str(apply(model_id, compute=command).WhichOneof("content"))
 
     good, more = make_data(1, 3), make_data(2, 3)
@@ -210,13 +199,13 @@ def test_an_engine_that_fails_within_a_part_keeps_what_waited(
     for model_id in ("calm", "failing"):
         lora = convert.lora_to_pb(LoraConfig(rank=2, seed=3))
         apply(model_id, create_model=link_pb.CreateModel(lora_config=lora))
-        assert compute(model_id, good, link_pb.CALL_PART_UNSPECIFIED) == "done"
+        assert compute(model_id, good, link_pb.BATCH_PLACE_UNSPECIFIED) == "done"
     if broken == "later":
-        assert compute("failing", more, link_pb.CALL_PART_FIRST) == "done"
-        assert compute("failing", more, link_pb.CALL_PART_LATER) == "done"
-        assert compute("failing", bad, link_pb.CALL_PART_LATER) == "failed"
+        assert compute("failing", more, link_pb.BATCH_PLACE_FIRST) == "done"
+        assert compute("failing", more, link_pb.BATCH_PLACE_LATER) == "done"
+        assert compute("failing", bad, link_pb.BATCH_PLACE_LATER) == "failed"
     else:
-        assert compute("failing", bad, link_pb.CALL_PART_FIRST) == "failed"
+        assert compute("failing", bad, link_pb.BATCH_PLACE_FIRST) == "failed"
     assert (answers[-1].failed.error, answers[-1].failed.model_broken) == ("Internal", False)
     adam = link_pb.OptimStep(adam_params=ADAM)
     calm, failing = [dict(apply(m, optim_step=adam).done.metrics) for m in ("calm", "failing")]

@@ -29,6 +29,7 @@ from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.transformers.engine import TransformersGeneration
 from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
 from tinsmithd.state import files as state_files
+from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from wire import reason_and_field
 
@@ -139,7 +140,7 @@ def states(tiny_model: Path) -> list[ModelState]:
     found = []
     for seed in range(2):
         data = make_data(seed, 2)
-        trainer.forward("m", data, CrossEntropy(), backward=True, on_result=lambda *_: None)
+        trainer.forward(Batch("m", data, CrossEntropy(), backward=True), lambda *_: None)
         trainer.optim_step("m", AdamParams(learning_rate=3e-2))
         found.append(trainer.export_state("m", optimizer=False))
     return found

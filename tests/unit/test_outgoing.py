@@ -4,12 +4,12 @@ import threading
 import time
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
-from tinsmithd.trainer.outgoing import RESULTS_BYTES_MAX, Outgoing
+from tinsmithd.trainer.outgoing import OUTPUTS_BYTES_MAX, Outgoing
 
 
-def results(command_id: int, count: int = 1) -> pb.AttachRequest:
-    outputs = pb.DatumResults(outputs=[b"datum"] * count)
-    return pb.AttachRequest(command_id=command_id, results=outputs)
+def outputs(command_id: int, count: int = 1) -> pb.AttachRequest:
+    some = pb.DatumOutputs(outputs=[b"datum"] * count)
+    return pb.AttachRequest(command_id=command_id, outputs=some)
 
 
 def piece(data: bytes) -> pb.AttachRequest:
@@ -17,52 +17,52 @@ def piece(data: bytes) -> pb.AttachRequest:
 
 
 def done(command_id: int, count: int = 0) -> pb.AttachRequest:
-    message = pb.Done(results=results(command_id, count).results if count else None)
+    message = pb.Done(outputs=outputs(command_id, count).outputs if count else None)
     return pb.AttachRequest(command_id=command_id, done=message)
 
 
-def test_results_that_wait_together_are_one_message() -> None:
+def test_outputs_that_wait_together_are_one_message() -> None:
     """Of one command only, with its end; what comes in between keeps its place."""
     outgoing = Outgoing()
     alive = pb.AttachRequest(alive=pb.Alive())
     failed = pb.AttachRequest(command_id=3, failed=pb.Failed())
     for message in (
-        *(results(1), results(1, 2), done(1)),
-        *(results(2), alive, results(2), done(2)),
-        *(results(3), results(3), failed),
-        *(done(4), results(5), done(5)),
+        *(outputs(1), outputs(1, 2), done(1)),
+        *(outputs(2), alive, outputs(2), done(2)),
+        *(outputs(3), outputs(3), failed),
+        *(done(4), outputs(5), done(5)),
     ):
         outgoing.put(message)
     outgoing.end()
     assert list(outgoing) == [
         done(1, 3),
-        *(results(2), alive, done(2, 1)),
-        *(results(3, 2), failed),
+        *(outputs(2), alive, done(2, 1)),
+        *(outputs(3, 2), failed),
         *(done(4), done(5, 1)),
     ]
 
 
-def test_results_wait_a_moment_for_the_end_of_their_command() -> None:
-    """Both leave together when the end comes at once; without it, the results leave alone."""
-    for wait_s, expected in ((60, [done(1, 1)]), (0, [results(1), done(1)])):
-        outgoing = Outgoing(results_wait_s=wait_s)
-        outgoing.put(results(1))
+def test_outputs_wait_a_moment_for_the_end_of_their_command() -> None:
+    """Both leave together when the end comes at once; without it, the outputs leave alone."""
+    for wait_s, expected in ((60, [done(1, 1)]), (0, [outputs(1), done(1)])):
+        outgoing = Outgoing(outputs_wait_s=wait_s)
+        outgoing.put(outputs(1))
         end = threading.Timer(0.1, lambda to: (to.put(done(1)), to.end()), [outgoing])
         end.start()
         assert list(outgoing) == expected
 
 
-def test_large_results_are_not_put_together() -> None:
+def test_large_outputs_are_not_put_together() -> None:
     """Beyond a size, and those of one more datum."""
     outgoing = Outgoing()
-    large = results(1)
-    large.results.outputs[0] = bytes(RESULTS_BYTES_MAX // 2)
+    large = outputs(1)
+    large.outputs.outputs[0] = bytes(OUTPUTS_BYTES_MAX // 2)
     for _ in range(5):
         copy = pb.AttachRequest()
         copy.CopyFrom(large)
         outgoing.put(copy)
     outgoing.end()
-    assert [len(message.results.outputs) for message in outgoing] == [2, 2, 1]
+    assert [len(message.outputs.outputs) for message in outgoing] == [2, 2, 1]
 
 
 def test_answers_go_before_pieces() -> None:

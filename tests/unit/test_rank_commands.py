@@ -11,12 +11,18 @@ from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1.training_service_pb2 import DatumOutput
 from tinsmithd.convert import types as convert
-from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, LossFn, ModelState, Tuning
+from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, ModelState, Tuning
 from tinsmithd.state import files as state_files
 from tinsmithd.state.tensors import MOMENTS
 from tinsmithd.trainer.commands import Commands
-from tinsmithd.trainer.engines.interface import ForwardResult, ModelBroken, OnResult, PlanMismatch
-from tinsmithd.trainer.snapshots import COPIES_MAX, PIECE_BYTES_MAX
+from tinsmithd.trainer.engines.interface import (
+    Batch,
+    CompositionMismatch,
+    ForwardResult,
+    ModelBroken,
+    OnOutput,
+)
+from tinsmithd.trainer.state_sender import COPIES_MAX, PIECE_BYTES_MAX
 
 LORA = LoraConfig(rank=2)
 BREAKING_STEP = pb.AttachResponse(
@@ -30,13 +36,13 @@ class Pretender:
     """An engine that computes nothing.
 
     Attributes:
-        calls: What it was asked to compute: data and plan.
+        batches: What it was asked to compute.
         value: In all its weights.
         deleted: Models that it was told to drop.
     """
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Sequence[Datum], bytes]] = []
+        self.batches: list[Batch] = []
         self.value = 1.0
         self.copies_count = 0
         self.deleted: list[str] = []
@@ -46,22 +52,13 @@ class Pretender:
     def delete_model(self, model_id: str) -> None:
         self.deleted.append(model_id)
 
-    def forward(
-        self,
-        model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        *,
-        backward: bool,
-        on_result: OnResult,
-        plan: bytes = b"",
-    ) -> ForwardResult:
-        if plan == b"of another call":
-            raise PlanMismatch("it does not fit")
-        self.calls.append((data, plan))
-        for index, datum in enumerate(data):
-            on_result(index, {"logprobs": np.full(len(datum.tokens), index, np.float32)})
-        return ForwardResult({"loss:sum": 2.5}, b"as planned", non_finite=backward)
+    def forward(self, batch: Batch, on_output: OnOutput) -> ForwardResult:
+        if batch.composition == b"of another call":
+            raise CompositionMismatch("it does not fit")
+        self.batches.append(batch)
+        for index, datum in enumerate(batch.data):
+            on_output(index, {"logprobs": np.full(len(datum.tokens), index, np.float32)})
+        return ForwardResult({"loss:sum": 2.5}, b"as composed", non_finite=batch.backward)
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         if adam.learning_rate == 666:
@@ -85,49 +82,49 @@ def engine() -> Pretender:
     return Pretender()
 
 
-def compute(plan: bytes = b"", *, backward: bool = True) -> pb.AttachResponse:
+def compute(composition: bytes = b"", *, backward: bool = True) -> pb.AttachResponse:
     """Two data of three tokens."""
     datum = Datum(np.arange(3), {"target_tokens": np.arange(3), "weights": np.ones(3, np.float32)})
     message = pb.Compute(
         loss_fn=convert.loss_fn_to_pb(CrossEntropy()),
         data=[convert.datum_to_pb(datum).SerializeToString()] * 2,
         backward=backward,
-        plan=plan,
+        composition=composition,
     )
     return pb.AttachResponse(command_id=7, model_id="m", compute=message)
 
 
 def snapshot(command_id: int, model_id: str = "m", *, optimizer: bool = True) -> pb.AttachResponse:
-    copied = pb.Snapshot(optimizer=optimizer)
-    return pb.AttachResponse(command_id=command_id, model_id=model_id, snapshot=copied)
+    copying = pb.CopyState(optimizer=optimizer)
+    return pb.AttachResponse(command_id=command_id, model_id=model_id, copy_state=copying)
 
 
-def test_a_compute_answers_with_its_plan_and_what_it_took(engine: Pretender) -> None:
-    """Results per datum first; data come as bytes, and the plan goes to the engine."""
+def test_a_compute_answers_with_its_composition_and_what_it_took(engine: Pretender) -> None:
+    """Outputs per datum first; data come as bytes, and the composition goes to the engine."""
     answers: list[pb.AttachRequest] = []
     Commands(engine, world_size=1).apply(compute(b"so"), answers.append)
-    *results, last = answers
+    *outputs, last = answers
     assert [a.command_id for a in answers] == [7] * len(answers)
-    (data, plan) = engine.calls[0]
-    assert plan == b"so"
-    assert [datum.tokens.tolist() for datum in data] == [[0, 1, 2]] * 2
-    outputs = [DatumOutput.FromString(answer.results.outputs[0]) for answer in results]
-    found = [tensors.decode(output.loss_fn_outputs["logprobs"]) for output in outputs]
+    batch = engine.batches[0]
+    assert batch.composition == b"so"
+    assert [datum.tokens.tolist() for datum in batch.data] == [[0, 1, 2]] * 2
+    read = [DatumOutput.FromString(answer.outputs.outputs[0]) for answer in outputs]
+    found = [tensors.decode(output.loss_fn_outputs["logprobs"]) for output in read]
     np.testing.assert_array_equal(found, [[0, 0, 0], [1, 1, 1]])
     assert dict(last.done.metrics) == {"loss:sum": 2.5}
-    assert (last.done.plan, last.done.non_finite) == (b"as planned", True)
+    assert (last.done.composition, last.done.non_finite) == (b"as composed", True)
     assert 0 < last.done.engine_s < 10
     Commands(engine, world_size=1).apply(compute(backward=False), answers.append)
     assert not answers[-1].done.non_finite
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_plan_that_does_not_fit_is_a_refusal(engine: Pretender, ranks: int) -> None:
+def test_a_composition_that_does_not_fit_is_a_refusal(engine: Pretender, ranks: int) -> None:
     """All ranks see it alike, so it does not end the group."""
     answers: list[pb.AttachRequest] = []
     Commands(engine, world_size=ranks).apply(compute(b"of another call"), answers.append)
     (answer,) = answers
-    assert (answer.failed.error, answer.failed.field) == ("InvalidArgument", "plan")
+    assert (answer.failed.error, answer.failed.field) == ("InvalidArgument", "composition")
     assert "it does not fit" in answer.failed.message
 
 
@@ -189,11 +186,11 @@ def files_of(messages: Sequence[pb.AttachRequest]) -> dict[str, bytes]:
 def test_a_snapshot_is_what_the_model_was_when_it_was_copied(
     engine: Pretender, optimizer: bool
 ) -> None:
-    """`captured` at once; the pieces and `done` later, whatever is answered in between."""
+    """`copied` at once; the pieces and `done` later, whatever is answered in between."""
     commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
     expected = state_files.to_files(engine.export_state("m", optimizer=optimizer))
     commands.apply(snapshot(1, optimizer=optimizer), answers.append, later)
-    assert answers == [pb.AttachRequest(command_id=1, captured=pb.Captured())]
+    assert answers == [pb.AttachRequest(command_id=1, copied=pb.Copied())]
     step = pb.AttachResponse(command_id=2, model_id="m", optim_step=pb.OptimStep())
     commands.apply(step, answers.append, later)
     assert answers[-1].done.metrics["step:last"] == 2
@@ -239,7 +236,7 @@ def test_a_stream_that_ended_gives_its_copies_back(engine: Pretender) -> None:
 
 
 def test_a_snapshot_that_fails_says_so(engine: Pretender, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it cannot be copied, in place of `captured`; where it cannot be written, later."""
+    """Where it cannot be copied, in place of `copied`; where it cannot be written, later."""
     commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
     later.go.set()
     commands.apply(snapshot(1, "absent"), answers.append, later)
@@ -251,7 +248,7 @@ def test_a_snapshot_that_fails_says_so(engine: Pretender, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(state_files, "to_pieces", break_off)
     commands.apply(snapshot(2), answers.append, later)
-    assert answers[-1].HasField("captured")
+    assert answers[-1].HasField("copied")
     later.wait()
     assert [m.WhichOneof("content") for m in later.messages] == ["piece", "failed"]
     assert later.messages[-1].failed.error == "Internal"

@@ -122,7 +122,7 @@ class Pretender:
         later: Callable[[pb.AttachRequest], bool],
     ) -> None:
         self.applied.put(command.command_id)
-        if command.HasField("snapshot"):
+        if command.HasField("copy_state"):
             piece = pb.StatePiece(data=bytes(1024 * 1024))
             while later(pb.AttachRequest(command_id=command.command_id, piece=piece)):
                 pass
@@ -251,7 +251,7 @@ def test_a_stream_that_breaks_holds_nobody_up(
     server.reads = False
     stream = server.attached()
     stream.welcome(1)
-    stream.say(pb.AttachResponse(command_id=1, snapshot=pb.Snapshot()))
+    stream.say(pb.AttachResponse(command_id=1, copy_state=pb.CopyState()))
     assert commands.applied.get(timeout=WAIT_S) == 1
     server.reads = True
     stream.end(grpc.StatusCode.UNAVAILABLE)

@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2, types_pb2
@@ -21,12 +19,14 @@ from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.answers import done_with, failed
 from tinsmithd.trainer.engines.interface import (
+    Batch,
+    CompositionMismatch,
+    DatumOutput,
     ForwardResult,
     ModelBroken,
-    PlanMismatch,
     TrainingEngine,
 )
-from tinsmithd.trainer.snapshots import Later, Snapshots
+from tinsmithd.trainer.state_sender import Later, StateSender
 
 RANK_MAX = 1 << 30
 """The Training server has checked the rank."""
@@ -58,7 +58,7 @@ class Commands:
         self._world_size = world_size
         self._model_ids: set[str] = set()
         self._pieces: dict[str, list[bytes]] = {}
-        self._snapshots = Snapshots() if rank == 0 else None
+        self._state_sender = StateSender() if rank == 0 else None
 
     def apply(self, command: pb.AttachResponse, reply: Reply, later: Later | None = None) -> None:
         """Carry out one command and answer it.
@@ -120,14 +120,14 @@ class Commands:
         return pb.Done()
 
     def _compute(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
-        with self._whole_call(command.model_id, command.compute.part):
+        with self._whole_call(command.model_id, command.compute.place):
             try:
                 result, engine_s = self._forward(command, replies)
-            except PlanMismatch as error:
-                raise InvalidArgument("plan", str(error)) from error
+            except CompositionMismatch as error:
+                raise InvalidArgument("composition", str(error)) from error
         return pb.Done(
             metrics=result.metrics,
-            plan=result.plan,
+            composition=result.composition,
             non_finite=result.non_finite,
             engine_s=engine_s,
         )
@@ -138,12 +138,12 @@ class Commands:
         """Compute, and say how long the engine took."""
         compute = command.compute
 
-        def on_result(index: int, outputs: Mapping[str, np.ndarray]) -> None:
+        def on_output(index: int, arrays: DatumOutput) -> None:
             output = training_service_pb2.DatumOutput()
-            for name, array in outputs.items():
+            for name, array in arrays.items():
                 tensors.write(output.loss_fn_outputs[name], array)
             message = pb.AttachRequest(command_id=command.command_id)
-            message.results.outputs.append(output.SerializeToString(deterministic=True))
+            message.outputs.outputs.append(output.SerializeToString(deterministic=True))
             replies.now(message)
 
         with _reading("data"):
@@ -152,28 +152,22 @@ class Commands:
                 for i, datum in enumerate(compute.data)
             ]
             loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
+        batch = Batch(command.model_id, data, loss_fn, compute.backward, compute.composition)
         start_s = time.perf_counter()
-        result = self._engine.forward(
-            command.model_id,
-            data,
-            loss_fn,
-            backward=compute.backward,
-            on_result=on_result,
-            plan=compute.plan,
-        )
+        result = self._engine.forward(batch, on_output)
         return result, time.perf_counter() - start_s
 
     @contextlib.contextmanager
-    def _whole_call(self, model_id: str, part: pb.CallPart.ValueType) -> Iterator[None]:
-        """Let a call that comes in several parts take effect wholly or not at all."""
-        if part == pb.CALL_PART_FIRST:
+    def _whole_call(self, model_id: str, place: pb.BatchPlace.ValueType) -> Iterator[None]:
+        """Let a call that comes in several batches take effect wholly or not at all."""
+        if place == pb.BATCH_PLACE_FIRST:
             self._engine.savepoint(model_id)
         try:
             yield
         except ModelBroken:
             raise
         except Exception:
-            if part != pb.CALL_PART_UNSPECIFIED:
+            if place != pb.BATCH_PLACE_UNSPECIFIED:
                 self._roll_back(model_id)
             raise
 
@@ -181,22 +175,22 @@ class Commands:
         try:
             self._engine.rollback(model_id)
         except Exception as error:
-            text = f"the parts of a failed call could not be undone: {error}"
+            text = f"the batches of a failed call could not be undone: {error}"
             raise ModelBroken(text) from error
 
     def _optim_step(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         adam = convert.adam_from_pb(command.optim_step.adam_params, "adam_params")
         return pb.Done(metrics=self._engine.optim_step(command.model_id, adam))
 
-    def _snapshot(self, command: pb.AttachResponse, replies: _Replies) -> None:
+    def _copy_state(self, command: pb.AttachResponse, replies: _Replies) -> None:
         def copy() -> ModelState:
-            optimizer = command.snapshot.optimizer
+            optimizer = command.copy_state.optimizer
             return self._engine.export_state(command.model_id, optimizer=optimizer)
 
-        if self._snapshots is None:
+        if self._state_sender is None:
             copy()  # the ranks do it together
         else:
-            self._snapshots.take(command.command_id, copy, replies.now, replies.later)
+            self._state_sender.take(command.command_id, copy, replies.now, replies.later)
 
     def _import_state(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         files = {name: b"".join(pieces) for name, pieces in self._pieces.items()}

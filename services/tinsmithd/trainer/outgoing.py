@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 
-RESULTS_BYTES_MAX = 1024 * 1024
-"""Results are put together up to so many bytes, and those of one datum more."""
-RESULTS_WAIT_S = 0.002
-"""So long results wait for more of them, or for the end of their command, to go out with. Without
-that, sending them would also take turns with the computing thread at the interpreter."""
+OUTPUTS_BYTES_MAX = 1024 * 1024
+"""Bytes after which a message takes in no more outputs; the last one may go beyond."""
+OUTPUTS_WAIT_S = 0.002
+"""Seconds that outputs wait for more of them, or for the end of their command, to go out with.
+Without the wait, the sending thread would take the interpreter from the computing one."""
 
 
 class Outgoing:
@@ -22,14 +22,14 @@ class Outgoing:
     not in memory once more.
 
     Args:
-        results_wait_s: See `RESULTS_WAIT_S`.
+        outputs_wait_s: See `OUTPUTS_WAIT_S`.
 
     Attributes:
         ended: Set when the stream is over; what is put from then on goes nowhere.
     """
 
-    def __init__(self, results_wait_s: float = RESULTS_WAIT_S) -> None:
-        self._results_wait_s = results_wait_s
+    def __init__(self, outputs_wait_s: float = OUTPUTS_WAIT_S) -> None:
+        self._outputs_wait_s = outputs_wait_s
         self.ended = threading.Event()
         self._lock = threading.Lock()
         self._filled = threading.Condition(self._lock)
@@ -68,19 +68,19 @@ class Outgoing:
             self._has_room.notify_all()
 
     def __iter__(self) -> Iterator[pb.AttachRequest]:
-        """The messages; results that wait together go out as one, the last with their `done`."""
+        """The messages; outputs that wait together go out as one, the last with their `done`."""
         while (taken := self._take()) is not None:
             first, *others = taken
             for other in others:
                 if other.HasField("done"):
-                    other.done.results.CopyFrom(first.results)
+                    other.done.outputs.CopyFrom(first.outputs)
                     first = other
                 else:
-                    first.results.MergeFrom(other.results)
+                    first.outputs.MergeFrom(other.outputs)
             yield first
 
     def _take(self) -> list[pb.AttachRequest] | None:
-        """The next message; results with their neighbours, up to the `done` of their command."""
+        """The next message; outputs with their neighbours, up to the `done` of their command."""
         with self._lock:
             while not self._now and not self._later:
                 if self.ended.is_set():
@@ -91,8 +91,8 @@ class Outgoing:
                 return [self._later.popleft()]
             taken = [self._now.popleft()]
             size = taken[0].ByteSize()
-            deadline_s = time.monotonic() + self._results_wait_s
-            while taken[-1].HasField("results") and size < RESULTS_BYTES_MAX:
+            deadline_s = time.monotonic() + self._outputs_wait_s
+            while taken[-1].HasField("outputs") and size < OUTPUTS_BYTES_MAX:
                 if not self._now:
                     self._filled.wait(max(0.0, deadline_s - time.monotonic()))
                 # Those of another command follow a message of another kind: each ends with one.
@@ -103,5 +103,5 @@ class Outgoing:
             return taken
 
 
-def _belongs(message: pb.AttachRequest, results: pb.AttachRequest) -> bool:
-    return message.command_id == results.command_id and not message.HasField("failed")
+def _belongs(message: pb.AttachRequest, outputs: pb.AttachRequest) -> bool:
+    return message.command_id == outputs.command_id and not message.HasField("failed")

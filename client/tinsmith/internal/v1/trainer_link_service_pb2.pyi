@@ -22,29 +22,29 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _CallPart:
+class _BatchPlace:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _CallPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CallPart.ValueType], _builtins.type):
+class _BatchPlaceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BatchPlace.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    CALL_PART_UNSPECIFIED: _CallPart.ValueType  # 0
-    """The whole call, or no gradients to add: it undoes itself."""
-    CALL_PART_FIRST: _CallPart.ValueType  # 1
-    """The first of several: the waiting gradients are remembered before it."""
-    CALL_PART_LATER: _CallPart.ValueType  # 2
+    BATCH_PLACE_UNSPECIFIED: _BatchPlace.ValueType  # 0
+    """The only one, or no gradients to add: it undoes itself."""
+    BATCH_PLACE_FIRST: _BatchPlace.ValueType  # 1
+    """The first of several: the pending gradients are remembered before it."""
+    BATCH_PLACE_LATER: _BatchPlace.ValueType  # 2
     """A later one."""
 
-class CallPart(_CallPart, metaclass=_CallPartEnumTypeWrapper):
-    """Which of a call's parts a command is. Other models' commands may come between the parts."""
+class BatchPlace(_BatchPlace, metaclass=_BatchPlaceEnumTypeWrapper):
+    """Which of its call's batches a command computes. Other models' commands may come between them."""
 
-CALL_PART_UNSPECIFIED: CallPart.ValueType  # 0
-"""The whole call, or no gradients to add: it undoes itself."""
-CALL_PART_FIRST: CallPart.ValueType  # 1
-"""The first of several: the waiting gradients are remembered before it."""
-CALL_PART_LATER: CallPart.ValueType  # 2
+BATCH_PLACE_UNSPECIFIED: BatchPlace.ValueType  # 0
+"""The only one, or no gradients to add: it undoes itself."""
+BATCH_PLACE_FIRST: BatchPlace.ValueType  # 1
+"""The first of several: the pending gradients are remembered before it."""
+BATCH_PLACE_LATER: BatchPlace.ValueType  # 2
 """A later one."""
-Global___CallPart: _TypeAlias = CallPart  # noqa: Y015
+Global___BatchPlace: _TypeAlias = BatchPlace  # noqa: Y015
 
 @_typing.final
 class AttachRequest(_message.Message):
@@ -55,12 +55,12 @@ class AttachRequest(_message.Message):
     COMMAND_ID_FIELD_NUMBER: _builtins.int
     HELLO_FIELD_NUMBER: _builtins.int
     LOADING_FIELD_NUMBER: _builtins.int
-    RESULTS_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     PIECE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
-    CAPTURED_FIELD_NUMBER: _builtins.int
+    COPIED_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     """The command that this answers; 0 in `hello`, `loading` and `alive`."""
@@ -73,8 +73,8 @@ class AttachRequest(_message.Message):
         """Progress while the base model loads, before `hello`."""
 
     @_builtins.property
-    def results(self) -> Global___DatumResults:
-        """Results of the next data, in datum order. More follow."""
+    def outputs(self) -> Global___DatumOutputs:
+        """Outputs of the next data, in datum order. More follow."""
 
     @_builtins.property
     def piece(self) -> Global___StatePiece:
@@ -86,8 +86,8 @@ class AttachRequest(_message.Message):
 
     @_builtins.property
     def failed(self) -> Global___Failed:
-        """The command failed and had no effect, unless `model_broken`. A part of a call that failed also
-        took back the effect of the parts before it.
+        """The command failed and had no effect, unless `model_broken`. A batch that failed also took back
+        the effect of the batches of its call before it.
         """
 
     @_builtins.property
@@ -95,8 +95,8 @@ class AttachRequest(_message.Message):
         """Said every two seconds, by a thread that computing does not stop: the process lives."""
 
     @_builtins.property
-    def captured(self) -> Global___Captured:
-        """Answers `snapshot` at once: the state was copied and the next command may come. Its pieces and
+    def copied(self) -> Global___Copied:
+        """Answers `copy_state` at once: the state was copied and the next command may come. Its pieces and
         `done` follow, in between what other commands answer.
         """
 
@@ -110,19 +110,19 @@ class AttachRequest(_message.Message):
         command_id: _builtins.int = ...,
         hello: Global___Hello | None = ...,
         loading: Global___Loading | None = ...,
-        results: Global___DatumResults | None = ...,
+        outputs: Global___DatumOutputs | None = ...,
         piece: Global___StatePiece | None = ...,
         done: Global___Done | None = ...,
         failed: Global___Failed | None = ...,
         alive: Global___Alive | None = ...,
-        captured: Global___Captured | None = ...,
+        copied: Global___Copied | None = ...,
         leaving: Global___Leaving | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "leaving", b"leaving", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "content", b"content", "copied", b"copied", "done", b"done", "failed", b"failed", "hello", b"hello", "leaving", b"leaving", "loading", b"loading", "outputs", b"outputs", "piece", b"piece"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "captured", b"captured", "command_id", b"command_id", "content", b"content", "done", b"done", "failed", b"failed", "hello", b"hello", "leaving", b"leaving", "loading", b"loading", "piece", b"piece", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "command_id", b"command_id", "content", b"content", "copied", b"copied", "done", b"done", "failed", b"failed", "hello", b"hello", "leaving", b"leaving", "loading", b"loading", "outputs", b"outputs", "piece", b"piece"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "results", "piece", "done", "failed", "alive", "captured", "leaving"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "loading", "outputs", "piece", "done", "failed", "alive", "copied", "leaving"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -163,7 +163,7 @@ class Alive(_message.Message):
 Global___Alive: _TypeAlias = Alive  # noqa: Y015
 
 @_typing.final
-class Captured(_message.Message):
+class Copied(_message.Message):
     """The state was copied."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -177,7 +177,7 @@ class Captured(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Captured: _TypeAlias = Captured  # noqa: Y015
+Global___Copied: _TypeAlias = Copied  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -270,8 +270,8 @@ class Loading(_message.Message):
 Global___Loading: _TypeAlias = Loading  # noqa: Y015
 
 @_typing.final
-class DatumResults(_message.Message):
-    """Results of some data, continuing from the message before."""
+class DatumOutputs(_message.Message):
+    """Outputs of some data, continuing from the message before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -293,7 +293,7 @@ class DatumResults(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DatumResults: _TypeAlias = DatumResults  # noqa: Y015
+Global___DatumOutputs: _TypeAlias = DatumOutputs  # noqa: Y015
 
 @_typing.final
 class StatePiece(_message.Message):
@@ -351,18 +351,18 @@ class Done(_message.Message):
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
     FULL_CONFIG_FIELD_NUMBER: _builtins.int
-    PLAN_FIELD_NUMBER: _builtins.int
+    COMPOSITION_FIELD_NUMBER: _builtins.int
     NON_FINITE_FIELD_NUMBER: _builtins.int
     ENGINE_S_FIELD_NUMBER: _builtins.int
-    RESULTS_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Optimizer steps that an exported or imported state has."""
-    plan: _builtins.bytes
+    composition: _builtins.bytes
     """Of a compute: which data were computed together, in a form of the engine's own. The same command
-    with this plan gives the same bits again, on a group of the same identity.
+    with this composition gives the same bits again, on a group of the same identity.
     """
     non_finite: _builtins.bool
-    """Of a compute with backward: the gradients that wait now are not all finite."""
+    """Of a compute with backward: the pending gradients are not all finite now."""
     engine_s: _builtins.float
     """Of a compute: seconds that the engine took."""
     @_builtins.property
@@ -378,8 +378,8 @@ class Done(_message.Message):
         """All weights."""
 
     @_builtins.property
-    def results(self) -> Global___DatumResults:
-        """Of a compute: the last results, where they come together with this."""
+    def outputs(self) -> Global___DatumOutputs:
+        """Of a compute: the last outputs, where they come together with this."""
 
     def __init__(
         self,
@@ -388,14 +388,14 @@ class Done(_message.Message):
         step_count: _builtins.int = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
         full_config: _types_pb2.FullConfig | None = ...,
-        plan: _builtins.bytes = ...,
+        composition: _builtins.bytes = ...,
         non_finite: _builtins.bool = ...,
         engine_s: _builtins.float = ...,
-        results: Global___DatumResults | None = ...,
+        outputs: Global___DatumOutputs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "results", b"results", "tuning", b"tuning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "outputs", b"outputs", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "non_finite", b"non_finite", "plan", b"plan", "results", b"results", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["composition", b"composition", "engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "non_finite", b"non_finite", "outputs", b"outputs", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -456,7 +456,7 @@ class AttachResponse(_message.Message):
     PIECE_FIELD_NUMBER: _builtins.int
     IMPORT_STATE_FIELD_NUMBER: _builtins.int
     WELCOME_FIELD_NUMBER: _builtins.int
-    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    COPY_STATE_FIELD_NUMBER: _builtins.int
     command_id: _builtins.int
     """Number of the command, rising."""
     model_id: _builtins.str
@@ -471,7 +471,7 @@ class AttachResponse(_message.Message):
 
     @_builtins.property
     def compute(self) -> Global___Compute:
-        """Forward, or forward and backward."""
+        """Forward, or forward and backward, of one batch."""
 
     @_builtins.property
     def optim_step(self) -> Global___OptimStep:
@@ -490,7 +490,7 @@ class AttachResponse(_message.Message):
         """First message of all: this group is at work from now on."""
 
     @_builtins.property
-    def snapshot(self) -> Global___Snapshot:
+    def copy_state(self) -> Global___CopyState:
         """Copy the model's state, then send it while other commands are carried out."""
 
     def __init__(
@@ -505,13 +505,13 @@ class AttachResponse(_message.Message):
         piece: Global___StatePiece | None = ...,
         import_state: Global___ImportState | None = ...,
         welcome: Global___Welcome | None = ...,
-        snapshot: Global___Snapshot | None = ...,
+        copy_state: Global___CopyState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "import_state", b"import_state", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "compute", b"compute", "copy_state", b"copy_state", "create_model", b"create_model", "delete_model", b"delete_model", "import_state", b"import_state", "optim_step", b"optim_step", "piece", b"piece", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "compute", b"compute", "create_model", b"create_model", "delete_model", b"delete_model", "import_state", b"import_state", "model_id", b"model_id", "optim_step", b"optim_step", "piece", b"piece", "snapshot", b"snapshot", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "command_id", b"command_id", "compute", b"compute", "copy_state", b"copy_state", "create_model", b"create_model", "delete_model", b"delete_model", "import_state", b"import_state", "model_id", b"model_id", "optim_step", b"optim_step", "piece", b"piece", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["create_model", "delete_model", "compute", "optim_step", "piece", "import_state", "welcome", "snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["create_model", "delete_model", "compute", "optim_step", "piece", "import_state", "welcome", "copy_state"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -540,7 +540,7 @@ class Welcome(_message.Message):
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
-class Snapshot(_message.Message):
+class CopyState(_message.Message):
     """Copy the model's state, then send the copy as pieces, then done."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -559,7 +559,7 @@ class Snapshot(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
+Global___CopyState: _TypeAlias = CopyState  # noqa: Y015
 
 @_typing.final
 class CreateModel(_message.Message):
@@ -612,20 +612,20 @@ Global___DeleteModel: _TypeAlias = DeleteModel  # noqa: Y015
 
 @_typing.final
 class Compute(_message.Message):
-    """Forward, or forward and backward."""
+    """Forward, or forward and backward, of one batch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LOSS_FN_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     BACKWARD_FIELD_NUMBER: _builtins.int
-    PART_FIELD_NUMBER: _builtins.int
-    PLAN_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    COMPOSITION_FIELD_NUMBER: _builtins.int
     backward: _builtins.bool
     """Add gradients."""
-    part: Global___CallPart.ValueType
-    """What of a call this is; only said where gradients are added."""
-    plan: _builtins.bytes
+    place: Global___BatchPlace.ValueType
+    """Which batch of its call this is; only said where gradients are added."""
+    composition: _builtins.bytes
     """Compute in this composition, which an earlier `done` gave; empty lets the engine choose."""
     @_builtins.property
     def loss_fn(self) -> _types_pb2.LossFn:
@@ -643,12 +643,12 @@ class Compute(_message.Message):
         loss_fn: _types_pb2.LossFn | None = ...,
         data: _abc.Iterable[_builtins.bytes] | None = ...,
         backward: _builtins.bool = ...,
-        part: Global___CallPart.ValueType = ...,
-        plan: _builtins.bytes = ...,
+        place: Global___BatchPlace.ValueType = ...,
+        composition: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss_fn", b"loss_fn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "data", b"data", "loss_fn", b"loss_fn", "part", b"part", "plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "composition", b"composition", "data", b"data", "loss_fn", b"loss_fn", "place", b"place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

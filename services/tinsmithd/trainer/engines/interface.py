@@ -16,37 +16,57 @@ from typing import Protocol
 import numpy as np
 
 from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, ModelState, Tuning
+from tinsmithd.trainer.composition.rounds import CompositionMismatch as CompositionMismatch
 
-LossOutputs = Mapping[str, np.ndarray]
-"""Per datum: `logprobs`, float32, shaped like that datum's `target_tokens`."""
+DatumOutput = Mapping[str, np.ndarray]
+"""Of one datum: `logprobs`, float32, shaped like its `target_tokens`."""
 
-OnResult = Callable[[int, LossOutputs], None]
-"""Called once per datum with its index in the call, in order, as soon as it is computed."""
+OnOutput = Callable[[int, DatumOutput], None]
+"""Called once per datum with its index in the batch, in order, as soon as it is computed."""
 
 
 class ModelBroken(Exception):
     """A call failed half-way and its effect cannot be undone; the model must not be used."""
 
 
-class PlanMismatch(ValueError):
-    """A plan is not one of such a call on such ranks; nothing was done."""
+@dataclass(frozen=True)
+class Batch:
+    """What an engine computes in one turn.
+
+    Everything that is computed together is said here, and nothing of it in a signature: data that
+    share a prefix, or data of several models, would be fields of this value.
+
+    Attributes:
+        model_id: The model of all data.
+        data: What to compute.
+        loss_fn: Which loss, of all data.
+        backward: Whether to add gradients to the model's pending ones.
+        composition: Compute in exactly this composition, which an earlier `ForwardResult` gave;
+            empty lets the engine choose.
+    """
+
+    model_id: str
+    data: Sequence[Datum]
+    loss_fn: LossFn
+    backward: bool
+    composition: bytes = b""
 
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """What a `forward` gave besides the results of its data.
+    """What a `forward` gave besides the outputs of its data.
 
     Attributes:
         metrics: Named `name:reduction`; `loss:sum` is always there.
-        plan: In which composition the data were computed, as executed. The same call with this
-            plan on a model in the same state, by an engine of equal `identity`, gives the same
-            bits on a CPU.
-        non_finite: With gradients, whether those that wait for this model's step are no longer all
+        composition: In which composition the data were computed, as executed. The same batch in
+            this composition on a model in the same state, by an engine of equal `identity`, gives
+            the same bits on a CPU.
+        non_finite: With `backward`, whether the model's pending gradients are no longer all
             finite, on whichever rank; else False.
     """
 
     metrics: Mapping[str, float]
-    plan: bytes
+    composition: bytes
     non_finite: bool = False
 
 
@@ -62,7 +82,7 @@ class TrainingEngine(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result may depend on, besides calls and their plans."""
+        """All that the last bit of a result may depend on, besides calls and their compositions."""
 
     def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model without optimizer state.
@@ -79,43 +99,29 @@ class TrainingEngine(Protocol):
     def delete_model(self, model_id: str) -> None:
         """Drop a model and free what it held. An unknown id is no error."""
 
-    def forward(
-        self,
-        model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        *,
-        backward: bool,
-        on_result: OnResult,
-        plan: bytes = b"",
-    ) -> ForwardResult:
-        """Compute the summed loss and, with `backward`, add its gradients to those waiting.
+    def forward(self, batch: Batch, on_output: OnOutput) -> ForwardResult:
+        """Compute the summed loss and, with `backward`, add its gradients to the pending ones.
 
         Args:
-            model_id: Which model.
-            data: What to compute.
-            loss_fn: Which loss.
-            backward: Whether to add gradients.
-            on_result: Takes the results.
-            plan: Compute in exactly this composition, which an earlier result gave; empty lets
-                the engine choose.
+            batch: What to compute.
+            on_output: Takes the outputs.
 
         Raises:
-            PlanMismatch: The plan is not one of this call.
+            CompositionMismatch: The composition is not one of this batch.
             ResourceExhausted: Memory does not suffice (OUT_OF_MEMORY): for a datum alone or, since
-                a plan is followed and not changed, for one of the plan's micro-batches.
+                a given composition is followed and not changed, for one of its micro-batches.
         """
 
     def savepoint(self, model_id: str) -> None:
-        """Remember the waiting gradients, for `rollback`; the one remembered before is dropped."""
+        """Remember the pending gradients for `rollback`; what was remembered before is dropped."""
 
     def rollback(self, model_id: str) -> None:
-        """Put the waiting gradients back to the `savepoint`, and forget it."""
+        """Put the pending gradients back to the `savepoint`, and forget it."""
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply one AdamW step with the waiting gradients and clear them.
+        """Apply one AdamW step with the pending gradients and clear them.
 
-        With no gradients waiting they count as zero (momentum and decay still act).
+        Where none are pending they count as zero (momentum and decay still act).
 
         Returns:
             `grad_norm:last`, the global L2 norm before clipping, and `step:last`.
@@ -133,7 +139,7 @@ class TrainingEngine(Protocol):
         """
 
     def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
-        """Replace a model's weights by `state`'s and drop waiting gradients.
+        """Replace a model's weights by `state`'s and drop its pending gradients.
 
         With `optimizer` the moments and step count come too, else they start from zero.
 

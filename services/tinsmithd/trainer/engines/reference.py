@@ -13,9 +13,7 @@ from tinsmithd import failpoints
 from tinsmithd.domain import (
     AdamParams,
     BaseModelInfo,
-    Datum,
     LoraConfig,
-    LossFn,
     ModelState,
     Tuning,
 )
@@ -26,10 +24,11 @@ from tinsmithd.modeling.lora import Adapters, check_same_shape
 from tinsmithd.trainer.compute.plain import compute_datum
 from tinsmithd.trainer.engines import identity
 from tinsmithd.trainer.engines.interface import (
+    Batch,
+    CompositionMismatch,
     ForwardResult,
     ModelBroken,
-    OnResult,
-    PlanMismatch,
+    OnOutput,
 )
 
 CLIP_EPS = 1e-6
@@ -38,12 +37,12 @@ CLIP_EPS = 1e-6
 EPS_MIN = 1e-30
 """Stands for an eps of 0, with which a gradient of 0 would be divided by 0."""
 
-PLAN = b"one by one"
-"""Of every call: there is no other composition."""
+COMPOSITION = b"one by one"
+"""Of every batch: there is no other."""
 
 
 class _Model:
-    """What one model trains, with its waiting gradients and Adam moments."""
+    """What one model trains, with its pending gradients and Adam moments."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.names = list(parameters)
@@ -52,14 +51,14 @@ class _Model:
         self.savepoint: list[torch.Tensor] | None = None
         self.reset_optimizer()
 
-    def waiting(self) -> list[torch.Tensor]:
-        """The gradients that wait for a step, zero where nothing waits."""
+    def pending(self) -> list[torch.Tensor]:
+        """The pending gradients, zeros where there are none."""
         if self.gradients is None:
             self.gradients = [torch.zeros_like(p) for p in self.parameters]
         return self.gradients
 
     def copy(self) -> list[torch.Tensor] | None:
-        """What waits, to go back to."""
+        """A copy of the pending gradients, to go back to."""
         return None if self.gradients is None else [g.clone() for g in self.gradients]
 
     def reset_optimizer(self) -> None:
@@ -105,28 +104,19 @@ class ReferenceEngine:
         self._models.pop(model_id, None)
         self._weights.remove(model_id)
 
-    def forward(
-        self,
-        model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        *,
-        backward: bool,
-        on_result: OnResult,
-        plan: bytes = b"",
-    ) -> ForwardResult:
-        """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
-        if plan not in (b"", PLAN):
-            raise PlanMismatch("not a plan of this engine, which computes one by one")
-        failpoint = "mid_backward" if backward else "mid_forward"
-        model = self._models[model_id]
+    def forward(self, batch: Batch, on_output: OnOutput) -> ForwardResult:
+        """Compute the summed loss and, with `backward`, add its gradients to the pending ones."""
+        if batch.composition not in (b"", COMPOSITION):
+            raise CompositionMismatch("not a composition of this engine, which computes one by one")
+        failpoint = "mid_backward" if batch.backward else "mid_forward"
+        model = self._models[batch.model_id]
         before = model.copy()
-        gradients = model.waiting() if backward else None
+        gradients = model.pending() if batch.backward else None
         loss = 0.0
         try:
-            with self._weights.active(model_id) as causal_lm:
-                head = self._weights.head(model_id)
-                for index, datum in enumerate(data):
+            with self._weights.active(batch.model_id) as causal_lm:
+                head = self._weights.head(batch.model_id)
+                for index, datum in enumerate(batch.data):
                     if index:
                         failpoints.hit(failpoint)
                     result = compute_datum(
@@ -134,35 +124,35 @@ class ReferenceEngine:
                         head,
                         model.parameters,
                         datum,
-                        loss_fn,
+                        batch.loss_fn,
                         gradients,
                         self._device,
                     )
                     loss += result.loss
-                    if len(data) == 1:
+                    if len(batch.data) == 1:
                         failpoints.hit(failpoint)
-                    on_result(index, {"logprobs": result.logprobs})
+                    on_output(index, {"logprobs": result.logprobs})
         except BaseException:
             model.gradients = before
             raise
         finite = all(bool(gradient.isfinite().all()) for gradient in gradients or ())
-        return ForwardResult({"loss:sum": loss}, PLAN, non_finite=not finite)
+        return ForwardResult({"loss:sum": loss}, COMPOSITION, non_finite=not finite)
 
     def savepoint(self, model_id: str) -> None:
-        """Remember the waiting gradients, for `rollback`."""
+        """Remember the pending gradients, for `rollback`."""
         self._models[model_id].savepoint = self._models[model_id].copy()
 
     def rollback(self, model_id: str) -> None:
-        """Put the waiting gradients back to the `savepoint`, and forget it."""
+        """Put the pending gradients back to the `savepoint`, and forget it."""
         model = self._models[model_id]
         model.gradients, model.savepoint = model.savepoint, None
 
     @torch.no_grad()
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply one AdamW step with the waiting gradients and clear them."""
+        """Apply one AdamW step with the pending gradients and clear them."""
         failpoints.hit("pre_optim")
         model = self._models[model_id]
-        gradients = model.waiting()
+        gradients = model.pending()
         model.gradients = model.savepoint = None
         # Finite gradients can have an infinite norm; their squares would spoil the moments.
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
@@ -196,7 +186,7 @@ class ReferenceEngine:
         )
 
     def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
-        """Replace a model's weights by `state`'s and drop waiting gradients."""
+        """Replace a model's weights by `state`'s and drop its pending gradients."""
         model = self._models[model_id]
         parameters = self._weights.parameters(model_id)
         moments = check_state(
@@ -236,7 +226,7 @@ def _adamw(
 def non_finite_gradient() -> FailedPrecondition:
     """The error of a step whose gradients, or their norm, are NaN or infinite."""
     return FailedPrecondition(
-        "a waiting gradient, or the norm of them all, is NaN or infinite; the gradients were "
+        "a pending gradient, or the norm of them all, is NaN or infinite; the gradients were "
         "cleared, weights are unchanged",
         Reason.NON_FINITE_GRADIENT,
     )

@@ -5,18 +5,16 @@ the base is loaded again whenever a model is created on the other side of one.
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from tinsmithd.domain import (
     AdamParams,
     BaseModelInfo,
-    Datum,
     FullConfig,
-    LossFn,
     ModelState,
     Tuning,
 )
-from tinsmithd.trainer.engines.interface import ClosableEngine, ForwardResult, OnResult
+from tinsmithd.trainer.engines.interface import Batch, ClosableEngine, ForwardResult, OnOutput
 
 
 class SwitchingEngine:
@@ -53,7 +51,7 @@ class SwitchingEngine:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result may depend on, besides calls and their plans."""
+        """All that the last bit of a result may depend on, besides calls and their compositions."""
         return self._identity
 
     def create_model(self, model_id: str, tuning: Tuning) -> None:
@@ -90,31 +88,20 @@ class SwitchingEngine:
         else:
             self.engine.delete_model(model_id)
 
-    def forward(
-        self,
-        model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        *,
-        backward: bool,
-        on_result: OnResult,
-        plan: bytes = b"",
-    ) -> ForwardResult:
-        """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
-        return self.engine.forward(
-            model_id, data, loss_fn, backward=backward, on_result=on_result, plan=plan
-        )
+    def forward(self, batch: Batch, on_output: OnOutput) -> ForwardResult:
+        """Compute the summed loss and, with `backward`, add its gradients to the pending ones."""
+        return self.engine.forward(batch, on_output)
 
     def savepoint(self, model_id: str) -> None:
-        """Remember the waiting gradients, for `rollback`."""
+        """Remember the pending gradients, for `rollback`."""
         self.engine.savepoint(model_id)
 
     def rollback(self, model_id: str) -> None:
-        """Put the waiting gradients back to the `savepoint`, and forget it."""
+        """Put the pending gradients back to the `savepoint`, and forget it."""
         self.engine.rollback(model_id)
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply one AdamW step with the waiting gradients and clear them."""
+        """Apply one AdamW step with the pending gradients and clear them."""
         return self.engine.optim_step(model_id, adam)
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
@@ -122,5 +109,5 @@ class SwitchingEngine:
         return self.engine.export_state(model_id, optimizer=optimizer)
 
     def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
-        """Replace a model's weights by `state`'s and drop waiting gradients."""
+        """Replace a model's weights by `state`'s and drop its pending gradients."""
         self.engine.import_state(model_id, state, optimizer=optimizer)

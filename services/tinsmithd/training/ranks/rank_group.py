@@ -42,9 +42,9 @@ OnPart = Callable[[pb.AttachRequest], Awaitable[None]]
 _log = logging.getLogger(__name__)
 _ERRORS = {cls.__name__: cls for cls in TinsmithError.__subclasses__()}
 _PARTS = {
-    CallPart.WHOLE: pb.CALL_PART_UNSPECIFIED,
-    CallPart.FIRST: pb.CALL_PART_FIRST,
-    CallPart.LATER: pb.CALL_PART_LATER,
+    CallPart.WHOLE: pb.BATCH_PLACE_UNSPECIFIED,
+    CallPart.FIRST: pb.BATCH_PLACE_FIRST,
+    CallPart.LATER: pb.BATCH_PLACE_LATER,
 }
 
 
@@ -150,28 +150,28 @@ class RankGroup:
         compute = command.compute
         compute.loss_fn.ParseFromString(work.loss)
         compute.data.extend(work.data)
-        compute.backward, compute.part, compute.plan = work.backward, _PARTS[part], plan
+        compute.backward, compute.place, compute.composition = work.backward, _PARTS[part], plan
 
         expected = len(work.data)
 
         async def take(message: pb.AttachRequest) -> None:
-            results(message.results)
+            outputs(message.outputs)
 
-        def results(some: pb.DatumResults) -> None:
+        def outputs(some: pb.DatumOutputs) -> None:
             nonlocal expected
             expected -= len(some.outputs)
             if expected < 0:
-                raise self._nonsense("more results than data")
+                raise self._nonsense("more outputs than data")
             for output in some.outputs:
                 on_result(output)
 
-        done = await self._finish(await self._begin(command), "results", take)
-        results(done.results)
+        done = await self._finish(await self._begin(command), "outputs", take)
+        outputs(done.outputs)
         if expected:
-            raise self._nonsense(f"{expected} results are missing")
+            raise self._nonsense(f"{expected} outputs are missing")
         if not 0 <= done.engine_s < math.inf:
             raise self._nonsense(f"{done.engine_s} seconds of work")
-        return Computed(dict(done.metrics), done.plan, done.non_finite, done.engine_s)
+        return Computed(dict(done.metrics), done.composition, done.non_finite, done.engine_s)
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply the waiting gradients; returns the metrics."""
@@ -182,16 +182,16 @@ class RankGroup:
         self, model_id: str, *, optimizer: bool, on_piece: OnPiece
     ) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends it to `on_piece`."""
-        copied = pb.Snapshot(optimizer=optimizer)
-        command = pb.AttachResponse(model_id=model_id, snapshot=copied)
+        copying = pb.CopyState(optimizer=optimizer)
+        command = pb.AttachResponse(model_id=model_id, copy_state=copying)
         answers = await self._begin(command)
         first = await self._next(answers)
         case = first.WhichOneof("content")
-        if case != "captured":
+        if case != "copied":
             self._answers.pop(answers.command_id)
             if case == "failed":
                 raise self._failure(first.failed)
-            raise self._nonsense(f"{case} before captured")
+            raise self._nonsense(f"{case} before copied")
 
         async def send() -> StateInfo:
             try:

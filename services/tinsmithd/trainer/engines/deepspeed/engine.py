@@ -1,15 +1,16 @@
 """The DeepSpeed engine: one rank or many, ZeRO stages 0 to 3.
 
 Data are cut into micro-batches by tokens, each computed in one forward without padding, and dealt
-out to the ranks; gradients wait in a buffer on each rank. A step sums them over the ranks, once,
-and hands each rank's slice to a DeepSpeed engine that holds this one adapter (`zero_adapter`).
+out to the ranks; each rank holds its pending gradients in a buffer. A step sums them over the
+ranks, once, and hands each rank's slice to a DeepSpeed engine that holds this one adapter
+(`zero_adapter`).
 With stage 3 the frozen base is partitioned over the ranks too, before PEFT wraps it.
 """
 
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,22 +18,23 @@ import torch
 import torch.distributed as dist
 
 from tinsmithd import failpoints
-from tinsmithd.domain import AdamParams, BaseModelInfo, Datum, LossFn, ModelState, Tuning
+from tinsmithd.domain import AdamParams, BaseModelInfo, ModelState, Tuning
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.full import FullWeights
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.packing import use_packed_attention
-from tinsmithd.trainer.compute import batching
-from tinsmithd.trainer.engines import identity, memory
-from tinsmithd.trainer.engines import plan as plans
+from tinsmithd.trainer.composition import rounds
+from tinsmithd.trainer.composition.compose import compose
+from tinsmithd.trainer.composition.rounds import Round
+from tinsmithd.trainer.compute import memory
+from tinsmithd.trainer.engines import identity
 from tinsmithd.trainer.engines.deepspeed import distributed
+from tinsmithd.trainer.engines.deepspeed.batch_run import BatchRun, RankContext
 from tinsmithd.trainer.engines.deepspeed.residency import ResidentModels, Slot
-from tinsmithd.trainer.engines.deepspeed.rounds import Call, Place
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
 from tinsmithd.trainer.engines.deepspeed.zero_base import partition
-from tinsmithd.trainer.engines.interface import ForwardResult, ModelBroken, OnResult
-from tinsmithd.trainer.engines.plan import MicroBatch, Round
+from tinsmithd.trainer.engines.interface import Batch, ForwardResult, ModelBroken, OnOutput
 from tinsmithd.trainer.engines.reference import check_state, non_finite_gradient
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -71,7 +73,7 @@ class DeepSpeedEngine:
             zero = replace(zero, gathered_bytes_max=0)
         self._partition = partition(base.model, zero) if zero.stage == 3 else None
         self._weights = FullWeights(base) if full else Adapters(base, fused=True)
-        self._place = Place(
+        self._context = RankContext(
             self._weights,
             self._device,
             rank=dist.get_rank(),
@@ -97,16 +99,17 @@ class DeepSpeedEngine:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result may depend on, besides calls and their plans."""
-        # Not in here, since no number depends on it: `micro_batch_tokens_max` and
-        # `activation_bytes_max`, which only say how a call is composed, and plans have that;
-        # `gathered_bytes_max`, since weights have the same values whenever they are gathered; and
-        # `resident_models_max`, since a model leaves the device and comes back by copying.
+        """All that the last bit of a result may depend on, besides calls and their compositions."""
+
+        # No number depends on `micro_batch_tokens_max` and `activation_bytes_max`, which decide a
+        # batch's composition alone; on `gathered_bytes_max`, since weights have the same values
+        # whenever they are gathered; or on `resident_models_max`, since a model leaves the device
+        # and comes back by copying.
         return identity.describe(
             "deepspeed",
             self._base,
             self._device,
-            world_size=self._place.world_size,
+            world_size=self._context.world_size,
             zero_stage=self._zero.stage,
             offload=self._zero.offload,
         )
@@ -120,7 +123,7 @@ class DeepSpeedEngine:
         """
         weights = self._weights
         if (
-            self._place.partitioned
+            self._context.partitioned
             and isinstance(weights, Adapters)
             and weights.adapts_parameters(tuning)
         ):
@@ -148,66 +151,41 @@ class DeepSpeedEngine:
 
     # --- forward and backward -----------------------------------------------------------------
 
-    def forward(
-        self,
-        model_id: str,
-        data: Sequence[Datum],
-        loss_fn: LossFn,
-        *,
-        backward: bool,
-        on_result: OnResult,
-        plan: bytes = b"",
-    ) -> ForwardResult:
-        """Compute the summed loss and, with `backward`, add its gradients to those waiting."""
-        given = self._read(plan, len(data)) if plan else None
-        model, slot = self._models.use(model_id)
-        rounds = self._compose(slot, data, backward) if given is None else given
-        before = model.waiting.copy() if backward else None
-        call = Call(
-            self._place, model, slot, data, loss_fn, backward=backward, exactly=given is not None
-        )
+    def forward(self, batch: Batch, on_output: OnOutput) -> ForwardResult:
+        """Compute the summed loss and, with `backward`, add its gradients to the pending ones."""
+        given = self._read(batch) if batch.composition else None
+        model, slot = self._models.use(batch.model_id)
+        composed = self._compose(slot, batch) if given is None else given
+        before = model.pending.copy() if batch.backward else None
+        run = BatchRun(self._context, model, slot, batch)
         try:
-            call.run(rounds, on_result)
+            run.run(composed, on_output)
         except BaseException:
-            if backward:
-                model.waiting.put_back(before)
+            if batch.backward:
+                model.pending.put_back(before)
             raise
-        non_finite = backward and not model.waiting.all_finite()
-        totals = torch.tensor([call.loss, non_finite], dtype=torch.float64, device=self._device)
+        non_finite = batch.backward and not model.pending.all_finite()
+        totals = torch.tensor([run.loss, non_finite], dtype=torch.float64, device=self._device)
         dist.all_reduce(totals)
         loss, non_finite_ranks = totals.tolist()
-        plan = plans.encode(call.executed, self._place.world_size)
-        return ForwardResult({"loss:sum": loss}, plan, non_finite=non_finite_ranks > 0)
+        composition = rounds.encode(run.executed, self._context.world_size)
+        return ForwardResult({"loss:sum": loss}, composition, non_finite=non_finite_ranks > 0)
 
-    def _read(self, plan: bytes, data_count: int) -> list[Round]:
-        return plans.decode(
-            plan,
-            data_count=data_count,
-            world_size=self._place.world_size,
-            in_step=self._place.in_step,
+    def _read(self, batch: Batch) -> list[Round]:
+        return rounds.decode(
+            batch.composition,
+            data_count=len(batch.data),
+            world_size=self._context.world_size,
+            in_step=self._context.in_step,
         )
 
-    def _compose(self, slot: Slot, data: Sequence[Datum], backward: bool) -> list[Round]:
-        """Choose what is computed together, and on which rank."""
-        lengths = [len(datum.tokens) for datum in data]
-        world_size = self._place.world_size
-        plain_tokens_max = self._plain_tokens_max(slot) if backward else sum(lengths)
-        micro_batches = batching.cut(
-            lengths,
-            tokens_max=min(self._micro_batch_tokens_max, max(plain_tokens_max, 1)),
-            world_size=world_size,
+    def _compose(self, slot: Slot, batch: Batch) -> list[Round]:
+        return compose(
+            [len(datum.tokens) for datum in batch.data],
+            tokens_max=self._micro_batch_tokens_max,
+            plain_tokens_max=self._plain_tokens_max(slot) if batch.backward else None,
+            world_size=self._context.world_size,
         )
-        rounds: list[Round] = []
-        for start in range(0, len(micro_batches), world_size):
-            in_turn = micro_batches[start : start + world_size]
-            # Ranks that walk through a partitioned base together must walk the same way.
-            longest = max(sum(lengths[index] for index in indices) for indices in in_turn)
-            recompute = backward and longest > plain_tokens_max
-            of_ranks: list[tuple[MicroBatch, ...]] = [()] * world_size
-            for rank, indices in enumerate(in_turn):
-                of_ranks[rank] = (MicroBatch(tuple(indices), recompute),)
-            rounds.append(tuple(of_ranks))
-        return rounds
 
     def _plain_tokens_max(self, slot: Slot) -> int:
         """Tokens whose way back fits into memory without recomputation."""
@@ -224,18 +202,18 @@ class DeepSpeedEngine:
     # --- the rest -----------------------------------------------------------------------------
 
     def savepoint(self, model_id: str) -> None:
-        """Remember the waiting gradients, for `rollback`."""
-        self._models.get(model_id).waiting.save()
+        """Remember the pending gradients, for `rollback`."""
+        self._models.get(model_id).pending.save()
 
     def rollback(self, model_id: str) -> None:
-        """Put the waiting gradients back to the `savepoint`, and forget it."""
-        self._models.get(model_id).waiting.roll_back()
+        """Put the pending gradients back to the `savepoint`, and forget it."""
+        self._models.get(model_id).pending.roll_back()
 
     def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply one AdamW step with the waiting gradients and clear them."""
+        """Apply one AdamW step with the pending gradients and clear them."""
         failpoints.hit("pre_optim")
         model, slot = self._models.use(model_id)
-        gradients = model.waiting.take(slot.zero.padded_count, self._device)
+        gradients = model.pending.take(slot.zero.padded_count, self._device)
         try:
             norm = slot.zero.step(gradients, adam)
             failpoints.hit("post_optim_pre_ack")
@@ -258,13 +236,13 @@ class DeepSpeedEngine:
         )
 
     def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
-        """Replace a model's weights by `state`'s and drop waiting gradients."""
+        """Replace a model's weights by `state`'s and drop its pending gradients."""
         model, slot = self._models.use(model_id)
         layout = slot.zero.layout
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
         moments = check_state(model.tuning, shapes, state, optimizer=optimizer)
         try:
-            model.waiting.clear()
+            model.pending.clear()
             slot.zero.load(state.weights, moments, state.step_count)
         except Exception as error:
             raise ModelBroken(f"the import failed half-way: {error}") from error

@@ -1,4 +1,4 @@
-"""Gradients that wait for a step, in one flat buffer on this rank."""
+"""Pending gradients, in one flat buffer on this rank."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Layout:
-    """Where each parameter of an adapter stands in a flat buffer."""
+    """Where each parameter of a model stands in a flat buffer."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.names = list(parameters)
@@ -32,8 +32,8 @@ class Layout:
         return torch.from_numpy(flat)
 
 
-class WaitingGradients:
-    """float32, summed over calls, never over ranks; nothing is held while nothing waits."""
+class PendingGradients:
+    """float32, summed over batches, never over ranks; no buffer is held while none are pending."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
@@ -52,23 +52,23 @@ class WaitingGradients:
             torch._foreach_add_([view for view, _ in pairs], [gradient for _, gradient in pairs])
 
     def buffer(self, padded_count: int, device: torch.device | None) -> Tensor:
-        """The buffer, to add to; zeros where nothing waits."""
+        """The buffer, to add to; zeros where nothing is pending."""
         if self._flat is None:
             self._flat = torch.zeros(padded_count, device=device)
         return self._flat
 
     def take(self, padded_count: int, device: torch.device) -> Tensor:
-        """Hand the buffer out, zeros where nothing waits, and hold nothing any more."""
+        """Hand the buffer out, zeros where nothing is pending, and hold nothing any more."""
         flat = self._flat
         self.clear()
         return torch.zeros(padded_count, device=device) if flat is None else flat
 
     def clear(self) -> None:
-        """Nothing waits any more, and there is nothing to go back to."""
+        """Drop everything, and what `save` remembered."""
         self._flat = self._savepoint = None
 
     def copy(self) -> Tensor | None:
-        """What waits, for `put_back`."""
+        """A copy of the buffer, for `put_back`."""
         return None if self._flat is None else self._flat.clone()
 
     def put_back(self, copy: Tensor | None) -> None:
@@ -76,7 +76,7 @@ class WaitingGradients:
         self._flat = copy
 
     def save(self) -> None:
-        """Remember what waits now."""
+        """Remember what is pending now."""
         self._savepoint = (self.copy(),)
 
     def roll_back(self) -> None:

@@ -14,9 +14,9 @@ import torch
 from tinsmithd.domain import LoraConfig, Tuning
 from tinsmithd.modeling.full import FullWeights
 from tinsmithd.modeling.lora import Adapters
-from tinsmithd.trainer.engines.deepspeed.gradients import WaitingGradients
+from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import (
-    AdapterSnapshot,
+    StateCopy,
     ZeroAdapter,
     ZeroConfig,
 )
@@ -46,20 +46,20 @@ class Slot:
 
 
 @dataclass(eq=False)
-class Model:
+class ResidentModel:
     """One model, wherever it is.
 
     Attributes:
         tuning: What it trains.
-        waiting: Its gradients that wait for a step.
+        pending: Its pending gradients.
         slot: Where it is on the device, or None.
         away: Its state in host memory while it has no slot.
     """
 
     tuning: Tuning
-    waiting: WaitingGradients = field(default_factory=WaitingGradients)
+    pending: PendingGradients = field(default_factory=PendingGradients)
     slot: Slot | None = None
-    away: AdapterSnapshot | None = None
+    away: StateCopy | None = None
 
 
 class ResidentModels:
@@ -81,8 +81,8 @@ class ResidentModels:
         self._slots_max = resident_models_max
         self._slot_count = 0
         self._free: list[Slot] = []
-        self._models: dict[str, Model] = {}
-        self._recent: OrderedDict[str, Model] = OrderedDict()
+        self._models: dict[str, ResidentModel] = {}
+        self._recent: OrderedDict[str, ResidentModel] = OrderedDict()
         """Models with a slot, the one used longest ago first."""
 
     def add(self, model_id: str, tuning: Tuning) -> None:
@@ -99,7 +99,7 @@ class ResidentModels:
         except BaseException:
             self._free.append(slot)
             raise
-        model = Model(tuning, slot=slot)
+        model = ResidentModel(tuning, slot=slot)
         self._models[model_id] = self._recent[model_id] = model
 
     def remove(self, model_id: str) -> None:
@@ -109,18 +109,18 @@ class ResidentModels:
         if model is not None and model.slot is not None:
             self._free.append(model.slot)
 
-    def get(self, model_id: str) -> Model:
+    def get(self, model_id: str) -> ResidentModel:
         """A model, wherever it is."""
         return self._models[model_id]
 
-    def use(self, model_id: str) -> tuple[Model, Slot]:
+    def use(self, model_id: str) -> tuple[ResidentModel, Slot]:
         """A model on the device; another may have to leave it."""
         model = self._models[model_id]
         if model.slot is None:
             assert model.away is not None
             slot = self._take_slot(model.tuning)
             slot.zero.restore(model.away)
-            model.waiting.move(self._device)
+            model.pending.move(self._device)
             model.slot, model.away = slot, None
             self._recent[model_id] = model
         self._recent.move_to_end(model_id)
@@ -143,8 +143,8 @@ class ResidentModels:
     def _send_away(self) -> None:
         _, model = self._recent.popitem(last=False)
         assert model.slot is not None
-        model.away = model.slot.zero.snapshot()
-        model.waiting.move(_HOST)
+        model.away = model.slot.zero.copy_state()
+        model.pending.move(_HOST)
         self._free.append(model.slot)
         model.slot = None
 

@@ -39,7 +39,7 @@ class ZeroConfig:
 
 
 @dataclass
-class AdapterSnapshot:
+class StateCopy:
     """An adapter's state as this rank holds it, in host memory.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Flat(torch.nn.Module):
 class ZeroAdapter(ZeroSlice):
     """Steps one adapter, or a whole model that each rank holds.
 
-    Every method is called on all ranks alike, but for those of snapshots.
+    Every method is called on all ranks alike, but for `copy_state` and `restore`.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: ZeroConfig) -> None:
@@ -145,21 +145,21 @@ class ZeroAdapter(ZeroSlice):
             padded[: self.layout.count] = self.layout.flatten(moments[kind])
             own_moments.append(padded.chunk(len(self._slices))[self._own_index])
         flat = self.layout.flatten(values)
-        self.restore(AdapterSnapshot(flat, own_moments, step_count if own_moments else 0))
+        self.restore(StateCopy(flat, own_moments, step_count if own_moments else 0))
 
-    def snapshot(self) -> AdapterSnapshot:
+    def copy_state(self) -> StateCopy:
         """Copy this rank's part of the state to host memory."""
         moments = [moment.cpu().clone() for moment in self._own_moments()]
         values = self._whole[: self.layout.count].cpu().clone()
-        return AdapterSnapshot(values, moments, self.step_count)
+        return StateCopy(values, moments, self.step_count)
 
-    def restore(self, snapshot: AdapterSnapshot) -> None:
-        """Go on from a snapshot of this or of another adapter of the same shape."""
+    def restore(self, copy: StateCopy) -> None:
+        """Go on from a copy of this or of another adapter of the same shape."""
         with torch.no_grad():
-            self._whole[: self.layout.count].copy_(snapshot.values)
+            self._whole[: self.layout.count].copy_(copy.values)
             self._own.copy_(self._slices[self._own_index])
-        # copied: the optimizer works in place, and the snapshot may be used again
-        self._set_moments(snapshot.moments, snapshot.step_count)
+        # Copied, since the optimizer works in place and the copy may be used again.
+        self._set_moments(copy.moments, copy.step_count)
 
     @property
     def _own_index(self) -> int:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinsmithd.trainer.compute.packed import Sink
-from tinsmithd.trainer.engines.deepspeed.gradients import Layout, WaitingGradients, host_copy
-from tinsmithd.trainer.engines.deepspeed.zero_adapter import AdapterSnapshot
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients, host_copy
+from tinsmithd.trainer.engines.deepspeed.zero_adapter import StateCopy
 from tinsmithd.trainer.engines.deepspeed.zero_slice import MOMENTS, ZeroSlice
 
 
@@ -67,11 +67,11 @@ class ZeroPartitioned(ZeroSlice):
         return list(torch.split(flat, self._counts))
 
     @contextlib.contextmanager
-    def collecting(self, waiting: WaitingGradients) -> Iterator[Sink]:
-        """Gradients made inside go to `waiting`, summed over the ranks."""
+    def collecting(self, pending: PendingGradients) -> Iterator[Sink]:
+        """Gradients made inside go to `pending`, summed over the ranks."""
 
         def take(parameter: Tensor, gradient: Tensor) -> None:
-            flat = waiting.buffer(self.padded_count, gradient.device)
+            flat = pending.buffer(self.padded_count, gradient.device)
             self._shares(flat)[self._places[id(parameter)]].add_(self._share_of_sum(gradient))
 
         def take_from(parameter: Tensor) -> None:
@@ -157,12 +157,12 @@ class ZeroPartitioned(ZeroSlice):
             share[: len(mine)] = torch.from_numpy(mine.copy())
         return part
 
-    def snapshot(self) -> AdapterSnapshot:
+    def copy_state(self) -> StateCopy:
         """A full model is alone: it never leaves its slot."""
         raise NotImplementedError
 
-    def restore(self, snapshot: AdapterSnapshot) -> None:
-        """See `snapshot`."""
+    def restore(self, copy: StateCopy) -> None:
+        """See `copy_state`."""
         raise NotImplementedError
 
     def close(self) -> None:

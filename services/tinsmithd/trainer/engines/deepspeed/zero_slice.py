@@ -13,7 +13,7 @@ from torch import Tensor
 from tinsmithd import failpoints
 from tinsmithd.domain import AdamParams
 from tinsmithd.trainer.compute.packed import Sink
-from tinsmithd.trainer.engines.deepspeed.gradients import WaitingGradients
+from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
 from tinsmithd.trainer.engines.reference import CLIP_EPS, EPS_MIN
 
 NORM_PIECE = 65_536
@@ -28,8 +28,8 @@ class ZeroSlice(ABC):
     Attributes:
         parameters: What is trained, sorted by name.
         step_count: Steps made.
-        adds_while_computing: Gradients are added to those waiting one by one, while they are made,
-            so a computation that fails half-way has an effect.
+        adds_while_computing: Whether gradients are added to the pending ones one by one, while they
+            are made, so that a computation that fails half-way has an effect.
     """
 
     adds_while_computing = False
@@ -91,7 +91,7 @@ class ZeroSlice(ABC):
         return float(norm)
 
     @contextlib.contextmanager
-    def collecting(self, waiting: WaitingGradients) -> Iterator[Sink | None]:
+    def collecting(self, pending: PendingGradients) -> Iterator[Sink | None]:
         """What takes gradients in while they are made; None where they come all at once."""
         yield None
 

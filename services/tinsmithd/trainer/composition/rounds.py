@@ -1,12 +1,12 @@
-"""In which composition a call is computed: its plan, as it was executed and as it can be repeated.
+"""A composition: how a batch was computed, and how it is computed again to the same bits.
 
-A call is computed in rounds. In a round each rank computes its micro-batches one after the other,
-then all ranks share the results. The rounding of a number depends on which data are computed
+A batch is computed in rounds. In a round each rank computes its micro-batches one after the other,
+then all ranks share the outputs. The rounding of a number depends on which data are computed
 together, on whether layers are recomputed on the way back, and on the rank that adds them up; not
-on anything else that a setting or free memory may change. So a call that is repeated by its plan
-gives the same bits.
+on anything else that a setting or free memory may change. So a batch that is computed again in its
+composition gives the same bits.
 
-As bytes a plan is compact JSON:
+As bytes a composition is compact JSON:
 
     {"ranks": 2, "rounds": [[[[0, [3, 1]]], [[0, [2]], [1, [0]]]]]}
 
@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from tinsmithd.trainer.engines.interface import PlanMismatch
+
+class CompositionMismatch(ValueError):
+    """A composition is not one of such a batch on such ranks; nothing was done."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class MicroBatch:
     """Data that are computed together.
 
     Attributes:
-        indices: Of the data in the call, in the order in which they stand in the micro-batch.
+        indices: Of the data in the batch, in the order in which they stand in the micro-batch.
         recompute: Whether each layer is computed again on the way back.
     """
 
@@ -36,11 +38,11 @@ class MicroBatch:
 
 
 Round = tuple[tuple[MicroBatch, ...], ...]
-"""For each rank, what it computes before the ranks share results."""
+"""For each rank, what it computes before the ranks share outputs."""
 
 
 def encode(rounds: Sequence[Round], world_size: int) -> bytes:
-    """Write a plan."""
+    """Write a composition."""
     found = [
         [[[int(m.recompute), list(m.indices)] for m in of_rank] for of_rank in round_]
         for round_ in rounds
@@ -48,32 +50,34 @@ def encode(rounds: Sequence[Round], world_size: int) -> bytes:
     return json.dumps({"ranks": world_size, "rounds": found}, separators=(",", ":")).encode()
 
 
-def decode(plan: bytes, *, data_count: int, world_size: int, in_step: bool) -> list[Round]:
-    """Read a plan.
+def decode(composition: bytes, *, data_count: int, world_size: int, in_step: bool) -> list[Round]:
+    """Read a composition.
 
     Args:
-        plan: What `encode` wrote.
-        data_count: Data of the call.
+        composition: What `encode` wrote.
+        data_count: Number of data in the batch.
         world_size: Number of ranks.
         in_step: The ranks must walk through the model together: in a round each computes at most
             one micro-batch, and all recompute or none does.
 
     Raises:
-        PlanMismatch: It is no plan, or not one of such a call on such ranks.
+        CompositionMismatch: It is no composition, or not one of such a batch on such ranks.
     """
     try:
-        document = json.loads(plan)
+        document = json.loads(composition)
         ranks = document["ranks"]
         rounds = [_round(found) for found in document["rounds"]]
     except (ValueError, TypeError, KeyError) as error:
-        raise PlanMismatch(f"not a plan of this engine: {error!r}") from error
+        raise CompositionMismatch(f"not a composition of this engine: {error!r}") from error
     if ranks != world_size or any(len(round_) != world_size for round_ in rounds):
-        raise PlanMismatch(f"the plan is one of {ranks} rank(s), here are {world_size}")
+        message = f"the composition is one of {ranks} rank(s), here are {world_size}"
+        raise CompositionMismatch(message)
     indices = [i for round_ in rounds for m in _micro_batches(round_) for i in m.indices]
     if sorted(indices) != list(range(data_count)):
-        raise PlanMismatch(f"the plan does not have each of {data_count} data once")
+        message = f"the composition does not have each of {data_count} data once"
+        raise CompositionMismatch(message)
     if in_step and not all(_is_in_step(round_) for round_ in rounds):
-        raise PlanMismatch("the plan lets ranks part that share one base")
+        raise CompositionMismatch("the composition lets ranks part that share one base")
     return rounds
 
 
@@ -106,13 +110,13 @@ def indices_of(of_rank: Sequence[MicroBatch]) -> list[int]:
 # --- where one rank had to split what it computed, all must know --------------------------------
 
 
-def marks(planned: Round, rank: int, executed: Sequence[MicroBatch]) -> list[int]:
+def marks(composed: Round, rank: int, executed: Sequence[MicroBatch]) -> list[int]:
     """What a rank executed as one number for each datum of the round, 0 for those of other ranks.
 
     So the sum over the ranks says what each executed.
     """
     found: list[int] = []
-    for other, of_rank in enumerate(planned):
+    for other, of_rank in enumerate(composed):
         if other != rank:
             found += [0] * len(indices_of(of_rank))
             continue
@@ -121,16 +125,16 @@ def marks(planned: Round, rank: int, executed: Sequence[MicroBatch]) -> list[int
     return found
 
 
-def from_marks(planned: Round, summed: Sequence[int]) -> Round:
+def from_marks(composed: Round, summed: Sequence[int]) -> Round:
     """The round as it was executed.
 
     Args:
-        planned: As it was to be executed; splitting keeps the order of a rank's data.
+        composed: As it was to be executed; splitting keeps the order of a rank's data.
         summed: Sum of the ranks' `marks`.
     """
     rest = iter(summed)
     executed = []
-    for of_rank in planned:
+    for of_rank in composed:
         pairs = [(next(rest), index) for index in indices_of(of_rank)]
         executed.append(
             tuple(

@@ -1,4 +1,4 @@
-"""Which data are computed together: micro-batches of a token budget, dealt out to the ranks."""
+"""Cuts data into micro-batches of a token budget."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ def cut(lengths: Sequence[int], *, tokens_max: int, world_size: int) -> list[lis
     ranks without work. The result depends on the arguments only.
 
     Args:
-        lengths: Tokens of each datum.
-        tokens_max: Tokens of a micro-batch; a longer datum is one by itself.
+        lengths: Number of tokens of each datum.
+        tokens_max: Maximum tokens of a micro-batch; a longer datum is one by itself.
         world_size: Number of ranks.
 
     Returns:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tinsmithd.trainer.compute.batching import cut
+from tinsmithd.trainer.composition.micro_batches import cut
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

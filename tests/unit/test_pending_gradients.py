@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from tinsmithd.trainer.engines.deepspeed.gradients import Layout, WaitingGradients, host_copy
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients, host_copy
 
 
-def waiting(*values: float) -> WaitingGradients:
-    gradients = WaitingGradients()
+def waiting(*values: float) -> PendingGradients:
+    gradients = PendingGradients()
     gradients.buffer(1000, None)[: len(values)] = torch.tensor(values)
     return gradients
 
@@ -48,7 +48,7 @@ def test_one_element_that_is_not_is_found(values: tuple[float, ...]) -> None:
 
 def test_nothing_that_waits_is_finite() -> None:
     """And after a step or a way back it is as before."""
-    gradients = WaitingGradients()
+    gradients = PendingGradients()
     assert gradients.all_finite()
     gradients.save()
     gradients.buffer(4, None)[0] = math.inf

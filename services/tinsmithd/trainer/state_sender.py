@@ -31,8 +31,8 @@ class _Copy:
     later: Later
 
 
-class Snapshots:
-    """Writes and sends snapshots, one after the other, on a thread of its own."""
+class StateSender:
+    """Writes and sends copies of states, one after the other, on a thread of its own."""
 
     def __init__(self) -> None:
         self._room = threading.BoundedSemaphore(COPIES_MAX)
@@ -66,10 +66,10 @@ class Snapshots:
         except BaseException:
             self._room.release()
             raise
-        reply(pb.AttachRequest(command_id=command_id, captured=pb.Captured()))
+        reply(pb.AttachRequest(command_id=command_id, copied=pb.Copied()))
         self._copies.put(_Copy(command_id, state, later))
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="state-sender", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
@@ -82,7 +82,7 @@ class Snapshots:
         try:
             send_state(copy.command_id, copy.state, copy.later)
         except Exception:
-            _log.exception("a snapshot could not be written")
+            _log.exception("a state could not be written")
             copy.later(pb.AttachRequest(command_id=copy.command_id, failed=failed(Internal())))
 
 
