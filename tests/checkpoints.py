@@ -49,7 +49,15 @@ def files(seed: int = 0, *, optimizer: bool = True, columns: int = 900) -> dict[
     moments = {f"{kind}.{k}": v**2 for k, v in weights.items() for kind in state_tensors.MOMENTS}
     if not optimizer:
         moments = {}
-    return state_files.to_files(ModelState(LORA, weights, moments, 3, PEFT_CONFIG))
+    return to_files(ModelState(LORA, weights, moments, 3, PEFT_CONFIG))
+
+
+def to_files(state: ModelState) -> dict[str, bytes]:
+    """The files of a state."""
+    found: dict[str, bytes] = {}
+    for name, data in state_files.to_pieces(state, 1 << 30):
+        found[name] = found.get(name, b"") + data
+    return found
 
 
 def messages(

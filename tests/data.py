@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tinsmith import tensors
+from tinsmith.v1 import types_pb2 as pb
 from tinsmithd.domain import CrossEntropy, Datum, LossFn
 from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 
@@ -39,6 +41,13 @@ def make_rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[
         )
         for datum, own in zip(make_data(seed, count), logprobs, strict=True)
     ]
+
+
+def datum_to_pb(datum: Datum) -> pb.Datum:
+    """A datum as a message, packed."""
+    chunk = pb.ModelInputChunk(tokens=tensors.encode(datum.tokens))
+    inputs = {name: tensors.encode(array) for name, array in datum.loss_fn_inputs.items()}
+    return pb.Datum(model_input=pb.ModelInput(chunks=[chunk]), loss_fn_inputs=inputs)
 
 
 def collect(

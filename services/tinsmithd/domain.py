@@ -163,6 +163,10 @@ class BaseModelInfo:
     parameter_count: int
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Kinds of Adam moments, as PyTorch names them: first and second."""
+
+
 @dataclass(frozen=True)
 class ModelState:
     """Everything that a checkpoint of a model holds.

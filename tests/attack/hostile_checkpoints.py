@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
+from checkpoints import to_files
 from tinsmith.v1 import types_pb2
 from tinsmithd.domain import LoraConfig, ModelState
 from tinsmithd.state import files as state_files
@@ -68,7 +69,7 @@ def _good_files(optimizer: bool) -> Files:
         "base_model_name_or_path": "tiny-llama",
     }
     state = ModelState(LORA, weights, moments if optimizer else {}, STEPS, config)
-    return state_files.to_files(state)
+    return to_files(state)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from bench.configs import SHAPES, write_model
 from bench.harness import Result, compare, estimate
 from bench.sides import Ours, Settings
-from tinsmithd.state import files as state_files
+from checkpoints import to_files
 
 TARGET = 0.40
 TOKENS = 2048
@@ -29,7 +29,7 @@ def peak_memory(settings: Settings) -> list[Result]:
     with tempfile.TemporaryDirectory() as scratch:
         state = Path(scratch) / "state"
         state.mkdir()
-        for name, content in state_files.to_files(start).items():
+        for name, content in to_files(start).items():
             (state / name).write_bytes(content)
         for _ in range(min(settings.pairs, ROUNDS_MAX)):
             for side, found in peaks.items():

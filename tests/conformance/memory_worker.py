@@ -16,9 +16,9 @@ import torch
 from data import collect
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.trainer.engines.deepspeed import distributed
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.process_group import distributed
 
 MIB = 1024 * 1024
 ROOM = {"enough": -1, "short": 48 * MIB, "long": 24 * MIB}

@@ -15,9 +15,9 @@ import torch
 
 from data import collect, make_data, make_rl_data
 from tinsmithd.domain import AdamParams, Datum, FullConfig, Gspo, LoraConfig, Ppo
-from tinsmithd.trainer.engines.deepspeed import distributed
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.process_group import distributed
 
 CASES: Mapping[str, Mapping[str, Any]] = {
     "stage-0": {"zero_stage": 0},

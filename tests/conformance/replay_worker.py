@@ -21,13 +21,15 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoints import to_files
 from data import make_data, make_rl_data
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig, LossFn, Ppo
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
 from tinsmithd.state import files as state_files
-from tinsmithd.trainer.engines.deepspeed import batch_run, distributed
+from tinsmithd.trainer.engines.deepspeed import batch_run
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, TrainingEngine
+from tinsmithd.trainer.process_group import distributed
 
 RECORDED = {"micro_batch_tokens_max": 30, "activation_bytes_max": 10**12}
 REPLAYED = {
@@ -154,7 +156,7 @@ def record(case: Case, folder: str, out: Path) -> None:
     for index in (0, 3):
         forward(engine, index, b"", {})
         engine.optim_step("m", ADAM)
-    for name, data in state_files.to_files(engine.export_state("m", optimizer=True)).items():
+    for name, data in to_files(engine.export_state("m", optimizer=True)).items():
         if distributed.rank_and_world_size()[0] == 0:
             (out / name).write_bytes(data)
     found: dict[str, np.ndarray] = {}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints import to_files
 from data import collect, make_data
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
@@ -138,7 +139,7 @@ def test_transformers_loads_what_was_exported(
     train(engine, [make_data(seed, 2) for seed in range(2)])
     data = make_data(9, 2)
     _, expected = collect(engine, "m", data, backward=False)
-    for name, content in state_files.to_files(engine.export_state("m", optimizer=False)).items():
+    for name, content in to_files(engine.export_state("m", optimizer=False)).items():
         (tmp_path / name).write_bytes(content)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -156,7 +157,7 @@ def test_a_saved_full_model_continues_bit_identically(engine: TrainingEngine) ->
     batches = [make_data(seed, 2) for seed in range(8)]
     engine.create_model("m", FULL)
     train(engine, batches[:4])
-    files = state_files.to_files(engine.export_state("m", optimizer=True))
+    files = to_files(engine.export_state("m", optimizer=True))
     train(engine, batches[4:])
     expected = engine.export_state("m", optimizer=True)
     engine.delete_model("m")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from checkpoints import to_files
 from data import collect, make_data
 from tinsmithd.domain import AdamParams, LoraConfig, SampleRequest, SamplingParams
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
-from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model
@@ -98,7 +98,7 @@ def test_the_adapter_of_a_mixed_model_goes_out_and_comes_back(
 
     tokens = np.array([*datum.tokens, datum.loss_fn_inputs["target_tokens"][-1]])
     base = AutoModelForCausalLM.from_pretrained(folders(kind), dtype=torch.float32)
-    for name, content in state_files.to_files(state).items():
+    for name, content in to_files(state).items():
         (tmp_path / name).write_bytes(content)
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():

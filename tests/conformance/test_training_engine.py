@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from checkpoints import to_files
 from data import collect, make_data, make_rl_data
 from tinsmithd.domain import (
     AdamParams,
@@ -378,7 +379,7 @@ def test_a_saved_state_continues_bit_identically(
     batches = [make_data(seed, 2) for seed in range(8)]
     engine.create_model("m", LORA)
     train(engine, "m", batches[:4])
-    files = state_files.to_files(engine.export_state("m", optimizer=True))
+    files = to_files(engine.export_state("m", optimizer=True))
     train(engine, "m", batches[4:])
 
     fresh = new_engine(request.node.callspec.params["engine"], folders("llama"))
@@ -430,7 +431,7 @@ def test_plain_peft_loads_what_was_exported(
     train(engine, "m", [make_data(s, 2) for s in range(4)])
     data = make_data(9, 2)
     _, logprobs = collect(engine, "m", data, backward=False)
-    for name, content in state_files.to_files(engine.export_state("m", optimizer=False)).items():
+    for name, content in to_files(engine.export_state("m", optimizer=False)).items():
         (tmp_path / name).write_bytes(content)
     base = AutoModelForCausalLM.from_pretrained(folders(family), dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()

@@ -15,6 +15,7 @@ import torch
 
 from bench.harness import compare
 from bench.sides import MODEL_ID, BareLoop, Ours, Settings
+from checkpoints import to_files
 from data import make_data
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
@@ -195,7 +196,7 @@ def test_a_saved_state_continues(ours: Ours, folders: Folders, dtype: str) -> No
         ours.forward_backward(make_data(seed, 2))
         ours.engine.optim_step(MODEL_ID, ADAM)
     state = ours.engine.export_state(MODEL_ID, optimizer=True)
-    read = state_files.from_files(state_files.to_files(state), None)
+    read = state_files.from_files(to_files(state), None)
     fresh = new_engine(folders("llama"), dtype)
     fresh.engine.import_state(MODEL_ID, read, optimizer=True)
     again = fresh.engine.export_state(MODEL_ID, optimizer=True)

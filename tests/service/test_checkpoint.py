@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from safetensors.numpy import load
 
-from checkpoints import PATH, Clock, blobs, files, messages, piece, staged
+from checkpoints import PATH, Clock, blobs, files, messages, piece, staged, to_files
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
@@ -22,7 +22,6 @@ from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store.directory import StoreBusy
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import FullConfig, ModelState
-from tinsmithd.state import files as state_files
 from wire import reason_and_field
 
 SAMPLER_PATH = "tinsmith://run/sampler_weights/one"
@@ -380,7 +379,7 @@ def full_files(**changed: bytes | None) -> dict[str, bytes]:
     weights = {"model.norm.weight": np.ones(8, np.float32)}
     tokenizer = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
     state = ModelState(FullConfig(), weights, {}, 3, {"model_type": "llama"}, tokenizer)
-    found = {**state_files.to_files(state), **{_file(k): v for k, v in changed.items()}}
+    found = {**to_files(state), **{_file(k): v for k, v in changed.items()}}
     return {name: content for name, content in found.items() if content is not None}
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from clusters import RunningCluster
-from data import make_data
+from data import datum_to_pb, make_data
 from recorded_cluster import (
     ADAM,
     CROSS_ENTROPY,
@@ -170,7 +170,7 @@ async def test_a_part_that_fails_takes_back_those_before_it(tiny_model: Path) ->
 
 
 def domain_to_pb(data: Sequence[Datum]) -> list[pb.Datum]:
-    return [convert.datum_to_pb(datum) for datum in data]
+    return [datum_to_pb(datum) for datum in data]
 
 
 @pytest.mark.parametrize("name", ["reference", "deepspeed"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from checkpoints import to_files
 from data import make_data
 from tinsmith.tensors import decode
 from tinsmith.v1 import checkpoint_service_pb2 as checkpoint_pb
@@ -28,7 +29,6 @@ from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState, S
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.transformers.engine import TransformersGeneration
 from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
-from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from wire import reason_and_field
@@ -70,7 +70,7 @@ class Served:
             "overwrite": True,
             **header,
         }
-        files = state_files.to_files(state)
+        files = to_files(state)
         requests = [
             checkpoint_pb.WriteCheckpointRequest(
                 header=checkpoint_pb.WriteCheckpointHeader(path=path, **fields)

@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tinsmithd.trainer.heartbeat import Group, Heartbeat, Loss, MeetError, Member, meet
+from tinsmithd.trainer.process_group.heartbeat import (
+    Group,
+    Heartbeat,
+    Loss,
+    MeetError,
+    Member,
+    meet,
+)
 
 TIMEOUT_S = 1.0
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from checkpoints import to_files
+from data import datum_to_pb
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1.training_service_pb2 import DatumOutput
@@ -87,7 +89,7 @@ def compute(composition: bytes = b"", *, backward: bool = True) -> pb.AttachResp
     datum = Datum(np.arange(3), {"target_tokens": np.arange(3), "weights": np.ones(3, np.float32)})
     message = pb.Compute(
         loss_fn=convert.loss_fn_to_pb(CrossEntropy()),
-        data=[convert.datum_to_pb(datum).SerializeToString()] * 2,
+        data=[datum_to_pb(datum).SerializeToString()] * 2,
         backward=backward,
         composition=composition,
     )
@@ -188,7 +190,7 @@ def test_a_snapshot_is_what_the_model_was_when_it_was_copied(
 ) -> None:
     """`copied` at once; the pieces and `done` later, whatever is answered in between."""
     commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
-    expected = state_files.to_files(engine.export_state("m", optimizer=optimizer))
+    expected = to_files(engine.export_state("m", optimizer=optimizer))
     commands.apply(snapshot(1, optimizer=optimizer), answers.append, later)
     assert answers == [pb.AttachRequest(command_id=1, copied=pb.Copied())]
     step = pb.AttachResponse(command_id=2, model_id="m", optim_step=pb.OptimStep())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinsmithd.trainer.group import group_status
+from tinsmithd.trainer.process_group.starter import group_status
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,6 @@ class Recorder:
     def tokenizer_files(self) -> dict[str, bytes]:
         return {"a": b"b"}
 
-    def has_adapter(self, key: str) -> bool:
-        return key in self.held
-
     def load_adapter(self, key: str, state: ModelState) -> None:
         self.loads.append(key)
         self.held.add(key)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tinsmith.v1 import types_pb2 as pb
 from tinsmithd import domain
-from tinsmithd.convert.tensors import array_from_pb, array_to_pb
+from tinsmithd.convert.tensors import array_from_pb
 from tinsmithd.domain import (
     NAME_PATTERN,
     AdamParams,
@@ -66,12 +66,6 @@ def tokens_from_pb(message: pb.ModelInput, field: str, chunks_max: int) -> NDArr
     return tokens
 
 
-def tokens_to_pb(tokens: NDArray[np.int64]) -> pb.ModelInput:
-    """Write tokens as a model input of one chunk."""
-    chunk = pb.ModelInputChunk(tokens=array_to_pb(tokens, pb.TENSOR_FORMAT_PACKED))
-    return pb.ModelInput(chunks=[chunk])
-
-
 def datum_from_pb(
     message: pb.Datum,
     field: str,
@@ -92,12 +86,6 @@ def datum_from_pb(
     }
     tokens = tokens_from_pb(message.model_input, f"{field}.model_input", chunks_max)
     return Datum(tokens, inputs)
-
-
-def datum_to_pb(datum: Datum) -> pb.Datum:
-    """Write one datum, packed."""
-    inputs = {k: array_to_pb(v, pb.TENSOR_FORMAT_PACKED) for k, v in datum.loss_fn_inputs.items()}
-    return pb.Datum(model_input=tokens_to_pb(datum.tokens), loss_fn_inputs=inputs)
 
 
 def loss_fn_from_pb(message: pb.LossFn, field: str) -> LossFn:

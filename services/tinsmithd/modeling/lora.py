@@ -138,9 +138,6 @@ class Adapters:
         self._loras: dict[str, LoraConfig] = {}
         self._active: tuple[str | None] | None = None  # None: unknown
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._loras
-
     def tuning(self, key: str) -> LoraConfig:
         """Shape of an adapter."""
         return self._loras[key]
@@ -222,7 +219,13 @@ class Adapters:
 
     @contextlib.contextmanager
     def active(self, key: str | None) -> Iterator[Any]:
-        """The causal language model with this adapter, or without any."""
+        """The causal language model with this adapter, or without any.
+
+        Raises:
+            KeyError: There is no such adapter.
+        """
+        if key is not None and key not in self._loras:
+            raise KeyError(key)
         # Switching walks through every module, so it is done only where something changes.
         if self._peft is not None and self._active != (key,):
             if key is None:

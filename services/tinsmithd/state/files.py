@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors.numpy import save
 
 from tinsmithd.domain import FullConfig, ModelState, Tuning
 from tinsmithd.errors import DataLoss, Reason
@@ -55,19 +54,11 @@ CONFIG_BYTES_MAX = 4 * 1024 * 1024
 _HEADER_ALIGNMENT = 8
 
 
-def to_files(state: ModelState) -> dict[str, bytes]:
-    """Write a state as file name to content; the optimizer file only where there is state."""
-    files = _plain_files(state)
-    for name, (arrays, metadata) in _tensor_files(state).items():
-        files[name] = save(_contiguous(arrays), metadata=metadata)
-    return files
-
-
 def to_pieces(state: ModelState, bytes_max: int) -> Iterator[tuple[str, bytes]]:
-    """What `to_files` writes, byte for byte, as (file name, next bytes).
+    """Write a state as (file name, next bytes); the optimizer file only where there is state.
 
-    No file is ever held whole, and no call takes long: safetensors writes a file in one call,
-    during which no other thread of Python's runs.
+    The bytes are those that safetensors writes. But no file is ever held whole, and no call takes
+    long: safetensors writes a file in one call, during which no other Python thread runs.
 
     Args:
         state: What to write; it must not change before the last piece was taken.

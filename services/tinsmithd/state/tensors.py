@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tinsmithd.domain import LoraConfig, Tuning
+from tinsmithd.domain import MOMENTS, LoraConfig, Tuning
 from tinsmithd.errors import Reason
 from tinsmithd.state.checks import (
     PIECE_BYTES,
@@ -30,7 +30,6 @@ TENSORS_MAX = 16_384
 DIMENSIONS_MAX = 4
 DIMENSION_MAX = 1 << 40
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _LORA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.lora_[AB]\.weight")
 _EXPERTS = "experts."

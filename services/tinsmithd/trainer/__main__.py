@@ -17,8 +17,8 @@ from tinsmithd import link_secret
 from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.process import EXIT_HOPELESS, load_or_exit, set_up
-from tinsmithd.trainer import group
-from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, MeetError
+from tinsmithd.trainer.process_group import starter
+from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, MeetError
 
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
 
     from tinsmithd.trainer import link
     from tinsmithd.trainer.commands import Commands
-    from tinsmithd.trainer.engines.deepspeed import distributed
     from tinsmithd.trainer.engines.factory import make_engine
+    from tinsmithd.trainer.process_group import distributed
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -121,7 +121,7 @@ def main() -> None:
     set_up(config)
     rank = os.environ.get("RANK")
     if rank is None and config.ranks > 1:
-        sys.exit(group.run(config.ranks))
+        sys.exit(starter.run(config.ranks))
     last_words: Words = []
     farewells: Words = []
     _end_on_signals(last_words, farewells)
@@ -146,7 +146,7 @@ def main() -> None:
 
 def _end_among_others(error: Exception) -> None:
     """End a rank of several at once: in what state the others are is unknown."""
-    from tinsmithd.trainer.engines.deepspeed import distributed
+    from tinsmithd.trainer.process_group import distributed
 
     rank, _ = distributed.rank_and_world_size()
     left = distributed.rank_that_left()

@@ -59,6 +59,14 @@ class Commands:
         self._model_ids: set[str] = set()
         self._pieces: dict[str, list[bytes]] = {}
         self._state_sender = StateSender() if rank == 0 else None
+        self._handlers: Mapping[str, Callable[[pb.AttachResponse, _Replies], pb.Done | None]] = {
+            "create_model": self._create_model,
+            "delete_model": self._delete_model,
+            "compute": self._compute,
+            "optim_step": self._optim_step,
+            "copy_state": self._copy_state,
+            "import_state": self._import_state,
+        }
 
     def apply(self, command: pb.AttachResponse, reply: Reply, later: Later | None = None) -> None:
         """Carry out one command and answer it.
@@ -76,11 +84,10 @@ class Commands:
         if case == "piece":
             self._pieces.setdefault(command.piece.file_name, []).append(command.piece.data)
             return
-        handler: Callable[[pb.AttachResponse, _Replies], pb.Done | None]
-        handler = getattr(self, f"_{case}")
         answer = pb.AttachRequest(command_id=command.command_id)
         try:
-            done = handler(command, _Replies(reply, later or _at_once(reply)))
+            carry_out = self._handlers[str(case)]
+            done = carry_out(command, _Replies(reply, later or _at_once(reply)))
             if done is None:
                 return
             answer.done.CopyFrom(done)

@@ -50,9 +50,6 @@ class SamplingEngine(Protocol):
     def tokenizer_files(self) -> dict[str, bytes]:
         """The base model's own files of its tokenizer, unchanged: file name to content."""
 
-    def has_adapter(self, key: str) -> bool:
-        """True when the adapter is loaded."""
-
     def load_adapter(self, key: str, state: ModelState) -> None:
         """Add an adapter under an immutable key.
 

@@ -58,7 +58,7 @@ def make_engine(
         return SwitchingEngine(lambda: ReferenceEngine(load(dtype)), full_reference)
     if name == "deepspeed":
         on_progress("starting DeepSpeed")
-        from tinsmithd.trainer.engines.deepspeed import distributed
+        from tinsmithd.trainer.process_group import distributed
 
         distributed.init()  # before loading: it chooses this rank's device
         from tinsmithd.trainer.engines.deepspeed.engine import DeepSpeedEngine

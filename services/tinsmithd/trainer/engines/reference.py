@@ -11,18 +11,19 @@ import torch
 
 from tinsmithd import failpoints
 from tinsmithd.domain import (
+    MOMENTS,
     AdamParams,
     BaseModelInfo,
-    LoraConfig,
     ModelState,
     Tuning,
 )
-from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.full import FullWeights, check_same_tuning
-from tinsmithd.modeling.lora import Adapters, check_same_shape
+from tinsmithd.modeling.full import FullWeights
+from tinsmithd.modeling.lora import Adapters
+from tinsmithd.trainer.compute.adamw import clip_scale, eps_of
 from tinsmithd.trainer.compute.plain import compute_datum
 from tinsmithd.trainer.engines import identity
+from tinsmithd.trainer.engines.checks import check_state, non_finite_gradient
 from tinsmithd.trainer.engines.interface import (
     Batch,
     CompositionMismatch,
@@ -30,12 +31,6 @@ from tinsmithd.trainer.engines.interface import (
     ModelBroken,
     OnOutput,
 )
-
-CLIP_EPS = 1e-6
-"""Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
-
-EPS_MIN = 1e-30
-"""Stands for an eps of 0, with which a gradient of 0 would be divided by 0."""
 
 COMPOSITION = b"one by one"
 """Of every batch: there is no other."""
@@ -158,11 +153,8 @@ class ReferenceEngine:
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if not bool(torch.isfinite(norm)):
             raise non_finite_gradient()
-        scale = 1.0
-        if adam.grad_clip_norm > 0:
-            scale = min(1.0, adam.grad_clip_norm / (float(norm) + CLIP_EPS))
         try:
-            _adamw(model, gradients, scale, adam)
+            _adamw(model, gradients, clip_scale(float(norm), adam), adam)
             failpoints.hit("post_optim_pre_ack")
         except Exception as error:
             raise ModelBroken(f"the step failed half-way: {error}") from error
@@ -173,7 +165,7 @@ class ReferenceEngine:
         model = self._models[model_id]
         moments: dict[str, np.ndarray] = {}
         if optimizer and model.step_count:
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in MOMENTS:
                 for name, moment in zip(model.names, getattr(model, kind), strict=True):
                     moments[f"{kind}.{name}"] = moment.cpu().numpy().copy()
         return ModelState(
@@ -219,60 +211,5 @@ def _adamw(
         model.exp_avg[i].lerp_(gradient, 1 - adam.beta1)
         model.exp_avg_sq[i].mul_(adam.beta2).addcmul_(gradient, gradient, value=1 - adam.beta2)
         parameter.mul_(1 - adam.learning_rate * adam.weight_decay)
-        denominator = model.exp_avg_sq[i].sqrt() / correction2**0.5 + max(adam.eps, EPS_MIN)
+        denominator = model.exp_avg_sq[i].sqrt() / correction2**0.5 + eps_of(adam)
         parameter.addcdiv_(model.exp_avg[i], denominator, value=-adam.learning_rate / correction1)
-
-
-def non_finite_gradient() -> FailedPrecondition:
-    """The error of a step whose gradients, or their norm, are NaN or infinite."""
-    return FailedPrecondition(
-        "a pending gradient, or the norm of them all, is NaN or infinite; the gradients were "
-        "cleared, weights are unchanged",
-        Reason.NON_FINITE_GRADIENT,
-    )
-
-
-def check_state(
-    tuning: Tuning,
-    shapes: Mapping[str, Sequence[int]],
-    state: ModelState,
-    *,
-    optimizer: bool,
-) -> Mapping[str, Mapping[str, np.ndarray]] | None:
-    """Refuse a state that does not fit a model, before anything is changed.
-
-    Args:
-        tuning: What the model trains.
-        shapes: Of its parameters, by name.
-        state: What is to be loaded.
-        optimizer: Whether its optimizer state is wanted, too.
-
-    Returns:
-        With `optimizer`, the moments as kind to name to array, or None where no step was made.
-
-    Raises:
-        FailedPrecondition: It does not fit (INCOMPATIBLE_CHECKPOINT).
-    """
-    check_same_tuning(tuning, state)
-    if isinstance(tuning, LoraConfig) and isinstance(state.tuning, LoraConfig):
-        ours, theirs = tuning, state.tuning
-        if (ours.rank, ours.alpha) != (theirs.rank, theirs.alpha):
-            message = (
-                f"the checkpoint has rank {theirs.rank} and alpha {theirs.alpha:g}, "
-                f"this model {ours.rank} and {ours.alpha:g}"
-            )
-            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-    check_same_shape(shapes, state.weights)
-    if not optimizer or not state.optimizer:
-        return None
-    moments = {
-        kind: {
-            name.removeprefix(f"{kind}."): array
-            for name, array in state.optimizer.items()
-            if name.startswith(f"{kind}.")
-        }
-        for kind in ("exp_avg", "exp_avg_sq")
-    }
-    for arrays in moments.values():
-        check_same_shape(shapes, arrays)
-    return moments

@@ -165,10 +165,6 @@ class TransformersEngine:
         """The base model's own files of its tokenizer: file name to content."""
         return dict(self._base.tokenizer_files)
 
-    def has_adapter(self, key: str) -> bool:
-        """True when the adapter is loaded."""
-        return key in self._adapters
-
     def load_adapter(self, key: str, state: ModelState) -> None:
         """Add an adapter under an immutable key."""
         self._adapters.add_state(key, state)

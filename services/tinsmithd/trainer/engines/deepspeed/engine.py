@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -29,13 +30,13 @@ from tinsmithd.trainer.composition.compose import compose
 from tinsmithd.trainer.composition.rounds import Round
 from tinsmithd.trainer.compute import memory
 from tinsmithd.trainer.engines import identity
-from tinsmithd.trainer.engines.deepspeed import distributed
+from tinsmithd.trainer.engines.checks import check_state, non_finite_gradient
 from tinsmithd.trainer.engines.deepspeed.batch_run import BatchRun, RankContext
 from tinsmithd.trainer.engines.deepspeed.residency import ResidentModels, Slot
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
 from tinsmithd.trainer.engines.deepspeed.zero_base import partition
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, ModelBroken, OnOutput
-from tinsmithd.trainer.engines.reference import check_state, non_finite_gradient
+from tinsmithd.trainer.process_group import distributed
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
@@ -64,6 +65,7 @@ class DeepSpeedEngine:
         full: bool = False,
     ) -> None:
         self._device = distributed.init()
+        _init_deepspeed()
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
         use_packed_attention(base)
@@ -246,6 +248,15 @@ class DeepSpeedEngine:
             slot.zero.load(state.weights, moments, state.step_count)
         except Exception as error:
             raise ModelBroken(f"the import failed half-way: {error}") from error
+
+
+def _init_deepspeed() -> None:
+    """Let DeepSpeed use the process group that there is."""
+    backend = dist.get_backend()
+    if backend == "gloo":
+        # DeepSpeed would compile an op for this; plain gloo does as well, without a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def _smallest(number: int, device: torch.device) -> int:

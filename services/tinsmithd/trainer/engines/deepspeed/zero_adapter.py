@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinsmithd.domain import MOMENTS
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, host_copy
-from tinsmithd.trainer.engines.deepspeed.zero_slice import MOMENTS, ZeroSlice
+from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
 
 
 @dataclass(frozen=True)

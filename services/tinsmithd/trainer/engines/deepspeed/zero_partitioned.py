@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinsmithd.domain import MOMENTS
 from tinsmithd.trainer.compute.packed import Sink
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients, host_copy
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import StateCopy
-from tinsmithd.trainer.engines.deepspeed.zero_slice import MOMENTS, ZeroSlice
+from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:

@@ -11,15 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinsmithd import failpoints
-from tinsmithd.domain import AdamParams
+from tinsmithd.domain import MOMENTS, AdamParams
+from tinsmithd.trainer.compute.adamw import clip_scale, eps_of
 from tinsmithd.trainer.compute.packed import Sink
 from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
-from tinsmithd.trainer.engines.reference import CLIP_EPS, EPS_MIN
 
 NORM_PIECE = 65_536
 """Elements whose squares are summed in one float32 sum."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroSlice(ABC):
@@ -65,12 +63,12 @@ class ZeroSlice(ABC):
         norm = self._norm(own)
         if not math.isfinite(norm):
             return norm
-        if adam.grad_clip_norm > 0 and norm + CLIP_EPS > adam.grad_clip_norm:
-            own.mul_(adam.grad_clip_norm / (norm + CLIP_EPS))
+        if (scale := clip_scale(norm, adam)) < 1:
+            own.mul_(scale)
         (group,) = self._adamw.param_groups
         group["lr"] = adam.learning_rate
         group["betas"] = (adam.beta1, adam.beta2)
-        group["eps"] = max(adam.eps, EPS_MIN)
+        group["eps"] = eps_of(adam)
         group["weight_decay"] = adam.weight_decay
         self._own.grad = own.to(self._own.device)
         self._adamw.step()

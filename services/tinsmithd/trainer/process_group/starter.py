@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from tinsmithd.process import EXIT_HOPELESS
-from tinsmithd.trainer.heartbeat import EXIT_GROUP_LOST, EXIT_RANK_SILENT
+from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, EXIT_RANK_SILENT
 
 STORE_FD = "TINSMITH_STORE_FD"
 """Tells rank 0 which descriptor is the store's socket."""

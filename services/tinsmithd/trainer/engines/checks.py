@@ -1,0 +1,65 @@
+"""What every engine refuses alike."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tinsmithd.domain import MOMENTS, LoraConfig, ModelState, Tuning
+from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.modeling.full import check_same_tuning
+from tinsmithd.modeling.lora import check_same_shape
+
+
+def non_finite_gradient() -> FailedPrecondition:
+    """The error of a step whose gradients, or their norm, are NaN or infinite."""
+    return FailedPrecondition(
+        "a pending gradient, or the norm of them all, is NaN or infinite; the gradients were "
+        "cleared, weights are unchanged",
+        Reason.NON_FINITE_GRADIENT,
+    )
+
+
+def check_state(
+    tuning: Tuning,
+    shapes: Mapping[str, Sequence[int]],
+    state: ModelState,
+    *,
+    optimizer: bool,
+) -> Mapping[str, Mapping[str, np.ndarray]] | None:
+    """Refuse a state that does not fit a model, before anything is changed.
+
+    Args:
+        tuning: What the model trains.
+        shapes: Of its parameters, by name.
+        state: What is to be loaded.
+        optimizer: Whether its optimizer state is wanted, too.
+
+    Returns:
+        With `optimizer`, the moments as kind to name to array, or None where no step was made.
+
+    Raises:
+        FailedPrecondition: It does not fit (INCOMPATIBLE_CHECKPOINT).
+    """
+    check_same_tuning(tuning, state)
+    if isinstance(tuning, LoraConfig) and isinstance(state.tuning, LoraConfig):
+        ours, theirs = tuning, state.tuning
+        if (ours.rank, ours.alpha) != (theirs.rank, theirs.alpha):
+            message = (
+                f"the checkpoint has rank {theirs.rank} and alpha {theirs.alpha:g}, "
+                f"this model {ours.rank} and {ours.alpha:g}"
+            )
+            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+    check_same_shape(shapes, state.weights)
+    if not optimizer or not state.optimizer:
+        return None
+    moments = {
+        kind: {
+            name.removeprefix(f"{kind}."): array
+            for name, array in state.optimizer.items()
+            if name.startswith(f"{kind}.")
+        }
+        for kind in MOMENTS
+    }
+    for arrays in moments.values():
+        check_same_shape(shapes, arrays)
+    return moments
