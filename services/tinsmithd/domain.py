@@ -313,6 +313,47 @@ class CheckpointPath:
         return cls(parts[0], kinds[parts[1]], parts[2])
 
 
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        digest: Equal for equal files, see `content_digest`; 32 bytes.
+    """
+
+    path: CheckpointPath
+    kind: CheckpointKind
+    base_model: str
+    tuning: Tuning
+    step_count: int
+    size_bytes: int = 0
+    digest: bytes = b""
+
+
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """What is to be saved, besides its files.
+
+    Attributes:
+        ttl_seconds: None: for ever.
+        overwrite: Replace what has the name.
+        request_id: The same one says that it is the same request again.
+        ephemeral: It lives as long as somebody uses it.
+        lease_id: The first lease on it then.
+    """
+
+    path: CheckpointPath
+    base_model: str
+    tuning: Tuning
+    step_count: int
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    request_id: str = ""
+    ephemeral: bool = False
+    lease_id: str = ""
+
+
 def content_digest(files: Mapping[str, bytes]) -> bytes:
     """What a checkpoint holds, in 32 bytes: equal for equal files.
 

@@ -355,7 +355,7 @@ def test_an_answer_that_no_command_has_costs_the_group_its_place(
     assert stream.end() is None
     stream.close()
     assert call.exception().code() is grpc.StatusCode.UNAVAILABLE
-    assert waiting.server.says("the rank group's answer makes no sense")
+    assert waiting.server.says("the rank group's reply makes no sense")
     following = knowing(waiting, hello())
     assert following.next().welcome.epoch > welcome.welcome.epoch
     following.close()
@@ -432,4 +432,4 @@ def test_a_wrong_secret_is_said_at_both_ends(tiny_model: Path, tmp_path: Path) -
         part = tmp_path / "part"
         part.write_text(right)
         os.replace(part, secret)
-        rank.until(lambda: running.server.says("trainer attached"))
+        rank.until(lambda: running.server.says("rank group attached"))

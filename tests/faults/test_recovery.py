@@ -16,7 +16,7 @@ from clusters import until_health
 from faults.processes import Training
 from tinsmith import types
 from tinsmith import v1 as pb
-from tinsmithd.training.journal import sqlite_tables as sqlite_writes
+from tinsmithd.training.journal import sqlite_tables
 from wire import reason_and_field
 
 STEPS = 7
@@ -118,7 +118,7 @@ def test_row_11_a_stopped_group_is_replaced_and_cannot_come_back(
     one still says has no effect, and it stands by itself; then it may take over, without anything
     stale."""
     first = training.start_rank()
-    first.until(lambda: training.server.says("trainer attached"))
+    first.until(lambda: training.server.says("rank group attached"))
     second = training.start_rank()
     second.until(lambda: training.server.says("a rank group stands by"))
     client = model_of(tinsmith.ServiceClient(training.address))
@@ -240,9 +240,9 @@ def test_a_replay_that_gives_another_result_is_data_loss_of_that_model(
     training.kill()
     with sqlite3.connect(training.data / "journal.sqlite") as journal:
         # Sealed again: the row is whole, and what it says is not what the replay will give.
-        journal.create_function("seal", -1, sqlite_writes.seal, deterministic=True)
+        journal.create_function("seal", -1, sqlite_tables.seal, deterministic=True)
         of_first = "WHERE model_id=? AND position=1"
-        for change in ("result_digest=zeroblob(32)", f"crc32={sqlite_writes.CALL_SEAL}"):
+        for change in ("result_digest=zeroblob(32)", f"crc32={sqlite_tables.CALL_SEAL}"):
             journal.execute(f"UPDATE calls SET {change} {of_first}", (client.model_id,))
     training.restart_server()
     training.start_rank()

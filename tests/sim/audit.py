@@ -95,7 +95,7 @@ def _check_journal(world: "World") -> None:
         early = [position for position in table.payloads if position <= end]
         if early:
             world.fail(f"{model_id}: payloads {early} are kept, {end} was the end")
-        open_calls = [at for at, call in table.calls.items() if call.result_digest is None]
+        open_calls = [at for at, call in table.calls.items() if call.answer_digest is None]
         if open_calls and not table.lost:
             world.fail(f"{model_id}: calls {open_calls} have no result in the end")
         world.checked("journal is bounded")

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sim.loop import PROCESS
-from tinsmithd.checkpoint_client import CheckpointInfo, NewCheckpoint
-from tinsmithd.domain import CheckpointKind, CheckpointPath
+from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, NewCheckpoint
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, NotFound, Reason, Unavailable
 
 if TYPE_CHECKING:

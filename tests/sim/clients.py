@@ -10,18 +10,18 @@ from sim.network import Connection
 from sim.server import CallRequest, CreateRequest, DeleteRequest, Request
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
-from tinsmithd.training.call.work import (
+from tinsmithd.training.call import (
     ComputeWork,
     LoadWork,
-    Outcome,
     SaveOptions,
     SaveWork,
     StepWork,
+    StoredAnswer,
     Work,
-    encode,
-    encode_outcome,
+    encode_answer,
+    encode_work,
 )
-from tinsmithd.training.models.model import NewModel
+from tinsmithd.training.models import NewModel
 
 if TYPE_CHECKING:
     from sim.world import World
@@ -67,7 +67,7 @@ class Script:
         if self._tight and seq_id % STEP_EVERY == 0:
             kind = "step"
         work = self._work(kind, seq_id)
-        content = encode(work) if work is not None else b"unreadable %d" % seq_id
+        content = encode_work(work) if work is not None else b"unreadable %d" % seq_id
         digest = hashlib.sha256(content).digest()
         nbytes = work.nbytes if isinstance(work, ComputeWork) else 0
         return CallRequest(self._model_id, seq_id, digest, work, nbytes)
@@ -113,7 +113,7 @@ class ModelUser:
 
     Attributes:
         calls: What was submitted, by number.
-        answers: First answers, by number; `encode_outcome` of each.
+        answers: First answers, by number; `encode_answer` of each.
         deleting: Its deletion was asked for.
         deleted: Its deletion was acknowledged.
     """
@@ -180,10 +180,10 @@ class ModelUser:
         request_id = f"create {self.name} {attempt}"
         digest = hashlib.sha256(repr((tuning, str(path), optimizer)).encode()).digest()
         self.new = NewModel("base", tuning, path, optimizer, {}, request_id, digest)
-        outcome = await self._ask(CreateRequest(self.new), "create")
-        if outcome.error is None:
-            self.model_id = outcome.value["model_id"]
-        return outcome.error
+        answer = await self._ask(CreateRequest(self.new), "create")
+        if answer.error is None:
+            self.model_id = answer.value["model_id"]
+        return answer.error
 
     def _source(self) -> CheckpointPath | None:
         if self.rng.random() < 0.6:
@@ -193,14 +193,14 @@ class ModelUser:
         return self.rng.choice(saved) if saved else None
 
     async def _deliver(self, seq_id: int) -> None:
-        outcome = await self._ask(self.calls[seq_id], f"call {seq_id}")
-        self.world.log("answer", self.name, seq_id, encode_outcome(outcome))
+        answer = await self._ask(self.calls[seq_id], f"call {seq_id}")
+        self.world.log("answer", self.name, seq_id, encode_answer(answer))
 
     async def _delete(self) -> None:
         self.deleting = True
-        outcome = await self._ask(DeleteRequest(self.model_id), "delete")
-        if outcome.error is not None and outcome.error.reason is not Reason.MODEL_NOT_FOUND:
-            self.world.fail(f"{self.name} cannot be deleted: {outcome.error!r}")
+        answer = await self._ask(DeleteRequest(self.model_id), "delete")
+        if answer.error is not None and answer.error.reason is not Reason.MODEL_NOT_FOUND:
+            self.world.fail(f"{self.name} cannot be deleted: {answer.error!r}")
         self.deleted = True
 
     async def _ask_again(self) -> None:
@@ -210,18 +210,18 @@ class ModelUser:
             await self._ask(self.calls[seq_id], f"repeat of {seq_id}")
             call = self.calls[seq_id]
             other = CallRequest(self.model_id, seq_id, b"other" + call.digest, call.work)
-            outcome = await self._ask(other, f"other content for {seq_id}")
-            found = "" if outcome.error is None else outcome.error.reason
+            answer = await self._ask(other, f"other content for {seq_id}")
+            found = "" if answer.error is None else answer.error.reason
             if found not in (Reason.SEQ_ID_CONFLICT, Reason.ANSWER_EXPIRED, Reason.MODEL_LOST):
-                self.world.fail(f"{self.name}: other content for {seq_id} gives {outcome}")
+                self.world.fail(f"{self.name}: other content for {seq_id} gives {answer}")
             self.world.checked("conflict")
 
     async def ask_last(self) -> None:
         """The newest answer is there after any restart, and the next number is known."""
         before = self.world.checks["repeat"]
-        outcome = await self._ask(self.calls[self._call_count], "last repeat")
+        answer = await self._ask(self.calls[self._call_count], "last repeat")
         if self.world.checks["repeat"] == before:
-            self.world.fail(f"{self.name}: the newest answer is gone: {outcome}")
+            self.world.fail(f"{self.name}: the newest answer is gone: {answer}")
 
     @property
     def next_seq_id(self) -> int:
@@ -230,10 +230,10 @@ class ModelUser:
 
     async def _check_gone(self) -> None:
         call = CallRequest(self.model_id, self._call_count + 1, b"late", None)
-        outcome = await self._ask(call, "call on a deleted model")
-        found = "" if outcome.error is None else outcome.error.reason
+        answer = await self._ask(call, "call on a deleted model")
+        found = "" if answer.error is None else answer.error.reason
         if found is not Reason.MODEL_NOT_FOUND:
-            self.world.fail(f"{self.name} was deleted and answers {outcome}")
+            self.world.fail(f"{self.name} was deleted and answers {answer}")
         again = await self._ask(CreateRequest(self.new), "create again")
         if again.error is not None or again.value["model_id"] != self.model_id:
             self.world.fail(f"{self.name} was deleted and is created again: {again}")
@@ -241,21 +241,21 @@ class ModelUser:
 
     # --- one call -----------------------------------------------------------------------------
 
-    async def _ask(self, request: Request, about: str) -> Outcome:
+    async def _ask(self, request: Request, about: str) -> StoredAnswer:
         """Send a request until it has an answer that waiting does not change."""
         delay_s = 0.2
         while True:
             connection = self.world.network.send(request)
-            connection.outcome.add_done_callback(lambda done: self._note(request, done.result()))
+            connection.answer.add_done_callback(lambda done: self._note(request, done.result()))
             try:
                 async with asyncio.timeout(self.rng.uniform(2.0, 15.0)):
-                    outcome = await asyncio.shield(connection.outcome)
+                    answer = await asyncio.shield(connection.answer)
             except TimeoutError:
                 self._give_up(connection)
                 continue
-            error = outcome.error
+            error = answer.error
             if error is None or not retryable(error):
-                return outcome
+                return answer
             self.world.count(f"told to wait: {error.reason}")
             wait_s = max(delay_s, error.retry_after_s or 0.0) * self.rng.uniform(0.75, 1.5)
             await asyncio.sleep(wait_s)
@@ -266,14 +266,14 @@ class ModelUser:
         if self.rng.random() < 0.5:
             connection.abandon()
 
-    def _note(self, request: Request, outcome: Outcome) -> None:
+    def _note(self, request: Request, answer: StoredAnswer) -> None:
         """Hold every answer, however late it comes, against the first one."""
-        error = outcome.error
+        error = answer.error
         if not isinstance(request, CallRequest) or self.calls.get(request.seq_id) is not request:
             return
         if error is not None and retryable(error):
             return
-        seq_id, found = request.seq_id, encode_outcome(outcome)
+        seq_id, found = request.seq_id, encode_answer(answer)
         reason: Any = None if error is None else error.reason
         if reason is Reason.MODEL_NOT_FOUND and self.deleting:
             self.answers.setdefault(seq_id, found)

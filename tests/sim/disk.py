@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.loop import PROCESS
 from sim.tables import Tables
-from tinsmithd.training.call.work import Outcome, Work
+from tinsmithd.training.call import StoredAnswer, Work
 from tinsmithd.training.journal.records import (
     Contents,
     Fenced,
@@ -157,9 +157,9 @@ class SimStore:
         found: Work = await self._read(lambda: self._disk.tables.work(model_id, position))
         return found
 
-    async def outcome(self, model_id: str, position: int) -> Outcome:
+    async def answer(self, model_id: str, position: int) -> StoredAnswer:
         """The answer of a call."""
-        found: Outcome = await self._read(lambda: self._disk.tables.outcome(model_id, position))
+        found: StoredAnswer = await self._read(lambda: self._disk.tables.answer(model_id, position))
         return found
 
     async def close(self) -> None:

@@ -1,7 +1,7 @@
 """What simulated ranks compute, and what the oracle expects of them: one specification.
 
 A model's state is a chain of digests, so that an effect that is lost, doubled, or out of order
-changes everything after it. Results depend on the composition (`plan`) in which they were
+changes everything after it. Results depend on the composition in which they were
 computed, which the ranks draw at random and say with every result.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 from tinsmithd.domain import AdamParams
 
-PLAN_BYTES = 3
+COMPOSITION_BYTES = 3
 
 NORMAL, NON_FINITE, POISON, REFUSED, NO_MEMORY = b"n", b"x", b"p", b"r", b"m"
 """First byte of a datum: what it does to the ranks."""
@@ -54,15 +54,15 @@ def fresh(seed: int) -> State:
     return State(digest("weights", seed), "")
 
 
-def output(state: State, loss: bytes, datum: bytes, plan: bytes) -> bytes:
+def output(state: State, loss: bytes, datum: bytes, composition: bytes) -> bytes:
     """The result of one datum."""
-    text = digest(state.weights, loss, datum, plan)
-    return plan + text.encode()
+    text = digest(state.weights, loss, datum, composition)
+    return composition + text.encode()
 
 
-def plan_of(result: bytes) -> bytes:
+def composition_of(result: bytes) -> bytes:
     """The composition in which a result was computed."""
-    return result[:PLAN_BYTES]
+    return result[:COMPOSITION_BYTES]
 
 
 def add_gradient(state: State, datum: bytes, result: bytes) -> State:

@@ -14,12 +14,16 @@ from typing import Any
 
 from sim.disk import SimStore
 from sim.world import Result, simulate
-from tinsmithd.training.journal.journal import Journal
-from tinsmithd.training.lane.admission import Waiting
-from tinsmithd.training.lane.lane import Lane
-from tinsmithd.training.models import execution as calls
-from tinsmithd.training.models import recovery, snapshots
-from tinsmithd.training.models.models import Models
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.lane import Lane
+from tinsmithd.training.lane.admission import Admission
+from tinsmithd.training.lane.answer_recorder import AnswerRecorder
+from tinsmithd.training.models import snapshot_store
+from tinsmithd.training.models.changes import Changes
+from tinsmithd.training.models.deletion import Deletion
+from tinsmithd.training.models.execution import ModelExecutor
+from tinsmithd.training.models.model_snapshots import ModelSnapshots
+from tinsmithd.training.models.recovery import Recovery
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Mutation:
 _ANSWER_EARLY = """
             self._commits = getattr(self, "_commits", 0) + 1
             if self._commits % 3 == 0:
-                for early in batch:
+                for early in group:
                     if not early.done.done():
                         early.done.set_result(None)
 """
@@ -54,62 +58,60 @@ MUTATIONS = {
         'failpoints.hit("wal_append")' + _ANSWER_EARLY,
     ),
     "snapshot-unverified": Mutation(
-        snapshots, "_verified", 'if digest.hexdigest() != about["sha256"]:', "if False:"
+        snapshot_store, "_verified", 'if digest.hexdigest() != about["sha256"]:', "if False:"
     ),
     "replay-unchecked": Mutation(
-        recovery.Recovery,
+        Recovery,
         "_replay",
-        "digest_of(outcome) == call.result_digest",
+        "answer_digest(answer) == call.answer_digest",
         "True",
     ),
     "no-fence": Mutation(SimStore, "_check_epoch", "if self._disk.epoch != self._epoch:", "if 0:"),
-    "plan-ignored": Mutation(
-        calls.ModelRules,
+    "composition-ignored": Mutation(
+        Changes,
         "_compute",
-        'plan = composition.plans[index] if composition else b""',
-        'plan = b""',
+        'given = composition.batches[index] if composition else b""',
+        'given = b""',
     ),
     "answer-before-record": Mutation(
-        Lane,
-        "_settle",
-        "self._recording += 1",
-        "self._recording += 1\n    entry.answer.fail(outcome.error) if outcome.error else "
-        "entry.answer.finish(outcome.value)",
+        AnswerRecorder,
+        "settle",
+        "self.recording += 1",
+        "self.recording += 1\n    queued.answer.fail(answer.error) if answer.error else "
+        "queued.answer.finish(answer.value)",
     ),
     "attempts-uncounted": Mutation(
-        Lane, "_again", "entry.attempts += blamed", "entry.attempts += 0"
+        Lane, "_again", "queued.attempts += blamed", "queued.attempts += 0"
     ),
-    "everyone-blamed": Mutation(Lane, "_again", "entry.attempts += blamed", "entry.attempts += 1"),
+    "everyone-blamed": Mutation(
+        Lane, "_again", "queued.attempts += blamed", "queued.attempts += 1"
+    ),
     "stale-ranks": Mutation(Lane, "_apply", "if self._presence.absent:", "if False:"),
     "refused-kept": Mutation(
         Lane,
         "_is_written",
-        "if begun and changes_model(entry.call.work):",
+        "if begun and changes_model(queued.call.work):",
         "if False:",
     ),
     "answer-unwritten": Mutation(
-        Lane, "_apply", "if not await self._is_written(entry, begun=True):", "if False:"
+        Lane, "_apply", "if not await self._is_written(queued, begun=True):", "if False:"
     ),
-    "save-before-record": Mutation(
-        calls.ModelRules, "_save", "await self._journal.flush()", "pass"
-    ),
+    "save-before-record": Mutation(ModelExecutor, "_save", "await self._journal.flush()", "pass"),
     "trim-too-much": Mutation(
-        recovery.Recovery,
-        "_take",
-        "Trim(model.model_id, old.position)",
-        "Trim(model.model_id, position)",
+        ModelSnapshots,
+        "add",
+        "Trim(self._model_id, old.position)",
+        "Trim(self._model_id, position)",
     ),
-    "load-beside-snapshot": Mutation(
-        calls.ModelRules, "_load", "await self._recovery.quiet()", "pass"
-    ),
+    "load-beside-snapshot": Mutation(ModelExecutor, "_load", "await self._taker.quiet()", "pass"),
     "suspended-too-late": Mutation(
-        calls.ModelRules, "suspend", "self._stepped_at", "self._stepped_at + 1"
+        ModelExecutor, "suspend", "self._changes.stepped_at", "self._changes.stepped_at + 1"
     ),
     "deleted-forgotten": Mutation(
-        Models, "delete", "remember=bool(model.request_id)", "remember=False"
+        Deletion, "delete", "remember=bool(model.request_id)", "remember=False"
     ),
     "orphans-kept": Mutation(
-        Waiting, "recall", "elif call.seq_id not in (0, self.answers.next_seq_id):", "elif False:"
+        Admission, "recall", "elif call.seq_id not in (0, self.next_seq_id):", "elif False:"
     ),
 }
 

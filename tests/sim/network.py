@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim.server import Request, Server, lost_connection
 from tinsmithd.errors import TinsmithError
-from tinsmithd.training.call.work import Outcome
+from tinsmithd.training.call import StoredAnswer
 
 if TYPE_CHECKING:
     from sim.world import World
@@ -15,17 +15,17 @@ class Connection:
     """One request and what comes back, in order, until it breaks.
 
     Attributes:
-        outcome: Done with the answer, or with the error that ended it.
+        answer: Done with the answer, or with the error that ended it.
         handler: The server's task.
         server: Who works on it.
     """
 
     def __init__(self, network: "Network", breaks_after: int) -> None:
         self.network = network
-        self.outcome: asyncio.Future[Outcome] = network.world.loop.create_future()
+        self.answer: asyncio.Future[StoredAnswer] = network.world.loop.create_future()
         self.handler: asyncio.Task[Any] | None = None
         self.server: Server | None = None
-        self._parts: list[bytes] = []
+        self._outputs: list[bytes] = []
         self._arrives_s = 0.0
         self._breaks_after = breaks_after
 
@@ -42,7 +42,7 @@ class Connection:
 
     def refused(self) -> None:
         """Nobody listens."""
-        self.network.later(self._end, Outcome(error=lost_connection()))
+        self.network.later(self._end, StoredAnswer(error=lost_connection()))
 
     def abandon(self) -> None:
         """The client goes away, and the server is told."""
@@ -51,15 +51,15 @@ class Connection:
 
     def _arrive(self, message: "bytes | dict[str, Any] | TinsmithError") -> None:
         if isinstance(message, bytes):
-            self._parts.append(message)
+            self._outputs.append(message)
         elif isinstance(message, dict):
-            self._end(Outcome(self._parts, message))
+            self._end(StoredAnswer(self._outputs, message))
         else:
-            self._end(Outcome(error=message))
+            self._end(StoredAnswer(error=message))
 
-    def _end(self, outcome: Outcome) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
+    def _end(self, answer: StoredAnswer) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
 
 
 class Network:

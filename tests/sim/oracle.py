@@ -8,14 +8,14 @@ from sim.clients import ModelUser
 from sim.engine import State
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import Reason
-from tinsmithd.training.call.work import (
+from tinsmithd.training.call import (
     ComputeWork,
     LoadWork,
-    Outcome,
     SaveWork,
     StepWork,
+    StoredAnswer,
     Work,
-    decode_outcome,
+    decode_answer,
 )
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Oracle:
             found = self.user.answers.get(seq_id)
             if found is None:
                 raise Wrong(f"call {seq_id} has no answer")
-            outcome = decode_outcome(found)
-            reason = None if outcome.error is None else outcome.error.reason
+            answer = decode_answer(found)
+            reason = None if answer.error is None else answer.error.reason
             if reason is Reason.MODEL_NOT_FOUND and self.user.deleting:
                 self._ends_at(seq_id)
                 return
@@ -72,7 +72,7 @@ class Oracle:
                 self.ended = True
                 return
             try:
-                self._apply(seq_id, call.work, outcome, reason)
+                self._apply(seq_id, call.work, answer, reason)
             except Wrong as error:
                 raise Wrong(
                     f"{self.user.name} ({self.user.model_id}) call {seq_id} {call.work}: "
@@ -88,7 +88,7 @@ class Oracle:
                 self._saved.pop(str(call.work.options.path), None)
 
     def _apply(
-        self, seq_id: int, work: Work | None, outcome: Outcome, reason: Reason | None
+        self, seq_id: int, work: Work | None, answer: StoredAnswer, reason: Reason | None
     ) -> None:
         if reason is Reason.CALL_POISONED:
             self._check_poisoned(seq_id, work)
@@ -97,13 +97,13 @@ class Oracle:
             case None:
                 _expect(reason, Reason.INVALID_FIELD)
             case ComputeWork():
-                self._compute(work, outcome, reason)
+                self._compute(work, answer, reason)
             case StepWork():
-                self._step(work, outcome, reason)
+                self._step(work, answer, reason)
             case SaveWork():
-                self._save(work, outcome, reason)
+                self._save(work, answer, reason)
             case LoadWork():
-                self._load(work, outcome, reason)
+                self._load(work, answer, reason)
 
     def _check_poisoned(self, seq_id: int, work: Work | None) -> None:
         key = str(seq_id)
@@ -121,7 +121,7 @@ class Oracle:
             raise Wrong(f"poisoned after {deaths} deaths")
         self._world.checked("poisoned")
 
-    def _compute(self, work: ComputeWork, outcome: Outcome, reason: Reason | None) -> None:
+    def _compute(self, work: ComputeWork, answer: StoredAnswer, reason: Reason | None) -> None:
         for datum in work.data:
             if datum[:1] == engine.REFUSED:
                 _expect(reason, Reason.INVALID_FIELD)
@@ -129,26 +129,26 @@ class Oracle:
             if datum[:1] == engine.POISON:
                 raise Wrong("a poison call went through")
         _expect(reason, None)
-        if len(outcome.parts) != len(work.data):
-            raise Wrong(f"{len(outcome.parts)} results for {len(work.data)} data")
+        if len(answer.outputs) != len(work.data):
+            raise Wrong(f"{len(answer.outputs)} outputs for {len(work.data)} data")
         before = self.state
-        for datum, result in zip(work.data, outcome.parts, strict=True):
-            wanted = engine.output(before, work.loss, datum, engine.plan_of(result))
+        for datum, result in zip(work.data, answer.outputs, strict=True):
+            wanted = engine.output(before, work.loss, datum, engine.composition_of(result))
             if result != wanted:
                 raise Wrong(f"result {result!r}, expected {wanted!r}")
             if work.backward:
                 self.state = engine.add_gradient(self.state, datum, result)
-        wanted_metrics = engine.compute_metrics(self.state, outcome.parts)
-        _expect(dict(outcome.value), {"metrics": wanted_metrics})
+        wanted_metrics = engine.compute_metrics(self.state, answer.outputs)
+        _expect(dict(answer.value), {"metrics": wanted_metrics})
 
-    def _step(self, work: StepWork, outcome: Outcome, reason: Reason | None) -> None:
+    def _step(self, work: StepWork, answer: StoredAnswer, reason: Reason | None) -> None:
         if self.state.non_finite:
             _expect(reason, Reason.NON_FINITE_GRADIENT)
             self.state = engine.cleared(self.state)
             return
         _expect(reason, None)
         self.state, metrics = engine.step(self.state, work.adam)
-        _expect(dict(outcome.value), {"metrics": metrics})
+        _expect(dict(answer.value), {"metrics": metrics})
 
     def _files(self, work: SaveWork) -> Files:
         return tuple(engine.files(self.state, training(work.options.path)))
@@ -156,7 +156,7 @@ class Oracle:
     def _made(self, work: SaveWork) -> Made:
         return work.options.request_id, self._files(work)
 
-    def _save(self, work: SaveWork, outcome: Outcome, reason: Reason | None) -> None:
+    def _save(self, work: SaveWork, answer: StoredAnswer, reason: Reason | None) -> None:
         path, made = str(work.options.path), self._made(work)
         there = self._saved.setdefault(path, {None})
         if reason is Reason.CHECKPOINT_EXISTS:
@@ -170,9 +170,9 @@ class Oracle:
         self._saved[path] = {made}
         size = sum(len(data) for _, data in made[1])
         wanted = {"path": path, "size_bytes": size, "digest": digest_of(made[1]).hex()}
-        _expect(dict(outcome.value), wanted)
+        _expect(dict(answer.value), wanted)
 
-    def _load(self, work: LoadWork, outcome: Outcome, reason: Reason | None) -> None:
+    def _load(self, work: LoadWork, answer: StoredAnswer, reason: Reason | None) -> None:
         path = str(work.path)
         if not training(work.path):
             _expect(reason, Reason.WRONG_CHECKPOINT_KIND)
@@ -189,7 +189,7 @@ class Oracle:
             raise Wrong(f"{len(whole)} checkpoints may be there")
         self._saved[path] = {whole[0]}
         self.state = engine.load(whole[0][1], work.optimizer)
-        _expect(dict(outcome.value), {"path": path})
+        _expect(dict(answer.value), {"path": path})
 
     def check_saved(self) -> None:
         """Hold what the Checkpoint server has against what was saved."""

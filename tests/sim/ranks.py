@@ -15,15 +15,14 @@ from tinsmithd.errors import (
     ResourceExhausted,
     TinsmithError,
 )
-from tinsmithd.training.call.work import ComputeWork
-from tinsmithd.training.ranks.interface import (
-    CallPart,
+from tinsmithd.training.call import BatchPlace, ComputeWork
+from tinsmithd.training.ranks import (
     Computed,
+    OnOutput,
     OnPiece,
-    OnResult,
     Pieces,
+    RankGroupLost,
     StateInfo,
-    TrainerLost,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class RankGroup:
         self.rng = world.stream(f"ranks {name}")
         self.models: dict[str, State] = {}
         self.alive = True
-        self.link: SimTrainer | None = None
+        self.link: SimRankGroup | None = None
         self._undo: dict[str, State] = {}
         self._serving: asyncio.Task[None] | None = None
         self._going = asyncio.Event()
@@ -59,7 +58,7 @@ class RankGroup:
         self.doom_in = 0
         self.doom: Callable[[], None] = lambda: None
 
-    def attach(self, link: "SimTrainer") -> None:
+    def attach(self, link: "SimRankGroup") -> None:
         """Serve a Training server from now on, with no models."""
         self.detach()
         self.models.clear()
@@ -74,7 +73,7 @@ class RankGroup:
             self._serving = None
         self.link = None
 
-    def haunt(self, link: "SimTrainer") -> None:
+    def haunt(self, link: "SimRankGroup") -> None:
         """Go on with what a server asked for that has given them up."""
         self._serving = self.world.spawn(self._serve(link))
 
@@ -108,7 +107,7 @@ class RankGroup:
                 self.doom()
                 await asyncio.Event().wait()
 
-    async def _serve(self, link: "SimTrainer") -> None:
+    async def _serve(self, link: "SimRankGroup") -> None:
         while True:
             command, answers = await link.inbox.get()
             try:
@@ -130,37 +129,39 @@ class RankGroup:
     async def compute(
         self,
         model_id: str,
-        work: ComputeWork,
-        part: CallPart,
-        plan: bytes,
-        on_result: Callable[[bytes], None],
+        batch: ComputeWork,
+        place: BatchPlace,
+        composition: bytes,
+        on_output: Callable[[bytes], None],
     ) -> Computed:
         """Forward, and backward too where asked."""
         before = self.need(model_id)
-        if work.backward and part is not CallPart.LATER:
+        if batch.backward and place is not BatchPlace.LATER:
             self._undo[model_id] = before
-        again = bool(plan)
-        plan = plan or bytes(self.rng.choices(b"ABCDEFGH", k=engine.PLAN_BYTES))
-        results = []
+        again = bool(composition)
+        if not again:
+            composition = bytes(self.rng.choices(b"ABCDEFGH", k=engine.COMPOSITION_BYTES))
+        outputs = []
         try:
-            for datum in work.data:
+            for datum in batch.data:
                 await self.step()
                 await self._suffer(datum)
-                result = engine.output(self.models[model_id], work.loss, datum, plan)
+                output = engine.output(self.models[model_id], batch.loss, datum, composition)
                 if again and self.world.goes_wrong(model_id):
-                    result = result[:-1] + b"?"
-                results.append(result)
-                on_result(result)
-                if work.backward:
-                    state = engine.add_gradient(self.models[model_id], datum, result)
+                    output = output[:-1] + b"?"
+                outputs.append(output)
+                on_output(output)
+                if batch.backward:
+                    state = engine.add_gradient(self.models[model_id], datum, output)
                     self.models[model_id] = state
         except TinsmithError:
-            if work.backward:
+            if batch.backward:
                 self.models[model_id] = self._undo[model_id]
             raise
         after = self.models[model_id]
-        self.world.log("compute", self.name, model_id, engine.digest(work), plan, after)
-        return Computed(engine.compute_metrics(after, results), plan, after.non_finite)
+        self.world.log("compute", self.name, model_id, engine.digest(batch), composition, after)
+        metrics = engine.compute_metrics(after, outputs)
+        return Computed(metrics, composition, after.non_finite)
 
     async def _suffer(self, datum: bytes) -> None:
         """What some data do to ranks."""
@@ -177,7 +178,7 @@ class RankGroup:
             raise ResourceExhausted(text, Reason.OUT_OF_MEMORY, retry_after_s=1.0)
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply the waiting gradients."""
+        """Apply the pending gradients."""
         state = self.need(model_id)
         await self.step()
         if state.non_finite:
@@ -211,8 +212,8 @@ class _Done:
         self.value = value
 
 
-class SimTrainer:
-    """See `Trainer`: the link of one Training server to one rank group."""
+class SimRankGroup:
+    """See `RankGroup`: the link of one Training server to one rank group."""
 
     world_size = 1
     engine = "sim"
@@ -223,7 +224,7 @@ class SimTrainer:
         self.identity = group.identity
         self.inbox: asyncio.Queue[tuple[Command, asyncio.Queue[Any]]] = asyncio.Queue()
         self._open: list[asyncio.Queue[Any]] = []
-        self._lost: TrainerLost | None = None
+        self._lost: RankGroupLost | None = None
         self.under_way = ""
         """Which call it is that the group works on; it is to blame where the group dies."""
 
@@ -235,11 +236,11 @@ class SimTrainer:
     def lose(self, why: str, *, blamed: bool = False) -> None:
         """The group is gone, as far as this server can tell."""
         if self._lost is None:
-            self._lost = TrainerLost(why, blamed=blamed)
+            self._lost = RankGroupLost(why, blamed=blamed)
             for answers in self._open:
                 answers.put_nowait(None)
 
-    # --- `Trainer` ----------------------------------------------------------------------------
+    # --- `RankGroup` ----------------------------------------------------------------------------
 
     async def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model."""
@@ -265,33 +266,33 @@ class SimTrainer:
     async def compute(
         self,
         model_id: str,
-        work: ComputeWork,
+        batch: ComputeWork,
         *,
-        part: CallPart,
-        plan: bytes,
-        on_result: OnResult,
+        place: BatchPlace,
+        composition: bytes,
+        on_output: OnOutput,
     ) -> Computed:
         """Forward, and backward too where asked."""
 
-        async def take(part: bytes) -> None:
-            on_result(part)
+        async def take(output: bytes) -> None:
+            on_output(output)
 
         done: Computed = await self._execute(
-            f"{model_id} {engine.seq_id_of(work.data[0])}",
-            lambda group, put: group.compute(model_id, work, part, plan, put),
+            f"{model_id} {engine.seq_id_of(batch.data[0])}",
+            lambda group, put: group.compute(model_id, batch, place, composition, put),
             take,
         )
         return done
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply the waiting gradients."""
+        """Apply the pending gradients."""
         done: Mapping[str, float] = await self._execute(
             f"{model_id} {adam.learning_rate:.0f}",
             lambda group, put: group.optim_step(model_id, adam),
         )
         return done
 
-    async def snapshot(
+    async def copy_state(
         self, model_id: str, *, optimizer: bool, on_piece: OnPiece
     ) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends the copy."""
@@ -314,11 +315,11 @@ class SimTrainer:
         async def finish() -> StateInfo:
             try:
                 done: StateInfo = await self._finish(pieces, take)
-            except TrainerLost as error:
-                raise TrainerLost(str(error)) from error
+            except RankGroupLost as error:
+                raise RankGroupLost(str(error)) from error
             return done
 
-        await self._execute(f"{model_id} snapshot", command)
+        await self._execute(f"{model_id} copy", command)
         return finish()
 
     async def import_state(
@@ -349,7 +350,7 @@ class SimTrainer:
 
     async def _execute(self, key: str, command: Command, on_part: Any = None) -> Any:
         if self._lost is not None:
-            raise TrainerLost(str(self._lost))  # only the call under way is to blame
+            raise RankGroupLost(str(self._lost))  # only the call under way is to blame
         if self.under_way:
             self.group.world.fail(f"{key} while {self.under_way} is under way")
         self.under_way = key
@@ -368,7 +369,7 @@ class SimTrainer:
                 message = await answers.get()
                 if message is None:
                     assert self._lost is not None
-                    raise TrainerLost(str(self._lost), blamed=self._lost.blamed)
+                    raise RankGroupLost(str(self._lost), blamed=self._lost.blamed)
                 if isinstance(message, TinsmithError):
                     raise failure or message
                 if isinstance(message, _Done):

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 from sim.checkpoints import SimCheckpointClient, SimStaging
 from sim.disk import SimStore, Unclaimable
 from sim.loop import Process
-from sim.ranks import SimTrainer
-from sim.snapshots import SimSnapshots
+from sim.ranks import SimRankGroup
+from sim.snapshots import SimSnapshotStore
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
-from tinsmithd.training.call.work import RefusedWork, Work
-from tinsmithd.training.journal.journal import Journal
-from tinsmithd.training.journal.records import Fenced, StoreDamaged
-from tinsmithd.training.lane.interface import LaneLimits
-from tinsmithd.training.models.checkpoints import Checkpoints
-from tinsmithd.training.models.execution import CallLimits
-from tinsmithd.training.models.model import NewModel
-from tinsmithd.training.models.models import ModelLimits, Models
-from tinsmithd.training.models.recovery import SnapshotRule
-from tinsmithd.training.models.seats import SeatLimits
-from tinsmithd.training.models.staging import Copies
+from tinsmithd.training.call import RefusedWork, Work
+from tinsmithd.training.journal import Fenced, Journal, StoreDamaged
+from tinsmithd.training.lane import LaneLimits
+from tinsmithd.training.models import (
+    CallLimits,
+    Checkpoints,
+    Copies,
+    ModelLimits,
+    Models,
+    NewModel,
+    SeatLimits,
+    SnapshotRule,
+)
 
 if TYPE_CHECKING:
     import random
@@ -96,14 +98,18 @@ class Server:
         self.name = name
         self.process = Process(world.loop, name)
         self.up = False
-        self.link: SimTrainer | None = None
+        self.link: SimRankGroup | None = None
         self.connections: list[Connection] = []
         client: Any = SimCheckpointClient(world.checkpoints)
         self.client = client
         self.journal = Journal(SimStore(world.disk))
         checkpoints = Checkpoints(client, SimStaging(), Copies(world.copies_max))
         self.models = Models(
-            world.limits, checkpoints, self.journal, SimSnapshots(world.disk), world.new_model_id
+            world.limits,
+            checkpoints,
+            self.journal,
+            SimSnapshotStore(world.disk),
+            world.new_model_id,
         )
 
     def start(self) -> None:
@@ -156,8 +162,8 @@ class Server:
 
     async def _serve(self, request: Request, connection: "Connection") -> None:
         try:
-            async for part in self._handle(request):
-                connection.send(part)
+            async for message in self._handle(request):
+                connection.send(message)
         except TinsmithError as error:
             connection.send(error)
         except asyncio.CancelledError:
@@ -166,7 +172,7 @@ class Server:
             self.world.fail(f"a request ends with {error!r}", error)
 
     async def _handle(self, request: Request) -> AsyncIterator[Any]:
-        """The parts of an answer as bytes, then its value."""
+        """The outputs of an answer as bytes, then its value."""
         match request:
             case CreateRequest():
                 model = await self.models.create(request.new)
@@ -182,8 +188,8 @@ class Server:
                 answer = self.models.submit(
                     model, request.seq_id, request.digest, work, request.nbytes
                 )
-                async for part in answer.parts():
-                    yield part
+                async for output in answer.outputs():
+                    yield output
                 yield dict(await answer.value())
 
 

@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sim.disk import SimDisk
-from tinsmithd.training.models.snapshots import MANIFEST_FILE, DiskSnapshots, Draft, Snapshot
+from tinsmithd.training.models.snapshot_store import (
+    MANIFEST_FILE,
+    DiskSnapshotStore,
+    Snapshot,
+    SnapshotDraft,
+)
 
 
 @dataclass
@@ -62,7 +67,7 @@ class SimPath:
 
 
 class SimDraft:
-    """See `Draft`."""
+    """See `SnapshotDraft`."""
 
     def __init__(self, disk: SimDisk, name: str) -> None:
         self._disk = disk
@@ -107,15 +112,15 @@ class SimDraft:
             raise OSError(errno.ENOSPC, f"disk {self._disk.failure}")
 
 
-class SimSnapshots(DiskSnapshots):
-    """See `Snapshots`."""
+class SimSnapshotStore(DiskSnapshotStore):
+    """See `SnapshotStore`."""
 
     def __init__(self, disk: SimDisk) -> None:
         path: Any = SimPath(disk)
         super().__init__(path)
         self._disk = disk
 
-    def begin(self, model_id: str, position: int) -> Draft:
+    def begin(self, model_id: str, position: int) -> SnapshotDraft:
         """Begin one."""
         self._disk.folder_count += 1
         return SimDraft(self._disk, self.name(model_id, position, str(self._disk.folder_count)))

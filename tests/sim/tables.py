@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tinsmithd.training.call.work import (
-    Outcome,
+from tinsmithd.training.call import (
+    StoredAnswer,
     Work,
-    decode,
-    decode_outcome,
-    digest_of,
-    encode,
-    encode_outcome,
+    answer_digest,
+    decode_answer,
+    decode_work,
+    encode_answer,
+    encode_work,
 )
-from tinsmithd.training.journal import records
-from tinsmithd.training.journal.records import (
+from tinsmithd.training.journal import (
+    AddAnswer,
     AddCall,
     AddModel,
-    AddResult,
     AddSnapshot,
     CountAttempt,
     CountStart,
@@ -35,6 +34,7 @@ from tinsmithd.training.journal.records import (
     Trim,
     Write,
 )
+from tinsmithd.training.journal.records import DELETED_KEPT_MAX
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Tables:
 
     def deleted_models(self) -> list[DeletedModel]:
         """What `claim` reads of those that are gone."""
-        found = _by_number(self.deleted)[-records.DELETED_KEPT_MAX :]
+        found = _by_number(self.deleted)[-DELETED_KEPT_MAX:]
         return [
             DeletedModel(model_id, table.number, json.loads(table.about))
             for model_id, table in found
@@ -114,11 +114,11 @@ class Tables:
 
     def work(self, model_id: str, position: int) -> Work:
         """A payload."""
-        return decode(self._blob("payloads", model_id, position))
+        return decode_work(self._blob("payloads", model_id, position))
 
-    def outcome(self, model_id: str, position: int) -> Outcome:
+    def answer(self, model_id: str, position: int) -> StoredAnswer:
         """An answer."""
-        return decode_outcome(self._blob("answers", model_id, position))
+        return decode_answer(self._blob("answers", model_id, position))
 
     def _blob(self, kind: str, model_id: str, position: int) -> bytes:
         table = self.models.get(model_id)
@@ -148,8 +148,8 @@ class Tables:
                 table.lost = write.why
             case AddCall():
                 _add_call(table, write)
-            case AddResult():
-                _add_result(table, write)
+            case AddAnswer():
+                _add_answer(table, write)
             case ForgetCalls():
                 for position in write.positions:
                     for rows in (table.calls, table.payloads, table.answers):
@@ -178,25 +178,25 @@ def _change(table: ModelTable, position: int, **values: Any) -> None:
 
 def _add_call(table: ModelTable, write: AddCall) -> None:
     assert write.position not in table.calls
-    payload = Blob.of(encode(write.work))
+    payload = Blob.of(encode_work(write.work))
     size = len(payload.data)
     call = StoredCall(write.position, write.seq_id, write.digest, size, 0, None, 0, b"")
     table.calls[write.position] = call
     table.payloads[write.position] = payload
 
 
-def _add_result(table: ModelTable, write: AddResult) -> None:
+def _add_answer(table: ModelTable, write: AddAnswer) -> None:
     if write.position not in table.calls:
         return
-    answer = Blob.of(encode_outcome(write.outcome))
+    answer = Blob.of(encode_answer(write.answer))
     _change(
         table,
         write.position,
-        result_digest=digest_of(write.outcome),
+        answer_digest=answer_digest(write.answer),
         answer_bytes=len(answer.data) if write.keep else 0,
-        plan=write.plan,
+        composition=write.composition,
     )
-    if not write.plan:
+    if not write.composition:
         table.payloads.pop(write.position, None)
         _change(table, write.position, payload_bytes=0)
     if write.keep:
@@ -216,7 +216,7 @@ def _trim(table: ModelTable, end: int) -> None:
         if call.answer_bytes == 0 and position < newest:
             del table.calls[position]
         else:
-            _change(table, position, payload_bytes=0, plan=b"")
+            _change(table, position, payload_bytes=0, composition=b"")
 
 
 def _drop_answers(table: ModelTable, end: int) -> None:

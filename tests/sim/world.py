@@ -20,10 +20,10 @@ from sim.disk import SimDisk
 from sim.loop import PROCESS, Hang, Killed, Process, SimLoop
 from sim.nemesis import Nemesis
 from sim.network import Network
-from sim.ranks import RankGroup, SimTrainer
+from sim.ranks import RankGroup, SimRankGroup
 from sim.server import Server, limits, tight
 from tinsmithd import failpoints
-from tinsmithd.training.journal.records import Write
+from tinsmithd.training.journal import Write
 
 IDENTITY = {"base_model": "base", "dtype": "float32", "engine": "e1"}
 
@@ -197,7 +197,7 @@ class World:
             if self.group.link is old.link:
                 self.group.detach()
             old.link.lose("the connection broke")
-            old.process.call(old.models.detach, old.link)
+            old.process.call(old.models.place.detach, old.link)
         self.start_server()
 
     # --- ranks --------------------------------------------------------------------------------
@@ -222,11 +222,11 @@ class World:
             return
         if group.link is not None or server.link is not None or not server.up:
             return
-        link: Any = SimTrainer(group)
+        link: Any = SimRankGroup(group)
         self.log("attach", group.name, server.name)
         group.attach(link)
         server.link = link
-        server.models.attach(link)
+        server.models.place.attach(link)
 
     def detach(self, server: Server, why: str, *, blamed: bool = False) -> None:
         """The server's link to the ranks breaks."""
@@ -247,7 +247,7 @@ class World:
         self.later(self.rng.choice([0.0, 0.0, 0.002, 0.2]), tell)
 
     def _detached(self, server: Server, link: Any) -> None:
-        server.models.detach(link)
+        server.models.place.detach(link)
         if server.link is link:
             server.link = None
         self.attach()

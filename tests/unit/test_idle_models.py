@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 
 from tinsmithd.domain import BaseModelInfo, LoraConfig
-from tinsmithd.training.journal.journal import NoJournal
-from tinsmithd.training.lane.interface import LaneLimits
-from tinsmithd.training.models.checkpoints import Checkpoints
-from tinsmithd.training.models.execution import CallLimits
-from tinsmithd.training.models.model import NewModel
-from tinsmithd.training.models.models import ModelLimits, Models
-from tinsmithd.training.models.recovery import SnapshotRule
-from tinsmithd.training.models.seats import SeatLimits
-from tinsmithd.training.models.staging import Copies
+from tinsmithd.training.journal import NoJournal
+from tinsmithd.training.lane import LaneLimits
+from tinsmithd.training.models import (
+    CallLimits,
+    Checkpoints,
+    Copies,
+    ModelLimits,
+    Models,
+    NewModel,
+    SeatLimits,
+    SnapshotRule,
+)
 
 TTL_S = 1000.0
 REQUEST = NewModel("", LoraConfig(), None, False, {}, "", b"")
@@ -40,7 +43,7 @@ async def one_model() -> Models:
     checkpoints = Checkpoints(None, None, Copies(1))  # type: ignore[arg-type]
     limits = ModelLimits(8, TTL_S, SeatLimits(8), lane, calls)
     models = Models(limits, checkpoints, NoJournal(), None)
-    models.attach(Ranks())  # type: ignore[arg-type]
+    models.place.attach(Ranks())  # type: ignore[arg-type]
     await models.create(REQUEST)
     return models
 

@@ -12,13 +12,22 @@ from typing import Any
 import pytest
 
 from sim.disk import SimDisk, SimStore
-from tinsmithd.training.call import work as works
-from tinsmithd.training.call.work import ComputeWork, Outcome, Work
+from tinsmithd.training.call import (
+    ComputeWork,
+    StoredAnswer,
+    Work,
+    answer_digest,
+    encode_answer,
+    encode_work,
+)
+from tinsmithd.training.journal import (
+    Fenced,
+    SqliteStore,
+    StoreDamaged,
+    sqlite_store,
+    sqlite_tables,
+)
 from tinsmithd.training.journal import records as j
-from tinsmithd.training.journal import sqlite_store
-from tinsmithd.training.journal import sqlite_tables as sqlite_writes
-from tinsmithd.training.journal.records import Fenced, StoreDamaged
-from tinsmithd.training.journal.sqlite_store import SqliteStore
 
 DATUM_BYTES = 1900
 """Two payloads, or two answers, fill a page of the file: most flips of its bits hit something."""
@@ -103,16 +112,16 @@ def work(position: int) -> Work:
     return ComputeWork(b"loss", [bytes([position]) * DATUM_BYTES], [position], True)
 
 
-def answer(position: int) -> Outcome:
-    return Outcome([bytes([100 + position]) * DATUM_BYTES], {"loss": position / 7})
+def answer(position: int) -> StoredAnswer:
+    return StoredAnswer([bytes([100 + position]) * DATUM_BYTES], {"loss": position / 7})
 
 
 def call(position: int, model_id: str = "a") -> j.AddCall:
     return j.AddCall(model_id, position, position + 10, b"%02d" % position * 16, work(position))
 
 
-def result(position: int, model_id: str = "a", *, keep: bool = True) -> j.AddResult:
-    return j.AddResult(model_id, position, answer(position), b"plan", keep)
+def record(position: int, model_id: str = "a", *, keep: bool = True) -> j.AddAnswer:
+    return j.AddAnswer(model_id, position, answer(position), b"composition", keep)
 
 
 def stored(position: int, **changes: Any) -> j.StoredCall:
@@ -121,18 +130,18 @@ def stored(position: int, **changes: Any) -> j.StoredCall:
         "position": position,
         "seq_id": position + 10,
         "digest": b"%02d" % position * 16,
-        "payload_bytes": len(works.encode(work(position))),
+        "payload_bytes": len(encode_work(work(position))),
         "attempts": 0,
-        "result_digest": works.digest_of(answer(position)),
-        "answer_bytes": len(works.encode_outcome(answer(position))),
-        "plan": b"plan",
+        "answer_digest": answer_digest(answer(position)),
+        "answer_bytes": len(encode_answer(answer(position))),
+        "composition": b"composition",
     }
     return j.StoredCall(**{**values, **changes})
 
 
-OPEN = {"result_digest": None, "answer_bytes": 0, "plan": b""}
+OPEN = {"answer_digest": None, "answer_bytes": 0, "composition": b""}
 """A call without answer."""
-TRIMMED = {"payload_bytes": 0, "plan": b""}
+TRIMMED = {"payload_bytes": 0, "composition": b""}
 
 
 async def begun(disk: Any, *writes: j.Write) -> j.JournalStore:
@@ -159,7 +168,7 @@ async def model(disk: Any, store: j.JournalStore, model_id: str = "a") -> j.Stor
 async def test_what_is_committed_is_there_after_a_reopen(disk: Any) -> None:
     """A committed batch is what the next process finds, models by number and calls by position."""
     store = await begun(disk, call(1), call(2), call(3), j.AddSnapshot("a", 1, 5, "folder"))
-    await store.commit([result(1), result(2, keep=False)])
+    await store.commit([record(1), record(2, keep=False)])
     await store.close()
     store = disk.store()
     contents = await store.claim()
@@ -171,17 +180,17 @@ async def test_what_is_committed_is_there_after_a_reopen(disk: Any) -> None:
     assert list(await store.calls("a", 1)) == calls[1:]
     assert list(await store.calls("unknown", 0)) == []
     assert [await store.work("a", position) for position in (1, 2, 3)] == [*map(work, (1, 2, 3))]
-    assert await store.outcome("a", 1) == answer(1)
+    assert await store.answer("a", 1) == answer(1)
     for position in (2, 3):
         with pytest.raises(StoreDamaged):
-            await store.outcome("a", position)
+            await store.answer("a", position)
     await store.close()
 
 
 async def test_what_is_never_made_again_keeps_no_payload(disk: Any) -> None:
     """A forward, say: any number of them leaves answers alone, and those only for a while."""
-    forward = j.AddResult("a", 1, answer(1))
-    store = await begun(disk, call(1), forward, call(2), result(2))
+    forward = j.AddAnswer("a", 1, answer(1))
+    store = await begun(disk, call(1), forward, call(2), record(2))
     with pytest.raises(StoreDamaged):
         await store.work("a", 1)
     await store.commit([j.DropAnswers("a", 2)])
@@ -191,7 +200,7 @@ async def test_what_is_never_made_again_keeps_no_payload(disk: Any) -> None:
 
 async def test_a_claim_fences_whoever_had_the_store(disk: Any) -> None:
     """After a claim of a higher epoch the earlier process neither writes nor reads."""
-    old = await begun(disk, call(1), result(1))
+    old = await begun(disk, call(1), record(1))
     new = disk.store()
     first, second = await new.claim(), await disk.store().claim()
     assert (first.epoch, second.epoch) == (2, 3)
@@ -199,7 +208,7 @@ async def test_a_claim_fences_whoever_had_the_store(disk: Any) -> None:
     for store in (old, new):
         tries = [
             *(store.commit([call(2)]), store.commit([]), store.commit([j.DeleteModel("a")])),
-            *(store.calls("a", 0), store.work("a", 1), store.outcome("a", 1)),
+            *(store.calls("a", 0), store.work("a", 1), store.answer("a", 1)),
             store.work("a", 9),
         ]
         for attempt in tries:
@@ -230,10 +239,10 @@ async def test_a_batch_without_room_is_absent_and_nothing_is_broken(disk: Any) -
 
 async def test_trim_drops_payloads_snapshots_and_calls_without_answer(disk: Any) -> None:
     """Kept answers and everything later stay, and so does the newest call: the next number."""
-    store = await begun(disk, *map(call, range(1, 7)), result(1), result(2), result(4))
-    await store.commit([result(3, keep=False), *(j.AddSnapshot("a", n, n, f"{n}") for n in (2, 4))])
+    store = await begun(disk, *map(call, range(1, 7)), record(1), record(2), record(4))
+    await store.commit([record(3, keep=False), *(j.AddSnapshot("a", n, n, f"{n}") for n in (2, 4))])
     await store.commit([j.Trim("a", 4), j.Trim("a", 2), j.Trim("unknown", 9)])
-    assert await store.outcome("a", 4) == answer(4)
+    assert await store.answer("a", 4) == answer(4)
     with pytest.raises(StoreDamaged):
         await store.work("a", 4)
     assert await store.work("a", 5) == work(5)
@@ -252,27 +261,27 @@ async def test_trim_drops_payloads_snapshots_and_calls_without_answer(disk: Any)
 
 async def test_a_call_goes_with_the_last_of_payload_and_answer(disk: Any) -> None:
     """Dropped answers leave their digests while payloads stay; a call with neither goes."""
-    store = await begun(disk, *map(call, (1, 2, 3, 4)), *map(result, (1, 2, 3, 4)))
+    store = await begun(disk, *map(call, (1, 2, 3, 4)), *map(record, (1, 2, 3, 4)))
     await store.commit([j.DropAnswers("a", 2)])
     dropped = [stored(position, answer_bytes=0) for position in (1, 2)]
     assert list(await store.calls("a", 0)) == [*dropped, stored(3), stored(4)]
     with pytest.raises(StoreDamaged):
-        await store.outcome("a", 2)
+        await store.answer("a", 2)
     assert await store.work("a", 2) == work(2)
     await store.commit([j.Trim("a", 4), j.DropAnswers("a", 3)])
-    assert await store.outcome("a", 4) == answer(4)
+    assert await store.answer("a", 4) == answer(4)
     assert (await model(disk, store)).calls == [stored(4, **TRIMMED)]
 
 
 async def test_forgotten_calls_free_their_places(disk: Any) -> None:
     """Of a forgotten call nothing stays, and its place can be used again."""
-    store = await begun(disk, *map(call, (1, 2, 3)), result(3), call(2, "b"))
+    store = await begun(disk, *map(call, (1, 2, 3)), record(3), call(2, "b"))
     await store.commit([j.ForgetCalls("a", [2, 3, 9]), j.ForgetCalls("a", [])])
-    for read in (store.work, store.outcome):
+    for read in (store.work, store.answer):
         with pytest.raises(StoreDamaged):
             await read("a", 3)
     again = j.AddCall("a", 2, 12, b"02" * 16, work(2))
-    await store.commit([again, result(2), call(3)])
+    await store.commit([again, record(2), call(3)])
     assert await store.work("b", 2) == work(2)
     assert (await model(disk, store)).calls == [stored(1, **OPEN), stored(2), stored(3, **OPEN)]
 
@@ -295,14 +304,20 @@ async def test_what_is_said_of_a_model_is_said_of_it_alone(disk: Any) -> None:
 
 async def test_a_deleted_model_leaves_nothing_behind(disk: Any) -> None:
     """Not even what is written for it afterwards, in the same batch or a later one."""
-    late = [call(2), result(1), result(2), j.AddSnapshot("a", 2, 1, "x"), j.CountAttempt("a", 1, 2)]
+    late = [
+        call(2),
+        record(1),
+        record(2),
+        j.AddSnapshot("a", 2, 1, "x"),
+        j.CountAttempt("a", 1, 2),
+    ]
     late += [
         j.LoseModel("a", "why"),
         j.Trim("a", 1),
         j.DropAnswers("a", 1),
         j.ForgetCalls("a", [1]),
     ]
-    store = await begun(disk, call(1), result(1), j.AddSnapshot("a", 1, 1, "x"), call(1, "b"))
+    store = await begun(disk, call(1), record(1), j.AddSnapshot("a", 1, 1, "x"), call(1, "b"))
     await store.commit([j.DeleteModel("a"), *late])
     await store.commit([*late, j.DeleteModel("a"), j.DeleteModel("unknown")])
     assert await store.work("b", 1) == work(1)
@@ -330,7 +345,7 @@ async def test_the_newest_deleted_models_are_remembered(
     sqlite_disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So many of them, by when they came; a damaged one is passed over and the log says so."""
-    monkeypatch.setattr(sqlite_writes, "DELETED_KEPT_MAX", 2)
+    monkeypatch.setattr(sqlite_tables, "DELETED_KEPT_MAX", 2)
     store = await begun(sqlite_disk, j.AddModel("c", 3, {}), j.AddModel("d", 4, {}))
     for model_id in "dcba":
         await store.commit([j.DeleteModel(model_id, remember=True)])
@@ -365,7 +380,7 @@ async def test_a_batch_that_fails_midway_is_absent(
 async def filled(disk: SqliteDisk) -> None:
     """Calls of both models, with answers, in a closed file."""
     pairs = [(position, model_id) for position in range(1, 9) for model_id in "ab"]
-    store = await begun(disk, *(add(*pair) for pair in pairs for add in (call, result)))
+    store = await begun(disk, *(add(*pair) for pair in pairs for add in (call, record)))
     await store.close()
 
 
@@ -380,7 +395,7 @@ async def read_all(disk: SqliteDisk, *, calls: bool = False) -> int:
             damaged += sum(bool(each.lost) for each in found)
             assert damaged or [list(each.calls) for each in found] == whole
         for position, model_id in ((n, name) for n in range(1, 9) for name in "ab"):
-            for read, expected in ((store.work, work), (store.outcome, answer)):
+            for read, expected in ((store.work, work), (store.answer, answer)):
                 try:
                     assert await read(model_id, position) == expected(position)
                 except StoreDamaged:

@@ -15,26 +15,17 @@ from tinsmithd.errors import (
     TinsmithError,
     Unavailable,
 )
-from tinsmithd.training.call.answer import Answer, Answers
-from tinsmithd.training.call.work import ComputeWork, RefusedWork, Work
-from tinsmithd.training.journal.journal import NoJournal
-from tinsmithd.training.lane.interface import (
-    Call,
-    Done,
-    Emit,
-    LaneLimits,
-    TakeTurn,
-    model_not_found,
-)
-from tinsmithd.training.lane.lane import Lane
-from tinsmithd.training.lane.turns import Turns
-from tinsmithd.training.ranks.interface import TrainerLost
+from tinsmithd.training.call import Answer, Call, ComputeWork, RefusedWork, Work, model_not_found
+from tinsmithd.training.journal import NoJournal
+from tinsmithd.training.lane import Effect, Lane, LaneLimits, TakeTurn, Turns
+from tinsmithd.training.lane.kept_answers import KeptAnswers
+from tinsmithd.training.ranks import OnOutput, RankGroupLost
 
 LIMITS = LaneLimits(8, 1000, gap_wait_s_max=30, answers_kept_max=4, answer_bytes_kept_max=1000)
 
 
 class Recorder:
-    """The rules of a lane whose calls write down when they took effect."""
+    """The executor of a lane whose calls write down when they took effect."""
 
     def __init__(self, limits: LaneLimits = LIMITS) -> None:
         self.applied: list[str] = []
@@ -56,8 +47,8 @@ class Recorder:
         pass
 
     async def execute(
-        self, position: int, seq_id: int, work: Work, emit: Emit, turn: TakeTurn
-    ) -> Done:
+        self, position: int, seq_id: int, work: Work, on_output: OnOutput, turn: TakeTurn
+    ) -> Effect:
         assert isinstance(work, ComputeWork)
         name = work.loss.decode()
         async with turn(1):
@@ -65,8 +56,8 @@ class Recorder:
             if name in self.errors:
                 raise self.errors.pop(name)
             self.applied.append(name)
-            emit(f"part of {name}".encode())
-        return Done({"name": name})
+            on_output(f"output of {name}".encode())
+        return Effect({"name": name})
 
     async def restore(self, turn: TakeTurn) -> None:
         raise AssertionError("nothing is kept to restore from")
@@ -80,7 +71,7 @@ class Recorder:
         if error is not None:
             self.errors[name] = error
         work = ComputeWork(name.encode(), [], [], backward=False)
-        return self.lane.submit(seq_id, Call(name.encode(), work, nbytes))
+        return self.lane.submit(Call(seq_id, name.encode(), work, nbytes))
 
 
 async def name_of(answer: Answer) -> str:
@@ -103,7 +94,7 @@ async def test_a_repeat_gets_the_first_answer_and_has_no_effect() -> None:
     late = r.submit(1, "a")
     assert first is early is late
     assert r.applied == ["a"]
-    assert [part async for part in late.parts()] == [b"part of a"]
+    assert [output async for output in late.outputs()] == [b"output of a"]
 
 
 async def test_other_content_under_a_used_number_is_refused() -> None:
@@ -130,19 +121,18 @@ async def test_an_old_answer_expires_and_says_so() -> None:
 
 async def test_kept_answers_are_bounded_in_bytes() -> None:
     """The newest stays whatever its size; older ones go while the sum is too large."""
-    answers = Answers(kept_max=10, bytes_kept_max=100)
+    answers = KeptAnswers(kept_max=10, bytes_kept_max=100)
     for seq_id in range(1, 5):
         answer = Answer()
         answer.add(bytes(40))
         answer.finish({})
-        answers.record(seq_id, b"", answer, position=seq_id)
-        answers.next_seq_id = seq_id + 1
+        answers.add(seq_id, b"", answer, position=seq_id)
         assert answers.trim() == max(0, seq_id - 2)
-    assert answers.find(4, b"") is not None
-    assert answers.find(3, b"") is not None
+    assert answers.find(4, b"", 5) is not None
+    assert answers.find(3, b"", 5) is not None
     for seq_id in (1, 2):
         with pytest.raises(FailedPrecondition):
-            answers.find(seq_id, b"")
+            answers.find(seq_id, b"", 5)
 
 
 async def test_a_gap_fails_in_time_and_leaves_the_number_free() -> None:
@@ -163,7 +153,7 @@ async def test_a_refused_call_uses_up_its_number() -> None:
     r = Recorder()
     error = InvalidArgument("data", "is bad")
     for _ in range(2):
-        answer = r.lane.submit(1, Call(b"bad", RefusedWork(error)))
+        answer = r.lane.submit(Call(1, b"bad", RefusedWork(error)))
         with pytest.raises(InvalidArgument):
             await answer.value()
     assert await name_of(r.submit(2, "good")) == "good"
@@ -234,11 +224,11 @@ async def test_waiting_bytes_are_bounded() -> None:
         r.submit(3, "c", nbytes=600)
 
 
-async def test_a_lost_trainer_fails_what_waits_and_what_comes() -> None:
+async def test_a_lost_rank_group_fails_what_waits_and_what_comes() -> None:
     """The model's state is gone: every later call says DATA_LOSS, kept answers stay."""
     r = Recorder()
     await r.submit(1, "a").value()
-    answers = [r.submit(2, "b", error=TrainerLost("gone")), r.submit(3, "c")]
+    answers = [r.submit(2, "b", error=RankGroupLost("gone")), r.submit(3, "c")]
     for answer in answers:
         with pytest.raises(DataLoss):
             await answer.value()
@@ -263,65 +253,65 @@ async def test_deleting_fails_what_waits() -> None:
 
 
 class _Shared(Recorder):
-    """Writes down whose part runs; how many parts and tokens a call has is in its `loss`."""
+    """Writes down whose batch runs; a call's `loss` says how many batches and tokens it has."""
 
     def __init__(self, name: str, turns: Turns, order: list[str]) -> None:
         self._name, self._order = name, order
         self.lane = Lane(name, LIMITS, turns, NoJournal(), self)
 
     async def execute(
-        self, position: int, seq_id: int, work: Work, emit: Emit, turn: TakeTurn
-    ) -> Done:
+        self, position: int, seq_id: int, work: Work, on_output: OnOutput, turn: TakeTurn
+    ) -> Effect:
         assert isinstance(work, ComputeWork)
-        parts, tokens = map(int, work.loss.split())
-        for part in range(parts):
+        batches, tokens = map(int, work.loss.split())
+        for index in range(batches):
             async with turn(tokens):
                 self._order.append(self._name)
-                emit(bytes([part]))
+                on_output(bytes([index]))
                 await asyncio.sleep(0)
-        return Done()
+        return Effect()
 
 
 class Lanes:
-    """Lanes that share a trainer, and the order in which their calls' parts ran."""
+    """Lanes that share the ranks, and the order in which their calls' batches ran."""
 
     def __init__(self, *names: str) -> None:
         self.order: list[str] = []
         turns = Turns()
         self.lanes = {name: _Shared(name, turns, self.order).lane for name in names}
 
-    def submit(self, name: str, seq_id: int, parts: int, tokens: int = 1) -> Answer:
-        work = ComputeWork(f"{parts} {tokens}".encode(), [], [], backward=False)
-        return self.lanes[name].submit(seq_id, Call(f"{name} {seq_id}".encode(), work, 1))
+    def submit(self, name: str, seq_id: int, batches: int, tokens: int = 1) -> Answer:
+        work = ComputeWork(f"{batches} {tokens}".encode(), [], [], backward=False)
+        return self.lanes[name].submit(Call(seq_id, f"{name} {seq_id}".encode(), work, 1))
 
 
 async def test_a_long_queue_delays_another_lane_by_one_call() -> None:
     """Not by its length."""
     lanes = Lanes("heavy", "light")
-    answers = [lanes.submit("heavy", n, parts=1) for n in range(1, 7)]
-    answers.append(lanes.submit("light", 1, parts=1))
+    answers = [lanes.submit("heavy", n, batches=1) for n in range(1, 7)]
+    answers.append(lanes.submit("light", 1, batches=1))
     for answer in answers:
         await answer.value()
     assert lanes.order.index("light") <= 1
 
 
-async def test_a_large_call_delays_another_lane_by_one_part() -> None:
-    """Its other parts come afterwards, and its answer is whole."""
+async def test_a_large_call_delays_another_lane_by_one_batch() -> None:
+    """Its other batches come afterwards, and its answer is whole."""
     lanes = Lanes("heavy", "light")
-    large = lanes.submit("heavy", 1, parts=5, tokens=100)
+    large = lanes.submit("heavy", 1, batches=5, tokens=100)
     while not lanes.order:
         await asyncio.sleep(0)
-    await lanes.submit("light", 1, parts=1).value()
+    await lanes.submit("light", 1, batches=1).value()
     assert lanes.order[:2] == ["heavy", "light"]
-    assert [part async for part in large.parts()] == [bytes([n]) for n in range(5)]
+    assert [output async for output in large.outputs()] == [bytes([n]) for n in range(5)]
     assert lanes.order == ["heavy", "light", *["heavy"] * 4]
 
 
 async def test_many_small_calls_get_as_many_tokens_as_few_large_ones() -> None:
     """A lane that has more to do keeps its place when one of its calls ends."""
     lanes = Lanes("large", "small")
-    answers = [lanes.submit("large", n, parts=1, tokens=10) for n in (1, 2)]
-    answers += [lanes.submit("small", n, parts=1, tokens=4) for n in range(1, 6)]
+    answers = [lanes.submit("large", n, batches=1, tokens=10) for n in (1, 2)]
+    answers += [lanes.submit("small", n, batches=1, tokens=4) for n in range(1, 6)]
     for answer in answers:
         await answer.value()
     assert lanes.order == [
@@ -330,15 +320,15 @@ async def test_many_small_calls_get_as_many_tokens_as_few_large_ones() -> None:
     ]
 
 
-async def test_a_model_deleted_between_parts_runs_no_further() -> None:
+async def test_a_model_deleted_between_batches_runs_no_further() -> None:
     """The call fails as not found, and the turns go on."""
     lanes = Lanes("deleted", "other")
-    answer = lanes.submit("deleted", 1, parts=5)
+    answer = lanes.submit("deleted", 1, batches=5)
     while len(lanes.order) < 2:
         await asyncio.sleep(0)
     lanes.lanes["deleted"].close(model_not_found("deleted"))
     with pytest.raises(TinsmithError) as refusal:
         await answer.value()
     assert refusal.value.reason is Reason.MODEL_NOT_FOUND
-    await lanes.submit("other", 1, parts=2).value()
+    await lanes.submit("other", 1, batches=2).value()
     assert lanes.order == ["deleted", "deleted", "other", "other"]

@@ -12,7 +12,7 @@ from tinsmithd.checkpoint.catalogue.writers import Writer
 from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S, Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
-from tinsmithd.training.models.releases import Releases
+from tinsmithd.training.models import Releases
 
 LEASE_S = 30.0
 TTL_S = 86_400

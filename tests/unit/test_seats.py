@@ -37,7 +37,7 @@ class Room:
             idle_since_s=0.0,
             lost=False,
             blocked=False,
-            rules=SimpleNamespace(has_gradients=False),
+            executor=SimpleNamespace(has_gradients=False),
         )
         lane.suspend = lambda: self._leave(found)
         found.lane = lane
@@ -82,17 +82,17 @@ async def test_the_model_that_was_idle_longest_leaves() -> None:
     assert room.left == ["b"]
 
 
-async def test_a_model_with_waiting_gradients_leaves_after_others() -> None:
+async def test_a_model_with_pending_gradients_leaves_after_others() -> None:
     """Unless there is no other."""
     room = Room(2)
     first, second, third = (room.model(name) for name in "abc")
     for model in (first, second):
         await room.enter(model)
         await asyncio.sleep(0.002)
-    first.lane.rules.has_gradients = True  # type: ignore[misc]
+    first.lane.executor.has_gradients = True  # type: ignore[misc]
     await room.enter(third)
     assert room.left == ["b"]
-    third.lane.rules.has_gradients = True  # type: ignore[misc]
+    third.lane.executor.has_gradients = True  # type: ignore[misc]
     await room.enter(room.model("d"))
     assert room.left == ["b", "a"]
 

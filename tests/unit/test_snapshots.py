@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from tinsmithd.errors import DataLoss
-from tinsmithd.training.journal.records import StoreDamaged
-from tinsmithd.training.models.snapshots import MANIFEST_FILE, PIECE_BYTES, DiskSnapshots
+from tinsmithd.training.journal import StoreDamaged
+from tinsmithd.training.models.snapshot_store import (
+    MANIFEST_FILE,
+    PIECE_BYTES,
+    DiskSnapshotStore,
+)
 
 FILES = {
     "weights": random.Random(1).randbytes(PIECE_BYTES + 9),
@@ -16,7 +20,7 @@ FILES = {
 }
 
 
-async def written(snapshots: DiskSnapshots, position: int = 7) -> str:
+async def written(snapshots: DiskSnapshotStore, position: int = 7) -> str:
     """A snapshot of `FILES`, in pieces."""
     draft = snapshots.begin("a", position)
     for name, data in FILES.items():
@@ -30,14 +34,14 @@ async def written(snapshots: DiskSnapshots, position: int = 7) -> str:
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", ".", "..", ".hidden", "x" * 129])
 async def test_no_name_leads_out_of_a_snapshots_folder(tmp_path: Path, name: str) -> None:
     """Whoever gave it: nothing is written, and the draft can be discarded."""
-    draft = DiskSnapshots(tmp_path / "snapshots").begin("a", 1)
+    draft = DiskSnapshotStore(tmp_path / "snapshots").begin("a", 1)
     with pytest.raises(DataLoss, match="no name of a state's file"):
         await draft.write(name, b"x")
     await draft.discard()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-async def expect_damage(snapshots: DiskSnapshots, folder: str) -> None:
+async def expect_damage(snapshots: DiskSnapshotStore, folder: str) -> None:
     for read in (snapshots.read, snapshots.verify):
         with pytest.raises(StoreDamaged):
             await read(folder)
@@ -46,7 +50,7 @@ async def expect_damage(snapshots: DiskSnapshots, folder: str) -> None:
 @pytest.mark.parametrize("name", [*FILES, MANIFEST_FILE])
 async def test_a_snapshot_is_whole_or_damaged(tmp_path: Path, name: str) -> None:
     """It is read to the bit; flipped bits, cut, longer and missing files are always damage."""
-    snapshots = DiskSnapshots(tmp_path)
+    snapshots = DiskSnapshotStore(tmp_path)
     folder = await written(snapshots)
     found = await snapshots.read(folder)
     files = {each: b"".join(data for of, data in found.pieces if of == each) for each in FILES}
@@ -71,7 +75,7 @@ async def test_a_snapshot_is_whole_or_damaged(tmp_path: Path, name: str) -> None
 
 async def test_a_discarded_draft_leaves_nothing(tmp_path: Path) -> None:
     """Neither before the first byte nor in the middle; after `finish` it removes nothing."""
-    snapshots = DiskSnapshots(tmp_path)
+    snapshots = DiskSnapshotStore(tmp_path)
     await snapshots.begin("a", 1).discard()
     draft = snapshots.begin("a", 1)
     await draft.write("weights", b"half")
@@ -85,7 +89,7 @@ async def test_a_discarded_draft_leaves_nothing(tmp_path: Path) -> None:
 
 async def test_only_what_is_named_stays_and_what_a_later_process_made(tmp_path: Path) -> None:
     """Sweeping takes drafts, too, and spares all of a higher epoch, drafts as well."""
-    snapshots, later = DiskSnapshots(tmp_path), DiskSnapshots(tmp_path)
+    snapshots, later = DiskSnapshotStore(tmp_path), DiskSnapshotStore(tmp_path)
     snapshots.epoch, later.epoch = 9, 10
     kept, swept, newer = [await written(each) for each in (snapshots, snapshots, later)]
     drafts = [each.begin("a", 8) for each in (snapshots, later)]

@@ -2,20 +2,16 @@
 
 from tinsmithd.checkpoint_client.client import (
     CheckpointClient,
-    CheckpointInfo,
     CheckpointReader,
     CheckpointWriter,
-    NewCheckpoint,
     Patience,
     check_digest,
 )
 
 __all__ = [
     "CheckpointClient",
-    "CheckpointInfo",
     "CheckpointReader",
     "CheckpointWriter",
-    "NewCheckpoint",
     "Patience",
     "check_digest",
 ]

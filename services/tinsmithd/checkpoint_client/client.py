@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,7 +17,7 @@ import grpc
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.convert import types as convert
-from tinsmithd.domain import CheckpointKind, CheckpointPath, Tuning, content_digest
+from tinsmithd.domain import CheckpointInfo, CheckpointPath, NewCheckpoint, content_digest
 from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
 from tinsmithd.rpc.channels import open_aio_channel
 from tinsmithd.rpc.status import from_rpc_error
@@ -50,47 +50,6 @@ class Patience:
 
     answer_s_max: float = 30.0
     stall_s_max: float = 60.0
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says of itself.
-
-    Attributes:
-        digest: Equal for equal files, see `domain.content_digest`; 32 bytes.
-    """
-
-    path: CheckpointPath
-    kind: CheckpointKind
-    base_model: str
-    tuning: Tuning
-    step_count: int
-    size_bytes: int = 0
-    digest: bytes = b""
-
-
-@dataclass(frozen=True)
-class NewCheckpoint:
-    """What is to be saved, besides its files.
-
-    Attributes:
-        ttl_seconds: None: for ever.
-        overwrite: Replace what has the name.
-        request_id: The same one says that it is the same request again.
-        ephemeral: It lives as long as somebody uses it.
-        lease_id: The first lease on it then.
-    """
-
-    path: CheckpointPath
-    base_model: str
-    tuning: Tuning
-    step_count: int
-    ttl_seconds: int | None = None
-    overwrite: bool = False
-    user_metadata: Mapping[str, str] = field(default_factory=dict)
-    request_id: str = ""
-    ephemeral: bool = False
-    lease_id: str = ""
 
 
 class CheckpointReader:

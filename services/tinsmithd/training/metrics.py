@@ -10,9 +10,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tinsmithd.training.call.counts import KINDS
-from tinsmithd.training.journal.journal import Journal
-from tinsmithd.training.models.models import Models
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.models import Models
+from tinsmithd.training.ranks import WorkKind
 
 _PREFIX = "tinsmith_training_"
 
@@ -37,9 +37,9 @@ class TrainingCollector(Collector):
 
     def _gauges(self) -> Iterable[Metric]:
         lanes = [model.lane for model in self._models.list()]
-        place = self._models.place.current
+        group = self._models.place.current
         for name, text, value in (
-            ("models", "Models that there are.", len(lanes)),
+            ("models", "Models that exist.", len(lanes)),
             ("models_lost", "Models whose state is gone.", sum(lane.lost for lane in lanes)),
             (
                 "models_recovering",
@@ -51,10 +51,14 @@ class TrainingCollector(Collector):
                 "Models that are on disk alone until they are called.",
                 sum(lane.suspended for lane in lanes),
             ),
-            ("calls_pending", "Calls taken in and not answered.", sum(x.pending for x in lanes)),
-            ("ranks", "Ranks of the group at work.", place.world_size if place else 0),
+            (
+                "calls_pending",
+                "Calls that were taken in and are not answered.",
+                sum(x.pending for x in lanes),
+            ),
+            ("ranks", "Ranks of the group at work.", group.world_size if group else 0),
             ("journal_writable", "0 while the journal cannot be written.", self._journal.writable),
-            ("epoch", "Servers that had this journal, this one included.", self._journal.epoch),
+            ("epoch", "Processes that had this journal, this one included.", self._journal.epoch),
         ):
             yield GaugeMetricFamily(_PREFIX + name, text, float(value))
 
@@ -66,15 +70,19 @@ class TrainingCollector(Collector):
         seconds = CounterMetricFamily(
             _PREFIX + "engine_seconds", "Seconds that the engine took for them.", labels=["kind"]
         )
-        for kind in KINDS:
+        for kind in WorkKind:
             tokens.add_metric([kind], counts.tokens[kind])
             seconds.add_metric([kind], counts.engine_s[kind])
         yield tokens
         yield seconds
         for name, text, value in (
-            ("steps", "Optimizer steps made; those that were made again count once.", counts.steps),
+            (
+                "steps",
+                "Optimizer steps made, each counted once however often it was replayed.",
+                counts.steps,
+            ),
             ("models_restored", "Times that a model was brought back.", counts.restored),
             ("models_suspensions", "Times that a model left the ranks.", counts.suspended),
-            ("rank_groups_attached", "Rank groups that came to work.", counts.rank_groups),
+            ("rank_groups_attached", "Rank groups that attached.", counts.rank_groups),
         ):
             yield CounterMetricFamily(_PREFIX + name, text, value)

@@ -19,8 +19,7 @@ from tinsmithd.convert.tensors import check_format
 from tinsmithd.domain import BaseModelInfo, CrossEntropy, LossFn
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError, over_limit
 from tinsmithd.rpc.intake import is_inline, off_loop
-from tinsmithd.training.call.validate import check_datum
-from tinsmithd.training.call.work import ComputeWork, RefusedWork, Work
+from tinsmithd.training.call import ComputeWork, RefusedWork, Work, check_datum
 
 ComputeRequest = pb.ForwardRequest | pb.ForwardBackwardRequest
 _HEADER_FIELDS = ("model_id", "seq_id", "loss_fn", "tensor_format")

@@ -16,18 +16,22 @@ from tinsmithd.errors import TinsmithError
 from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.private import PrivateServer
 from tinsmithd.rpc.server import RpcServer
-from tinsmithd.training.journal.journal import Journal, NoJournal
-from tinsmithd.training.journal.sqlite_store import SqliteStore
-from tinsmithd.training.lane.interface import LaneLimits
+from tinsmithd.training.journal import Journal, NoJournal, SqliteStore
+from tinsmithd.training.lane import LaneLimits
 from tinsmithd.training.metrics import TrainingCollector
-from tinsmithd.training.models.checkpoints import Checkpoints
-from tinsmithd.training.models.execution import CallLimits
-from tinsmithd.training.models.models import ModelLimits, Models
-from tinsmithd.training.models.recovery import SnapshotRule
-from tinsmithd.training.models.releases import Releases
-from tinsmithd.training.models.seats import SeatLimits
-from tinsmithd.training.models.snapshots import DiskSnapshots, Snapshots
-from tinsmithd.training.models.staging import Copies, DiskStaging
+from tinsmithd.training.models import (
+    CallLimits,
+    Checkpoints,
+    Copies,
+    DiskSnapshotStore,
+    DiskStaging,
+    ModelLimits,
+    Models,
+    Releases,
+    SeatLimits,
+    SnapshotRule,
+    SnapshotStore,
+)
 from tinsmithd.training.ranks.launcher import Launcher
 from tinsmithd.training.ranks.link import TrainerLinkServicer
 from tinsmithd.training.servicer import TrainingServicer
@@ -39,12 +43,12 @@ RECOVERY_NAME = f"{SERVICE_NAME}/recovery"
 """In health: SERVING while the ranks have all models, NOT_SERVING while some are brought back."""
 
 
-def _storage(config: TrainingConfig) -> tuple[Journal, Snapshots | None]:
+def _storage(config: TrainingConfig) -> tuple[Journal, SnapshotStore | None]:
     if config.durability == "none":
         return NoJournal(), None
     folder = Path(config.data_folder)
     store = SqliteStore(folder, sync=config.durability == "fsync")
-    return Journal(store), DiskSnapshots(folder / "snapshots")
+    return Journal(store), DiskSnapshotStore(folder / "snapshots")
 
 
 def _limits(config: TrainingConfig) -> ModelLimits:
@@ -63,10 +67,9 @@ def _limits(config: TrainingConfig) -> ModelLimits:
         calls=CallLimits(
             quantum_tokens=config.quantum_tokens,
             journal_bytes_max=config.journal_bytes_max,
-            snapshots=SnapshotRule(
-                config.snapshot_steps, config.snapshot_interval_s, config.replay_check == "exact"
-            ),
+            snapshots=SnapshotRule(config.snapshot_steps, config.snapshot_interval_s),
             rank_max=config.rank_max,
+            exact_replay=config.replay_check == "exact",
         ),
     )
 
@@ -87,7 +90,7 @@ class TrainingServer:
         self._journal, snapshots = _storage(config)
         self._models = Models(_limits(config), checkpoints, self._journal, snapshots)
         self._releases = Releases(self._client, self._models.exists)
-        self._models.on_deleted = self._releases.deleted
+        self._models.on_deleted(self._releases.deleted)
         self._rpc = RpcServer(config, SERVICE_NAME, (RECOVERY_NAME,))
         self._rpc.metrics.registry.register(TrainingCollector(self._models, self._journal))
         if self._journal.keeps:
@@ -97,7 +100,11 @@ class TrainingServer:
         )
         self._launcher: Launcher | None = None
         self._link = TrainerLinkServicer(
-            self._models, config.rank_lease_s, self._cause, self._end_ranks
+            self._models.place,
+            lambda: self._journal.epoch,
+            config.rank_lease_s,
+            self._cause,
+            self._end_ranks,
         )
         self._link_server: PrivateServer | None = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -19,7 +19,7 @@ from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath, new_ephemer
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import INLINE_BYTES, off_loop, refusal_of_call
-from tinsmithd.training.call.work import (
+from tinsmithd.training.call import (
     LoadWork,
     RefusedWork,
     SaveOptions,
@@ -27,8 +27,7 @@ from tinsmithd.training.call.work import (
     StepWork,
     Work,
 )
-from tinsmithd.training.models.model import Model, NewModel
-from tinsmithd.training.models.models import Models
+from tinsmithd.training.models import Model, Models, NewModel
 from tinsmithd.training.requests import (
     ComputeRequest,
     DataLimits,
@@ -72,11 +71,11 @@ class TrainingServicer(TrainingServiceServicer):
             checkpoint_address=self._config.checkpoint_address,
             server_version=importlib.metadata.version("tinsmith"),
         )
-        trainer = self._models.place.current
-        if trainer is not None:
-            response.base_models.append(convert.base_model_to_pb(trainer.info))
-            response.engine = trainer.engine
-            response.world_size = trainer.world_size
+        group = self._models.place.current
+        if group is not None:
+            response.base_models.append(convert.base_model_to_pb(group.info))
+            response.engine = group.engine
+            response.world_size = group.world_size
         return response
 
     # --- models -------------------------------------------------------------------------------
@@ -178,13 +177,13 @@ class TrainingServicer(TrainingServiceServicer):
         del call, work  # the lane has them, and drops them before a slow reader is done
         # Cut by size alone, never by what is there already: a repeat gets the same messages.
         response, nbytes = response_type(), 0
-        async for part in answer.parts():
+        async for packed in answer.outputs():
             output = response.outputs.add()
-            if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN and len(part) > INLINE_BYTES:
-                await off_loop(_read_output, output, part, tensor_format)
+            if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN and len(packed) > INLINE_BYTES:
+                await off_loop(_read_output, output, packed, tensor_format)
             else:
-                _read_output(output, part, tensor_format)
-            nbytes += len(part)
+                _read_output(output, packed, tensor_format)
+            nbytes += len(packed)
             if nbytes >= RESPONSE_BYTES:
                 yield response
                 response, nbytes = response_type(), 0
@@ -251,9 +250,9 @@ class TrainingServicer(TrainingServiceServicer):
         return await answer.value()
 
 
-def _read_output(output: pb.DatumOutput, part: bytes, tensor_format: int) -> None:
-    """Fill in one datum's results as the caller wants them; packed is how the ranks give them."""
-    output.MergeFromString(part)
+def _read_output(output: pb.DatumOutput, packed: bytes, tensor_format: int) -> None:
+    """Fill in one datum's output as the caller wants it; the ranks give it packed."""
+    output.MergeFromString(packed)
     if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN:
         for name in output.loss_fn_outputs:
             array = array_from_pb(output.loss_fn_outputs[name], name, "float")

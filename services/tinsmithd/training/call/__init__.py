@@ -1,0 +1,68 @@
+"""What a call is: what it asks for, how it is cut into batches, and what came of it."""
+
+from tinsmithd.training.call.answer import Answer, StoredAnswer
+from tinsmithd.training.call.batches import (
+    NOMINAL_TOKENS,
+    BatchPlace,
+    add_metrics,
+    batch_sizes,
+    batches_of,
+)
+from tinsmithd.training.call.call import Call
+from tinsmithd.training.call.composition import Composition, are_close, differing_keys
+from tinsmithd.training.call.encoding import (
+    answer_digest,
+    decode_answer,
+    decode_work,
+    encode_answer,
+    encode_work,
+)
+from tinsmithd.training.call.errors import (
+    call_poisoned,
+    model_lost,
+    model_not_found,
+    shutting_down,
+)
+from tinsmithd.training.call.validate import check_datum
+from tinsmithd.training.call.work import (
+    ComputeWork,
+    LoadWork,
+    RefusedWork,
+    SaveOptions,
+    SaveWork,
+    StepWork,
+    Work,
+    changes_model,
+)
+
+__all__ = [
+    "NOMINAL_TOKENS",
+    "Answer",
+    "BatchPlace",
+    "Call",
+    "Composition",
+    "ComputeWork",
+    "LoadWork",
+    "RefusedWork",
+    "SaveOptions",
+    "SaveWork",
+    "StepWork",
+    "StoredAnswer",
+    "Work",
+    "add_metrics",
+    "answer_digest",
+    "are_close",
+    "batch_sizes",
+    "batches_of",
+    "call_poisoned",
+    "changes_model",
+    "check_datum",
+    "decode_answer",
+    "decode_work",
+    "differing_keys",
+    "encode_answer",
+    "encode_work",
+    "model_lost",
+    "model_not_found",
+    "shutting_down",
+]

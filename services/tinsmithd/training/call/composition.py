@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 CLOSE_REL, CLOSE_ABS = 1e-2, 1e-3
-"""How far metrics may be apart on ranks that add up in another order each time: half-precision
+"""How far metrics may differ on ranks that add up in another order each time: half-precision
 rounding, grown over the calls since a snapshot."""
 
 
@@ -16,24 +16,23 @@ class Composition:
     """How a call was computed.
 
     Attributes:
-        identity: Of the rank group, see `Trainer.identity`.
-        counts: Data of each part of the call.
-        plans: The engine's plan of each part.
-        metrics: What it gave, for ranks that do not give the same bits twice.
+        identity: That of the rank group, see `RankGroup.identity`.
+        batch_sizes: Number of data in each batch of the call.
+        batches: The engine's composition of each batch.
+        metrics: What the call gave, to compare with on ranks that do not repeat their bits.
     """
 
     identity: Mapping[str, str]
-    counts: Sequence[int] = ()
-    plans: Sequence[bytes] = ()
+    batch_sizes: Sequence[int] = ()
+    batches: Sequence[bytes] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        """Write it down."""
-        plans = [base64.b64encode(plan).decode() for plan in self.plans]
+        """The form in which the journal keeps it. Its keys are older than these names."""
         values = {
             "identity": dict(self.identity),
-            "counts": list(self.counts),
-            "plans": plans,
+            "counts": list(self.batch_sizes),
+            "plans": [base64.b64encode(batch).decode() for batch in self.batches],
             "metrics": dict(self.metrics),
         }
         return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
@@ -42,11 +41,11 @@ class Composition:
     def decode(cls, data: bytes) -> "Composition":
         """Read what `encode` wrote."""
         values = json.loads(data)
-        plans = [base64.b64decode(plan) for plan in values["plans"]]
-        return cls(values["identity"], values["counts"], plans, values.get("metrics", {}))
+        batches = [base64.b64decode(batch) for batch in values["plans"]]
+        return cls(values["identity"], values["counts"], batches, values.get("metrics", {}))
 
 
-def differing(
+def differing_keys(
     ours: Mapping[str, str], theirs: Mapping[str, str], keys: Collection[str] = ()
 ) -> Sequence[str]:
     """The keys in which two identities differ, among some keys or all."""

@@ -18,7 +18,7 @@ from typing import ClassVar, TypeVar
 
 from tinsmithd import failpoints
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
-from tinsmithd.training.call.work import Outcome, Work
+from tinsmithd.training.call import StoredAnswer, Work
 from tinsmithd.training.journal.records import (
     Contents,
     Fenced,
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Entry:
+class _Handed:
     """Some writes that belong into one commit; with `must` they are tried until they are made."""
 
     writes: Sequence[Write]
@@ -69,7 +69,7 @@ class Journal:
         self.fenced = asyncio.Event()
         self.writable = True
         self.commits, self.commit_s = 0, 0.0
-        self._waiting: list[_Entry] = []
+        self._waiting: list[_Handed] = []
         self._wake = asyncio.Event()
         self._busy = False
         self._writer: asyncio.Task[None] | None = None
@@ -101,9 +101,9 @@ class Journal:
         """See `JournalStore.work`."""
         return await self._read(self.store.work(model_id, position))
 
-    async def outcome(self, model_id: str, position: int) -> Outcome:
-        """See `JournalStore.outcome`."""
-        return await self._read(self.store.outcome(model_id, position))
+    async def answer(self, model_id: str, position: int) -> StoredAnswer:
+        """See `JournalStore.answer`."""
+        return await self._read(self.store.answer(model_id, position))
 
     async def _read(self, reading: Awaitable[T]) -> T:
         try:
@@ -144,7 +144,7 @@ class Journal:
         if self.fenced.is_set():
             future.set_exception(Fenced())
         else:
-            self._waiting.append(_Entry(writes, must, future))
+            self._waiting.append(_Handed(writes, must, future))
             self._wake.set()
         return future
 
@@ -152,20 +152,20 @@ class Journal:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            batch, self._waiting = self._waiting, []
+            group, self._waiting = self._waiting, []
             self._busy = True
             begun_s = time.perf_counter()
             try:
                 failpoints.hit("wal_append")
-                await self.store.commit([write for entry in batch for write in entry.writes])
+                await self.store.commit([write for handed in group for write in handed.writes])
             except Fenced:
-                self._fence(batch)
+                self._fence(group)
                 return
             except StoreUnwritable as error:
-                self._refuse(batch, error)
+                self._refuse(group, error)
                 continue
             except OSError as error:
-                self._refuse(batch, StoreUnwritable(str(error), full=error.errno == errno.ENOSPC))
+                self._refuse(group, StoreUnwritable(str(error), full=error.errno == errno.ENOSPC))
                 continue
             finally:
                 self._busy = False
@@ -174,28 +174,28 @@ class Journal:
             if not self.writable:
                 _log.info("the journal can be written again")
             self.writable = True
-            for entry in batch:
-                if not entry.done.done():
-                    entry.done.set_result(None)
+            for handed in group:
+                if not handed.done.done():
+                    handed.done.set_result(None)
             if not self._waiting:
                 await self.store.tidy()
 
-    def _fence(self, batch: Sequence[_Entry]) -> None:
+    def _fence(self, group: Sequence[_Handed]) -> None:
         _log.error("another Training server has taken the journal over; this one must end")
         self.fenced.set()
-        for entry in [*batch, *self._waiting]:
-            if not entry.done.done():
-                entry.done.set_exception(Fenced())
+        for handed in [*group, *self._waiting]:
+            if not handed.done.done():
+                handed.done.set_exception(Fenced())
         self._waiting.clear()
 
-    def _refuse(self, batch: Sequence[_Entry], error: StoreUnwritable) -> None:
+    def _refuse(self, group: Sequence[_Handed], error: StoreUnwritable) -> None:
         if self.writable:
             _log.error("the journal cannot be written: %s", error)
         self.writable = False
-        for entry in batch:
-            if not entry.must and not entry.done.done():
-                entry.done.set_exception(_refusal(error))
-        self._waiting[:0] = [entry for entry in batch if entry.must]
+        for handed in group:
+            if not handed.must and not handed.done.done():
+                handed.done.set_exception(_refusal(error))
+        self._waiting[:0] = [handed for handed in group if handed.must]
         # Tried again even where nothing waits: somebody has to find out that it works again.
         if self._retry is not None:
             self._retry.cancel()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tinsmithd.training.call.work import Outcome, Work
+from tinsmithd.training.call import StoredAnswer, Work
 
 DELETED_KEPT_MAX = 1_000
 """Models that are remembered after they were deleted."""
@@ -79,17 +79,17 @@ class AddCall:
 
 
 @dataclass(frozen=True)
-class AddResult:
-    """What a call answers, and in which composition it was computed.
+class AddAnswer:
+    """What came of a call, and in which composition it was computed.
 
-    Without a plan it is never made again, and its payload goes. With `keep` the answer itself
-    stays, until `DropAnswers`; its digest always does.
+    A call without a composition is never replayed, and its payload goes. With `keep` the answer
+    itself stays, until `DropAnswers`; its digest always stays.
     """
 
     model_id: str
     position: int
-    outcome: Outcome
-    plan: bytes = b""
+    answer: StoredAnswer
+    composition: bytes = b""
     keep: bool = True
 
 
@@ -157,7 +157,7 @@ Write = (
     | DeleteModel
     | LoseModel
     | AddCall
-    | AddResult
+    | AddAnswer
     | ForgetCalls
     | CountAttempt
     | CountStart
@@ -176,7 +176,7 @@ class StoredCall:
 
     Attributes:
         payload_bytes: Of the payload, 0 once it was dropped.
-        result_digest: SHA-256 of the answer; None while there is none.
+        answer_digest: SHA-256 of the answer; None while there is none.
         answer_bytes: Of the answer where it is still kept, else 0.
     """
 
@@ -185,9 +185,9 @@ class StoredCall:
     digest: bytes
     payload_bytes: int
     attempts: int
-    result_digest: bytes | None
+    answer_digest: bytes | None
     answer_bytes: int
-    plan: bytes
+    composition: bytes
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ class JournalStore(Protocol):
             StoreDamaged: It is gone or damaged.
         """
 
-    async def outcome(self, model_id: str, position: int) -> Outcome:
+    async def answer(self, model_id: str, position: int) -> StoredAnswer:
         """The answer of a call.
 
         Raises:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from tinsmithd import failpoints
 from tinsmithd.files import private_folder
-from tinsmithd.training.call.work import Outcome, Work, decode, decode_outcome
+from tinsmithd.training.call import StoredAnswer, Work, decode_answer, decode_work
 from tinsmithd.training.journal.records import (
     Contents,
     DeletedModel,
@@ -107,12 +107,14 @@ class SqliteStore:
 
     async def work(self, model_id: str, position: int) -> Work:
         """The payload of a call."""
-        return decode(await self._in_thread(lambda: self._blob("payloads", model_id, position)))
+        return decode_work(
+            await self._in_thread(lambda: self._blob("payloads", model_id, position))
+        )
 
-    async def outcome(self, model_id: str, position: int) -> Outcome:
+    async def answer(self, model_id: str, position: int) -> StoredAnswer:
         """The answer of a call."""
         data = await self._in_thread(lambda: self._blob("answers", model_id, position))
-        return decode_outcome(data)
+        return decode_answer(data)
 
     async def close(self) -> None:
         """Close it."""

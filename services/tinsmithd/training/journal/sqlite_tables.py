@@ -1,17 +1,21 @@
-"""The tables of the journal in SQLite, and what each write does to them."""
+"""The tables of the journal in SQLite, and what each write does to them.
+
+Two columns keep names that are older than ours: `result_digest` is an answer's digest, `plan` a
+call's composition.
+"""
 
 import json
 import sqlite3
 import time
 import zlib
 
-from tinsmithd.training.call.work import ComputeWork, digest_of, encode, encode_outcome
+from tinsmithd.training.call import ComputeWork, answer_digest, encode_answer, encode_work
 from tinsmithd.training.journal.records import (
     DELETED_KEPT_MAX,
     STARTS_KEPT_MAX,
+    AddAnswer,
     AddCall,
     AddModel,
-    AddResult,
     AddSnapshot,
     CountAttempt,
     CountStart,
@@ -69,7 +73,7 @@ def nbytes_of(write: Write) -> int:
     """About what a write adds to the log, besides a few pages."""
     if isinstance(write, AddCall) and isinstance(write.work, ComputeWork):
         return write.work.nbytes
-    return sum(map(len, write.outcome.parts)) if isinstance(write, AddResult) else 0
+    return sum(map(len, write.answer.outputs)) if isinstance(write, AddAnswer) else 0
 
 
 def seal(*values: object) -> int:
@@ -100,8 +104,8 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
             _seal_model(db, write.model_id)
         case AddCall():
             _add_call(db, write)
-        case AddResult():
-            _add_result(db, write)
+        case AddAnswer():
+            _add_answer(db, write)
         case ForgetCalls():
             for table in ("calls", "payloads", "answers"):
                 db.executemany(
@@ -160,7 +164,7 @@ def _remember(db: sqlite3.Connection, model_id: str) -> None:
 
 
 def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
-    payload = encode(write.work)
+    payload = encode_work(write.work)
     # A model that was deleted meanwhile must not leave anything behind.
     db.execute(
         "INSERT INTO calls SELECT ?, ?, ?, ?, ?, 0, NULL, 0, x'', 0 "
@@ -179,14 +183,20 @@ def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
     _add_blob(db, "payloads", write.model_id, write.position, payload)
 
 
-def _add_result(db: sqlite3.Connection, write: AddResult) -> None:
-    answer = encode_outcome(write.outcome)
+def _add_answer(db: sqlite3.Connection, write: AddAnswer) -> None:
+    answer = encode_answer(write.answer)
     kept_bytes = len(answer) if write.keep else 0
     db.execute(
         "UPDATE calls SET result_digest=?, answer_bytes=?, plan=? WHERE model_id=? AND position=?",
-        (digest_of(write.outcome), kept_bytes, write.plan, write.model_id, write.position),
+        (
+            answer_digest(write.answer),
+            kept_bytes,
+            write.composition,
+            write.model_id,
+            write.position,
+        ),
     )
-    if not write.plan:  # it is never made again
+    if not write.composition:  # it is never made again
         place = (write.model_id, write.position)
         db.execute("DELETE FROM payloads WHERE model_id=? AND position=?", place)
         db.execute("UPDATE calls SET payload_bytes=0 WHERE model_id=? AND position=?", place)

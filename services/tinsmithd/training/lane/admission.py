@@ -1,65 +1,79 @@
-"""What waits in one lane: calls in the order of their numbers, written down as they come.
+"""What lets calls into a lane: order, bounds, and the journal that each is written to.
 
 The next number becomes ready and is handed to the journal; later ones are parked until the numbers
-before them arrived. Whoever carries calls out takes the first that is ready. A call that cannot be
-written down is refused wherever it waits, and its number is free again.
+before them arrive. The lane takes the first that is ready. A call that the journal cannot take is
+refused wherever it waits, and its number is free again.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
-from tinsmithd.training.call.answer import Answer, Answers
-from tinsmithd.training.call.work import Work
-from tinsmithd.training.journal.journal import Journal
-from tinsmithd.training.journal.records import AddCall, ForgetCalls, StoredCall
-from tinsmithd.training.lane.interface import Call, LaneLimits, Rules
+from tinsmithd.training.call import Answer, Call, Work
+from tinsmithd.training.journal import AddCall, ForgetCalls, Journal, StoredCall
+from tinsmithd.training.lane.interface import CallExecutor
+from tinsmithd.training.lane.limits import LaneLimits
 
 
 @dataclass(eq=False)
-class Entry:
+class QueuedCall:
     """A call in a lane.
 
     Attributes:
+        call: What the client asked.
+        answer: What comes of it; the lane fills it in.
         position: Its place in the order, once it is ready.
         written: Done when the call is durable; None where it was before this process began.
-        attempts: How often the ranks died during it and it was to blame.
+        attempts: Number of rank deaths during this call for which it is to blame.
+        gap_timer: Runs while the call is parked behind a gap.
     """
 
-    seq_id: int
     call: Call
-    answer: Answer = field(default_factory=Answer)
+    answer: Answer
     position: int = 0
     written: "asyncio.Future[None] | None" = None
     attempts: int = 0
     gap_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def seq_id(self) -> int:
+        """The call's number, or 0."""
+        return self.call.seq_id
 
-class Waiting:
-    """The calls of one lane that were not begun, and the answers of all.
+
+class Admission:
+    """The calls of one lane that have not begun, and the order of their numbers.
 
     Args:
-        name: The model's id.
-        limits: Its bounds.
+        model_id: Whose calls.
+        limits: Bounds of the lane.
         journal: Where calls are written down.
-        rules: Told how many bytes the journal holds.
+        executor: Counts the bytes that the journal holds.
+        refuse: Takes a call out of the lane with an error; its number is free again.
 
     Attributes:
-        answers: Of the numbered calls, by number.
+        next_seq_id: The number that is to take effect next.
     """
 
-    def __init__(self, name: str, limits: LaneLimits, journal: Journal, rules: Rules) -> None:
-        self._name = name
+    def __init__(
+        self,
+        model_id: str,
+        limits: LaneLimits,
+        journal: Journal,
+        executor: CallExecutor,
+        refuse: Callable[[QueuedCall, TinsmithError], None],
+    ) -> None:
+        self._model_id = model_id
         self._limits = limits
         self._journal = journal
-        self._rules = rules
-        self.answers = Answers(limits.answers_kept_max, limits.answer_bytes_kept_max)
-        self._parked: dict[int, Entry] = {}
-        self._ready: deque[Entry] = deque()
+        self._executor = executor
+        self._refuse = refuse
+        self._parked: dict[int, QueuedCall] = {}
+        self._ready: deque[QueuedCall] = deque()
         self._next_position = 1
+        self.next_seq_id = 1
 
     @property
     def parked(self) -> bool:
@@ -76,48 +90,47 @@ class Waiting:
         """Calls that wait, for whatever reason."""
         return len(self._ready) + len(self._parked)
 
-    def take(self) -> Entry:
-        """The first that is ready."""
+    def take(self) -> QueuedCall:
+        """Remove and return the first call that is ready."""
         return self._ready.popleft()
 
-    def put_back(self, entry: Entry) -> None:
-        """It is the first again."""
-        self._ready.appendleft(entry)
+    def put_back(self, queued: QueuedCall) -> None:
+        """Make this call the first again."""
+        self._ready.appendleft(queued)
 
-    def clear(self) -> list[Entry]:
-        """All that waits, which waits no longer."""
+    def clear(self) -> list[QueuedCall]:
+        """Remove and return all calls that wait."""
         found = [*self._ready, *self._parked.values()]
         self._ready.clear()
         self._parked.clear()
-        for entry in found:
-            if entry.gap_timer is not None:
-                entry.gap_timer.cancel()
+        for queued in found:
+            if queued.gap_timer is not None:
+                queued.gap_timer.cancel()
         return found
 
     # --- in -----------------------------------------------------------------------------------
 
-    def add(self, seq_id: int, call: Call) -> Answer:
-        """Take a call in; its answer comes when its turn came.
+    def add(self, call: Call) -> QueuedCall:
+        """Take a call in; it is ready at once, or parked behind a gap.
 
         Raises:
             ResourceExhausted: There is no room (QUEUE_FULL); the number is unused.
         """
-        self._check_room(seq_id, call)
-        entry = Entry(seq_id, call)
-        if not seq_id:
-            self._make_ready(entry)
+        self._check_room(call)
+        queued = QueuedCall(call, Answer())
+        if not call.seq_id:
+            self._make_ready(queued)
         else:
-            self.answers.record(seq_id, call.digest, entry.answer)
-            self._park(entry)
+            self._park(queued)
             self._admit()
-        return entry.answer
+        return queued
 
-    def _check_room(self, seq_id: int, call: Call) -> None:
+    def _check_room(self, call: Call) -> None:
         # The call that the parked ones wait for must always get in, or they would wait for ever.
         waiting = list(self._ready)
-        if seq_id != self.answers.next_seq_id:
+        if call.seq_id != self.next_seq_id:
             waiting += self._parked.values()
-        nbytes = call.nbytes + sum(entry.call.nbytes for entry in waiting)
+        nbytes = call.nbytes + sum(queued.call.nbytes for queued in waiting)
         for limit, value, most in (
             ("lane_calls_max", len(waiting) + 1, self._limits.lane_calls_max),
             ("lane_bytes_max", nbytes, self._limits.lane_bytes_max),
@@ -129,131 +142,110 @@ class Waiting:
                     retry_after_s=1.0,
                     metadata={"limit": limit, "value": str(value)},
                 )
-        self._rules.check_room(call.nbytes)
+        self._executor.check_room(call.nbytes)
 
-    def _park(self, entry: Entry) -> None:
-        self._parked[entry.seq_id] = entry
-        if entry.seq_id != self.answers.next_seq_id:
+    def _park(self, queued: QueuedCall) -> None:
+        self._parked[queued.seq_id] = queued
+        if queued.seq_id != self.next_seq_id:
             loop = asyncio.get_running_loop()
-            entry.gap_timer = loop.call_later(self._limits.gap_wait_s_max, self._gap, entry)
+            wait_s = self._limits.gap_wait_s_max
+            queued.gap_timer = loop.call_later(wait_s, self._end_gap_wait, queued)
 
-    def _gap(self, entry: Entry) -> None:
-        del self._parked[entry.seq_id]
-        self.answers.forget(entry.seq_id)
-        entry.answer.fail(
-            FailedPrecondition(
-                f"seq_id {self.answers.next_seq_id} did not arrive within "
-                f"{self._limits.gap_wait_s_max:g} s; {entry.seq_id} is unused",
-                Reason.SEQ_ID_GAP,
-                retry_after_s=0.0,
-                metadata={
-                    "seq_id": str(entry.seq_id),
-                    "next_seq_id": str(self.answers.next_seq_id),
-                },
-            )
+    def _end_gap_wait(self, queued: QueuedCall) -> None:
+        del self._parked[queued.seq_id]
+        error = FailedPrecondition(
+            f"seq_id {self.next_seq_id} did not arrive within "
+            f"{self._limits.gap_wait_s_max:g} s; {queued.seq_id} is unused",
+            Reason.SEQ_ID_GAP,
+            retry_after_s=0.0,
+            metadata={"seq_id": str(queued.seq_id), "next_seq_id": str(self.next_seq_id)},
         )
+        self._refuse(queued, error)
 
     def _admit(self) -> None:
-        while (entry := self._parked.pop(self.answers.next_seq_id, None)) is not None:
-            if entry.gap_timer is not None:
-                entry.gap_timer.cancel()
-            self.answers.next_seq_id += 1
-            self._make_ready(entry)
+        while (queued := self._parked.pop(self.next_seq_id, None)) is not None:
+            if queued.gap_timer is not None:
+                queued.gap_timer.cancel()
+            self.next_seq_id += 1
+            self._make_ready(queued)
 
-    def _make_ready(self, entry: Entry) -> None:
-        entry.position = self._next_position
+    def _make_ready(self, queued: QueuedCall) -> None:
+        queued.position = self._next_position
         self._next_position += 1
-        call = entry.call
-        if entry.seq_id:
-            self.answers.record(entry.seq_id, call.digest, entry.answer, entry.position)
-        entry.written = self._journal.commit(
-            AddCall(self._name, entry.position, entry.seq_id, call.digest, call.work)
+        call = queued.call
+        queued.written = self._journal.commit(
+            AddCall(self._model_id, queued.position, call.seq_id, call.digest, call.work)
         )
-        entry.written.add_done_callback(lambda written: self._refuse(entry, written))
-        self._rules.wrote(entry.position, call.nbytes)
-        self._ready.append(entry)
+        queued.written.add_done_callback(lambda written: self._check_written(queued, written))
+        self._executor.wrote(queued.position, call.nbytes)
+        self._ready.append(queued)
 
     def recall(
-        self,
-        calls: Sequence[StoredCall],
-        works: Mapping[int, Work],
-        read: Callable[[int], Callable[[], Any]],
-    ) -> None:
+        self, calls: Sequence[StoredCall], works: Mapping[int, Work]
+    ) -> Sequence[QueuedCall]:
         """Go on where an earlier process ended.
 
         Args:
             calls: What the journal has of this model.
-            works: Payloads of the calls without answer that are still to be made, by position.
-            read: Makes what reads the answer of a position.
+            works: What the calls ask for that have no answer and are still to be made, by position.
+
+        Returns:
+            The calls that wait now.
         """
         orphans = []
         for call in calls:
             self._next_position = call.position + 1
-            self._rules.wrote(call.position, call.payload_bytes)
-            if call.result_digest is not None:
+            self._executor.wrote(call.position, call.payload_bytes)
+            if call.answer_digest is not None:
                 if call.seq_id:
-                    self.answers.next_seq_id = call.seq_id + 1
-                if call.seq_id and call.answer_bytes:
-                    answer = Answer(read(call.position))
-                    self.answers.restore(
-                        call.seq_id, call.digest, answer, call.position, call.answer_bytes
-                    )
+                    self.next_seq_id = call.seq_id + 1
             elif call.position not in works:
-                continue  # the model is lost, and what waited for it is not made any more
-            elif call.seq_id not in (0, self.answers.next_seq_id):
-                orphans.append(call.position)  # what it followed was never written down
+                continue  # the model is lost, and its calls are not made any more
+            elif call.seq_id not in (0, self.next_seq_id):
+                orphans.append(call.position)  # the journal never had the call before it
             else:
-                entry = Entry(call.seq_id, Call(call.digest, works[call.position]))
-                entry.position, entry.attempts = call.position, call.attempts
-                if call.seq_id:
-                    self.answers.next_seq_id += 1
-                    self.answers.record(call.seq_id, call.digest, entry.answer, call.position)
-                self._ready.append(entry)
+                queued = QueuedCall(
+                    Call(call.seq_id, call.digest, works[call.position]),
+                    Answer(),
+                    position=call.position,
+                    attempts=call.attempts,
+                )
+                self.next_seq_id += bool(call.seq_id)
+                self._ready.append(queued)
         if orphans:
-            self._journal.commit(ForgetCalls(self._name, orphans), must=True)
+            self._journal.commit(ForgetCalls(self._model_id, orphans), must=True)
+        return list(self._ready)
 
     # --- out again ----------------------------------------------------------------------------
 
-    async def take_back(self, entry: Entry, error: TinsmithError, *, written: bool) -> None:
-        """Nothing happened and the number is free: what came after has to wait for it again.
+    def free(self, queued: QueuedCall, *, written: bool) -> "asyncio.Future[None] | None":
+        """Free a call's number: nothing happened, and what came after waits for it again.
 
         Args:
-            entry: The call, taken before.
-            error: What its caller hears.
-            written: It is in the journal.
-        """
-        forgotten = self._free(entry, written=written)
-        if written and forgotten is not None:
-            # Before that the caller may not hear that the number is free: it could be used for
-            # something else, and after a restart this call would be there again.
-            await forgotten
-        entry.answer.fail(error)
-
-    def _refuse(self, entry: Entry, written: "asyncio.Future[None]") -> None:
-        """A call that cannot be written down need not wait for its turn to hear of it."""
-        error = None if written.cancelled() else written.exception()
-        if isinstance(error, TinsmithError) and entry in self._ready:
-            self._ready.remove(entry)
-            self._free(entry, written=False)
-            entry.answer.fail(error)
-
-    def _free(self, entry: Entry, *, written: bool) -> "asyncio.Future[None] | None":
-        """Free a call's number, and park what came after.
+            queued: The call, which `take` returned.
+            written: Whether the journal has it.
 
         Returns:
-            Done when the journal has it so; None where it has nothing to forget. On a full disk
-            each refused call would else leave a commit behind that waits for room.
+            Done when the journal has forgotten what it has to; None where that is nothing. (On a
+            full disk each refused call would else leave a commit behind that waits for room.)
         """
-        free = [entry.position] if written else []
-        if entry.seq_id:
-            self.answers.forget(entry.seq_id)
-            self.answers.next_seq_id = entry.seq_id
-            later = [e for e in self._ready if e.seq_id and e.position > entry.position]
+        free = [queued.position] if written else []
+        if queued.seq_id:
+            self.next_seq_id = queued.seq_id
+            later = [q for q in self._ready if q.seq_id and q.position > queued.position]
             for waiting in later:
                 self._ready.remove(waiting)
                 free.append(waiting.position)
                 self._park(waiting)
-        self._rules.forgot([entry.position, *free])
+        self._executor.forgot([queued.position, *free])
         if not free:
             return None
-        return self._journal.commit(ForgetCalls(self._name, free), must=True)
+        return self._journal.commit(ForgetCalls(self._model_id, free), must=True)
+
+    def _check_written(self, queued: QueuedCall, written: "asyncio.Future[None]") -> None:
+        """Refuse a call that the journal cannot take: it need not wait for its turn to hear it."""
+        error = None if written.cancelled() else written.exception()
+        if isinstance(error, TinsmithError) and queued in self._ready:
+            self._ready.remove(queued)
+            self.free(queued, written=False)
+            self._refuse(queued, error)

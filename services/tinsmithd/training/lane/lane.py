@@ -1,62 +1,45 @@
 """One ordered lane per model: numbers in, effects in order, one at a time per lane.
 
-Calls come in by number and are written to the journal (`Waiting`). What changes nothing but the
-ranks begins while it is written, all else once it is durable; what a call answers is recorded,
-after the call itself, before anybody hears it. Lanes share the trainer by `Turns`: a call takes one
-turn, or one for each of its parts, so that a lane with a long queue or large calls delays another
-by one part at most.
+Calls come in by number and are written to the journal (`Admission`). A call that changes nothing
+but the ranks begins while it is written, any other once it is durable. Its answer is recorded after
+the call itself, and before anybody hears it (`AnswerRecorder`). Lanes share the ranks by `Turns`: a
+call takes one turn, or one for each of its batches, so that a lane with a long queue or large calls
+delays another by one batch at most.
 
-When the ranks die the lane brings its model back (`Rules.restore`) and goes on with the call that
-was under way; its callers just wait. A suspended model leaves the ranks between two calls and
+When the ranks die the lane brings its model back (`CallExecutor.restore`) and goes on with the call
+that was under way; its callers just wait. A suspended model leaves the ranks between two calls and
 comes back in the same way, with its next call.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from tinsmithd import failpoints
-from tinsmithd.errors import (
-    DataLoss,
-    Internal,
-    Reason,
-    ResourceExhausted,
-    TinsmithError,
-    Unavailable,
-)
-from tinsmithd.training.call.answer import Answer
-from tinsmithd.training.call.work import (
+from tinsmithd.errors import DataLoss, Internal, ResourceExhausted, TinsmithError, Unavailable
+from tinsmithd.training.call import (
+    Answer,
+    Call,
     ComputeWork,
-    Outcome,
     RefusedWork,
     StepWork,
+    StoredAnswer,
     Work,
-    changes_model,
-)
-from tinsmithd.training.journal.journal import Journal
-from tinsmithd.training.journal.records import (
-    AddResult,
-    CountAttempt,
-    DropAnswers,
-    Fenced,
-    LoseModel,
-    StoredCall,
-    Write,
-)
-from tinsmithd.training.lane.admission import Entry, Waiting
-from tinsmithd.training.lane.interface import (
-    Call,
-    LaneLimits,
-    Rules,
     call_poisoned,
+    changes_model,
     model_lost,
     shutting_down,
 )
+from tinsmithd.training.journal import CountAttempt, Fenced, Journal, LoseModel, StoredCall
+from tinsmithd.training.lane.admission import Admission, QueuedCall
+from tinsmithd.training.lane.answer_recorder import AnswerRecorder, ReadAnswer
+from tinsmithd.training.lane.interface import CallExecutor
+from tinsmithd.training.lane.kept_answers import KeptAnswers
+from tinsmithd.training.lane.limits import LaneLimits
 from tinsmithd.training.lane.presence import Presence
 from tinsmithd.training.lane.turns import Turns
-from tinsmithd.training.ranks.interface import ModelBroken, TrainerLost
+from tinsmithd.training.ranks import ModelBroken, RankGroupLost
 
 BROKEN_PAUSE_S = 1.0
 """Between two tries to bring a model back that the ranks could not hold."""
@@ -68,43 +51,48 @@ class Lane:
     """The ordered calls of one model.
 
     Args:
-        name: The model's id.
+        model_id: Whose calls.
         limits: Its bounds.
-        turns: Shared with all lanes.
+        turns: Shared by all lanes.
         journal: Where calls and answers are written down.
-        rules: What the calls mean.
+        executor: Carries the calls out.
     """
 
     def __init__(
-        self, name: str, limits: LaneLimits, turns: Turns, journal: Journal, rules: Rules
+        self,
+        model_id: str,
+        limits: LaneLimits,
+        turns: Turns,
+        journal: Journal,
+        executor: CallExecutor,
     ) -> None:
-        self._name = name
+        self._model_id = model_id
         self._limits = limits
         self._turns = turns
         self._journal = journal
-        self._rules = rules
-        self._waiting = Waiting(name, limits, journal, rules)
-        self._answers = self._waiting.answers
-        self._recording = 0
+        self._executor = executor
+        self._admission = Admission(model_id, limits, journal, executor, self._refuse)
+        kept = KeptAnswers(limits.answers_kept_max, limits.answer_bytes_kept_max)
+        self._answers = AnswerRecorder(model_id, kept, journal, executor)
         self._presence = Presence()
         self.idle_since_s = 0.0
         """When its last call ended, by the loop's clock."""
         self._runner: asyncio.Task[None] | None = None
-        self._under_way: Entry | None = None
+        self._under_way: QueuedCall | None = None
         self._ended = asyncio.Event()
         self._ended.set()
         self._closed: TinsmithError | None = None
         self._blocked: TinsmithError | None = None
 
     @property
-    def rules(self) -> Rules:
-        """What its calls mean."""
-        return self._rules
+    def executor(self) -> CallExecutor:
+        """Who carries its calls out."""
+        return self._executor
 
     @property
     def next_seq_id(self) -> int:
         """The number that the next new call should carry."""
-        return self._answers.next_seq_id
+        return self._admission.next_seq_id
 
     @property
     def lost(self) -> bool:
@@ -128,57 +116,68 @@ class Lane:
 
     @property
     def _has_work(self) -> bool:
-        wanted = self._waiting.ready or self.recovering or self._presence.leaving
+        wanted = self._admission.ready or self.recovering or self._presence.leaving
         return self._closed is None and wanted
 
     @property
     def blocked(self) -> bool:
-        """True while the model cannot be brought back to the ranks that there are."""
+        """True while the ranks that there are cannot take the model."""
         return self._blocked is not None
 
     @property
     def pending(self) -> int:
-        """Calls taken in and not answered yet."""
-        return self._waiting.count + (self._under_way is not None) + self._recording
+        """Calls that were taken in and are not answered."""
+        return self._admission.count + (self._under_way is not None) + self._answers.recording
 
     @property
     def idle(self) -> bool:
         """True when nothing waits and nothing runs."""
-        return self._runner is None and not self._waiting.parked and not self._recording
+        return self._runner is None and not self._admission.parked and not self._answers.recording
 
     # --- calls come in ------------------------------------------------------------------------
 
-    def submit(self, seq_id: int, call: Call) -> Answer:
-        """Take a call in; its answer comes when its turn came.
+    def submit(self, call: Call) -> Answer:
+        """Take a call in; its answer comes when it had its turn.
 
         Raises:
-            AlreadyExists, FailedPrecondition: See `Answers.find`.
+            AlreadyExists, FailedPrecondition: See `KeptAnswers.find`.
             ResourceExhausted: The lane is full (QUEUE_FULL); the number is unused.
             DataLoss, NotFound: The model is lost or deleted.
         """
-        if seq_id:
-            answer = self._answers.find(seq_id, call.digest)
+        if call.seq_id:
+            answer = self._answers.find(call.seq_id, call.digest, self.next_seq_id)
             if answer is not None:
                 return answer
         refusal = self._closed or self._blocked
         if refusal is not None:
             raise refusal
-        answer = self._waiting.add(seq_id, call)
+        queued = self._admission.add(call)
+        self._answers.keep(queued)
         self._start()
-        return answer
+        return queued.answer
 
     def recall(
-        self,
-        calls: Sequence[StoredCall],
-        works: Mapping[int, Work],
-        read: Callable[[int], Callable[[], Any]],
+        self, calls: Sequence[StoredCall], works: Mapping[int, Work], read: ReadAnswer
     ) -> None:
-        """Go on where an earlier process ended, see `Waiting.recall`; `lose_trainer` comes next."""
-        self._waiting.recall(calls, works if self._closed is None else {}, read)
+        """Go on where an earlier process ended; `lose_ranks` or `stay_suspended` comes next.
+
+        Args:
+            calls: What the journal has of this model.
+            works: What the calls without an answer ask for, by position.
+            read: Makes what reads a recorded answer.
+        """
+        self._answers.recall(calls, read)
+        for queued in self._admission.recall(calls, works if self._closed is None else {}):
+            self._answers.keep(queued)
+
+    def _refuse(self, queued: QueuedCall, error: TinsmithError) -> None:
+        """A call that waited leaves the lane, and its number is free."""
+        self._answers.forget(queued)
+        queued.answer.fail(error)
 
     # --- calls are carried out ----------------------------------------------------------------
 
-    def lose_trainer(self) -> None:
+    def lose_ranks(self) -> None:
         """The ranks do not have the model's state any more."""
         self._presence.lose()
         self._start()
@@ -196,28 +195,28 @@ class Lane:
     def _start(self) -> None:
         if self._runner is None and self._has_work:
             self._ended.clear()
-            self._runner = asyncio.create_task(self._run(), name=f"lane {self._name}")
+            self._runner = asyncio.create_task(self._run(), name=f"lane {self._model_id}")
 
     async def _run(self) -> None:
         came_back = False
         try:
             while self._has_work:
-                # Whoever came back for a call makes it, however long the way was.
-                if self._presence.leaving and not (came_back and self._waiting.ready):
+                # A model that came back for a call makes that call, however long the way was.
+                if self._presence.leaving and not (came_back and self._admission.ready):
                     await self._suspend()
                 elif self._presence.absent:
                     await self._restore()
                     came_back = not self._presence.absent
                 else:
                     came_back = False
-                    self._under_way = self._waiting.take()
+                    self._under_way = self._admission.take()
                     await self._apply(self._under_way)
                     self._under_way = None
         except Fenced:
-            # This process ends; what is written belongs to another one, and so does the model.
+            # This process ends: the journal and the model belong to another one.
             self._give_up(shutting_down())
         except Exception:
-            _log.exception("the lane of model %s ended", self._name)
+            _log.exception("the lane of model %s ended", self._model_id)
             self._give_up(Internal())
         finally:
             self._runner = None
@@ -227,32 +226,32 @@ class Lane:
     async def _suspend(self) -> None:
         try:
             if not self._presence.absent:
-                await self._rules.suspend(self._turn)
-        except (TinsmithError, TrainerLost, ModelBroken) as error:
-            # Whatever the ranks have of it, they drop it before they get it again.
+                await self._executor.suspend(self._turn)
+        except (TinsmithError, RankGroupLost, ModelBroken) as error:
+            # Whatever the ranks still hold of it, they drop it before they get it again.
             if self._closed is None:
-                _log.warning("model %s left the ranks with an error: %s", self._name, error)
+                _log.warning("model %s left the ranks with an error: %s", self._model_id, error)
         self._presence.suspend()
         self._blocked = None
-        self._rules.left()
+        self._executor.left()
 
     async def _restore(self) -> None:
         losses = self._presence.begin()
         try:
-            await self._rules.restore(self._turn)
+            await self._executor.restore(self._turn)
         except DataLoss as error:
-            _log.error("model %s is lost: %s", self._name, error)
-            # Not before it is written: a process that was replaced finds things gone, too.
-            await self._journal.commit(LoseModel(self._name, error.message), must=True)
+            _log.error("model %s is lost: %s", self._model_id, error)
+            # Written first: a process that was replaced finds things gone, too.
+            await self._journal.commit(LoseModel(self._model_id, error.message), must=True)
             self.close(error)
-        except TrainerLost as error:
-            _log.warning("model %s has to be brought back again: %s", self._name, error)
+        except RankGroupLost as error:
+            _log.warning("model %s has to be brought back again: %s", self._model_id, error)
         except ModelBroken as error:
-            _log.error("model %s could not be brought back yet: %s", self._name, error)
+            _log.error("model %s could not be brought back yet: %s", self._model_id, error)
             await asyncio.sleep(BROKEN_PAUSE_S)
         except TinsmithError as error:
             if self._closed is None:
-                _log.error("model %s could not be brought back yet: %s", self._name, error)
+                _log.error("model %s could not be brought back yet: %s", self._model_id, error)
                 self._blocked = error if isinstance(error, Unavailable) else None
                 await asyncio.sleep(BROKEN_PAUSE_S)
         else:
@@ -261,143 +260,118 @@ class Lane:
 
     @contextlib.asynccontextmanager
     async def _turn(self, tokens: int) -> AsyncIterator[None]:
-        async with self._turns.take(self._name, tokens):
-            # While it waited the model may have been deleted, or lost with its trainer.
+        async with self._turns.take(self._model_id, tokens):
+            # While it waited the model may have been deleted, or lost with its ranks.
             if self._closed is not None:
                 raise self._closed
             yield
 
-    async def _apply(self, entry: Entry) -> None:
-        work = entry.call.work
+    async def _apply(self, queued: QueuedCall) -> None:
+        work = queued.call.work
         early = isinstance(work, ComputeWork | StepWork) and self._journal.writable
-        if not early and not await self._is_written(entry):
+        if not early and not await self._is_written(queued):
             return
         failpoints.hit("enqueue")
         if isinstance(work, RefusedWork):
-            self._settle(entry, Outcome(error=work.error))
+            self._answers.settle(queued, StoredAnswer(error=work.error))
             return
-        if self._presence.absent:  # other ranks came while it was written down
-            self._waiting.put_back(entry)
+        if self._presence.absent:  # other ranks came while the call was written down
+            self._admission.put_back(queued)
             return
         try:
-            done = await self._rules.execute(
-                entry.position, entry.seq_id, work, lambda part: self._emit(entry, part), self._turn
+            effect = await self._executor.execute(
+                queued.position,
+                queued.seq_id,
+                work,
+                lambda output: self._answers.add_output(queued, output),
+                self._turn,
             )
         except Exception as error:
-            if await self._is_written(entry, begun=True):
-                await self._fail(entry, error)
+            if await self._is_written(queued, begun=True):
+                await self._fail(queued, error)
             return
-        if not await self._is_written(entry, begun=True):
+        if not await self._is_written(queued, begun=True):
             return
         failpoints.hit("pre_result")
-        entry.answer.engine_s = done.engine_s
-        outcome = Outcome(entry.answer.sent, done.value)
-        if done.error is not None:
-            outcome = Outcome(error=done.error)
-        self._settle(entry, outcome, done.plan, done.writes)
-        with contextlib.suppress(TrainerLost):  # then it is brought back before the next call
-            await self._rules.settled(entry.position, work, self._turn)
+        queued.answer.engine_s = effect.engine_s
+        answer = StoredAnswer(queued.answer.sent, effect.value)
+        if effect.error is not None:
+            answer = StoredAnswer(error=effect.error)
+        self._answers.settle(queued, answer, effect.composition, effect.writes)
+        with contextlib.suppress(RankGroupLost):  # then it is brought back before the next call
+            await self._executor.settled(queued.position, work, self._turn)
 
-    async def _is_written(self, entry: Entry, *, begun: bool = False) -> bool:
+    async def _is_written(self, queued: QueuedCall, *, begun: bool = False) -> bool:
         """Wait until a call is durable; one that cannot be written is refused, and its effect goes.
 
         Args:
-            entry: The call.
-            begun: The ranks may have its effect.
+            queued: The call.
+            begun: Whether the ranks may have its effect.
         """
         try:
-            if entry.written is not None:
-                await entry.written
-        except TinsmithError as error:  # there is no room to write it down
-            # Brought back, the model is without it: the journal does not have it.
-            if begun and changes_model(entry.call.work):
+            if queued.written is not None:
+                await queued.written
+        except TinsmithError as error:  # the journal has no room for it
+            # The model is brought back without it: the journal does not have it.
+            if begun and changes_model(queued.call.work):
                 self._presence.lose()
-            await self._waiting.take_back(entry, error, written=False)
+            await self._take_back(queued, error, written=False)
             return False
         return True
 
-    async def _fail(self, entry: Entry, error: Exception) -> None:
+    async def _take_back(self, queued: QueuedCall, error: TinsmithError, *, written: bool) -> None:
+        """Nothing happened: free the call's number, and let its caller know."""
+        forgotten = self._admission.free(queued, written=written)
+        self._answers.forget(queued)
+        if written and forgotten is not None:
+            # The caller must not hear earlier that the number is free: it could use it for
+            # something else, and after a restart this call would be there again.
+            await forgotten
+        queued.answer.fail(error)
+
+    async def _fail(self, queued: QueuedCall, error: Exception) -> None:
         """A call was not carried out."""
         if isinstance(error, Unavailable | ResourceExhausted):
-            await self._waiting.take_back(entry, error, written=True)
+            await self._take_back(queued, error, written=True)
         elif isinstance(error, TinsmithError):
             if self._closed is not None:  # nothing is recorded of a model that is gone
-                entry.answer.fail(error)
+                queued.answer.fail(error)
             else:
-                self._settle(entry, Outcome(error=error))
-        elif isinstance(error, TrainerLost):
-            await self._again(entry, str(error), blamed=error.blamed)
-        elif isinstance(error, ModelBroken):
-            await self._again(entry, str(error), blamed=True)
+                self._answers.settle(queued, StoredAnswer(error=error))
+        elif isinstance(error, RankGroupLost | ModelBroken):
+            await self._again(queued, str(error), blamed=error.blamed)
         elif isinstance(error, Fenced):
             raise error
         else:
-            _log.error("a call of model %s failed", self._name, exc_info=error)
-            self._settle(entry, Outcome(error=Internal()))
+            _log.error("a call of model %s failed", self._model_id, exc_info=error)
+            self._answers.settle(queued, StoredAnswer(error=Internal()))
 
-    def _emit(self, entry: Entry, part: bytes) -> None:
-        if entry.answer.add(part):
-            return
-        # Readers have had results of ranks that died, and these are others (no CPU does that). They
-        # must not be mixed: readers are told to ask again, and get these from the start.
-        fresh = Answer()
-        for good in [*entry.answer.sent, part]:
-            fresh.add(good)
-        message = "the ranks died, and what was answered of this call so far is void"
-        entry.answer.fail(Unavailable(message, Reason.TRAINER_UNAVAILABLE, retry_after_s=0.0))
-        entry.answer = fresh
-        if entry.seq_id:
-            self._answers.record(entry.seq_id, entry.call.digest, fresh, entry.position)
-
-    def _settle(
-        self, entry: Entry, outcome: Outcome, plan: bytes = b"", writes: Sequence[Write] = ()
-    ) -> None:
-        """Record what a call answers, and answer once that is durable."""
-        keep = bool(entry.seq_id)
-        result = AddResult(self._name, entry.position, outcome, plan, keep)
-        self._recording += 1
-        if not plan:
-            self._rules.forgot([entry.position])
-        recorded = self._journal.commit(result, *writes, must=True)
-        recorded.add_done_callback(lambda done: self._answer(entry, outcome, done))
-
-    def _answer(self, entry: Entry, outcome: Outcome, recorded: "asyncio.Future[None]") -> None:
-        self._recording -= 1
-        if recorded.cancelled() or recorded.exception() is not None:
-            entry.answer.fail(shutting_down())
-            return
-        failpoints.hit("post_result_pre_ack")
-        if outcome.error is not None:
-            entry.answer.fail(outcome.error)
-        else:
-            entry.answer.finish(outcome.value)
-        dropped = self._answers.trim()
-        if dropped and self._closed is None:
-            self._journal.commit(DropAnswers(self._name, dropped), must=True)
-
-    async def _again(self, entry: Entry, why: str, *, blamed: bool) -> None:
+    async def _again(self, queued: QueuedCall, why: str, *, blamed: bool) -> None:
         """The ranks died during this call: bring the model back, and make the call once more."""
         if not self._journal.keeps:
-            _log.error("model %s is lost: %s", self._name, why)
-            lost = model_lost(self._name)
+            _log.error("model %s is lost: %s", self._model_id, why)
+            lost = model_lost(self._model_id)
             self.close(lost)
-            entry.answer.fail(lost)
+            queued.answer.fail(lost)
             return
         self._presence.lose()
-        entry.attempts += blamed
-        if entry.attempts >= self._limits.call_attempts_max:
-            _log.error("call %d of model %s is refused: %s", entry.seq_id, self._name, why)
-            self._settle(entry, Outcome(error=call_poisoned(entry.attempts, why)))
+        queued.attempts += blamed
+        if queued.attempts >= self._limits.call_attempts_max:
+            _log.error("call %d of model %s is refused: %s", queued.seq_id, self._model_id, why)
+            error = call_poisoned(queued.attempts, why)
+            self._answers.settle(queued, StoredAnswer(error=error))
             return
         if blamed:
-            count = CountAttempt(self._name, entry.position, entry.attempts)
+            count = CountAttempt(self._model_id, queued.position, queued.attempts)
             await self._journal.commit(count, must=True)
         if self._closed is not None:
-            entry.answer.fail(self._closed)
+            queued.answer.fail(self._closed)
             return
-        _log.warning("call %d of model %s has to be made again: %s", entry.seq_id, self._name, why)
-        entry.answer.rewind()
-        self._waiting.put_back(entry)
+        _log.warning(
+            "call %d of model %s has to be made again: %s", queued.seq_id, self._model_id, why
+        )
+        queued.answer.rewind()
+        self._admission.put_back(queued)
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -410,9 +384,10 @@ class Lane:
     def close(self, error: TinsmithError) -> None:
         """Fail all that waits and all that comes with `error`; kept answers stay."""
         self._closed = error
-        for entry in self._waiting.clear():
-            if not entry.answer.done:
-                entry.answer.fail(error)
+        self._answers.closed = True
+        for queued in self._admission.clear():
+            if not queued.answer.done:
+                queued.answer.fail(error)
 
     async def ended(self) -> None:
         """Wait, after `close`, until the call under way has ended."""

@@ -7,7 +7,7 @@ class Presence:
     Attributes:
         leaving: It is to leave the ranks before its next call.
         suspended: It left them, and its next call brings it back.
-        resuming: It is being brought back because of a call, not because ranks were lost.
+        resuming: It is being brought back because of a call, not because the ranks were lost.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Presence:
         self.leaving, self.suspended = False, True
 
     def begin(self) -> int:
-        """It is brought back; returns what `end` takes."""
+        """Start to bring it back; returns what `end` takes."""
         self.resuming = self.resuming or self.suspended
         self.suspended = False
         return self._losses

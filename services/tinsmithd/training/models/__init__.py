@@ -1,0 +1,27 @@
+"""What exists: models, how they come and go, and how their calls are carried out and replayed."""
+
+from tinsmithd.training.models.checkpoints import Checkpoints
+from tinsmithd.training.models.model import Model, NewModel
+from tinsmithd.training.models.models import Models
+from tinsmithd.training.models.releases import Releases
+from tinsmithd.training.models.seats import SeatLimits
+from tinsmithd.training.models.shared import CallLimits, ModelLimits
+from tinsmithd.training.models.snapshot_store import DiskSnapshotStore, SnapshotStore
+from tinsmithd.training.models.snapshot_taker import SnapshotRule
+from tinsmithd.training.models.staging import Copies, DiskStaging
+
+__all__ = [
+    "CallLimits",
+    "Checkpoints",
+    "Copies",
+    "DiskSnapshotStore",
+    "DiskStaging",
+    "Model",
+    "ModelLimits",
+    "Models",
+    "NewModel",
+    "Releases",
+    "SeatLimits",
+    "SnapshotRule",
+    "SnapshotStore",
+]

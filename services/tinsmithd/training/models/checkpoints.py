@@ -2,26 +2,81 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
-from tinsmithd.checkpoint_client import CheckpointClient, CheckpointInfo, NewCheckpoint
-from tinsmithd.domain import BaseModelInfo, CheckpointPath, LoraConfig
+from tinsmithd.domain import (
+    BaseModelInfo,
+    CheckpointInfo,
+    CheckpointPath,
+    LoraConfig,
+    NewCheckpoint,
+)
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason
 from tinsmithd.state import files as state_files
 from tinsmithd.training.models.staging import Copies, Staged, Staging
 
 
+class CheckpointReader(Protocol):
+    """One checkpoint that is being read."""
+
+    @property
+    def info(self) -> CheckpointInfo:
+        """What it is."""
+
+    def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
+        """Its files, piece by piece, once; only a normal end means that all is well."""
+
+
+class CheckpointWriter(Protocol):
+    """One checkpoint on its way: `write` pieces, then `commit`; `cancel` leaves nothing."""
+
+    async def write(self, file_name: str, data: bytes) -> None:
+        """Append bytes to a file; files come one after the other."""
+
+    async def commit(self) -> CheckpointInfo:
+        """Make it durable and visible; returns what it is now."""
+
+    def cancel(self) -> None:
+        """Give up; harmless after `commit`."""
+
+
+class CheckpointServer(Protocol):
+    """The Checkpoint server, as the Training server uses it; `checkpoint_client` speaks to it."""
+
+    def reader(self, path: CheckpointPath) -> AbstractAsyncContextManager[CheckpointReader]:
+        """Read a checkpoint for the body of the `async with`.
+
+        Raises:
+            NotFound: There is none (CHECKPOINT_NOT_FOUND).
+            Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
+        """
+
+    def writer(self, new: NewCheckpoint) -> CheckpointWriter:
+        """Begin a checkpoint."""
+
+    async def get(self, path: CheckpointPath) -> CheckpointInfo:
+        """What a path means now.
+
+        Raises:
+            NotFound: Nothing (CHECKPOINT_NOT_FOUND).
+            Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
+        """
+
+
 class Checkpoints:
     """Takes whole checkpoints from the Checkpoint server and gives them to it.
 
-    Never to be used while a turn is held: that server may be slow, or not answer at all.
+    Whoever holds a turn must not use it: that server may be slow, or not answer at all.
 
-    Attributes:
+    Args:
+        server: The Checkpoint server.
         staging: Where states are put down on their way.
         copies: How many states are in memory.
     """
 
-    def __init__(self, client: CheckpointClient, staging: Staging, copies: Copies) -> None:
-        self._client = client
+    def __init__(self, server: CheckpointServer, staging: Staging, copies: Copies) -> None:
+        self._server = server
         self.staging = staging
         self.copies = copies
 
@@ -32,11 +87,11 @@ class Checkpoints:
         """A checkpoint, whole and verified, for the body of the `async with`.
 
         Args:
-            path: Which one. Its name is looked up once: what it is and what it holds go together.
-            check: Raises where it is not wanted, before its files are read.
+            path: Which one. Its name is looked up once: info and files are of the same one.
+            check: Raises where it does not fit, before its files are read.
         """
         async with self.staging.open() as staged:
-            async with self._client.reader(path) as reader:
+            async with self._server.reader(path) as reader:
                 info = reader.info
                 check(info)
                 async for name, data in reader.pieces():
@@ -49,7 +104,7 @@ class Checkpoints:
         Raises:
             TinsmithError: The Checkpoint server refuses it, or does not answer.
         """
-        writer = self._client.writer(new)
+        writer = self._server.writer(new)
         try:
             async for name, data in staged.pieces():
                 await writer.write(name, data)
@@ -57,17 +112,17 @@ class Checkpoints:
         except AlreadyExists as error:
             if error.reason is not Reason.REQUEST_ID_CONFLICT:
                 raise
-            # This very call saved it, before ranks died that rounded in another way, as GPUs do.
-            return await self._client.get(new.path)
+            # This call saved it, before ranks died that rounded in another way, as GPUs do.
+            return await self._server.get(new.path)
         finally:
             writer.cancel()
 
 
 def check_claim(found: CheckpointInfo, info: BaseModelInfo, rank_max: int) -> None:
-    """Refuse a checkpoint by what it is said to be, before its files are read into memory.
+    """Refuse a checkpoint by what it claims to be, before its files are read into memory.
 
     Args:
-        found: What it is said to be.
+        found: What it claims to be.
         info: The base model that is to take it.
         rank_max: Largest LoRA rank.
 

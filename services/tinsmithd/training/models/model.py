@@ -1,4 +1,4 @@
-"""One model: what the Training server knows of it, and how that is written down."""
+"""One model: what the Training server knows of it, and how the journal keeps that."""
 
 import dataclasses
 import time
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmithd.domain import BaseModelInfo, CheckpointPath, FullConfig, LoraConfig, Tuning
-from tinsmithd.training.journal.records import StoredSnapshot
-from tinsmithd.training.lane.lane import Lane
+from tinsmithd.training.lane import Lane
 
 
 @dataclass(frozen=True)
@@ -26,19 +25,18 @@ class NewModel:
 
 @dataclass
 class Model:
-    """One model.
+    """One model. Only its own methods change it.
 
     Attributes:
         number: Rises with every model created; orders pages.
-        identity: Of the ranks that it was created on.
+        identity: That of the ranks on which it was created.
         from_checkpoint: Whether it began as a checkpoint.
-        request_id, request_digest: Of the call that created it.
-        last_request_time_s, last_used_s: When a call last came, for people and on a clock that no
-            one sets.
+        request_id, request_digest: Those of the call that created it.
+        last_request_time_s, last_used_s: When a call last came: by the wall clock, for people, and
+            by a clock that nobody sets.
         step_count: Optimizer steps made.
-        snapshots: Of it, the older one first; two at most.
-        garbage: Folders of snapshots that are to be removed.
-        non_finite_since: Which call made the waiting gradients non-finite; empty while they are.
+        non_finite_since: The call that made the pending gradients non-finite; empty while they are
+            finite.
         state_message: What is being done with it, for a person.
         lane: Its calls.
     """
@@ -56,24 +54,49 @@ class Model:
     last_request_time_s: float = field(default_factory=time.time)
     last_used_s: float = field(default_factory=time.monotonic)
     step_count: int = 0
-    snapshots: list[StoredSnapshot] = field(default_factory=list)
-    garbage: list[str] = field(default_factory=list)
-    trimmed_to: int = 0
     non_finite_since: str = ""
     state_message: str = ""
     lane: Lane = field(init=False)
 
     @property
     def created(self) -> bool:
-        """True once it is written down and has its lane."""
+        """True once the journal has it and it has its lane."""
         return "lane" in self.__dict__
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it trains all weights."""
+        return isinstance(self.tuning, FullConfig)
+
+    # --- what happens to it -------------------------------------------------------------------
+
+    def called(self) -> None:
+        """A call came."""
+        self.last_request_time_s, self.last_used_s = time.time(), time.monotonic()
+
+    def doing(self, message: str) -> None:
+        """Say what is being done with it; empty for nothing special."""
+        self.state_message = message
+
+    def stepped(self) -> None:
+        """An optimizer step was made."""
+        self.set_state(self.step_count + 1)
+
+    def set_state(self, step_count: int) -> None:
+        """It has a state of so many steps, and no pending gradients."""
+        self.step_count, self.non_finite_since = step_count, ""
+
+    def became_non_finite(self, call: str) -> None:
+        """With this call its pending gradients became non-finite, or were so before."""
+        self.non_finite_since = self.non_finite_since or call
+
+    # --- how the journal keeps it -------------------------------------------------------------
+
     def about(self) -> dict[str, Any]:
-        """What is written down when it is created."""
-        full = isinstance(self.tuning, FullConfig)
+        """What the journal keeps from its creation on."""
         return {
             "info": dataclasses.asdict(self.info),
-            "full" if full else "lora": dataclasses.asdict(self.tuning),
+            "full" if self.is_full else "lora": dataclasses.asdict(self.tuning),
             "user_metadata": dict(self.user_metadata),
             "identity": dict(self.identity),
             "from_checkpoint": self.from_checkpoint,
@@ -83,8 +106,21 @@ class Model:
         }
 
     @classmethod
-    def recalled(cls, model_id: str, number: int, about: Mapping[str, Any]) -> "Model":
-        """The model of what was written down."""
+    def recalled(
+        cls,
+        model_id: str,
+        number: int,
+        about: Mapping[str, Any],
+        last_request_time_s: float | None = None,
+    ) -> "Model":
+        """The model that the journal kept.
+
+        Args:
+            model_id: Its id.
+            number: Its number.
+            about: See `about`.
+            last_request_time_s: When a call last came; None where none did.
+        """
         tuning: Tuning = FullConfig() if "full" in about else LoraConfig(**about["lora"])
         return cls(
             model_id,
@@ -97,4 +133,5 @@ class Model:
             request_id=about["request_id"],
             request_digest=bytes.fromhex(about["request_digest"]),
             create_time_s=about["create_time_s"],
+            last_request_time_s=last_request_time_s or about["create_time_s"],
         )

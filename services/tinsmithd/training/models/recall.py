@@ -1,36 +1,124 @@
-"""Takes up the calls of a model where an earlier process left them."""
+"""Takes models up where an earlier process left them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from tinsmithd.training.call.work import Outcome, Work
-from tinsmithd.training.journal.journal import Journal
-from tinsmithd.training.journal.records import Fenced, StoreDamaged, StoredModel
-from tinsmithd.training.lane.interface import model_lost, shutting_down
+from tinsmithd.errors import DataLoss, Reason
+from tinsmithd.training.call import StoredAnswer, Work, model_lost, model_not_found, shutting_down
+from tinsmithd.training.journal import (
+    DeletedModel,
+    Fenced,
+    Journal,
+    StoreDamaged,
+    StoredModel,
+)
+from tinsmithd.training.models.creation import Creation
+from tinsmithd.training.models.execution import give_lane
 from tinsmithd.training.models.model import Model
+from tinsmithd.training.models.model_snapshots import ModelSnapshots
+from tinsmithd.training.models.registry import Registry
+from tinsmithd.training.models.shared import Shared
 
 _log = logging.getLogger(__name__)
 
 
-async def recall_calls(journal: Journal, model: Model, found: StoredModel) -> None:
+class Recall:
+    """Reads the journal at a start.
+
+    Args:
+        shared: What models share.
+        registry: Where models are then.
+        creation: Told which requests created models before.
+    """
+
+    def __init__(self, shared: Shared, registry: Registry, creation: Creation) -> None:
+        self._shared = shared
+        self._registry = registry
+        self._creation = creation
+
+    async def recall(
+        self,
+        stored: Sequence[StoredModel],
+        deleted: Sequence[DeletedModel],
+        starts: Mapping[str, int],
+    ) -> None:
+        """Take up the models that the journal has.
+
+        Args:
+            stored: These models.
+            deleted: Those that were deleted and are remembered.
+            starts: What ended ranks, see `Starts`.
+        """
+        shared = self._shared
+        shared.starts.recall(starts)
+        if shared.snapshot_store is not None:
+            shared.snapshot_store.epoch = shared.journal.epoch
+        for gone in deleted:
+            model = Model.recalled(gone.model_id, gone.number, gone.about)
+            give_lane(model, self._snapshots_of(gone.model_id), shared)
+            self._creation.remember(model)
+            model.lane.close(model_not_found(gone.model_id))
+        for found in stored:
+            await self._recall(found)
+        if shared.snapshot_store is not None:
+            kept = [snapshot.folder for found in stored for snapshot in found.snapshots]
+            await shared.snapshot_store.keep_only(kept)
+        self._bring_back()
+        if stored:
+            _log.info("the journal has %d model(s)", len(stored))
+
+    def _snapshots_of(self, model_id: str, found: StoredModel | None = None) -> ModelSnapshots:
+        journal, store = self._shared.journal, self._shared.snapshot_store
+        if found is None:
+            return ModelSnapshots(model_id, journal, store)
+        return ModelSnapshots(model_id, journal, store, found.snapshots, found.trimmed_to)
+
+    async def _recall(self, found: StoredModel) -> None:
+        time_s = found.last_request_time_s
+        model = Model.recalled(found.model_id, found.number, found.about, time_s)
+        give_lane(model, self._snapshots_of(found.model_id, found), self._shared)
+        self._creation.remember(model)
+        self._registry.add(model)
+        if found.lost:
+            metadata = {"model_id": model.model_id}
+            model.lane.close(DataLoss(found.lost, Reason.MODEL_LOST, metadata=metadata))
+        await _recall_calls(self._shared.journal, model, found)
+
+    def _bring_back(self) -> None:
+        """Those with calls first, then those used last; the others stay on disk."""
+        models = [model for model in self._registry.oldest_first if not model.lane.lost]
+        models.sort(key=_urgency, reverse=True)
+        self._shared.seats.seat_at_once(models)
+        for model in models:
+            if model in self._shared.seats:
+                model.lane.lose_ranks()
+            else:
+                model.lane.stay_suspended()
+
+
+async def _recall_calls(journal: Journal, model: Model, found: StoredModel) -> None:
     """Give a model's lane what the journal has of its calls."""
     works: dict[int, Work] = {}
     try:
         for call in found.calls:
-            if call.result_digest is None and not found.lost:
+            if call.answer_digest is None and not found.lost:
                 works[call.position] = await journal.work(model.model_id, call.position)
     except StoreDamaged as error:
         _log.error("model %s is lost: %s", model.model_id, error)
         # Its answers stay: what was acknowledged can be asked for again.
         model.lane.close(model_lost(model.model_id, str(error)))
 
-    def read(position: int) -> Callable[[], object]:
-        async def outcome() -> Outcome:
+    def read(position: int) -> Callable[[], Awaitable[StoredAnswer]]:
+        async def answer() -> StoredAnswer:
             try:
-                return await journal.outcome(model.model_id, position)
+                return await journal.answer(model.model_id, position)
             except Fenced as error:
                 raise shutting_down() from error
 
-        return outcome
+        return answer
 
     model.lane.recall(found.calls, works, read)
+
+
+def _urgency(model: Model) -> tuple[bool, float]:
+    return model.lane.pending > 0, model.last_request_time_s

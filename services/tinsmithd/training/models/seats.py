@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tinsmithd.domain import FullConfig
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
 from tinsmithd.training.models.model import Model
 
@@ -56,10 +55,6 @@ class _Seat:
 class _Waiter:
     model: Model
     given: "asyncio.Future[None]"
-
-
-def _is_full(model: Model) -> bool:
-    return isinstance(model.tuning, FullConfig)
 
 
 class Seats:
@@ -139,21 +134,21 @@ class Seats:
         self._seats[model.model_id] = _Seat(model, now_s, returning=model.created)
 
     def _fits(self, model: Model) -> bool:
-        if _is_full(model):
+        if model.is_full:
             return not self._seats
         return len(self._seats) < self._limits.models_max and not self._owned
 
     @property
     def _owned(self) -> bool:
         """Whether a model has the ranks to itself."""
-        return any(_is_full(seat.model) for seat in self._seats.values())
+        return any(seat.model.is_full for seat in self._seats.values())
 
     def _check(self, model: Model) -> None:
         self._seats = {k: seat for k, seat in self._seats.items() if not _lost(seat.model)}
         if self._fits(model):
             return
         why = 'with durability "none" no model can be suspended'
-        if _is_full(model) or self._owned:
+        if model.is_full or self._owned:
             raise FailedPrecondition(
                 "a model that trains all weights owns the rank group, and there are "
                 f"{len(self._seats)} other model(s); {why}: delete them first, by {HOW_TO_DELETE}",
@@ -187,11 +182,11 @@ class Seats:
         asked = [seat.asked_s for seat in self._seats.values() if seat.asked_s is not None]
         leaving = sum(now_s - asked_s < LEAVE_S for asked_s in asked)
         needed = len(self._seats) - leaving
-        if not (_is_full(self._waiting[0].model) or self._owned):
+        if not (self._waiting[0].model.is_full or self._owned):
             # Room for the first that wait, up to one that needs all of it.
             wanted = 0
             for waiter in self._waiting:
-                if _is_full(waiter.model):
+                if waiter.model.is_full:
                     break
                 wanted += 1
             needed = min(needed, needed + wanted - self._limits.models_max)
@@ -217,7 +212,7 @@ class Seats:
 
     def _order(self, seat: _Seat, now_s: float) -> tuple[bool, bool, float]:
         lane, since_s = seat.model.lane, self._idle_since_s(seat)
-        costly = lane.rules.has_gradients and now_s - since_s < GRADIENTS_IDLE_S
+        costly = lane.executor.has_gradients and now_s - since_s < GRADIENTS_IDLE_S
         return not lane.idle, costly, since_s
 
 

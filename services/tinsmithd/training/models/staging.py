@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from tinsmithd.errors import Reason, ResourceExhausted
-from tinsmithd.training.ranks.interface import Pieces
+from tinsmithd.training.ranks import Pieces
 
 READ_BYTES = 256 * 1024
 

@@ -9,9 +9,8 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping
 
 from tinsmithd.errors import FailedPrecondition, Reason
-from tinsmithd.training.journal.journal import Journal
-from tinsmithd.training.journal.records import CountStart
-from tinsmithd.training.ranks.interface import ModelBroken, TrainerLost
+from tinsmithd.training.journal import CountStart, Journal
+from tinsmithd.training.ranks import ModelBroken, RankGroupLost
 
 
 class Starts:
@@ -43,7 +42,7 @@ class Starts:
         attempts = self._attempts.get(key, 0)
         if attempts >= self._attempts_max:
             raise FailedPrecondition(
-                f"the trainer failed {attempts} times during this; it is not tried again",
+                f"the ranks failed {attempts} times during this; it is not tried again",
                 Reason.CALL_POISONED,
                 metadata={"attempts": str(attempts)},
             )
@@ -59,12 +58,9 @@ class Starts:
         self.check(key)
         try:
             yield
-        except TrainerLost as error:
+        except (RankGroupLost, ModelBroken) as error:
             if error.blamed:
                 await self._failed(key)
-            raise
-        except ModelBroken:
-            await self._failed(key)
             raise
         # The ranks took it: what they died of before was something else.
         if self._attempts.pop(key, 0):

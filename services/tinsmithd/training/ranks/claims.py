@@ -25,7 +25,7 @@ class GroupClaim:
         info: The base model that it holds.
         world_size: Number of ranks.
         engine: Name of the engine.
-        identity: All that the last bit of a result depends on, besides commands and plans.
+        identity: All that the last bit of a result depends on, besides commands and compositions.
         launch_token: What the launcher that started it gave it; empty where it had none.
     """
 

@@ -1,38 +1,25 @@
-"""What the Training server asks of a rank group. `link.RankGroup` is the one over gRPC."""
+"""What the Training server asks of a rank group; `rank_group` speaks it over gRPC."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
-from tinsmithd.training.call.work import ComputeWork
+from tinsmithd.training.call import BatchPlace, ComputeWork
 
-OnResult = Callable[[bytes], None]
-"""Takes the outputs of the next datum, in datum order and in the form that callers get."""
+OnOutput = Callable[[bytes], None]
+"""Takes the output of the next datum, in datum order and in the form that callers get."""
 
 OnPiece = Callable[[str, bytes], Awaitable[None]]
 """Takes the next bytes of a state file: file name and data."""
-
 
 Pieces = Sequence[tuple[str, bytes]]
 """All state files of a model, in the same form."""
 
 
-class CallPart(Enum):
-    """Which part of a call that adds gradients a `compute` is.
-
-    Where a part fails the ranks take back what the parts before it added.
-    """
-
-    WHOLE = "whole"
-    FIRST = "first"
-    LATER = "later"
-
-
 @dataclass(frozen=True)
 class StateInfo:
-    """What a state that went out or came in was."""
+    """What a state is that leaves the ranks or comes to them."""
 
     tuning: Tuning
     step_count: int
@@ -40,25 +27,25 @@ class StateInfo:
 
 @dataclass(frozen=True)
 class Computed:
-    """What a compute gave, besides the outputs.
+    """What a batch gave, besides its outputs.
 
     Attributes:
         metrics: By `name:reduction`.
-        plan: The composition in which it was computed; the same again gives the same bits.
-        non_finite: The gradients that wait now are not all finite.
+        composition: The engine's; the same composition gives the same bits again.
+        non_finite: Whether some of the pending gradients are not finite.
         engine_s: Seconds that the engine took.
     """
 
     metrics: Mapping[str, float]
-    plan: bytes = b""
+    composition: bytes = b""
     non_finite: bool = False
     engine_s: float = 0.0
 
 
-class Trainer(Protocol):
+class RankGroup(Protocol):
     """One rank group. It does one thing at a time; whoever calls sees to that.
 
-    Every method may raise `TrainerLost`: the group is gone, with every model it held.
+    Every method may raise `RankGroupLost`: the group is gone, with every model it held.
     """
 
     @property
@@ -75,7 +62,7 @@ class Trainer(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result depends on, besides commands and plans."""
+        """All that the last bit of a result depends on, besides commands and compositions."""
 
     async def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model; one that trains all weights must be alone."""
@@ -86,24 +73,24 @@ class Trainer(Protocol):
     async def compute(
         self,
         model_id: str,
-        work: ComputeWork,
+        batch: ComputeWork,
         *,
-        part: CallPart,
-        plan: bytes,
-        on_result: OnResult,
+        place: BatchPlace,
+        composition: bytes,
+        on_output: OnOutput,
     ) -> Computed:
-        """Forward, and backward too where asked; an empty plan leaves the composition open."""
+        """Forward, and backward too where asked; with no composition the engine chooses one."""
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply the waiting gradients; returns the metrics."""
+        """Apply the pending gradients; returns the metrics."""
 
-    async def snapshot(
+    async def copy_state(
         self, model_id: str, *, optimizer: bool, on_piece: OnPiece
     ) -> Awaitable[StateInfo]:
         """Copy the model's state; other calls may follow at once.
 
         Returns:
-            What sends the copy's files to `on_piece`; it may fail as any other method, but is to
+            What sends the copy's files to `on_piece`. It may fail as any other method, but is to
             blame for no loss of the group.
         """
 
@@ -122,9 +109,9 @@ class Trainer(Protocol):
             model_id: Which model.
             pieces: The state.
             optimizer: Whether its optimizer state counts, too.
-            create: The model is not there yet.
-            said: What a checkpoint is said to hold: its files must say so, too. None for a snapshot
-                that ranks made, which is not checked for what its values became.
+            create: Whether the model has to be created.
+            said: What a checkpoint claims to hold: its files must say so, too. None for a snapshot:
+                ranks made it, and nobody checks what its values became.
 
         Raises:
             DataLoss: The files are not what they have to be (CHECKPOINT_CORRUPT).
@@ -132,11 +119,11 @@ class Trainer(Protocol):
         """
 
 
-class TrainerLost(Exception):
+class RankGroupLost(Exception):
     """The rank group is gone, with every model it held.
 
     Attributes:
-        blamed: It may be for what it was asked to do: nobody else ended it.
+        blamed: Whether the command under way may be the cause: nobody else ended the group.
     """
 
     def __init__(self, message: str, *, blamed: bool = False) -> None:
@@ -145,4 +132,10 @@ class TrainerLost(Exception):
 
 
 class ModelBroken(Exception):
-    """The engine failed half-way through a call; this one model must not be used any more."""
+    """The engine failed half-way through a call; this one model must not be used any more.
+
+    Attributes:
+        blamed: Always true: only the command under way can be the cause.
+    """
+
+    blamed = True

@@ -123,7 +123,7 @@ class Launcher:
                 await _stop(process)
                 self._forget(token)
             if status == EXIT_HOPELESS:
-                raise LaunchError("the trainer cannot start; its log says why")
+                raise LaunchError("the ranks cannot start; their log says why")
             if loop.time() - started_s > delay_s + SETTLED_S:
                 delay_s = RESTART_DELAY_S_FIRST
             _log.error("a rank group ended (%s); restart in %g s", describe_exit(status), delay_s)

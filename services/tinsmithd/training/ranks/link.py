@@ -1,4 +1,4 @@
-"""The Training server's end of the streams that rank groups hold open, and who is at work."""
+"""The Training server's end of the streams that rank groups hold open."""
 
 import asyncio
 import logging
@@ -10,9 +10,9 @@ import grpc
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.internal.v1.trainer_link_service_pb2_grpc import TrainerLinkServiceServicer
 from tinsmithd.errors import TinsmithError
-from tinsmithd.training.models.models import Models
 from tinsmithd.training.ranks.claims import GroupClaim, progress
-from tinsmithd.training.ranks.rank_group import RankGroup
+from tinsmithd.training.ranks.place import RankGroupPlace
+from tinsmithd.training.ranks.rank_group import AttachedRankGroup
 
 LEAVE_S_MAX = 1.0
 """How long the stream of a group that lost its place may take to end."""
@@ -23,29 +23,32 @@ _log = logging.getLogger(__name__)
 
 
 class TrainerLinkServicer(TrainerLinkServiceServicer):
-    """Takes rank 0's streams and makes one of them the trainer of `models`; others stand by.
+    """Takes rank 0's streams and lets one group work; others stand by.
 
     Args:
-        models: What the rank group works for.
-        lease_s: A group that says nothing for so long has lost its place.
-        cause: Whether a group that is gone was not ended from outside, as far as can be known; by
-            the launch token that it showed.
-        on_silent: Told the launch token of a group that lost its place that way.
+        place: Where the group at work is to be.
+        epoch: That of this server, once it has claimed the journal.
+        lease_s: A group that says nothing for so long loses its place.
+        cause: Whether a group ended by itself, as far as anybody knows; takes the launch token that
+            the group showed.
+        on_silent: Takes the launch token of a group that lost its place by silence.
     """
 
     def __init__(
         self,
-        models: Models,
+        place: RankGroupPlace,
+        epoch: Callable[[], int],
         lease_s: float,
         cause: Callable[[str], Awaitable[bool]],
         on_silent: Callable[[str], None],
     ) -> None:
-        self._models = models
+        self._place = place
+        self._epoch = epoch
         self._lease_s = lease_s
         self._cause = cause
         self._on_silent = on_silent
-        self._place = asyncio.Lock()
-        self._groups: set[RankGroup] = set()
+        self._at_work = asyncio.Lock()
+        self._groups: set[AttachedRankGroup] = set()
         self._leaving: set[asyncio.Task[None]] = set()
         self._attached_count = 0
         self._closing = False
@@ -62,7 +65,7 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         reader = asyncio.create_task(self._read(group, request_iterator))
         has_place = False
         try:
-            if self._place.locked():
+            if self._at_work.locked():
                 _log.info("a rank group stands by: %s", group.info.name)
             has_place = await self._wait_for_place(group)
             if has_place:
@@ -77,9 +80,9 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
-    async def _wait_for_place(self, group: RankGroup) -> bool:
+    async def _wait_for_place(self, group: AttachedRankGroup) -> bool:
         """Wait until this group is the one at work; False where it went away before."""
-        place: asyncio.Task[Any] | None = asyncio.create_task(self._place.acquire())
+        place: asyncio.Task[Any] | None = asyncio.create_task(self._at_work.acquire())
         gone = asyncio.create_task(group.gone.wait())
         assert place is not None
         try:
@@ -91,30 +94,30 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         finally:
             gone.cancel()
             if place is not None and not place.cancel():
-                self._place.release()
+                self._at_work.release()
 
-    async def _leave(self, group: RankGroup, *, has_place: bool) -> None:
+    async def _leave(self, group: AttachedRankGroup, *, has_place: bool) -> None:
         await self._lose(group, "the rank group's connection ended")
         self._groups.discard(group)
         if has_place:
-            self._models.detach(group)
-            self._place.release()
-            _log.log(logging.INFO if self._closing else logging.WARNING, "trainer detached")
+            self._place.detach(group)
+            self._at_work.release()
+            _log.log(logging.INFO if self._closing else logging.WARNING, "rank group detached")
 
-    async def _lose(self, group: RankGroup, why: str) -> None:
+    async def _lose(self, group: AttachedRankGroup, why: str) -> None:
         if not group.gone.is_set():
             group.lose(why, blamed=not group.leaving and await self._cause(group.launch_token))
 
-    def _welcome(self, group: RankGroup) -> pb.AttachResponse:
+    def _welcome(self, group: AttachedRankGroup) -> pb.AttachResponse:
         self._attached_count += 1
         info = group.info
         _log.info(
-            "trainer attached: %s, %d rank(s), %s engine, %s",
+            "rank group attached: %s, %d rank(s), %s engine, %s",
             *(info.name, group.world_size, group.engine, info.dtype),
         )
-        self._models.attach(group)
+        self._place.attach(group)
         # Rises over restarts of this server, too: its own epoch does.
-        epoch = (self._models.epoch << EPOCH_BITS) + self._attached_count
+        epoch = (self._epoch() << EPOCH_BITS) + self._attached_count
         return pb.AttachResponse(welcome=pb.Welcome(epoch=epoch))
 
     async def watch(self) -> None:
@@ -127,7 +130,7 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
                     message = f"the rank group said nothing for {self._lease_s:g} s"
                     _log.error("%s: it has lost its place", message)
                     group.lose(message)
-                    self._models.detach(group)
+                    self._place.detach(group)
                     self._on_silent(group.launch_token)
                     if group.task is not None:  # it may wait for ever to write to that group
                         asyncio.get_running_loop().call_later(LEAVE_S_MAX, group.task.cancel)
@@ -138,18 +141,20 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         for group in list(self._groups):
             group.lose("the Training server stops")
 
-    async def _hello(self, requests: AsyncIterator[pb.AttachRequest]) -> RankGroup | None:
+    async def _hello(self, requests: AsyncIterator[pb.AttachRequest]) -> AttachedRankGroup | None:
         async for request in requests:
             if request.WhichOneof("content") == "loading":
                 message = progress(request.loading)
-                _log.info("trainer: %s", message)
-                self._models.place.progress = message
+                _log.info("a rank group starts: %s", message)
+                self._place.progress = message
             elif request.WhichOneof("content") == "hello":
                 claim = GroupClaim.of(request.hello)
-                return RankGroup(claim, asyncio.get_running_loop().time)
+                return AttachedRankGroup(claim, asyncio.get_running_loop().time)
         return None
 
-    async def _read(self, group: RankGroup, requests: AsyncIterator[pb.AttachRequest]) -> None:
+    async def _read(
+        self, group: AttachedRankGroup, requests: AsyncIterator[pb.AttachRequest]
+    ) -> None:
         try:
             async for request in requests:
                 group.answered(request)

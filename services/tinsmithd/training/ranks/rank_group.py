@@ -1,8 +1,8 @@
-"""One rank group at the other end of a stream: `RankGroup` is the `Trainer`.
+"""One rank group at the other end of a stream: `AttachedRankGroup` is the `RankGroup`.
 
-A command goes out with a number; answers come back with that number, any parts first, then `done`
-or `failed`. One command is under way at a time, since the scheduler gives out one turn; only the
-pieces of copied states may still be coming in meanwhile.
+A command goes out with a number. Replies come back with that number: outputs or pieces first, then
+`done` or `failed`. One command is under way at a time, since one turn is given at a time; only the
+pieces of copied states may still come in meanwhile.
 """
 
 import asyncio
@@ -17,38 +17,37 @@ from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
 from tinsmithd.files import is_plain_name
 from tinsmithd.text import bounded
-from tinsmithd.training.call.work import ComputeWork
+from tinsmithd.training.call import BatchPlace, ComputeWork
 from tinsmithd.training.ranks.claims import GroupClaim
 from tinsmithd.training.ranks.interface import (
-    CallPart,
     Computed,
     ModelBroken,
+    OnOutput,
     OnPiece,
-    OnResult,
     Pieces,
+    RankGroupLost,
     StateInfo,
-    TrainerLost,
 )
 
 NONSENSE_BYTES_MAX = 200
-"""What of an answer that makes no sense is shown."""
+"""Maximum bytes that are shown of a reply that makes no sense."""
 STEP_COUNT_MAX = 1 << 53
 """Of a model that nobody could have trained for so long: a step more must still be a number."""
 MESSAGE_BYTES_MAX = 1024
 """What of a failure is passed on."""
 
-OnPart = Callable[[pb.AttachRequest], Awaitable[None]]
+OnReply = Callable[[pb.AttachRequest], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 _ERRORS = {cls.__name__: cls for cls in TinsmithError.__subclasses__()}
-_PARTS = {
-    CallPart.WHOLE: pb.BATCH_PLACE_UNSPECIFIED,
-    CallPart.FIRST: pb.BATCH_PLACE_FIRST,
-    CallPart.LATER: pb.BATCH_PLACE_LATER,
+_PLACES = {
+    BatchPlace.WHOLE: pb.BATCH_PLACE_UNSPECIFIED,
+    BatchPlace.FIRST: pb.BATCH_PLACE_FIRST,
+    BatchPlace.LATER: pb.BATCH_PLACE_LATER,
 }
 
 
-class RankGroup:
+class AttachedRankGroup:
     """A rank group that attached.
 
     Args:
@@ -61,8 +60,8 @@ class RankGroup:
         self._clock = clock
         self._next_command_id = 1
         self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue(maxsize=16)
-        self._answers: dict[int, asyncio.Queue[pb.AttachRequest | None]] = {}
-        self._lost: TrainerLost | None = None
+        self._replies: dict[int, asyncio.Queue[pb.AttachRequest | None]] = {}
+        self._lost: RankGroupLost | None = None
         self.gone = asyncio.Event()
         """Set when nothing more will come of it."""
         self.task: asyncio.Task[Any] | None = None
@@ -83,23 +82,23 @@ class RankGroup:
         """Take in what rank 0 said."""
         self.heard_s = self._clock()
         self.leaving = self.leaving or message.HasField("leaving")
-        answers = self._answers.get(message.command_id)
-        if answers is not None:
-            answers.put_nowait(message)
+        replies = self._replies.get(message.command_id)
+        if replies is not None:
+            replies.put_nowait(message)
 
     def lose(self, why: str, *, blamed: bool = False) -> None:
-        """The group is gone; everything that waits for it raises `TrainerLost`."""
+        """The group is gone; everything that waits for it raises `RankGroupLost`."""
         if self._lost is not None:
             return
-        self._lost = TrainerLost(why, blamed=blamed)
+        self._lost = RankGroupLost(why, blamed=blamed)
         self.gone.set()
-        for answers in self._answers.values():
-            answers.put_nowait(None)
+        for replies in self._replies.values():
+            replies.put_nowait(None)
         while not self._outgoing.empty():
             self._outgoing.get_nowait()
         self._outgoing.put_nowait(None)
 
-    # --- the scheduler's side: `Trainer` ------------------------------------------------------
+    # --- the lane's side: `RankGroup` ----------------------------------------------------------
 
     @property
     def info(self) -> BaseModelInfo:
@@ -118,7 +117,7 @@ class RankGroup:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result depends on, besides commands and plans."""
+        """All that the last bit of a result depends on, besides commands and compositions."""
         return self._claim.identity
 
     @property
@@ -138,35 +137,36 @@ class RankGroup:
     async def compute(
         self,
         model_id: str,
-        work: ComputeWork,
+        batch: ComputeWork,
         *,
-        part: CallPart,
-        plan: bytes,
-        on_result: OnResult,
+        place: BatchPlace,
+        composition: bytes,
+        on_output: OnOutput,
     ) -> Computed:
         """Forward, and backward too where asked."""
         command = pb.AttachResponse(model_id=model_id)
         # Filled in its place: a message that is given to another one is copied with all its data.
         compute = command.compute
-        compute.loss_fn.ParseFromString(work.loss)
-        compute.data.extend(work.data)
-        compute.backward, compute.place, compute.composition = work.backward, _PARTS[part], plan
+        compute.loss_fn.ParseFromString(batch.loss)
+        compute.data.extend(batch.data)
+        compute.backward, compute.place = batch.backward, _PLACES[place]
+        compute.composition = composition
 
-        expected = len(work.data)
+        expected = len(batch.data)
 
         async def take(message: pb.AttachRequest) -> None:
-            outputs(message.outputs)
+            add(message.outputs)
 
-        def outputs(some: pb.DatumOutputs) -> None:
+        def add(some: pb.DatumOutputs) -> None:
             nonlocal expected
             expected -= len(some.outputs)
             if expected < 0:
                 raise self._nonsense("more outputs than data")
             for output in some.outputs:
-                on_result(output)
+                on_output(output)
 
         done = await self._finish(await self._begin(command), "outputs", take)
-        outputs(done.outputs)
+        add(done.outputs)
         if expected:
             raise self._nonsense(f"{expected} outputs are missing")
         if not 0 <= done.engine_s < math.inf:
@@ -174,31 +174,31 @@ class RankGroup:
         return Computed(dict(done.metrics), done.composition, done.non_finite, done.engine_s)
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
-        """Apply the waiting gradients; returns the metrics."""
+        """Apply the pending gradients; returns the metrics."""
         command = pb.OptimStep(adam_params=convert.adam_to_pb(adam))
         return dict((await self._execute(model_id, optim_step=command)).metrics)
 
-    async def snapshot(
+    async def copy_state(
         self, model_id: str, *, optimizer: bool, on_piece: OnPiece
     ) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends it to `on_piece`."""
         copying = pb.CopyState(optimizer=optimizer)
         command = pb.AttachResponse(model_id=model_id, copy_state=copying)
-        answers = await self._begin(command)
-        first = await self._next(answers)
+        replies = await self._begin(command)
+        first = await self._next(replies)
         case = first.WhichOneof("content")
         if case != "copied":
-            self._answers.pop(answers.command_id)
+            self._replies.pop(replies.command_id)
             if case == "failed":
                 raise self._failure(first.failed)
             raise self._nonsense(f"{case} before copied")
 
         async def send() -> StateInfo:
             try:
-                done = await self._finish(answers, "piece", self._pieces_to(on_piece))
-            except TrainerLost as error:
+                done = await self._finish(replies, "piece", self._pieces_to(on_piece))
+            except RankGroupLost as error:
                 # The copy was made: what ended the ranks since then is somebody else's call.
-                raise TrainerLost(str(error)) from error
+                raise RankGroupLost(str(error)) from error
             return self._state_info(done)
 
         return send()
@@ -234,47 +234,47 @@ class RankGroup:
             raise self._lost_again()
         await self._outgoing.put(message)
 
-    def _lost_again(self) -> TrainerLost:
+    def _lost_again(self) -> RankGroupLost:
         # A new one each time: several callers raise it. Only the call under way is to blame.
         assert self._lost is not None
-        return TrainerLost(str(self._lost))
+        return RankGroupLost(str(self._lost))
 
     async def _execute(self, model_id: str, **command: Any) -> pb.Done:
         message = pb.AttachResponse(model_id=model_id, **command)
         return await self._finish(await self._begin(message))
 
-    async def _begin(self, command: pb.AttachResponse) -> "_Answers":
-        answers = _Answers(self._take_command_id())
-        self._answers[answers.command_id] = answers
-        command.command_id = answers.command_id
+    async def _begin(self, command: pb.AttachResponse) -> "_Replies":
+        replies = _Replies(self._take_command_id())
+        self._replies[replies.command_id] = replies
+        command.command_id = replies.command_id
         try:
             await self._send(command)
         except BaseException:
-            del self._answers[answers.command_id]
+            del self._replies[replies.command_id]
             raise
-        return answers
+        return replies
 
-    async def _next(self, answers: "_Answers") -> pb.AttachRequest:
-        message = await answers.get()
+    async def _next(self, replies: "_Replies") -> pb.AttachRequest:
+        message = await replies.get()
         if message is None:
             assert self._lost is not None
-            raise TrainerLost(str(self._lost), blamed=self._lost.blamed)
+            raise RankGroupLost(str(self._lost), blamed=self._lost.blamed)
         return message
 
     async def _finish(
-        self, answers: "_Answers", part: str = "", on_part: OnPart | None = None
+        self, replies: "_Replies", early: str = "", on_early: OnReply | None = None
     ) -> pb.Done:
-        """Read the answers of a command up to its last one.
+        """Read the replies to a command up to the last one.
 
         Args:
-            answers: They come in here.
-            part: What may come before the last one.
-            on_part: Takes it.
+            replies: They come in here.
+            early: What may come before the last one.
+            on_early: Takes it.
         """
         failure: Exception | None = None
         try:
             while True:
-                message = await self._next(answers)
+                message = await self._next(replies)
                 case = message.WhichOneof("content")
                 if case == "failed":
                     raise failure or self._failure(message.failed)
@@ -282,16 +282,16 @@ class RankGroup:
                     if failure is not None:
                         raise failure
                     return message.done
-                if case != part or on_part is None:
+                if case != early or on_early is None:
                     raise self._nonsense(f"{case or 'nothing'} where it does not belong")
                 if failure is None:
                     try:
-                        await on_part(message)
+                        await on_early(message)
                     except Exception as error:
-                        failure = error  # the rest of the parts must be read all the same
+                        failure = error  # the rest must be read all the same
         finally:
             # What still comes of a command whose caller was cancelled is of no interest.
-            self._answers.pop(answers.command_id, None)
+            self._replies.pop(replies.command_id, None)
 
     def _failure(self, failed: pb.Failed) -> Exception:
         if failed.model_broken:
@@ -319,7 +319,7 @@ class RankGroup:
             raise self._nonsense(f"{done.step_count} steps")
         return StateInfo(tuning, done.step_count)
 
-    def _pieces_to(self, on_piece: OnPiece) -> OnPart:
+    def _pieces_to(self, on_piece: OnPiece) -> OnReply:
         """Passes the pieces that rank 0 sends on."""
 
         async def take(message: pb.AttachRequest) -> None:
@@ -330,15 +330,15 @@ class RankGroup:
 
         return take
 
-    def _nonsense(self, what: str) -> TrainerLost:
+    def _nonsense(self, what: str) -> RankGroupLost:
         """The group said what no group says: it has lost its place, and the call may be why."""
-        why = f"the rank group's answer makes no sense: {bounded(what, NONSENSE_BYTES_MAX)}"
+        why = f"the rank group's reply makes no sense: {bounded(what, NONSENSE_BYTES_MAX)}"
         _log.error("%s", why)
         self.lose(why, blamed=True)
-        return TrainerLost(why, blamed=True)
+        return RankGroupLost(why, blamed=True)
 
 
-class _Answers(asyncio.Queue[pb.AttachRequest | None]):
+class _Replies(asyncio.Queue[pb.AttachRequest | None]):
     """What rank 0 says of one command; None when it is gone."""
 
     def __init__(self, command_id: int) -> None:

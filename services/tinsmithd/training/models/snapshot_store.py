@@ -23,8 +23,8 @@ from typing import Any, Protocol
 from tinsmithd import failpoints
 from tinsmithd.errors import DataLoss, Reason
 from tinsmithd.files import is_plain_name, sync_folder
-from tinsmithd.training.journal.records import StoreDamaged
-from tinsmithd.training.ranks.interface import Pieces
+from tinsmithd.training.journal import StoreDamaged
+from tinsmithd.training.ranks import Pieces
 
 MANIFEST_FILE = "manifest.json"
 PIECE_BYTES = 1024 * 1024
@@ -45,7 +45,7 @@ class Snapshot:
     step_count: int
 
 
-class Draft(Protocol):
+class SnapshotDraft(Protocol):
     """A snapshot on its way in."""
 
     async def write(self, name: str, data: bytes) -> None:
@@ -56,7 +56,7 @@ class Draft(Protocol):
         """
 
     async def finish(self, *, optimizer: bool, step_count: int) -> str:
-        """Make it durable; returns its folder, for `Snapshots.read`.
+        """Make it durable; returns its folder, for `SnapshotStore.read`.
 
         Raises:
             OSError: The disk cannot take it.
@@ -66,7 +66,7 @@ class Draft(Protocol):
         """Leave nothing behind; harmless after `finish`."""
 
 
-class Snapshots(Protocol):
+class SnapshotStore(Protocol):
     """Where snapshots are kept.
 
     Attributes:
@@ -75,7 +75,7 @@ class Snapshots(Protocol):
 
     epoch: int
 
-    def begin(self, model_id: str, position: int) -> Draft:
+    def begin(self, model_id: str, position: int) -> SnapshotDraft:
         """Begin one."""
 
     async def read(self, folder: str) -> Snapshot:
@@ -99,8 +99,8 @@ class Snapshots(Protocol):
         """Remove one; an unknown one is no error."""
 
 
-class DiskDraft:
-    """See `Draft`."""
+class DiskSnapshotDraft:
+    """See `SnapshotDraft`."""
 
     def __init__(self, parent: Path, name: str) -> None:
         self._name = name
@@ -167,16 +167,16 @@ class DiskDraft:
         failpoints.hit("snapshot_post_rename")
 
 
-class DiskSnapshots:
-    """See `Snapshots`."""
+class DiskSnapshotStore:
+    """See `SnapshotStore`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.epoch = 0
 
-    def begin(self, model_id: str, position: int) -> Draft:
+    def begin(self, model_id: str, position: int) -> SnapshotDraft:
         """Begin one."""
-        return DiskDraft(self._folder, self.name(model_id, position, secrets.token_hex(4)))
+        return DiskSnapshotDraft(self._folder, self.name(model_id, position, secrets.token_hex(4)))
 
     def name(self, model_id: str, position: int, unique: str) -> str:
         """A folder's name; it says which process made it."""

@@ -8,8 +8,20 @@ from hypothesis import strategies as st
 from tinsmithd import errors
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
-from tinsmithd.training.call import work as works
-from tinsmithd.training.call.work import ComputeWork, Outcome, Work
+from tinsmithd.training.call import (
+    ComputeWork,
+    LoadWork,
+    RefusedWork,
+    SaveOptions,
+    SaveWork,
+    StepWork,
+    StoredAnswer,
+    Work,
+    decode_answer,
+    decode_work,
+    encode_answer,
+    encode_work,
+)
 
 names = st.text("abcXYZ019", min_size=1, max_size=8)
 paths = st.builds(CheckpointPath, names, st.sampled_from(CheckpointKind), names)
@@ -33,12 +45,12 @@ refusals = st.one_of(
 )
 asked = st.one_of(
     st.builds(ComputeWork, st.binary(), blobs, st.lists(st.integers(0)), st.booleans()),
-    st.builds(works.StepWork, st.builds(AdamParams, *[numbers] * 6)),
+    st.builds(StepWork, st.builds(AdamParams, *[numbers] * 6)),
     st.builds(
-        works.SaveWork,
-        st.builds(works.SaveOptions, paths, st.none() | st.integers(1), st.booleans(), notes),
+        SaveWork,
+        st.builds(SaveOptions, paths, st.none() | st.integers(1), st.booleans(), notes),
     ),
-    st.builds(works.LoadWork, paths, st.booleans()),
+    st.builds(LoadWork, paths, st.booleans()),
 )
 
 
@@ -51,22 +63,22 @@ def same(found: TinsmithError | None, error: TinsmithError) -> bool:
 @given(asked)
 def test_a_call_is_read_as_it_was_written(asking: Work) -> None:
     """All kinds of calls survive being written down."""
-    assert works.decode(works.encode(asking)) == asking
+    assert decode_work(encode_work(asking)) == asking
 
 
 @given(blobs, values)
-def test_an_answer_is_read_as_it_was_written(parts: list[bytes], value: dict[str, Any]) -> None:
-    """Parts and value survive, and equal answers give equal bytes."""
-    written_down = works.encode_outcome(Outcome(parts, value))
-    assert works.decode_outcome(written_down) == Outcome(parts, value)
+def test_an_answer_is_read_as_it_was_written(outputs: list[bytes], value: dict[str, Any]) -> None:
+    """Outputs and value survive, and equal answers give equal bytes."""
+    written_down = encode_answer(StoredAnswer(outputs, value))
+    assert decode_answer(written_down) == StoredAnswer(outputs, value)
     turned = dict(reversed(value.items()))
-    assert works.encode_outcome(Outcome(tuple(parts), turned)) == written_down
+    assert encode_answer(StoredAnswer(tuple(outputs), turned)) == written_down
 
 
 @given(refusals)
 def test_a_refusal_is_read_as_it_was_written(error: TinsmithError) -> None:
     """Class, message, reason, field, wait and metadata survive, as a call and as an answer."""
-    refused = works.decode(works.encode(works.RefusedWork(error)))
-    assert isinstance(refused, works.RefusedWork)
+    refused = decode_work(encode_work(RefusedWork(error)))
+    assert isinstance(refused, RefusedWork)
     assert same(refused.error, error)
-    assert same(works.decode_outcome(works.encode_outcome(Outcome(error=error))).error, error)
+    assert same(decode_answer(encode_answer(StoredAnswer(error=error))).error, error)

@@ -11,8 +11,8 @@ from tinsmithd.training.models.model import Model
 REQUEST_IDS_KEPT_MAX = 10_000
 
 
-class Creations:
-    """Request ids, the newest of them, each with its digest and the model that it made or makes."""
+class KnownRequests:
+    """The newest `request_id`s of creates, each with its digest and the model that it made."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[bytes, asyncio.Future[Model]]] = OrderedDict()
@@ -29,7 +29,7 @@ class Creations:
     ) -> Model:
         """Create a model, unless this request did or does; one that failed may be tried again.
 
-        A caller that goes away half-way does not stop it, so as not to leave half a model behind.
+        A caller that goes away does not stop it: that would leave half a model behind.
 
         Raises:
             AlreadyExists: The request had other content (REQUEST_ID_CONFLICT).

@@ -1,4 +1,4 @@
-"""Cutting calls into parts."""
+"""Cutting calls into batches."""
 
 import itertools
 
@@ -7,21 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmithd.config import ConfigError, TrainingConfig
-from tinsmithd.training.call.batches import add_metrics, cut, parts
-from tinsmithd.training.call.work import ComputeWork
-from tinsmithd.training.ranks.interface import CallPart
+from tinsmithd.training.call import BatchPlace, ComputeWork, add_metrics, batch_sizes, batches_of
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120), st.booleans())
-def test_parts_are_the_call_in_order_and_none_is_too_large(
+def test_batches_are_the_call_in_order_and_none_is_too_large(
     lengths: list[int], quantum_tokens: int, backward: bool
 ) -> None:
     """No datum is lost; only a lone datum exceeds the quantum; no two neighbours fit together
-    further than they are; only a cut call that adds gradients says where a part stands."""
+    further than they are; only a cut call that adds gradients says where a batch stands."""
     data = [bytes([index]) for index in range(len(lengths))]
     work = ComputeWork(b"loss", data, lengths, backward)
-    counts = cut(lengths, quantum_tokens)
-    found = list(parts(work, counts))
+    sizes = batch_sizes(lengths, quantum_tokens)
+    found = list(batches_of(work, sizes))
     assert [datum for _, some in found for datum in some.data] == data
     assert [length for _, some in found for length in some.lengths] == lengths
     for _, some in found:
@@ -31,16 +29,16 @@ def test_parts_are_the_call_in_order_and_none_is_too_large(
         assert sum(some.lengths) + after.lengths[0] > quantum_tokens
     places = [place for place, _ in found]
     if backward and len(found) > 1:
-        assert places == [CallPart.FIRST, *[CallPart.LATER] * (len(found) - 1)]
+        assert places == [BatchPlace.FIRST, *[BatchPlace.LATER] * (len(found) - 1)]
     else:
-        assert set(places) == {CallPart.WHOLE}
+        assert set(places) == {BatchPlace.WHOLE}
 
 
-def test_sums_add_up_over_parts() -> None:
-    """What is not a sum is the last part's."""
+def test_sums_add_up_over_batches() -> None:
+    """What is not a sum is the last batch's."""
     total: dict[str, float] = {}
-    for part in ({"loss:sum": 1.5, "x:last": 1.0}, {"loss:sum": 2.0, "x:last": 3.0}):
-        add_metrics(total, part)
+    for metrics in ({"loss:sum": 1.5, "x:last": 1.0}, {"loss:sum": 2.0, "x:last": 3.0}):
+        add_metrics(total, metrics)
     assert total == {"loss:sum": 3.5, "x:last": 3.0}
 
 

@@ -1,0 +1,113 @@
+"""Records what calls answer, and answers once that is durable."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from tinsmithd import failpoints
+from tinsmithd.errors import Reason, Unavailable
+from tinsmithd.training.call import Answer, StoredAnswer, shutting_down
+from tinsmithd.training.journal import AddAnswer, DropAnswers, Journal, StoredCall, Write
+from tinsmithd.training.lane.admission import QueuedCall
+from tinsmithd.training.lane.interface import CallExecutor
+from tinsmithd.training.lane.kept_answers import KeptAnswers
+
+ReadAnswer = Callable[[int], Callable[[], Awaitable[StoredAnswer]]]
+"""Makes, for a position, what reads the answer there."""
+
+
+class AnswerRecorder:
+    """The answers of one lane.
+
+    Args:
+        model_id: Whose answers.
+        kept: Those of numbered calls.
+        journal: Where answers are written down.
+        executor: Told which calls are never made again.
+
+    Attributes:
+        recording: Number of answers that are not durable yet.
+        closed: Set once the model is lost or deleted: what it answered stays as it is.
+    """
+
+    def __init__(
+        self, model_id: str, kept: KeptAnswers, journal: Journal, executor: CallExecutor
+    ) -> None:
+        self._model_id = model_id
+        self._kept = kept
+        self._journal = journal
+        self._executor = executor
+        self.recording = 0
+        self.closed = False
+
+    def find(self, seq_id: int, digest: bytes, next_seq_id: int) -> Answer | None:
+        """See `KeptAnswers.find`."""
+        return self._kept.find(seq_id, digest, next_seq_id)
+
+    def keep(self, queued: QueuedCall) -> None:
+        """Keep the answer of a call that was taken in."""
+        if queued.seq_id:
+            self._kept.add(queued.seq_id, queued.call.digest, queued.answer)
+
+    def recall(self, calls: Sequence[StoredCall], read: ReadAnswer) -> None:
+        """Keep the answers that an earlier process recorded."""
+        for call in calls:
+            if call.answer_digest is not None and call.seq_id and call.answer_bytes:
+                answer = Answer(read(call.position))
+                self._kept.add(call.seq_id, call.digest, answer, call.position, call.answer_bytes)
+
+    def forget(self, queued: QueuedCall) -> None:
+        """A call took no effect, and its number is free."""
+        if queued.seq_id:
+            self._kept.forget(queued.seq_id)
+
+    def clear(self) -> None:
+        """The model is deleted."""
+        self._kept.clear()
+
+    def add_output(self, queued: QueuedCall, output: bytes) -> None:
+        """Give readers the next output of a call."""
+        if queued.answer.add(output):
+            return
+        # Readers have outputs of ranks that died, and these ranks give others (no CPU does that).
+        # They must not be mixed: readers are told to ask again, and get these from the start.
+        fresh = Answer()
+        for good in [*queued.answer.sent, output]:
+            fresh.add(good)
+        message = "the ranks died, and what was answered of this call so far is void"
+        queued.answer.fail(Unavailable(message, Reason.TRAINER_UNAVAILABLE, retry_after_s=0.0))
+        queued.answer = fresh
+        self.keep(queued)
+
+    def settle(
+        self,
+        queued: QueuedCall,
+        answer: StoredAnswer,
+        composition: bytes = b"",
+        writes: Sequence[Write] = (),
+    ) -> None:
+        """Record what a call answers, and answer once that is durable."""
+        keep = bool(queued.seq_id)
+        if keep:
+            self._kept.settle(queued.seq_id, queued.position)
+        add = AddAnswer(self._model_id, queued.position, answer, composition, keep)
+        self.recording += 1
+        if not composition:
+            self._executor.forgot([queued.position])
+        recorded = self._journal.commit(add, *writes, must=True)
+        recorded.add_done_callback(lambda done: self._give(queued, answer, done))
+
+    def _give(
+        self, queued: QueuedCall, answer: StoredAnswer, recorded: "asyncio.Future[None]"
+    ) -> None:
+        self.recording -= 1
+        if recorded.cancelled() or recorded.exception() is not None:
+            queued.answer.fail(shutting_down())
+            return
+        failpoints.hit("post_result_pre_ack")
+        if answer.error is not None:
+            queued.answer.fail(answer.error)
+        else:
+            queued.answer.finish(answer.value)
+        dropped = self._kept.trim()
+        if dropped and not self.closed:
+            self._journal.commit(DropAnswers(self._model_id, dropped), must=True)

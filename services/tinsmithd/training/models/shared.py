@@ -1,0 +1,66 @@
+"""What all models of this process share."""
+
+from dataclasses import dataclass
+
+from tinsmithd.training.journal import Journal
+from tinsmithd.training.lane import LaneLimits, Turns
+from tinsmithd.training.models.checkpoints import Checkpoints
+from tinsmithd.training.models.seats import SeatLimits, Seats
+from tinsmithd.training.models.snapshot_store import SnapshotStore
+from tinsmithd.training.models.snapshot_taker import SnapshotRule
+from tinsmithd.training.models.starts import Starts
+from tinsmithd.training.ranks import RankGroupPlace
+
+COMING_AND_GOING = ""
+"""Whose turns create and delete models: all of these together count as one model."""
+
+
+@dataclass(frozen=True)
+class CallLimits:
+    """Bounds on what calls do; the names are those of the settings.
+
+    Attributes:
+        exact_replay: See `Recovery`; `replay_check` is "exact".
+    """
+
+    quantum_tokens: int
+    journal_bytes_max: int
+    snapshots: SnapshotRule
+    rank_max: int = 256
+    exact_replay: bool = True
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """Bounds on models and calls; the names are those of the settings."""
+
+    models_kept_max: int
+    model_idle_ttl_s: float
+    seats: SeatLimits
+    lane: LaneLimits
+    calls: CallLimits
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all models of this process share.
+
+    Attributes:
+        limits: Bounds.
+        checkpoints: Those of the Checkpoint server.
+        journal: Where everything is written down.
+        snapshot_store: Where states are kept; None where the journal keeps nothing.
+        place: Where the rank group is.
+        turns: Turns at it.
+        seats: Seats at it.
+        starts: What ended ranks at its start.
+    """
+
+    limits: ModelLimits
+    checkpoints: Checkpoints
+    journal: Journal
+    snapshot_store: SnapshotStore | None
+    place: RankGroupPlace
+    turns: Turns
+    seats: Seats
+    starts: Starts

@@ -1,0 +1,140 @@
+"""Takes snapshots of one model: the ranks copy its state within a turn and send it after that."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+from tinsmithd.errors import TinsmithError
+from tinsmithd.training.call import NOMINAL_TOKENS
+from tinsmithd.training.journal import Fenced, StoreDamaged, StoredSnapshot
+from tinsmithd.training.lane import TakeTurn
+from tinsmithd.training.models.model import Model
+from tinsmithd.training.models.model_snapshots import ModelSnapshots
+from tinsmithd.training.models.snapshot_store import SnapshotDraft
+from tinsmithd.training.models.staging import Copies
+from tinsmithd.training.ranks import RankGroupLost, RankGroupPlace, StateInfo
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SnapshotRule:
+    """When a snapshot is due: with the step after so many steps, or after so long."""
+
+    steps: int
+    interval_s: float
+
+
+class SnapshotTaker:
+    """Takes the snapshots of one model.
+
+    Args:
+        model: Of which one.
+        snapshots: Where they come to.
+        place: Where the ranks are.
+        copies: How many states are in memory.
+        rule: When one is due.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        snapshots: ModelSnapshots,
+        place: RankGroupPlace,
+        copies: Copies,
+        rule: SnapshotRule,
+    ) -> None:
+        self._model = model
+        self._snapshots = snapshots
+        self._place = place
+        self._copies = copies
+        self._rule = rule
+        # 0 after a start, however old the newest snapshot is: the first step then takes one, so
+        # that what has to be replayed now need not be replayed again.
+        self._taken_step = model.step_count
+        self._taken_s = 0.0
+        self._taking: asyncio.Task[None] | None = None
+
+    async def quiet(self) -> None:
+        """Wait until no snapshot is on its way."""
+        if self._taking is not None:
+            await asyncio.wait([self._taking])
+
+    def loaded(self, step_count: int) -> None:
+        """The model loaded a checkpoint of so many steps, which is a snapshot now."""
+        self._taken_step = step_count
+
+    def damaged(self, snapshot: StoredSnapshot) -> None:
+        """A snapshot is damaged: the next one is due soon, and must not count on this one."""
+        self._taken_step = snapshot.step_count - self._rule.steps
+
+    async def stepped(self, position: int, turn: TakeTurn, *, full: bool) -> None:
+        """After a step, which leaves no gradients: take a snapshot when one is due.
+
+        Returns as soon as the ranks have copied the state.
+
+        Args:
+            position: That of the step.
+            turn: Gives a turn.
+            full: Whether one is due because the journal is filling up.
+        """
+        steps = self._model.step_count - self._taken_step
+        now_s = asyncio.get_running_loop().time()
+        self._taken_s = self._taken_s or now_s
+        late = now_s - self._taken_s > self._rule.interval_s
+        if not self._snapshots.are_kept or self._taking is not None or steps < 1:
+            return
+        if steps < self._rule.steps and not late and not full:
+            return
+        if await self._take(position, turn):
+            self._taken_s = now_s
+
+    async def leaving(self, position: int, turn: TakeTurn) -> None:
+        """Before the model leaves the ranks: take a snapshot if it made steps since the last one.
+
+        Args:
+            position: No later call changed more than the pending gradients.
+            turn: Gives a turn.
+        """
+        newest = self._snapshots.newest
+        newest_position = 0 if newest is None else newest.position
+        if position > newest_position and self._model.step_count > self._taken_step:
+            await self._take(position, turn)
+
+    async def _take(self, position: int, turn: TakeTurn) -> bool:
+        """Let the ranks copy the state, which is then written; False where they cannot."""
+        model, group = self._model, self._place.current
+        if group is None or not self._snapshots.are_kept:
+            return False
+        draft = self._snapshots.begin(position)
+        await self._copies.leaving.acquire()
+        try:
+            async with turn(NOMINAL_TOKENS):
+                sending = await group.copy_state(
+                    model.model_id, optimizer=True, on_piece=draft.write
+                )
+        except BaseException as error:
+            self._copies.leaving.release()
+            if not isinstance(error, TinsmithError):
+                raise
+            _log.warning("no snapshot of model %s: %s", model.model_id, error)
+            return False
+        self._taken_step = model.step_count
+        self._taking = asyncio.create_task(self._write(position, draft, sending))
+        return True
+
+    async def _write(
+        self, position: int, draft: SnapshotDraft, sending: Awaitable[StateInfo]
+    ) -> None:
+        try:
+            try:
+                state = await sending
+            finally:
+                self._copies.leaving.release()
+            await self._snapshots.add(draft, position, state.step_count)
+        except (TinsmithError, RankGroupLost, StoreDamaged, OSError, Fenced) as error:
+            _log.warning("no snapshot of model %s: %s", self._model.model_id, error)
+            await draft.discard()
+        finally:
+            self._taking = None
