@@ -1,6 +1,7 @@
 """The client's types to messages and back."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC
 from typing import Any
 
@@ -125,13 +126,10 @@ def output_from_pb(
 
 def sampling_params_to_pb(params: SamplingParams) -> sampler_service_pb2.SamplingParams:
     """Write sampling parameters; what is unset stays unset."""
-    message = sampler_service_pb2.SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=_check.seed(params.seed, "sampling_params.seed"),
-    )
+    plain = {field.name: getattr(params, field.name) for field in fields(params)}
+    plain["seed"] = _check.seed(params.seed, "sampling_params.seed")
+    del plain["stop"]
+    message = sampler_service_pb2.SamplingParams(**plain)
     if params.stop is not None:
         message.stop.CopyFrom(_stop_to_pb(params.stop))
     return message

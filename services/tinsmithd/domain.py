@@ -5,6 +5,7 @@ Shapes: `N` tokens of one datum, `K` targets per position.
 """
 
 import hashlib
+import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -195,14 +196,40 @@ class ModelState:
 # --- sampling ---------------------------------------------------------------------------------
 
 
+RANGE = "range"
+"""Under this key the metadata of a field have its `Range`."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have: from `low`, which `above_low` leaves out, to `high`."""
+
+    low: float
+    high: float = math.inf
+    above_low: bool = False
+
+    def problem(self, value: float) -> str:
+        """What is wrong with a finite value; empty where nothing is."""
+        too_low = value <= self.low if self.above_low else value < self.low
+        if not too_low and value <= self.high:
+            return ""
+        if math.isinf(self.high) and not self.above_low:
+            return f"{value:g} is below {self.low:g}"
+        return f"{value:g} is not in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw tokens. Temperature 0 takes the argmax; `top_k` -1 or 0 means all tokens."""
+    """How to draw tokens. Temperature 0 takes the argmax; `top_k` -1 or 0 means all tokens.
+
+    A field with a `Range` has the same name in the contract, where it may be unset; nothing more
+    is needed to read and to check it.
+    """
 
     max_tokens: int
-    temperature: float = 1.0
-    top_k: int = -1
-    top_p: float = 1.0
+    temperature: float = field(default=1.0, metadata={RANGE: Range(0)})
+    top_k: int = field(default=-1, metadata={RANGE: Range(-1)})
+    top_p: float = field(default=1.0, metadata={RANGE: Range(0, 1, above_low=True)})
     seed: int | None = None
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()

@@ -1,11 +1,15 @@
 """Messages of `sampler_service.proto` to domain values and back."""
 
+from dataclasses import fields
+from typing import Any
+
 import numpy as np
 
 from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmithd.convert.tensors import array_to_pb, check_format
 from tinsmithd.convert.types import check_count, tokens_from_pb
 from tinsmithd.domain import (
+    RANGE,
     PromptScores,
     SampledTokens,
     SampleRequest,
@@ -20,6 +24,7 @@ _STOP_REASONS = {
     StopReason.LENGTH: pb.STOP_REASON_LENGTH,
 }
 UNSET_MAX_TOKENS = -1
+_RANGED: Any = [field.name for field in fields(SamplingParams) if RANGE in field.metadata]
 
 
 def sample_request_from_pb(
@@ -61,9 +66,7 @@ def _params_from_pb(message: pb.SamplingParams, stops_max: int) -> SamplingParam
     check_count("sampling_params.stop.strings", stop.strings, "stops_max", stops_max)
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=message.temperature if message.HasField("temperature") else 1.0,
-        top_k=message.top_k if message.HasField("top_k") else -1,
-        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        **{name: getattr(message, name) for name in _RANGED if message.HasField(name)},
         seed=message.seed if message.HasField("seed") else None,
         stop_tokens=tuple(stop.tokens),
         stop_strings=tuple(stop.strings),

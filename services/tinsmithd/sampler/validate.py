@@ -2,11 +2,11 @@
 
 import math
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from tinsmithd.domain import BaseModelInfo, SampleRequest, SamplingParams
+from tinsmithd.domain import RANGE, BaseModelInfo, Range, SampleRequest, SamplingParams
 from tinsmithd.errors import InvalidArgument, Reason, over_limit
 
 
@@ -83,15 +83,15 @@ def _check_prompt(prompt: np.ndarray, info: BaseModelInfo) -> None:
 
 def _check_params(params: SamplingParams, info: BaseModelInfo, limits: RequestLimits) -> None:
     field = "sampling_params"
-    for name in ("temperature", "top_p"):
-        if not math.isfinite(getattr(params, name)):
-            raise InvalidArgument(f"{field}.{name}", "is not finite", Reason.NON_FINITE)
-    if params.temperature < 0:
-        raise InvalidArgument(f"{field}.temperature", f"{params.temperature:g} is below 0")
-    if not 0 < params.top_p <= 1:
-        raise InvalidArgument(f"{field}.top_p", f"{params.top_p:g} is not in (0, 1]")
-    if params.top_k < -1:
-        raise InvalidArgument(f"{field}.top_k", f"{params.top_k} is below -1")
+    for about in fields(params):
+        allowed: Range | None = about.metadata.get(RANGE)
+        if allowed is None:
+            continue
+        value = getattr(params, about.name)
+        if not math.isfinite(value):
+            raise InvalidArgument(f"{field}.{about.name}", "is not finite", Reason.NON_FINITE)
+        if problem := allowed.problem(value):
+            raise InvalidArgument(f"{field}.{about.name}", problem)
     for index, token in enumerate(params.stop_tokens):
         if not 0 <= token < info.vocab_size:
             message = f"token {token} is not in [0, {info.vocab_size})"
