@@ -108,20 +108,19 @@ gpu: setup ## The engine on a GPU
 bench-gpu: setup ## Rows G1 and G2, on a GPU; SHAPE=4b is the larger model
 	PYTHONPATH=tests $(BIN)/python tests/gpu/bench_gpu.py --out $(BENCH_OUT) --pairs $(PAIRS) --shape $(SHAPE)
 
-protos: setup ## Regenerate the Python stubs in client/ from protos/
+protos: setup ## Regenerate what is made of protos/: stubs, reasons, docs/errors.md
 	$(call generate,client)
-	$(call reasons,client,services/tinsmithd/reasons.py)
+	$(call modules,.)
 
 settings: setup ## Write docs/settings.md from the settings
 	$(BIN)/python -m tinsmithd.config.page docs/settings.md
 
-protos-check: setup ## Fail when the committed stubs are not what protos/ generates
-	rm -rf build/stubs && mkdir -p build/stubs
-	$(call generate,build/stubs)
-	cd build/stubs && find . -name '*_pb2*' -type f | sort | while read -r f; do \
-	  diff -q "$$f" "../../client/$$f" || { echo "run 'make protos' and commit the result"; exit 1; }; done
-	$(call reasons,client,build/stubs/reasons.py)
-	diff build/stubs/reasons.py services/tinsmithd/reasons.py
+protos-check: setup ## Fail when what is committed is not what protos/ generates
+	rm -rf build/protos && mkdir -p build/protos/client
+	$(call generate,build/protos/client)
+	$(call modules,build/protos)
+	cd build/protos && find . -name '*.py*' -o -name '*.md' | sort | while read -r f; do \
+	  diff -q "$$f" "../../$$f" || { echo "run 'make protos' and commit the result"; exit 1; }; done
 
 clean: ## Remove what the targets made, but not the model
 	rm -rf $(VENV) build $(OUT) $(BENCH_OUT) $(FAULTS_OUT) .pytest_cache .mypy_cache .ruff_cache
@@ -133,7 +132,10 @@ define generate
 	  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SERVICES)
 endef
 
-define reasons
-	PYTHONPATH= $(BIN)/python protos/make_reasons.py $(1) $(2)
-	$(BIN)/ruff format --quiet $(2)
+define modules
+	mkdir -p build
+	$(BIN)/python -m grpc_tools.protoc -I protos --include_imports --include_source_info \
+	  --descriptor_set_out=build/descriptors.binpb $(PROTOS)
+	PYTHONPATH= $(BIN)/python protos/make_modules.py build/descriptors.binpb $(1)
+	$(BIN)/ruff format --quiet $(1)/services/tinsmithd/reasons.py $(1)/client/tinsmith/v1/__init__.py
 endef

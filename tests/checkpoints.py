@@ -66,7 +66,7 @@ def messages(
     """A whole write."""
     lora = types_pb2.LoraConfig(rank=4, seed=0)
     fields = {"base_model": "tiny", "lora_config": lora, "step_count": 3, **header}
-    yield pb.WriteCheckpointRequest(header=pb.WriteCheckpointHeader(path=path, **fields))
+    yield pb.WriteCheckpointRequest(header=pb.WriteCheckpointHeader(checkpoint_path=path, **fields))
     for name, data in content.items():
         for start in range(0, len(data), piece_bytes):
             yield piece(name, start, data[start : start + piece_bytes])
@@ -211,17 +211,19 @@ class ServerProcess:
 
     def read(self, path: str = PATH) -> dict[str, bytes]:
         """The files of a checkpoint."""
-        return joined(self.stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=path), timeout=60))
+        return joined(
+            self.stub.ReadCheckpoint(pb.ReadCheckpointRequest(checkpoint_path=path), timeout=60)
+        )
 
     def get(self, path: str = PATH) -> pb.Checkpoint:
         """What is known of a checkpoint."""
-        request = pb.GetCheckpointRequest(path=path)
+        request = pb.GetCheckpointRequest(checkpoint_path=path)
         return self.stub.GetCheckpoint(request, timeout=60).checkpoint
 
     def paths(self) -> list[str]:
         """Paths of all checkpoints, newest first."""
         response = self.stub.ListCheckpoints(pb.ListCheckpointsRequest(), timeout=60)
-        return [checkpoint.path for checkpoint in response.checkpoints]
+        return [checkpoint.checkpoint_path for checkpoint in response.checkpoints]
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""

@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TINSMITH_CACHE"] = os.environ.get("TINSMITH_CACHE", "build/test-cache")
 
 from clusters import RunningCluster
-from tinsmith.v1 import Cluster, connect
+from tinsmith.cluster import Cluster, connect
 from tiny_models import write_tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,7 @@
 """Reads what a server says when it refuses."""
 
 import grpc
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -27,3 +28,12 @@ def _from_aio(error: grpc.RpcError):
         if key == "grpc-status-details-bin":
             return status_pb2.Status.FromString(value)
     raise AssertionError(f"{error.code()} has no details: {error.details()}")
+
+
+def limit_values(limits: Message) -> dict[str, float]:
+    """Every limit that a service names, spans of time in seconds; what is unsaid is 0."""
+    return {
+        field.name: value if field.message_type is None else value.ToNanoseconds() / 1e9
+        for field in limits.DESCRIPTOR.fields
+        for value in [getattr(limits, field.name)]
+    }

@@ -97,7 +97,7 @@ def main() -> None:
     sampled = []
     for response in sampler.Sample(
         sampler_service_pb2.SampleRequest(
-            checkpoint_path=saved.path,
+            checkpoint_path=saved.checkpoint_path,
             prompt=model_input(TOKENS[:1]),
             sampling_params=sampler_service_pb2.SamplingParams(
                 max_tokens=len(TOKENS) - 1,
@@ -109,7 +109,9 @@ def main() -> None:
         for delta in response.deltas:
             sampled.extend(np.frombuffer(delta.tokens.data, "<i8").tolist())
     print(f"after {TOKENS[0]} comes {sampled}")
-    checkpoints.DeleteCheckpoint(checkpoint_service_pb2.DeleteCheckpointRequest(path=saved.path))
+    checkpoints.DeleteCheckpoint(
+        checkpoint_service_pb2.DeleteCheckpointRequest(checkpoint_path=saved.checkpoint_path)
+    )
     training.DeleteModel(training_service_pb2.DeleteModelRequest(model_id=model_id))
 
 

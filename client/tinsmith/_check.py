@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Mapping
 
 import numpy as np
+from google.protobuf.duration_pb2 import Duration
 
 from tinsmith.errors import InvalidArgumentError
 
@@ -90,6 +91,12 @@ def optional_whole(
 ) -> int | None:
     """As `whole`; None stays None."""
     return None if value is None else whole(value, field, least, most)
+
+
+def optional_ttl(ttl_seconds: object) -> Duration | None:
+    """A time to live in whole seconds, as messages have it; None stays None."""
+    seconds = optional_whole(ttl_seconds, "ttl_seconds")
+    return None if seconds is None else Duration(seconds=seconds)
 
 
 def seed(value: object, field: str) -> int | None:

@@ -11,6 +11,7 @@ from tinsmith._check import shown, text
 from tinsmith._leases import Leases
 from tinsmith._retry import is_lost, retrying
 from tinsmith._waiting import Attempts, Waiting
+from tinsmith.addresses import channel_options, proxy_note, service_address
 from tinsmith.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -21,7 +22,6 @@ from tinsmith.errors import (
 )
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmith.v1.connection import channel_options, proxy_note, service_address
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmith.v1.training_service_pb2_grpc import TrainingServiceStub
 
@@ -171,7 +171,7 @@ class Connection:
             found = await self._ask_capabilities()
             if not found.base_models:
                 message = "the trainer is loading"
-                raise UnavailableError(message, reason="TRAINER_UNAVAILABLE", retry_after_s=0.5)
+                raise UnavailableError(message, reason="RANK_GROUP_UNAVAILABLE", retry_after_s=0.5)
             return found
 
         return await self.retrying("get_server_capabilities", ask)

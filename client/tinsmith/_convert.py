@@ -170,7 +170,7 @@ def checkpoint_from_pb(message: checkpoint_service_pb2.Checkpoint) -> Checkpoint
         checkpoint_id=f"{segment}/{message.name}",
         checkpoint_type="training" if training else "sampler",
         time=message.create_time.ToDatetime(UTC),
-        tinker_path=message.path,
+        tinker_path=message.checkpoint_path,
         size_bytes=message.size_bytes,
         user_metadata=dict(message.user_metadata),
         expires_at=message.expire_time.ToDatetime(UTC) if message.HasField("expire_time") else None,

@@ -188,15 +188,15 @@ class Leases:
         except (grpc.RpcError, TinsmithError) as error:
             _log.debug("leases are renewed later: %s", error)
             return False
-        self._lease_s = max(response.lease_seconds, 0.15)
+        self._lease_s = max(response.lease.ToNanoseconds() / 1e9, 0.15)
         for lease_id, _ in held:
             self._new.pop(lease_id, None)
         for lease_id, _ in released:
             self._released.pop(lease_id, None)
-        gone = set(response.not_found_paths)  # whoever samples from it hears why
+        gone = set(response.not_found_checkpoint_paths)  # whoever samples from it hears why
         self._held = {k: lease for k, lease in self._held.items() if lease.path not in gone}
         return True
 
 
 def _to_pb(leases: "Sequence[tuple[str, _Lease]]") -> list[pb.Lease]:
-    return [pb.Lease(path=lease.path, lease_id=lease_id) for lease_id, lease in leases]
+    return [pb.Lease(checkpoint_path=lease.path, lease_id=lease_id) for lease_id, lease in leases]

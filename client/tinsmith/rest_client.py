@@ -132,7 +132,7 @@ class RestClient:
                     lambda s=stub, r=request: s.ListModels(r),  # type: ignore[misc]
                 )
                 models.extend(response.models)
-                token, total = response.next_page_token, response.total_count
+                token, total = response.next_page_token, response.total_size
                 if not token:
                     break
             runs = [_run_from_pb(model, []) for model in models[offset : offset + limit]]
@@ -206,7 +206,7 @@ class RestClient:
                 train_attn=lora.train_attn,
             )
 
-        request = pb.GetCheckpointRequest(path=_check.text(tinker_path, "tinker_path"))
+        request = pb.GetCheckpointRequest(checkpoint_path=_check.text(tinker_path, "tinker_path"))
         return self._ask("GetCheckpoint", request, read)
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
@@ -219,7 +219,7 @@ class RestClient:
         self, tinker_path: str | None = None, *, path: str | None = None
     ) -> APIFuture[None]:
         """Delete a checkpoint; `path` is another name of the parameter, as below."""
-        request = pb.DeleteCheckpointRequest(path=_path_of(tinker_path, path))
+        request = pb.DeleteCheckpointRequest(checkpoint_path=_path_of(tinker_path, path))
         attempts = 0
 
         async def attempt() -> None:
@@ -254,12 +254,12 @@ class RestClient:
         path: str | None = None,
     ) -> APIFuture[None]:
         """Delete a checkpoint after so many seconds from now; None: never."""
-        seconds = _check.optional_whole(ttl_seconds, "ttl_seconds")
-        return self._update(_path_of(tinker_path, path), "ttl_seconds", ttl_seconds=seconds)
+        ttl = _check.optional_ttl(ttl_seconds)
+        return self._update(_path_of(tinker_path, path), "ttl", ttl=ttl)
 
     def _update(self, path: str, field: str, **values: Any) -> APIFuture[None]:
         mask = FieldMask(paths=[field])
-        request = pb.UpdateCheckpointRequest(path=path, update_mask=mask, **values)
+        request = pb.UpdateCheckpointRequest(checkpoint_path=path, update_mask=mask, **values)
         return self._ask("UpdateCheckpoint", request, _nothing)
 
     def copy_weights(
@@ -287,12 +287,12 @@ class RestClient:
         source = _check.text(path, "path")
         target = f"{source}-copy" if destination_path is None else destination_path
         request = pb.CopyCheckpointRequest(
-            source_path=source,
-            destination_path=_check.text(target, "destination_path"),
-            ttl_seconds=_check.optional_whole(ttl_seconds, "ttl_seconds"),
+            source_checkpoint_path=source,
+            destination_checkpoint_path=_check.text(target, "destination_path"),
+            ttl=_check.optional_ttl(ttl_seconds),
             request_id=str(uuid.uuid4()),  # sent again, it is still one copy
         )
-        return self._ask("CopyCheckpoint", request, lambda r: str(r.checkpoint.path))
+        return self._ask("CopyCheckpoint", request, lambda r: str(r.checkpoint.checkpoint_path))
 
     def download_checkpoint(self, path: str, folder: str | Path) -> APIFuture[Path]:
         """Download a checkpoint as a folder for `from_pretrained`.
@@ -304,7 +304,7 @@ class RestClient:
             path: The checkpoint, of either kind.
             folder: Where to; it is made. Files of the same names in it are replaced.
         """
-        request = pb.ExportCheckpointRequest(path=_check.text(path, "path"))
+        request = pb.ExportCheckpointRequest(checkpoint_path=_check.text(path, "path"))
         if not isinstance(folder, str | os.PathLike):
             raise _check.refuse("folder", f"expected a path, got {type(folder).__name__}")
         target = Path(folder)
@@ -374,7 +374,7 @@ def _run_from_pb(model: training_service_pb2.Model, checkpoints: list[Checkpoint
     return TrainingRun(
         training_run_id=model.model_id,
         base_model=model.base_model,
-        model_owner="",
+        model_owner=model.owner,
         is_lora=model.WhichOneof("tuning") != "full_config",
         last_request_time=model.last_request_time.ToDatetime(UTC),
         corrupted=model.state == training_service_pb2.MODEL_STATE_LOST,

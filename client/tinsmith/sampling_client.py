@@ -86,7 +86,9 @@ class SamplingClient:
         """A client for a checkpoint, after a look whether it is there."""
         model_path = _check.text(model_path, "model_path")
         lease_id = new_lease_id()
-        request = checkpoint_service_pb2.GetCheckpointRequest(path=model_path, lease_id=lease_id)
+        request = checkpoint_service_pb2.GetCheckpointRequest(
+            checkpoint_path=model_path, lease_id=lease_id
+        )
 
         async def build() -> SamplingClient:
             async def ask() -> checkpoint_service_pb2.GetCheckpointResponse:

@@ -180,7 +180,7 @@ class TrainingClient(ModelLifetime):
             ttl_seconds,
             overwrite,
             user_metadata,
-            lambda response: SaveWeightsResponse(response.path),
+            lambda response: SaveWeightsResponse(response.checkpoint_path),
         )
 
     def save_weights_for_sampler(
@@ -199,7 +199,7 @@ class TrainingClient(ModelLifetime):
             ttl_seconds,
             overwrite,
             user_metadata,
-            lambda response: SaveWeightsForSamplerResponse(response.path),
+            lambda response: SaveWeightsForSamplerResponse(response.checkpoint_path),
         )
 
     def save_weights_external(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +220,7 @@ class TrainingClient(ModelLifetime):
         message = pb.SaveCheckpointRequest(
             kind=kind,
             name=name,
-            ttl_seconds=_check.optional_whole(ttl_seconds, "ttl_seconds"),
+            ttl=_check.optional_ttl(ttl_seconds),
             overwrite=_check.flag(overwrite, "overwrite"),
             user_metadata=_check.metadata(user_metadata),
             lease_id=lease_id,
@@ -247,11 +247,11 @@ class TrainingClient(ModelLifetime):
             raise unsupported("weights_access_token", "there are no access tokens yet")
 
         message = pb.LoadCheckpointRequest(
-            path=_check.text(path, "path"), with_optimizer=with_optimizer
+            checkpoint_path=_check.text(path, "path"), with_optimizer=with_optimizer
         )
 
         def read(response: pb.LoadCheckpointResponse) -> LoadWeightsResponse:
-            return LoadWeightsResponse(response.path, self.model_id)
+            return LoadWeightsResponse(response.checkpoint_path, self.model_id)
 
         return APIFuture(self._calls.unary("load_state", "LoadCheckpoint", message, read))
 
@@ -292,7 +292,8 @@ class TrainingClient(ModelLifetime):
 
         async def build() -> SamplingClient:
             made = await saved
-            return SamplingClient(connection, base_model, made.path, made.digest, lease_id)
+            path, digest = made.checkpoint_path, made.digest
+            return SamplingClient(connection, base_model, path, digest, lease_id)
 
         return ClientFuture(_loop.run(build()))
 

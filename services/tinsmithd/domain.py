@@ -19,6 +19,10 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A checkpoint or model name; matched whole. Names are data and never become paths."""
 
 
+DEFAULT_OWNER = "default"
+"""Who has everything while callers have no keys."""
+
+
 # --- training ---------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ class Reason(StrEnum):
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     STORAGE_FULL = "STORAGE_FULL"
-    TRAINER_UNAVAILABLE = "TRAINER_UNAVAILABLE"
+    RANK_GROUP_UNAVAILABLE = "RANK_GROUP_UNAVAILABLE"
     SAMPLER_UNAVAILABLE = "SAMPLER_UNAVAILABLE"
     CHECKPOINT_UNAVAILABLE = "CHECKPOINT_UNAVAILABLE"
     SHUTTING_DOWN = "SHUTTING_DOWN"
@@ -62,7 +62,7 @@ class Reason(StrEnum):
     INTERNAL = "INTERNAL"
     RANK_GROUP_TAKEN = "RANK_GROUP_TAKEN"
     CALL_POISONED = "CALL_POISONED"
-    TRAINER_MISMATCH = "TRAINER_MISMATCH"
+    RANK_GROUP_MISMATCH = "RANK_GROUP_MISMATCH"
     STALE_EPOCH = "STALE_EPOCH"
     STORAGE_UNAVAILABLE = "STORAGE_UNAVAILABLE"
     CHECKPOINT_REPLACED = "CHECKPOINT_REPLACED"
@@ -101,7 +101,7 @@ RULES: Mapping[Reason, Rule] = {
     Reason.MESSAGE_TOO_LARGE: Rule("RESOURCE_EXHAUSTED", frozenset({"limit", "value"}), "never"),
     Reason.OUT_OF_MEMORY: Rule("RESOURCE_EXHAUSTED", frozenset(), "never"),
     Reason.STORAGE_FULL: Rule("RESOURCE_EXHAUSTED", frozenset({"limit", "value"}), "sometimes"),
-    Reason.TRAINER_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
+    Reason.RANK_GROUP_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.SAMPLER_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.CHECKPOINT_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.SHUTTING_DOWN: Rule("UNAVAILABLE", frozenset(), "always"),
@@ -110,7 +110,7 @@ RULES: Mapping[Reason, Rule] = {
     Reason.INTERNAL: Rule("INTERNAL", frozenset(), "never"),
     Reason.RANK_GROUP_TAKEN: Rule("FAILED_PRECONDITION", frozenset(), "never"),
     Reason.CALL_POISONED: Rule("FAILED_PRECONDITION", frozenset({"attempts"}), "never"),
-    Reason.TRAINER_MISMATCH: Rule("UNAVAILABLE", frozenset(), "always"),
+    Reason.RANK_GROUP_MISMATCH: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.STALE_EPOCH: Rule("FAILED_PRECONDITION", frozenset({"epoch", "highest_epoch"}), "never"),
     Reason.STORAGE_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.CHECKPOINT_REPLACED: Rule("FAILED_PRECONDITION", frozenset(), "never"),

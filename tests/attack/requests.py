@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -81,9 +82,11 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
     stop = sampler_service_pb2.StopCondition(tokens=[2], strings=["x"])
     params = pb.SamplingParams(max_tokens=2, seed=1, temperature=0.5, top_p=0.9, top_k=5, stop=stop)
     compute = {"model_id": model_id, "seq_id": 1, "loss_fn": LOSS, "data": [datum(), datum(2)]}
-    header = pb.WriteCheckpointHeader(path=path, base_model="tiny", lora_config=lora)
+    header = pb.WriteCheckpointHeader(checkpoint_path=path, base_model="tiny", lora_config=lora)
     header.user_metadata["a"] = "b"
-    update = pb.UpdateCheckpointRequest(path=path, ttl_seconds=1000, user_metadata={"a": "b"})
+    update = pb.UpdateCheckpointRequest(
+        checkpoint_path=path, ttl=Duration(seconds=1000), user_metadata={"a": "b"}
+    )
     update.update_mask.paths.append("user_metadata")
     requests = [
         pb.ForwardBackwardRequest(**compute),
@@ -94,7 +97,9 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
         pb.SaveCheckpointRequest(
             model_id=model_id, seq_id=1, kind=1, name="a", user_metadata={"a": "b"}
         ),
-        pb.LoadCheckpointRequest(model_id=model_id, seq_id=1, path=path, with_optimizer=True),
+        pb.LoadCheckpointRequest(
+            model_id=model_id, seq_id=1, checkpoint_path=path, with_optimizer=True
+        ),
         pb.CreateModelRequest(lora_config=lora, user_metadata={"a": "b"}),
         pb.GetModelRequest(model_id=model_id),
         pb.ListModelsRequest(page_size=2, page_token="7"),
@@ -102,14 +107,18 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
         pb.SampleRequest(prompt=tokens_of([1, 2, 3]), sampling_params=params, num_samples=2),
         pb.ComputeLogprobsRequest(prompt=tokens_of([1, 2, 3]), topk_prompt_logprobs=2),
         pb.GetTokenizerRequest(),
-        pb.GetCheckpointRequest(path=path),
+        pb.GetCheckpointRequest(checkpoint_path=path),
         pb.ListCheckpointsRequest(model_id=model_id, kind=1, page_size=2, page_token="7"),
         update,
-        pb.DeleteCheckpointRequest(path="tinsmith://absent/weights/x"),
-        pb.CopyCheckpointRequest(source_path=path, destination_path=path + "-copy", ttl_seconds=9),
-        pb.ReadCheckpointRequest(path=path, file_names=["model_state.json"]),
+        pb.DeleteCheckpointRequest(checkpoint_path="tinsmith://absent/weights/x"),
+        pb.CopyCheckpointRequest(
+            source_checkpoint_path=path,
+            destination_checkpoint_path=path + "-copy",
+            ttl=Duration(seconds=9),
+        ),
+        pb.ReadCheckpointRequest(checkpoint_path=path, file_names=["model_state.json"]),
         pb.WriteCheckpointRequest(header=header),
-        pb.ExportCheckpointRequest(path=path, format=1),
+        pb.ExportCheckpointRequest(checkpoint_path=path, format=1),
     ]
     by_type = {request.DESCRIPTOR.full_name: request for request in requests}
     return {

@@ -30,7 +30,8 @@ from attack.requests import (
 from clusters import RunningCluster
 from tinsmith import tensors
 from tinsmith import v1 as pb
-from tinsmith.v1 import Cluster, connect, types_pb2
+from tinsmith.cluster import Cluster, connect
+from tinsmith.v1 import types_pb2
 from tinsmithd.config import CheckpointConfig, SamplerConfig, TrainingConfig
 from tinsmithd.rpc.intake import TEXT_BYTES_PER_ITEM
 
@@ -68,7 +69,7 @@ def new_model(stubs: Cluster) -> str:
 def saved(stubs: Cluster, model_id: str) -> str:
     """Path of a checkpoint of a model."""
     save = pb.SaveCheckpointRequest(model_id=model_id, name="s", kind=1)
-    return stubs.training.SaveCheckpoint(save).path
+    return stubs.training.SaveCheckpoint(save).checkpoint_path
 
 
 def limit_of(error: object) -> tuple[str, str, str]:

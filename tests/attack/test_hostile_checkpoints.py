@@ -25,8 +25,9 @@ from attack.hostile_checkpoints import (
 from checkpoints import ServerProcess
 from clusters import RunningCluster
 from tinsmith import v1
+from tinsmith.cluster import Cluster
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
-from tinsmith.v1 import Cluster, types_pb2
+from tinsmith.v1 import types_pb2
 from tinsmithd.checkpoint.rules.keeper import Header, Keeper
 from tinsmithd.checkpoint.store.directory import Blob
 from tinsmithd.convert import types as convert
@@ -196,7 +197,7 @@ def test_what_is_kept_already_ends_nobody(tiny_model: Path, tmp_path: Path, rank
             nonlocal seq_id
             seq_id += 1
             request = v1.LoadCheckpointRequest(
-                model_id=model.model_id, seq_id=seq_id, path=path, with_optimizer=True
+                model_id=model.model_id, seq_id=seq_id, checkpoint_path=path, with_optimizer=True
             )
             stubs.training.LoadCheckpoint(request, timeout=60)
 

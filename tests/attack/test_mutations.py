@@ -16,6 +16,7 @@ from clusters import RunningCluster
 from faults.operations import LOSSES, apply_all, make_operations
 from tinsmith import tensors
 from tinsmith import v1 as pb
+from tinsmith.cluster import connect
 
 MUTATIONS = amount(300)
 """For each server."""
@@ -44,7 +45,7 @@ async def test_no_mutation_of_a_request_is_more_than_refused(attacked: RunningCl
     lora = pb.CreateModelRequest(lora_config=pb.LoraConfig(rank=2, seed=1))
     victim, bystander, twin = [(await training.CreateModel(lora)).model.model_id for _ in range(3)]
     save = pb.SaveCheckpointRequest(model_id=twin, name="s", kind=1)
-    path = (await training.SaveCheckpoint(save)).path
+    path = (await training.SaveCheckpoint(save)).checkpoint_path
     operations = make_operations(SEED, 60)
     wanted = await apply_all(channels["training"], twin, operations)
     valid = valid_requests(victim, path)
@@ -108,7 +109,7 @@ def test_a_call_that_asks_for_nothing_gets_numbers(
     del given.loss_fn_inputs["weights"]
     for name, array in inputs.items():
         given.loss_fn_inputs[name].CopyFrom(tensors.encode(array))
-    with pb.connect(attacked.address) as stubs:
+    with connect(attacked.address) as stubs:
         lora = pb.CreateModelRequest(lora_config=pb.LoraConfig(rank=2, seed=1))
         model_id = stubs.training.CreateModel(lora).model.model_id
         request = pb.ForwardBackwardRequest(

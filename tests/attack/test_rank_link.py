@@ -33,7 +33,7 @@ HELLO = link_pb.Hello(
         architecture="LlamaForCausalLM",
         vocab_size=300,
         context_length=64,
-        dtype="float32",
+        dtype=pb.Dtype.DTYPE_FLOAT32,
         layer_count=1,
         parameter_count=1,
     ),

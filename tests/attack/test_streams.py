@@ -215,8 +215,8 @@ def test_a_reader_that_never_reads_holds_no_file(server: Process) -> None:
     """Reads and exports whose reader has no room, from its first byte on or after 64 KiB: they end,
     and their files are closed; a reader that goes on in time gets everything."""
     content = checkpoints.files(columns=100_000)
-    asked = pb.ReadCheckpointRequest(path=checkpoints.PATH)
-    export = pb.ExportCheckpointRequest(path=checkpoints.PATH)
+    asked = pb.ReadCheckpointRequest(checkpoint_path=checkpoints.PATH)
+    export = pb.ExportCheckpointRequest(checkpoint_path=checkpoints.PATH)
     calls = [("ReadCheckpoint", asked), ("ExportCheckpoint", export)]
     files = Path(f"/proc/{server.pid}/fd")
     with grpc.insecure_channel(address_of(server)) as channel:

@@ -18,7 +18,7 @@ from faults.harness import environment
 from faults.processes import Training
 from tinsmith import tensors
 from tinsmith import v1 as pb
-from tinsmith.v1 import Cluster, connect
+from tinsmith.cluster import Cluster, connect
 from tiny_models import write_tiny_model
 
 DURABLE_TARGET = 1.03

@@ -17,7 +17,7 @@ from bench.sides import Settings
 from clusters import RunningCluster
 from faults.harness import environment
 from tinsmith import v1 as pb
-from tinsmith.v1 import Cluster, connect
+from tinsmith.cluster import Cluster, connect
 from tinsmithd.domain import CrossEntropy, LoraConfig
 from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import Batch

@@ -18,7 +18,7 @@ import numpy as np
 
 from tinsmith import tensors
 from tinsmith import v1 as pb
-from tinsmith.v1 import connect
+from tinsmith.cluster import connect
 from tinsmithd.domain import Datum
 
 TARGETS_PER_POSITION = 64

@@ -21,6 +21,7 @@ from clusters import RunningCluster, children, until_gone, until_health
 from faults.amount import amount
 from tinsmith import tensors, types
 from tinsmith import v1 as pb
+from tinsmith.cluster import Cluster, connect
 from tiny_models import write_tiny_model
 
 TIMEOUT_S = 3
@@ -55,7 +56,7 @@ def assert_trains(address: str) -> None:
     assert model.forward(make_data(2, 8), "cross_entropy").result(60).loss < before
 
 
-def long_call(stubs: pb.Cluster) -> Iterator[pb.ForwardBackwardResponse]:
+def long_call(stubs: Cluster) -> Iterator[pb.ForwardBackwardResponse]:
     """The answers of a call that takes long; its first results are there already."""
     lora = pb.LoraConfig(rank=2, seed=1)
     model_id = stubs.training.CreateModel(pb.CreateModelRequest(lora_config=lora)).model.model_id
@@ -93,7 +94,7 @@ def test_a_group_ends_with_any_of_its_ranks_and_comes_back(
     answered, and new models train."""
     with (
         RunningCluster(tiny_model, tmp_path, ranks=2) as cluster,
-        pb.connect(cluster.address) as stubs,
+        connect(cluster.address) as stubs,
     ):
         old = cluster.rank_pids()
         assert len(old) == 2

@@ -167,7 +167,7 @@ def _refused(server: str, port: int, text: str) -> None:
     requests = {
         "training": pb.GetModelRequest(model_id=text),
         "sampler": pb.GetTokenizerRequest(base_model=text),
-        "checkpoint": pb.GetCheckpointRequest(path=text),
+        "checkpoint": pb.GetCheckpointRequest(checkpoint_path=text),
     }
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         while True:

@@ -150,12 +150,12 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         # Without a kind it is what clients use a number up with.
         await self._number(request.seq_id, "save", context, valid=bool(request.kind))
         name = request.name or "ephemeral-1"
-        return pb.SaveCheckpointResponse(path=f"tinsmith://m/sampler_weights/{name}")
+        return pb.SaveCheckpointResponse(checkpoint_path=f"tinsmith://m/sampler_weights/{name}")
 
     async def LoadCheckpoint(self, request: Any, context: Any) -> pb.LoadCheckpointResponse:
         self._record(request)
         await self._number(request.seq_id, "load", context)
-        return pb.LoadCheckpointResponse(path=request.path)
+        return pb.LoadCheckpointResponse(checkpoint_path=request.checkpoint_path)
 
     async def Sample(self, request: Any, context: Any) -> AsyncIterator[spb.SampleResponse]:
         self._record(request)
@@ -195,9 +195,9 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
                 await piece(context)
 
     async def DeleteCheckpoint(self, request: Any, context: Any) -> cpb.DeleteCheckpointResponse:
-        if request.path not in self.checkpoints:
+        if request.checkpoint_path not in self.checkpoints:
             await refuse(context, grpc.StatusCode.NOT_FOUND, "CHECKPOINT_NOT_FOUND")
-        self.checkpoints.remove(request.path)
+        self.checkpoints.remove(request.checkpoint_path)
         if self.delete_faults:
             await self.delete_faults.pop(0)(context)
         return cpb.DeleteCheckpointResponse()
@@ -248,7 +248,7 @@ async def _made(kind: Callable[[], Any]) -> Any:
 
 
 def unavailable(context: Any) -> Any:
-    return refuse(context, grpc.StatusCode.UNAVAILABLE, "TRAINER_UNAVAILABLE")
+    return refuse(context, grpc.StatusCode.UNAVAILABLE, "RANK_GROUP_UNAVAILABLE")
 
 
 def full(context: Any) -> Any:

@@ -295,7 +295,9 @@ def test_the_server_answers_damage_with_data_loss(tmp_path: Path) -> None:
             weights.write_bytes(damaged(intact, rng))
             for call in (
                 lambda: server.read(),
-                lambda: list(server.stub.ExportCheckpoint(pb.ExportCheckpointRequest(path=PATH))),
+                lambda: list(
+                    server.stub.ExportCheckpoint(pb.ExportCheckpointRequest(checkpoint_path=PATH))
+                ),
             ):
                 with pytest.raises(grpc.RpcError) as loss:
                     call()
@@ -309,7 +311,9 @@ def test_the_server_answers_damage_with_data_loss(tmp_path: Path) -> None:
     file.write_bytes(intact.replace(b'"base_model": "tiny"', b'"base_model": "tony"', 1))
     with ServerProcess(folder) as server:
         bad, good = (PATH, OTHER) if server.paths() == [OTHER] else (OTHER, PATH)
-        copy = pb.CopyCheckpointRequest(source_path=bad, destination_path=bad + "-copy")
+        copy = pb.CopyCheckpointRequest(
+            source_checkpoint_path=bad, destination_checkpoint_path=bad + "-copy"
+        )
         for call in (
             lambda: server.get(bad),
             lambda: server.read(bad),

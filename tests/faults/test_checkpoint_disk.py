@@ -319,5 +319,5 @@ def test_a_list_goes_on_where_nothing_can_be_written(small_disk: Path, tmp_path:
             server.write(files(0), f"{PATH}-{n}")
         fill(small_disk)
         listed = server.stub.ListCheckpoints(pb.ListCheckpointsRequest(page_size=7), timeout=10)
-        assert listed.total_count == 30
+        assert listed.total_size == 30
         assert len(server.paths()) == 30

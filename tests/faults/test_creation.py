@@ -17,7 +17,7 @@ from wire import reason_and_field
 
 PATH = "tinsmith://somebody/weights/deadly"
 POISONED = (grpc.StatusCode.FAILED_PRECONDITION, "CALL_POISONED")
-AGAIN = (grpc.StatusCode.UNAVAILABLE, "TRAINER_UNAVAILABLE")
+AGAIN = (grpc.StatusCode.UNAVAILABLE, "RANK_GROUP_UNAVAILABLE")
 
 
 @pytest.fixture

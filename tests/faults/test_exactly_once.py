@@ -50,11 +50,11 @@ async def adapter(cluster: RunningCluster, channel: grpc.aio.Channel, model_id: 
     """The bytes of the adapter as it is now; takes no number."""
     stub: Any = pb.TrainingServiceStub(channel)
     request = pb.SaveCheckpointRequest(model_id=model_id, kind=types_pb2.CHECKPOINT_KIND_SAMPLER)
-    path = (await stub.SaveCheckpoint(request)).path
+    path = (await stub.SaveCheckpoint(request)).checkpoint_path
     content = bytearray()
     async with grpc.aio.insecure_channel(cluster.addresses["checkpoint"]) as checkpoint:
         reader: Any = pb.CheckpointServiceStub(checkpoint)
-        async for response in reader.ReadCheckpoint(pb.ReadCheckpointRequest(path=path)):
+        async for response in reader.ReadCheckpoint(pb.ReadCheckpointRequest(checkpoint_path=path)):
             if response.piece.file_name == "adapter_model.safetensors":
                 content += response.piece.data
     assert content

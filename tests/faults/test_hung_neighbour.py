@@ -191,7 +191,7 @@ def test_every_call_to_a_hung_server_ends(world: World, saver: tinsmith.Training
         kinds = {"kind": types_pb2.CHECKPOINT_KIND_TRAINING, "name": "given-up"}
         save = pb.SaveCheckpointRequest(model_id=saver.model_id, **kinds)
         path = saver.save_state("there").result(60).path
-        load = pb.LoadCheckpointRequest(model_id=saver.model_id, path=path)
+        load = pb.LoadCheckpointRequest(model_id=saver.model_id, checkpoint_path=path)
         create = pb.CreateModelRequest(checkpoint_path=path)
         calls = (
             (stub.SaveCheckpoint, save),

@@ -18,6 +18,7 @@ from faults.operations import LOSSES, make_datum
 from faults.proxy import ChaosProxy
 from tinsmith import tensors, types
 from tinsmith import v1 as pb
+from tinsmith.cluster import connect
 from tinsmith.v1 import types_pb2
 from tinsmithd.embedded import SERVICES
 
@@ -55,7 +56,7 @@ def values(output: types.ForwardBackwardOutput) -> list[object]:
 
 
 def delete_models(cluster: RunningCluster, clients: Sequence[tinsmith.TrainingClient]) -> None:
-    with pb.connect(cluster.address) as stubs:
+    with connect(cluster.address) as stubs:
         for client in clients:
             stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=client.model_id))
 
@@ -95,7 +96,7 @@ def test_a_deadline_that_is_shorter_than_the_computing_counts_the_call_once(
     kept: RunningCluster,
 ) -> None:
     """DEADLINE_EXCEEDED; where the model is can be asked; a repeat is no second call (row 19)."""
-    with pb.connect(kept.address) as stubs:
+    with connect(kept.address) as stubs:
         lora = pb.CreateModelRequest(lora_config=pb.LoraConfig(rank=2, seed=1))
         model_id = stubs.training.CreateModel(lora, timeout=60).model.model_id
         many = [make_datum(list(range(1, 200)))] * 64
@@ -184,7 +185,7 @@ def test_a_sampler_killed_in_the_middle_of_a_sample_makes_the_same_tokens_again(
 ) -> None:
     """UNAVAILABLE within a second; the same seed gives the same tokens, and to a user of the client
     nothing has happened (row 7)."""
-    with pb.connect(kept.address) as stubs:
+    with connect(kept.address) as stubs:
         whole = tokens_of(stubs.sampler.Sample(sample_request()))
         assert len(whole) == LONG
         sampler = tinsmith.ServiceClient(kept.address).create_sampling_client(
@@ -220,7 +221,7 @@ def test_weights_that_are_swapped_while_a_sequence_is_made_do_not_get_into_it(
         client.optim_step(types.AdamParams(learning_rate=0.3))
         return client.save_weights_for_sampler(name, overwrite=True).result(60).path
 
-    with pb.connect(kept.address) as stubs:
+    with connect(kept.address) as stubs:
         until_health(kept.addresses["sampler"], serving=True, service=SERVICES["sampler"])
         path = save("swapped")
         wanted = [tokens_of(stubs.sampler.Sample(sample_request(path)))]

@@ -15,7 +15,7 @@ from clusters import RunningCluster
 from faults.amount import amount
 from tinsmith import AdamParams, Datum, ModelInput, SamplingParams
 from tinsmith import v1 as pb
-from tinsmith.v1 import connect
+from tinsmith.cluster import connect
 
 SAVES = amount(40, full=1000)
 LEASE_S = amount(4.0, full=10.0)
@@ -261,5 +261,7 @@ def states_of(lifetimes: Lifetimes) -> list[int]:
 def files_of(lifetimes: Lifetimes, path: str) -> dict[str, bytes]:
     """SHA-256 of a checkpoint's files."""
     with connect(lifetimes.address) as stubs:
-        found = stubs.checkpoint.GetCheckpoint(pb.GetCheckpointRequest(path=path)).checkpoint
+        found = stubs.checkpoint.GetCheckpoint(
+            pb.GetCheckpointRequest(checkpoint_path=path)
+        ).checkpoint
         return {file.name: file.sha256 for file in found.files}

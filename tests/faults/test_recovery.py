@@ -269,7 +269,7 @@ def test_row_39_other_ranks_than_those_that_computed_are_refused_and_nothing_is_
         stub = pb.TrainingServiceStub(channel)
         with pytest.raises(grpc.RpcError) as refusal:
             stub.OptimStep(pb.OptimStepRequest(model_id=client.model_id), timeout=10)
-    assert reason_and_field(refusal.value)[0] == "TRAINER_MISMATCH"
+    assert reason_and_field(refusal.value)[0] == "RANK_GROUP_MISMATCH"
     found = state(training, client.model_id)
     assert found.state == pb.ModelState.MODEL_STATE_RECOVERING
     assert "threads differs" in found.state_message

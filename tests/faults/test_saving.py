@@ -106,7 +106,7 @@ class Published:
             stub = pb.CheckpointServiceStub(channel)
             request = pb.ListCheckpointsRequest(model_id=self._model_id, page_size=1000)
             found = stub.ListCheckpoints(request, wait_for_ready=True, timeout=60).checkpoints
-        return [checkpoint.path.split("/", 3)[3] for checkpoint in found]
+        return [checkpoint.checkpoint_path.split("/", 3)[3] for checkpoint in found]
 
     def read(self, name: str) -> Files:
         """The files of one, which the server checks while it reads."""
@@ -246,7 +246,9 @@ def test_only_the_same_call_is_a_repeat(running: tuple[RunningCluster, Victims])
     def found() -> pb.Checkpoint:
         with grpc.insecure_channel(cluster.addresses["checkpoint"]) as channel:
             stub = pb.CheckpointServiceStub(channel)
-            return stub.GetCheckpoint(pb.GetCheckpointRequest(path=path), timeout=60).checkpoint
+            return stub.GetCheckpoint(
+                pb.GetCheckpointRequest(checkpoint_path=path), timeout=60
+            ).checkpoint
 
     first = found()
     for ttl_seconds in (None, 3600):

@@ -60,7 +60,9 @@ class Script:
         path = Path(f"{self.log}.path").read_text()
         with grpc.insecure_channel(checkpoint_address) as channel:
             stub = pb.CheckpointServiceStub(channel)
-            info = stub.GetCheckpoint(pb.GetCheckpointRequest(path=path), wait_for_ready=True)
+            info = stub.GetCheckpoint(
+                pb.GetCheckpointRequest(checkpoint_path=path), wait_for_ready=True
+            )
         kept = read_files(checkpoint_address, path)
         lines = self.log.read_text().splitlines()
         return Outcome(lines, kept, int(info.checkpoint.step_count))
@@ -71,7 +73,7 @@ def read_files(checkpoint_address: str, path: str) -> dict[str, bytes]:
     files: dict[str, bytearray] = {}
     with grpc.insecure_channel(checkpoint_address) as channel:
         stub = pb.CheckpointServiceStub(channel)
-        for response in stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=path)):
+        for response in stub.ReadCheckpoint(pb.ReadCheckpointRequest(checkpoint_path=path)):
             if response.HasField("piece"):
                 files.setdefault(response.piece.file_name, bytearray()).extend(response.piece.data)
     return {name: bytes(files[name]) for name in COMPARED_FILES if name in files}

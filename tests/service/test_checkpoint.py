@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from safetensors.numpy import load
 
@@ -22,7 +23,7 @@ from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store.directory import StoreBusy
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import FullConfig, ModelState
-from wire import reason_and_field
+from wire import limit_values, reason_and_field
 
 SAMPLER_PATH = "tinsmith://run/sampler_weights/one"
 
@@ -46,7 +47,9 @@ class Served:
 
     async def read(self, path: str = PATH) -> dict[str, bytes]:
         got: dict[str, bytes] = {}
-        async for response in self.stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=path)):
+        async for response in self.stub.ReadCheckpoint(
+            pb.ReadCheckpointRequest(checkpoint_path=path)
+        ):
             if response.HasField("piece"):
                 piece = response.piece
                 assert zlib.crc32(piece.data) == piece.crc32
@@ -80,12 +83,12 @@ async def test_what_was_written_is_read_back(served: Served) -> None:
     """All files come back byte for byte, with everything that the header said."""
     written = await served.write(user_metadata={"k": "v"})
     assert await served.read() == files()
-    response = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=PATH))
+    response = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(checkpoint_path=PATH))
     assert response.checkpoint == written
-    assert written.path == PATH
+    assert written.checkpoint_path == PATH
     assert written.kind == types_pb2.CHECKPOINT_KIND_TRAINING
     assert written.user_metadata == {"k": "v"}
-    assert written.step_count == 3
+    assert (written.step_count, written.owner) == (3, "default")
     assert written.size_bytes == sum(map(len, files().values()))
     assert served.leftovers() == []
 
@@ -99,7 +102,7 @@ async def test_tinker_paths_name_the_same_checkpoint(served: Served) -> None:
 async def test_only_the_same_write_is_a_repeat(served: Served) -> None:
     """The same request changes nothing. The same files in another request are refused, as are
     other files, and what was there keeps its files, lifetime and metadata."""
-    said = {"ttl_seconds": 60, "user_metadata": {"k": "v"}}
+    said = {"ttl": Duration(seconds=60), "user_metadata": {"k": "v"}}
     first = await served.write(**said, request_id="one")
     served.clock.now_s += 5
     assert await served.write(**said, request_id="one") == first
@@ -116,7 +119,7 @@ async def test_only_the_same_write_is_a_repeat(served: Served) -> None:
             await served.write(**other)
         assert refusal.value.code() == grpc.StatusCode.ALREADY_EXISTS
         assert reason_and_field(refusal.value)[0] == reason
-    found = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=PATH))
+    found = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(checkpoint_path=PATH))
     assert found.checkpoint == first
     assert await served.read() == files(0)
     served.clock.now_s += 60
@@ -126,7 +129,7 @@ async def test_only_the_same_write_is_a_repeat(served: Served) -> None:
 async def test_overwrite_replaces_and_readers_under_way_finish(served: Served) -> None:
     """A reader that began gets the old bytes whole, the next one the new."""
     await served.write()
-    call = served.stub.ReadCheckpoint(pb.ReadCheckpointRequest(path=PATH))
+    call = served.stub.ReadCheckpoint(pb.ReadCheckpointRequest(checkpoint_path=PATH))
     responses = aiter(call)
     assert (await anext(responses)).HasField("checkpoint")
     await served.write(seed=1, overwrite=True, user_metadata={"new": "1"})
@@ -136,21 +139,21 @@ async def test_overwrite_replaces_and_readers_under_way_finish(served: Served) -
         old[response.piece.file_name] = old.get(response.piece.file_name, b"") + response.piece.data
     assert old == files(0)
     assert await served.read() == files(1)
-    response = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=PATH))
+    response = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(checkpoint_path=PATH))
     assert response.checkpoint.user_metadata == {"new": "1"}
 
 
 async def test_delete_and_expiry_make_it_not_found(served: Served) -> None:
     """Deleting frees the bytes with the next sweep, expiry once it was seen for a while."""
-    await served.write(ttl_seconds=10)
+    await served.write(ttl=Duration(seconds=10))
     await served.write(SAMPLER_PATH.replace("sampler_weights", "weights") + "b", seed=1)
     served.clock.now_s += 11
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await served.read()
     assert reason_and_field(refusal.value)[0] == "CHECKPOINT_NOT_FOUND"
-    await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=PATH + "b"))
+    await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(checkpoint_path=PATH + "b"))
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=PATH + "b"))
+        await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(checkpoint_path=PATH + "b"))
     assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
     assert len(served.blobs()) == 6  # two of the four files are the same in both
     await asyncio.to_thread(served.server._keeper.sweep)
@@ -158,6 +161,17 @@ async def test_delete_and_expiry_make_it_not_found(served: Served) -> None:
     served.monotonic.now_s += EXPIRY_GRACE_S
     await asyncio.to_thread(served.server._keeper.sweep)
     assert served.blobs() == []
+
+
+async def test_capabilities_tell_the_enforced_limits(served: Served) -> None:
+    """Every limit is set; the lease is what a renewal grants."""
+    request = pb.CheckpointServiceGetCapabilitiesRequest()
+    found = await served.stub.GetCapabilities(request)
+    assert found.server_version
+    assert set(found.export_formats) == set(pb.ExportFormat.values()) - {0}
+    assert all(value > 0 for value in limit_values(found.limits).values())
+    renewed = await served.stub.RenewLeases(pb.RenewLeasesRequest())
+    assert renewed.lease == found.limits.lease
 
 
 async def test_pages_are_stable_and_newest_first(served: Served) -> None:
@@ -171,10 +185,12 @@ async def test_pages_are_stable_and_newest_first(served: Served) -> None:
     )
     names = [c.name for c in [*first.checkpoints, *second.checkpoints]]
     assert names == ["n4", "n3", "n2", "n1", "n0"]
-    assert (first.total_count, second.total_count, second.next_page_token) == (5, 6, "")
+    assert (first.total_size, second.total_size, second.next_page_token) == (5, 6, "")
     kind = types_pb2.CHECKPOINT_KIND_SAMPLER
     other = await served.stub.ListCheckpoints(pb.ListCheckpointsRequest(kind=kind))
-    assert other.total_count == 0
+    assert other.total_size == 0
+    every = await served.stub.ListCheckpoints(pb.ListCheckpointsRequest(page_size=2**31 - 1))
+    assert len(every.checkpoints) == every.total_size  # a size that is too large is coerced
 
 
 async def test_update_changes_only_what_the_mask_names(served: Served) -> None:
@@ -182,15 +198,17 @@ async def test_update_changes_only_what_the_mask_names(served: Served) -> None:
     await served.write(user_metadata={"k": "v"})
 
     async def update(mask: list[str], **fields: object) -> pb.Checkpoint:
-        request = pb.UpdateCheckpointRequest(path=PATH, update_mask=FieldMask(paths=mask), **fields)
+        request = pb.UpdateCheckpointRequest(
+            checkpoint_path=PATH, update_mask=FieldMask(paths=mask), **fields
+        )
         return (await served.stub.UpdateCheckpoint(request)).checkpoint
 
-    changed = await update(["ttl_seconds"], ttl_seconds=60, user_metadata={"x": "y"})
+    changed = await update(["ttl"], ttl=Duration(seconds=60), user_metadata={"x": "y"})
     assert changed.HasField("expire_time")
     assert changed.user_metadata == {"k": "v"}
-    changed = await update(["user_metadata"], ttl_seconds=9, user_metadata={"x": "y"})
+    changed = await update(["user_metadata"], ttl=Duration(seconds=9), user_metadata={"x": "y"})
     assert changed.user_metadata == {"x": "y"}
-    assert not (await update(["ttl_seconds"])).HasField("expire_time")
+    assert not (await update(["ttl"])).HasField("expire_time")
     for mask in ([], ["name"]):
         with pytest.raises(grpc.aio.AioRpcError) as refusal:
             await update(mask)
@@ -202,8 +220,11 @@ async def test_a_copy_shares_bytes_and_lives_its_own_life(served: Served) -> Non
     request for the same copy is refused."""
     await served.write()
     blobs = served.blobs()
-    paths = {"source_path": PATH, "destination_path": PATH + "-copy"}
-    request = pb.CopyCheckpointRequest(**paths, request_id="one", ttl_seconds=60)
+    paths = {
+        "source_checkpoint_path": PATH,
+        "destination_checkpoint_path": PATH + "-copy",
+    }
+    request = pb.CopyCheckpointRequest(**paths, request_id="one", ttl=Duration(seconds=60))
     first = await served.stub.CopyCheckpoint(request)
     assert await served.stub.CopyCheckpoint(request) == first
     for other, reason in (
@@ -214,20 +235,22 @@ async def test_a_copy_shares_bytes_and_lives_its_own_life(served: Served) -> Non
             await served.stub.CopyCheckpoint(pb.CopyCheckpointRequest(**paths, **other))
         assert reason_and_field(refusal.value)[0] == reason
     assert served.blobs() == blobs
-    await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=PATH))
+    await served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(checkpoint_path=PATH))
     assert await served.stub.CopyCheckpoint(request) == first
     await asyncio.to_thread(served.server._keeper.sweep)
     assert await served.read(PATH + "-copy") == files()
-    wrong = pb.CopyCheckpointRequest(source_path=PATH + "-copy", destination_path=SAMPLER_PATH)
+    wrong = pb.CopyCheckpointRequest(
+        source_checkpoint_path=PATH + "-copy", destination_checkpoint_path=SAMPLER_PATH
+    )
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await served.stub.CopyCheckpoint(wrong)
-    assert reason_and_field(refusal.value)[1] == "destination_path"
+    assert reason_and_field(refusal.value)[1] == "destination_checkpoint_path"
 
 
 async def test_export_is_a_tar_of_a_peft_folder(served: Served) -> None:
     """The same bytes every time, and tarfile and safetensors read them."""
     await served.write()
-    request = pb.ExportCheckpointRequest(path=PATH)
+    request = pb.ExportCheckpointRequest(checkpoint_path=PATH)
     archives = [
         b"".join([part.data async for part in served.stub.ExportCheckpoint(request)])
         for _ in range(2)
@@ -258,8 +281,8 @@ BAD_PATHS = [
 async def test_bad_names_are_refused_by_every_call(served: Served, path: str) -> None:
     """Names are data: nothing that looks like a path gets anywhere."""
     calls: list[Callable[[], object]] = [
-        lambda: served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=path)),
-        lambda: served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=path)),
+        lambda: served.stub.GetCheckpoint(pb.GetCheckpointRequest(checkpoint_path=path)),
+        lambda: served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(checkpoint_path=path)),
         lambda: served.read(path),
         lambda: served.write(path),
     ]
@@ -395,10 +418,10 @@ async def test_a_full_checkpoint_is_kept_and_exported_whole(served: Served) -> N
     content = full_files()
     path = PATH.replace("/weights/", "/sampler_weights/")
     await served.stub.WriteCheckpoint(messages(path, content, **FULL))
-    found = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=path))
+    found = await served.stub.GetCheckpoint(pb.GetCheckpointRequest(checkpoint_path=path))
     assert found.checkpoint.WhichOneof("tuning") == "full_config"
     assert await served.read(path) == content
-    export = served.stub.ExportCheckpoint(pb.ExportCheckpointRequest(path=path))
+    export = served.stub.ExportCheckpoint(pb.ExportCheckpointRequest(checkpoint_path=path))
     archive = b"".join([part.data async for part in export])
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         names = sorted(tar.getnames())

@@ -29,8 +29,9 @@ from recorded_cluster import (
 )
 from tinsmith import tensors
 from tinsmith import v1 as pb
+from tinsmith.cluster import Cluster, connect
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
-from tinsmith.v1 import Cluster, connect, types_pb2
+from tinsmith.v1 import types_pb2
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import Datum, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted
@@ -267,8 +268,8 @@ def weights_and_samples(stubs: Cluster, model_id: str) -> list[bytes]:
     save = pb.SaveCheckpointRequest(
         model_id=model_id, seq_id=7, name="end", kind=types_pb2.CHECKPOINT_KIND_SAMPLER
     )
-    path = stubs.training.SaveCheckpoint(save).path
-    read = pb.ReadCheckpointRequest(path=path, file_names=["adapter_model.safetensors"])
+    path = stubs.training.SaveCheckpoint(save).checkpoint_path
+    read = pb.ReadCheckpointRequest(checkpoint_path=path, file_names=["adapter_model.safetensors"])
     pieces = [r.piece.data for r in stubs.checkpoint.ReadCheckpoint(read)]
     prompt = pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensors.encode([5, 6, 7]))])
     sample = pb.SampleRequest(

@@ -13,7 +13,7 @@ import tinsmith
 from clusters import RunningCluster
 from tinsmith import AdamParams, Datum, ModelInput, SamplingParams
 from tinsmith import v1 as pb
-from tinsmith.v1 import Cluster
+from tinsmith.cluster import Cluster
 from tiny_models import write_tiny_model
 from tokenizers_for_tests import write_llama2_tokenizer
 from wire import reason_and_field
@@ -210,7 +210,9 @@ def test_an_archive_of_the_other_format_is_refused(
 ) -> None:
     """PEFT of a full checkpoint: the field and the right format are named."""
     path = trainer.save_state("formats").result().path
-    request = pb.ExportCheckpointRequest(path=path, format=pb.ExportFormat.EXPORT_FORMAT_PEFT_TAR)
+    request = pb.ExportCheckpointRequest(
+        checkpoint_path=path, format=pb.ExportFormat.EXPORT_FORMAT_PEFT_TAR
+    )
     with pytest.raises(grpc.RpcError, match="EXPORT_FORMAT_HF_TAR") as refusal:
         list(stubs.checkpoint.ExportCheckpoint(request))
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT

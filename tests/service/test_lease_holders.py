@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from checkpoints import Clock, blobs, files, messages
 from tinsmith import _loop
@@ -61,7 +62,7 @@ class Served:
         self.stub = CheckpointServiceStub(self.channel)
 
     async def save(self, seed: int, lease_id: str) -> str:
-        header = {"ttl_seconds": 86_400, "ephemeral": True, "overwrite": True}
+        header = {"ttl": Duration(seconds=86_400), "ephemeral": True, "overwrite": True}
         content = files(seed, optimizer=False)
         written = messages(path_of(seed), content, **header, lease_id=lease_id)
         await self.stub.WriteCheckpoint(iter(written))
@@ -73,7 +74,7 @@ class Served:
     async def there(self) -> list[str]:
         """Those that can be found, without using them."""
         listed = await self.stub.ListCheckpoints(pb.ListCheckpointsRequest())
-        return sorted(checkpoint.path for checkpoint in listed.checkpoints)
+        return sorted(checkpoint.checkpoint_path for checkpoint in listed.checkpoints)
 
     async def becomes(self, *paths: str) -> None:
         """Wait until these are left, bytes included."""
@@ -85,7 +86,7 @@ class Served:
         """These are left after a while in which what nobody holds would have gone."""
         probe = await self.save(NEWEST - 1, "probe")
         await self.save(NEWEST, "newest")
-        await self.renew(released=(pb.Lease(path=probe, lease_id="probe"),))
+        await self.renew(released=(pb.Lease(checkpoint_path=probe, lease_id="probe"),))
         await self.becomes(*paths, path_of(NEWEST))
 
 
@@ -167,25 +168,27 @@ async def test_only_who_knows_a_lease_can_end_it(served: Served) -> None:
     """A stranger knows the path; a lease without an id is nobody's to end."""
     held = await served.save(0, "secret")
     plain = await served.save(1, "")
-    strangers = [pb.Lease(path=path, lease_id=key) for path in (held, plain) for key in ("a", "x")]
-    await served.renew(pb.Lease(path=held, lease_id="x"), released=tuple(strangers))
+    strangers = [
+        pb.Lease(checkpoint_path=path, lease_id=key) for path in (held, plain) for key in ("a", "x")
+    ]
+    await served.renew(pb.Lease(checkpoint_path=held, lease_id="x"), released=tuple(strangers))
     await served.renew(released=tuple(strangers))
     await served.stays(held, plain)
     # Whoever looks at weights without an id holds them for a lease, too.
-    await served.stub.GetCheckpoint(pb.GetCheckpointRequest(path=held))
-    await served.renew(released=(pb.Lease(path=held, lease_id="secret"),))
+    await served.stub.GetCheckpoint(pb.GetCheckpointRequest(checkpoint_path=held))
+    await served.renew(released=(pb.Lease(checkpoint_path=held, lease_id="secret"),))
     await served.stays(held, plain)
 
 
 async def test_a_bad_lease_is_named_and_nothing_is_done(served: Served) -> None:
     """Neither for those beside it."""
     path = await served.save(0, "mine")
-    good = pb.Lease(path=path, lease_id="mine")
+    good = pb.Lease(checkpoint_path=path, lease_id="mine")
     for field, leases, released in (
-        ("leases[1].path", [good, pb.Lease(path="x", lease_id="a")], [good]),
-        ("leases[0].lease_id", [pb.Lease(path=path, lease_id="a" * 129)], [good]),
-        ("released[1].lease_id", [], [good, pb.Lease(path=path)]),
-        ("released[1].path", [], [good, pb.Lease(lease_id="a")]),
+        ("leases[1].checkpoint_path", [good, pb.Lease(checkpoint_path="x", lease_id="a")], [good]),
+        ("leases[0].lease_id", [pb.Lease(checkpoint_path=path, lease_id="a" * 129)], [good]),
+        ("released[1].lease_id", [], [good, pb.Lease(checkpoint_path=path)]),
+        ("released[1].checkpoint_path", [], [good, pb.Lease(lease_id="a")]),
         ("leases", [good] * 1001, [good]),
         ("released", [], [good] * 1001),
     ):
@@ -220,7 +223,7 @@ async def test_a_sampler_holds_weights_while_it_works_with_them(served: Served) 
     leases = SamplerLeases(checkpoints.renew_leases)
     async with leases.held(key) as first:
         assert (await checkpoints.get(key, first.take())).path == key
-        await served.renew(released=(pb.Lease(path=str(key), lease_id="client"),))
+        await served.renew(released=(pb.Lease(checkpoint_path=str(key), lease_id="client"),))
         async with leases.held(key) as second:
             assert second is first
             async with checkpoints.reader(key, second.take()) as reader:

@@ -20,6 +20,7 @@ from clusters import RunningCluster, until_health
 from recorded_cluster import data_of, forward_backward
 from tinsmith import types
 from tinsmith import v1 as pb
+from tinsmith.cluster import Cluster, connect
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig
 
@@ -158,14 +159,14 @@ def test_a_script_is_counted(cluster: RunningCluster) -> None:
     assert not [word for word in (CANARY, model_id) for text in texts if word in text]
 
 
-def create(stubs: pb.Cluster) -> str:
+def create(stubs: Cluster) -> str:
     lora = pb.LoraConfig(rank=2, seed=1)
     return stubs.training.CreateModel(pb.CreateModelRequest(lora_config=lora)).model.model_id
 
 
 def test_a_call_that_its_caller_gives_up_is_canceled(cluster: RunningCluster) -> None:
     """It waits for a number before its own, and is counted under that code."""
-    with pb.connect(cluster.address) as stubs:
+    with connect(cluster.address) as stubs:
         model_id = create(stubs)
         later = forward_backward(model_id, 3, data_of(1, 2, TOKENS))
         call = stubs.training.ForwardBackward(iter([later]))
@@ -178,7 +179,7 @@ def test_a_call_that_its_caller_gives_up_is_canceled(cluster: RunningCluster) ->
 
 def test_dead_ranks_are_seen_and_no_step_counts_twice(cluster: RunningCluster) -> None:
     """Another rank group, models brought back, calls computed again; the same number of steps."""
-    stubs = pb.connect(cluster.address)
+    stubs = connect(cluster.address)
     model_id = create(stubs)
     before = values(cluster)
 

@@ -31,7 +31,7 @@ from tinsmithd.sampler.engines.transformers.engine import TransformersGeneration
 from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
-from wire import reason_and_field
+from wire import limit_values, reason_and_field
 
 PROMPT = [10, 20, 30, 40]
 PATH = "tinsmith://run/sampler_weights/one"
@@ -73,7 +73,7 @@ class Served:
         files = to_files(state)
         requests = [
             checkpoint_pb.WriteCheckpointRequest(
-                header=checkpoint_pb.WriteCheckpointHeader(path=path, **fields)
+                header=checkpoint_pb.WriteCheckpointHeader(checkpoint_path=path, **fields)
             )
         ]
         for name, data in files.items():
@@ -332,11 +332,11 @@ async def test_the_tokenizer_arrives_whole(
 
 async def test_capabilities_tell_the_enforced_limits(served: Served) -> None:
     """Every limit is set, and the base model is named."""
-    found = await served.stub.GetSamplerCapabilities(pb.GetSamplerCapabilitiesRequest())
+    found = await served.stub.GetCapabilities(pb.SamplerServiceGetCapabilitiesRequest())
     assert [model.name for model in found.base_models] == ["tiny-llama"]
     assert found.base_models[0].context_length == CONTEXT
-    for field in pb.SamplerLimits.DESCRIPTOR.fields:
-        assert getattr(found.limits, field.name) > 0, field.name
+    assert found.engine == types_pb2.ENGINE_TRANSFORMERS
+    assert all(value > 0 for value in limit_values(found.limits).values())
 
 
 # --- checkpoints ------------------------------------------------------------------------------
@@ -356,7 +356,9 @@ async def test_a_checkpoint_changes_the_samples_and_a_replaced_one_again(
         )
     assert base != made[0] != made[1] != base
     assert await served.sample() == base
-    await served.checkpoints.DeleteCheckpoint(checkpoint_pb.DeleteCheckpointRequest(path=PATH))
+    await served.checkpoints.DeleteCheckpoint(
+        checkpoint_pb.DeleteCheckpointRequest(checkpoint_path=PATH)
+    )
     error = await refusal(served.stub.Sample(sample_request(checkpoint_path=PATH)))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert reason_and_field(error)[0] == "CHECKPOINT_NOT_FOUND"
@@ -370,7 +372,7 @@ async def test_a_pinned_checkpoint_is_served_as_it_was_or_refused(
 
     async def write(state: ModelState) -> bytes:
         await served.write(state)
-        request = checkpoint_pb.GetCheckpointRequest(path=PATH)
+        request = checkpoint_pb.GetCheckpointRequest(checkpoint_path=PATH)
         return (await served.checkpoints.GetCheckpoint(request)).checkpoint.digest
 
     async def reason(digest: bytes, **fields: object) -> tuple[str, str]:
@@ -386,7 +388,9 @@ async def test_a_pinned_checkpoint_is_served_as_it_was_or_refused(
     assert second == await served.sample(checkpoint_path=PATH) != first
     assert await reason(b"\0" * 32) == ("CHECKPOINT_REPLACED", "")
     assert await write(states[0]) == old
-    await served.checkpoints.DeleteCheckpoint(checkpoint_pb.DeleteCheckpointRequest(path=PATH))
+    await served.checkpoints.DeleteCheckpoint(
+        checkpoint_pb.DeleteCheckpointRequest(checkpoint_path=PATH)
+    )
     gone: grpc.aio.AioRpcError | None = None
     while gone is None:  # whether it is still there is asked beside the samples
         try:

@@ -133,7 +133,7 @@ def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
 
         def requests() -> Iterator[checkpoint_service_pb2.WriteCheckpointRequest]:
             header = checkpoint_service_pb2.WriteCheckpointHeader(
-                path="tinsmith://run/weights/one", base_model="tiny"
+                checkpoint_path="tinsmith://run/weights/one", base_model="tiny"
             )
             yield checkpoint_service_pb2.WriteCheckpointRequest(header=header)
             piece = checkpoint_service_pb2.CheckpointPiece(

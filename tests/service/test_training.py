@@ -10,12 +10,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from clusters import RunningCluster
 from tinsmith import tensors
 from tinsmith import v1 as pb
-from tinsmith.v1 import Cluster
-from wire import reason_and_field
+from tinsmith.cluster import Cluster
+from wire import limit_values, reason_and_field
 
 TOKENS = [5, 6, 7, 8, 9]
 
@@ -156,12 +157,16 @@ def test_create_with_a_request_id_is_one_model(stubs: Cluster) -> None:
     )
     first, again = (stubs.training.CreateModel(request).model for _ in range(2))
     assert first == again
+    assert (first.owner, first.step_count) == ("default", 0)
     request.lora_config.rank = 3
     with pytest.raises(grpc.RpcError) as refusal:
         stubs.training.CreateModel(request)
     assert reason_and_field(refusal.value)[0] == "REQUEST_ID_CONFLICT"
     listed = stubs.training.ListModels(pb.ListModelsRequest(page_size=1))
     assert [m.model_id for m in listed.models] == [first.model_id]
+    assert listed.total_size >= 1
+    most = stubs.training.ListModels(pb.ListModelsRequest(page_size=2**31 - 1))  # coerced
+    assert len(most.models) == most.total_size
     stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=first.model_id))
     with pytest.raises(grpc.RpcError) as refusal:
         stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=first.model_id))
@@ -390,7 +395,7 @@ def _bad_unary(stubs: Cluster, model_id: str) -> dict[str, tuple[Callable[[], An
         )
 
     def load(path: str, **fields: Any) -> Callable[[], Any]:
-        request = pb.LoadCheckpointRequest(model_id=model_id, path=path, **fields)
+        request = pb.LoadCheckpointRequest(model_id=model_id, checkpoint_path=path, **fields)
         return lambda: training.LoadCheckpoint(request, timeout=5)
 
     def create(**fields: Any) -> Callable[[], Any]:
@@ -414,10 +419,15 @@ def _bad_unary(stubs: Cluster, model_id: str) -> dict[str, tuple[Callable[[], An
         "absolute": (save(name="/etc/passwd"), "INVALID_NAME", "name"),
         "NUL": (save(name="a\0b"), "INVALID_NAME", "name"),
         "4 KiB": (save(name="a" * 4096), "INVALID_NAME", "name"),
-        "ttl": (save(ttl_seconds=0), "INVALID_FIELD", "ttl_seconds"),
+        "ttl": (save(ttl=Duration()), "INVALID_FIELD", "ttl"),
+        "ttl of less than a second": (
+            save(ttl=Duration(seconds=1, nanos=1)),
+            "INVALID_FIELD",
+            "ttl",
+        ),
         "metadata": (save(user_metadata={"": "x"}), "INVALID_FIELD", "user_metadata"),
-        "no path": (load(""), "MISSING_FIELD", "path"),
-        "bad path": (load("tinsmith://a/../b"), "INVALID_NAME", "path"),
+        "no path": (load(""), "MISSING_FIELD", "checkpoint_path"),
+        "bad path": (load("tinsmith://a/../b"), "INVALID_NAME", "checkpoint_path"),
         "absent checkpoint": (load(absent), "CHECKPOINT_NOT_FOUND", ""),
         "wrong kind": (
             load(absent.replace("weights", "sampler_weights")),
@@ -483,7 +493,7 @@ def test_save_kinds_and_names(stubs: Cluster, model: pb.Model) -> None:
             pb.SaveCheckpointRequest(
                 model_id=model_id, seq_id=seq_id, kind=kind, name=name, **fields
             )
-        ).path
+        ).checkpoint_path
 
     path = save(3, pb.CheckpointKind.CHECKPOINT_KIND_TRAINING, "a")
     assert path == f"tinsmith://{model_id}/weights/a"
@@ -494,7 +504,9 @@ def test_save_kinds_and_names(stubs: Cluster, model: pb.Model) -> None:
     )
     ephemeral = save(5, pb.CheckpointKind.CHECKPOINT_KIND_SAMPLER, "")
     assert save(5, pb.CheckpointKind.CHECKPOINT_KIND_SAMPLER, "") == ephemeral
-    found = stubs.checkpoint.GetCheckpoint(pb.GetCheckpointRequest(path=ephemeral)).checkpoint
+    found = stubs.checkpoint.GetCheckpoint(
+        pb.GetCheckpointRequest(checkpoint_path=ephemeral)
+    ).checkpoint
     assert found.HasField("expire_time")
     forward_backward(stubs, call(model_id, 6))
     training.OptimStep(step(model_id, 7, learning_rate=0.1))
@@ -524,7 +536,9 @@ def test_a_checkpoint_of_another_shape_is_refused(stubs: Cluster, model: pb.Mode
     before = logprobs(stubs, model.model_id)
     with pytest.raises(grpc.RpcError) as refusal:
         stubs.training.LoadCheckpoint(
-            pb.LoadCheckpointRequest(model_id=model.model_id, seq_id=1, path=saved.path)
+            pb.LoadCheckpointRequest(
+                model_id=model.model_id, seq_id=1, checkpoint_path=saved.checkpoint_path
+            )
         )
     assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert reason_and_field(refusal.value)[0] == "INCOMPATIBLE_CHECKPOINT"
@@ -536,7 +550,8 @@ def test_capabilities_name_every_limit(stubs: Cluster, cluster: RunningCluster) 
     """No limit is 0 or unsaid."""
     found = stubs.training.GetCapabilities(pb.GetCapabilitiesRequest())
     assert [m.name for m in found.base_models] == [cluster.base_model]
-    assert (found.engine, found.world_size) == ("deepspeed", 1)
+    assert (found.engine, found.world_size) == (pb.Engine.ENGINE_DEEPSPEED, 1)
+    assert found.base_models[0].dtype == pb.Dtype.DTYPE_FLOAT32
+    assert list(found.loss_fns) == [field.name for field in pb.LossFn.DESCRIPTOR.fields]
     assert found.durability_mode == pb.DurabilityMode.DURABILITY_MODE_FSYNC
-    for field in found.limits.DESCRIPTOR.fields:
-        assert getattr(found.limits, field.name) > 0, field.name
+    assert all(value > 0 for value in limit_values(found.limits).values())

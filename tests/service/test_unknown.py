@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from attack.requests import Caller, FieldPath, Method, every_method, paths, valid_requests, wrapped
 from clusters import RunningCluster
 from tinsmith import v1 as pb
-from tinsmith.v1 import Cluster
+from tinsmith.cluster import Cluster
 from wire import reason_and_field
 
 UNKNOWN_CASE = b"\xa2\x1f\x00"  # field 500, an empty message
@@ -24,7 +24,7 @@ def valid(stubs: Cluster) -> Iterator[dict[str, Message]]:
     lora = pb.CreateModelRequest(lora_config=pb.LoraConfig(rank=2, seed=1))
     model_id = stubs.training.CreateModel(lora).model.model_id
     save = pb.SaveCheckpointRequest(model_id=model_id, name="s", kind=1)
-    found = valid_requests(model_id, stubs.training.SaveCheckpoint(save).path)
+    found = valid_requests(model_id, stubs.training.SaveCheckpoint(save).checkpoint_path)
     for request in found.values():
         if "seq_id" in request.DESCRIPTOR.fields_by_name:
             request.seq_id = 0  # type: ignore[attr-defined]
@@ -119,11 +119,11 @@ def test_an_unknown_number_of_an_enum_is_refused_with_the_field(
 
 def test_a_newer_optimizer_or_tuning_uses_the_number_and_changes_nothing(stubs: Cluster) -> None:
     """`optim_params { muon }` is no AdamW step; an unknown tuning makes no adapter."""
-    count = stubs.training.ListModels(pb.ListModelsRequest()).total_count
+    count = stubs.training.ListModels(pb.ListModelsRequest()).total_size
     with pytest.raises(grpc.RpcError) as refusal:
         stubs.training.CreateModel(pb.CreateModelRequest.FromString(UNKNOWN_CASE))
     assert reason_and_field(refusal.value) == ("INVALID_FIELD", "500")
-    assert stubs.training.ListModels(pb.ListModelsRequest()).total_count == count
+    assert stubs.training.ListModels(pb.ListModelsRequest()).total_size == count
     lora = pb.CreateModelRequest(lora_config=pb.LoraConfig(rank=2, seed=1))
     model_id = stubs.training.CreateModel(lora).model.model_id
     header = pb.OptimStepRequest(model_id=model_id, seq_id=1).SerializeToString()

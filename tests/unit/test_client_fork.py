@@ -54,7 +54,7 @@ def test_every_entry_of_a_forked_child_says_spawn_or_forkserver(peer: Peer) -> N
         """
         import asyncio, inspect, warnings
         warnings.simplefilter("ignore")
-        from tinsmith.v1 import connect
+        from tinsmith.cluster import connect
 
         service = tinsmith.ServiceClient(address)
         trainer = service.create_lora_training_client("base").result(20)

@@ -10,8 +10,8 @@ import pytest
 
 import tinsmith
 from faults.peer import Peer
-from tinsmith.v1 import connect
-from tinsmith.v1.connection import channel_options, proxy_note
+from tinsmith.addresses import channel_options, proxy_note
+from tinsmith.cluster import connect
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 

@@ -9,7 +9,7 @@ import pytest
 
 import tinsmith
 from tinsmith import types
-from tinsmith.v1.connection import service_address
+from tinsmith.addresses import service_address
 
 
 def test_every_public_name_is_there() -> None:

@@ -17,9 +17,11 @@ from tinsmith._convert import sampling_params_to_pb
 from tinsmithd.config import SamplerConfig, TrainingConfig
 from tinsmithd.convert import sampler as sampler_convert
 from tinsmithd.convert import types as convert
+from tinsmithd.convert.times import ttl_from_pb
 from tinsmithd.domain import BaseModelInfo, LoraConfig
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.rpc.intake import Intake
+from tinsmithd.rpc.paging import page_of
 from tinsmithd.sampler.validate import RequestLimits, check_request
 from tinsmithd.training import requests
 from tinsmithd.training.requests import DataLimits
@@ -61,7 +63,7 @@ def read_save(message: Any) -> None:
     """As SaveCheckpoint does."""
     convert.kind_from_pb(message.kind, "kind")
     convert.name_from_pb(message.name, "name")
-    convert.ttl_from_pb(message.ttl_seconds, "ttl_seconds")
+    ttl_from_pb(message.ttl, "ttl")
     convert.metadata_from_pb(message.user_metadata, "user_metadata")
 
 
@@ -71,8 +73,8 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "OptimStep": lambda m: convert.adam_from_pb(m.adam_params, "adam_params"),
     "CreateModel": lambda m: convert.tuning_to_pb(convert.tuning_from_pb(m, "", 256)),
     "SaveCheckpoint": read_save,
-    "LoadCheckpoint": lambda m: convert.path_from_pb(m.path, "path"),
-    "ListModels": lambda m: convert.page_from_pb(m.page_size, m.page_token),
+    "LoadCheckpoint": lambda m: convert.path_from_pb(m.checkpoint_path, "checkpoint_path"),
+    "ListModels": lambda m: page_of(m.page_size, m.page_token),
 }
 
 

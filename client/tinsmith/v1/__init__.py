@@ -1,21 +1,25 @@
-"""The contract as Python: every message and stub of `tinsmith.v1`, generated from `protos/`.
+"""The contract as Python: all messages and stubs, made from `protos/`.
 
 This is a public interface of its own; `tinsmith.ServiceClient` is one user of it. A complete
 script needs nothing else of ours but numpy (`examples/stubs_only.py`):
 
-    import tinsmith.v1 as v1
-    from tinsmith import tensors
+    from tinsmith import tensors, v1
+    from tinsmith.cluster import connect
 
-    cluster = v1.connect("localhost:50051")
+    cluster = connect("localhost:50051")
     info = cluster.training.GetCapabilities(v1.GetCapabilitiesRequest())
 
-The comments in `protos/tinsmith/v1/*.proto` are its specification.
+The comments in `protos/tinsmith/v1/*.proto` are its specification. Made by `make protos`: do not
+edit.
 """
 
 from tinsmith.v1.checkpoint_service_pb2 import (
     Checkpoint,
     CheckpointFile,
+    CheckpointLimits,
     CheckpointPiece,
+    CheckpointServiceGetCapabilitiesRequest,
+    CheckpointServiceGetCapabilitiesResponse,
     CopyCheckpointRequest,
     CopyCheckpointResponse,
     DeleteCheckpointRequest,
@@ -30,6 +34,8 @@ from tinsmith.v1.checkpoint_service_pb2 import (
     ListCheckpointsResponse,
     ReadCheckpointRequest,
     ReadCheckpointResponse,
+    ReleaseModelsRequest,
+    ReleaseModelsResponse,
     RenewLeasesRequest,
     RenewLeasesResponse,
     UpdateCheckpointRequest,
@@ -44,10 +50,6 @@ from tinsmith.v1.checkpoint_service_pb2_grpc import (
     CheckpointServiceStub,
     add_CheckpointServiceServicer_to_server,
 )
-from tinsmith.v1.connection import (
-    Cluster,
-    connect,
-)
 from tinsmith.v1.error_reason_pb2 import (
     ErrorReason,
     ErrorRetry,
@@ -57,14 +59,14 @@ from tinsmith.v1.error_reason_pb2 import (
 from tinsmith.v1.sampler_service_pb2 import (
     ComputeLogprobsRequest,
     ComputeLogprobsResponse,
-    GetSamplerCapabilitiesRequest,
-    GetSamplerCapabilitiesResponse,
     GetTokenizerRequest,
     GetTokenizerResponse,
     PromptLogprobs,
     SampleRequest,
     SampleResponse,
     SamplerLimits,
+    SamplerServiceGetCapabilitiesRequest,
+    SamplerServiceGetCapabilitiesResponse,
     SamplingParams,
     SequenceDelta,
     StopCondition,
@@ -90,7 +92,6 @@ from tinsmith.v1.training_service_pb2 import (
     GetCapabilitiesResponse,
     GetModelRequest,
     GetModelResponse,
-    Limits,
     ListModelsRequest,
     ListModelsResponse,
     LoadCheckpointRequest,
@@ -101,6 +102,7 @@ from tinsmith.v1.training_service_pb2 import (
     OptimStepResponse,
     SaveCheckpointRequest,
     SaveCheckpointResponse,
+    TrainingLimits,
 )
 from tinsmith.v1.training_service_pb2_grpc import (
     TrainingServiceServicer,
@@ -116,6 +118,7 @@ from tinsmith.v1.types_pb2 import (
     Datum,
     DroLoss,
     Dtype,
+    Engine,
     FullConfig,
     GspoLoss,
     ImportanceSamplingLoss,
@@ -134,11 +137,13 @@ __all__ = [
     "Checkpoint",
     "CheckpointFile",
     "CheckpointKind",
+    "CheckpointLimits",
     "CheckpointPiece",
+    "CheckpointServiceGetCapabilitiesRequest",
+    "CheckpointServiceGetCapabilitiesResponse",
     "CheckpointServiceServicer",
     "CheckpointServiceStub",
     "CispoLoss",
-    "Cluster",
     "ComputeLogprobsRequest",
     "ComputeLogprobsResponse",
     "CopyCheckpointRequest",
@@ -155,6 +160,7 @@ __all__ = [
     "DroLoss",
     "Dtype",
     "DurabilityMode",
+    "Engine",
     "ErrorReason",
     "ErrorRetry",
     "ErrorRule",
@@ -172,14 +178,11 @@ __all__ = [
     "GetCheckpointResponse",
     "GetModelRequest",
     "GetModelResponse",
-    "GetSamplerCapabilitiesRequest",
-    "GetSamplerCapabilitiesResponse",
     "GetTokenizerRequest",
     "GetTokenizerResponse",
     "GspoLoss",
     "ImportanceSamplingLoss",
     "Lease",
-    "Limits",
     "ListCheckpointsRequest",
     "ListCheckpointsResponse",
     "ListModelsRequest",
@@ -198,11 +201,15 @@ __all__ = [
     "PromptLogprobs",
     "ReadCheckpointRequest",
     "ReadCheckpointResponse",
+    "ReleaseModelsRequest",
+    "ReleaseModelsResponse",
     "RenewLeasesRequest",
     "RenewLeasesResponse",
     "SampleRequest",
     "SampleResponse",
     "SamplerLimits",
+    "SamplerServiceGetCapabilitiesRequest",
+    "SamplerServiceGetCapabilitiesResponse",
     "SamplerServiceServicer",
     "SamplerServiceStub",
     "SamplingParams",
@@ -213,6 +220,7 @@ __all__ = [
     "StopReason",
     "Tensor",
     "TensorFormat",
+    "TrainingLimits",
     "TrainingServiceServicer",
     "TrainingServiceStub",
     "UpdateCheckpointRequest",
@@ -224,6 +232,5 @@ __all__ = [
     "add_CheckpointServiceServicer_to_server",
     "add_SamplerServiceServicer_to_server",
     "add_TrainingServiceServicer_to_server",
-    "connect",
     "error_rule",
 ]

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -55,6 +56,177 @@ tokenizer's files. Only for checkpoints that hold all weights.
 Global___ExportFormat: _TypeAlias = ExportFormat  # noqa: Y015
 
 @_typing.final
+class CheckpointServiceGetCapabilitiesRequest(_message.Message):
+    """Asks what the service can do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointServiceGetCapabilitiesRequest: _TypeAlias = CheckpointServiceGetCapabilitiesRequest  # noqa: Y015
+
+@_typing.final
+class CheckpointServiceGetCapabilitiesResponse(_message.Message):
+    """What the service can do. The first fields are those of every service's capabilities."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    EXPORT_FORMATS_FIELD_NUMBER: _builtins.int
+    server_version: _builtins.str
+    """Version of the server."""
+    @_builtins.property
+    def limits(self) -> Global___CheckpointLimits:
+        """Every limit that is enforced."""
+
+    @_builtins.property
+    def export_formats(self) -> _containers.RepeatedScalarFieldContainer[Global___ExportFormat.ValueType]:
+        """Formats of ExportCheckpoint."""
+
+    def __init__(
+        self,
+        *,
+        server_version: _builtins.str = ...,
+        limits: Global___CheckpointLimits | None = ...,
+        export_formats: _abc.Iterable[Global___ExportFormat.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["export_formats", b"export_formats", "limits", b"limits", "server_version", b"server_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointServiceGetCapabilitiesResponse: _TypeAlias = CheckpointServiceGetCapabilitiesResponse  # noqa: Y015
+
+@_typing.final
+class CheckpointLimits(_message.Message):
+    """Limits of the Checkpoint service. Limits of the same name mean the same in every service, and have the
+    same number below 16.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
+    CONCURRENT_CALLS_MAX_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    PEER_SHARE_MAX_FIELD_NUMBER: _builtins.int
+    STREAM_STALL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_MAX_FIELD_NUMBER: _builtins.int
+    RANK_MAX_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    USER_METADATA_ENTRIES_MAX_FIELD_NUMBER: _builtins.int
+    USER_METADATA_KEY_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    USER_METADATA_VALUE_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    TTL_MAX_FIELD_NUMBER: _builtins.int
+    PIECE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    FILES_MAX_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    STAGED_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    LEASES_MAX_FIELD_NUMBER: _builtins.int
+    MODEL_IDS_MAX_FIELD_NUMBER: _builtins.int
+    WRITER_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    WRITER_EPOCH_STEP_MAX_FIELD_NUMBER: _builtins.int
+    LEASE_ID_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    message_bytes_max: _builtins.int
+    """Largest single message, bytes."""
+    message_items_max: _builtins.int
+    """Most items of one message, whatever its bytes: each field that is set, at every level, each plain
+    number and each four bytes of text count as one.
+    """
+    concurrent_calls_max: _builtins.int
+    """Most calls under way at once, waiting ones included."""
+    received_bytes_max: _builtins.int
+    """Most bytes of requests that are held because their call is not complete."""
+    peer_share_max: _builtins.float
+    """Share of those two that one host may have, above 0 and up to 1."""
+    page_size_max: _builtins.int
+    """Largest page; a larger `page_size` means this one."""
+    rank_max: _builtins.int
+    """Largest LoRA rank."""
+    request_id_characters_max: _builtins.int
+    """Most characters of a `request_id`."""
+    user_metadata_entries_max: _builtins.int
+    """Most entries of `user_metadata`."""
+    user_metadata_key_characters_max: _builtins.int
+    """Most characters of one of its keys, at least 1."""
+    user_metadata_value_characters_max: _builtins.int
+    """Most characters of one of its values."""
+    piece_bytes_max: _builtins.int
+    """Most bytes of a file in one message."""
+    files_max: _builtins.int
+    """Most files of one checkpoint, and names in one request."""
+    checkpoint_bytes_max: _builtins.int
+    """Most bytes of one checkpoint."""
+    staged_bytes_max: _builtins.int
+    """Most bytes of checkpoints that are not complete; one host has `peer_share_max` of it."""
+    leases_max: _builtins.int
+    """Most leases to renew, and to end, in RenewLeases."""
+    model_ids_max: _builtins.int
+    """Most models in ReleaseModels."""
+    writer_characters_max: _builtins.int
+    """Most characters of a `writer`."""
+    writer_epoch_step_max: _builtins.int
+    """Most that a `writer_epoch` may be above the highest that was seen of its writer."""
+    lease_id_characters_max: _builtins.int
+    """Most characters of a `lease_id`."""
+    @_builtins.property
+    def stream_stall(self) -> _duration_pb2.Duration:
+        """Longest time in which a stream may stand still because of its peer."""
+
+    @_builtins.property
+    def ttl_max(self) -> _duration_pb2.Duration:
+        """Longest `ttl`."""
+
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """How long a lease on an ephemeral checkpoint lasts."""
+
+    def __init__(
+        self,
+        *,
+        message_bytes_max: _builtins.int = ...,
+        message_items_max: _builtins.int = ...,
+        concurrent_calls_max: _builtins.int = ...,
+        received_bytes_max: _builtins.int = ...,
+        peer_share_max: _builtins.float = ...,
+        stream_stall: _duration_pb2.Duration | None = ...,
+        page_size_max: _builtins.int = ...,
+        rank_max: _builtins.int = ...,
+        request_id_characters_max: _builtins.int = ...,
+        user_metadata_entries_max: _builtins.int = ...,
+        user_metadata_key_characters_max: _builtins.int = ...,
+        user_metadata_value_characters_max: _builtins.int = ...,
+        ttl_max: _duration_pb2.Duration | None = ...,
+        piece_bytes_max: _builtins.int = ...,
+        files_max: _builtins.int = ...,
+        checkpoint_bytes_max: _builtins.int = ...,
+        staged_bytes_max: _builtins.int = ...,
+        lease: _duration_pb2.Duration | None = ...,
+        leases_max: _builtins.int = ...,
+        model_ids_max: _builtins.int = ...,
+        writer_characters_max: _builtins.int = ...,
+        writer_epoch_step_max: _builtins.int = ...,
+        lease_id_characters_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes_max", b"checkpoint_bytes_max", "concurrent_calls_max", b"concurrent_calls_max", "files_max", b"files_max", "lease", b"lease", "lease_id_characters_max", b"lease_id_characters_max", "leases_max", b"leases_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "model_ids_max", b"model_ids_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "staged_bytes_max", b"staged_bytes_max", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max", "writer_characters_max", b"writer_characters_max", "writer_epoch_step_max", b"writer_epoch_step_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointLimits: _TypeAlias = CheckpointLimits  # noqa: Y015
+
+@_typing.final
 class Checkpoint(_message.Message):
     """What is known of a checkpoint."""
 
@@ -80,37 +252,40 @@ class Checkpoint(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
     FULL_CONFIG_FIELD_NUMBER: _builtins.int
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
-    SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    USER_METADATA_FIELD_NUMBER: _builtins.int
-    FILES_FIELD_NUMBER: _builtins.int
-    STEP_COUNT_FIELD_NUMBER: _builtins.int
     EPHEMERAL_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    FILES_FIELD_NUMBER: _builtins.int
+    USER_METADATA_FIELD_NUMBER: _builtins.int
+    checkpoint_path: _builtins.str
     """`tinsmith://<model_id>/<weights|sampler_weights>/<name>`."""
     model_id: _builtins.str
     """The model that it was saved from."""
+    owner: _builtins.str
+    """Who has it: `default` where keys are off."""
     kind: _types_pb2.CheckpointKind.ValueType
     """Its kind."""
     name: _builtins.str
     """Its name, unique per model and kind."""
     base_model: _builtins.str
     """Name of the base model."""
-    size_bytes: _builtins.int
-    """Bytes of all its files."""
     step_count: _builtins.int
     """Optimizer steps that the model had made."""
     ephemeral: _builtins.bool
     """It lives as long as somebody uses it, see above."""
+    size_bytes: _builtins.int
+    """Bytes of all its files."""
     digest: _builtins.bytes
     """Says what it holds, 32 bytes: equal for equal files, another once the name is overwritten. A
     SHA-256 over, for each file in order of its name, the SHA-256 of the name and `sha256`.
@@ -132,35 +307,36 @@ class Checkpoint(_message.Message):
         """From then on it is not found, and its bytes go some minutes later; unset means never."""
 
     @_builtins.property
-    def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Values that the user attached."""
-
-    @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointFile]:
         """Its files, sorted by name."""
+
+    @_builtins.property
+    def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Values that the user attached."""
 
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         model_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
         kind: _types_pb2.CheckpointKind.ValueType = ...,
         name: _builtins.str = ...,
         base_model: _builtins.str = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
         full_config: _types_pb2.FullConfig | None = ...,
+        step_count: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
-        size_bytes: _builtins.int = ...,
-        user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        files: _abc.Iterable[Global___CheckpointFile] | None = ...,
-        step_count: _builtins.int = ...,
         ephemeral: _builtins.bool = ...,
+        size_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
+        files: _abc.Iterable[Global___CheckpointFile] | None = ...,
+        user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "ephemeral", b"ephemeral", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "create_time", b"create_time", "digest", b"digest", "ephemeral", b"ephemeral", "expire_time", b"expire_time", "files", b"files", "full_config", b"full_config", "kind", b"kind", "lora_config", b"lora_config", "model_id", b"model_id", "name", b"name", "owner", b"owner", "size_bytes", b"size_bytes", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -213,7 +389,7 @@ class CheckpointPiece(_message.Message):
     offset: _builtins.int
     """Where in the file the bytes go."""
     data: _builtins.bytes
-    """At most 4 MiB."""
+    """At most `piece_bytes_max`."""
     crc32: _builtins.int
     """CRC-32 (IEEE 802.3, as in zlib) of `data`."""
     def __init__(
@@ -238,21 +414,21 @@ class GetCheckpointRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    checkpoint_path: _builtins.str
     """Its path."""
     lease_id: _builtins.str
-    """The lease that this grants or renews, see the service: up to 128 characters."""
+    """The lease that this grants or renews, see the service."""
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "lease_id", b"lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,25 +464,25 @@ class ListCheckpointsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    MODEL_ID_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most checkpoints to return. 0 means 100; more than `page_size_max` means that."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first."""
     model_id: _builtins.str
     """Only this model's; empty means all."""
     kind: _types_pb2.CheckpointKind.ValueType
     """Only this kind; UNSPECIFIED means all."""
-    page_size: _builtins.int
-    """Most checkpoints to return, 1 to 1,000. 0 means 100."""
-    page_token: _builtins.str
-    """`next_page_token` of the page before; empty for the first."""
     def __init__(
         self,
         *,
-        model_id: _builtins.str = ...,
-        kind: _types_pb2.CheckpointKind.ValueType = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        kind: _types_pb2.CheckpointKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -324,10 +500,10 @@ class ListCheckpointsResponse(_message.Message):
 
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    TOTAL_COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Token of the next page; empty on the last."""
-    total_count: _builtins.int
+    total_size: _builtins.int
     """Checkpoints in all that match."""
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
@@ -338,11 +514,11 @@ class ListCheckpointsResponse(_message.Message):
         *,
         checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
         next_page_token: _builtins.str = ...,
-        total_count: _builtins.int = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "next_page_token", b"next_page_token", "total_count", b"total_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,37 +550,39 @@ class UpdateCheckpointRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    PATH_FIELD_NUMBER: _builtins.int
-    TTL_SECONDS_FIELD_NUMBER: _builtins.int
-    USER_METADATA_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    TTL_FIELD_NUMBER: _builtins.int
+    USER_METADATA_FIELD_NUMBER: _builtins.int
+    checkpoint_path: _builtins.str
     """Its path."""
-    ttl_seconds: _builtins.int
-    """Seconds from now until it is deleted, 1 to 315,360,000; unset (with the mask) means never."""
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which of `ttl` and `user_metadata` to change. At least one."""
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long from now until it is deleted, whole seconds, from 1 to `ttl_max`; unset (with the mask)
+        means never.
+        """
+
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Replaces all metadata."""
 
-    @_builtins.property
-    def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which of `ttl_seconds` and `user_metadata` to change. At least one."""
-
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
-        ttl_seconds: _builtins.int | None = ...,
-        user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        checkpoint_path: _builtins.str = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds", "update_mask", b"update_mask"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "path", b"path", "ttl_seconds", b"ttl_seconds", "update_mask", b"update_mask", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "ttl", b"ttl", "update_mask", b"update_mask", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
-    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateCheckpointRequest: _TypeAlias = UpdateCheckpointRequest  # noqa: Y015
 
@@ -438,17 +616,17 @@ class DeleteCheckpointRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATH_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
+    checkpoint_path: _builtins.str
     """Its path."""
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -477,33 +655,33 @@ class CopyCheckpointRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SOURCE_PATH_FIELD_NUMBER: _builtins.int
-    DESTINATION_PATH_FIELD_NUMBER: _builtins.int
-    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    SOURCE_CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
+    DESTINATION_CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    source_path: _builtins.str
+    source_checkpoint_path: _builtins.str
     """Path of the original."""
-    destination_path: _builtins.str
+    destination_checkpoint_path: _builtins.str
     """Path of the copy; the kind must be the same."""
-    ttl_seconds: _builtins.int
-    """Seconds until the copy is deleted. Unset means never."""
     request_id: _builtins.str
-    """De-duplication key, up to 128 characters. Empty means not retry-safe."""
+    """De-duplication key. Empty means not retry-safe."""
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long until the copy is deleted, whole seconds, from 1 to `ttl_max`. Unset means never."""
+
     def __init__(
         self,
         *,
-        source_path: _builtins.str = ...,
-        destination_path: _builtins.str = ...,
-        ttl_seconds: _builtins.int | None = ...,
+        source_checkpoint_path: _builtins.str = ...,
+        destination_checkpoint_path: _builtins.str = ...,
+        ttl: _duration_pb2.Duration | None = ...,
         request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "destination_path", b"destination_path", "request_id", b"request_id", "source_path", b"source_path", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_checkpoint_path", b"destination_checkpoint_path", "request_id", b"request_id", "source_checkpoint_path", b"source_checkpoint_path", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
-    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CopyCheckpointRequest: _TypeAlias = CopyCheckpointRequest  # noqa: Y015
 
@@ -537,27 +715,27 @@ class ReadCheckpointRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     FILE_NAMES_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    checkpoint_path: _builtins.str
     """Its path."""
     lease_id: _builtins.str
     """As in GetCheckpointRequest."""
     @_builtins.property
     def file_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only these files, at most 64 names; empty means all."""
+        """Only these files, at most `files_max` names; empty means all."""
 
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         file_names: _abc.Iterable[_builtins.str] | None = ...,
         lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_names", b"file_names", "lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "file_names", b"file_names", "lease_id", b"lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -659,44 +837,40 @@ class WriteCheckpointHeader(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
     FULL_CONFIG_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
-    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
     OVERWRITE_FIELD_NUMBER: _builtins.int
+    EPHEMERAL_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     WRITER_EPOCH_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    EPHEMERAL_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    checkpoint_path: _builtins.str
     """Where it will be found."""
     base_model: _builtins.str
     """Name of the base model."""
     step_count: _builtins.int
     """Optimizer steps that the model had made."""
-    ttl_seconds: _builtins.int
-    """Seconds until it is deleted, 1 to 315,360,000. Unset means never."""
     overwrite: _builtins.bool
     """Replace a checkpoint of the same path, with all its metadata."""
+    ephemeral: _builtins.bool
+    """It lives as long as somebody uses it, see the service; `ttl` then counts from its last use."""
     writer: _builtins.str
-    """Who writes, where one writer may be replaced by another: a name that both have, up to 128
-    characters. Empty: nobody else.
-    """
+    """Who writes, where one writer may be replaced by another: a name that both have. Empty: nobody else."""
     writer_epoch: _builtins.int
     """Rises with every replacement of `writer`, and needs it. Below the highest that this server has seen
     of that writer, at the header or at the commit, the write is refused as STALE_EPOCH, a repeat too. It
-    counts from the header on, even if the write fails. More than `writer_epoch_step_max` (1,000,000)
+    counts from the header on, even if the write fails. More than `writer_epoch_step_max`
     above that highest, or above 0 where there is none, it is INVALID_ARGUMENT, LIMIT_EXCEEDED, and does
     not count: epochs count restarts and do not jump.
     """
     request_id: _builtins.str
-    """De-duplication key, up to 128 characters. Empty means not retry-safe."""
-    ephemeral: _builtins.bool
-    """It lives as long as somebody uses it, see the service; `ttl_seconds` then counts from its last use."""
+    """De-duplication key. Empty means not retry-safe."""
     lease_id: _builtins.str
     """The first lease on an ephemeral one, as in GetCheckpointRequest. It is no part of what a repeat must
     have in common with the first request.
@@ -710,37 +884,36 @@ class WriteCheckpointHeader(_message.Message):
         """All weights."""
 
     @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long until it is deleted, whole seconds, from 1 to `ttl_max`. Unset means never."""
+
+    @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 64 entries, keys to 128 and values to 1,024 characters."""
+        """Values to attach; see the limits."""
 
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         base_model: _builtins.str = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
         full_config: _types_pb2.FullConfig | None = ...,
         step_count: _builtins.int = ...,
-        ttl_seconds: _builtins.int | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
         overwrite: _builtins.bool = ...,
+        ephemeral: _builtins.bool = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         writer: _builtins.str = ...,
         writer_epoch: _builtins.int = ...,
         request_id: _builtins.str = ...,
-        ephemeral: _builtins.bool = ...,
         lease_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "full_config", b"full_config", "lora_config", b"lora_config", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "ttl", b"ttl", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "base_model", b"base_model", "ephemeral", b"ephemeral", "full_config", b"full_config", "lease_id", b"lease_id", "lora_config", b"lora_config", "overwrite", b"overwrite", "path", b"path", "request_id", b"request_id", "step_count", b"step_count", "ttl_seconds", b"ttl_seconds", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "ephemeral", b"ephemeral", "full_config", b"full_config", "lease_id", b"lease_id", "lora_config", b"lora_config", "overwrite", b"overwrite", "request_id", b"request_id", "step_count", b"step_count", "ttl", b"ttl", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
-    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___WriteCheckpointHeader: _TypeAlias = WriteCheckpointHeader  # noqa: Y015
@@ -754,7 +927,7 @@ class WriteCheckpointCommit(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointFile]:
-        """Every file with length and digest, at most 64."""
+        """Every file with length and digest, at most `files_max`."""
 
     def __init__(
         self,
@@ -799,21 +972,21 @@ class Lease(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    checkpoint_path: _builtins.str
     """Path of the checkpoint."""
     lease_id: _builtins.str
-    """Which lease: up to 128 characters that the holder drew at random. Empty: one that can only run out."""
+    """Which lease: what the holder drew at random. Empty: one that can only run out."""
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "lease_id", b"lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -829,11 +1002,11 @@ class RenewLeasesRequest(_message.Message):
     RELEASED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lease]:
-        """Leases to grant or to renew, at most 1,000."""
+        """Leases to grant or to renew, at most `leases_max`."""
 
     @_builtins.property
     def released(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lease]:
-        """Leases that end now, at most 1,000, each with its id."""
+        """Leases that end now, at most `leases_max`, each with its id."""
 
     def __init__(
         self,
@@ -855,23 +1028,25 @@ class RenewLeasesResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASE_SECONDS_FIELD_NUMBER: _builtins.int
-    NOT_FOUND_PATHS_FIELD_NUMBER: _builtins.int
-    lease_seconds: _builtins.float
-    """So long they last from now on, seconds."""
+    LEASE_FIELD_NUMBER: _builtins.int
+    NOT_FOUND_CHECKPOINT_PATHS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def not_found_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def lease(self) -> _duration_pb2.Duration:
+        """How long they last from now on."""
+
+    @_builtins.property
+    def not_found_checkpoint_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Those paths of `leases` at which there is nothing (any more)."""
 
     def __init__(
         self,
         *,
-        lease_seconds: _builtins.float = ...,
-        not_found_paths: _abc.Iterable[_builtins.str] | None = ...,
+        lease: _duration_pb2.Duration | None = ...,
+        not_found_checkpoint_paths: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_seconds", b"lease_seconds", "not_found_paths", b"not_found_paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "not_found_checkpoint_paths", b"not_found_checkpoint_paths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -892,7 +1067,7 @@ class ReleaseModelsRequest(_message.Message):
     """Its epoch, as there."""
     @_builtins.property
     def model_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Their ids, at most 1,000; unknown ones are no error."""
+        """Their ids, at most `model_ids_max`; unknown ones are no error."""
 
     def __init__(
         self,
@@ -918,8 +1093,8 @@ class ReleaseModelsResponse(_message.Message):
     KEPT_MODEL_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def kept_model_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Models with ephemeral checkpoints of this writer that were not released, at most 1,000. Empty without
-        a writer.
+        """Models with ephemeral checkpoints of this writer that were not released, at most `model_ids_max`.
+        Empty without a writer.
         """
 
     def __init__(
@@ -941,21 +1116,21 @@ class ExportCheckpointRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    checkpoint_path: _builtins.str
     """Path of the checkpoint, of either kind."""
     format: Global___ExportFormat.ValueType
     """Format of the archive."""
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         format: Global___ExportFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "format", b"format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,7 +36,7 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -64,6 +64,11 @@ class CheckpointServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetCapabilities = channel.unary_unary(
+                '/tinsmith.v1.CheckpointService/GetCapabilities',
+                request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.CheckpointServiceGetCapabilitiesRequest.SerializeToString,
+                response_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.CheckpointServiceGetCapabilitiesResponse.FromString,
+                _registered_method=True)
         self.GetCheckpoint = channel.unary_unary(
                 '/tinsmith.v1.CheckpointService/GetCheckpoint',
                 request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.GetCheckpointRequest.SerializeToString,
@@ -127,7 +132,7 @@ class CheckpointServiceServicer:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -149,6 +154,13 @@ class CheckpointServiceServicer:
     room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
 
+    def GetCapabilities(self, request, context):
+        """Says every limit. There are no method-specific errors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCheckpoint(self, request, context):
         """Returns what is known of one checkpoint.
         """
@@ -158,7 +170,7 @@ class CheckpointServiceServicer:
 
     def ListCheckpoints(self, request, context):
         """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
-        INVALID_ARGUMENT for a bad page.
+        INVALID_ARGUMENT for a page token that this server did not give, or a `page_size` below 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,10 +230,10 @@ class CheckpointServiceServicer:
 
     def RenewLeases(self, request, context):
         """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
-        one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+        one sends this a few times in `lease`. A repeat renews again, and ends nothing more. It never
         fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
-        Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
-        either; then nothing is renewed or ended.
+        Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or too many of either;
+        then nothing is renewed or ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,7 +243,7 @@ class CheckpointServiceServicer:
         """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
         its sake; leases count all the same. For Training servers: the answer names the models of this writer
         whose newest one is still kept, so that a server that was away can say which of them are gone. A
-        repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+        repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
         FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -249,6 +261,11 @@ class CheckpointServiceServicer:
 
 def add_CheckpointServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetCapabilities': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCapabilities,
+                    request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.CheckpointServiceGetCapabilitiesRequest.FromString,
+                    response_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.CheckpointServiceGetCapabilitiesResponse.SerializeToString,
+            ),
             'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCheckpoint,
                     request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.GetCheckpointRequest.FromString,
@@ -318,7 +335,7 @@ class CheckpointService:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -339,6 +356,33 @@ class CheckpointService:
     helps. Where the storage fails it is UNAVAILABLE (CHECKPOINT_UNAVAILABLE), and where a change finds no
     room RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
+
+    @staticmethod
+    def GetCapabilities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinsmith.v1.CheckpointService/GetCapabilities',
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.CheckpointServiceGetCapabilitiesRequest.SerializeToString,
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.CheckpointServiceGetCapabilitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetCheckpoint(request,

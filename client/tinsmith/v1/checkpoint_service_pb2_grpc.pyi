@@ -37,7 +37,7 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -63,11 +63,13 @@ class CheckpointServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CheckpointServiceAsyncStub: ...
+    GetCapabilities: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.CheckpointServiceGetCapabilitiesRequest, _checkpoint_service_pb2.CheckpointServiceGetCapabilitiesResponse]
+    """Says every limit. There are no method-specific errors."""
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.GetCheckpointRequest, _checkpoint_service_pb2.GetCheckpointResponse]
     """Returns what is known of one checkpoint."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ListCheckpointsRequest, _checkpoint_service_pb2.ListCheckpointsResponse]
     """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
-    INVALID_ARGUMENT for a bad page.
+    INVALID_ARGUMENT for a page token that this server did not give, or a `page_size` below 0.
     """
     UpdateCheckpoint: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]
     """Changes the time to live or the metadata. A repeat changes nothing more. A time to live, or none, makes
@@ -102,16 +104,16 @@ class CheckpointServiceStub:
     """
     RenewLeases: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.RenewLeasesRequest, _checkpoint_service_pb2.RenewLeasesResponse]
     """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
-    one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+    one sends this a few times in `lease`. A repeat renews again, and ends nothing more. It never
     fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
-    Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
-    either; then nothing is renewed or ended.
+    Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or too many of either;
+    then nothing is renewed or ended.
     """
     ReleaseModels: _grpc.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ReleaseModelsRequest, _checkpoint_service_pb2.ReleaseModelsResponse]
     """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
     its sake; leases count all the same. For Training servers: the answer names the models of this writer
     whose newest one is still kept, so that a server that was away can say which of them are gone. A
-    repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+    repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
     FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
     """
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]
@@ -131,7 +133,7 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -154,11 +156,13 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetCapabilities: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.CheckpointServiceGetCapabilitiesRequest, _checkpoint_service_pb2.CheckpointServiceGetCapabilitiesResponse]  # type: ignore[assignment]
+    """Says every limit. There are no method-specific errors."""
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.GetCheckpointRequest, _checkpoint_service_pb2.GetCheckpointResponse]  # type: ignore[assignment]
     """Returns what is known of one checkpoint."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ListCheckpointsRequest, _checkpoint_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
-    INVALID_ARGUMENT for a bad page.
+    INVALID_ARGUMENT for a page token that this server did not give, or a `page_size` below 0.
     """
     UpdateCheckpoint: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.UpdateCheckpointRequest, _checkpoint_service_pb2.UpdateCheckpointResponse]  # type: ignore[assignment]
     """Changes the time to live or the metadata. A repeat changes nothing more. A time to live, or none, makes
@@ -193,16 +197,16 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     """
     RenewLeases: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.RenewLeasesRequest, _checkpoint_service_pb2.RenewLeasesResponse]  # type: ignore[assignment]
     """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
-    one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+    one sends this a few times in `lease`. A repeat renews again, and ends nothing more. It never
     fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
-    Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
-    either; then nothing is renewed or ended.
+    Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or too many of either;
+    then nothing is renewed or ended.
     """
     ReleaseModels: _aio.UnaryUnaryMultiCallable[_checkpoint_service_pb2.ReleaseModelsRequest, _checkpoint_service_pb2.ReleaseModelsResponse]  # type: ignore[assignment]
     """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
     its sake; leases count all the same. For Training servers: the answer names the models of this writer
     whose newest one is still kept, so that a server that was away can say which of them are gone. A
-    repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+    repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
     FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
     """
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
@@ -221,7 +225,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease of `lease_seconds`: the write grants the first one;
+    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -244,6 +248,14 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     """
 
     @_abc_1.abstractmethod
+    def GetCapabilities(
+        self,
+        request: _checkpoint_service_pb2.CheckpointServiceGetCapabilitiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoint_service_pb2.CheckpointServiceGetCapabilitiesResponse, _abc.Awaitable[_checkpoint_service_pb2.CheckpointServiceGetCapabilitiesResponse]]:
+        """Says every limit. There are no method-specific errors."""
+
+    @_abc_1.abstractmethod
     def GetCheckpoint(
         self,
         request: _checkpoint_service_pb2.GetCheckpointRequest,
@@ -258,7 +270,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_checkpoint_service_pb2.ListCheckpointsResponse]]:
         """Lists checkpoints, newest first, in pages. What is damaged is left out, but counted. Errors:
-        INVALID_ARGUMENT for a bad page.
+        INVALID_ARGUMENT for a page token that this server did not give, or a `page_size` below 0.
         """
 
     @_abc_1.abstractmethod
@@ -329,10 +341,10 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoint_service_pb2.RenewLeasesResponse, _abc.Awaitable[_checkpoint_service_pb2.RenewLeasesResponse]]:
         """Renews leases on ephemeral checkpoints, and ends others; on ordinary ones it does nothing. Whoever holds
-        one sends this a few times in `lease_seconds`. A repeat renews again, and ends nothing more. It never
+        one sends this a few times in `lease`. A repeat renews again, and ends nothing more. It never
         fails for a path or a lease that is not there: the answer names the paths of `leases` that are not.
-        Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or more than 1,000 of
-        either; then nothing is renewed or ended.
+        Errors: INVALID_ARGUMENT for a bad path, a long id, an empty one in `released`, or too many of either;
+        then nothing is renewed or ended.
         """
 
     @_abc_1.abstractmethod
@@ -344,7 +356,7 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says that models are gone for good, so that the newest ephemeral checkpoint of each is not kept for
         its sake; leases count all the same. For Training servers: the answer names the models of this writer
         whose newest one is still kept, so that a server that was away can say which of them are gone. A
-        repeat changes nothing more. Errors: INVALID_ARGUMENT for more than 1,000 models;
+        repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
         FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
         """
 

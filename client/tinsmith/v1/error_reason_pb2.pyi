@@ -107,8 +107,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The device has not enough memory for this call."""
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 26
     """The storage has no room."""
-    ERROR_REASON_TRAINER_UNAVAILABLE: _ErrorReason.ValueType  # 27
-    """No trainer is attached: it is loading or it was lost."""
+    ERROR_REASON_RANK_GROUP_UNAVAILABLE: _ErrorReason.ValueType  # 27
+    """No rank group is attached: it is loading or it was lost."""
     ERROR_REASON_SAMPLER_UNAVAILABLE: _ErrorReason.ValueType  # 28
     """The Sampler is still loading its base model."""
     ERROR_REASON_CHECKPOINT_UNAVAILABLE: _ErrorReason.ValueType  # 29
@@ -129,7 +129,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The ranks died during this call, by themselves, as often as `call_attempts_max` allows; its
     number is used and it had no effect.
     """
-    ERROR_REASON_TRAINER_MISMATCH: _ErrorReason.ValueType  # 36
+    ERROR_REASON_RANK_GROUP_MISMATCH: _ErrorReason.ValueType  # 36
     """The model's calls were computed by other ranks than are attached now: another base model,
     precision or number of ranks. The message says what differs.
     """
@@ -146,7 +146,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     way, or too many bytes of calls that are not complete. Nothing was done.
     """
     ERROR_REASON_STREAM_STALLED: _ErrorReason.ValueType  # 41
-    """The peer of a stream stood still for `stream_stall_s`: it sent nothing though the call was not
+    """The peer of a stream stood still for `stream_stall`: it sent nothing though the call was not
     complete (nothing was done), or it read nothing of the answer (the same call again is answered
     from its start).
     """
@@ -210,8 +210,8 @@ ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 25
 """The device has not enough memory for this call."""
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 26
 """The storage has no room."""
-ERROR_REASON_TRAINER_UNAVAILABLE: ErrorReason.ValueType  # 27
-"""No trainer is attached: it is loading or it was lost."""
+ERROR_REASON_RANK_GROUP_UNAVAILABLE: ErrorReason.ValueType  # 27
+"""No rank group is attached: it is loading or it was lost."""
 ERROR_REASON_SAMPLER_UNAVAILABLE: ErrorReason.ValueType  # 28
 """The Sampler is still loading its base model."""
 ERROR_REASON_CHECKPOINT_UNAVAILABLE: ErrorReason.ValueType  # 29
@@ -232,7 +232,7 @@ ERROR_REASON_CALL_POISONED: ErrorReason.ValueType  # 35
 """The ranks died during this call, by themselves, as often as `call_attempts_max` allows; its
 number is used and it had no effect.
 """
-ERROR_REASON_TRAINER_MISMATCH: ErrorReason.ValueType  # 36
+ERROR_REASON_RANK_GROUP_MISMATCH: ErrorReason.ValueType  # 36
 """The model's calls were computed by other ranks than are attached now: another base model,
 precision or number of ranks. The message says what differs.
 """
@@ -249,7 +249,7 @@ ERROR_REASON_SERVER_BUSY: ErrorReason.ValueType  # 40
 way, or too many bytes of calls that are not complete. Nothing was done.
 """
 ERROR_REASON_STREAM_STALLED: ErrorReason.ValueType  # 41
-"""The peer of a stream stood still for `stream_stall_s`: it sent nothing though the call was not
+"""The peer of a stream stood still for `stream_stall`: it sent nothing though the call was not
 complete (nothing was done), or it read nothing of the answer (the same call again is answered
 from its start).
 """

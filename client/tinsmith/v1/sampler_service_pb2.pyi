@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -45,7 +46,7 @@ STOP_REASON_LENGTH: StopReason.ValueType  # 2
 Global___StopReason: _TypeAlias = StopReason  # noqa: Y015
 
 @_typing.final
-class GetSamplerCapabilitiesRequest(_message.Message):
+class SamplerServiceGetCapabilitiesRequest(_message.Message):
     """Asks what the Sampler can do."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -59,37 +60,37 @@ class GetSamplerCapabilitiesRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetSamplerCapabilitiesRequest: _TypeAlias = GetSamplerCapabilitiesRequest  # noqa: Y015
+Global___SamplerServiceGetCapabilitiesRequest: _TypeAlias = SamplerServiceGetCapabilitiesRequest  # noqa: Y015
 
 @_typing.final
-class GetSamplerCapabilitiesResponse(_message.Message):
-    """What the Sampler can do."""
+class SamplerServiceGetCapabilitiesResponse(_message.Message):
+    """What the Sampler can do. The first fields are those of every service's capabilities."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    BASE_MODELS_FIELD_NUMBER: _builtins.int
-    LIMITS_FIELD_NUMBER: _builtins.int
-    ENGINE_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
-    engine: _builtins.str
-    """Sampling engine, such as "transformers"."""
+    LIMITS_FIELD_NUMBER: _builtins.int
+    BASE_MODELS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
     """Version of the server."""
-    @_builtins.property
-    def base_models(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.BaseModel]:
-        """Base models that can be sampled now. Empty while loading."""
-
+    engine: _types_pb2.Engine.ValueType
+    """What samples."""
     @_builtins.property
     def limits(self) -> Global___SamplerLimits:
         """Every limit that is enforced."""
 
+    @_builtins.property
+    def base_models(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.BaseModel]:
+        """Base models that can be sampled now. Empty while loading."""
+
     def __init__(
         self,
         *,
-        base_models: _abc.Iterable[_types_pb2.BaseModel] | None = ...,
-        limits: Global___SamplerLimits | None = ...,
-        engine: _builtins.str = ...,
         server_version: _builtins.str = ...,
+        limits: Global___SamplerLimits | None = ...,
+        base_models: _abc.Iterable[_types_pb2.BaseModel] | None = ...,
+        engine: _types_pb2.Engine.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -97,37 +98,60 @@ class GetSamplerCapabilitiesResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetSamplerCapabilitiesResponse: _TypeAlias = GetSamplerCapabilitiesResponse  # noqa: Y015
+Global___SamplerServiceGetCapabilitiesResponse: _TypeAlias = SamplerServiceGetCapabilitiesResponse  # noqa: Y015
 
 @_typing.final
 class SamplerLimits(_message.Message):
-    """Limits of the Sampler. A call over a limit is refused before it takes memory."""
+    """Limits of the Sampler. A call over a limit is refused before it takes memory. Limits of the same name
+    mean the same in every service, and have the same number below 16.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
+    CONCURRENT_CALLS_MAX_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    PEER_SHARE_MAX_FIELD_NUMBER: _builtins.int
+    STREAM_STALL_FIELD_NUMBER: _builtins.int
+    RANK_MAX_FIELD_NUMBER: _builtins.int
+    CHUNKS_MAX_FIELD_NUMBER: _builtins.int
+    PIECE_BYTES_MAX_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_MAX_FIELD_NUMBER: _builtins.int
+    SAMPLE_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     STOPS_MAX_FIELD_NUMBER: _builtins.int
+    STOP_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
     TOPK_MAX_FIELD_NUMBER: _builtins.int
     RUNNING_MAX_FIELD_NUMBER: _builtins.int
     WAITING_MAX_FIELD_NUMBER: _builtins.int
     ADAPTERS_MAX_FIELD_NUMBER: _builtins.int
-    SAMPLE_TOKENS_MAX_FIELD_NUMBER: _builtins.int
-    MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
-    CHUNKS_MAX_FIELD_NUMBER: _builtins.int
-    STOP_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
-    RANK_MAX_FIELD_NUMBER: _builtins.int
     ADAPTER_BYTES_MAX_FIELD_NUMBER: _builtins.int
-    CONCURRENT_CALLS_MAX_FIELD_NUMBER: _builtins.int
-    RECEIVED_BYTES_MAX_FIELD_NUMBER: _builtins.int
-    PEER_SHARE_MAX_FIELD_NUMBER: _builtins.int
-    STREAM_STALL_S_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
+    message_items_max: _builtins.int
+    """Most items of one message, whatever its bytes: each field that is set, at every level, each plain
+    number and each four bytes of text count as one.
+    """
+    concurrent_calls_max: _builtins.int
+    """Most calls under way at once, waiting ones included."""
+    received_bytes_max: _builtins.int
+    """Most bytes of requests that are held because their call is not complete."""
+    peer_share_max: _builtins.float
+    """Share of those two that one host may have, above 0 and up to 1."""
+    rank_max: _builtins.int
+    """Largest LoRA rank that is served."""
+    chunks_max: _builtins.int
+    """Most chunks of one prompt."""
+    piece_bytes_max: _builtins.int
+    """Most bytes of a file in one message, see GetTokenizer."""
     num_samples_max: _builtins.int
     """Most samples of one call."""
+    sample_tokens_max: _builtins.int
+    """Most tokens of one call: `num_samples` times the prompt and `max_tokens` together."""
     stops_max: _builtins.int
     """Most stop strings or stop tokens of one call."""
+    stop_characters_max: _builtins.int
+    """Most characters of one stop string."""
     topk_max: _builtins.int
     """Most alternatives per position in `topk_prompt_logprobs`."""
     running_max: _builtins.int
@@ -136,50 +160,37 @@ class SamplerLimits(_message.Message):
     """Calls that may wait behind those."""
     adapters_max: _builtins.int
     """Adapters held in memory at once."""
-    sample_tokens_max: _builtins.int
-    """Most tokens of one call: `num_samples` times the prompt and `max_tokens` together."""
-    message_items_max: _builtins.int
-    """Most items of one message, see TrainingService's Limits."""
-    chunks_max: _builtins.int
-    """Most chunks of one prompt."""
-    stop_characters_max: _builtins.int
-    """Most characters of one stop string."""
-    rank_max: _builtins.int
-    """Largest LoRA rank that is served."""
     adapter_bytes_max: _builtins.int
     """Largest checkpoint that is served, bytes."""
-    concurrent_calls_max: _builtins.int
-    """Most calls under way at once, waiting ones included."""
-    received_bytes_max: _builtins.int
-    """Most bytes of requests that are held."""
-    peer_share_max: _builtins.float
-    """Share of those two that one host may have, above 0 and up to 1."""
-    stream_stall_s: _builtins.float
-    """Longest time in which a stream may stand still because of its peer, seconds."""
+    @_builtins.property
+    def stream_stall(self) -> _duration_pb2.Duration:
+        """Longest time in which a stream may stand still because of its peer."""
+
     def __init__(
         self,
         *,
         message_bytes_max: _builtins.int = ...,
+        message_items_max: _builtins.int = ...,
+        concurrent_calls_max: _builtins.int = ...,
+        received_bytes_max: _builtins.int = ...,
+        peer_share_max: _builtins.float = ...,
+        stream_stall: _duration_pb2.Duration | None = ...,
+        rank_max: _builtins.int = ...,
+        chunks_max: _builtins.int = ...,
+        piece_bytes_max: _builtins.int = ...,
         num_samples_max: _builtins.int = ...,
+        sample_tokens_max: _builtins.int = ...,
         stops_max: _builtins.int = ...,
+        stop_characters_max: _builtins.int = ...,
         topk_max: _builtins.int = ...,
         running_max: _builtins.int = ...,
         waiting_max: _builtins.int = ...,
         adapters_max: _builtins.int = ...,
-        sample_tokens_max: _builtins.int = ...,
-        message_items_max: _builtins.int = ...,
-        chunks_max: _builtins.int = ...,
-        stop_characters_max: _builtins.int = ...,
-        rank_max: _builtins.int = ...,
         adapter_bytes_max: _builtins.int = ...,
-        concurrent_calls_max: _builtins.int = ...,
-        received_bytes_max: _builtins.int = ...,
-        peer_share_max: _builtins.float = ...,
-        stream_stall_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stream_stall", b"stream_stall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_max", b"adapters_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall_s", b"stream_stall_s", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_max", b"adapters_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall", b"stream_stall", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

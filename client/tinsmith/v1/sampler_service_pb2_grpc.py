@@ -38,10 +38,10 @@ class SamplerServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.GetSamplerCapabilities = channel.unary_unary(
-                '/tinsmith.v1.SamplerService/GetSamplerCapabilities',
-                request_serializer=tinsmith_dot_v1_dot_sampler__service__pb2.GetSamplerCapabilitiesRequest.SerializeToString,
-                response_deserializer=tinsmith_dot_v1_dot_sampler__service__pb2.GetSamplerCapabilitiesResponse.FromString,
+        self.GetCapabilities = channel.unary_unary(
+                '/tinsmith.v1.SamplerService/GetCapabilities',
+                request_serializer=tinsmith_dot_v1_dot_sampler__service__pb2.SamplerServiceGetCapabilitiesRequest.SerializeToString,
+                response_deserializer=tinsmith_dot_v1_dot_sampler__service__pb2.SamplerServiceGetCapabilitiesResponse.FromString,
                 _registered_method=True)
         self.Sample = channel.unary_stream(
                 '/tinsmith.v1.SamplerService/Sample',
@@ -67,7 +67,7 @@ class SamplerServiceServicer:
     ERRORS, BOUNDS and what is UNKNOWN are as TrainingService describes them.
     """
 
-    def GetSamplerCapabilities(self, request, context):
+    def GetCapabilities(self, request, context):
         """Says which base model is served and every limit. No method-specific errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -107,10 +107,10 @@ class SamplerServiceServicer:
 
 def add_SamplerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'GetSamplerCapabilities': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetSamplerCapabilities,
-                    request_deserializer=tinsmith_dot_v1_dot_sampler__service__pb2.GetSamplerCapabilitiesRequest.FromString,
-                    response_serializer=tinsmith_dot_v1_dot_sampler__service__pb2.GetSamplerCapabilitiesResponse.SerializeToString,
+            'GetCapabilities': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCapabilities,
+                    request_deserializer=tinsmith_dot_v1_dot_sampler__service__pb2.SamplerServiceGetCapabilitiesRequest.FromString,
+                    response_serializer=tinsmith_dot_v1_dot_sampler__service__pb2.SamplerServiceGetCapabilitiesResponse.SerializeToString,
             ),
             'Sample': grpc.unary_stream_rpc_method_handler(
                     servicer.Sample,
@@ -143,7 +143,7 @@ class SamplerService:
     """
 
     @staticmethod
-    def GetSamplerCapabilities(request,
+    def GetCapabilities(request,
             target,
             options=(),
             channel_credentials=None,
@@ -156,9 +156,9 @@ class SamplerService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/tinsmith.v1.SamplerService/GetSamplerCapabilities',
-            tinsmith_dot_v1_dot_sampler__service__pb2.GetSamplerCapabilitiesRequest.SerializeToString,
-            tinsmith_dot_v1_dot_sampler__service__pb2.GetSamplerCapabilitiesResponse.FromString,
+            '/tinsmith.v1.SamplerService/GetCapabilities',
+            tinsmith_dot_v1_dot_sampler__service__pb2.SamplerServiceGetCapabilitiesRequest.SerializeToString,
+            tinsmith_dot_v1_dot_sampler__service__pb2.SamplerServiceGetCapabilitiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,7 +37,7 @@ class SamplerServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SamplerServiceAsyncStub: ...
-    GetSamplerCapabilities: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.GetSamplerCapabilitiesRequest, _sampler_service_pb2.GetSamplerCapabilitiesResponse]
+    GetCapabilities: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.SamplerServiceGetCapabilitiesRequest, _sampler_service_pb2.SamplerServiceGetCapabilitiesResponse]
     """Says which base model is served and every limit. No method-specific errors."""
     Sample: _grpc.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]
     """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
@@ -66,7 +66,7 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    GetSamplerCapabilities: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.GetSamplerCapabilitiesRequest, _sampler_service_pb2.GetSamplerCapabilitiesResponse]  # type: ignore[assignment]
+    GetCapabilities: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.SamplerServiceGetCapabilitiesRequest, _sampler_service_pb2.SamplerServiceGetCapabilitiesResponse]  # type: ignore[assignment]
     """Says which base model is served and every limit. No method-specific errors."""
     Sample: _aio.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]  # type: ignore[assignment]
     """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
@@ -94,11 +94,11 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
     """
 
     @_abc_1.abstractmethod
-    def GetSamplerCapabilities(
+    def GetCapabilities(
         self,
-        request: _sampler_service_pb2.GetSamplerCapabilitiesRequest,
+        request: _sampler_service_pb2.SamplerServiceGetCapabilitiesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_sampler_service_pb2.GetSamplerCapabilitiesResponse, _abc.Awaitable[_sampler_service_pb2.GetSamplerCapabilitiesResponse]]:
+    ) -> _typing.Union[_sampler_service_pb2.SamplerServiceGetCapabilitiesResponse, _abc.Awaitable[_sampler_service_pb2.SamplerServiceGetCapabilitiesResponse]]:
         """Says which base model is served and every limit. No method-specific errors."""
 
     @_abc_1.abstractmethod

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -100,55 +101,57 @@ Global___GetCapabilitiesRequest: _TypeAlias = GetCapabilitiesRequest  # noqa: Y0
 
 @_typing.final
 class GetCapabilitiesResponse(_message.Message):
-    """What the cluster can do."""
+    """What the cluster can do. The first fields are those of every service's capabilities."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    BASE_MODELS_FIELD_NUMBER: _builtins.int
-    LOSS_FNS_FIELD_NUMBER: _builtins.int
+    SERVER_VERSION_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    BASE_MODELS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    LOSS_FNS_FIELD_NUMBER: _builtins.int
     DURABILITY_MODE_FIELD_NUMBER: _builtins.int
     SAMPLER_ADDRESS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_ADDRESS_FIELD_NUMBER: _builtins.int
-    SERVER_VERSION_FIELD_NUMBER: _builtins.int
-    ENGINE_FIELD_NUMBER: _builtins.int
-    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    server_version: _builtins.str
+    """Version of the server."""
+    engine: _types_pb2.Engine.ValueType
+    """What trains. Unset while there are no ranks."""
+    world_size: _builtins.int
+    """Number of ranks that train."""
     durability_mode: Global___DurabilityMode.ValueType
     """What survives a crash of the servers."""
     sampler_address: _builtins.str
-    """Address (host:port) of the Sampler; empty means the address that this call went to."""
+    """Address of the Sampler: `host:port`, or `:port` on the host that this call went to; empty means the
+    address that this call went to.
+    """
     checkpoint_address: _builtins.str
-    """Address (host:port) of the Checkpoint server; empty means the address that this call went to."""
-    server_version: _builtins.str
-    """Version of the server."""
-    engine: _builtins.str
-    """Training engine: "deepspeed" or "reference"."""
-    world_size: _builtins.int
-    """Number of ranks that train."""
+    """Address of the Checkpoint server, as `sampler_address`."""
+    @_builtins.property
+    def limits(self) -> Global___TrainingLimits:
+        """Every limit that is enforced."""
+
     @_builtins.property
     def base_models(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.BaseModel]:
-        """Base models that can be trained now. Empty while the trainer is still loading."""
+        """Base models that can be trained now. Empty while the ranks are still loading."""
 
     @_builtins.property
     def loss_fns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the losses, as in the cases of `LossFn`."""
-
-    @_builtins.property
-    def limits(self) -> Global___Limits:
-        """Every limit that is enforced."""
+        """Names of the losses: those of the cases of `LossFn`, in their order."""
 
     def __init__(
         self,
         *,
+        server_version: _builtins.str = ...,
+        limits: Global___TrainingLimits | None = ...,
         base_models: _abc.Iterable[_types_pb2.BaseModel] | None = ...,
+        engine: _types_pb2.Engine.ValueType = ...,
+        world_size: _builtins.int = ...,
         loss_fns: _abc.Iterable[_builtins.str] | None = ...,
-        limits: Global___Limits | None = ...,
         durability_mode: Global___DurabilityMode.ValueType = ...,
         sampler_address: _builtins.str = ...,
         checkpoint_address: _builtins.str = ...,
-        server_version: _builtins.str = ...,
-        engine: _builtins.str = ...,
-        world_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -159,52 +162,81 @@ class GetCapabilitiesResponse(_message.Message):
 Global___GetCapabilitiesResponse: _TypeAlias = GetCapabilitiesResponse  # noqa: Y015
 
 @_typing.final
-class Limits(_message.Message):
-    """Limits of the Training service. A call over a limit is refused before it takes memory."""
+class TrainingLimits(_message.Message):
+    """Limits of the Training service. A call over a limit is refused before it takes memory. Limits of the
+    same name mean the same in every service, and have the same number below 16.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_BYTES_MAX_FIELD_NUMBER: _builtins.int
-    DATA_PER_CALL_MAX_FIELD_NUMBER: _builtins.int
-    CALL_BYTES_MAX_FIELD_NUMBER: _builtins.int
-    TARGETS_PER_POSITION_MAX_FIELD_NUMBER: _builtins.int
-    MODELS_MAX_FIELD_NUMBER: _builtins.int
-    RANK_MAX_FIELD_NUMBER: _builtins.int
-    LANE_CALLS_MAX_FIELD_NUMBER: _builtins.int
-    GAP_WAIT_S_MAX_FIELD_NUMBER: _builtins.int
-    ANSWERS_KEPT_MAX_FIELD_NUMBER: _builtins.int
-    LANE_BYTES_MAX_FIELD_NUMBER: _builtins.int
-    ANSWER_BYTES_KEPT_MAX_FIELD_NUMBER: _builtins.int
-    JOURNAL_BYTES_MAX_FIELD_NUMBER: _builtins.int
-    CALL_ATTEMPTS_MAX_FIELD_NUMBER: _builtins.int
     MESSAGE_ITEMS_MAX_FIELD_NUMBER: _builtins.int
-    CHUNKS_MAX_FIELD_NUMBER: _builtins.int
-    LOSS_FN_INPUTS_MAX_FIELD_NUMBER: _builtins.int
     CONCURRENT_CALLS_MAX_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_MAX_FIELD_NUMBER: _builtins.int
     PEER_SHARE_MAX_FIELD_NUMBER: _builtins.int
-    STREAM_STALL_S_FIELD_NUMBER: _builtins.int
+    STREAM_STALL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_MAX_FIELD_NUMBER: _builtins.int
+    RANK_MAX_FIELD_NUMBER: _builtins.int
+    CHUNKS_MAX_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    USER_METADATA_ENTRIES_MAX_FIELD_NUMBER: _builtins.int
+    USER_METADATA_KEY_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    USER_METADATA_VALUE_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    TTL_MAX_FIELD_NUMBER: _builtins.int
+    DATA_PER_CALL_MAX_FIELD_NUMBER: _builtins.int
+    CALL_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TARGETS_PER_POSITION_MAX_FIELD_NUMBER: _builtins.int
+    LOSS_FN_INPUTS_MAX_FIELD_NUMBER: _builtins.int
+    LANE_CALLS_MAX_FIELD_NUMBER: _builtins.int
+    LANE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    GAP_WAIT_MAX_FIELD_NUMBER: _builtins.int
+    ANSWERS_KEPT_MAX_FIELD_NUMBER: _builtins.int
+    ANSWER_BYTES_KEPT_MAX_FIELD_NUMBER: _builtins.int
+    JOURNAL_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    CALL_ATTEMPTS_MAX_FIELD_NUMBER: _builtins.int
+    MODELS_MAX_FIELD_NUMBER: _builtins.int
     MODELS_KEPT_MAX_FIELD_NUMBER: _builtins.int
+    LEASE_ID_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
+    message_items_max: _builtins.int
+    """Most items of one message, whatever its bytes: each field that is set, at every level, each plain
+    number and each four bytes of text count as one.
+    """
+    concurrent_calls_max: _builtins.int
+    """Most calls under way at once, waiting ones included."""
+    received_bytes_max: _builtins.int
+    """Most bytes of requests that are held because their call is not complete."""
+    peer_share_max: _builtins.float
+    """Share of those two that one host may have, above 0 and up to 1."""
+    page_size_max: _builtins.int
+    """Largest page; a larger `page_size` means this one."""
+    rank_max: _builtins.int
+    """Largest LoRA rank."""
+    chunks_max: _builtins.int
+    """Most chunks of one datum's input."""
+    request_id_characters_max: _builtins.int
+    """Most characters of a `request_id`."""
+    user_metadata_entries_max: _builtins.int
+    """Most entries of `user_metadata`."""
+    user_metadata_key_characters_max: _builtins.int
+    """Most characters of one of its keys, at least 1."""
+    user_metadata_value_characters_max: _builtins.int
+    """Most characters of one of its values."""
     data_per_call_max: _builtins.int
     """Most data in one call."""
     call_bytes_max: _builtins.int
     """Most bytes of tensors in one call, over all its messages."""
     targets_per_position_max: _builtins.int
     """Most targets per position (K)."""
-    models_max: _builtins.int
-    """Most models at the ranks at once. At the limit the one that was idle longest is suspended."""
-    rank_max: _builtins.int
-    """Largest LoRA rank."""
+    loss_fn_inputs_max: _builtins.int
+    """Most arrays in one datum's `loss_fn_inputs`."""
     lane_calls_max: _builtins.int
     """Most calls that may wait in one model's lane."""
-    gap_wait_s_max: _builtins.float
-    """Longest wait for a missing predecessor, seconds."""
-    answers_kept_max: _builtins.int
-    """Answers kept per model for repeats."""
     lane_bytes_max: _builtins.int
     """Most bytes of tensors that may wait in one model's lane."""
+    answers_kept_max: _builtins.int
+    """Answers kept per model for repeats."""
     answer_bytes_kept_max: _builtins.int
     """Most bytes of tensors in the answers kept per model; the newest answer is always kept."""
     journal_bytes_max: _builtins.int
@@ -212,57 +244,64 @@ class Limits(_message.Message):
     gradients for so long without an OptimStep are RESOURCE_EXHAUSTED (STORAGE_FULL).
     """
     call_attempts_max: _builtins.int
-    """So many times may the ranks die during one call by themselves."""
-    message_items_max: _builtins.int
-    """Most items of one message, whatever its bytes: each field that is set, at every level, each plain
-    number and each four bytes of text count as one.
-    """
-    chunks_max: _builtins.int
-    """Most chunks of one datum's input."""
-    loss_fn_inputs_max: _builtins.int
-    """Most arrays in one datum's `loss_fn_inputs`."""
-    concurrent_calls_max: _builtins.int
-    """Most calls under way at once."""
-    received_bytes_max: _builtins.int
-    """Most bytes of calls that are not complete."""
-    peer_share_max: _builtins.float
-    """Share of those two that one host may have, above 0 and up to 1."""
-    stream_stall_s: _builtins.float
-    """Longest time in which a stream may stand still because of its peer, seconds."""
+    """Most deaths of the ranks by themselves during one call."""
+    models_max: _builtins.int
+    """Most models at the ranks at once. At the limit the one that was idle longest is suspended."""
     models_kept_max: _builtins.int
     """Most models at once, suspended ones included."""
+    lease_id_characters_max: _builtins.int
+    """Most characters of a `lease_id`."""
+    @_builtins.property
+    def stream_stall(self) -> _duration_pb2.Duration:
+        """Longest time in which a stream may stand still because of its peer."""
+
+    @_builtins.property
+    def ttl_max(self) -> _duration_pb2.Duration:
+        """Longest `ttl`."""
+
+    @_builtins.property
+    def gap_wait_max(self) -> _duration_pb2.Duration:
+        """Longest wait for a missing predecessor."""
+
     def __init__(
         self,
         *,
         message_bytes_max: _builtins.int = ...,
-        data_per_call_max: _builtins.int = ...,
-        call_bytes_max: _builtins.int = ...,
-        targets_per_position_max: _builtins.int = ...,
-        models_max: _builtins.int = ...,
-        rank_max: _builtins.int = ...,
-        lane_calls_max: _builtins.int = ...,
-        gap_wait_s_max: _builtins.float = ...,
-        answers_kept_max: _builtins.int = ...,
-        lane_bytes_max: _builtins.int = ...,
-        answer_bytes_kept_max: _builtins.int = ...,
-        journal_bytes_max: _builtins.int = ...,
-        call_attempts_max: _builtins.int = ...,
         message_items_max: _builtins.int = ...,
-        chunks_max: _builtins.int = ...,
-        loss_fn_inputs_max: _builtins.int = ...,
         concurrent_calls_max: _builtins.int = ...,
         received_bytes_max: _builtins.int = ...,
         peer_share_max: _builtins.float = ...,
-        stream_stall_s: _builtins.float = ...,
+        stream_stall: _duration_pb2.Duration | None = ...,
+        page_size_max: _builtins.int = ...,
+        rank_max: _builtins.int = ...,
+        chunks_max: _builtins.int = ...,
+        request_id_characters_max: _builtins.int = ...,
+        user_metadata_entries_max: _builtins.int = ...,
+        user_metadata_key_characters_max: _builtins.int = ...,
+        user_metadata_value_characters_max: _builtins.int = ...,
+        ttl_max: _duration_pb2.Duration | None = ...,
+        data_per_call_max: _builtins.int = ...,
+        call_bytes_max: _builtins.int = ...,
+        targets_per_position_max: _builtins.int = ...,
+        loss_fn_inputs_max: _builtins.int = ...,
+        lane_calls_max: _builtins.int = ...,
+        lane_bytes_max: _builtins.int = ...,
+        gap_wait_max: _duration_pb2.Duration | None = ...,
+        answers_kept_max: _builtins.int = ...,
+        answer_bytes_kept_max: _builtins.int = ...,
+        journal_bytes_max: _builtins.int = ...,
+        call_attempts_max: _builtins.int = ...,
+        models_max: _builtins.int = ...,
         models_kept_max: _builtins.int = ...,
+        lease_id_characters_max: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gap_wait_max", b"gap_wait_max", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_s_max", b"gap_wait_s_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_kept_max", b"models_kept_max", "models_max", b"models_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "stream_stall_s", b"stream_stall_s", "targets_per_position_max", b"targets_per_position_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_max", b"gap_wait_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "lease_id_characters_max", b"lease_id_characters_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_kept_max", b"models_kept_max", "models_max", b"models_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "stream_stall", b"stream_stall", "targets_per_position_max", b"targets_per_position_max", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Limits: _TypeAlias = Limits  # noqa: Y015
+Global___TrainingLimits: _TypeAlias = TrainingLimits  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -291,26 +330,34 @@ class Model(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_CONFIG_FIELD_NUMBER: _builtins.int
     FULL_CONFIG_FIELD_NUMBER: _builtins.int
-    USER_METADATA_FIELD_NUMBER: _builtins.int
-    CREATE_TIME_FIELD_NUMBER: _builtins.int
-    LAST_REQUEST_TIME_FIELD_NUMBER: _builtins.int
-    NEXT_SEQ_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     STATE_MESSAGE_FIELD_NUMBER: _builtins.int
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
+    NEXT_SEQ_ID_FIELD_NUMBER: _builtins.int
     PENDING_CALLS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    LAST_REQUEST_TIME_FIELD_NUMBER: _builtins.int
+    USER_METADATA_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Server-given id, random."""
+    owner: _builtins.str
+    """Who made it: `default` where keys are off."""
     base_model: _builtins.str
     """Name of its base model."""
-    next_seq_id: _builtins.int
-    """The `seq_id` that the next call should carry."""
     state: Global___ModelState.ValueType
     """Whether it can be trained."""
     state_message: _builtins.str
     """What a state other than READY means here, for a person."""
+    step_count: _builtins.int
+    """Optimizer steps that its state has: those that OptimStep made, on top of those that a checkpoint
+    brought with its optimizer state. Of a model that is not READY it may be that of its newest snapshot.
+    """
+    next_seq_id: _builtins.int
+    """The `seq_id` that the next call should carry."""
     pending_calls: _builtins.int
     """Calls that were taken in and not answered yet, those that wait for a predecessor among them."""
     @_builtins.property
@@ -322,10 +369,6 @@ class Model(_message.Message):
         """All weights."""
 
     @_builtins.property
-    def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Values that the user attached at creation."""
-
-    @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created."""
 
@@ -333,24 +376,30 @@ class Model(_message.Message):
     def last_request_time(self) -> _timestamp_pb2.Timestamp:
         """When a call last changed or used it."""
 
+    @_builtins.property
+    def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Values that the user attached at creation."""
+
     def __init__(
         self,
         *,
         model_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
         base_model: _builtins.str = ...,
         lora_config: _types_pb2.LoraConfig | None = ...,
         full_config: _types_pb2.FullConfig | None = ...,
-        user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        create_time: _timestamp_pb2.Timestamp | None = ...,
-        last_request_time: _timestamp_pb2.Timestamp | None = ...,
-        next_seq_id: _builtins.int = ...,
         state: Global___ModelState.ValueType = ...,
         state_message: _builtins.str = ...,
+        step_count: _builtins.int = ...,
+        next_seq_id: _builtins.int = ...,
         pending_calls: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        last_request_time: _timestamp_pb2.Timestamp | None = ...,
+        user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "pending_calls", b"pending_calls", "state", b"state", "state_message", b"state_message", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "full_config", b"full_config", "last_request_time", b"last_request_time", "lora_config", b"lora_config", "model_id", b"model_id", "next_seq_id", b"next_seq_id", "owner", b"owner", "pending_calls", b"pending_calls", "state", b"state", "state_message", b"state_message", "step_count", b"step_count", "tuning", b"tuning", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -398,7 +447,7 @@ class CreateModelRequest(_message.Message):
     with_optimizer: _builtins.bool
     """Take the optimizer state of `checkpoint_path` too; needs a TRAINING checkpoint."""
     request_id: _builtins.str
-    """De-duplication key, up to 128 characters. Empty means not retry-safe."""
+    """De-duplication key. Empty means not retry-safe."""
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -409,7 +458,7 @@ class CreateModelRequest(_message.Message):
 
     @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 64 entries, keys to 128 and values to 1,024 characters."""
+        """Values to attach; see the limits."""
 
     def __init__(
         self,
@@ -511,7 +560,7 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most models to return, 1 to 1,000. 0 means 100."""
+    """Most models to return. 0 means 100; more than `page_size_max` means that."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty for the first."""
     def __init__(
@@ -536,10 +585,10 @@ class ListModelsResponse(_message.Message):
 
     MODELS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    TOTAL_COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Token of the next page; empty on the last."""
-    total_count: _builtins.int
+    total_size: _builtins.int
     """Models in all."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
@@ -550,11 +599,11 @@ class ListModelsResponse(_message.Message):
         *,
         models: _abc.Iterable[Global___Model] | None = ...,
         next_page_token: _builtins.str = ...,
-        total_count: _builtins.int = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "next_page_token", b"next_page_token", "total_count", b"total_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -936,7 +985,7 @@ class SaveCheckpointRequest(_message.Message):
     SEQ_ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
-    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
     OVERWRITE_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
@@ -950,21 +999,23 @@ class SaveCheckpointRequest(_message.Message):
     """`[A-Za-z0-9][A-Za-z0-9._-]{0,127}`. Empty is allowed for SAMPLER only: ephemeral weights, see
     CheckpointService, with a name that the server gives: `ephemeral-` and 16 hex digits. They are
     reclaimed when nobody uses them and the model has newer ones or is deleted, and at the latest
-    `ttl_seconds`, else `ephemeral_ttl_s` of the server's settings, after their last use.
+    `ttl`, else `ephemeral_ttl_s` of the server's settings, after their last use.
     """
-    ttl_seconds: _builtins.int
-    """Seconds until it is deleted, 1 to 315,360,000. Unset means never."""
     overwrite: _builtins.bool
     """Replace a checkpoint of the same name, with all its metadata. Else that is ALREADY_EXISTS, whatever
     it holds: only the same call is a repeat.
     """
     lease_id: _builtins.str
-    """Of ephemeral weights: the caller's lease on them, see CheckpointService; up to 128 characters. Empty:
+    """Of ephemeral weights: the caller's lease on them, see CheckpointService. Empty:
     the first lease can only run out.
     """
     @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long until it is deleted, whole seconds, from 1 to `ttl_max`. Unset means never."""
+
+    @_builtins.property
     def user_metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 64 entries, keys to 128 and values to 1,024 characters."""
+        """Values to attach; see the limits."""
 
     def __init__(
         self,
@@ -973,18 +1024,16 @@ class SaveCheckpointRequest(_message.Message):
         seq_id: _builtins.int = ...,
         kind: _types_pb2.CheckpointKind.ValueType = ...,
         name: _builtins.str = ...,
-        ttl_seconds: _builtins.int | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
         overwrite: _builtins.bool = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         lease_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "kind", b"kind", "lease_id", b"lease_id", "model_id", b"model_id", "name", b"name", "overwrite", b"overwrite", "seq_id", b"seq_id", "ttl_seconds", b"ttl_seconds", "user_metadata", b"user_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lease_id", b"lease_id", "model_id", b"model_id", "name", b"name", "overwrite", b"overwrite", "seq_id", b"seq_id", "ttl", b"ttl", "user_metadata", b"user_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
-    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SaveCheckpointRequest: _TypeAlias = SaveCheckpointRequest  # noqa: Y015
 
@@ -994,10 +1043,10 @@ class SaveCheckpointResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    checkpoint_path: _builtins.str
     """Its path, `tinsmith://<model>/<weights|sampler_weights>/<name>`."""
     size_bytes: _builtins.int
     """Bytes that it takes."""
@@ -1008,13 +1057,13 @@ class SaveCheckpointResponse(_message.Message):
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "digest", b"digest", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1028,13 +1077,13 @@ class LoadCheckpointRequest(_message.Message):
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
     SEQ_ID_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     WITH_OPTIMIZER_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Which model."""
     seq_id: _builtins.int
     """Place in the model's order; 0 means now."""
-    path: _builtins.str
+    checkpoint_path: _builtins.str
     """Path of a TRAINING checkpoint with the same LoRA shape, or with all weights too, on the same
     base model.
     """
@@ -1045,12 +1094,12 @@ class LoadCheckpointRequest(_message.Message):
         *,
         model_id: _builtins.str = ...,
         seq_id: _builtins.int = ...,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
         with_optimizer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "path", b"path", "seq_id", b"seq_id", "with_optimizer", b"with_optimizer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "model_id", b"model_id", "seq_id", b"seq_id", "with_optimizer", b"with_optimizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1062,17 +1111,17 @@ class LoadCheckpointResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PATH_FIELD_NUMBER: _builtins.int
-    path: _builtins.str
+    CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
+    checkpoint_path: _builtins.str
     """The path that was loaded."""
     def __init__(
         self,
         *,
-        path: _builtins.str = ...,
+        checkpoint_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

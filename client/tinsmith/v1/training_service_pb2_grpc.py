@@ -31,11 +31,11 @@ class TrainingServiceStub:
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
-    have not arrived waits `gap_wait_s_max` (see Limits) and then fails with FAILED_PRECONDITION /
+    have not arrived waits `gap_wait_max` (see TrainingLimits) and then fails with FAILED_PRECONDITION /
     SEQ_ID_GAP, its number unused.
 
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
-    byte for byte, while that answer is kept (see Limits; after that FAILED_PRECONDITION /
+    byte for byte, while that answer is kept (see TrainingLimits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
@@ -63,7 +63,7 @@ class TrainingServiceStub:
     BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
     has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
     most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
-    to wait. A call that is not complete and sends nothing for `stream_stall_s`, between two messages or
+    to wait. A call that is not complete and sends nothing for `stream_stall`, between two messages or
     within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
     whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
     answer from its start. Waiting for a turn is no stall. `grpc.health.v1.Health/Check` needs no place.
@@ -142,11 +142,11 @@ class TrainingServiceServicer:
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
-    have not arrived waits `gap_wait_s_max` (see Limits) and then fails with FAILED_PRECONDITION /
+    have not arrived waits `gap_wait_max` (see TrainingLimits) and then fails with FAILED_PRECONDITION /
     SEQ_ID_GAP, its number unused.
 
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
-    byte for byte, while that answer is kept (see Limits; after that FAILED_PRECONDITION /
+    byte for byte, while that answer is kept (see TrainingLimits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
@@ -174,7 +174,7 @@ class TrainingServiceServicer:
     BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
     has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
     most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
-    to wait. A call that is not complete and sends nothing for `stream_stall_s`, between two messages or
+    to wait. A call that is not complete and sends nothing for `stream_stall`, between two messages or
     within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
     whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
     answer from its start. Waiting for a turn is no stall. `grpc.health.v1.Health/Check` needs no place.
@@ -228,7 +228,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists models, newest first, in pages. Errors: INVALID_ARGUMENT for a bad page token or size.
+        """Lists models, newest first, in pages. Errors: INVALID_ARGUMENT for a page token that this server did not give, or a
+        `page_size` below 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -367,11 +368,11 @@ class TrainingService:
 
     ORDER. Every call that changes a model carries `seq_id`: per model, from 1, consecutive. Calls
     may arrive in any order and overlap; their effects follow `seq_id`. A call whose predecessors
-    have not arrived waits `gap_wait_s_max` (see Limits) and then fails with FAILED_PRECONDITION /
+    have not arrived waits `gap_wait_max` (see TrainingLimits) and then fails with FAILED_PRECONDITION /
     SEQ_ID_GAP, its number unused.
 
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
-    byte for byte, while that answer is kept (see Limits; after that FAILED_PRECONDITION /
+    byte for byte, while that answer is kept (see TrainingLimits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
     A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
@@ -399,7 +400,7 @@ class TrainingService:
     BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
     has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
     most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
-    to wait. A call that is not complete and sends nothing for `stream_stall_s`, between two messages or
+    to wait. A call that is not complete and sends nothing for `stream_stall`, between two messages or
     within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
     whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
     answer from its start. Waiting for a turn is no stall. `grpc.health.v1.Health/Check` needs no place.

@@ -33,6 +33,8 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """Two's complement, 64 bits."""
     DTYPE_INT32: _Dtype.ValueType  # 3
     """Two's complement, 32 bits. Accepted wherever INT64 is."""
+    DTYPE_BFLOAT16: _Dtype.ValueType  # 4
+    """The upper half of a binary32. Weights may be held in it; no `Tensor` may have it."""
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """The element type of a `Tensor`."""
@@ -45,6 +47,8 @@ DTYPE_INT64: Dtype.ValueType  # 2
 """Two's complement, 64 bits."""
 DTYPE_INT32: Dtype.ValueType  # 3
 """Two's complement, 32 bits. Accepted wherever INT64 is."""
+DTYPE_BFLOAT16: Dtype.ValueType  # 4
+"""The upper half of a binary32. Weights may be held in it; no `Tensor` may have it."""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 class _TensorFormat:
@@ -70,6 +74,34 @@ TENSOR_FORMAT_PACKED: TensorFormat.ValueType  # 1
 TENSOR_FORMAT_PLAIN: TensorFormat.ValueType  # 2
 """`Tensor.floats` or `Tensor.ints`: plain numbers, for people with grpcurl."""
 Global___TensorFormat: _TypeAlias = TensorFormat  # noqa: Y015
+
+class _Engine:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EngineEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Engine.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENGINE_UNSPECIFIED: _Engine.ValueType  # 0
+    """Not said."""
+    ENGINE_DEEPSPEED: _Engine.ValueType  # 1
+    """Trains on any number of ranks, with DeepSpeed."""
+    ENGINE_REFERENCE: _Engine.ValueType  # 2
+    """Trains in one process, as a plain loop does: what others are compared with."""
+    ENGINE_TRANSFORMERS: _Engine.ValueType  # 3
+    """Samples, with transformers."""
+
+class Engine(_Engine, metaclass=_EngineEnumTypeWrapper):
+    """What computes."""
+
+ENGINE_UNSPECIFIED: Engine.ValueType  # 0
+"""Not said."""
+ENGINE_DEEPSPEED: Engine.ValueType  # 1
+"""Trains on any number of ranks, with DeepSpeed."""
+ENGINE_REFERENCE: Engine.ValueType  # 2
+"""Trains in one process, as a plain loop does: what others are compared with."""
+ENGINE_TRANSFORMERS: Engine.ValueType  # 3
+"""Samples, with transformers."""
+Global___Engine: _TypeAlias = Engine  # noqa: Y015
 
 class _CheckpointKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -154,7 +186,7 @@ class ModelInput(_message.Message):
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInputChunk]:
         """The chunks in reading order; their tokens are concatenated. At least one token in all, at most
-        `chunks_max` chunks (see Limits).
+        `chunks_max` chunks (see the service's limits).
         """
 
     def __init__(
@@ -638,8 +670,8 @@ class BaseModel(_message.Message):
     """Token ids are in [0, vocab_size)."""
     context_length: _builtins.int
     """Most tokens in one datum, or in a prompt and its samples together."""
-    dtype: _builtins.str
-    """Element type that its weights are held in: float32 or bfloat16."""
+    dtype: Global___Dtype.ValueType
+    """Element type that its weights are held in: FLOAT32 or BFLOAT16."""
     layer_count: _builtins.int
     """Number of transformer layers."""
     parameter_count: _builtins.int
@@ -651,7 +683,7 @@ class BaseModel(_message.Message):
         architecture: _builtins.str = ...,
         vocab_size: _builtins.int = ...,
         context_length: _builtins.int = ...,
-        dtype: _builtins.str = ...,
+        dtype: Global___Dtype.ValueType = ...,
         layer_count: _builtins.int = ...,
         parameter_count: _builtins.int = ...,
     ) -> None: ...

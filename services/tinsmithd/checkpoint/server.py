@@ -66,13 +66,7 @@ class CheckpointServer:
         registry.register(DiskCollector(folder))
         staged = Budget("staged_bytes_max", config.staged_bytes_max, config.peer_share_max)
         self._reclaimable = asyncio.Event()
-        servicer = CheckpointServicer(
-            self._keeper,
-            staged,
-            self._reclaimable,
-            files_max=config.files_max,
-            rank_max=config.rank_max,
-        )
+        servicer = CheckpointServicer(config, self._keeper, staged, self._reclaimable)
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from tinsmithd.budget import Budget, Lease
@@ -16,19 +14,24 @@ from tinsmithd.checkpoint.catalogue.writers import Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.rules.keeper import Header, Keeper, Write
 from tinsmithd.checkpoint.store.directory import Blob
+from tinsmithd.config import CheckpointConfig
 from tinsmithd.convert import types as convert
-from tinsmithd.domain import CheckpointPath, FullConfig, content_digest
+from tinsmithd.convert.limits import limits_to_pb, server_version
+from tinsmithd.convert.times import duration_to_pb, timestamp_to_pb, ttl_from_pb
+from tinsmithd.domain import DEFAULT_OWNER, CheckpointPath, FullConfig, content_digest
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import off_loop
+from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
 
 PIECE_BYTES_MAX = 4 * 1024 * 1024
 PAGE_BYTES = 1024 * 1024
 """A page of so many bytes, and those of one checkpoint more, ends there."""
 WRITER_CHARACTERS_MAX = 128
-NAMES_MAX = 1000
-"""Leases of one kind, or models, in one call about leases."""
-UPDATABLE = ("ttl_seconds", "user_metadata")
+LEASES_MAX = 1000
+"""Leases of one kind in one call."""
+MODEL_IDS_MAX = 1000
+UPDATABLE = ("ttl", "user_metadata")
 
 
 class CheckpointServicer(CheckpointServiceServicer):
@@ -36,24 +39,42 @@ class CheckpointServicer(CheckpointServiceServicer):
 
     def __init__(
         self,
+        config: CheckpointConfig,
         keeper: Keeper,
         staged: Budget,
         reclaimable: asyncio.Event,
-        *,
-        files_max: int,
-        rank_max: int,
     ) -> None:
+        self._config = config
         self._keeper = keeper
         self._staged = staged
         self._reclaimable = reclaimable  # set when there may be something that nobody holds
-        self._files_max = files_max
-        self._rank_max = rank_max
+        self._files_max = config.files_max
+        self._rank_max = config.rank_max
+
+    async def GetCapabilities(
+        self, request: pb.CheckpointServiceGetCapabilitiesRequest, context: Any
+    ) -> pb.CheckpointServiceGetCapabilitiesResponse:
+        """Say what this server can do."""
+        limits = limits_to_pb(
+            pb.CheckpointLimits,
+            self._config,
+            page_size_max=PAGE_SIZE_MAX,
+            piece_bytes_max=PIECE_BYTES_MAX,
+            leases_max=LEASES_MAX,
+            model_ids_max=MODEL_IDS_MAX,
+            writer_characters_max=WRITER_CHARACTERS_MAX,
+        )
+        return pb.CheckpointServiceGetCapabilitiesResponse(
+            server_version=server_version(),
+            limits=limits,
+            export_formats=[pb.EXPORT_FORMAT_PEFT_TAR, pb.EXPORT_FORMAT_HF_TAR],
+        )
 
     async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Any
     ) -> pb.GetCheckpointResponse:
         """Return what is known of one checkpoint."""
-        path = convert.path_from_pb(request.path, "path")
+        path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
         lease_id = convert.lease_id_from_pb(request.lease_id, "lease_id")
         found = await asyncio.to_thread(self._keeper.get, path, lease_id)
         return pb.GetCheckpointResponse(checkpoint=_to_pb(found))
@@ -62,33 +83,31 @@ class CheckpointServicer(CheckpointServiceServicer):
         self, request: pb.ListCheckpointsRequest, context: Any
     ) -> pb.ListCheckpointsResponse:
         """Return a page of checkpoints, newest first."""
-        size, below = convert.page_from_pb(request.page_size, request.page_token)
+        asked = page_of(request.page_size, request.page_token)
         found, total = await asyncio.to_thread(
             self._keeper.catalogue.page,
             model_id=request.model_id,
             kind=convert.kind_from_pb(request.kind, "kind") if request.kind else None,
-            before=below,
-            size=size + 1,
+            before=asked.below,
+            size=asked.size + 1,
         )
-        return await off_loop(_page_to_pb, found, size, total)
+        return await off_loop(_page_to_pb, found, asked.size, total)
 
     async def UpdateCheckpoint(
         self, request: pb.UpdateCheckpointRequest, context: Any
     ) -> pb.UpdateCheckpointResponse:
         """Change time to live or metadata."""
-        path = convert.path_from_pb(request.path, "path")
+        path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
         named = request.update_mask.paths
-        convert.check_count("update_mask", named, "update_mask_paths_max", len(UPDATABLE))
-        mask = set(named)
-        if not mask or not mask <= set(UPDATABLE):
+        mask = set(named[: len(UPDATABLE)])
+        if not mask or len(named) > len(UPDATABLE) or not mask <= set(UPDATABLE):
             raise InvalidArgument("update_mask", f"name some of {', '.join(UPDATABLE)}")
-        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
-        convert.ttl_from_pb(ttl, "ttl_seconds")
+        ttl_s = ttl_from_pb(request.ttl if request.HasField("ttl") else None, "ttl")
         metadata = convert.metadata_from_pb(request.user_metadata, "user_metadata")
 
         def change(checkpoint: Checkpoint) -> Checkpoint:
-            if "ttl_seconds" in mask:
-                checkpoint = self._keeper.set_ttl(checkpoint, ttl)
+            if "ttl" in mask:
+                checkpoint = self._keeper.set_ttl(checkpoint, ttl_s)
             if "user_metadata" in mask:
                 checkpoint = replace(checkpoint, user_metadata=metadata)
             return checkpoint
@@ -100,7 +119,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         self, request: pb.DeleteCheckpointRequest, context: Any
     ) -> pb.DeleteCheckpointResponse:
         """Delete a checkpoint."""
-        path = convert.path_from_pb(request.path, "path")
+        path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
         await asyncio.to_thread(self._keeper.catalogue.delete, path)
         return pb.DeleteCheckpointResponse()
 
@@ -108,19 +127,20 @@ class CheckpointServicer(CheckpointServiceServicer):
         self, request: pb.CopyCheckpointRequest, context: Any
     ) -> pb.CopyCheckpointResponse:
         """Copy a checkpoint to another name."""
-        source = convert.path_from_pb(request.source_path, "source_path")
-        destination = convert.path_from_pb(request.destination_path, "destination_path")
-        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
-        convert.ttl_from_pb(ttl, "ttl_seconds")
+        source = convert.path_from_pb(request.source_checkpoint_path, "source_checkpoint_path")
+        destination = convert.path_from_pb(
+            request.destination_checkpoint_path, "destination_checkpoint_path"
+        )
+        ttl_s = ttl_from_pb(request.ttl if request.HasField("ttl") else None, "ttl")
         request_id = convert.request_id_from_pb(request.request_id, "request_id")
-        copied = await asyncio.to_thread(self._keeper.copy, source, destination, ttl, request_id)
+        copied = await asyncio.to_thread(self._keeper.copy, source, destination, ttl_s, request_id)
         return pb.CopyCheckpointResponse(checkpoint=_to_pb(copied))
 
     async def ReadCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
         self, request: pb.ReadCheckpointRequest, context: Any
     ) -> AsyncIterator[pb.ReadCheckpointResponse]:
         """Stream the files of a checkpoint."""
-        path = convert.path_from_pb(request.path, "path")
+        path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
         convert.check_count("file_names", request.file_names, "files_max", self._files_max)
         names = list(request.file_names)
         lease_id = convert.lease_id_from_pb(request.lease_id, "lease_id")
@@ -169,25 +189,27 @@ class CheckpointServicer(CheckpointServiceServicer):
         missing = set(await asyncio.to_thread(self._keeper.renew, leases))
         given = zip(request.leases, leases, strict=True)
         return pb.RenewLeasesResponse(
-            lease_seconds=self._keeper.leases.lease_s,
-            not_found_paths=[lease.path for lease, (path, _) in given if path in missing],
+            lease=duration_to_pb(self._keeper.leases.lease_s),
+            not_found_checkpoint_paths=[
+                lease.checkpoint_path for lease, (path, _) in given if path in missing
+            ],
         )
 
     async def ReleaseModels(
         self, request: pb.ReleaseModelsRequest, context: Any
     ) -> pb.ReleaseModelsResponse:
         """Take note of models that are gone."""
-        convert.check_count("model_ids", request.model_ids, "names_max", NAMES_MAX)
+        convert.check_count("model_ids", request.model_ids, "model_ids_max", MODEL_IDS_MAX)
         writer = _writer(request, "")
         kept = await asyncio.to_thread(self._keeper.release, set(request.model_ids), writer)
         self._reclaimable.set()
-        return pb.ReleaseModelsResponse(kept_model_ids=kept[:NAMES_MAX])
+        return pb.ReleaseModelsResponse(kept_model_ids=kept[:MODEL_IDS_MAX])
 
     async def ExportCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
         self, request: pb.ExportCheckpointRequest, context: Any
     ) -> AsyncIterator[pb.ExportCheckpointResponse]:
         """Stream an archive of a checkpoint."""
-        path = convert.path_from_pb(request.path, "path")
+        path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
         if request.format not in pb.ExportFormat.values():
             raise InvalidArgument("format", f"unknown format {request.format}")
 
@@ -223,13 +245,12 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest], rank_max: 
         raise InvalidArgument("header.base_model", "must be set", Reason.MISSING_FIELD)
     if header.step_count < 0:
         raise InvalidArgument("header.step_count", "is below 0")
-    ttl = header.ttl_seconds if header.HasField("ttl_seconds") else None
     return Header(
-        path=convert.path_from_pb(header.path, "header.path"),
+        path=convert.path_from_pb(header.checkpoint_path, "header.checkpoint_path"),
         base_model=header.base_model,
         tuning=convert.tuning_from_pb(header, "header.", rank_max),
         step_count=header.step_count,
-        ttl_seconds=convert.ttl_from_pb(ttl, "header.ttl_seconds"),
+        ttl_seconds=ttl_from_pb(header.ttl if header.HasField("ttl") else None, "header.ttl"),
         overwrite=header.overwrite,
         user_metadata=convert.metadata_from_pb(header.user_metadata, "header.user_metadata"),
         writer=_writer(header, "header."),
@@ -240,10 +261,10 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest], rank_max: 
 
 
 def _leases_from_pb(leases: Sequence[pb.Lease], field: str) -> list[tuple[CheckpointPath, str]]:
-    convert.check_count(field, leases, "names_max", NAMES_MAX)
+    convert.check_count(field, leases, "leases_max", LEASES_MAX)
     return [
         (
-            convert.path_from_pb(lease.path, f"{field}[{index}].path"),
+            convert.path_from_pb(lease.checkpoint_path, f"{field}[{index}].checkpoint_path"),
             convert.lease_id_from_pb(lease.lease_id, f"{field}[{index}].lease_id"),
         )
         for index, lease in enumerate(leases)
@@ -310,13 +331,14 @@ def _check_piece(piece: pb.CheckpointPiece) -> None:
 def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
     path = checkpoint.path
     message = pb.Checkpoint(
-        path=str(path),
+        checkpoint_path=str(path),
         model_id=path.model_id,
+        owner=DEFAULT_OWNER,
         kind=convert.kind_to_pb(path.kind),
         name=path.name,
         base_model=checkpoint.base_model,
         **convert.tuning_to_pb(checkpoint.tuning),
-        create_time=_timestamp(checkpoint.create_time_s),
+        create_time=timestamp_to_pb(checkpoint.create_time_s),
         size_bytes=checkpoint.size_bytes,
         user_metadata=checkpoint.user_metadata,
         step_count=checkpoint.step_count,
@@ -324,7 +346,7 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
         digest=content_digest({blob.name: bytes.fromhex(blob.sha256) for blob in checkpoint.files}),
     )
     if checkpoint.expire_time_s is not None:
-        message.expire_time.CopyFrom(_timestamp(checkpoint.expire_time_s))
+        message.expire_time.CopyFrom(timestamp_to_pb(checkpoint.expire_time_s))
     if with_files:
         for blob in checkpoint.files:
             message.files.add(
@@ -335,19 +357,13 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
 
 def _page_to_pb(found: Sequence[Checkpoint], size: int, total: int) -> pb.ListCheckpointsResponse:
     """Write a page: so many, or fewer where their metadata are long."""
-    response = pb.ListCheckpointsResponse(total_count=total)
+    response = pb.ListCheckpointsResponse(total_size=total)
     nbytes = 0
     for index, checkpoint in enumerate(found):
         if index == size or nbytes > PAGE_BYTES:
-            response.next_page_token = str(found[index - 1].number)
+            response.next_page_token = token_after(found[index - 1].number)
             break
         written = _to_pb(checkpoint, with_files=False)
         nbytes += written.ByteSize()
         response.checkpoints.append(written)
     return response
-
-
-def _timestamp(seconds: float) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromNanoseconds(int(seconds * 1e9))
-    return stamp

@@ -17,6 +17,7 @@ import grpc
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.convert import types as convert
+from tinsmithd.convert.times import ttl_to_pb
 from tinsmithd.domain import CheckpointInfo, CheckpointPath, NewCheckpoint, content_digest
 from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
 from tinsmithd.rpc.channels import open_aio_channel
@@ -192,11 +193,11 @@ class CheckpointClient:
     def writer(self, new: NewCheckpoint) -> CheckpointWriter:
         """Begin a checkpoint."""
         header = pb.WriteCheckpointHeader(
-            path=str(new.path),
+            checkpoint_path=str(new.path),
             base_model=new.base_model,
             **convert.tuning_to_pb(new.tuning),
             step_count=new.step_count,
-            ttl_seconds=new.ttl_seconds,
+            ttl=ttl_to_pb(new.ttl_seconds),
             overwrite=new.overwrite,
             user_metadata=dict(new.user_metadata),
             request_id=new.request_id,
@@ -214,7 +215,7 @@ class CheckpointClient:
             NotFound: Nothing (CHECKPOINT_NOT_FOUND).
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
-        request = pb.GetCheckpointRequest(path=str(path), lease_id=lease_id)
+        request = pb.GetCheckpointRequest(checkpoint_path=str(path), lease_id=lease_id)
         return _info((await self._ask(self._stub.GetCheckpoint, request)).checkpoint)
 
     async def release_models(self, model_ids: Sequence[str]) -> Sequence[str]:
@@ -246,7 +247,8 @@ class CheckpointClient:
                 leases=held[start : start + LEASES_MAX],
                 released=given_back[start : start + LEASES_MAX],
             )
-            lease_s = (await self._ask(self._stub.RenewLeases, request)).lease_seconds
+            lease = (await self._ask(self._stub.RenewLeases, request)).lease
+            lease_s = lease.ToNanoseconds() / 1e9
         return lease_s
 
     async def _ask(self, method: Callable[..., Any], request: Any) -> Any:
@@ -269,7 +271,7 @@ class CheckpointClient:
             NotFound: There is none (CHECKPOINT_NOT_FOUND).
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
-        request = pb.ReadCheckpointRequest(path=str(path), lease_id=lease_id)
+        request = pb.ReadCheckpointRequest(checkpoint_path=str(path), lease_id=lease_id)
         stream = _Stream(self._stub.ReadCheckpoint(request), self._patience.stall_s_max)
         try:
             first = await stream.next()
@@ -324,12 +326,14 @@ async def _limit(stall_s: float) -> AsyncIterator[None]:
 
 
 def _leases(leases: Mapping[str, CheckpointPath]) -> list[pb.Lease]:
-    return [pb.Lease(path=str(path), lease_id=lease_id) for lease_id, path in leases.items()]
+    return [
+        pb.Lease(checkpoint_path=str(path), lease_id=lease_id) for lease_id, path in leases.items()
+    ]
 
 
 def _info(found: pb.Checkpoint) -> CheckpointInfo:
     return CheckpointInfo(
-        path=convert.path_from_pb(found.path, "checkpoint.path"),
+        path=convert.path_from_pb(found.checkpoint_path, "checkpoint.checkpoint_path"),
         kind=convert.kind_from_pb(found.kind, "checkpoint.kind"),
         base_model=found.base_model,
         tuning=convert.tuning_from_pb(found, "checkpoint.", RANK_MAX),

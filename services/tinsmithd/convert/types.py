@@ -29,10 +29,6 @@ from tinsmithd.errors import InvalidArgument, Reason, over_limit
 METADATA_ENTRIES_MAX = 64
 METADATA_KEY_CHARS_MAX = 128
 METADATA_VALUE_CHARS_MAX = 1024
-TTL_SECONDS_MAX = 315_360_000
-PAGE_SIZE_DEFAULT = 100
-PAGE_SIZE_MAX = 1000
-PAGE_TOKEN_DIGITS_MAX = 18
 UNLIMITED = 1 << 63
 """Where another server has counted already."""
 REQUEST_ID_CHARS_MAX = 128
@@ -41,6 +37,15 @@ LEASE_ID_CHARS_MAX = 128
 _KINDS = {
     pb.CHECKPOINT_KIND_TRAINING: CheckpointKind.TRAINING,
     pb.CHECKPOINT_KIND_SAMPLER: CheckpointKind.SAMPLER,
+}
+_DTYPES: Mapping[str, pb.Dtype.ValueType] = {
+    "float32": pb.DTYPE_FLOAT32,
+    "bfloat16": pb.DTYPE_BFLOAT16,
+}
+_ENGINES: Mapping[str, pb.Engine.ValueType] = {
+    "deepspeed": pb.ENGINE_DEEPSPEED,
+    "reference": pb.ENGINE_REFERENCE,
+    "transformers": pb.ENGINE_TRANSFORMERS,
 }
 
 
@@ -119,12 +124,10 @@ def loss_fn_to_pb(loss: LossFn) -> pb.LossFn:
 
 def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfig:
     """Read an adapter's shape with its defaults filled in; an unset seed is drawn here."""
-    if not 0 <= message.rank <= rank_max:
-        raise InvalidArgument(
-            f"{field}.rank",
-            f"{message.rank} is not in 1..{rank_max}",
-            metadata={"limit": "rank_max", "value": str(message.rank)},
-        )
+    if message.rank < 0:
+        raise InvalidArgument(f"{field}.rank", f"{message.rank} is below 0")
+    if message.rank > rank_max:
+        raise over_limit(f"{field}.rank", "rank_max", message.rank, rank_max)
     alpha = finite(message.alpha, f"{field}.alpha", low=0.0)
     lora = LoraConfig(
         rank=message.rank or 32,
@@ -185,13 +188,21 @@ def adam_to_pb(adam: AdamParams) -> pb.AdamParams:
 
 def base_model_to_pb(info: BaseModelInfo) -> pb.BaseModel:
     """Write what a base model is."""
-    return pb.BaseModel(**dataclasses.asdict(info))
+    return pb.BaseModel(**{**dataclasses.asdict(info), "dtype": _DTYPES[info.dtype]})
 
 
-def base_model_from_pb(message: pb.BaseModel) -> BaseModelInfo:
+def base_model_from_pb(message: pb.BaseModel, field: str) -> BaseModelInfo:
     """Read what a base model is."""
-    names = [f.name for f in dataclasses.fields(BaseModelInfo)]
-    return BaseModelInfo(**{name: getattr(message, name) for name in names})
+    values = {each.name: getattr(message, each.name) for each in dataclasses.fields(BaseModelInfo)}
+    for name, code in _DTYPES.items():
+        if code == message.dtype:
+            return BaseModelInfo(**{**values, "dtype": name})
+    raise InvalidArgument(f"{field}.dtype", f"weights have no element type {message.dtype}")
+
+
+def engine_to_pb(name: str) -> pb.Engine.ValueType:
+    """Write what computes; one that the contract has no number for is left unsaid."""
+    return _ENGINES.get(name, pb.ENGINE_UNSPECIFIED)
 
 
 def kind_from_pb(value: int, field: str) -> CheckpointKind:
@@ -240,34 +251,15 @@ def lease_id_from_pb(text: str, field: str) -> str:
 
 def metadata_from_pb(entries: Mapping[str, str], field: str) -> dict[str, str]:
     """Read user metadata within its bounds."""
-    check_count(field, entries, "metadata_entries_max", METADATA_ENTRIES_MAX)
+    name = "user_metadata"
+    check_count(field, entries, f"{name}_entries_max", METADATA_ENTRIES_MAX)
     for key, value in entries.items():
         if not key:
             raise InvalidArgument(field, "a key is empty")
-        check_count(field, key, "metadata_key_characters_max", METADATA_KEY_CHARS_MAX)
+        check_count(field, key, f"{name}_key_characters_max", METADATA_KEY_CHARS_MAX)
         where = f'{field}["{key}"]'
-        check_count(where, value, "metadata_value_characters_max", METADATA_VALUE_CHARS_MAX)
+        check_count(where, value, f"{name}_value_characters_max", METADATA_VALUE_CHARS_MAX)
     return dict(entries)
-
-
-def ttl_from_pb(seconds: int | None, field: str) -> int | None:
-    """Read a time to live in seconds; None means for ever."""
-    if seconds is not None and not 1 <= seconds <= TTL_SECONDS_MAX:
-        raise InvalidArgument(field, f"{seconds} is not in 1..{TTL_SECONDS_MAX}")
-    return seconds
-
-
-def page_from_pb(page_size: int, page_token: str) -> tuple[int, int | None]:
-    """Read which page is asked for: how many things, and the number that theirs are below."""
-    if not 0 <= page_size <= PAGE_SIZE_MAX:
-        raise InvalidArgument("page_size", f"{page_size} is not in 1..{PAGE_SIZE_MAX}")
-    size = page_size or PAGE_SIZE_DEFAULT
-    if not page_token:
-        return size, None
-    digits = page_token.isascii() and page_token.isdigit()
-    if not digits or len(page_token) > PAGE_TOKEN_DIGITS_MAX:
-        raise InvalidArgument("page_token", "is not one that this server gave")
-    return size, int(page_token)
 
 
 def check_count(field: str, things: Sized, limit: str, most: int) -> None:

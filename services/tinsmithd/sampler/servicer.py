@@ -1,7 +1,6 @@
 """The face of the Sampler service: parse, call the scheduler, encode. No rule lives here."""
 
 import contextlib
-import importlib.metadata
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +8,8 @@ from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceServicer
 from tinsmithd.config import SamplerConfig
 from tinsmithd.convert import sampler as convert
-from tinsmithd.convert.types import base_model_to_pb, path_from_pb
+from tinsmithd.convert.limits import limits_to_pb, server_version
+from tinsmithd.convert.types import base_model_to_pb, engine_to_pb, path_from_pb
 from tinsmithd.domain import SampleRequest
 from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
@@ -20,7 +20,6 @@ from tinsmithd.sampler.validate import RequestLimits, check_request
 
 PIECE_BYTES_MAX = 1024 * 1024
 DIGEST_BYTES = 32
-_LIMITS = [field.name for field in pb.SamplerLimits.DESCRIPTOR.fields]
 
 
 class SamplerServicer(SamplerServiceServicer):
@@ -47,14 +46,15 @@ class SamplerServicer(SamplerServiceServicer):
             raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
         return self.scheduler
 
-    async def GetSamplerCapabilities(
-        self, request: pb.GetSamplerCapabilitiesRequest, context: Any
-    ) -> pb.GetSamplerCapabilitiesResponse:
+    async def GetCapabilities(
+        self, request: pb.SamplerServiceGetCapabilitiesRequest, context: Any
+    ) -> pb.SamplerServiceGetCapabilitiesResponse:
         """Say what this server can do."""
-        response = pb.GetSamplerCapabilitiesResponse(
-            limits=pb.SamplerLimits(**{name: getattr(self._config, name) for name in _LIMITS}),
-            engine="transformers",
-            server_version=importlib.metadata.version("tinsmith"),
+        limits = limits_to_pb(pb.SamplerLimits, self._config, piece_bytes_max=PIECE_BYTES_MAX)
+        response = pb.SamplerServiceGetCapabilitiesResponse(
+            server_version=server_version(),
+            limits=limits,
+            engine=engine_to_pb("transformers"),
         )
         if self.scheduler is not None:
             response.base_models.append(base_model_to_pb(self.scheduler.info))

@@ -1,12 +1,9 @@
 """The face of the Training service: parse, call the rules, encode. No rule lives here."""
 
 import dataclasses
-import importlib.metadata
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
-
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
@@ -14,11 +11,20 @@ from tinsmith.v1.training_service_pb2_grpc import TrainingServiceServicer
 from tinsmithd import failpoints
 from tinsmithd.config import TrainingConfig
 from tinsmithd.convert import types as convert
+from tinsmithd.convert.limits import limits_to_pb, server_version
 from tinsmithd.convert.tensors import array_from_pb, array_to_pb
-from tinsmithd.domain import LOSSES, CheckpointKind, CheckpointPath, new_ephemeral_name
+from tinsmithd.convert.times import timestamp_to_pb, ttl_from_pb
+from tinsmithd.domain import (
+    DEFAULT_OWNER,
+    LOSSES,
+    CheckpointKind,
+    CheckpointPath,
+    new_ephemeral_name,
+)
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import INLINE_BYTES, off_loop, refusal_of_call
+from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
 from tinsmithd.training.call import (
     LoadWork,
     RefusedWork,
@@ -45,7 +51,6 @@ _DURABILITY = {
     "async": pb.DURABILITY_MODE_ASYNC,
     "fsync": pb.DURABILITY_MODE_FSYNC,
 }
-_LIMITS = [field.name for field in pb.Limits.DESCRIPTOR.fields]
 
 Response = TypeVar("Response", pb.ForwardResponse, pb.ForwardBackwardResponse)
 
@@ -64,17 +69,17 @@ class TrainingServicer(TrainingServiceServicer):
     ) -> pb.GetCapabilitiesResponse:
         """Say what this cluster can do."""
         response = pb.GetCapabilitiesResponse(
+            server_version=server_version(),
+            limits=limits_to_pb(pb.TrainingLimits, self._config, page_size_max=PAGE_SIZE_MAX),
             loss_fns=list(LOSSES),
-            limits=pb.Limits(**{name: getattr(self._config, name) for name in _LIMITS}),
             durability_mode=_DURABILITY[self._config.durability],
             sampler_address=self._config.sampler_address,
             checkpoint_address=self._config.checkpoint_address,
-            server_version=importlib.metadata.version("tinsmith"),
         )
         group = self._models.place.current
         if group is not None:
             response.base_models.append(convert.base_model_to_pb(group.info))
-            response.engine = group.engine
+            response.engine = convert.engine_to_pb(group.engine)
             response.world_size = group.world_size
         return response
 
@@ -119,16 +124,16 @@ class TrainingServicer(TrainingServiceServicer):
         self, request: pb.ListModelsRequest, context: Any
     ) -> pb.ListModelsResponse:
         """Return a page of models, newest first."""
-        size, below = convert.page_from_pb(request.page_size, request.page_token)
+        asked = page_of(request.page_size, request.page_token)
         models = self._models.list()
         total = len(models)
-        if below is not None:
-            models = [m for m in models if m.number < below]
-        page = models[:size]
+        if asked.below is not None:
+            models = [m for m in models if m.number < asked.below]
+        page = models[: asked.size]
         return pb.ListModelsResponse(
             models=[_model_to_pb(model) for model in page],
-            next_page_token=str(page[-1].number) if len(models) > size else "",
-            total_count=total,
+            next_page_token=token_after(page[-1].number) if len(models) > asked.size else "",
+            total_size=total,
         )
 
     async def DeleteModel(
@@ -205,22 +210,22 @@ class TrainingServicer(TrainingServiceServicer):
         """Save the model under a name."""
         value = await self._submit(request, lambda: SaveWork(self._save_options(request)))
         return pb.SaveCheckpointResponse(
-            path=value["path"],
+            checkpoint_path=value["path"],
             size_bytes=value["size_bytes"],
             digest=bytes.fromhex(value.get("digest", "")),  # an old journal has none
         )
 
     def _save_options(self, request: pb.SaveCheckpointRequest) -> SaveOptions:
         kind = convert.kind_from_pb(request.kind, "kind")
-        ttl = request.ttl_seconds if request.HasField("ttl_seconds") else None
+        ttl_s = ttl_from_pb(request.ttl if request.HasField("ttl") else None, "ttl")
         if request.name or kind is CheckpointKind.TRAINING:
             name = convert.name_from_pb(request.name, "name")
         else:
             name = new_ephemeral_name()
-            ttl = self._config.ephemeral_ttl_s if ttl is None else ttl
+            ttl_s = self._config.ephemeral_ttl_s if ttl_s is None else ttl_s
         return SaveOptions(
             path=CheckpointPath(request.model_id, kind, name),
-            ttl_seconds=convert.ttl_from_pb(ttl, "ttl_seconds"),
+            ttl_seconds=ttl_s,
             overwrite=request.overwrite,
             user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
             # A call with a number is the same one when it comes again; any other is not.
@@ -235,9 +240,12 @@ class TrainingServicer(TrainingServiceServicer):
         """Replace the model's state by a checkpoint's."""
         value = await self._submit(
             request,
-            lambda: LoadWork(convert.path_from_pb(request.path, "path"), request.with_optimizer),
+            lambda: LoadWork(
+                convert.path_from_pb(request.checkpoint_path, "checkpoint_path"),
+                request.with_optimizer,
+            ),
         )
-        return pb.LoadCheckpointResponse(path=value["path"])
+        return pb.LoadCheckpointResponse(checkpoint_path=value["path"])
 
     async def _submit(self, request: Any, read: Callable[[], Work]) -> Mapping[str, Any]:
         # What cannot be read is refused in the model's order, so that its number is used up.
@@ -269,19 +277,15 @@ def _model_to_pb(model: Model) -> pb.Model:
         state = pb.MODEL_STATE_SUSPENDED
     return pb.Model(
         model_id=model.model_id,
+        owner=DEFAULT_OWNER,
         base_model=model.info.name,
         **convert.tuning_to_pb(model.tuning),
         user_metadata=model.user_metadata,
-        create_time=_timestamp(model.create_time_s),
-        last_request_time=_timestamp(model.last_request_time_s),
+        step_count=model.step_count,
+        create_time=timestamp_to_pb(model.create_time_s),
+        last_request_time=timestamp_to_pb(model.last_request_time_s),
         next_seq_id=model.lane.next_seq_id,
         pending_calls=model.lane.pending,
         state=state,
         state_message="" if state == pb.MODEL_STATE_READY else model.state_message,
     )
-
-
-def _timestamp(seconds: float) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromNanoseconds(int(seconds * 1e9))
-    return stamp

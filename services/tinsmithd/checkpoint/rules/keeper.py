@@ -251,7 +251,7 @@ class Keeper:
         """Give a checkpoint's files another name."""
         if source.kind is not destination.kind:
             message = f"the original is of kind {source.kind}"
-            raise InvalidArgument("destination_path", message, Reason.INVALID_NAME)
+            raise InvalidArgument("destination_checkpoint_path", message, Reason.INVALID_NAME)
         now_s = self._clock()
         digest = schema.digest(str(source), str(destination), ttl_seconds)
         with self._publishing:

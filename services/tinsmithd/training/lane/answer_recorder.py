@@ -74,7 +74,7 @@ class AnswerRecorder:
         for good in [*queued.answer.sent, output]:
             fresh.add(good)
         message = "the ranks died, and what was answered of this call so far is void"
-        queued.answer.fail(Unavailable(message, Reason.TRAINER_UNAVAILABLE, retry_after_s=0.0))
+        queued.answer.fail(Unavailable(message, Reason.RANK_GROUP_UNAVAILABLE, retry_after_s=0.0))
         queued.answer = fresh
         self.keep(queued)
 

@@ -115,7 +115,7 @@ class Creation:
             if isinstance(error, RankGroupLost | ModelBroken):
                 starts.check(key)
                 text = "the rank group was lost"
-                raise Unavailable(text, Reason.TRAINER_UNAVAILABLE, retry_after_s=1.0) from error
+                raise Unavailable(text, Reason.RANK_GROUP_UNAVAILABLE, retry_after_s=1.0) from error
             if isinstance(error, Fenced):
                 raise shutting_down() from error
             raise

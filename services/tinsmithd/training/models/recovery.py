@@ -207,7 +207,7 @@ class Recovery:
             _log.error("model %s: %s", self._model.model_id, "; ".join(was))
             self._said = was
         self._model.doing(message)
-        return Unavailable(message, Reason.TRAINER_MISMATCH, retry_after_s=5.0)
+        return Unavailable(message, Reason.RANK_GROUP_MISMATCH, retry_after_s=5.0)
 
     def _is_exact(self, group: RankGroup) -> bool:
         return self._exact and group.identity.get("device", "cpu") == "cpu"

@@ -42,8 +42,8 @@ class GroupClaim:
         Raises:
             InvalidArgument: Something in it is impossible; the field says what.
         """
-        info = convert.base_model_from_pb(hello.base_model)
-        for key in ("name", "architecture", "dtype"):
+        info = convert.base_model_from_pb(hello.base_model, "hello.base_model")
+        for key in ("name", "architecture"):
             _check_name(f"hello.base_model.{key}", getattr(info, key))
         for key in ("vocab_size", "context_length", "layer_count", "parameter_count"):
             _check_count(f"hello.base_model.{key}", getattr(info, key), COUNT_MAX)

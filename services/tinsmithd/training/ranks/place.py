@@ -52,12 +52,12 @@ class RankGroupPlace:
         """The group.
 
         Raises:
-            Unavailable: There is none (TRAINER_UNAVAILABLE).
+            Unavailable: There is none (RANK_GROUP_UNAVAILABLE).
         """
         if self.current is None:
             raise Unavailable(
                 f"the ranks are not ready: {self.progress}",
-                Reason.TRAINER_UNAVAILABLE,
+                Reason.RANK_GROUP_UNAVAILABLE,
                 retry_after_s=1.0,
             )
         return self.current
