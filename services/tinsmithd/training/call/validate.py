@@ -1,4 +1,4 @@
-"""Checks a datum against the base model, the loss and the limits, before anything is queued."""
+"""Checks a datum against the base model, the loss and the limits, before a call is queued."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from tinsmithd.errors import InvalidArgument, Reason
 def check_datum(
     field: str, datum: Datum, loss_fn: LossFn, info: BaseModelInfo, targets_max: int
 ) -> None:
-    """Refuse a datum that cannot be trained on.
+    """Refuse a datum on which the model cannot train.
 
     Raises:
         InvalidArgument: Naming the field, such as `data[3].loss_fn_inputs["weights"]`.

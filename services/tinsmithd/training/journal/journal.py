@@ -1,10 +1,10 @@
-"""What must not be lost, written down in order: models, their calls, answers, and snapshots.
+"""What must not be lost, in order: models, their calls, answers, and snapshots.
 
 `Journal` puts what is written at the same time into one commit, and says when it is durable.
-What it writes is in `records`; where the bytes go is a `JournalStore`.
+`records` has what it writes; a `JournalStore` has the bytes.
 
-A store belongs to the process that claimed it last. Each claim has a higher epoch, every commit
-is made under the epoch of its process, and one of an earlier epoch is refused: a process that was
+A store belongs to the process that claimed it last. Each claim has a higher epoch, each commit
+carries the epoch of its process, and the store refuses an earlier epoch: a process that was
 stopped, replaced, and goes on cannot write.
 """
 
@@ -32,14 +32,14 @@ T = TypeVar("T")
 
 CLOSE_POLL_S = 0.01
 RETRY_S = 0.5
-"""How often what must be written is tried again while the disk is full."""
+"""Between two tries to write what must be written, while the disk is full."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Handed:
-    """Some writes that belong into one commit; with `must` they are tried until they are made."""
+    """Some writes that belong into one commit; with `must` they are tried until they succeed."""
 
     writes: Sequence[Write]
     must: bool
@@ -52,15 +52,15 @@ class Journal:
     Attributes:
         store: What it writes to.
         cluster_id: Names this store, for ever.
-        epoch: Of this process.
-        fenced: Set once another process has the store; nothing can be written any more.
-        writable: False while writing fails; it is tried again until it works.
-        commits: Those that were made.
+        epoch: That of this process.
+        fenced: Set once another process has the store; this one cannot write any more.
+        writable: False while writing fails; the journal tries again until it works.
+        commits: Number of commits made.
         commit_s: Seconds that they took.
     """
 
     keeps: ClassVar[bool] = True
-    """Whether what is written can be read again."""
+    """Whether anybody can read again what was written."""
 
     def __init__(self, store: JournalStore) -> None:
         self.store = store
@@ -76,14 +76,14 @@ class Journal:
         self._retry: asyncio.TimerHandle | None = None
 
     async def open(self) -> Contents:
-        """Claim the store; from now on writes are taken."""
+        """Claim the store; from now on `commit` works."""
         contents = await self.store.claim()
         self.cluster_id, self.epoch = contents.cluster_id, contents.epoch
         self._writer = asyncio.create_task(self._write(), name="journal")
         return contents
 
     async def failed(self) -> None:
-        """Wait until nothing can be written any more.
+        """Wait until this process cannot write any more.
 
         Raises:
             Fenced: Another process has the store.
@@ -109,16 +109,16 @@ class Journal:
         try:
             return await reading
         except Fenced:
-            self._wake.set()  # the writer finds out, too, and this process ends
+            self._wake.set()  # the writer finds out, too, and ends this process
             raise
 
     async def flush(self) -> None:
-        """Wait until all that was handed in is durable."""
+        """Wait until all earlier commits are durable."""
         if self._waiting or self._busy:
             await self.commit(must=True)
 
     async def close(self) -> None:
-        """Write what waits, as far as that is possible, and close the store."""
+        """Write what waits, as far as the disk takes it, and close the store."""
         while self.writable and not self.fenced.is_set() and (self._waiting or self._busy):
             await asyncio.sleep(CLOSE_POLL_S)
         if self._writer is not None:
@@ -127,11 +127,11 @@ class Journal:
         await self.store.close()
 
     def commit(self, *writes: Write, must: bool = False) -> "asyncio.Future[None]":
-        """Write some things, all of them or none; the future is done when they are durable.
+        """Make some writes, all of them or none; the future is done when they are durable.
 
         Args:
-            writes: What to write, in order; after all that was handed in before.
-            must: It happened already, so it is tried until it can be written.
+            writes: In order; they come after those of all earlier commits.
+            must: What they say has happened already: try until they succeed.
 
         Raises (the future):
             ResourceExhausted: There is no room (STORAGE_FULL); never with `must`.
@@ -139,7 +139,7 @@ class Journal:
             Fenced: Another process has the store.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Whoever waited may be gone, and then nobody has to hear of a failure.
+        # The caller may be gone, and then nobody has to hear of a failure.
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
         if self.fenced.is_set():
             future.set_exception(Fenced())
@@ -196,14 +196,14 @@ class Journal:
             if not handed.must and not handed.done.done():
                 handed.done.set_exception(_refusal(error))
         self._waiting[:0] = [handed for handed in group if handed.must]
-        # Tried again even where nothing waits: somebody has to find out that it works again.
+        # Try again even where nothing waits: somebody has to find out that it works again.
         if self._retry is not None:
             self._retry.cancel()
         self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._wake.set)
 
 
 def _refusal(error: StoreUnwritable) -> TinsmithError:
-    message = f"the call cannot be written down: {error}"
+    message = f"the call cannot be written: {error}"
     if error.full:
         return ResourceExhausted(message, Reason.STORAGE_FULL, retry_after_s=1.0)
     return Unavailable(message, Reason.STORAGE_UNAVAILABLE, retry_after_s=1.0)

@@ -1,6 +1,6 @@
-"""What is written down of models and calls, and what is read: the journal's vocabulary.
+"""The journal's vocabulary: what it writes of models and calls, and what it reads.
 
-Where the bytes go is a `JournalStore`: SQLite in production, a simulated disk in the simulator.
+A `JournalStore` has the bytes: SQLite in production, a simulated disk in the simulator.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from tinsmithd.training.call import StoredAnswer, Work
 
 DELETED_KEPT_MAX = 1_000
-"""Models that are remembered after they were deleted."""
+"""Number of deleted models that the journal remembers."""
 STARTS_KEPT_MAX = 1_000
-"""Creations and checkpoints that are remembered because ranks died of them."""
+"""Number of creations and checkpoints remembered because ranks died of them."""
 
 
 class Fenced(Exception):
@@ -20,10 +20,10 @@ class Fenced(Exception):
 
 
 class StoreUnwritable(Exception):
-    """The store cannot be written now; reading it works.
+    """Nobody can write to the store now; reading it works.
 
     Attributes:
-        full: It is for want of room.
+        full: Whether room is what is missing.
     """
 
     def __init__(self, message: str, *, full: bool) -> None:
@@ -32,7 +32,7 @@ class StoreUnwritable(Exception):
 
 
 class StoreDamaged(Exception):
-    """What is read is not what was written."""
+    """The store does not hold what was written."""
 
 
 # --- what is written --------------------------------------------------------------------------
@@ -40,7 +40,7 @@ class StoreDamaged(Exception):
 
 @dataclass(frozen=True)
 class AddModel:
-    """A model exists from now on. `about` is what `models` keeps of it; JSON can hold it."""
+    """A model exists from now on. `about` is what `Model.about` says of it; JSON can hold it."""
 
     model_id: str
     number: int
@@ -51,8 +51,8 @@ class AddModel:
 class DeleteModel:
     """A model is gone, with everything of it.
 
-    With `remember`, what was written of it when it came stays among the `DELETED_KEPT_MAX` newest
-    of this kind: a late repeat of the request that created it must not create another.
+    With `remember`, what `AddModel` said of it stays, among the `DELETED_KEPT_MAX` newest of this
+    kind: a late repeat of the request that created it must not create another.
     """
 
     model_id: str
@@ -103,7 +103,7 @@ class ForgetCalls:
 
 @dataclass(frozen=True)
 class CountAttempt:
-    """The ranks died during this call so many times."""
+    """Number of rank deaths during this call."""
 
     model_id: str
     position: int
@@ -112,9 +112,9 @@ class CountAttempt:
 
 @dataclass(frozen=True)
 class CountStart:
-    """The ranks died so many times while something was put onto them; 0 forgets it.
+    """Number of rank deaths while something was put onto them; 0 forgets it.
 
-    The `STARTS_KEPT_MAX` that were counted last are kept.
+    The store keeps the `STARTS_KEPT_MAX` that were counted last.
     """
 
     key: str
@@ -123,7 +123,7 @@ class CountStart:
 
 @dataclass(frozen=True)
 class AddSnapshot:
-    """The state of a model after the call at `position` is in `folder`."""
+    """`folder` has the state of a model after the call at `position`."""
 
     model_id: str
     position: int
@@ -138,7 +138,7 @@ class AddSnapshot:
 
 @dataclass(frozen=True)
 class Trim:
-    """Drop what nobody needs any more: calls up to `position`, and snapshots before it."""
+    """Nobody needs these any more: calls up to `position`, and snapshots before it."""
 
     model_id: str
     position: int
@@ -146,7 +146,7 @@ class Trim:
 
 @dataclass(frozen=True)
 class DropAnswers:
-    """Answers of calls up to `position` are not kept any more."""
+    """Nobody may ask again for answers of calls up to `position`."""
 
     model_id: str
     position: int
@@ -175,9 +175,10 @@ class StoredCall:
     """A call, without its payload.
 
     Attributes:
-        payload_bytes: Of the payload, 0 once it was dropped.
+        payload_bytes: Size of the payload, 0 once it was dropped.
         answer_digest: SHA-256 of the answer; None while there is none.
-        answer_bytes: Of the answer where it is still kept, else 0.
+        answer_bytes: Size of the answer where it is still kept, else 0.
+        composition: See `Composition.encode`; empty where the call is never replayed.
     """
 
     position: int
@@ -201,12 +202,12 @@ class StoredSnapshot:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model, as it was written down; calls and snapshots rise by position.
+    """A model, as the journal has it; calls and snapshots rise by position.
 
     Attributes:
         trimmed_to: Up to this position calls may be gone; 0 where all are there.
-        last_request_time_s: When its newest call was written down, by the wall clock; None where
-            there was none, or an older release wrote it.
+        last_request_time_s: When its newest call was written, by the wall clock; None where there
+            was none, or an older release wrote it.
     """
 
     model_id: str
@@ -221,7 +222,7 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class DeletedModel:
-    """A model that was deleted and is remembered."""
+    """A deleted model that the journal remembers."""
 
     model_id: str
     number: int
@@ -230,7 +231,7 @@ class DeletedModel:
 
 @dataclass
 class Contents:
-    """All that a store has when it is claimed; models in the order in which they came."""
+    """All that a store has when a process claims it; models in the order in which they came."""
 
     cluster_id: str
     epoch: int
@@ -240,41 +241,38 @@ class Contents:
 
 
 class JournalStore(Protocol):
-    """Keeps what is committed, whole or not at all.
-
-    `commit` of a later call may not be durable before one of an earlier call.
-    """
+    """Keeps commits, whole or not at all; none is durable before an earlier one."""
 
     async def claim(self) -> Contents:
-        """Take the store over from whoever had it, and read it.
+        """Take the store over from the process that had it, and read it.
 
         Raises:
-            StoreDamaged: It cannot be read.
+            StoreDamaged: Nobody can read it.
         """
 
     async def commit(self, writes: Sequence[Write]) -> None:
-        """Write all of this or nothing; durable, as far as the mode goes, when it returns.
+        """Make all of these writes or none; durable, as far as the mode goes, on return.
 
         Raises:
-            Fenced: The store was claimed by another process.
-            StoreUnwritable: The disk is full or cannot be written. Nothing was written.
+            Fenced: Another process has claimed the store.
+            StoreUnwritable: The disk is full or takes nothing. Nothing was written.
         """
 
     async def tidy(self) -> None:
-        """Do what it has put off, now that nobody waits for a commit; it may find nothing to do."""
+        """Do work that it has put off, now that nobody waits for a commit."""
 
     async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
         """The calls of a model after a position, as they are now.
 
         Raises:
-            Fenced: The store was claimed by another process.
+            Fenced: Another process has claimed the store.
         """
 
     async def work(self, model_id: str, position: int) -> Work:
         """The payload of a call.
 
         Raises:
-            Fenced: The store was claimed by another process.
+            Fenced: Another process has claimed the store.
             StoreDamaged: It is gone or damaged.
         """
 
@@ -282,7 +280,7 @@ class JournalStore(Protocol):
         """The answer of a call.
 
         Raises:
-            Fenced: The store was claimed by another process.
+            Fenced: Another process has claimed the store.
             StoreDamaged: It is gone or damaged.
         """
 

@@ -2,9 +2,9 @@
 
     <folder>/journal.sqlite
 
-`synchronous=FULL` makes a commit durable against the loss of power; with NORMAL it survives the
-death of any process. Each row has a CRC-32 over all that it says and where it says it (`seal`),
-which is checked when it is read; what SQLite itself finds damaged is damage, too.
+With `synchronous=FULL` a commit survives the loss of power, with NORMAL the death of any process.
+Each row has a CRC-32 over its values and its key (`seal`), which every read checks; what SQLite
+itself finds damaged is damage, too.
 """
 
 import asyncio
@@ -52,10 +52,10 @@ _log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
 LOG_BYTES = 4 * 1024 * 1024
-"""The write-ahead log is copied into the file when it is about so long and nobody waits, for a
-commit that did it would take several times as long as another."""
+"""The store copies the write-ahead log into the file when it is about so long and nobody waits: a
+commit that did so would take several times as long as another."""
 LOG_PAGES_MAX = 16_384
-"""A commit does copy it when it has so many pages all the same."""
+"""A commit copies it all the same when it has so many pages."""
 COMMIT_BYTES = 16 * 1024
 """About what a commit adds to it besides data."""
 _UNWRITABLE = {
@@ -66,14 +66,14 @@ _UNWRITABLE = {
     sqlite3.SQLITE_BUSY: False,
     sqlite3.SQLITE_PERM: False,
 }
-"""Primary result codes after which a later try may work, and whether room is what is wanting."""
+"""Primary result codes after which a later try may work, and whether room is what is missing."""
 
 
 class SqliteStore:
     """See `JournalStore`.
 
     Args:
-        folder: Where the file is; made when absent.
+        folder: Has the file; made when absent.
         sync: Whether a commit survives the loss of power.
     """
 
@@ -137,8 +137,8 @@ class SqliteStore:
             db.create_function("seal", -1, seal, deterministic=True)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
-            # Some builds of SQLite zero what is deleted: all payloads would be written once more,
-            # to be dropped.
+            # Some builds of SQLite overwrite deleted rows with zeros: that would write all payloads
+            # once more, to drop them.
             db.execute("PRAGMA secure_delete=FAST")
             db.execute("PRAGMA foreign_keys=ON")
             db.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES_MAX}")
@@ -180,7 +180,7 @@ class SqliteStore:
             snapshots: list[StoredSnapshot] = []
             try:
                 calls, snapshots = self._calls(model_id, 0), self._snapshots(model_id)
-            except StoreDamaged as error:  # this model's alone
+            except StoreDamaged as error:  # it concerns this model alone
                 lost = lost or f"model {model_id} is lost: {error}"
             content = json.loads(about)
             found.append(
@@ -214,7 +214,7 @@ class SqliteStore:
                 "WHERE model_id=? AND position>? ORDER BY position",
                 (model_id, after),
             ).fetchall()
-            # Asked last: what is gone may be gone because another process has the store.
+            # Last: rows may be missing because another process has the store.
             self._check_epoch()
         except sqlite3.Error as error:
             raise StoreDamaged(f"the calls of {model_id} cannot be read: {error}") from error
@@ -227,7 +227,7 @@ class SqliteStore:
                 f"SELECT crc32, data FROM {table} WHERE model_id=? AND position=?",
                 (model_id, position),
             ).fetchone()
-            self._check_epoch()  # asked last, as above
+            self._check_epoch()  # last, as above
         except sqlite3.Error as error:
             raise StoreDamaged(f"{table} of {model_id} cannot be read: {error}") from error
         if row is None or seal(model_id, position, row[1]) != row[0]:
@@ -240,7 +240,7 @@ class SqliteStore:
         try:
             with _transaction(self._db):
                 self._check_epoch()
-                if not writes:  # to see whether it can be written
+                if not writes:  # somebody wants to know whether writing works
                     self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', 0)")
                 for write in writes:
                     apply(self._db, write)
@@ -257,7 +257,7 @@ class SqliteStore:
     def _checkpoint(self) -> None:
         assert self._db is not None
         self._log_bytes = 0
-        # What is not copied now, since the disk is full or somebody reads, is copied another time.
+        # Pages that stay, since the disk is full or somebody reads, are copied another time.
         with contextlib.suppress(sqlite3.OperationalError):
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
@@ -267,8 +267,8 @@ def _deleted(db: sqlite3.Connection) -> list[DeletedModel]:
         f"SELECT {DELETED}, crc32 IS seal({DELETED}) FROM deleted ORDER BY number"
     ).fetchall()
     if not all(row[-1] for row in rows):
-        # Nothing but a repeat that comes late could miss one, which is no reason not to start.
-        _log.error("what the journal has of models that were deleted is damaged in part")
+        # Only a repeat that comes late could miss one, which is no reason not to start.
+        _log.error("some of what the journal remembers of deleted models is damaged")
     return [
         DeletedModel(model_id, number, json.loads(about))
         for model_id, number, about, good in rows
@@ -282,7 +282,7 @@ def _starts(db: sqlite3.Connection) -> dict[str, int]:
 
 
 def _good(row: Sequence[Any], what: str) -> Sequence[Any]:
-    """A row without its last column, which says whether its seal is right."""
+    """The row without its last column, which says whether the seal is right."""
     if not row[-1]:
         raise StoreDamaged(f"{what} is damaged in the journal")
     return row[:-1]
@@ -290,7 +290,7 @@ def _good(row: Sequence[Any], what: str) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    # IMMEDIATE: the epoch that is read must still be the epoch when it is committed.
+    # IMMEDIATE: the epoch must not change between its check and the commit.
     db.execute("BEGIN IMMEDIATE")
     try:
         yield

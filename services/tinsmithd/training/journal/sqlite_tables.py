@@ -70,7 +70,7 @@ _TABLES = ("calls", "payloads", "answers", "snapshots", "requests", "models")
 
 
 def nbytes_of(write: Write) -> int:
-    """About what a write adds to the log, besides a few pages."""
+    """Roughly the bytes that a write adds to the log, besides a few pages."""
     if isinstance(write, AddCall) and isinstance(write.work, ComputeWork):
         return write.work.nbytes
     return sum(map(len, write.answer.outputs)) if isinstance(write, AddAnswer) else 0
@@ -87,7 +87,7 @@ def seal(*values: object) -> int:
 
 
 def apply(db: sqlite3.Connection, write: Write) -> None:
-    """Make a write within the transaction under way."""
+    """Make a write within the current transaction."""
     match write:
         case AddModel():
             values = (write.model_id, write.number, json.dumps(write.about), "", 0)
@@ -165,7 +165,7 @@ def _remember(db: sqlite3.Connection, model_id: str) -> None:
 
 def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
     payload = encode_work(write.work)
-    # A model that was deleted meanwhile must not leave anything behind.
+    # A model that was deleted meanwhile must leave nothing behind.
     db.execute(
         "INSERT INTO calls SELECT ?, ?, ?, ?, ?, 0, NULL, 0, x'', 0 "
         "WHERE EXISTS (SELECT 1 FROM models WHERE model_id=?)",
@@ -175,7 +175,7 @@ def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
         ),
     )
     _seal_calls(db, "position=?", write.model_id, write.position)
-    # For people alone, so it has no seal. A trim takes away the call, but not this.
+    # Only people read it, so it has no seal. A trim removes the call, but not this.
     db.execute(
         "INSERT OR REPLACE INTO requests SELECT model_id, ? FROM models WHERE model_id=?",
         (time.time(), write.model_id),
@@ -196,7 +196,7 @@ def _add_answer(db: sqlite3.Connection, write: AddAnswer) -> None:
             write.position,
         ),
     )
-    if not write.composition:  # it is never made again
+    if not write.composition:  # it is never replayed
         place = (write.model_id, write.position)
         db.execute("DELETE FROM payloads WHERE model_id=? AND position=?", place)
         db.execute("UPDATE calls SET payload_bytes=0 WHERE model_id=? AND position=?", place)
@@ -233,7 +233,7 @@ def _trim(db: sqlite3.Connection, write: Trim) -> None:
     db.execute("DELETE FROM payloads WHERE model_id=? AND position<=?", place)
     db.execute("UPDATE calls SET payload_bytes=0, plan=x'' WHERE model_id=? AND position<=?", place)
     _seal_calls(db, "position<=?", *place)
-    # The newest call stays even without an answer: it says which number is next.
+    # The newest call stays, also without an answer: it says which number is next.
     db.execute(
         "DELETE FROM calls WHERE model_id=? AND position<=? AND answer_bytes=0 AND position < "
         "(SELECT max(position) FROM calls WHERE model_id=?)",
@@ -245,7 +245,7 @@ def _drop_answers(db: sqlite3.Connection, write: DropAnswers) -> None:
     place = (write.model_id, write.position)
     db.execute("DELETE FROM answers WHERE model_id=? AND position<=?", place)
     db.execute("UPDATE calls SET answer_bytes=0 WHERE model_id=? AND position<=?", place)
-    # Of what is trimmed only the newest call is of use: it says which number is next.
+    # Of trimmed calls only the newest is of use: it says which number is next.
     db.execute(
         "DELETE FROM calls WHERE model_id=? AND position<=? AND payload_bytes=0 AND position < "
         "(SELECT max(position) FROM calls WHERE model_id=?)",

@@ -1,14 +1,12 @@
 """Who uses the ranks next: turns that share them evenly by what each turn costs.
 
 Start-time fair queueing (Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM 1996). Each
-model has an account of the tokens that it used. A turn starts, on a clock that counts tokens,
-where its model's account stands, or now where the account lies behind, so that nobody saves up
-credit by asking for nothing. The turn that starts first comes first; of two that start together,
-the cheaper.
+model has an account of the tokens that it used. On a clock that counts tokens, a turn starts where
+its model's account stands, or now where the account lies behind: nobody saves up credit by asking
+for nothing. The turn that starts first comes first; of two that start together, the cheaper.
 
-While two models both wait, what they were given differs by no more than their largest turns
-together. Whoever comes new starts now, so that at most the turn under way and one turn of each
-other model come before it.
+While two models both wait, what they got differs by no more than their largest turns together. A
+new model starts now: at most the turn under way and one turn of each other model come before it.
 """
 
 import asyncio
@@ -19,11 +17,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 PURGE_MIN = 64
-"""Below so many accounts it is not worth looking for old ones."""
+"""Number of accounts below which nobody looks for old ones."""
 
 
 class _Waiter:
-    """One turn that was asked for; `given` is done once it is given, or given up."""
+    """One turn that somebody waits for; `given` is done once it is given, or given up."""
 
     def __init__(self, cost: int) -> None:
         self.cost = cost
@@ -31,15 +29,15 @@ class _Waiter:
 
 
 class Turns:
-    """Hands one turn at a time to those who wait, O(log n) each; of the idle it knows nothing.
+    """Hands out one turn at a time, O(log n) each; it knows nothing of idle models.
 
     Lives on one event loop.
     """
 
     def __init__(self) -> None:
-        # By name: the one that is offered or holds the turn, then those behind it in order.
+        # By name: first the turn that is offered or held, then those behind it in order.
         self._queues: dict[str, deque[_Waiter]] = {}
-        # A heap of what is offered: (start, end, arrival, name, waiter).
+        # A heap of offers: (start, end, arrival, name, waiter).
         self._offers: list[tuple[int, int, int, str, _Waiter]] = []
         self._arrivals = itertools.count()
         self._accounts: dict[str, int] = {}
@@ -52,11 +50,10 @@ class Turns:
     async def take(self, name: str, cost: int) -> AsyncIterator[None]:
         """Wait for a turn and hold it for the body of the `async with`.
 
-        Whoever asks again before its task suspends after the body is weighed with the others as if
-        it had never stopped waiting.
+        A task that asks again before it suspends competes as if it had never stopped waiting.
 
         Args:
-            name: Whose account pays. Turns of one name come in the order they were asked for.
+            name: Whose account pays. Turns of one name come in the order of their requests.
             cost: Tokens, at least 1.
         """
         waiter = _Waiter(cost)
@@ -68,7 +65,7 @@ class Turns:
         try:
             await waiter.given
         except asyncio.CancelledError:
-            if not waiter.given.cancelled():  # given in the same moment: pass it on, unused
+            if not waiter.given.cancelled():  # it came in the same moment: pass it on, unused
                 self._release(name, 0)
             raise
         try:
@@ -77,7 +74,7 @@ class Turns:
             self._release(name, cost)
 
     def _offer(self, name: str) -> None:
-        """Let the first of this name that still waits compete for the turn."""
+        """Let the first waiter of this name compete for the turn."""
         queue = self._queues[name]
         while queue and queue[0].given.done():
             queue.popleft()
@@ -98,7 +95,7 @@ class Turns:
 
     def _decide_soon(self) -> None:
         # Not at once: a task that just had a turn may be about to ask for the next one, and must
-        # not lose to others for the lines of code in between.
+        # not lose it for the lines of code in between.
         if not self._held and not self._deciding:
             self._deciding = True
             asyncio.get_running_loop().call_soon(self._decide)
@@ -115,13 +112,13 @@ class Turns:
             waiter.given.set_result(None)
             self._purge()
             return
-        # Nobody waits, so nobody is owed anything.
+        # Nobody waits: nobody is owed anything.
         self._accounts.clear()
         self._purge_at = PURGE_MIN
         self._now = 0
 
     def _purge(self) -> None:
-        # An account that lies behind is as good as none; doubling makes this O(1) in the long run.
+        # An account that lies behind equals none; doubling makes this O(1) in the long run.
         if len(self._accounts) > self._purge_at:
             self._accounts = {n: used for n, used in self._accounts.items() if used > self._now}
             self._purge_at = max(PURGE_MIN, 2 * len(self._accounts))

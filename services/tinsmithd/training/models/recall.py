@@ -79,6 +79,8 @@ class Recall:
         if found.snapshots:  # what it is brought back from; the calls since then add to it
             model.set_state(found.snapshots[-1].step_count)
         give_lane(model, self._snapshots_of(found.model_id, found), self._shared)
+        if found.snapshots:  # its state until the calls since then are replayed
+            model.set_state(found.snapshots[-1].step_count)
         self._creation.remember(model)
         self._registry.add(model)
         if found.lost:

@@ -1,8 +1,8 @@
-"""Tells the Checkpoint server which models are gone, until it knows: their ephemeral weights go.
+"""Tells the Checkpoint server which models are gone: it drops their ephemeral weights.
 
-Nothing of this is written down. The Checkpoint server says for which models of this cluster it
-still keeps something, and those that are not here are gone: ids are never used twice, and a model
-was here before anything was saved of it. So it does not matter which of the two was away when.
+Neither side writes this down. The Checkpoint server says for which models of this cluster it still
+keeps something, and those that are not here are gone: nobody uses an id twice, and a model is here
+before anything of it is saved. So it does not matter which of the two was away when.
 """
 
 import asyncio
@@ -14,11 +14,11 @@ from typing import Protocol
 from tinsmithd.errors import TinsmithError
 
 INTERVAL_S = 60.0
-"""How often the Checkpoint server is asked what it keeps."""
+"""Between two questions what the Checkpoint server keeps."""
 RETRY_S = 5.0
-"""After it could not be told."""
+"""After a try that failed."""
 MODELS_MAX = 1000
-"""In one call."""
+"""Maximum number of models in one call."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class ReleasesModels(Protocol):
 
 
 class Releases:
-    """The models that were deleted and that the Checkpoint server may not know of.
+    """The deleted models that the Checkpoint server may not know of.
 
     Args:
         client: The Checkpoint server.
@@ -57,7 +57,9 @@ class Releases:
                 await self._tell()
             except TinsmithError as error:
                 if not self._failing:
-                    _log.warning("which models are gone is told later: %s", error.message)
+                    _log.warning(
+                        "the Checkpoint server hears later which models are gone: %s", error.message
+                    )
                 self._failing = True
                 await asyncio.sleep(RETRY_S)
                 continue

@@ -1,11 +1,11 @@
-"""Which models are at the ranks: so many adapters, or one model that trains all weights.
+"""Which models are at the ranks: several adapters, or one model that trains all weights.
 
-A model at the ranks has a seat. Whoever needs one waits in a queue; where there is none, the model
-that was idle longest is suspended: its state is on disk already, but for the calls after its last
-snapshot, and its next call brings it back. A model that is in use keeps its seat for a while, so
-that two that take turns do not bring each other back and forth with every call.
+A model at the ranks has a seat. A model that needs one waits in a queue; when none is free, the
+model that was idle longest is suspended: its state is on disk already, except for the calls after
+its last snapshot, and its next call brings it back. A model in use keeps its seat for a while, so
+that two that take turns do not send each other away with every call.
 
-With nothing on disk no model can be suspended, and whoever finds no seat is refused.
+Where nothing is on disk, no model can be suspended: a model that finds no seat is refused.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, Tins
 from tinsmithd.training.models.model import Model
 
 POLL_S = 0.05
-"""How often those who wait look whether somebody became idle."""
+"""Between two looks whether a model became idle, while others wait."""
 GRADIENTS_IDLE_S = 60.0
-"""A model that was idle for less than this and has gradients waiting is suspended after others: to
-bring it back, these have to be computed again."""
+"""A model with pending gradients that was idle for less than this is suspended after others: its
+return has to compute them again."""
 LEAVE_S = 5.0
-"""A model that was asked to leave and has not for so long is in a long call: others are asked."""
+"""A model that was asked to leave and has not done so for so long is in a long call: ask others."""
 HOW_TO_DELETE = "TrainingClient.delete(), RestClient.delete_model(model_id) or the DeleteModel call"
 
 
@@ -37,12 +37,12 @@ class SeatLimits:
 
 @dataclass(eq=False)
 class _Seat:
-    """A model's. Times are the loop's.
+    """The seat of one model. Times are the loop's.
 
     Attributes:
-        since_s: When it got it, or came back to it.
-        returning: It is being brought back.
-        asked_s: When it was asked to leave; None while it was not.
+        since_s: When the model got it, or came back to it.
+        returning: Whether the model is being brought back.
+        asked_s: When the model was asked to leave; None while it was not.
     """
 
     model: Model
@@ -61,7 +61,7 @@ class Seats:
     """Hands out seats at the ranks. Lives on one event loop.
 
     Args:
-        limits: How many, and for how long.
+        limits: Number of seats, and how long models keep them.
         suspends: Whether models can be suspended.
         free: Makes the ranks drop a model that is lost, and then calls `leave`.
     """
@@ -100,29 +100,29 @@ class Seats:
         try:
             await waiter.given
         except asyncio.CancelledError:
-            if not waiter.given.cancelled():  # given in the same moment
+            if not waiter.given.cancelled():  # it got one in the same moment
                 self.leave(model)
             raise
 
     def leave(self, model: Model) -> None:
-        """A model is not at the ranks any more; harmless where it was not."""
+        """A model is not at the ranks any more; no effect where it was not."""
         if self._seats.pop(model.model_id, None) is not None:
             self._decide()
 
     def is_back(self, model: Model) -> None:
-        """A model was brought back to its seat; its time there begins now."""
+        """A model came back to its seat; its time there begins now."""
         seat = self._seats.get(model.model_id)
         if seat is not None:
             seat.since_s, seat.returning = asyncio.get_running_loop().time(), False
 
     def give_up(self, model: Model, error: TinsmithError) -> None:
-        """A model that may wait for a seat is gone: whoever waits for it hears of it."""
+        """A model is gone: its caller hears that if it waits for a seat."""
         for waiter in self._waiting:
             if waiter.model is model and not waiter.given.done():
                 waiter.given.set_exception(error)
 
     def seat_at_once(self, models: Iterable[Model]) -> None:
-        """After a start: those that come first get seats, as far as they go round."""
+        """After a start: give seats to the first of these models, as far as there are any."""
         for model in models:
             if self._fits(model):
                 self._give(model)
@@ -140,7 +140,7 @@ class Seats:
 
     @property
     def _owned(self) -> bool:
-        """Whether a model has the ranks to itself."""
+        """Whether one model has all seats."""
         return any(seat.model.is_full for seat in self._seats.values())
 
     def _check(self, model: Model) -> None:
@@ -173,7 +173,7 @@ class Seats:
             self._timer = asyncio.get_running_loop().call_later(POLL_S, self._decide)
 
     def _make_room(self) -> None:
-        """Let those leave whose seats are needed, as far as they can be spared."""
+        """Let models leave whose seats others need, as far as they can be spared."""
         now_s = asyncio.get_running_loop().time()
         for seat in list(self._seats.values()):
             if _lost(seat.model) and seat.asked_s is None:
@@ -183,7 +183,7 @@ class Seats:
         leaving = sum(now_s - asked_s < LEAVE_S for asked_s in asked)
         needed = len(self._seats) - leaving
         if not (self._waiting[0].model.is_full or self._owned):
-            # Room for the first that wait, up to one that needs all of it.
+            # Room for the first that wait, up to one that needs all seats.
             wanted = 0
             for waiter in self._waiting:
                 if waiter.model.is_full:
@@ -221,7 +221,7 @@ def _lost(model: Model) -> bool:
 
 
 def too_many_models(limit: str, most: int, why: str = "") -> ResourceExhausted:
-    """The error of a model for which there is no room."""
+    """The error of one model too many."""
     return ResourceExhausted(
         f"{limit} is {most}{why}; delete one: {HOW_TO_DELETE}",
         Reason.TOO_MANY_MODELS,

@@ -2,10 +2,10 @@
 
     <folder>/<snapshot>/<file>...        as `state_files` has them
     <folder>/<snapshot>/manifest.json    name, size and SHA-256 of each; written last
-    <folder>/staging/<snapshot>/         what is being written; emptied at start
+    <folder>/staging/<snapshot>/         a draft; emptied at start
 
 Files are synced before the manifest, the folder before it is renamed into place, and the parent
-after. A snapshot counts only once the journal says so: what it does not know is swept away.
+after. A snapshot counts only once the journal says so: a start removes all others.
 """
 
 import asyncio
@@ -52,14 +52,14 @@ class SnapshotDraft(Protocol):
         """Append bytes to a file; files come one after the other.
 
         Raises:
-            OSError: The disk cannot take it.
+            OSError: The disk does not take it.
         """
 
     async def finish(self, *, optimizer: bool, step_count: int) -> str:
         """Make it durable; returns its folder, for `SnapshotStore.read`.
 
         Raises:
-            OSError: The disk cannot take it.
+            OSError: The disk does not take it.
         """
 
     async def discard(self) -> None:
@@ -67,10 +67,10 @@ class SnapshotDraft(Protocol):
 
 
 class SnapshotStore(Protocol):
-    """Where snapshots are kept.
+    """Keeps the files of snapshots.
 
     Attributes:
-        epoch: Of this process; set once the journal is claimed, before anything else.
+        epoch: That of this process; set once the journal is claimed, before anything else.
     """
 
     epoch: int
@@ -86,14 +86,14 @@ class SnapshotStore(Protocol):
         """
 
     async def verify(self, folder: str) -> None:
-        """Read what was written, and keep nothing of it.
+        """Read and verify one, and keep nothing of it.
 
         Raises:
             StoreDamaged: It is gone, or not what was written.
         """
 
     async def keep_only(self, folders: Collection[str]) -> None:
-        """Remove all others, but none that a process of a higher epoch made."""
+        """Remove all others, except those that a process of a higher epoch made."""
 
     async def remove(self, folder: str) -> None:
         """Remove one; an unknown one is no error."""
@@ -124,7 +124,7 @@ class DiskSnapshotDraft:
     async def discard(self) -> None:
         """Leave nothing behind."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # closing writes what is buffered, too
+            with contextlib.suppress(OSError):  # closing writes the buffer, too
                 self._file.close()
         await asyncio.to_thread(shutil.rmtree, self._staging, ignore_errors=True)
 
@@ -183,7 +183,7 @@ class DiskSnapshotStore:
         return f"{self.epoch:08d}-{model_id}-{position:010d}-{unique}"
 
     def may_remove(self, name: str) -> bool:
-        """Not what a process made that took over from this one."""
+        """Whether no process made it that took over from this one."""
         made, _, _ = name.partition("-")
         return not made.isdigit() or int(made) <= self.epoch
 
@@ -192,7 +192,7 @@ class DiskSnapshotStore:
         return await asyncio.to_thread(self._read, folder)
 
     async def verify(self, folder: str) -> None:
-        """Read what was written, and keep nothing of it."""
+        """Read and verify one, and keep nothing of it."""
         await asyncio.to_thread(self._verify, folder)
 
     async def keep_only(self, folders: Collection[str]) -> None:
@@ -245,7 +245,7 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
 
 
 def _verified(folder: Path, about: Mapping[str, Any]) -> Iterator[bytes]:
-    """The pieces of a file; at its end it is known whether they are what was written."""
+    """The pieces of a file; raises at its end if they are not what was written."""
     digest = hashlib.sha256()
     with (folder / about["name"]).open("rb") as file:
         piece = file.read(PIECE_BYTES)

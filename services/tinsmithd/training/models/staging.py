@@ -1,9 +1,9 @@
-"""States of models on their way between the ranks and the Checkpoint server: on this server's disk.
+"""States on their way between the ranks and the Checkpoint server: on this server's disk.
 
 A turn at the ranks lasts as long as it takes to copy a state, or to take one in, and never as long
-as the Checkpoint server takes. So what leaves the ranks is put down here first, and what comes for
-them is here whole before they are asked. Nothing of it has a name on the disk, and nothing is left
-of it when the process ends.
+as the Checkpoint server takes. So a state that leaves the ranks is written here first, and one that
+comes for them is here whole before their turn. These files have no names on the disk, and nothing
+is left of them when the process ends.
 """
 
 import asyncio
@@ -37,17 +37,17 @@ class Staged(Protocol):
 
 
 class Staging(Protocol):
-    """Where states are put down."""
+    """Takes states in."""
 
     def open(self) -> AbstractAsyncContextManager[Staged]:
         """Room for one state, for the body of the `async with`."""
 
 
 class Copies:
-    """How many whole states are in memory at once, over all models.
+    """Limits how many whole states are in memory at once, over all models.
 
     Args:
-        leaving_max: Copies that the ranks hold until they are here.
+        leaving_max: Maximum number of copies that the ranks hold until they are here.
 
     Attributes:
         leaving: Held from before a copy is made until the ranks have sent all of it.
@@ -68,8 +68,8 @@ class DiskStaging:
     """See `Staging`.
 
     Args:
-        folder: Made when it is needed.
-        bytes_max: Of all states together.
+        folder: Has the files; made when it is needed.
+        bytes_max: Maximum bytes of all states together.
     """
 
     def __init__(self, folder: Path, bytes_max: int) -> None:
@@ -94,7 +94,7 @@ class DiskStaging:
         return tempfile.TemporaryFile(dir=self._folder, buffering=0)
 
     def take(self, nbytes: int) -> None:
-        """Count bytes that come in.
+        """Count bytes that arrive.
 
         Raises:
             ResourceExhausted: They are too many (STORAGE_FULL).
@@ -116,7 +116,7 @@ class DiskStaged:
     def __init__(self, staging: DiskStaging, file: IO[bytes]) -> None:
         self._staging = staging
         self._file = file
-        self._lock = threading.Lock()  # the thread of a call may outlive the caller
+        self._lock = threading.Lock()  # a call's thread may outlive its caller
         self._sizes: dict[str, int] = {}
         self.nbytes = 0
 
@@ -149,7 +149,7 @@ class DiskStaged:
         with self._lock:
             data = os.pread(self._file.fileno(), nbytes, at)
         if len(data) != nbytes:
-            raise OSError(f"{nbytes} bytes were put down at {at}, {len(data)} are there")
+            raise OSError(f"{nbytes} bytes were written at {at}, {len(data)} are there")
         return data
 
     def close(self) -> None:
@@ -163,5 +163,5 @@ def _storage_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        text = f"a state cannot be put down: {error}"
+        text = f"a state cannot be written: {error}"
         raise ResourceExhausted(text, Reason.STORAGE_FULL, retry_after_s=1.0) from error

@@ -1,8 +1,8 @@
 """How often the ranks died, by themselves, while something was put onto them.
 
-A call is counted under its place in its model's order. What has none yet, a creation, is counted
-under its request, and whatever comes from a checkpoint under what that holds: sent again and again,
-by whoever, it must not end the ranks again and again.
+The journal counts a call under its position. This counts a creation under its request, and whatever
+takes in a checkpoint under the checkpoint's content: sent again and again, by anybody, it must not
+end the ranks again and again.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from tinsmithd.training.ranks import ModelBroken, RankGroupLost
 
 
 class Starts:
-    """Counts attempts, durably; what succeeds once is forgotten.
+    """Counts attempts, durably; one success forgets them.
 
     Args:
-        journal: Where they are written down.
+        journal: Keeps the counts.
         attempts_max: `call_attempts_max`.
     """
 
@@ -31,13 +31,13 @@ class Starts:
         self._attempts.update(attempts)
 
     def check(self, key: str) -> None:
-        """Refuse what the ranks died of too often.
+        """Refuse to try again what ended the ranks too often.
 
         Args:
-            key: See `key_of_checkpoint` and `key_of_request`; empty: it cannot be known again.
+            key: See `key_of_checkpoint` and `key_of_request`; empty where nobody can know it again.
 
         Raises:
-            FailedPrecondition: See above (CALL_POISONED).
+            FailedPrecondition: It did (CALL_POISONED).
         """
         attempts = self._attempts.get(key, 0)
         if attempts >= self._attempts_max:
@@ -49,10 +49,10 @@ class Starts:
 
     @contextlib.asynccontextmanager
     async def attempt(self, key: str) -> AsyncIterator[None]:
-        """Count the body of the `async with`, where the ranks die of it.
+        """Run the body of the `async with`, and count it if the ranks die of it.
 
         Raises:
-            FailedPrecondition: They did too often, before it began (CALL_POISONED).
+            FailedPrecondition: They died of it too often before (CALL_POISONED).
             Fenced: Another process has the journal.
         """
         self.check(key)
@@ -62,7 +62,7 @@ class Starts:
             if error.blamed:
                 await self._failed(key)
             raise
-        # The ranks took it: what they died of before was something else.
+        # The ranks took it: they died of something else before.
         if self._attempts.pop(key, 0):
             self._journal.commit(CountStart(key, 0), must=True)
 
@@ -73,10 +73,10 @@ class Starts:
 
 
 def key_of_checkpoint(digest: bytes) -> str:
-    """Of whatever takes this content in."""
+    """The key of whatever takes in this content."""
     return f"checkpoint {digest.hex()}" if digest else ""
 
 
 def key_of_request(request_id: str) -> str:
-    """Of a creation without a checkpoint."""
+    """The key of a creation without a checkpoint."""
     return f"request {request_id}" if request_id else ""

@@ -26,7 +26,7 @@ class GroupClaim:
         world_size: Number of ranks.
         engine: Name of the engine.
         identity: All that the last bit of a result depends on, besides commands and compositions.
-        launch_token: What the launcher that started it gave it; empty where it had none.
+        launch_token: The launcher gave it to the group that it started; else empty.
     """
 
     info: BaseModelInfo
@@ -60,7 +60,7 @@ class GroupClaim:
 
 
 def progress(loading: pb.Loading) -> str:
-    """What a rank group that loads says it is doing: one short line."""
+    """What a rank group says that it does while it loads: one short line."""
     return bounded(loading.message, PROGRESS_BYTES_MAX)
 
 
@@ -70,7 +70,7 @@ def _check_count(field: str, value: int, value_max: int) -> None:
 
 
 def _check_name(field: str, text: str, bytes_max: int = NAME_BYTES_MAX) -> None:
-    # What is shown later is then no longer than this, and one line.
+    # So nothing that is shown later is longer than this, and all of it is one line.
     if bounded(text, bytes_max) != text:
         message = f"is longer than {bytes_max} bytes, or has what cannot be printed"
         raise InvalidArgument(field, message)

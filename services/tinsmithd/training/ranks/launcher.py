@@ -19,34 +19,34 @@ RESTART_DELAY_S_FIRST = 0.1
 RESTART_DELAY_S_MAX = 30.0
 STOP_S_MAX = 10.0
 SETTLED_S = 3.0
-"""Ranks that lived for so long are started again without delay."""
+"""Ranks that lived for so long start again without delay."""
 CAUSE_WAIT_S_MAX = 3.0
-"""A connection that broke says nothing; the process that had it ends about then."""
+"""A connection that breaks does not say why; its process ends about then."""
 ENDED_KEPT_MAX = 64
 _FROM_OUTSIDE = [
     status
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     for status in (-number, 128 + number)
 ]
-"""As a process that ended so, and as a rank group says of one of its ranks."""
+"""Of a process that ended so, and as a rank group reports one of its ranks."""
 _OF_ANOTHER_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LaunchError(Exception):
-    """The rank group cannot start, and trying again cannot help."""
+    """The rank group cannot start, and another try does not help."""
 
 
 class Launcher:
     """Keeps rank groups running as child processes: one, and those that stand by.
 
-    A group of one rank is a plain child; of several, a child starts them and ends all when one
-    dies. Each child gets a token that nobody else knows: what a rank group says of itself is
-    believed no further than that.
+    A group of one rank is a plain child; for several ranks, a child starts them and ends all when
+    one dies. Each child gets a token that nobody else knows: it is the only thing in what a rank
+    group says of itself that this class believes.
 
     Args:
         config: What to start.
         link_address: Where the ranks attach.
-        secret_file: The secret that they show there.
+        secret_file: Has the secret that they show there.
     """
 
     def __init__(self, config: TrainingConfig, link_address: str, secret_file: Path) -> None:
@@ -58,9 +58,9 @@ class Launcher:
         self._out_of_memory_count = _out_of_memory_count()
 
     async def blamed(self, token: str) -> bool:
-        """Whether a group that is just going ends by itself, not by somebody's hand.
+        """Whether a group ends by itself, not because somebody ended it.
 
-        Of a group that was not started here nobody knows: it is blamed.
+        Nobody knows that of a group that somebody else started: it is blamed.
 
         Args:
             token: Its launch token.
@@ -72,16 +72,16 @@ class Launcher:
         elif token not in self._ended:
             return True
         status = self._ended.get(token) if process is None else process.returncode
-        if status is None:  # it lives, and lost its connection
+        if status is None:  # it lives, and only lost its connection
             return False
         before, self._out_of_memory_count = self._out_of_memory_count, _out_of_memory_count()
         return status not in _FROM_OUTSIDE or self._out_of_memory_count > before
 
     def end(self, token: str) -> None:
-        """End a group that was started here at once; it is started again.
+        """End a group at once, if this launcher started it; it starts again.
 
         Args:
-            token: Its launch token; any other has no effect.
+            token: Its launch token; an unknown one has no effect.
         """
         process = self._running.get(token)
         if process is not None:
@@ -91,7 +91,7 @@ class Launcher:
         """Run until cancelled.
 
         Raises:
-            LaunchError: The ranks say that a restart cannot help; their log says why.
+            LaunchError: The ranks say that a restart does not help; their log says why.
         """
         groups = [
             asyncio.create_task(self._keep()) for _ in range(1 + self._config.spawn_spare_groups)
@@ -153,7 +153,7 @@ class Launcher:
             "live_with_pid": os.getpid(),
         }
         ours = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
-        # A job that this server is part of may have said who is which rank: those are other ranks.
+        # This server may be part of a job that numbers ranks: those are other ranks.
         return {k: v for k, v in environment(**ours).items() if k not in _OF_ANOTHER_JOB}
 
 
@@ -169,14 +169,14 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 
 
 def _end(process: asyncio.subprocess.Process) -> None:
-    """End a child that was not waited for yet, with all ranks: they are of its process group."""
+    """End a child that nobody has waited for, with all ranks: they are in its process group."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def _out_of_memory_count() -> int:
-    """How often the kernel has ended a process of this machine for want of memory."""
+    """Number of processes of this machine that the kernel ended for lack of memory."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

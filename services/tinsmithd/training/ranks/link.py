@@ -15,9 +15,9 @@ from tinsmithd.training.ranks.place import RankGroupPlace
 from tinsmithd.training.ranks.rank_group import AttachedRankGroup
 
 LEAVE_S_MAX = 1.0
-"""How long the stream of a group that lost its place may take to end."""
+"""The stream of a group that lost its place has so long to end."""
 EPOCH_BITS = 20
-"""Of a group's epoch count the groups of one Training server; those above are the server's own."""
+"""The low bits of a group's epoch count the groups of one server; the others are its own epoch."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,14 +74,14 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
                     yield command
         finally:
             reader.cancel()
-            # A task of its own: this one may be cancelled, and to find out why a group went takes
-            # a moment.
+            # A task of its own: this one may be cancelled, and it takes a moment to find out why a
+            # group went.
             task = asyncio.create_task(self._leave(group, has_place=has_place))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
     async def _wait_for_place(self, group: AttachedRankGroup) -> bool:
-        """Wait until this group is the one at work; False where it went away before."""
+        """Wait until this group may work; False where it went away before."""
         place: asyncio.Task[Any] | None = asyncio.create_task(self._at_work.acquire())
         gone = asyncio.create_task(group.gone.wait())
         assert place is not None
@@ -116,12 +116,12 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
             *(info.name, group.world_size, group.engine, info.dtype),
         )
         self._place.attach(group)
-        # Rises over restarts of this server, too: its own epoch does.
+        # It rises over restarts of this server, too: the server's epoch does.
         epoch = (self._epoch() << EPOCH_BITS) + self._attached_count
         return pb.AttachResponse(welcome=pb.Welcome(epoch=epoch))
 
     async def watch(self) -> None:
-        """Take the place from a group that fell silent, until cancelled."""
+        """Take the place from groups that fall silent, until cancelled."""
         while True:
             await asyncio.sleep(min(1.0, self._lease_s / 4))
             oldest_s = asyncio.get_running_loop().time() - self._lease_s
@@ -132,7 +132,7 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
                     group.lose(message)
                     self._place.detach(group)
                     self._on_silent(group.launch_token)
-                    if group.task is not None:  # it may wait for ever to write to that group
+                    if group.task is not None:  # it may write to that group for ever
                         asyncio.get_running_loop().call_later(LEAVE_S_MAX, group.task.cancel)
 
     def close(self) -> None:

@@ -32,9 +32,9 @@ from tinsmithd.training.ranks.interface import (
 NONSENSE_BYTES_MAX = 200
 """Maximum bytes that are shown of a reply that makes no sense."""
 STEP_COUNT_MAX = 1 << 53
-"""Of a model that nobody could have trained for so long: a step more must still be a number."""
+"""Nobody can train a model for so long; one more step must still be an integer."""
 MESSAGE_BYTES_MAX = 1024
-"""What of a failure is passed on."""
+"""Maximum bytes of a failure's message."""
 
 OnReply = Callable[[pb.AttachRequest], Awaitable[None]]
 
@@ -63,18 +63,18 @@ class AttachedRankGroup:
         self._replies: dict[int, asyncio.Queue[pb.AttachRequest | None]] = {}
         self._lost: RankGroupLost | None = None
         self.gone = asyncio.Event()
-        """Set when nothing more will come of it."""
+        """Set when it will say nothing more."""
         self.task: asyncio.Task[Any] | None = None
         """Serves its stream."""
         self.leaving = False
-        """It said that it was asked to end: no call is to blame."""
+        """Whether it said that somebody asked it to end: then no call is to blame."""
         self.heard_s = clock()
         """When it last said anything."""
 
     # --- the stream's side --------------------------------------------------------------------
 
     async def commands(self) -> AsyncIterator[pb.AttachResponse]:
-        """What to send to rank 0, until the group is lost."""
+        """The commands for rank 0, until the group is lost."""
         while (message := await self._outgoing.get()) is not None:
             yield message
 
@@ -145,7 +145,7 @@ class AttachedRankGroup:
     ) -> Computed:
         """Forward, and backward too where asked."""
         command = pb.AttachResponse(model_id=model_id)
-        # Filled in its place: a message that is given to another one is copied with all its data.
+        # Filled in its place: to give it a finished message would copy all data.
         compute = command.compute
         compute.loss_fn.ParseFromString(batch.loss)
         compute.data.extend(batch.data)
@@ -197,7 +197,7 @@ class AttachedRankGroup:
             try:
                 done = await self._finish(replies, "piece", self._pieces_to(on_piece))
             except RankGroupLost as error:
-                # The copy was made: what ended the ranks since then is somebody else's call.
+                # The ranks made the copy: another call ended them since then.
                 raise RankGroupLost(str(error)) from error
             return self._state_info(done)
 
@@ -235,7 +235,7 @@ class AttachedRankGroup:
         await self._outgoing.put(message)
 
     def _lost_again(self) -> RankGroupLost:
-        # A new one each time: several callers raise it. Only the call under way is to blame.
+        # A new one each time: several callers raise it. Only the current command is to blame.
         assert self._lost is not None
         return RankGroupLost(str(self._lost))
 
@@ -290,7 +290,7 @@ class AttachedRankGroup:
                     except Exception as error:
                         failure = error  # the rest must be read all the same
         finally:
-            # What still comes of a command whose caller was cancelled is of no interest.
+            # Nobody wants further replies to a command whose caller was cancelled.
             self._replies.pop(replies.command_id, None)
 
     def _failure(self, failed: pb.Failed) -> Exception:
@@ -331,7 +331,7 @@ class AttachedRankGroup:
         return take
 
     def _nonsense(self, what: str) -> RankGroupLost:
-        """The group said what no group says: it has lost its place, and the call may be why."""
+        """The group said what no group says: it loses its place, and the command may be why."""
         why = f"the rank group's reply makes no sense: {bounded(what, NONSENSE_BYTES_MAX)}"
         _log.error("%s", why)
         self.lose(why, blamed=True)
@@ -339,7 +339,7 @@ class AttachedRankGroup:
 
 
 class _Replies(asyncio.Queue[pb.AttachRequest | None]):
-    """What rank 0 says of one command; None when it is gone."""
+    """What rank 0 replies to one command; None when it is gone."""
 
     def __init__(self, command_id: int) -> None:
         super().__init__()
