@@ -10,8 +10,9 @@ from tinsmith.internal.v1 import trainer_link_service_pb2
 from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, training_service_pb2
 
 KINDS = ("function", "class", "method", "property")
-CALLED_BY_LIBRARIES = {"intercept_service"}
+CALLED_BY_LIBRARIES = {"intercept_service", "settings_customise_sources", "_load_env_vars"}
 """Names of methods that a library calls, besides RPCs."""
+CALLED_BY_DECORATORS = ["@model_validator", "@field_validator"]
 
 
 def unused(folders: Sequence[Path]) -> list[str]:
@@ -28,7 +29,8 @@ def unused(folders: Sequence[Path]) -> list[str]:
         for service in proto.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    vulture = Vulture(ignore_names=sorted(rpcs | CALLED_BY_LIBRARIES))
+    names = sorted(rpcs | CALLED_BY_LIBRARIES)
+    vulture = Vulture(ignore_names=names, ignore_decorators=CALLED_BY_DECORATORS)
     vulture.scavenge([str(folder) for folder in folders], exclude=[f"*{g}" for g in GENERATED])
     return [
         f"{item.filename}:{item.first_lineno}: {item.typ} {item.name}"
