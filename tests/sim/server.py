@@ -11,7 +11,7 @@ from sim.loop import Process
 from sim.ranks import SimRankGroup
 from sim.snapshots import SimSnapshotStore
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
-from tinsmithd.training.call import RefusedWork, Work
+from tinsmithd.training.call import Call, RefusedWork, Work
 from tinsmithd.training.journal import Fenced, Journal, StoreDamaged
 from tinsmithd.training.lane import LaneLimits
 from tinsmithd.training.models import (
@@ -185,9 +185,8 @@ class Server:
                 work = request.work
                 if work is None:
                     work = RefusedWork(InvalidArgument("adam_params", "is not one"))
-                answer = self.models.submit(
-                    model, request.seq_id, request.digest, work, request.nbytes
-                )
+                call = Call(request.seq_id, request.digest, work, request.nbytes)
+                answer = self.models.submit(model, call)
                 async for output in answer.outputs():
                     yield output
                 yield dict(await answer.value())

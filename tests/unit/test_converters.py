@@ -24,6 +24,7 @@ from tinsmithd.rpc.intake import Intake
 from tinsmithd.rpc.paging import page_of
 from tinsmithd.sampler.validate import RequestLimits, check_request
 from tinsmithd.training import requests
+from tinsmithd.training.call import ComputeWork, RefusedWork
 from tinsmithd.training.requests import DataLimits
 
 INFO = BaseModelInfo("tiny", "LlamaForCausalLM", 300, 512, "float32", 2, 1)
@@ -41,10 +42,9 @@ async def only(message: Message) -> AsyncIterator[Any]:
 
 async def read_data(message: Any) -> None:
     """As Forward and ForwardBackward do; what is wrong must be a refusal that is not INTERNAL."""
-    call = await requests.read_call(only(message), lambda _: INFO, LIMITS)
-    if call.refusal is not None:
-        raise call.refusal
-    call.work(backward=True)
+    read = await requests.read_call(only(message), lambda _: INFO, LIMITS)
+    if isinstance(read.call.work, RefusedWork):
+        raise read.call.work.error
 
 
 def read_sampling(message: Any) -> None:
@@ -132,7 +132,8 @@ async def test_only_what_has_many_items_leaves_the_event_loop(
 
     stream: Any = Intake(pb.ForwardRequest, 1 << 20, 1 << 18).stream(message())
     read = await requests.read_call(stream, lambda _: info, LIMITS)
-    assert (read.refusal, len(read.lengths)) == (None, data)
+    assert isinstance(read.call.work, ComputeWork)
+    assert len(read.call.work.lengths) == data
     assert bool(used) is left
 
 
@@ -159,9 +160,9 @@ async def test_a_fault_while_a_call_is_read_is_a_refusal(
 
     monkeypatch.setattr(convert, "datum_from_pb", fails)
     valid: Any = valid_requests(MODEL_ID, PATH)["Forward"]
-    call = await requests.read_call(only(valid), lambda _: INFO, LIMITS)
-    assert call.refusal is not None
-    assert call.refusal.reason == "INTERNAL"
+    call = (await requests.read_call(only(valid), lambda _: INFO, LIMITS)).call
+    assert isinstance(call.work, RefusedWork)
+    assert call.work.error.reason == "INTERNAL"
     assert len(call.digest) == 32
     assert "a fault of ours" in caplog.text
     work = requests.read_work(lambda: 1 / 0)  # type: ignore[arg-type, return-value]

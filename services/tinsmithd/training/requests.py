@@ -1,14 +1,14 @@
-"""Reads the streamed calls, Forward and ForwardBackward, into one checked value.
+"""Reads the requests of a call into one checked `Call`.
 
-A call that cannot be read is still a call: it has a digest and takes its number, and `refusal`
-says what is wrong with it.
+A call that cannot be read is still a call: it has a digest and takes its number, and its work says
+what is wrong with it.
 """
 
 import contextlib
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
@@ -19,7 +19,7 @@ from tinsmithd.convert.tensors import check_format
 from tinsmithd.domain import BaseModelInfo, CrossEntropy, LossFn
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError, over_limit
 from tinsmithd.rpc.intake import is_inline, off_loop
-from tinsmithd.training.call import ComputeWork, RefusedWork, Work, check_datum
+from tinsmithd.training.call import Call, ComputeWork, RefusedWork, Work, check_datum
 
 ComputeRequest = pb.ForwardRequest | pb.ForwardBackwardRequest
 _HEADER_FIELDS = ("model_id", "seq_id", "loss_fn", "tensor_format")
@@ -27,36 +27,19 @@ _HEADER_FIELDS = ("model_id", "seq_id", "loss_fn", "tensor_format")
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class ComputeCall:
-    """One Forward or ForwardBackward call, all its messages read.
+@dataclass(frozen=True)
+class StreamedCall:
+    """A Forward or ForwardBackward call, all its requests read.
 
     Attributes:
-        loss: The loss with its defaults filled in, as the wire has it.
-        packed: Its data, as the wire has them.
-        lengths: Tokens of each datum.
-        refusal: What is wrong with it.
+        model_id: Whose call.
+        tensor_format: How the caller wants its outputs.
+        call: What it asks for.
     """
 
     model_id: str
-    seq_id: int
     tensor_format: int
-    digest: bytes = b""
-    loss: bytes = b""
-    packed: list[bytes] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    refusal: TinsmithError | None = None
-
-    def work(self, *, backward: bool) -> Work:
-        """What it asks for."""
-        if self.refusal is not None:
-            return RefusedWork(self.refusal)
-        return ComputeWork(self.loss, self.packed, self.lengths, backward)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return sum(map(len, self.packed))
+    call: Call
 
 
 @dataclass(frozen=True)
@@ -74,8 +57,8 @@ def digest_of(request: Message, refusal: TinsmithError | None = None) -> bytes:
     """Digest of a unary call's content, equal for equal content.
 
     Args:
-        request: What was read of it.
-        refusal: Stands for what was not.
+        request: What could be read of it.
+        refusal: Stands for what could not.
     """
     content = request.DESCRIPTOR.full_name.encode() + b"\0"
     content += request.SerializeToString(deterministic=True)
@@ -85,7 +68,7 @@ def digest_of(request: Message, refusal: TinsmithError | None = None) -> bytes:
 
 
 async def read_header(requests: AsyncIterator[ComputeRequest]) -> ComputeRequest:
-    """The first message of a call.
+    """The first request of a call.
 
     Raises:
         InvalidArgument: The stream ended without any (MALFORMED_STREAM).
@@ -96,7 +79,7 @@ async def read_header(requests: AsyncIterator[ComputeRequest]) -> ComputeRequest
 
 
 def read_work(read: Callable[[], Work]) -> Work:
-    """What a unary call asks for; that it is refused where `read` raises."""
+    """What a unary call asks for; `RefusedWork` where `read` raises."""
     with refusals() as found:
         return read()
     return RefusedWork(found[0])
@@ -104,9 +87,9 @@ def read_work(read: Callable[[], Work]) -> Work:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[list[TinsmithError]]:
-    """Turn what is raised while a call is read into its refusal, under its number.
+    """Turn errors of the body of the `with` into the refusal of a call, under its number.
 
-    What is not a refusal by itself is a fault of ours: it is logged, and the call is INTERNAL.
+    An error that is no refusal by itself is a fault of ours: the log has it, the call is INTERNAL.
     """
     found: list[TinsmithError] = []
     try:
@@ -121,7 +104,7 @@ def refusals() -> Iterator[list[TinsmithError]]:
 
 
 def _bare(error: TinsmithError) -> TinsmithError:
-    """An error to keep: without the frames that raised it, which hold the call's messages."""
+    """An error to keep: without the frames that raised it, which hold the call's requests."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
@@ -130,14 +113,14 @@ async def read_call(
     requests: AsyncIterator[ComputeRequest],
     find: Callable[[str], BaseModelInfo],
     limits: DataLimits,
-) -> ComputeCall:
-    """Read a call to its end; what is wrong with it goes into `refusal`.
+) -> StreamedCall:
+    """Read a call to its end; one that is wrong asks for `RefusedWork`.
 
-    A message is not kept beside what is made of it, nor until the next one is there.
+    No request is kept beside what is made of it, nor until the next one is there.
 
     Args:
-        requests: Its messages.
-        find: Says by a model's id which base model the data are checked against.
+        requests: Its requests.
+        find: Gives the base model of a model; the data have to fit it.
         limits: Bounds.
 
     Raises:
@@ -145,8 +128,8 @@ async def read_call(
         TinsmithError: What `find` raised.
     """
     first = await read_header(requests)
-    call = ComputeCall(first.model_id, first.seq_id, first.tensor_format)
-    reader = _Reader(call, first, find(first.model_id), limits)
+    model_id, seq_id, tensor_format = first.model_id, first.seq_id, first.tensor_format
+    reader = _Reader(first, find(model_id), limits)
     try:
         await _take(reader, first)
         del first
@@ -157,10 +140,7 @@ async def read_call(
         reader.end()
     except InvalidArgument as error:  # not worth reading on
         reader.refuse(_bare(error))
-    call.digest = reader.content.digest()
-    if call.refusal is not None:
-        call.packed, call.lengths = [], []
-    return call
+    return StreamedCall(model_id, tensor_format, reader.call(seq_id))
 
 
 async def _take(reader: "_Reader", message: ComputeRequest) -> None:
@@ -173,51 +153,61 @@ async def _take(reader: "_Reader", message: ComputeRequest) -> None:
 class _Reader:
     """Takes a call's data in: counted, digested, and checked until something is wrong."""
 
-    def __init__(
-        self, call: ComputeCall, first: ComputeRequest, info: BaseModelInfo, limits: DataLimits
-    ) -> None:
-        self._call = call
+    def __init__(self, first: ComputeRequest, info: BaseModelInfo, limits: DataLimits) -> None:
+        self._backward = isinstance(first, pb.ForwardBackwardRequest)
+        self._loss = b""
+        self._data: list[bytes] = []
+        self._lengths: list[int] = []
         self._info = info
         self._limits = limits
         self._budget = _Budget(limits.data_per_call_max, limits.call_bytes_max)
         self._loss_fn: LossFn = CrossEntropy()
-        self.content = hashlib.sha256(first.DESCRIPTOR.full_name.encode())
-        self.content.update(first.loss_fn.SerializeToString(deterministic=True))
+        self._content = hashlib.sha256(first.DESCRIPTOR.full_name.encode())
+        self._content.update(first.loss_fn.SerializeToString(deterministic=True))
         with refusals() as found:
             check_format(first.tensor_format, "tensor_format")
             self._loss_fn = convert.loss_fn_from_pb(first.loss_fn, "loss_fn")
-            call.loss = convert.loss_fn_to_pb(self._loss_fn).SerializeToString(deterministic=True)
-        call.refusal = next(iter(found), None)
+            loss = convert.loss_fn_to_pb(self._loss_fn)
+            self._loss = loss.SerializeToString(deterministic=True)
+        self._refusal = next(iter(found), None)
+
+    def call(self, seq_id: int) -> Call:
+        """The call that was read."""
+        digest = self._content.digest()
+        if self._refusal is not None:
+            return Call(seq_id, digest, RefusedWork(self._refusal))
+        work = ComputeWork(self._loss, self._data, self._lengths, self._backward)
+        return Call(seq_id, digest, work, work.nbytes)
 
     def refuse(self, error: TinsmithError) -> None:
-        """What comes is not read: the refusal stands for it in the digest. What was found wrong
-        before may only be that something was not read."""
-        self.content.update(b"\0" + str(error).encode())
-        self._call.refusal = error
+        """Nobody reads the rest: the refusal stands for it in the digest, in place of any earlier
+        refusal, whose cause may only be that something was not read."""
+        self._content.update(b"\0" + str(error).encode())
+        self._refusal = error
 
     def end(self) -> None:
-        """All was taken."""
-        if not self._budget.data and self._call.refusal is None:
+        """All requests were taken."""
+        if not self._budget.data and self._refusal is None:
             text = "must not be empty"
-            self._call.refusal = InvalidArgument("data", text, Reason.MISSING_FIELD)
+            self._refusal = InvalidArgument("data", text, Reason.MISSING_FIELD)
 
     def take(self, message: ComputeRequest) -> None:
-        """Take the data of one message.
+        """Take the data of one request.
 
         Raises:
-            InvalidArgument: They are too many or too large, and nothing more is to be read.
+            InvalidArgument: They are too many or too large: nobody reads on.
         """
         self._budget.check_count(len(message.data))
         for datum in message.data:
             packed = datum.SerializeToString(deterministic=True)
             index = self._budget.spend(len(packed))
             # Length first, so that two data cannot look like two others.
-            self.content.update(len(packed).to_bytes(8, "little"))
-            self.content.update(packed)
-            if self._call.refusal is None:
+            self._content.update(len(packed).to_bytes(8, "little"))
+            self._content.update(packed)
+            if self._refusal is None:
                 with refusals() as found:
                     self._check(datum, packed, f"data[{index}]")
-                self._call.refusal = next(iter(found), None)
+                self._refusal = next(iter(found), None)
 
     def _check(self, message: types_pb2.Datum, packed: bytes, field: str) -> None:
         limits = self._limits
@@ -228,8 +218,8 @@ class _Reader:
             loss_fn_inputs_max=limits.loss_fn_inputs_max,
         )
         check_datum(field, datum, self._loss_fn, self._info, limits.targets_per_position_max)
-        self._call.packed.append(packed)
-        self._call.lengths.append(len(datum.tokens))
+        self._data.append(packed)
+        self._lengths.append(len(datum.tokens))
 
 
 class _Budget:
@@ -242,7 +232,7 @@ class _Budget:
         self.data = 0
 
     def check_count(self, more: int) -> None:
-        """Refuse a message whose data would be too many, before they are touched."""
+        """Refuse a request whose data would be too many, before anybody touches them."""
         if self.data + more > self._data_max:
             raise over_limit("data", "data_per_call_max", self.data + more, self._data_max)
 

@@ -26,6 +26,7 @@ from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import INLINE_BYTES, off_loop, refusal_of_call
 from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
 from tinsmithd.training.call import (
+    Call,
     LoadWork,
     RefusedWork,
     SaveOptions,
@@ -149,16 +150,14 @@ class TrainingServicer(TrainingServiceServicer):
         self, request_iterator: AsyncIterator[pb.ForwardRequest], context: Any
     ) -> AsyncIterator[pb.ForwardResponse]:
         """Compute losses and logprobs."""
-        responses = self._compute(request_iterator, context, pb.ForwardResponse, backward=False)
-        async for response in responses:
+        async for response in self._compute(request_iterator, context, pb.ForwardResponse):
             yield response
 
     async def ForwardBackward(  # type: ignore[override]  # grpc.aio's form of the method
         self, request_iterator: AsyncIterator[pb.ForwardBackwardRequest], context: Any
     ) -> AsyncIterator[pb.ForwardBackwardResponse]:
         """Compute losses and logprobs and add the gradients."""
-        kind = pb.ForwardBackwardResponse
-        async for response in self._compute(request_iterator, context, kind, backward=True):
+        async for response in self._compute(request_iterator, context, pb.ForwardBackwardResponse):
             yield response
 
     async def _compute(
@@ -166,20 +165,17 @@ class TrainingServicer(TrainingServiceServicer):
         requests: AsyncIterator[ComputeRequest],
         context: Any,
         response_type: type[Response],
-        *,
-        backward: bool,
     ) -> AsyncIterator[Response]:
         find = self._models.get
-        call = await read_call(requests, lambda name: find(name).info, self._data_limits)
-        model, tensor_format = find(call.model_id), call.tensor_format
+        read = await read_call(requests, lambda name: find(name).info, self._data_limits)
+        model, tensor_format = find(read.model_id), read.tensor_format
         # To grpc a cancelled stream ends like a finished one. Answering tells them apart: it fails
         # on a call that is gone, and until it is done the cancellation has reached this task.
         await flow.current().begin()
         failpoints.hit("recv")
-        work = call.work(backward=backward)
-        answer = self._models.submit(model, call.seq_id, call.digest, work, call.nbytes)
+        answer = self._models.submit(model, read.call)
         flow.current().handed_over(kept=True)
-        del call, work  # the lane has them, and drops them before a slow reader is done
+        del read  # the lane has the call, and drops it before a slow reader is done
         # Cut by size alone, never by what is there already: a repeat gets the same messages.
         response, nbytes = response_type(), 0
         async for packed in answer.outputs():
@@ -253,9 +249,8 @@ class TrainingServicer(TrainingServiceServicer):
         refusal = refusal_of_call()
         work = read_work(read) if refusal is None else RefusedWork(refusal)
         failpoints.hit("recv")
-        digest = digest_of(request, refusal)
-        answer = self._models.submit(model, request.seq_id, digest, work)
-        return await answer.value()
+        call = Call(request.seq_id, digest_of(request, refusal), work)
+        return await self._models.submit(model, call).value()
 
 
 def _read_output(output: pb.DatumOutput, packed: bytes, tensor_format: int) -> None:

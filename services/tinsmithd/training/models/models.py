@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from tinsmithd.errors import InvalidArgument
-from tinsmithd.training.call import Answer, Call, Work, model_lost
+from tinsmithd.training.call import Answer, Call, model_lost
 from tinsmithd.training.journal import DeletedModel, Journal, StoredModel
 from tinsmithd.training.lane import Turns
 from tinsmithd.training.models.checkpoints import Checkpoints
@@ -150,15 +150,13 @@ class Models:
 
     # --- calls on one model -------------------------------------------------------------------
 
-    def submit(
-        self, model: Model, seq_id: int, digest: bytes, work: Work, nbytes: int = 0
-    ) -> Answer:
+    def submit(self, model: Model, call: Call) -> Answer:
         """Queue a call, see `Lane.submit`; `ModelExecutor` says what its answer holds.
 
         Raises:
             InvalidArgument: The number is below 0.
         """
-        if seq_id < 0:
-            raise InvalidArgument("seq_id", f"{seq_id} is below 0")
+        if call.seq_id < 0:
+            raise InvalidArgument("seq_id", f"{call.seq_id} is below 0")
         model.called()
-        return model.lane.submit(Call(seq_id, digest, work, nbytes))
+        return model.lane.submit(call)

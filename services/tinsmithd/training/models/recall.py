@@ -76,8 +76,6 @@ class Recall:
     async def _recall(self, found: StoredModel) -> None:
         time_s = found.last_request_time_s
         model = Model.recalled(found.model_id, found.number, found.about, time_s)
-        if found.snapshots:  # what it is brought back from; the calls since then add to it
-            model.set_state(found.snapshots[-1].step_count)
         give_lane(model, self._snapshots_of(found.model_id, found), self._shared)
         if found.snapshots:  # its state until the calls since then are replayed
             model.set_state(found.snapshots[-1].step_count)
