@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from engines import only
 from tinsmith import tensors
 from tinsmith import v1 as pb
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
@@ -68,8 +69,9 @@ class RankZero:
     def __init__(self, engine: TrainingEngine, server: LinkTarget) -> None:
         self.computes: list[tuple[str, link_pb.Compute]] = []
         self.go = threading.Event()
-        greeting = hello(engine, "reference", 1)
-        link = (Commands(engine, world_size=1), server, greeting)
+        engines = only(engine)
+        greeting = hello(engines, "reference", 1)
+        link = (Commands(engines, world_size=1), server, greeting)
         self._thread = threading.Thread(target=self._run, args=link, daemon=True)
         self._thread.start()
 

@@ -15,6 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tinsmithd.tunings import FullConfig as FullConfig
+from tinsmithd.tunings import LoraConfig as LoraConfig
+from tinsmithd.tunings import Tuning as Tuning
+
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A checkpoint or model name; matched whole. Names are data and never become paths."""
 
@@ -24,27 +28,6 @@ DEFAULT_OWNER = "default"
 
 
 # --- training ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Shape of a LoRA adapter; the update is `(alpha / rank) * B @ A` (Hu et al. 2021)."""
-
-    rank: int = 32
-    alpha: float = 32.0
-    seed: int = 0
-    train_attn: bool = True
-    train_mlp: bool = True
-    train_unembed: bool = True
-
-
-@dataclass(frozen=True)
-class FullConfig:
-    """Train every weight of the base model, without an adapter (full fine-tuning)."""
-
-
-Tuning = LoraConfig | FullConfig
-"""What a model trains."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ they are read, before anything is allocated for what they say."""
 import contextlib
 import hashlib
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from attack.hostile_checkpoints import (
 )
 from checkpoints import ServerProcess
 from clusters import RunningCluster
+from engines import only
 from tinsmith import v1
 from tinsmith.cluster import Cluster
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
@@ -72,6 +73,9 @@ def test_good_states_are_taken(server: ServerProcess) -> None:
 class Allocating:
     """An engine that only notes what it would have allocated for."""
 
+    info: Any = None
+    identity: Mapping[str, str] = {}
+
     def __init__(self) -> None:
         self.created: list[Tuning] = []
         self.imported: list[ModelState] = []
@@ -89,7 +93,7 @@ def import_into(
     engine: Any, hostile: Hostile | None, ranks: int, **said: Any
 ) -> link_pb.AttachRequest:
     """What rank 0 of several answers to a state."""
-    commands, answers = Commands(engine, world_size=ranks), list[link_pb.AttachRequest]()
+    commands, answers = Commands(only(engine), world_size=ranks), list[link_pb.AttachRequest]()
     for name, data in (good_files() if hostile is None else hostile.files()).items():
         piece = link_pb.StatePiece(file_name=name, data=data)
         commands.apply(link_pb.AttachResponse(command_id=7, piece=piece), answers.append)

@@ -15,11 +15,11 @@ from bench.harness import Agreement, Result, Side, Timing, estimate, measure, mi
 from bench.rpc_client import DATUM_TOKENS, requests_of, wide_data
 from bench.sides import Settings
 from clusters import RunningCluster
+from engines import make_engine
 from faults.harness import environment
 from tinsmith import v1 as pb
 from tinsmith.cluster import Cluster, connect
 from tinsmithd.domain import CrossEntropy, LoraConfig
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import Batch
 from tiny_models import write_tiny_model
 

@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from bench.harness import Agreement, compare
+from engines import make_engine
 from tinsmithd.config import TrainerConfig
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, ModelState
 from tinsmithd.modeling.base import DTYPES
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 
 MODEL_ID = "bench"

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from data import collect
+from engines import make_engine
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.process_group import distributed
 

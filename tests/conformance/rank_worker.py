@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from data import collect, make_data, make_rl_data
+from engines import make_engine
 from tinsmithd.domain import AdamParams, Datum, FullConfig, Gspo, LoraConfig, Ppo
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.process_group import distributed
 
@@ -155,7 +155,7 @@ def held_by_full(engine: Any) -> dict[str, int]:
     return {
         "weights": sum(partitioned) + sum(p.numel() for p in parameters),
         "whole": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
-        "gradients": model.waiting.copy().numel(),
+        "gradients": model.pending.copy().numel(),
         "moments": slot.zero._own_moments()[0].numel(),
     }
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data import collect
+from engines import make_engine
 from tinsmithd.domain import AdamParams, Datum, LoraConfig, SampleRequest, SamplingParams
 from tinsmithd.errors import NotFound, Reason
 from tinsmithd.modeling.base import BaseModel, load_base
@@ -21,7 +22,6 @@ from tinsmithd.modeling.packing import (
     use_packed_attention,
 )
 from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import to_files
 from data import collect, make_data
+from engines import make_engine
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.state import files as state_files
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 from tiny_models import FAMILIES, write_tiny_model
 
@@ -261,3 +261,23 @@ def test_non_finite_gradients_change_nothing(engine: TrainingEngine) -> None:
             np.testing.assert_array_equal(ours[name], array, err_msg=name)
     # With no gradient waiting a step counts: momentum and decay still act.
     assert engine.optim_step("m", ADAM)["step:last"] == 2
+
+
+@pytest.mark.parametrize("kind", ["deepspeed-1", "deepspeed-3"])
+def test_a_copy_of_a_full_model_brings_it_back(folders: Callable[..., Path], kind: str) -> None:
+    """To the bit, with its moments; and what it computes from there on."""
+    engine = new_engine(kind, folders())
+    engine.create_model("m", FULL)
+    batches = [make_data(seed, 2) for seed in range(4)]
+    train(engine, batches)
+    before = engine.export_state("m", optimizer=True)
+    _, slot = engine.engine._models.use("m")
+    copy = slot.zero.copy_state()
+    losses = train(engine, batches)
+    slot.zero.restore(copy)
+    after = engine.export_state("m", optimizer=True)
+    assert after.step_count == before.step_count
+    for ours, theirs in ((after.weights, before.weights), (after.optimizer, before.optimizer)):
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert train(engine, batches) == losses

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import to_files
 from data import collect, make_data
+from engines import make_engine
 from tinsmithd.domain import AdamParams, LoraConfig, SampleRequest, SamplingParams
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from data import collect
+from engines import make_engine
 from tinsmithd.domain import AdamParams, Datum, LoraConfig, SampleRequest, SamplingParams
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.logits import BLOCK_ROWS, differentiable_product, float_logits
 from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
-from tinsmithd.trainer.engines.factory import make_engine
 
 torch.set_num_threads(1)
 TEXTS = (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rank_worker import CASES, FULL_CASES, full_script, script
 
-from tinsmithd.trainer.engines.factory import make_engine
+from engines import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 
 

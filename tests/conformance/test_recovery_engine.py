@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from data import make_data
+from engines import make_engine
 from tinsmithd import failpoints
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig, Tuning
 from tinsmithd.errors import FailedPrecondition
 from tinsmithd.modeling.base import load_base
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import (
     Batch,
     CompositionMismatch,
@@ -232,7 +232,7 @@ def test_a_rank_dies_where_it_is_told_to(tiny_model: Path) -> None:
     code = (
         "import sys; from data import collect, make_data\n"
         "from tinsmithd.domain import AdamParams, LoraConfig\n"
-        "from tinsmithd.trainer.engines.factory import make_engine\n"
+        "from engines import make_engine\n"
         "engine = make_engine('reference', sys.argv[1], dtype='float32', zero_stage=0,"
         " on_progress=lambda _: None)\n"
         "engine.create_model('m', LoraConfig(rank=2))\n"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import to_files
 from data import collect, make_data, make_rl_data
+from engines import make_engine
 from tinsmithd.domain import (
     AdamParams,
     CrossEntropy,
@@ -27,7 +28,6 @@ from tinsmithd.domain import (
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tinsmithd.modeling.base import load_base
 from tinsmithd.state import files as state_files
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 from tiny_models import FAMILIES, write_tiny_model
 

@@ -19,6 +19,7 @@ import torch
 
 from clusters import RunningCluster
 from data import datum_to_pb, make_data
+from engines import make_engine
 from recorded_cluster import (
     ADAM,
     CROSS_ENTROPY,
@@ -37,7 +38,6 @@ from tinsmithd.domain import Datum, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.modeling.base import load_base
 from tinsmithd.trainer.commands import Commands
-from tinsmithd.trainer.engines.factory import make_engine
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, OnOutput
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from wire import reason_and_field

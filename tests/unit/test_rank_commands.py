@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints import to_files
 from data import datum_to_pb
+from engines import only
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1.training_service_pb2 import DatumOutput
@@ -42,6 +43,9 @@ class Pretender:
         value: In all its weights.
         deleted: Models that it was told to drop.
     """
+
+    info: Any = None
+    identity: Mapping[str, str] = {}
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -84,6 +88,13 @@ def engine() -> Pretender:
     return Pretender()
 
 
+def commands_on(engine: Pretender, **settings: Any) -> Commands:
+    """What carries out commands on model "m"."""
+    engines = only(engine)
+    engines.create_model("m", LORA)
+    return Commands(engines, **settings)
+
+
 def compute(composition: bytes = b"", *, backward: bool = True) -> pb.AttachResponse:
     """Two data of three tokens."""
     datum = Datum(np.arange(3), {"target_tokens": np.arange(3), "weights": np.ones(3, np.float32)})
@@ -104,7 +115,7 @@ def snapshot(command_id: int, model_id: str = "m", *, optimizer: bool = True) ->
 def test_a_compute_answers_with_its_composition_and_what_it_took(engine: Pretender) -> None:
     """Outputs per datum first; data come as bytes, and the composition goes to the engine."""
     answers: list[pb.AttachRequest] = []
-    Commands(engine, world_size=1).apply(compute(b"so"), answers.append)
+    commands_on(engine, world_size=1).apply(compute(b"so"), answers.append)
     *outputs, last = answers
     assert [a.command_id for a in answers] == [7] * len(answers)
     batch = engine.batches[0]
@@ -116,7 +127,7 @@ def test_a_compute_answers_with_its_composition_and_what_it_took(engine: Pretend
     assert dict(last.done.metrics) == {"loss:sum": 2.5}
     assert (last.done.composition, last.done.non_finite) == (b"as composed", True)
     assert 0 < last.done.engine_s < 10
-    Commands(engine, world_size=1).apply(compute(backward=False), answers.append)
+    commands_on(engine, world_size=1).apply(compute(backward=False), answers.append)
     assert not answers[-1].done.non_finite
 
 
@@ -124,7 +135,7 @@ def test_a_compute_answers_with_its_composition_and_what_it_took(engine: Pretend
 def test_a_composition_that_does_not_fit_is_a_refusal(engine: Pretender, ranks: int) -> None:
     """All ranks see it alike, so it does not end the group."""
     answers: list[pb.AttachRequest] = []
-    Commands(engine, world_size=ranks).apply(compute(b"of another call"), answers.append)
+    commands_on(engine, world_size=ranks).apply(compute(b"of another call"), answers.append)
     (answer,) = answers
     assert (answer.failed.error, answer.failed.field) == ("InvalidArgument", "composition")
     assert "it does not fit" in answer.failed.message
@@ -133,7 +144,7 @@ def test_a_composition_that_does_not_fit_is_a_refusal(engine: Pretender, ranks: 
 def test_a_model_that_breaks_is_dropped_and_said_to_be(engine: Pretender) -> None:
     """Its state is half changed; the Training server brings it back."""
     answers: list[pb.AttachRequest] = []
-    Commands(engine, world_size=1).apply(BREAKING_STEP, answers.append)
+    commands_on(engine, world_size=1).apply(BREAKING_STEP, answers.append)
     (answer,) = answers
     assert (answer.failed.model_broken, answer.failed.message) == (True, "half-way")
     assert engine.deleted == ["m"]
@@ -143,7 +154,7 @@ def test_a_model_that_breaks_on_one_of_several_ranks_ends_the_group(engine: Pret
     """The others may wait for this one in the middle of the step."""
     answers: list[pb.AttachRequest] = []
     with pytest.raises(ModelBroken):
-        Commands(engine, world_size=2).apply(BREAKING_STEP, answers.append)
+        commands_on(engine, world_size=2).apply(BREAKING_STEP, answers.append)
     assert answers == []
 
 
@@ -189,7 +200,7 @@ def test_a_snapshot_is_what_the_model_was_when_it_was_copied(
     engine: Pretender, optimizer: bool
 ) -> None:
     """`copied` at once; the pieces and `done` later, whatever is answered in between."""
-    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    commands, later, answers = commands_on(engine, world_size=1), Later(), list[pb.AttachRequest]()
     expected = to_files(engine.export_state("m", optimizer=optimizer))
     commands.apply(snapshot(1, optimizer=optimizer), answers.append, later)
     assert answers == [pb.AttachRequest(command_id=1, copied=pb.Copied())]
@@ -207,7 +218,7 @@ def test_a_snapshot_is_what_the_model_was_when_it_was_copied(
 
 def test_few_copies_are_held_at_once(engine: Pretender) -> None:
     """One more is not even made before there is room for it."""
-    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    commands, later, answers = commands_on(engine, world_size=1), Later(), list[pb.AttachRequest]()
     for command_id in range(COPIES_MAX):
         commands.apply(snapshot(command_id + 1), answers.append, later)
     one_more = threading.Thread(
@@ -224,7 +235,7 @@ def test_few_copies_are_held_at_once(engine: Pretender) -> None:
 
 def test_a_stream_that_ended_gives_its_copies_back(engine: Pretender) -> None:
     """And the snapshots of the stream after it are taken."""
-    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    commands, later, answers = commands_on(engine, world_size=1), Later(), list[pb.AttachRequest]()
     for command_id in range(COPIES_MAX):
         commands.apply(snapshot(command_id + 1), answers.append, later)
     later.open = False
@@ -239,7 +250,7 @@ def test_a_stream_that_ended_gives_its_copies_back(engine: Pretender) -> None:
 
 def test_a_snapshot_that_fails_says_so(engine: Pretender, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it cannot be copied, in place of `copied`; where it cannot be written, later."""
-    commands, later, answers = Commands(engine, world_size=1), Later(), list[pb.AttachRequest]()
+    commands, later, answers = commands_on(engine, world_size=1), Later(), list[pb.AttachRequest]()
     later.go.set()
     commands.apply(snapshot(1, "absent"), answers.append, later)
     assert answers[-1].failed.error == "Internal"
@@ -264,7 +275,7 @@ def test_a_snapshot_that_fails_says_so(engine: Pretender, monkeypatch: pytest.Mo
 def test_only_rank_0_answers(engine: Pretender) -> None:
     """The others make the copy, which the ranks do together, and nothing of it."""
     answers: list[pb.AttachRequest] = []
-    other: Callable[..., None] = Commands(engine, world_size=2, rank=1).apply
+    other: Callable[..., None] = commands_on(engine, world_size=2, rank=1).apply
     other(snapshot(1), answers.append)
     assert (engine.copies_count, answers) == (1, [])
 
@@ -273,7 +284,7 @@ def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
     """What was exported is imported; the bytes are joined in order."""
     taken: list[ModelState] = []
     engine.import_state = lambda _, state, *, optimizer: taken.append(state)  # type: ignore[attr-defined]
-    commands, answers = Commands(engine, world_size=1), list[pb.AttachRequest]()
+    commands, answers = commands_on(engine, world_size=1), list[pb.AttachRequest]()
     later = Later()
     later.go.set()
     commands.apply(snapshot(1), answers.append, later)

@@ -18,7 +18,7 @@ from tinsmithd.config import CheckpointConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
 from tinsmithd.convert.times import duration_to_pb, timestamp_to_pb, ttl_from_pb
-from tinsmithd.domain import DEFAULT_OWNER, CheckpointPath, FullConfig, content_digest
+from tinsmithd.domain import DEFAULT_OWNER, CheckpointPath, content_digest
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import off_loop
@@ -214,11 +214,11 @@ class CheckpointServicer(CheckpointServiceServicer):
             raise InvalidArgument("format", f"unknown format {request.format}")
 
         def chosen(found: Checkpoint) -> list[str]:
-            full = isinstance(found.tuning, FullConfig)
-            fits = pb.EXPORT_FORMAT_HF_TAR if full else pb.EXPORT_FORMAT_PEFT_TAR
+            tuning = found.tuning
+            fits = pb.EXPORT_FORMAT_PEFT_TAR if tuning.is_adapter else pb.EXPORT_FORMAT_HF_TAR
             if request.format not in (pb.EXPORT_FORMAT_UNSPECIFIED, fits):
-                message = f"{path} holds {'all weights' if full else 'an adapter'}"
-                raise InvalidArgument("format", f"{message}: ask for {pb.ExportFormat.Name(fits)}")
+                message = f"{path} holds {tuning.noun}: ask for {pb.ExportFormat.Name(fits)}"
+                raise InvalidArgument("format", message)
             return exported_files(found)
 
         _, files = await asyncio.to_thread(self._keeper.open, path, chosen)

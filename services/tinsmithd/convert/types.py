@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -155,20 +155,26 @@ def tuning_from_pb(message: Any, prefix: str, rank_max: int) -> Tuning:
         prefix: Stands before the names of its fields in errors, such as "header.".
         rank_max: Largest LoRA rank.
     """
-    match message.WhichOneof("tuning"):
-        case "full_config":
-            return FullConfig()
-        case "lora_config" | None:  # a case that is not known was refused with its message
-            return lora_from_pb(message.lora_config, f"{prefix}lora_config", rank_max)
-        case case:
-            raise InvalidArgument(f"{prefix}{case}", "this server does not know it")
+    # Unset is an adapter: a case that is not known was refused with its message.
+    case = message.WhichOneof("tuning") or "lora_config"
+    if case not in _TUNINGS:
+        raise InvalidArgument(f"{prefix}{case}", "this server does not know it")
+    read, _ = _TUNINGS[case]
+    return read(getattr(message, case), f"{prefix}{case}", rank_max)
 
 
 def tuning_to_pb(tuning: Tuning) -> dict[str, Any]:
     """Write what is trained as an argument of a message with `lora_config` and `full_config`."""
-    if isinstance(tuning, FullConfig):
-        return {"full_config": pb.FullConfig()}
-    return {"lora_config": lora_to_pb(tuning)}
+    case = f"{tuning.kind}_config"
+    _, write = _TUNINGS[case]
+    return {case: write(tuning)}
+
+
+_TUNINGS: Mapping[str, tuple[Callable[[Any, str, int], Tuning], Callable[[Any], Any]]] = {
+    "lora_config": (lora_from_pb, lora_to_pb),
+    "full_config": (lambda *_: FullConfig(), lambda _: pb.FullConfig()),
+}
+"""How the message of each tuning is read and written, by its case."""
 
 
 def adam_from_pb(message: pb.AdamParams, field: str) -> AdamParams:

@@ -1,26 +1,20 @@
-"""All weights of a base model as what is trained: full fine-tuning, without an adapter.
-
-It has the methods of `modeling.lora.Adapters`, so that an engine works with either; but there is
-one model only, and it changes the base itself.
-"""
+"""All weights of a base model as what is trained: full fine-tuning, without an adapter."""
 
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from tinsmithd.domain import FullConfig, ModelState, Tuning
-from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.domain import FullConfig, Tuning
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.lora import HeadLayer, replace_values
+from tinsmithd.modeling.trained import HeadLayer, TrainedWeights
 from tinsmithd.state.files import TOKENIZER_FILES
 
 
-class FullWeights:
-    """The weights of one base model, float32, all of them trained.
+class FullWeights(TrainedWeights):
+    """The weights of one base model, all of them trained: there is one key only.
 
     Args:
         base: The base model, held in float32; it is changed in place.
@@ -70,22 +64,6 @@ class FullWeights:
         """The weights by Hugging Face's names, sorted; one that two layers share is there once."""
         return dict(sorted(self._base.model.named_parameters()))
 
-    def export_weights(self, key: str) -> dict[str, np.ndarray]:
-        """Copy the weights out."""
-        return {
-            name: parameter.detach().cpu().numpy().copy()
-            for name, parameter in self.parameters(key).items()
-        }
-
-    def import_weights(self, key: str, weights: Mapping[str, np.ndarray]) -> None:
-        """Replace the weights.
-
-        Raises:
-            FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); the weights are
-                as before.
-        """
-        replace_values(self.parameters(key), weights)
-
     def config(self, key: str) -> dict[str, Any]:
         """The content of `config.json`, with which transformers loads the weights."""
         model = self._base.model
@@ -99,16 +77,3 @@ class FullWeights:
         """The files of the tokenizer, as the base model has them."""
         found = self._base.tokenizer_files
         return {name: found[name] for name in TOKENIZER_FILES if name in found}
-
-
-def check_same_tuning(ours: Tuning, state: ModelState) -> None:
-    """Refuse a state of another kind of model.
-
-    Raises:
-        FailedPrecondition: See above (INCOMPATIBLE_CHECKPOINT).
-    """
-    if isinstance(ours, FullConfig) != isinstance(state.tuning, FullConfig):
-        kinds = ("a LoRA adapter", "all weights")
-        is_full = isinstance(state.tuning, FullConfig)
-        message = f"the checkpoint holds {kinds[is_full]}, this model trains {kinds[not is_full]}"
-        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)

@@ -27,7 +27,7 @@ from tinsmithd.domain import LoraConfig, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.fused_lora import fused_or_wrapped
-from tinsmithd.modeling.logits import float_logits
+from tinsmithd.modeling.trained import HeadLayer, TrainedWeights
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
@@ -97,30 +97,7 @@ class Targets:
         return modules, parameters
 
 
-@dataclass(frozen=True)
-class HeadLayer:
-    """The layer that makes logits.
-
-    Attributes:
-        module: The linear layer of the base model, `(V, d)`.
-        lora_a: float32 `(r, d)`, or None where the adapter leaves the head alone.
-        lora_b: float32 `(V, r)`, likewise.
-        scaling: alpha / rank.
-        trained: Whether its own weight is trained.
-    """
-
-    module: torch.nn.Linear
-    lora_a: torch.nn.Parameter | None = None
-    lora_b: torch.nn.Parameter | None = None
-    scaling: float = 1.0
-    trained: bool = False
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 `(T, V)` of hidden states `(T, d)`, without a graph."""
-        return float_logits(hidden, self.module.weight, self.lora_a, self.lora_b, self.scaling)
-
-
-class Adapters:
+class Adapters(TrainedWeights):
     """The adapters of one base model.
 
     The base model is wrapped in place: use it only through `active`.
@@ -142,8 +119,8 @@ class Adapters:
         """Shape of an adapter."""
         return self._loras[key]
 
-    def add(self, key: str, lora: Tuning) -> None:
-        """Add an adapter: A uniform in ±1/sqrt(fan_in), drawn from `lora.seed`; B zero.
+    def add(self, key: str, tuning: Tuning) -> None:
+        """Add an adapter: A uniform in ±1/sqrt(fan_in), drawn from `tuning.seed`; B zero.
 
         That is PEFT's and Hu et al.'s start; here each value depends on the seed and the
         parameter's place in the sorted names only.
@@ -153,9 +130,9 @@ class Adapters:
         """
         if key in self._loras:
             raise ValueError(f"adapter {key!r} exists")
-        if not isinstance(lora, LoraConfig):
+        if not isinstance(tuning, LoraConfig):
             raise ValueError("an adapter has a LoraConfig")
-        config, name = self._peft_config(lora), _module_name(key)
+        config, name = self._peft_config(tuning), _module_name(key)
         if self._fused:
             config._register_custom_module({torch.nn.Linear: fused_or_wrapped})
         self._active = None
@@ -167,18 +144,13 @@ class Adapters:
                 self._peft = PeftModel(self._base.model, config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, config)
-        self._loras[key] = lora
+        self._loras[key] = tuning
         shapes = {name: parameter.shape for name, parameter in self.parameters(key).items()}
-        self.import_weights(key, self.first_values(shapes, lora))
+        self.import_weights(key, self.first_values(shapes, tuning))
 
     @staticmethod
     def first_values(shapes: Mapping[str, Sequence[int]], tuning: Tuning) -> dict[str, np.ndarray]:
-        """What an adapter begins with: see `add`.
-
-        Args:
-            shapes: Of the parameters, by their sorted names.
-            tuning: The adapter's, which has the seed.
-        """
+        """What an adapter begins with: see `add`."""
         assert isinstance(tuning, LoraConfig)
         generator = torch.Generator().manual_seed(tuning.seed % (1 << 63))
         values: dict[str, np.ndarray] = {}
@@ -258,22 +230,6 @@ class Adapters:
         }
         return dict(sorted(found.items()))
 
-    def export_weights(self, key: str) -> dict[str, np.ndarray]:
-        """Copy an adapter's weights out, by their names in PEFT's files."""
-        return {
-            name: parameter.detach().float().cpu().numpy().copy()
-            for name, parameter in self.parameters(key).items()
-        }
-
-    def import_weights(self, key: str, weights: Mapping[str, np.ndarray]) -> None:
-        """Replace an adapter's weights.
-
-        Raises:
-            FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); the adapter is
-                as before.
-        """
-        replace_values(self.parameters(key), weights)
-
     def config(self, key: str) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
         config = self._peft_config(self._loras[key]).to_dict()
@@ -283,11 +239,6 @@ class Adapters:
             name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for name, value in config.items()
         }
-
-    @staticmethod
-    def files(key: str) -> dict[str, bytes]:
-        """What a checkpoint holds besides: nothing."""
-        return {}
 
     def adapts_parameters(self, tuning: Tuning) -> bool:
         """True where an adapter would stand on parameters, not on layers; see `Targets`."""
@@ -312,38 +263,6 @@ def _are_taken_for_experts(modules: Sequence[str], model: torch.nn.Module) -> bo
     config = peft.LoraConfig(target_modules=list(modules))
     convert_peft_config_for_transformers(config, model, None)
     return set(config.target_modules or ()) != set(modules)
-
-
-def replace_values(
-    parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, np.ndarray]
-) -> None:
-    """Copy arrays into the parameters of the same names.
-
-    Raises:
-        FailedPrecondition: Names or shapes differ (INCOMPATIBLE_CHECKPOINT); nothing was copied.
-    """
-    check_same_shape({name: tuple(p.shape) for name, p in parameters.items()}, values)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.tensor(np.asarray(values[name], dtype=np.float32)))
-
-
-def check_same_shape(shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, np.ndarray]) -> None:
-    """Refuse arrays that are not one for each parameter, of its shape.
-
-    Args:
-        shapes: Of the parameters, by name.
-        arrays: By name.
-
-    Raises:
-        FailedPrecondition: See above (INCOMPATIBLE_CHECKPOINT).
-    """
-    for name in sorted(shapes.keys() | arrays.keys()):
-        ours = list(shapes[name]) if name in shapes else None
-        theirs = list(arrays[name].shape) if name in arrays else None
-        if ours != theirs:
-            message = f"the checkpoint has {name} of shape {theirs}, this model {ours}"
-            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
 
 
 def _module_name(key: str) -> str:

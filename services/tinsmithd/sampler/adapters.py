@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from tinsmithd import failpoints
 from tinsmithd.checkpoint_client import CheckpointClient, check_digest
-from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, ModelState, Tuning
+from tinsmithd.domain import CheckpointKind, CheckpointPath, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
 from tinsmithd.sampler.admission import Adapter
 from tinsmithd.sampler.leases import Lease, Leases
@@ -97,15 +97,16 @@ class CheckpointSource:
         if found.base_model != base_model:
             message = f"{path} is of base model {found.base_model!r}, not {base_model!r}"
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-        if isinstance(found.tuning, FullConfig):
+        if not found.tuning.is_adapter:
             message = (
-                f"{path} holds all weights of a model, which this Sampler does not serve; export "
-                "it and serve the folder as a base model"
+                f"{path} holds {found.tuning.noun}, which this Sampler does not serve; export it "
+                "and serve the folder as a base model"
             )
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-        if found.tuning.rank > self._rank_max or found.size_bytes > self._adapter_bytes_max:
+        rank = found.tuning.adapter_rank
+        if rank > self._rank_max or found.size_bytes > self._adapter_bytes_max:
             message = (
-                f"{path} has rank {found.tuning.rank} and {found.size_bytes} bytes; rank_max is "
+                f"{path} has rank {rank} and {found.size_bytes} bytes; rank_max is "
                 f"{self._rank_max}, adapter_bytes_max {self._adapter_bytes_max}"
             )
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)

@@ -13,16 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, BinaryIO
 
-from tinsmithd.domain import FullConfig, LoraConfig, Tuning
 from tinsmithd.errors import Reason
+from tinsmithd.tunings import TUNINGS, LoraConfig, Tuning
 
 FORMAT_VERSION = 1
 JSON_BYTES_MAX = 1024 * 1024
 NAME_CHARS_MAX = 512
 LIST_ENTRIES_MAX = 1_024
 NUMBER_CHARS_MAX = 400
-RANK_MAX = 1 << 20
-"""No tensors of a larger one can be there; who knows what is trained here bounds it further."""
 STEP_COUNT_MAX = 1 << 53
 PIECE_BYTES = 1024 * 1024
 
@@ -133,7 +131,7 @@ def parse_about(file: str, data: bytes, tuning: Tuning | None) -> About:
         StateInvalid: Something in it is missing, unknown, of another type or out of range.
     """
     found = parse_json(file, data)
-    which = "full" if "full" in found else "lora"
+    which = next((kind for kind in TUNINGS if kind in found), LoraConfig.kind)
     _check_names(file, "", found, ("format_version", which, "step_count", "has_optimizer"))
     check_integer(file, "format_version", found["format_version"], FORMAT_VERSION, FORMAT_VERSION)
     if type(found["has_optimizer"]) is not bool:
@@ -141,11 +139,7 @@ def parse_about(file: str, data: bytes, tuning: Tuning | None) -> About:
     config = found[which]
     if not isinstance(config, dict):
         raise StateInvalid(file, which, "not a JSON object")
-    said: Tuning = FullConfig()
-    if which == "lora":
-        said = _lora(file, config)
-    else:
-        _check_names(file, which, config, ())
+    said = _tuning(file, which, config)
     if tuning is not None:
         _check_same(file, which, said, tuning)
     step_count = check_integer(file, "step_count", found["step_count"], 0, STEP_COUNT_MAX)
@@ -162,23 +156,34 @@ def _check_same(file: str, which: str, said: Tuning, tuning: Tuning) -> None:
             raise StateInvalid(file, f"{which}.{field.name}", message)
 
 
-def _lora(file: str, config: Mapping[str, Any]) -> LoraConfig:
-    _check_names(file, "lora", config, [field.name for field in fields(LoraConfig)])
-    check_integer(file, "lora.rank", config["rank"], 1, RANK_MAX)
-    alpha = config["alpha"]
-    if type(alpha) not in (int, float) or not alpha > 0:
-        raise StateInvalid(file, "lora.alpha", f"{short(alpha)} is no number above 0")
-    check_integer(file, "lora.seed", config["seed"], -(1 << 63), (1 << 64) - 1)
-    switches = ("train_attn", "train_mlp", "train_unembed")
-    for name in switches:
-        if type(config[name]) is not bool:
-            raise StateInvalid(file, f"lora.{name}", "not true or false")
-    if not any(config[name] for name in switches):
-        raise StateInvalid(file, "lora", f"one of {', '.join(switches)} must be true")
+def _tuning(file: str, kind: str, config: Mapping[str, Any]) -> Tuning:
+    """The tuning of some settings, each of which has the type and range of its field."""
+    cls = TUNINGS[kind]
+    _check_names(file, kind, config, [field.name for field in fields(cls)])
+    values = {}
+    for field in fields(cls):
+        where, value = f"{kind}.{field.name}", config[field.name]
+        if field.type is bool:
+            if type(value) is not bool:
+                raise StateInvalid(file, where, "not true or false")
+        elif field.type is int:
+            check_integer(file, where, value, field.metadata["low"], field.metadata["high"])
+        else:
+            value = _positive(file, where, value)
+        values[field.name] = value
+    tuning = cls(**values)
+    if problem := tuning.problem():
+        raise StateInvalid(file, kind, problem)
+    return tuning
+
+
+def _positive(file: str, where: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise StateInvalid(file, where, f"{short(value)} is no number above 0")
     try:
-        return LoraConfig(**{**config, "alpha": float(alpha)})
+        return float(value)
     except OverflowError as error:
-        raise StateInvalid(file, "lora.alpha", "out of range") from error
+        raise StateInvalid(file, where, "out of range") from error
 
 
 def check_integer(file: str, field: str, value: object, low: int, high: int) -> int:
@@ -207,7 +212,7 @@ def _check_names(file: str, field: str, found: Mapping[str, Any], names: Collect
 # --- configurations that others read ------------------------------------------------------------
 
 
-def check_peft_config(file: str, found: Mapping[str, Any], lora: LoraConfig) -> None:
+def check_peft_config(file: str, found: Mapping[str, Any], tuning: Tuning) -> None:
     """Hold `adapter_config.json` against the adapter that it describes.
 
     Whoever downloads the adapter lets PEFT read it: so whatever would load code, name modules by a
@@ -219,7 +224,7 @@ def check_peft_config(file: str, found: Mapping[str, Any], lora: LoraConfig) -> 
     for name in ("peft_type", "r"):
         if name not in found:
             raise StateInvalid(file, name, "is missing", Reason.MISSING_FIELD)
-    wanted = {"r": lora.rank, "lora_alpha": lora.alpha}
+    wanted = tuning.config_entries
     for name, value in found.items():
         if name in wanted:
             if type(value) not in (int, float) or value != wanted[name]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tinsmithd.domain import FullConfig, ModelState, Tuning
+from tinsmithd.domain import ModelState, Tuning
 from tinsmithd.errors import DataLoss, Reason
 from tinsmithd.state import checks as state_checks
 from tinsmithd.state import tensors as state_tensors
@@ -46,8 +46,8 @@ TOKENIZER_FILES = (
 """Names of the files that a tokenizer may have in a Hugging Face folder; none has them all."""
 LARGE_TEXT_FILES = (TOKENIZER_FILE, "vocab.json", "merges.txt", "vocab.txt")
 """Files of a tokenizer whose length grows with its vocabulary."""
-LORA_FILES = (WEIGHTS_FILE, PEFT_CONFIG_FILE, STATE_FILE)
-FULL_FILES = (FULL_WEIGHTS_FILE, FULL_CONFIG_FILE, STATE_FILE)
+ADAPTER_FILES = (WEIGHTS_FILE, PEFT_CONFIG_FILE, STATE_FILE)
+MODEL_FILES = (FULL_WEIGHTS_FILE, FULL_CONFIG_FILE, STATE_FILE)
 VOCABULARY_BYTES_MAX = 64 * 1024 * 1024
 OTHER_BYTES_MAX = 256 * 1024 * 1024
 CONFIG_BYTES_MAX = 4 * 1024 * 1024
@@ -73,25 +73,21 @@ def to_pieces(state: ModelState, bytes_max: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _plain_files(state: ModelState) -> dict[str, bytes]:
-    full = isinstance(state.tuning, FullConfig)
     about = {
         "format_version": FORMAT_VERSION,
-        "full" if full else "lora": dataclasses.asdict(state.tuning),
+        **state.tuning.to_document(),
         "step_count": state.step_count,
         "has_optimizer": bool(state.optimizer),
     }
-    return {
-        **state.files,
-        FULL_CONFIG_FILE if full else PEFT_CONFIG_FILE: _json(state.config),
-        STATE_FILE: _json(about),
-    }
+    _, config_file, _ = required_files(state.tuning)
+    return {**state.files, config_file: _json(state.config), STATE_FILE: _json(about)}
 
 
 def _tensor_files(
     state: ModelState,
 ) -> dict[str, tuple[Mapping[str, np.ndarray], dict[str, str] | None]]:
     """Arrays and metadata of each safetensors file."""
-    weights_file = FULL_WEIGHTS_FILE if isinstance(state.tuning, FullConfig) else WEIGHTS_FILE
+    weights_file, _, _ = required_files(state.tuning)
     files: dict[str, tuple[Mapping[str, np.ndarray], dict[str, str] | None]] = {
         weights_file: (state.weights, {"format": "pt"})
     }
@@ -138,9 +134,14 @@ def state_bytes_max(parameter_count: int) -> int:
     return 3 * 4 * parameter_count + OTHER_BYTES_MAX
 
 
-def required_files(tuning: Tuning) -> Sequence[str]:
-    """Names of the files that each state of such a model has."""
-    return FULL_FILES if isinstance(tuning, FullConfig) else LORA_FILES
+def required_files(tuning: Tuning) -> tuple[str, str, str]:
+    """Names of the files that each state of such a model has: weights, configuration, state."""
+    return ADAPTER_FILES if tuning.is_adapter else MODEL_FILES
+
+
+def optional_files(tuning: Tuning) -> Sequence[str]:
+    """Names of the files that a state of such a model may have besides, but for the optimizer's."""
+    return () if tuning.is_adapter else TOKENIZER_FILES
 
 
 def bytes_max(name: str) -> int | None:
@@ -202,19 +203,18 @@ def parse(
 
     about = state_checks.parse_about(STATE_FILE, read(STATE_FILE), tuning)
     weights_file, config_file, _ = required_files(about.tuning)
-    full = isinstance(about.tuning, FullConfig)
     _check_names(names, about)
     config = state_checks.parse_json(config_file, read(config_file))
-    if isinstance(about.tuning, FullConfig):
-        state_checks.check_model_config(config_file, config)
-    else:
+    if about.tuning.is_adapter:
         state_checks.check_peft_config(config_file, config, about.tuning)
+    else:
+        state_checks.check_model_config(config_file, config)
     found = {weights_file: tensors(weights_file)}
     state_tensors.check_weights(weights_file, found[weights_file], about.tuning)
     if about.has_optimizer:
         found[OPTIMIZER_FILE] = tensors(OPTIMIZER_FILE)
         state_tensors.check_moments(OPTIMIZER_FILE, found[OPTIMIZER_FILE], found[weights_file])
-    for name in TOKENIZER_FILES if full else ():
+    for name in optional_files(about.tuning):
         if name in names:
             with open_file(name) as file:
                 _check_tokenizer_file(name, file)
@@ -230,9 +230,7 @@ def _check_names(names: Collection[str], about: About) -> None:
         raise StateInvalid(STATE_FILE, "has_optimizer", message)
     if about.has_optimizer and not about.step_count:
         raise StateInvalid(STATE_FILE, "step_count", "is 0, and there is an optimizer's state")
-    allowed = {*required_files(about.tuning), OPTIMIZER_FILE}
-    if isinstance(about.tuning, FullConfig):
-        allowed |= set(TOKENIZER_FILES)
+    allowed = {*required_files(about.tuning), *optional_files(about.tuning), OPTIMIZER_FILE}
     for name in names:
         if name not in allowed:
             text = "such a state has no file of this name"

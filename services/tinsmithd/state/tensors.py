@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tinsmithd.domain import MOMENTS, LoraConfig, Tuning
+from tinsmithd.domain import MOMENTS, Tuning
 from tinsmithd.errors import Reason
 from tinsmithd.state.checks import (
     PIECE_BYTES,
@@ -133,8 +133,9 @@ def check_weights(file: str, tensors: Mapping[str, Tensor], tuning: Tuning) -> N
     Raises:
         StateInvalid: They are not those of such a model.
     """
-    if not isinstance(tuning, LoraConfig):
+    if not tuning.is_adapter:
         return
+    rank = tuning.adapter_rank
     for name, tensor in tensors.items():
         if not _LORA_NAME.fullmatch(name):
             message = "not the name of a LoRA weight"
@@ -144,9 +145,9 @@ def check_weights(file: str, tensors: Mapping[str, Tensor], tuning: Tuning) -> N
         if other not in tensors:
             raise StateInvalid(file, _of(other), "is missing", Reason.MISSING_FIELD)
         inner = tensor.shape[0 if is_a else -1]
-        fits = inner % tuning.rank == 0 if _EXPERTS in name else inner == tuning.rank
+        fits = inner % rank == 0 if _EXPERTS in name else inner == rank
         if len(tensor.shape) != 2 or not fits:
-            message = f"shape {list(tensor.shape)} is not one of rank {tuning.rank}"
+            message = f"shape {list(tensor.shape)} is not one of rank {rank}"
             raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)
         theirs = tensors[other].shape
         if inner != theirs[-1 if is_a else 0]:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from tinsmithd import link_secret
 from tinsmithd.config import ConfigError, TrainerConfig
+from tinsmithd.domain import LoraConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.process import EXIT_HOPELESS, load_or_exit, set_up
 from tinsmithd.trainer.process_group import starter
@@ -34,7 +35,8 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
 
     from tinsmithd.trainer import link
     from tinsmithd.trainer.commands import Commands
-    from tinsmithd.trainer.engines.factory import make_engine
+    from tinsmithd.trainer.engines.factory import engine_makers
+    from tinsmithd.trainer.engines.registry import Engines
     from tinsmithd.trainer.process_group import distributed
 
     if config.threads:
@@ -51,7 +53,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         on_progress(f"waiting for {world_size} ranks")
         distributed.init(config.collective_timeout_s)
         farewells.append(distributed.leave)
-    engine = make_engine(
+    makers = engine_makers(
         config.engine,
         config.base_model,
         dtype=config.dtype,
@@ -63,12 +65,15 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         micro_batch_tokens_max=config.micro_batch_tokens_max,
         on_progress=on_progress,
     )
-    commands = Commands(engine, world_size=world_size, rank=rank)
+    engines = Engines(makers, LoraConfig)
+    commands = Commands(engines, world_size=world_size, rank=rank)
     if loading is None:
         link.follow(commands, distributed.broadcast_bytes)
         return
     loading.close()
-    greeting = link.hello(engine, config.engine, world_size, config.launch_token.get_secret_value())
+    greeting = link.hello(
+        engines, config.engine, world_size, config.launch_token.get_secret_value()
+    )
 
     def on_link(begun: link.Link) -> None:
         last_words[:] = [begun.leave]

@@ -24,8 +24,8 @@ from tinsmithd.trainer.engines.interface import (
     DatumOutput,
     ForwardResult,
     ModelBroken,
-    TrainingEngine,
 )
+from tinsmithd.trainer.engines.registry import Engines
 from tinsmithd.trainer.state_sender import Later, StateSender
 
 RANK_MAX = 1 << 30
@@ -45,16 +45,16 @@ class _Replies:
 
 
 class Commands:
-    """Applies commands, one after the other, to one engine.
+    """Applies commands, one after the other, to the engine of their model.
 
     Args:
-        engine: The engine.
+        engines: The engines.
         world_size: Number of ranks.
         rank: This one; only rank 0 sends states.
     """
 
-    def __init__(self, engine: TrainingEngine, *, world_size: int, rank: int = 0) -> None:
-        self._engine = engine
+    def __init__(self, engines: Engines, *, world_size: int, rank: int = 0) -> None:
+        self._engines = engines
         self._world_size = world_size
         self._model_ids: set[str] = set()
         self._pieces: dict[str, list[bytes]] = {}
@@ -96,7 +96,7 @@ class Commands:
         except ModelBroken as error:
             if self._world_size > 1:
                 raise
-            self._engine.delete_model(command.model_id)
+            self._engines.delete_model(command.model_id)
             self._model_ids.discard(command.model_id)
             answer.failed.CopyFrom(pb.Failed(message=str(error), model_broken=True))
         except Exception:
@@ -109,7 +109,7 @@ class Commands:
     def forget_models(self) -> None:
         """Drop every model: the Training server that knew them is gone."""
         for model_id in sorted(self._model_ids):
-            self._engine.delete_model(model_id)
+            self._engines.delete_model(model_id)
         self._model_ids.clear()
         self._pieces.clear()
 
@@ -117,12 +117,12 @@ class Commands:
 
     def _create_model(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         tuning = convert.tuning_from_pb(command.create_model, "", RANK_MAX)
-        self._engine.create_model(command.model_id, tuning)
+        self._engines.create_model(command.model_id, tuning)
         self._model_ids.add(command.model_id)
         return pb.Done()
 
     def _delete_model(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
-        self._engine.delete_model(command.model_id)
+        self._engines.delete_model(command.model_id)
         self._model_ids.discard(command.model_id)
         return pb.Done()
 
@@ -161,14 +161,14 @@ class Commands:
             loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
         batch = Batch(command.model_id, data, loss_fn, compute.backward, compute.composition)
         start_s = time.perf_counter()
-        result = self._engine.forward(batch, on_output)
+        result = self._engines.of(batch.model_id).forward(batch, on_output)
         return result, time.perf_counter() - start_s
 
     @contextlib.contextmanager
     def _whole_call(self, model_id: str, place: pb.BatchPlace.ValueType) -> Iterator[None]:
         """Let a call that comes in several batches take effect wholly or not at all."""
         if place == pb.BATCH_PLACE_FIRST:
-            self._engine.savepoint(model_id)
+            self._engines.of(model_id).savepoint(model_id)
         try:
             yield
         except ModelBroken:
@@ -180,19 +180,20 @@ class Commands:
 
     def _roll_back(self, model_id: str) -> None:
         try:
-            self._engine.rollback(model_id)
+            self._engines.of(model_id).rollback(model_id)
         except Exception as error:
             text = f"the batches of a failed call could not be undone: {error}"
             raise ModelBroken(text) from error
 
     def _optim_step(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         adam = convert.adam_from_pb(command.optim_step.adam_params, "adam_params")
-        return pb.Done(metrics=self._engine.optim_step(command.model_id, adam))
+        engine = self._engines.of(command.model_id)
+        return pb.Done(metrics=engine.optim_step(command.model_id, adam))
 
     def _copy_state(self, command: pb.AttachResponse, replies: _Replies) -> None:
         def copy() -> ModelState:
-            optimizer = command.copy_state.optimizer
-            return self._engine.export_state(command.model_id, optimizer=optimizer)
+            engine, optimizer = self._engines.of(command.model_id), command.copy_state.optimizer
+            return engine.export_state(command.model_id, optimizer=optimizer)
 
         if self._state_sender is None:
             copy()  # the ranks do it together
@@ -206,19 +207,22 @@ class Commands:
         optimizer = command.import_state.optimizer
         failpoints.hit("import_mid")
         if command.import_state.create:
-            self._engine.create_model(command.model_id, state.tuning)
+            self._engines.create_model(command.model_id, state.tuning)
             self._model_ids.add(command.model_id)
             try:
-                self._engine.import_state(command.model_id, state, optimizer=optimizer)
+                self._import(command.model_id, state, optimizer=optimizer)
             except BaseException:
-                self._engine.delete_model(command.model_id)
+                self._engines.delete_model(command.model_id)
                 self._model_ids.discard(command.model_id)
                 raise
         else:
-            self._engine.import_state(command.model_id, state, optimizer=optimizer)
+            self._import(command.model_id, state, optimizer=optimizer)
         if not optimizer:
             return pb.Done(**convert.tuning_to_pb(state.tuning))
         return done_with(state)
+
+    def _import(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
+        self._engines.of(model_id).import_state(model_id, state, optimizer=optimizer)
 
 
 def _checked_state(files: Mapping[str, bytes], command: pb.ImportState) -> ModelState:

@@ -24,7 +24,7 @@ from tinsmithd.config import ConfigError
 from tinsmithd.convert import types as convert
 from tinsmithd.rpc.channels import open_channel
 from tinsmithd.trainer.commands import Commands
-from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.engines.registry import Engines
 from tinsmithd.trainer.outgoing import Outgoing
 
 ALIVE_INTERVAL_S = 2.0
@@ -114,15 +114,15 @@ class Link:
 
 
 def hello(
-    engine: TrainingEngine, engine_name: str, world_size: int, launch_token: str = ""
+    engines: Engines, engine_name: str, world_size: int, launch_token: str = ""
 ) -> pb.AttachRequest:
     """The message that says that the group is ready."""
     return pb.AttachRequest(
         hello=pb.Hello(
-            base_model=convert.base_model_to_pb(engine.info),
+            base_model=convert.base_model_to_pb(engines.info),
             world_size=world_size,
             engine=engine_name,
-            identity=engine.identity,
+            identity=engines.identity,
             launch_token=launch_token,
         )
     )

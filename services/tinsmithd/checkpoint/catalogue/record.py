@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tinsmithd import tunings
 from tinsmithd.checkpoint.catalogue import schema
 from tinsmithd.checkpoint.store.directory import Blob
-from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, LoraConfig, Tuning
+from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import DataLoss, Reason
 
 
@@ -74,7 +75,7 @@ def read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
         return Checkpoint(
             path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
             base_model=record["base_model"],
-            tuning=FullConfig() if record["lora"] is None else LoraConfig(**record["lora"]),
+            tuning=_tuning(record),
             step_count=record["step_count"],
             create_time_s=record["create_time_s"],
             expire_time_s=row["expire_time_s"],
@@ -93,12 +94,12 @@ def read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
 
 
 def text_of(checkpoint: Checkpoint) -> str:
-    """The column `record`; `lora` is null where there is no adapter."""
-    tuning, ephemeral = checkpoint.tuning, checkpoint.ephemeral
+    """The column `record`."""
+    ephemeral = checkpoint.ephemeral
     return json.dumps(
         {
             "base_model": checkpoint.base_model,
-            "lora": None if isinstance(tuning, FullConfig) else asdict(tuning),
+            **checkpoint.tuning.to_document(),
             "step_count": checkpoint.step_count,
             "create_time_s": checkpoint.create_time_s,
             "user_metadata": dict(checkpoint.user_metadata),
@@ -109,6 +110,11 @@ def text_of(checkpoint: Checkpoint) -> str:
             "request_digest": checkpoint.request_digest,
         }
     )
+
+
+def _tuning(record: Mapping[str, Any]) -> Tuning:
+    # Records of earlier versions say of a model without an adapter that its `lora` is null.
+    return FullConfig() if record.get("lora", ...) is None else tunings.from_document(record)
 
 
 def _ephemeral(record: Mapping[str, Any]) -> Ephemeral | None:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import BinaryIO
 
 from tinsmithd.checkpoint.store.directory import Blob, Staging
-from tinsmithd.domain import CheckpointKind, FullConfig, Tuning
+from tinsmithd.domain import CheckpointKind, Tuning
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.state import files as state_files
 from tinsmithd.state.checks import StateInvalid
@@ -16,9 +16,7 @@ def check_file_name(name: str, kind: CheckpointKind, tuning: Tuning) -> None:
     Raises:
         InvalidArgument: See above (INVALID_NAME).
     """
-    allowed = list(state_files.required_files(tuning))
-    if isinstance(tuning, FullConfig):
-        allowed += state_files.TOKENIZER_FILES
+    allowed = [*state_files.required_files(tuning), *state_files.optional_files(tuning)]
     if kind is CheckpointKind.TRAINING:
         # Absent where no step was made yet.
         allowed.append(state_files.OPTIMIZER_FILE)

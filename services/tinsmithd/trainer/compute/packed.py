@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tinsmithd.domain import Datum, LossFn
-from tinsmithd.modeling.lora import HeadLayer
+from tinsmithd.modeling.trained import HeadLayer
 from tinsmithd.trainer.compute.head import Head, HeadResult, head_pass
 
 Sink = Callable[[Tensor, Tensor], None]

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from tinsmithd.domain import Datum, LossFn
 from tinsmithd.modeling.logits import differentiable_product
-from tinsmithd.modeling.lora import HeadLayer
+from tinsmithd.modeling.trained import HeadLayer
 from tinsmithd.trainer.compute.losses import loss_sum
 
 

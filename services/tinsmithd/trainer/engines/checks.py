@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tinsmithd.domain import MOMENTS, LoraConfig, ModelState, Tuning
+from tinsmithd.domain import MOMENTS, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, Reason
-from tinsmithd.modeling.full import check_same_tuning
-from tinsmithd.modeling.lora import check_same_shape
+from tinsmithd.modeling.trained import check_same_shape
 
 
 def non_finite_gradient() -> FailedPrecondition:
@@ -40,15 +39,8 @@ def check_state(
     Raises:
         FailedPrecondition: It does not fit (INCOMPATIBLE_CHECKPOINT).
     """
-    check_same_tuning(tuning, state)
-    if isinstance(tuning, LoraConfig) and isinstance(state.tuning, LoraConfig):
-        ours, theirs = tuning, state.tuning
-        if (ours.rank, ours.alpha) != (theirs.rank, theirs.alpha):
-            message = (
-                f"the checkpoint has rank {theirs.rank} and alpha {theirs.alpha:g}, "
-                f"this model {ours.rank} and {ours.alpha:g}"
-            )
-            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+    if message := tuning.mismatch(state.tuning):
+        raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
     check_same_shape(shapes, state.weights)
     if not optimizer or not state.optimizer:
         return None

@@ -1,15 +1,19 @@
-"""Makes a training engine by name."""
+"""Makes training engines: by name, and by what they train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
+from tinsmithd.domain import Tuning
 from tinsmithd.modeling.base import BaseModel, load_base
-from tinsmithd.trainer.engines.switching import SwitchingEngine
+from tinsmithd.modeling.weights import FUSED_WEIGHTS, WEIGHTS, MakeWeights
+from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.engines.registry import EngineMakers
 
-FULL_DTYPE = "float32"
-"""What a model that trains all weights holds them in, whatever adapters stand on."""
+TRAINED_DTYPE = "float32"
+"""What weights of the base are held in while they are trained, whatever adapters stand on."""
 
 
-def make_engine(
+def engine_makers(
     name: str,
     base_model: str,
     *,
@@ -21,10 +25,11 @@ def make_engine(
     resident_models_max: int = 16,
     activation_bytes_max: int = 0,
     on_progress: Callable[[str], None],
-) -> SwitchingEngine:
-    """Load a base model into an engine.
+) -> EngineMakers:
+    """What loads a base model into an engine, by tuning.
 
     The reference engine takes the first two settings only: it has one process and one datum.
+    What a maker raises is what `load_base` does.
 
     Args:
         name: "deepspeed" or "reference".
@@ -33,29 +38,28 @@ def make_engine(
         zero_stage: 0 to 3.
         offload: Keep optimizer states, and a partitioned base, in host memory.
         gathered_bytes_max: See `ZeroConfig`.
-        micro_batch_tokens_max: Tokens computed together.
-        resident_models_max: Models on the device at once; others wait in host memory.
-        activation_bytes_max: What may be kept for the way back; 0 takes half of what is free.
+        micro_batch_tokens_max: Maximum tokens computed together.
+        resident_models_max: Maximum models on the device at once; others wait in host memory.
+        activation_bytes_max: Maximum bytes kept for the way back; 0 takes half of what is free.
         on_progress: Takes a line for a person now and then.
 
     Raises:
-        NotFound: See `load_base`.
         ValueError: There is no such engine.
     """
     on_progress("loading torch and transformers")
 
-    def load(dtype: str) -> BaseModel:
-        return load_base(base_model, dtype=dtype, on_progress=on_progress)
+    def load(tuning: type[Tuning]) -> BaseModel:
+        held_in = dtype if tuning.is_adapter else TRAINED_DTYPE
+        return load_base(base_model, dtype=held_in, on_progress=on_progress)
 
     if name == "reference":
-        from tinsmithd.modeling.full import FullWeights
         from tinsmithd.trainer.engines.reference import ReferenceEngine
 
-        def full_reference() -> ReferenceEngine:
-            base = load(FULL_DTYPE)
-            return ReferenceEngine(base, FullWeights(base))
+        def make_reference(tuning: type[Tuning], make_weights: MakeWeights) -> TrainingEngine:
+            base = load(tuning)
+            return ReferenceEngine(base, make_weights(base))
 
-        return SwitchingEngine(lambda: ReferenceEngine(load(dtype)), full_reference)
+        return _makers(WEIGHTS, make_reference)
     if name == "deepspeed":
         on_progress("starting DeepSpeed")
         from tinsmithd.trainer.process_group import distributed
@@ -64,15 +68,23 @@ def make_engine(
         from tinsmithd.trainer.engines.deepspeed.engine import DeepSpeedEngine
         from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
 
-        def make(dtype: str, *, full: bool) -> DeepSpeedEngine:
+        def make_deepspeed(tuning: type[Tuning], make_weights: MakeWeights) -> TrainingEngine:
             return DeepSpeedEngine(
-                load(dtype),
+                load(tuning),
+                make_weights,
+                changes_base=not tuning.is_adapter,
                 zero=ZeroConfig(zero_stage, offload, gathered_bytes_max),
                 micro_batch_tokens_max=micro_batch_tokens_max,
                 resident_models_max=resident_models_max,
                 activation_bytes_max=activation_bytes_max,
-                full=full,
             )
 
-        return SwitchingEngine(lambda: make(dtype, full=False), lambda: make(FULL_DTYPE, full=True))
+        return _makers(FUSED_WEIGHTS, make_deepspeed)
     raise ValueError(f"no engine {name!r}")
+
+
+def _makers(
+    weights: Mapping[type[Tuning], MakeWeights],
+    make: Callable[[type[Tuning], MakeWeights], TrainingEngine],
+) -> EngineMakers:
+    return {tuning: partial(make, tuning, of_base) for tuning, of_base in weights.items()}

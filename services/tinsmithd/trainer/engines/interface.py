@@ -1,4 +1,4 @@
-"""What a training engine is. Two implementations: `reference` and `deepspeed`.
+"""What a training engine is. Two implementations: `engines.reference` and `engines.deepspeed`.
 
 An engine runs on every rank of a group, in the same order, with the same arguments (SPMD): it
 splits the data over the ranks itself and every rank returns the same answer. Arguments are
@@ -71,9 +71,9 @@ class ForwardResult:
 
 
 class TrainingEngine(Protocol):
-    """Holds one base model and any number of models (adapter + gradients + optimizer state).
+    """Holds one base model and its models of one tuning: weights, gradients, optimizer state.
 
-    Or one model that trains the base itself: it is alone, which the Training server sees to.
+    A model that is no adapter changes the base itself and is alone, see `registry.Engines`.
     """
 
     @property
@@ -147,10 +147,6 @@ class TrainingEngine(Protocol):
             FailedPrecondition: Rank, targets or shapes differ from the model's (reason
                 INCOMPATIBLE_CHECKPOINT); the model is as before.
         """
-
-
-class ClosableEngine(TrainingEngine, Protocol):
-    """An engine that another can take the place of."""
 
     def close(self) -> None:
         """Free what it holds; it is not used any more."""

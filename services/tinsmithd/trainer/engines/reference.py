@@ -18,8 +18,8 @@ from tinsmithd.domain import (
     Tuning,
 )
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.full import FullWeights
 from tinsmithd.modeling.lora import Adapters
+from tinsmithd.modeling.trained import TrainedWeights
 from tinsmithd.trainer.compute.adamw import clip_scale, eps_of
 from tinsmithd.trainer.compute.plain import compute_datum
 from tinsmithd.trainer.engines import identity
@@ -67,10 +67,10 @@ class ReferenceEngine:
 
     Args:
         base: The base model; it is changed in place.
-        weights: What of it is trained: many adapters, or one model that trains all weights.
+        weights: What of it is trained; None: adapters.
     """
 
-    def __init__(self, base: BaseModel, weights: Adapters | FullWeights | None = None) -> None:
+    def __init__(self, base: BaseModel, weights: TrainedWeights | None = None) -> None:
         self._base = base
         self._weights = weights or Adapters(base)
         self._models: dict[str, _Model] = {}

@@ -9,7 +9,6 @@ from tinsmithd.domain import (
     BaseModelInfo,
     CheckpointInfo,
     CheckpointPath,
-    LoraConfig,
     NewCheckpoint,
 )
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason
@@ -130,8 +129,8 @@ def check_claim(found: CheckpointInfo, info: BaseModelInfo, rank_max: int) -> No
         FailedPrecondition: No model here can be that (INCOMPATIBLE_CHECKPOINT).
     """
     what = ""
-    if isinstance(found.tuning, LoraConfig) and found.tuning.rank > rank_max:
-        what = f"rank {found.tuning.rank}, rank_max is {rank_max}"
+    if found.tuning.adapter_rank > rank_max:
+        what = f"rank {found.tuning.adapter_rank}, rank_max is {rank_max}"
     bytes_max = state_files.state_bytes_max(info.parameter_count)
     if found.size_bytes > bytes_max:
         what = f"{found.size_bytes} bytes, a model of this base at most {bytes_max}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tinsmithd.domain import CheckpointInfo, CheckpointKind, FullConfig, NewCheckpoint
+from tinsmithd.domain import CheckpointInfo, CheckpointKind, NewCheckpoint
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.training.call import (
     NOMINAL_TOKENS,
@@ -213,6 +213,5 @@ class ModelExecutor:
         self._starts.check(key_of_checkpoint(found.digest))
         check_base_model(found.base_model, self._model.info.name)
         check_claim(found, self._model.info, self._rank_max)
-        if isinstance(found.tuning, FullConfig) != self._model.is_full:
-            message = "of checkpoint and model, one is an adapter and the other all weights"
+        if message := self._model.tuning.mismatch(found.tuning):
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinsmithd.domain import BaseModelInfo, CheckpointPath, FullConfig, LoraConfig, Tuning
+from tinsmithd import tunings
+from tinsmithd.domain import BaseModelInfo, CheckpointPath, Tuning
 from tinsmithd.training.lane import Lane
 
 
@@ -64,9 +65,9 @@ class Model:
         return "lane" in self.__dict__
 
     @property
-    def is_full(self) -> bool:
-        """Whether it trains all weights."""
-        return isinstance(self.tuning, FullConfig)
+    def is_alone(self) -> bool:
+        """Whether it needs the ranks to itself."""
+        return not self.tuning.is_adapter
 
     # --- what happens to it -------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class Model:
         """What the journal keeps from its creation on."""
         return {
             "info": dataclasses.asdict(self.info),
-            "full" if self.is_full else "lora": dataclasses.asdict(self.tuning),
+            **self.tuning.to_document(),
             "user_metadata": dict(self.user_metadata),
             "identity": dict(self.identity),
             "from_checkpoint": self.from_checkpoint,
@@ -121,11 +122,10 @@ class Model:
             about: See `about`.
             last_request_time_s: When a call last came; None where none did.
         """
-        tuning: Tuning = FullConfig() if "full" in about else LoraConfig(**about["lora"])
         return cls(
             model_id,
             BaseModelInfo(**about["info"]),
-            tuning,
+            tunings.from_document(about),
             about["user_metadata"],
             number,
             about["identity"],

@@ -134,21 +134,21 @@ class Seats:
         self._seats[model.model_id] = _Seat(model, now_s, returning=model.created)
 
     def _fits(self, model: Model) -> bool:
-        if model.is_full:
+        if model.is_alone:
             return not self._seats
         return len(self._seats) < self._limits.models_max and not self._owned
 
     @property
     def _owned(self) -> bool:
         """Whether one model has all seats."""
-        return any(seat.model.is_full for seat in self._seats.values())
+        return any(seat.model.is_alone for seat in self._seats.values())
 
     def _check(self, model: Model) -> None:
         self._seats = {k: seat for k, seat in self._seats.items() if not _lost(seat.model)}
         if self._fits(model):
             return
         why = 'with durability "none" no model can be suspended'
-        if model.is_full or self._owned:
+        if model.is_alone or self._owned:
             raise FailedPrecondition(
                 "a model that trains all weights owns the rank group, and there are "
                 f"{len(self._seats)} other model(s); {why}: delete them first, by {HOW_TO_DELETE}",
@@ -182,11 +182,11 @@ class Seats:
         asked = [seat.asked_s for seat in self._seats.values() if seat.asked_s is not None]
         leaving = sum(now_s - asked_s < LEAVE_S for asked_s in asked)
         needed = len(self._seats) - leaving
-        if not (self._waiting[0].model.is_full or self._owned):
+        if not (self._waiting[0].model.is_alone or self._owned):
             # Room for the first that wait, up to one that needs all seats.
             wanted = 0
             for waiter in self._waiting:
-                if waiter.model.is_full:
+                if waiter.model.is_alone:
                     break
                 wanted += 1
             needed = min(needed, needed + wanted - self._limits.models_max)

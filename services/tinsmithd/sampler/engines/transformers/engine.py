@@ -20,7 +20,8 @@ from tinsmithd.domain import (
     TopKLogprobs,
 )
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.lora import Adapters, HeadLayer
+from tinsmithd.modeling.lora import Adapters
+from tinsmithd.modeling.trained import HeadLayer
 from tinsmithd.sampler.engines.interface import Generation
 from tinsmithd.sampler.engines.transformers.sampling import Draws, draw
 from tinsmithd.sampler.engines.transformers.stopping import StopCheck

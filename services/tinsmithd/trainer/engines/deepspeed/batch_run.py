@@ -11,8 +11,7 @@ import torch.distributed as dist
 from tinsmithd import failpoints
 from tinsmithd.domain import CrossEntropy, Datum, LossFn
 from tinsmithd.errors import Reason, ResourceExhausted
-from tinsmithd.modeling.full import FullWeights
-from tinsmithd.modeling.lora import Adapters
+from tinsmithd.modeling.trained import TrainedWeights
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.rounds import MicroBatch, Round
 from tinsmithd.trainer.compute import memory
@@ -36,7 +35,7 @@ class RankContext:
         partitioned: Whether each rank holds a share of the base only.
     """
 
-    weights: Adapters | FullWeights
+    weights: TrainedWeights
     device: torch.device
     rank: int
     world_size: int

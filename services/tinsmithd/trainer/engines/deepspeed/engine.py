@@ -22,9 +22,8 @@ from tinsmithd import failpoints
 from tinsmithd.domain import AdamParams, BaseModelInfo, ModelState, Tuning
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.full import FullWeights
-from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.packing import use_packed_attention
+from tinsmithd.modeling.weights import MakeWeights
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.compose import compose
 from tinsmithd.trainer.composition.rounds import Round
@@ -46,23 +45,25 @@ class DeepSpeedEngine:
 
     Args:
         base: The base model; it is changed in place.
+        make_weights: Makes what is trained of the base.
+        changes_base: Whether the weights of the base are trained.
         zero: How models are spread over the ranks.
         micro_batch_tokens_max: Tokens that a rank computes together; a longer datum goes alone.
         resident_models_max: Models on the device at once; others wait in host memory.
         activation_bytes_max: What a rank may keep for the way back before it recomputes layers
             instead; 0 takes half of what is free now.
-        full: One model trains all weights of the base, instead of many adapters.
     """
 
     def __init__(
         self,
         base: BaseModel,
+        make_weights: MakeWeights,
         *,
+        changes_base: bool,
         zero: ZeroConfig,
         micro_batch_tokens_max: int,
         resident_models_max: int,
         activation_bytes_max: int,
-        full: bool = False,
     ) -> None:
         self._device = distributed.init()
         _init_deepspeed()
@@ -70,11 +71,11 @@ class DeepSpeedEngine:
         self._base = base
         use_packed_attention(base)
         self._zero = zero
-        # What is trained does get stale, so no gathered copy of it may be kept.
-        if full:
+        # Gathered copies of trained weights get stale, so none may be kept.
+        if changes_base:
             zero = replace(zero, gathered_bytes_max=0)
         self._partition = partition(base.model, zero) if zero.stage == 3 else None
-        self._weights = FullWeights(base) if full else Adapters(base, fused=True)
+        self._weights = make_weights(base)
         self._context = RankContext(
             self._weights,
             self._device,
@@ -123,12 +124,7 @@ class DeepSpeedEngine:
             InvalidArgument: An adapter would stand on experts of a partitioned base, or on what
                 the base has none of.
         """
-        weights = self._weights
-        if (
-            self._context.partitioned
-            and isinstance(weights, Adapters)
-            and weights.adapts_parameters(tuning)
-        ):
+        if self._context.partitioned and self._weights.adapts_parameters(tuning):
             message = (
                 "experts, and the layers of a model that can have them, cannot be adapted under "
                 "ZeRO stage 3; set it to false"

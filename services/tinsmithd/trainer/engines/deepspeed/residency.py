@@ -7,20 +7,16 @@ rank takes the same decisions, since they follow from the order of the calls alo
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from tinsmithd.domain import LoraConfig, Tuning
-from tinsmithd.modeling.full import FullWeights
-from tinsmithd.modeling.lora import Adapters
+from tinsmithd.domain import Tuning
+from tinsmithd.modeling.trained import TrainedWeights
 from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
-from tinsmithd.trainer.engines.deepspeed.zero_adapter import (
-    StateCopy,
-    ZeroAdapter,
-    ZeroConfig,
-)
+from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroAdapter, ZeroConfig
 from tinsmithd.trainer.engines.deepspeed.zero_partitioned import ZeroPartitioned, is_partitioned
+from tinsmithd.trainer.engines.deepspeed.zero_slice import StateCopy, ZeroSlice
 
 _HOST = torch.device("cpu")
 
@@ -30,14 +26,14 @@ class Slot:
     """A place on the device.
 
     Attributes:
-        key: Of what is in it, in `Adapters` or `FullWeights`.
-        shape: What fits in: the seed of an adapter is 0.
+        key: Of what is in it, in `TrainedWeights`.
+        shape: What fits in, see `Tuning`.
         zero: Its values and optimizer.
     """
 
     key: str
     shape: Tuning
-    zero: ZeroAdapter | ZeroPartitioned
+    zero: ZeroSlice
 
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
@@ -67,7 +63,7 @@ class ResidentModels:
 
     def __init__(
         self,
-        weights: Adapters | FullWeights,
+        weights: TrainedWeights,
         zero: ZeroConfig,
         *,
         device: torch.device,
@@ -128,7 +124,7 @@ class ResidentModels:
 
     def _take_slot(self, tuning: Tuning) -> Slot:
         """A free slot of the right shape; without one, the model used longest ago leaves."""
-        shape = replace(tuning, seed=0) if isinstance(tuning, LoraConfig) else tuning
+        shape = tuning.shape
         while True:
             for index, slot in enumerate(self._free):
                 if slot.shape == shape:
@@ -178,7 +174,7 @@ class ResidentModels:
 
 def sharded(
     parameters: Mapping[str, torch.nn.Parameter], zero: ZeroConfig, release: Callable[[], None]
-) -> ZeroAdapter | ZeroPartitioned:
+) -> ZeroSlice:
     """Values and optimizer of what is trained, the way that the ranks hold it.
 
     Args:

@@ -8,7 +8,7 @@ and scanned some ten times (ADR 0003).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinsmithd.domain import MOMENTS
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, host_copy
-from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
+from tinsmithd.trainer.engines.deepspeed.zero_slice import StateCopy, ZeroSlice
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,6 @@ class ZeroConfig:
     stage: int = 1
     offload: bool = False
     gathered_bytes_max: int = 0
-
-
-@dataclass
-class StateCopy:
-    """An adapter's state as this rank holds it, in host memory.
-
-    Attributes:
-        values: float32, all of them.
-        moments: This rank's slices, one per name of `MOMENTS`; empty before the first step.
-        step_count: Steps made.
-    """
-
-    values: Tensor
-    moments: list[Tensor] = field(default_factory=list)
-    step_count: int = 0
 
 
 class _Flat(torch.nn.Module):

@@ -18,8 +18,7 @@ from torch import Tensor
 from tinsmithd.domain import MOMENTS
 from tinsmithd.trainer.compute.packed import Sink
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients, host_copy
-from tinsmithd.trainer.engines.deepspeed.zero_adapter import StateCopy
-from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
+from tinsmithd.trainer.engines.deepspeed.zero_slice import StateCopy, ZeroSlice
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -159,12 +158,16 @@ class ZeroPartitioned(ZeroSlice):
         return part
 
     def copy_state(self) -> StateCopy:
-        """A full model is alone: it never leaves its slot."""
-        raise NotImplementedError
+        """Copy this rank's shares to host memory."""
+        moments = [moment.cpu().clone() for moment in self._own_moments()]
+        return StateCopy(self._own.detach().cpu().clone(), moments, self.step_count)
 
     def restore(self, copy: StateCopy) -> None:
-        """See `copy_state`."""
-        raise NotImplementedError
+        """Go on from a copy of this or of another model of the same shape."""
+        with torch.no_grad():
+            self._own.copy_(copy.values)
+        self._set_moments(copy.moments, copy.step_count)
+        self._publish()
 
     def close(self) -> None:
         """Nothing to free: DeepSpeed's partition is that of the base."""

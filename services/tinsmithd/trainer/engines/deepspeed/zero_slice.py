@@ -3,9 +3,11 @@
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,27 +16,78 @@ from tinsmithd import failpoints
 from tinsmithd.domain import MOMENTS, AdamParams
 from tinsmithd.trainer.compute.adamw import clip_scale, eps_of
 from tinsmithd.trainer.compute.packed import Sink
-from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients
 
 NORM_PIECE = 65_536
 """Elements whose squares are summed in one float32 sum."""
+
+
+@dataclass
+class StateCopy:
+    """A model's state as one rank holds it, in host memory.
+
+    Attributes:
+        values: float32, flat: all of them, or this rank's shares.
+        moments: This rank's slices, one per name of `MOMENTS`; empty before the first step.
+        step_count: Steps made.
+    """
+
+    values: Tensor
+    moments: list[Tensor] = field(default_factory=list)
+    step_count: int = 0
 
 
 class ZeroSlice(ABC):
     """One rank's slice of values and moments, float32; `step` is called on all ranks alike.
 
     Attributes:
-        parameters: What is trained, sorted by name.
+        layout: Names and shapes of what is trained, sorted by name.
+        parameters: The same as the model has it.
         step_count: Steps made.
         adds_while_computing: Whether gradients are added to the pending ones one by one, while they
             are made, so that a computation that fails half-way has an effect.
     """
 
     adds_while_computing = False
+    layout: Layout
     parameters: list[Any]
     step_count: int
     _own: Tensor
     _adamw: torch.optim.AdamW
+
+    @property
+    @abstractmethod
+    def padded_count(self) -> int:
+        """Elements of this rank's flat buffer for gradients."""
+
+    @abstractmethod
+    def values(self) -> dict[str, np.ndarray]:
+        """A copy of all values, by name."""
+
+    @abstractmethod
+    def moments(self) -> dict[str, np.ndarray]:
+        """A copy of all moments, as `<kind>.<name>`; empty before the first step."""
+
+    @abstractmethod
+    def load(
+        self,
+        values: Mapping[str, np.ndarray],
+        moments: Mapping[str, Mapping[str, np.ndarray]] | None,
+        step_count: int,
+    ) -> None:
+        """Begin with given values and, if any, moments as kind to name to array."""
+
+    @abstractmethod
+    def copy_state(self) -> StateCopy:
+        """Copy what this rank holds to host memory."""
+
+    @abstractmethod
+    def restore(self, copy: StateCopy) -> None:
+        """Go on from a copy of this or of another model of the same shape."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what DeepSpeed holds; the parameters keep their values."""
 
     @property
     @abstractmethod

@@ -1,0 +1,37 @@
+"""Engines for tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tinsmithd.domain import LoraConfig
+from tinsmithd.trainer.engines.factory import engine_makers
+from tinsmithd.trainer.engines.interface import Batch, ForwardResult, OnOutput, TrainingEngine
+from tinsmithd.trainer.engines.registry import Engines
+
+
+class AllTunings(Engines):
+    """Engines that a test uses as one: each call goes to the engine of its model."""
+
+    @property
+    def engine(self) -> Any:
+        """The engine that is loaded."""
+        return self._engine
+
+    def forward(self, batch: Batch, on_output: OnOutput) -> ForwardResult:
+        return self.of(batch.model_id).forward(batch, on_output)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(model_id: str, *arguments: Any, **settings: Any) -> Any:
+            return getattr(self.of(model_id), name)(model_id, *arguments, **settings)
+
+        return call
+
+
+def make_engine(name: str, base_model: str, **settings: Any) -> Any:
+    """Engines of all tunings, as one; settings as `engine_makers` takes them."""
+    return AllTunings(engine_makers(name, base_model, **settings), LoraConfig)
+
+
+def only(engine: TrainingEngine) -> Engines:
+    """One engine for adapters, as a rank has it."""
+    return Engines({LoraConfig: lambda: engine}, LoraConfig)
