@@ -1,0 +1,1 @@
+"""A model's state as files: written, checked and read again."""

@@ -1,0 +1,1 @@
+"""What computes the batches and steps of models, on all ranks alike."""

@@ -1,0 +1,1 @@
+"""The embedded engine: transformers with PEFT adapters."""
