@@ -1,101 +1,26 @@
-"""What the journal keeps: whole and as it was written, or known to be damaged."""
+"""What the journal keeps: whole and as it was written."""
 
-import asyncio
-import contextlib
-import random
 import shutil
-import sqlite3
-from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sim.disk import SimDisk, SimStore
-from tinsmithd.training.call import (
-    ComputeWork,
-    StoredAnswer,
-    Work,
-    answer_digest,
-    encode_answer,
-    encode_work,
+from journals import (
+    OPEN,
+    TRIMMED,
+    Sim,
+    SqliteDisk,
+    answer,
+    begun,
+    call,
+    model,
+    record,
+    stored,
+    work,
 )
-from tinsmithd.training.journal import (
-    Fenced,
-    SqliteStore,
-    StoreDamaged,
-    sqlite_store,
-    sqlite_tables,
-)
+from tinsmithd.training.journal import Fenced, StoreDamaged, sqlite_store, sqlite_tables
 from tinsmithd.training.journal import records as j
-
-DATUM_BYTES = 1900
-"""Two payloads, or two answers, fill a page of the file: most flips of its bits hit something."""
-FLIPS = 50
-
-
-class SqliteDisk:
-    """A folder with a journal in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def store(self) -> SqliteStore:
-        return SqliteStore(self.folder, sync=False)
-
-    @contextlib.asynccontextmanager
-    async def full(self, store: SqliteStore) -> AsyncIterator[None]:
-        """There is no room meanwhile."""
-        assert store._db is not None
-        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
-        (most,) = store._db.execute("PRAGMA max_page_count").fetchone()
-        store._db.execute(f"PRAGMA max_page_count={pages}")
-        yield
-        store._db.execute(f"PRAGMA max_page_count={most}")
-
-    def rows(self) -> int:
-        """How much is kept of models."""
-        with contextlib.closing(sqlite3.connect(self.folder / "journal.sqlite")) as db:
-            tables = ("models", "calls", "payloads", "answers", "snapshots")
-            counts = [db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in tables]
-        return sum(count for (count,) in counts)
-
-    def tamper(self, statement: str) -> None:
-        """Change the file behind the store's back."""
-        with contextlib.closing(sqlite3.connect(self.folder / "journal.sqlite")) as db, db:
-            assert db.execute(statement).rowcount > 0
-
-
-class Sim:
-    """As much of the simulator's world as its disk needs, on any event loop."""
-
-    def __init__(self, folder: Path) -> None:
-        world: Any = self
-        self._disk = SimDisk(world)
-
-    def store(self) -> SimStore:
-        return SimStore(self._disk)
-
-    @contextlib.asynccontextmanager
-    async def full(self, store: SimStore) -> AsyncIterator[None]:
-        self._disk.failure = "full"
-        yield
-        self._disk.failure = ""
-
-    def rows(self) -> int:
-        return len(self._disk.tables.models)
-
-    def stream(self, name: str) -> random.Random:
-        return random.Random(name)
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        return asyncio.get_running_loop().create_task(work)
-
-    def log(self, *event: object) -> None: ...
-
-    def count(self, what: str, times: int = 1) -> None: ...
-
-    def written(self, epoch: int, writes: object) -> None: ...
 
 
 @pytest.fixture(params=[SqliteDisk, Sim])
@@ -108,65 +33,11 @@ def sqlite_disk(tmp_path: Path) -> SqliteDisk:
     return SqliteDisk(tmp_path / "journal")
 
 
-def work(position: int) -> Work:
-    return ComputeWork(b"loss", [bytes([position]) * DATUM_BYTES], [position], True)
-
-
-def answer(position: int) -> StoredAnswer:
-    return StoredAnswer([bytes([100 + position]) * DATUM_BYTES], {"loss": position / 7})
-
-
-def call(position: int, model_id: str = "a") -> j.AddCall:
-    return j.AddCall(model_id, position, position + 10, b"%02d" % position * 16, work(position))
-
-
-def record(position: int, model_id: str = "a", *, keep: bool = True) -> j.AddAnswer:
-    return j.AddAnswer(model_id, position, answer(position), b"composition", keep)
-
-
-def stored(position: int, **changes: Any) -> j.StoredCall:
-    """What is to be found of a call with a kept answer."""
-    values = {
-        "position": position,
-        "seq_id": position + 10,
-        "digest": b"%02d" % position * 16,
-        "payload_bytes": len(encode_work(work(position))),
-        "attempts": 0,
-        "answer_digest": answer_digest(answer(position)),
-        "answer_bytes": len(encode_answer(answer(position))),
-        "composition": b"composition",
-    }
-    return j.StoredCall(**{**values, **changes})
-
-
-OPEN = {"answer_digest": None, "answer_bytes": 0, "composition": b""}
-"""A call without answer."""
-TRIMMED = {"payload_bytes": 0, "composition": b""}
-
-
-async def begun(disk: Any, *writes: j.Write) -> j.JournalStore:
-    """A store that was claimed, with the models `a` and `b`."""
-    store: j.JournalStore = disk.store()
-    await store.claim()
-    await store.commit([j.AddModel("b", 2, {"r": 4}), j.AddModel("a", 1, {"base": "ü"}), *writes])
-    return store
-
-
-async def model(disk: Any, store: j.JournalStore, model_id: str = "a") -> j.StoredModel:
-    """What the next process finds of a model."""
-    await store.close()
-    following = disk.store()
-    contents = await following.claim()
-    await following.close()
-    (found,) = [found for found in contents.models if found.model_id == model_id]
-    return found
-
-
 # --- every store ------------------------------------------------------------------------------
 
 
 async def test_what_is_committed_is_there_after_a_reopen(disk: Any) -> None:
-    """A committed batch is what the next process finds, models by number and calls by position."""
+    """A commit is what the next process finds, models by number and calls by position."""
     store = await begun(disk, call(1), call(2), call(3), j.AddSnapshot("a", 1, 5, "folder"))
     await store.commit([record(1), record(2, keep=False)])
     await store.close()
@@ -218,20 +89,20 @@ async def test_a_claim_fences_whoever_had_the_store(disk: Any) -> None:
     assert (await model(disk, old)).calls == [stored(1)]
 
 
-async def test_a_batch_without_room_is_absent_and_nothing_is_broken(disk: Any) -> None:
-    """A full disk refuses the whole batch and is said to be full; reads and later writes work."""
+async def test_a_commit_without_room_is_absent_and_nothing_is_broken(disk: Any) -> None:
+    """A full disk refuses the whole commit and is said to be full; reads and later writes work."""
     store = await begun(disk, call(1))
-    batch = [j.CountAttempt("a", 1, 1), j.LoseModel("b", "why"), *map(call, range(2, 40))]
+    writes = [j.CountAttempt("a", 1, 1), j.LoseModel("b", "why"), *map(call, range(2, 40))]
     async with disk.full(store):
         for _ in range(2):
             with pytest.raises(j.StoreUnwritable) as refused:
-                await store.commit(batch)
+                await store.commit(writes)
             assert refused.value.full
         assert list(await store.calls("a", 0)) == [stored(1, **OPEN)]
         assert await store.work("a", 1) == work(1)
     assert list(await store.calls("a", 0)) == [stored(1, **OPEN)]
     await store.commit([])
-    await store.commit(batch)
+    await store.commit(writes)
     found = await model(disk, store)
     assert found.calls[0] == stored(1, **OPEN, attempts=1)
     assert [each.position for each in found.calls] == [*range(1, 40)]
@@ -303,7 +174,7 @@ async def test_what_is_said_of_a_model_is_said_of_it_alone(disk: Any) -> None:
 
 
 async def test_a_deleted_model_leaves_nothing_behind(disk: Any) -> None:
-    """Not even what is written for it afterwards, in the same batch or a later one."""
+    """Not even what is written for it afterwards, in the same commit or a later one."""
     late = [
         call(2),
         record(1),
@@ -356,7 +227,7 @@ async def test_the_newest_deleted_models_are_remembered(
     assert [gone.model_id for gone in contents.deleted] == ["d"]
 
 
-async def test_a_batch_that_fails_midway_is_absent(
+async def test_a_commit_that_fails_midway_is_absent(
     sqlite_disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither an error nor a death between the writes and the commit leaves a part of them."""
@@ -375,89 +246,3 @@ async def test_a_batch_that_fails_midway_is_absent(
             await store.commit([j.CountAttempt("a", 1, 1), *map(call, range(2, 40))])
     assert (await model(sqlite_disk, store)).calls == [stored(1, **OPEN)]
     assert (await model(died, died.store())).calls == [stored(1, **OPEN)]
-
-
-async def filled(disk: SqliteDisk) -> None:
-    """Calls of both models, with answers, in a closed file."""
-    pairs = [(position, model_id) for position in range(1, 9) for model_id in "ab"]
-    store = await begun(disk, *(add(*pair) for pair in pairs for add in (call, record)))
-    await store.close()
-
-
-async def read_all(disk: SqliteDisk, *, calls: bool = False) -> int:
-    """Read all that `filled` wrote; it is that or known to be damaged. Returns how much was."""
-    store = disk.store()
-    damaged = 0
-    try:
-        found = (await store.claim()).models
-        if calls:
-            whole = [[*map(stored, range(1, 9))]] * 2
-            damaged += sum(bool(each.lost) for each in found)
-            assert damaged or [list(each.calls) for each in found] == whole
-        for position, model_id in ((n, name) for n in range(1, 9) for name in "ab"):
-            for read, expected in ((store.work, work), (store.answer, answer)):
-                try:
-                    assert await read(model_id, position) == expected(position)
-                except StoreDamaged:
-                    damaged += 1
-    except StoreDamaged:
-        damaged += 1  # it is not even taken over
-    finally:
-        await store.close()
-    return damaged
-
-
-@pytest.mark.parametrize("table", ["payloads", "answers"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        "data=CAST(replace(data, x'01', x'03') || x'00' AS BLOB)",
-        "data=substr(data, 1, length(data) - 1)",
-        "data=x''",
-        "data=zeroblob(length(data))",
-        "crc32=crc32 + 1",
-        "crc32='none'",
-        "position=position + 100",
-    ],
-)
-async def test_changed_content_is_damage(sqlite_disk: SqliteDisk, table: str, change: str) -> None:
-    """A payload or an answer that is not what was written is never handed out."""
-    await filled(sqlite_disk)
-    sqlite_disk.tamper(f"UPDATE {table} SET {change} WHERE model_id='a' AND position=2")
-    assert await read_all(sqlite_disk) == 1
-
-
-async def test_flipped_bits_of_the_file_never_give_other_content(sqlite_disk: SqliteDisk) -> None:
-    """Wherever a bit flips, payloads and answers are what was written, or damaged."""
-    await filled(sqlite_disk)
-    data = (sqlite_disk.folder / "journal.sqlite").read_bytes()
-    rng, noticed = random.Random(0), 0
-    for number in range(FLIPS):
-        rotten = SqliteDisk(sqlite_disk.folder.with_name(f"rotten-{number}"))
-        rotten.folder.mkdir()
-        changed = bytearray(data)
-        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        (rotten.folder / "journal.sqlite").write_bytes(changed)
-        noticed += await read_all(rotten) > 0
-    assert noticed > FLIPS // 2
-
-
-@pytest.mark.parametrize(
-    ("statement", "damaged"),
-    [
-        ("UPDATE payloads SET data=CAST('text' AS TEXT) WHERE position=2", 2),
-        ("UPDATE OR REPLACE payloads SET position=2 WHERE position=3", 4),
-        ("UPDATE models SET about='{'", 1),
-        ("UPDATE models SET about=x'ff'", 1),
-        ("UPDATE meta SET value='x' WHERE name='epoch'", 1),
-        ("UPDATE calls SET seq_id=13 WHERE position=2", 2),
-    ],
-    ids=["type", "place", "about", "about is no text", "epoch", "call"],
-)
-async def test_damage_to_types_places_and_rows_is_found(
-    sqlite_disk: SqliteDisk, statement: str, damaged: int
-) -> None:
-    """Other types, places and rows than were written are damage, as a claim's refusal or later."""
-    await filled(sqlite_disk)
-    sqlite_disk.tamper(statement)
-    assert await read_all(sqlite_disk, calls=True) == damaged

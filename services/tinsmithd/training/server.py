@@ -1,4 +1,4 @@
-"""Puts the Training server together: rules, faces, the link to the ranks, and their launcher."""
+"""Puts the Training server together: its rooms, its faces, the link to the ranks, the launcher."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ SERVICE_NAME: str = DESCRIPTOR.services_by_name["TrainingService"].full_name
 WATCH_INTERVAL_S = 0.2
 IDLE_SWEEP_INTERVAL_S = 60.0
 RECOVERY_NAME = f"{SERVICE_NAME}/recovery"
-"""In health: SERVING while the ranks have all models, NOT_SERVING while some are brought back."""
+"""A name in health: SERVING while the ranks have all models, NOT_SERVING while some come back."""
 
 
 def _storage(config: TrainingConfig) -> tuple[Journal, SnapshotStore | None]:
@@ -120,23 +120,23 @@ class TrainingServer:
         return 0 if self._link_server is None else self._link_server.port
 
     async def start(self) -> None:
-        """Read the journal, bind, serve, and start the ranks where this server is to do that.
+        """Read the journal, bind, serve, and start the ranks if this server has to.
 
         Raises:
-            StoreDamaged: The journal cannot be used.
+            StoreDamaged: Nobody can use the journal.
             Fenced: Another Training server has taken over.
-            ConfigError: The secret of the rank link cannot be used.
-            OSError: An address cannot be bound.
+            ConfigError: The secret of the rank link is not one.
+            OSError: An address is not free.
         """
-        if self._config.link_secret_file:  # a wrong one is said before anything is claimed
+        if self._config.link_secret_file:  # refuse a wrong one before claiming anything
             link_secret.read(self._config.link_secret_file, link_secret.SERVER_KEY)
         contents = await self._journal.open()
-        # A Training server that this one replaced may still be there: it can write neither the
-        # journal nor checkpoints any more.
+        # A Training server that this one replaced may still run: it can write neither the journal
+        # nor checkpoints any more.
         self._client.writer_name = contents.cluster_id
         self._client.writer_epoch = contents.epoch
         await self._models.recall(contents.models, contents.deleted, contents.starts)
-        # What was read may belong to another server by now, if this one was stopped meanwhile.
+        # If this process was stopped meanwhile, another one may own what it read.
         with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
             await self._journal.commit()
         secret_file = await self._start_link()
@@ -187,7 +187,7 @@ class TrainingServer:
         """Stop gracefully; returns when all calls and the ranks ended."""
         stopping = asyncio.create_task(self._rpc.stop())
         await self._models.drained(0.0 if self._journal.fenced.is_set() else self._drain_s)
-        # Only now: calls under way needed the ranks, and their stream is a call that never ends.
+        # Only now: calls under way need the ranks, and the ranks' stream is a call that never ends.
         self._link.close()
         for task in self._tasks:
             task.cancel()
@@ -203,7 +203,7 @@ class TrainingServer:
         return self._config.stop_grace_s
 
     async def _cause(self, launch_token: str) -> bool:
-        """Whether ranks that are going ended by themselves: unknown counts as yes."""
+        """Whether ranks ended by themselves; yes where nobody knows."""
         return True if self._launcher is None else await self._launcher.blamed(launch_token)
 
     def _end_ranks(self, launch_token: str) -> None:

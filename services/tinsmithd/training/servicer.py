@@ -45,8 +45,8 @@ from tinsmithd.training.requests import (
 
 ENGINE_SECONDS = "tinsmith-engine-seconds"
 RESPONSE_BYTES = 256 * 1024
-"""Results go out in messages of so many bytes, and those of one datum more: each message costs as
-much time as sending some tens of kilobytes."""
+"""A response has outputs of so many bytes, and of one datum more: each response costs as much time
+as sending some tens of kilobytes."""
 _DURABILITY = {
     "none": pb.DURABILITY_MODE_NONE,
     "async": pb.DURABILITY_MODE_ASYNC,
@@ -176,7 +176,7 @@ class TrainingServicer(TrainingServiceServicer):
         answer = self._models.submit(model, read.call)
         flow.current().handed_over(kept=True)
         del read  # the lane has the call, and drops it before a slow reader is done
-        # Cut by size alone, never by what is there already: a repeat gets the same messages.
+        # Only size decides where a response ends, never timing: a repeat gets the same responses.
         response, nbytes = response_type(), 0
         async for packed in answer.outputs():
             output = response.outputs.add()
@@ -224,7 +224,7 @@ class TrainingServicer(TrainingServiceServicer):
             ttl_seconds=ttl_s,
             overwrite=request.overwrite,
             user_metadata=convert.metadata_from_pb(request.user_metadata, "user_metadata"),
-            # A call with a number is the same one when it comes again; any other is not.
+            # A call with a number that comes again is the same call; one without is another.
             request_id=digest_of(request).hex() if request.seq_id else secrets.token_hex(32),
             ephemeral=not request.name,
             lease_id=convert.lease_id_from_pb(request.lease_id, "lease_id"),
@@ -233,7 +233,7 @@ class TrainingServicer(TrainingServiceServicer):
     async def LoadCheckpoint(
         self, request: pb.LoadCheckpointRequest, context: Any
     ) -> pb.LoadCheckpointResponse:
-        """Replace the model's state by a checkpoint's."""
+        """Replace the model's state by that of a checkpoint."""
         value = await self._submit(
             request,
             lambda: LoadWork(
@@ -244,7 +244,7 @@ class TrainingServicer(TrainingServiceServicer):
         return pb.LoadCheckpointResponse(checkpoint_path=value["path"])
 
     async def _submit(self, request: Any, read: Callable[[], Work]) -> Mapping[str, Any]:
-        # What cannot be read is refused in the model's order, so that its number is used up.
+        # A call that cannot be read is refused in the model's order: it uses its number.
         model = self._models.get(request.model_id)
         refusal = refusal_of_call()
         work = read_work(read) if refusal is None else RefusedWork(refusal)
