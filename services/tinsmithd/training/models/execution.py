@@ -30,7 +30,7 @@ def give_lane(model: Model, snapshots: ModelSnapshots, shared: Shared) -> None:
     """Let a model take calls from now on."""
     executor = ModelExecutor(model, snapshots, shared)
     limits = shared.limits.lane
-    model.lane = Lane(model.model_id, limits, shared.turns, shared.journal, executor)
+    model.open(Lane(model.model_id, limits, shared.turns, shared.journal, executor))
 
 
 class ModelExecutor:

@@ -71,6 +71,10 @@ class Model:
 
     # --- what happens to it -------------------------------------------------------------------
 
+    def open(self, lane: Lane) -> None:
+        """It takes calls from now on."""
+        self.lane = lane
+
     def called(self) -> None:
         """A call came."""
         self.last_request_time_s, self.last_used_s = time.time(), time.monotonic()
