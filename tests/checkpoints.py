@@ -19,8 +19,9 @@ from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint.catalogue.record import Checkpoint
 from tinsmithd.checkpoint.catalogue.writers import Writer
-from tinsmithd.checkpoint.rules.keeper import Header, Keeper
-from tinsmithd.checkpoint.store.directory import Blob
+from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.rules.write import Header
+from tinsmithd.checkpoint.store.interface import Blob
 from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
 from tinsmithd.state import files as state_files
 from tinsmithd.state import tensors as state_tensors

@@ -29,8 +29,10 @@ from tinsmith import v1
 from tinsmith.cluster import Cluster
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
 from tinsmith.v1 import types_pb2
-from tinsmithd.checkpoint.rules.keeper import Header, Keeper
-from tinsmithd.checkpoint.store.directory import Blob
+from tinsmithd.checkpoint.opening import open_keeper
+from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.rules.write import Header
+from tinsmithd.checkpoint.store.interface import Blob
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig, ModelState, Tuning
 from tinsmithd.trainer.commands import Commands
@@ -149,8 +151,8 @@ def keep_unchecked(folder: Path) -> None:
     """Put all of them into a Checkpoint server's folder, as a release without checks would have."""
     folder.mkdir(parents=True)
     with (
-        mock.patch("tinsmithd.checkpoint.rules.keeper.check_files"),
-        contextlib.closing(Keeper(folder, checkpoint_bytes_max=1 << 30)) as keeper,
+        mock.patch("tinsmithd.checkpoint.rules.write.check_files"),
+        contextlib.closing(open_keeper(folder, checkpoint_bytes_max=1 << 30)) as keeper,
     ):
         for number, kind in enumerate(KEPT):
             hostile, name = HOSTILE[kind], f"h{number}"

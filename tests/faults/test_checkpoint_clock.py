@@ -10,7 +10,8 @@ import pytest
 
 from checkpoints import PATH, Clock, blobs, files, keep, kept
 from tinsmithd.checkpoint.export import exported_files, tar_of
-from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S, Keeper
+from tinsmithd.checkpoint.opening import open_keeper
+from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import NotFound, TinsmithError
 
@@ -27,7 +28,7 @@ class Timed:
         self.start()
 
     def start(self) -> None:
-        self.keeper = Keeper(
+        self.keeper = open_keeper(
             self.folder, checkpoint_bytes_max=1 << 30, clock=self.wall, monotonic=self.monotonic
         )
 
@@ -164,7 +165,7 @@ def test_whatever_removes_a_checkpoint_leaves_its_readers_alone(timed: Timed) ->
 
 def test_readers_writers_and_sweeps_at_once_see_whole_checkpoints(tmp_path: Path) -> None:
     """Row 37, I10: for two seconds; every read is one of the versions that there were, or none."""
-    keeper = Keeper(tmp_path / "data", checkpoint_bytes_max=1 << 30)
+    keeper = open_keeper(tmp_path / "data", checkpoint_bytes_max=1 << 30)
     versions = [files(n, columns=50) for n in range(3)]
     until = time.monotonic() + 2
     failures: list[BaseException] = []
@@ -217,7 +218,7 @@ def test_readers_writers_and_sweeps_at_once_see_whole_checkpoints(tmp_path: Path
 
 def test_a_close_waits_for_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 37: a sweep must not go on removing once the next server may have the folder."""
-    keeper = Keeper(tmp_path / "data", checkpoint_bytes_max=1 << 30)
+    keeper = open_keeper(tmp_path / "data", checkpoint_bytes_max=1 << 30)
     keep(keeper, files(0))
     keeper.catalogue.delete(KEY)
     unlink, begun = Path.unlink, threading.Event()

@@ -19,6 +19,7 @@ import pytest
 from checkpoints import PATH, ServerProcess, blobs, files, keep, kept, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable, digest
+from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules.keeper import Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import DataLoss, TinsmithError
@@ -35,7 +36,7 @@ WAL_TRIALS = 50
 
 
 def opened(folder: Path) -> Keeper:
-    return Keeper(folder, checkpoint_bytes_max=1 << 30)
+    return open_keeper(folder, checkpoint_bytes_max=1 << 30)
 
 
 @pytest.fixture

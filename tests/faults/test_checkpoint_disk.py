@@ -25,6 +25,7 @@ from checkpoints import (
 )
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint import server as server_module
+from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules.keeper import Keeper
 from tinsmithd.checkpoint.server import SERVICE_NAME, CheckpointServer
 from tinsmithd.config import CheckpointConfig
@@ -117,7 +118,7 @@ def test_a_disk_that_fills_at_any_byte_leaves_the_old_or_the_new_checkpoint(
 ) -> None:
     """Row 27, I10: room for 0, 4, 8 ... KiB more: pieces, folders and the catalogue run out."""
     folder = small_disk / "data"
-    keeper = Keeper(folder, checkpoint_bytes_max=1 << 30)
+    keeper = open_keeper(folder, checkpoint_bytes_max=1 << 30)
     current = files(0, columns=300)
     keep(keeper, current)
     outcomes = set()
@@ -142,7 +143,7 @@ def test_a_disk_that_fills_at_any_byte_leaves_the_old_or_the_new_checkpoint(
 def test_a_delete_works_on_a_full_disk(small_disk: Path) -> None:
     """Row 27: or nobody could make room; so does the sweep that frees the bytes."""
     folder = small_disk / "data"
-    keeper = Keeper(folder, checkpoint_bytes_max=1 << 30)
+    keeper = open_keeper(folder, checkpoint_bytes_max=1 << 30)
     keep(keeper, files(0))
     keep(keeper, files(1), NEW)
     fill(small_disk)
@@ -183,7 +184,7 @@ def _reached(place: str) -> int:
 @pytest.fixture
 def keeper(tmp_path: Path) -> Iterator[Keeper]:
     """A keeper with one checkpoint."""
-    keeper = Keeper(tmp_path / "data", checkpoint_bytes_max=1 << 30)
+    keeper = open_keeper(tmp_path / "data", checkpoint_bytes_max=1 << 30)
     keep(keeper, files(0))
     yield keeper
     keeper.close()

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import PATH, ServerProcess, files, keep, kept, messages, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint.catalogue.writers import Writer
-from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.errors import DataLoss, FailedPrecondition
 from wire import reason_and_field
 
@@ -177,7 +177,7 @@ def test_the_longest_name_and_the_highest_epoch_are_taken(server: ServerProcess)
 
 def test_an_epoch_that_is_damaged_lets_nobody_write(tmp_path: Path) -> None:
     """Rows 11, 29: where nobody knows who may write, a stale writer must not."""
-    keeper = Keeper(tmp_path / "data", checkpoint_bytes_max=1 << 20)
+    keeper = open_keeper(tmp_path / "data", checkpoint_bytes_max=1 << 20)
     keep(keeper, files(0), writer=Writer("a", 4))
     keeper.catalogue._db.execute("UPDATE writers SET epoch=0")
     for epoch in (3, 4, 5):

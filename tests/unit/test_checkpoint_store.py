@@ -11,9 +11,10 @@ import pytest
 from checkpoints import PATH, blobs, files, keep, kept
 from tinsmithd.checkpoint.catalogue import schema
 from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
+from tinsmithd.checkpoint.catalogue.failures import catalogue_errors
 from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable
+from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules.keeper import Keeper
-from tinsmithd.checkpoint.store.failures import storage_errors
 from tinsmithd.domain import CheckpointPath, FullConfig, LoraConfig
 from tinsmithd.errors import DataLoss, Unavailable
 
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path) -> Keeper:
-    return Keeper(folder, checkpoint_bytes_max=1 << 30)
+    return open_keeper(folder, checkpoint_bytes_max=1 << 30)
 
 
 def events_of_a_save(
@@ -246,10 +247,10 @@ def test_a_catalogue_that_another_process_holds_is_unavailable(folder: Path) -> 
     other.execute("PRAGMA locking_mode=EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")
     late = sqlite3.connect(folder / "catalogue.sqlite", timeout=0)
-    with pytest.raises(Unavailable), storage_errors():
+    with pytest.raises(Unavailable), catalogue_errors():
         late.execute("SELECT * FROM checkpoints")
     late.close()
-    with pytest.raises(sqlite3.ProgrammingError), storage_errors():
+    with pytest.raises(sqlite3.ProgrammingError), catalogue_errors():
         late.execute("SELECT 1")
     other.close()
 

@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints import Clock, blobs, files, keep, kept
 from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S, Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
@@ -29,7 +30,7 @@ class Timed:
         self.start()
 
     def start(self) -> None:
-        self.keeper = Keeper(
+        self.keeper = open_keeper(
             self.folder,
             checkpoint_bytes_max=1 << 30,
             lease_s=LEASE_S,

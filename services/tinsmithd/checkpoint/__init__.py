@@ -1,0 +1,1 @@
+"""The Checkpoint server: the only process that writes checkpoints."""

@@ -2,7 +2,7 @@
 
 from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable
 from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.checkpoint.store.directory import StoreBusy
+from tinsmithd.checkpoint.store.interface import StoreBusy
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.process import give_up, load_or_exit, run, set_up
 

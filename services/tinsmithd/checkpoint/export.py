@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 
 from tinsmithd.checkpoint.catalogue.record import Checkpoint
-from tinsmithd.checkpoint.store.directory import Blob
+from tinsmithd.checkpoint.store.interface import Blob
 from tinsmithd.state import files as state_files
 
 _OURS = (state_files.STATE_FILE, state_files.OPTIMIZER_FILE)

@@ -18,7 +18,7 @@ from tinsmith.v1.checkpoint_service_pb2 import DESCRIPTOR
 from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from tinsmithd.budget import Budget
 from tinsmithd.checkpoint.metrics import CheckpointCollector
-from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.servicer import CheckpointServicer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.errors import TinsmithError
@@ -52,7 +52,7 @@ class CheckpointServer:
         self._config = config
         folder = Path(config.data_folder)
         private_folder(folder)
-        self._keeper = Keeper(
+        self._keeper = open_keeper(
             folder,
             checkpoint_bytes_max=config.checkpoint_bytes_max,
             lease_s=config.lease_s,

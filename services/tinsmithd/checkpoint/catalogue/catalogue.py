@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinsmithd.checkpoint.catalogue import schema
+from tinsmithd.checkpoint.catalogue.failures import catalogue_errors
 from tinsmithd.checkpoint.catalogue.record import Checkpoint, read, text_of
 from tinsmithd.checkpoint.catalogue.writers import EPOCH_STEP_MAX, Writer, admit, highest_epoch
-from tinsmithd.checkpoint.store.failures import storage_errors
 from tinsmithd.domain import CheckpointKind, CheckpointPath, is_ephemeral_name
 from tinsmithd.errors import (
     AlreadyExists,
@@ -72,7 +72,7 @@ class Catalogue:
 
     @contextlib.contextmanager
     def _reading(self, subject: str = "the catalogue") -> Iterator[None]:
-        with self._lock, storage_errors(subject):
+        with self._lock, catalogue_errors(subject):
             yield
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinsmithd import tunings
 from tinsmithd.checkpoint.catalogue import schema
-from tinsmithd.checkpoint.store.directory import Blob
+from tinsmithd.checkpoint.store.interface import Blob
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import DataLoss, Reason
 

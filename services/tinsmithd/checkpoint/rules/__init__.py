@@ -1,0 +1,1 @@
+"""What may happen to checkpoints: how store and catalogue move together."""

@@ -5,21 +5,19 @@ Everything here blocks on disk; the servicer calls it from threads.
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from tinsmithd import failpoints
 from tinsmithd.checkpoint.catalogue import schema
 from tinsmithd.checkpoint.catalogue.catalogue import Catalogue, check_repeat
 from tinsmithd.checkpoint.catalogue.record import Checkpoint, Ephemeral
-from tinsmithd.checkpoint.catalogue.writers import EPOCH_STEP_MAX, Writer
+from tinsmithd.checkpoint.catalogue.writers import Writer
 from tinsmithd.checkpoint.rules.leases import Leases
-from tinsmithd.checkpoint.rules.safety import check_file_name, check_files, check_length
-from tinsmithd.checkpoint.store.directory import Blob, Staging, Store
+from tinsmithd.checkpoint.rules.write import Header, Write
 from tinsmithd.checkpoint.store.failures import storage_errors
-from tinsmithd.domain import CheckpointPath, Tuning
+from tinsmithd.checkpoint.store.interface import Blob, Staging, Store
+from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import (
     DataLoss,
     InvalidArgument,
@@ -36,105 +34,6 @@ EXPIRY_GRACE_S = 600.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a checkpoint that is being written says of itself."""
-
-    path: CheckpointPath
-    base_model: str
-    tuning: Tuning
-    step_count: int
-    ttl_seconds: int | None
-    overwrite: bool
-    user_metadata: dict[str, str]
-    writer: Writer | None = None
-    """None where nobody else may write in its place."""
-    ephemeral: bool = False
-    request_id: str = ""
-    """Tells a repeat of this request from another one; empty: it is never a repeat."""
-    lease_id: str = ""
-    """The first lease, of one that is ephemeral."""
-
-    def digest(self, files: Sequence[Blob]) -> str:
-        """Of all that the request says, but for who makes it and who holds what it makes."""
-        return schema.digest(
-            *(str(self.path), self.base_model, str(self.tuning), self.step_count),
-            *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
-            [[blob.name, blob.size_bytes, blob.sha256] for blob in files],
-        )
-
-
-class Write:
-    """One checkpoint on its way in; `commit` or `discard` ends it.
-
-    Its calls may come from different threads, and `discard` while another is under way: then it
-    waits for that, and whatever comes later fails.
-    """
-
-    def __init__(self, keeper: "Keeper", header: Header) -> None:
-        self._keeper = keeper
-        self._header = header
-        self._lock = threading.Lock()
-        self._staging: Staging | None = None
-        self._ended = False
-
-    def append(self, name: str, offset: int, data: bytes) -> None:
-        """Add the next bytes of a file.
-
-        Raises:
-            InvalidArgument, ResourceExhausted: See `Staging.append`, `check_file_name` and
-                `check_length`.
-        """
-        check_file_name(name, self._header.path.kind, self._header.tuning)
-        check_length(name, offset + len(data))
-        with self._lock:
-            self._staged().append(name, offset, data)
-
-    def commit(self, promised: Sequence[Blob]) -> Checkpoint:
-        """Make it durable and visible, if it is what was promised.
-
-        Raises:
-            DataLoss: The bytes that came are not those (CHECKPOINT_CORRUPT).
-            InvalidArgument: The files are not what a checkpoint is.
-            AlreadyExists: The name is taken (CHECKPOINT_EXISTS).
-            FailedPrecondition: The writer was replaced meanwhile (STALE_EPOCH).
-            ResourceExhausted, Unavailable: The disk does not take it; what was there stays.
-        """
-        with self._lock:
-            staging, header = self._staged(), self._header
-            found = staging.finish()
-            _check_promised(found, promised)
-            with storage_errors():
-                check_files(staging, found, header.path.kind, header.tuning, header.step_count)
-            return self._keeper.publish(header, staging, found)
-
-    def discard(self) -> None:
-        """Leave nothing behind; harmless after a commit."""
-        with self._lock:
-            self._ended = True
-            if self._staging is not None:
-                self._staging.discard()
-
-    def _staged(self) -> Staging:
-        # Made with the first bytes, under the lock: nothing to leave behind before.
-        if self._ended:
-            raise RuntimeError("this write has ended")
-        if self._staging is None:
-            self._staging = self._keeper.stage()
-        return self._staging
-
-
-def _check_promised(found: Sequence[Blob], promised: Sequence[Blob]) -> None:
-    ordered = sorted(promised, key=lambda blob: blob.name)
-    if [(b.name, b.size_bytes) for b in found] != [(b.name, b.size_bytes) for b in ordered]:
-        message = "names and sizes are not those of the files that arrived"
-        raise InvalidArgument("commit.files", message, Reason.MALFORMED_STREAM)
-    for ours, theirs in zip(found, ordered, strict=True):
-        if ours.sha256 != theirs.sha256:
-            message = f"{ours.name} does not have the digest that the commit names"
-            raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
-
-
 class Keeper:
     """The checkpoints of one folder.
 
@@ -144,31 +43,28 @@ class Keeper:
     that stays ahead costs at most as much of a lifetime as it jumped, and one that jumps back
     only makes checkpoints live longer.
 
-    Raises:
-        StoreBusy: Another server has the folder.
-        CatalogueUnusable: Nobody can say what is in it.
+    Args:
+        store: Where bytes are; closed with the keeper.
+        catalogue: What exists; closed with the keeper.
+        checkpoint_bytes_max: Maximum number of bytes in the files of one checkpoint.
+        lease_s: How long a lease lasts, seconds.
+        clock: Seconds since 1970.
+        monotonic: A clock that nobody sets, seconds.
     """
 
     def __init__(
         self,
-        folder: Path,
+        store: Store,
+        catalogue: Catalogue,
         *,
         checkpoint_bytes_max: int,
-        lease_s: float = 30.0,
-        epoch_step_max: int = EPOCH_STEP_MAX,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
+        lease_s: float,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
     ) -> None:
-        self._store = Store(folder)
-        try:
-            file = folder / "catalogue.sqlite"
-            self.catalogue = Catalogue(
-                file, clock, may_be_new=self._store.empty, epoch_step_max=epoch_step_max
-            )
-            self.leases = Leases(self.catalogue, lease_s, clock, monotonic)
-        except BaseException:
-            self._store.close()
-            raise
+        self._store = store
+        self.catalogue = catalogue
+        self.leases = Leases(catalogue, lease_s, clock, monotonic)
         self._bytes_max = checkpoint_bytes_max
         self._clock = clock
         self._monotonic = monotonic
@@ -195,14 +91,9 @@ class Keeper:
         """
         if header.writer is not None:
             self.catalogue.admit(header.writer)
-        return Write(self, header)
+        return Write(header, lambda: self._store.stage(self._bytes_max), self._publish)
 
-    def stage(self) -> Staging:
-        """Room for the files of one checkpoint."""
-        return self._store.stage(self._bytes_max)
-
-    def publish(self, header: Header, staging: Staging, files: Sequence[Blob]) -> Checkpoint:
-        """Move staged files into place and make the checkpoint visible."""
+    def _publish(self, header: Header, staging: Staging, files: Sequence[Blob]) -> Checkpoint:
         now_s = self._clock()
         checkpoint = Checkpoint(
             path=header.path,
@@ -220,7 +111,7 @@ class Keeper:
         with self._publishing:
             try:
                 with storage_errors():
-                    self._store.publish(staging, files)
+                    staging.publish()
                     failpoints.hit("ckpt_post_rename")
                     added = self.catalogue.add(
                         checkpoint, overwrite=header.overwrite, writer=header.writer

@@ -1,9 +1,8 @@
 """What may be stored: the files of a state, checked. Nothing that runs when it is read."""
 
 from collections.abc import Collection
-from typing import BinaryIO
 
-from tinsmithd.checkpoint.store.directory import Blob, Staging
+from tinsmithd.checkpoint.store.interface import Blob, Staging
 from tinsmithd.domain import CheckpointKind, Tuning
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.state import files as state_files
@@ -57,12 +56,8 @@ def check_files(
     Raises:
         InvalidArgument: Something is wrong with one, and in which place.
     """
-
-    def open_file(name: str) -> BinaryIO:
-        return staging.path(name).open("rb")
-
     try:
-        about = state_files.parse({blob.name for blob in blobs}, open_file, tuning).about
+        about = state_files.parse({blob.name for blob in blobs}, staging.open, tuning).about
         if about.step_count != step_count:
             message = f"{about.step_count}, but the header says {step_count}"
             raise StateInvalid(state_files.STATE_FILE, "step_count", message)

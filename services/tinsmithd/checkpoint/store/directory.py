@@ -5,8 +5,7 @@
     <folder>/lock                  held by the one server that may write here
 
 A blob is synced before it is renamed into place, then its folder, then the folder of folders: a
-name that `Store.publish` returned for has its bytes, whatever happens to the power. Names that
-tenants choose never become paths.
+name that `DirectoryStaging.publish` returned for has its bytes, whatever happens to the power.
 """
 
 import contextlib
@@ -16,57 +15,43 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tinsmithd import failpoints
 from tinsmithd.checkpoint.store.failures import of_disk, storage_errors
+from tinsmithd.checkpoint.store.interface import Blob, Staging, StoreBusy
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason, TinsmithError, over_limit
 from tinsmithd.files import sync_folder
 
 READ_BYTES = 1024 * 1024
 
 
-class StoreBusy(Exception):
-    """Another server has the folder."""
+class DirectoryStaging:
+    """See `Staging`; its files lie in a folder of their own.
 
-
-@dataclass(frozen=True)
-class Blob:
-    """One file of a checkpoint: its name there, length in bytes, and SHA-256 in hex."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-
-class Staging:
-    """Files on their way in. `append` their bytes, `finish`, then hand it to `Store.publish`.
-
-    Besides what they say, calls raise ResourceExhausted (STORAGE_FULL) and Unavailable
-    (CHECKPOINT_UNAVAILABLE) where the disk does not take it.
+    Args:
+        folder: That folder; it is made here.
+        blobs: The folder that published files go to.
+        bytes_max: Maximum number of bytes in all files.
     """
 
-    def __init__(self, folder: Path, bytes_max: int) -> None:
+    def __init__(self, folder: Path, blobs: Path, bytes_max: int) -> None:
         self._folder = folder
+        self._blobs = blobs
         self._bytes_max = bytes_max
         self._bytes = 0
         self._sizes: dict[str, int] = {}
         self._digests: dict[str, hashlib._Hash] = {}
         self._files: dict[str, Any] = {}
         self._last_name = ""
+        self._finished: Sequence[Blob] = ()
         with storage_errors():
             folder.mkdir()
 
     def append(self, name: str, offset: int, data: bytes) -> None:
-        """Add the next bytes of a file; files come one after the other.
-
-        Raises:
-            InvalidArgument: They are not the next bytes (MALFORMED_STREAM).
-            InvalidArgument: They are too many (LIMIT_EXCEEDED).
-        """
+        """See `Staging`."""
         expected = self._sizes.get(name, 0)
         if offset != expected or (name in self._sizes and name != self._last_name):
             message = f"offset {offset} of {name!r} does not follow what was sent before"
@@ -85,7 +70,7 @@ class Staging:
         self._digests[name].update(data)
 
     def finish(self) -> list[Blob]:
-        """Everything was sent; makes it durable and returns what came, sorted by name."""
+        """See `Staging`."""
         with storage_errors():
             for file in self._files.values():
                 file.flush()
@@ -94,17 +79,35 @@ class Staging:
             for file in self._files.values():
                 os.fsync(file.fileno())
                 file.close()
-        return [
+        finished = [
             Blob(name, self._sizes[name], self._digests[name].hexdigest())
             for name in sorted(self._sizes)
         ]
+        self._finished = finished
+        return finished
 
-    def path(self, name: str) -> Path:
-        """Where a finished file lies until it is published."""
-        return self._path(name)
+    def open(self, name: str) -> BinaryIO:
+        """See `Staging`."""
+        return self._path(name).open("rb")
+
+    def publish(self) -> None:
+        """See `Staging`."""
+        places = [_place(self._blobs, blob) for blob in self._finished]
+        with storage_errors():
+            failpoints.hit("ckpt_pre_rename")
+            for index, (blob, place) in enumerate(zip(self._finished, places, strict=True)):
+                if index:
+                    failpoints.hit("ckpt_mid_rename")
+                if not _holds(place, blob):
+                    place.parent.mkdir(exist_ok=True)
+                    os.replace(self._path(blob.name), place)
+            # Also for what was there: its writer may have died before it came to this.
+            for folder in sorted({place.parent for place in places}):
+                sync_folder(folder)
+            sync_folder(self._blobs)
 
     def discard(self) -> None:
-        """Forget it all."""
+        """See `Staging`."""
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
@@ -115,8 +118,12 @@ class Staging:
         return self._folder / hashlib.sha256(name.encode()).hexdigest()
 
 
-class Store:
-    """The blobs of one folder; one process at a time may have it."""
+class DirectoryStore:
+    """See `Store`; its blobs are the files of one folder.
+
+    Raises:
+        StoreBusy: Another server has the folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -138,48 +145,21 @@ class Store:
 
     @property
     def empty(self) -> bool:
-        """True where there is no blob."""
+        """See `Store`."""
         return next(self._blobs.glob("*/*"), None) is None
 
     def close(self) -> None:
-        """Let another server have the folder."""
+        """See `Store`."""
         self._lock.close()
 
     def stage(self, bytes_max: int) -> Staging:
-        """Begin to write at most `bytes_max` bytes."""
-        return Staging(self._staging / secrets.token_hex(16), bytes_max)
-
-    def publish(self, staging: Staging, blobs: Collection[Blob]) -> None:
-        """Move finished files to their places, durably; a content that is there already stays.
-
-        Raises:
-            ResourceExhausted, Unavailable: As `Staging`; some may be in their places.
-        """
-        places = [self._place(blob.sha256) for blob in blobs]
-        with storage_errors():
-            failpoints.hit("ckpt_pre_rename")
-            for index, (blob, place) in enumerate(zip(blobs, places, strict=True)):
-                if index:
-                    failpoints.hit("ckpt_mid_rename")
-                if not _holds(place, blob):
-                    place.parent.mkdir(exist_ok=True)
-                    os.replace(staging.path(blob.name), place)
-            # Also for what was there: its writer may have died before it came to this.
-            for folder in sorted({place.parent for place in places}):
-                sync_folder(folder)
-            sync_folder(self._blobs)
+        """See `Store`."""
+        return DirectoryStaging(self._staging / secrets.token_hex(16), self._blobs, bytes_max)
 
     def read(self, blob: Blob) -> Iterator[bytes]:
-        """The bytes of a blob, which stays readable from this call on, whatever is deleted.
-
-        Only a normal end means that they were what was written.
-
-        Raises:
-            DataLoss: It is gone, or not what was written (CHECKPOINT_CORRUPT).
-            Unavailable: It cannot be opened now (CHECKPOINT_UNAVAILABLE).
-        """
+        """See `Store`."""
         try:
-            file = self._place(blob.sha256).open("rb")
+            file = _place(self._blobs, blob).open("rb")
         except OSError as error:
             raise self._unreadable(blob, error) from error
         return self._verified(file, blob)
@@ -210,20 +190,12 @@ class Store:
             raise self._unreadable(blob, error) from error
 
     def probe(self) -> None:
-        """Do nothing, as long as blobs can be found.
-
-        Raises:
-            Unavailable: They cannot (CHECKPOINT_UNAVAILABLE).
-        """
+        """See `Store`."""
         with storage_errors(), os.scandir(self._blobs) as entries:
             next(entries, None)
 
     def sweep(self, kept: Collection[str]) -> int:
-        """Remove blobs of other contents than these; returns how many.
-
-        Nothing may be published, and no name looked up for reading, from before `kept` was made
-        until the end: the caller sees to that. Readers that have a blob open keep it.
-        """
+        """See `Store`."""
         removed = 0
         for blob in self._blobs.glob("*/*"):
             if blob.name not in kept:
@@ -231,8 +203,9 @@ class Store:
                 removed += 1
         return removed
 
-    def _place(self, sha256: str) -> Path:
-        return self._blobs / sha256[:2] / sha256
+
+def _place(blobs: Path, blob: Blob) -> Path:
+    return blobs / blob.sha256[:2] / blob.sha256
 
 
 def _holds(place: Path, blob: Blob) -> bool:

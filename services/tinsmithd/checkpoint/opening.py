@@ -1,0 +1,53 @@
+"""Opens the checkpoints of a folder: the one place that chooses what keeps their bytes."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
+from tinsmithd.checkpoint.catalogue.writers import EPOCH_STEP_MAX
+from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.store.directory import DirectoryStore
+
+CATALOGUE_FILE = "catalogue.sqlite"
+
+
+def open_keeper(
+    folder: Path,
+    *,
+    checkpoint_bytes_max: int,
+    lease_s: float = 30.0,
+    epoch_step_max: int = EPOCH_STEP_MAX,
+    clock: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> Keeper:
+    """The keeper of the checkpoints in a folder on a local disk, empty where there are none.
+
+    Args:
+        folder: Where the catalogue and the blobs are.
+        checkpoint_bytes_max: Maximum number of bytes in the files of one checkpoint.
+        lease_s: How long a lease lasts, seconds.
+        epoch_step_max: See `CheckpointConfig.writer_epoch_step_max`.
+        clock: Seconds since 1970.
+        monotonic: A clock that nobody sets, seconds.
+
+    Raises:
+        StoreBusy: Another server has the folder.
+        CatalogueUnusable: Nobody can say what is in it.
+    """
+    store = DirectoryStore(folder)
+    try:
+        catalogue = Catalogue(
+            folder / CATALOGUE_FILE, clock, may_be_new=store.empty, epoch_step_max=epoch_step_max
+        )
+        return Keeper(
+            store,
+            catalogue,
+            checkpoint_bytes_max=checkpoint_bytes_max,
+            lease_s=lease_s,
+            clock=clock,
+            monotonic=monotonic,
+        )
+    except BaseException:
+        store.close()
+        raise

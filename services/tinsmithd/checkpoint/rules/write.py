@@ -1,0 +1,124 @@
+"""One checkpoint on its way in: what it says of itself, and its files until they count."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tinsmithd.checkpoint.catalogue import schema
+from tinsmithd.checkpoint.catalogue.record import Checkpoint
+from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.rules.safety import check_file_name, check_files, check_length
+from tinsmithd.checkpoint.store.failures import storage_errors
+from tinsmithd.checkpoint.store.interface import Blob, Staging
+from tinsmithd.domain import CheckpointPath, Tuning
+from tinsmithd.errors import DataLoss, InvalidArgument, Reason
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint that is being written says of itself."""
+
+    path: CheckpointPath
+    base_model: str
+    tuning: Tuning
+    step_count: int
+    ttl_seconds: int | None
+    overwrite: bool
+    user_metadata: dict[str, str]
+    writer: Writer | None = None
+    """None where nobody else may write in its place."""
+    ephemeral: bool = False
+    request_id: str = ""
+    """Tells a repeat of this request from another one; empty: it is never a repeat."""
+    lease_id: str = ""
+    """The first lease, of one that is ephemeral."""
+
+    def digest(self, files: Sequence[Blob]) -> str:
+        """Of all that the request says, but for who makes it and who holds what it makes."""
+        return schema.digest(
+            *(str(self.path), self.base_model, str(self.tuning), self.step_count),
+            *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
+            [[blob.name, blob.size_bytes, blob.sha256] for blob in files],
+        )
+
+
+class Write:
+    """One checkpoint on its way in; `commit` or `discard` ends it.
+
+    Its calls may come from different threads, and `discard` while another is under way: then it
+    waits for that, and whatever comes later fails.
+
+    Args:
+        header: What it says of itself.
+        stage: Makes room for its files.
+        publish: Makes finished files a checkpoint that is visible.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        stage: Callable[[], Staging],
+        publish: Callable[[Header, Staging, Sequence[Blob]], Checkpoint],
+    ) -> None:
+        self._header = header
+        self._stage = stage
+        self._publish = publish
+        self._lock = threading.Lock()
+        self._staging: Staging | None = None
+        self._ended = False
+
+    def append(self, name: str, offset: int, data: bytes) -> None:
+        """Add the next bytes of a file.
+
+        Raises:
+            InvalidArgument, ResourceExhausted: See `Staging.append`, `check_file_name` and
+                `check_length`.
+        """
+        check_file_name(name, self._header.path.kind, self._header.tuning)
+        check_length(name, offset + len(data))
+        with self._lock:
+            self._staged().append(name, offset, data)
+
+    def commit(self, promised: Sequence[Blob]) -> Checkpoint:
+        """Make it durable and visible, if it is what was promised.
+
+        Raises:
+            DataLoss: The bytes that came are not those (CHECKPOINT_CORRUPT).
+            InvalidArgument: The files are not what a checkpoint is.
+            AlreadyExists: The name is taken (CHECKPOINT_EXISTS).
+            FailedPrecondition: The writer was replaced meanwhile (STALE_EPOCH).
+            ResourceExhausted, Unavailable: The disk does not take it; what was there stays.
+        """
+        with self._lock:
+            staging, header = self._staged(), self._header
+            found = staging.finish()
+            _check_promised(found, promised)
+            with storage_errors():
+                check_files(staging, found, header.path.kind, header.tuning, header.step_count)
+            return self._publish(header, staging, found)
+
+    def discard(self) -> None:
+        """Leave nothing behind; harmless after a commit."""
+        with self._lock:
+            self._ended = True
+            if self._staging is not None:
+                self._staging.discard()
+
+    def _staged(self) -> Staging:
+        # Made with the first bytes, under the lock: nothing to leave behind before.
+        if self._ended:
+            raise RuntimeError("this write has ended")
+        if self._staging is None:
+            self._staging = self._stage()
+        return self._staging
+
+
+def _check_promised(found: Sequence[Blob], promised: Sequence[Blob]) -> None:
+    ordered = sorted(promised, key=lambda blob: blob.name)
+    if [(b.name, b.size_bytes) for b in found] != [(b.name, b.size_bytes) for b in ordered]:
+        message = "names and sizes are not those of the files that arrived"
+        raise InvalidArgument("commit.files", message, Reason.MALFORMED_STREAM)
+    for ours, theirs in zip(found, ordered, strict=True):
+        if ours.sha256 != theirs.sha256:
+            message = f"{ours.name} does not have the digest that the commit names"
+            raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
