@@ -17,11 +17,9 @@ import numpy as np
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmithd.checkpoint.catalogue.record import Checkpoint
-from tinsmithd.checkpoint.catalogue.writers import Writer
-from tinsmithd.checkpoint.rules.keeper import Keeper
-from tinsmithd.checkpoint.rules.write import Header
-from tinsmithd.checkpoint.store.interface import Blob
+from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
+from tinsmithd.checkpoint.rules import Header, Keeper
+from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
 from tinsmithd.state import files as state_files
 from tinsmithd.state import tensors as state_tensors

@@ -30,9 +30,8 @@ from tinsmith.cluster import Cluster
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
 from tinsmith.v1 import types_pb2
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules.keeper import Keeper
-from tinsmithd.checkpoint.rules.write import Header
-from tinsmithd.checkpoint.store.interface import Blob
+from tinsmithd.checkpoint.rules import Header, Keeper
+from tinsmithd.checkpoint.store import Blob
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import CheckpointKind, CheckpointPath, LoraConfig, ModelState, Tuning
 from tinsmithd.trainer.commands import Commands

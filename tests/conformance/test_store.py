@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tinsmithd.checkpoint.store import Blob, Staging, Store, StoreBusy
 from tinsmithd.checkpoint.store.directory import DirectoryStore
-from tinsmithd.checkpoint.store.interface import Blob, Staging, Store, StoreBusy
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 
 BYTES_MAX = 1 << 20

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import PATH, Clock, blobs, files, keep, kept
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S
+from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import NotFound, TinsmithError
 

@@ -18,9 +18,9 @@ import pytest
 
 from checkpoints import PATH, ServerProcess, blobs, files, keep, kept, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
-from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable, digest
+from tinsmithd.checkpoint.catalogue import CatalogueUnusable, digest_of
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.rules import Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import DataLoss, TinsmithError
 from tinsmithd.process import EXIT_HOPELESS
@@ -191,7 +191,7 @@ def test_a_row_that_says_another_base_model_or_other_files_is_found(keeper: Keep
     (one, other) = db.execute("SELECT * FROM checkpoints ORDER BY number").fetchall()
     for record in (one["record"].replace("tiny", "huge"), other["record"]):
         assert record != one["record"]
-        for its_digest in (one["digest"], other["digest"], digest(*tuple(other)[:-1])):
+        for its_digest in (one["digest"], other["digest"], digest_of(*tuple(other)[:-1])):
             db.execute(
                 "UPDATE checkpoints SET record=?, digest=? WHERE name='one'", (record, its_digest)
             )

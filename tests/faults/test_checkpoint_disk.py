@@ -26,7 +26,7 @@ from checkpoints import (
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint import server as server_module
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.rules import Keeper
 from tinsmithd.checkpoint.server import SERVICE_NAME, CheckpointServer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import CheckpointPath

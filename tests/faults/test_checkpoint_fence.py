@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints import PATH, ServerProcess, files, keep, kept, messages, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
-from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.errors import DataLoss, FailedPrecondition
 from wire import reason_and_field

@@ -18,9 +18,9 @@ from checkpoints import PATH, Clock, blobs, files, messages, piece, staged, to_f
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S
+from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S
 from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.checkpoint.store.interface import StoreBusy
+from tinsmithd.checkpoint.store import StoreBusy
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import FullConfig, ModelState
 from wire import limit_values, reason_and_field

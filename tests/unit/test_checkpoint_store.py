@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints import PATH, blobs, files, keep, kept
-from tinsmithd.checkpoint.catalogue import schema
-from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
-from tinsmithd.checkpoint.catalogue.failures import catalogue_errors
-from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable
+from tinsmithd.checkpoint.catalogue import Catalogue, CatalogueUnusable, catalogue_errors, schema
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.rules import Keeper
 from tinsmithd.domain import CheckpointPath, FullConfig, LoraConfig
 from tinsmithd.errors import DataLoss, Unavailable
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from checkpoints import Clock, blobs, files, keep, kept
-from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S, Keeper
+from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S, Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
 from tinsmithd.training.models import Releases

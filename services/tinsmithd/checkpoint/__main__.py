@@ -1,8 +1,8 @@
 """`python -m tinsmithd.checkpoint`: the Checkpoint server as a process."""
 
-from tinsmithd.checkpoint.catalogue.schema import CatalogueUnusable
+from tinsmithd.checkpoint.catalogue import CatalogueUnusable
 from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.checkpoint.store.interface import StoreBusy
+from tinsmithd.checkpoint.store import StoreBusy
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.process import give_up, load_or_exit, run, set_up
 

@@ -3,8 +3,8 @@
 import tarfile
 from collections.abc import Iterator, Sequence
 
-from tinsmithd.checkpoint.catalogue.record import Checkpoint
-from tinsmithd.checkpoint.store.interface import Blob
+from tinsmithd.checkpoint.catalogue import Checkpoint
+from tinsmithd.checkpoint.store import Blob
 from tinsmithd.state import files as state_files
 
 _OURS = (state_files.STATE_FILE, state_files.OPTIMIZER_FILE)

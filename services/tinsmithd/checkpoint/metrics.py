@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
+from tinsmithd.checkpoint.catalogue import Catalogue
 from tinsmithd.domain import CheckpointKind
 from tinsmithd.errors import TinsmithError
 

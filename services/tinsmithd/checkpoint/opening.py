@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
-from tinsmithd.checkpoint.catalogue.writers import EPOCH_STEP_MAX
-from tinsmithd.checkpoint.rules.keeper import Keeper
+from tinsmithd.checkpoint.catalogue import EPOCH_STEP_MAX, Catalogue
+from tinsmithd.checkpoint.rules import Keeper
 from tinsmithd.checkpoint.store.directory import DirectoryStore
 
 CATALOGUE_FILE = "catalogue.sqlite"

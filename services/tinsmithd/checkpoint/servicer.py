@@ -9,13 +9,11 @@ from typing import Any
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from tinsmithd.budget import Budget, Lease
-from tinsmithd.checkpoint.catalogue.record import Checkpoint
-from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
+from tinsmithd.checkpoint.rules import Header, Keeper, Write
+from tinsmithd.checkpoint.store import Blob
 from tinsmithd.config import CheckpointConfig
-from tinsmithd.checkpoint.rules.keeper import Keeper
-from tinsmithd.checkpoint.rules.write import Header, Write
-from tinsmithd.checkpoint.store.interface import Blob
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
 from tinsmithd.convert.times import duration_to_pb, timestamp_to_pb, ttl_from_pb

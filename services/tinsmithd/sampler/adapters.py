@@ -11,8 +11,8 @@ from tinsmithd import failpoints
 from tinsmithd.checkpoint_client import CheckpointClient, check_digest
 from tinsmithd.domain import CheckpointKind, CheckpointPath, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
-from tinsmithd.sampler.admission import Adapter
 from tinsmithd.sampler.leases import Lease, Leases
+from tinsmithd.sampler.loaded_adapters import Adapter
 from tinsmithd.state import files as state_files
 
 REMEMBERED_MAX = 1024
@@ -21,7 +21,7 @@ REMEMBERED_MAX = 1024
 _log = logging.getLogger(__name__)
 
 
-class CheckpointSource:
+class Adapters:
     """Finds and fetches the adapters of SAMPLER checkpoints.
 
     Args:

@@ -8,8 +8,7 @@ request makes is buffered (`Unread`), and its slot is free once it is made.
 
 import asyncio
 import contextlib
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,12 @@ from typing import Any
 from tinsmithd.domain import BaseModelInfo, ModelState, SampleRequest
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.sampler.engines.interface import Generation, SamplingEngine
+from tinsmithd.sampler.loaded_adapters import Adapter, LoadedAdapters
 from tinsmithd.sampler.unread import Output, Unread
 
 
 @dataclass(frozen=True)
-class SchedulerLimits:
+class AdmissionLimits:
     """Bounds; the names are those of the settings."""
 
     running_max: int
@@ -30,38 +30,41 @@ class SchedulerLimits:
     fetches_max: int = 16
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter that a request wants: its immutable key, and how to get it."""
-
-    key: str
-    fetch: Callable[[], Awaitable[ModelState]]
-
-
-class SamplerScheduler:
-    """Runs requests on one engine. Lives on one event loop.
+class Admission:
+    """Admits requests to one engine and runs them. Lives on one event loop.
 
     Attributes:
         running, waiting: Requests that have a place, and that wait for one.
-        fetching: Requests that wait for their adapter to come, and are in nobody's way.
         prompt_tokens, sampled_tokens: So far, of requests begun and of all their samples.
     """
 
-    def __init__(self, engine: SamplingEngine, limits: SchedulerLimits) -> None:
+    def __init__(self, engine: SamplingEngine, limits: AdmissionLimits) -> None:
         self._engine = engine
         self._limits = limits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
         self._slots = asyncio.Semaphore(limits.running_max)
-        self.running = self.waiting = self.fetching = 0
+        self.running = self.waiting = 0
         self.prompt_tokens = self.sampled_tokens = 0
-        self._adapters: OrderedDict[str, _Loaded] = OrderedDict()
-        self._fetches: dict[str, _Fetch] = {}
-        self._fetch_places = asyncio.Semaphore(limits.fetches_max)
+        self._loaded = LoadedAdapters(
+            engine,
+            self._in_thread,
+            adapters_max=limits.adapters_max,
+            fetches_max=limits.fetches_max,
+        )
 
     @property
     def adapters(self) -> int:
-        """Adapters in memory, or on their way to it."""
-        return len(self._adapters.keys() | self._fetches.keys())
+        """Number of adapters in memory, or on their way to it."""
+        return len(self._loaded)
+
+    @property
+    def fetching(self) -> int:
+        """Number of requests that wait for their adapter to come, and are in nobody's way."""
+        return self._loaded.fetching
+
+    def has(self, key: str) -> bool:
+        """Whether an adapter is in memory."""
+        return self._loaded.has(key)
 
     @property
     def info(self) -> BaseModelInfo:
@@ -142,7 +145,7 @@ class SamplerScheduler:
             async with self._fetched(adapter) as state:
                 await self._take_slot()
                 try:
-                    if await self._use(adapter, state):
+                    if adapter is None or await self._loaded.use(adapter, state):
                         break
                 except BaseException:
                     self._give_slot()
@@ -153,8 +156,20 @@ class SamplerScheduler:
             yield
         finally:
             if adapter is not None:
-                self._adapters[adapter.key].users -= 1
+                self._loaded.leave(adapter)
             self._give_slot()
+
+    @contextlib.asynccontextmanager
+    async def _fetched(self, adapter: Adapter | None) -> AsyncIterator[ModelState | None]:
+        """See `LoadedAdapters.fetched`; refuses where too many wait for theirs."""
+        if adapter is None:
+            yield None
+            return
+        most = self._limits.running_max + self._limits.waiting_max
+        if self.fetching >= most and not self._loaded.has(adapter.key):
+            raise self._full(self.fetching)
+        async with self._loaded.fetched(adapter) as state:
+            yield state
 
     async def _take_slot(self) -> None:
         if self._slots.locked() and self.waiting >= self._limits.waiting_max:
@@ -177,113 +192,6 @@ class SamplerScheduler:
             retry_after_s=1.0,
             metadata={"limit": "waiting_max", "value": str(waiting + 1)},
         )
-
-    # --- adapters -----------------------------------------------------------------------------
-
-    def has(self, key: str) -> bool:
-        """Whether an adapter is in memory."""
-        loaded = self._adapters.get(key)
-        return loaded is not None and not _failed(loaded.loading)
-
-    @contextlib.asynccontextmanager
-    async def _fetched(self, adapter: Adapter | None) -> AsyncIterator[ModelState | None]:
-        """Have an adapter's state for the body of the `async with`; None where it is loaded."""
-        if adapter is None or self.has(adapter.key):
-            yield None
-            return
-        if self.fetching >= self._limits.running_max + self._limits.waiting_max:
-            raise self._full(self.fetching)
-        fetch = self._fetches.get(adapter.key)
-        if fetch is None or _failed(fetch.task):
-            fetch = self._fetches[adapter.key] = _Fetch(adapter, self._fetch_places)
-        fetch.users += 1
-        try:
-            self.fetching += 1
-            try:
-                # One caller that goes away must not stop the fetching for the others.
-                state = await asyncio.shield(fetch.task)
-            finally:
-                self.fetching -= 1
-            yield state
-        finally:
-            fetch.users -= 1
-            if not fetch.users:
-                fetch.end()
-                if self._fetches.get(adapter.key) is fetch:
-                    del self._fetches[adapter.key]
-
-    async def _use(self, adapter: Adapter | None, state: ModelState | None) -> bool:
-        """Count as a user of an adapter in memory, loading it first; False without its state."""
-        if adapter is None:
-            return True
-        if not self.has(adapter.key):
-            if state is None:
-                return False
-            loading = asyncio.create_task(self._load(adapter.key, state))
-            self._adapters[adapter.key] = _Loaded(loading)
-        loaded = self._adapters[adapter.key]
-        self._adapters.move_to_end(adapter.key)
-        loaded.users += 1
-        try:
-            # One caller that goes away must not stop the loading for the others.
-            await asyncio.shield(loaded.loading)
-        except BaseException:
-            loaded.users -= 1
-            if _failed(loaded.loading) and self._adapters.get(adapter.key) is loaded:
-                del self._adapters[adapter.key]
-            raise
-        return True
-
-    async def _load(self, key: str, state: ModelState) -> None:
-        await self._make_room()
-        await self._in_thread(self._engine.load_adapter, key, state)
-
-    async def _make_room(self) -> None:
-        """Drop the adapters that were unused longest until one more fits."""
-        while len(self._adapters) > self._limits.adapters_max:
-            # Looked for anew each time: while one was unloaded, another may have come into use.
-            idle = (k for k, a in self._adapters.items() if not a.users and a.loading.done())
-            key = next(idle, None)
-            if key is None:
-                return
-            del self._adapters[key]
-            await self._in_thread(self._engine.unload_adapter, key)
-
-
-class _Fetch:
-    """An adapter on its way, or here and not loaded yet."""
-
-    def __init__(self, adapter: Adapter, places: asyncio.Semaphore) -> None:
-        self.users = 0
-        self._places = places
-        self._has_place = False
-        self.task = asyncio.create_task(self._run(adapter))
-
-    async def _run(self, adapter: Adapter) -> ModelState:
-        await self._places.acquire()
-        self._has_place = True
-        return await adapter.fetch()
-
-    def end(self) -> None:
-        """Nobody wants it any more, or it is loaded."""
-        self.task.cancel()
-        self.task.add_done_callback(self._give_place)
-
-    def _give_place(self, task: "asyncio.Task[ModelState]") -> None:
-        if self._has_place:
-            self._places.release()
-        if not task.cancelled():
-            task.exception()  # whoever wanted it is gone, or heard of it
-
-
-@dataclass
-class _Loaded:
-    loading: asyncio.Task[None]
-    users: int = 0
-
-
-def _failed(task: asyncio.Task[Any]) -> bool:
-    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _close_started(future: "Future[Generation]") -> None:

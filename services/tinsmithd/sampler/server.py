@@ -10,8 +10,8 @@ from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_s
 from tinsmithd.checkpoint_client import CheckpointClient, Patience
 from tinsmithd.config import SamplerConfig
 from tinsmithd.rpc.server import RpcServer
-from tinsmithd.sampler.adapters import CheckpointSource
-from tinsmithd.sampler.admission import SamplerScheduler, SchedulerLimits
+from tinsmithd.sampler.adapters import Adapters
+from tinsmithd.sampler.admission import Admission, AdmissionLimits
 from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.metrics import SamplerCollector
 from tinsmithd.sampler.servicer import SamplerServicer
@@ -45,13 +45,13 @@ class SamplerServer:
         self._config = config
         patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
         client = CheckpointClient(config.checkpoint_target, patience)
-        self._checkpoints = CheckpointSource(
+        self._adapters = Adapters(
             client,
             config.checkpoint_recheck_s,
             rank_max=config.rank_max,
             adapter_bytes_max=config.adapter_bytes_max,
         )
-        self._servicer = SamplerServicer(config, self._checkpoints)
+        self._servicer = SamplerServicer(config, self._adapters)
         self._rpc = RpcServer(config, SERVICE_NAME)
         add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
         self._loading: asyncio.Task[None] | None = None
@@ -81,11 +81,11 @@ class SamplerServer:
         # nothing is answered meanwhile: with torch that is half a second.
         gc.freeze()
         config = self._config
-        limits = SchedulerLimits(
+        limits = AdmissionLimits(
             config.running_max, config.waiting_max, config.adapters_max, config.fetches_max
         )
-        self._servicer.scheduler = SamplerScheduler(engine, limits)
-        self._rpc.metrics.registry.register(SamplerCollector(self._servicer.scheduler))
+        self._servicer.admission = Admission(engine, limits)
+        self._rpc.metrics.registry.register(SamplerCollector(self._servicer.admission))
         await self._rpc.set_serving(True)
 
     async def run(self) -> None:
@@ -110,6 +110,6 @@ class SamplerServer:
             self._loading.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._loading
-        if self._servicer.scheduler is not None:
-            self._servicer.scheduler.close()
-        await self._checkpoints.close()
+        if self._servicer.admission is not None:
+            self._servicer.admission.close()
+        await self._adapters.close()

@@ -1,4 +1,4 @@
-"""The face of the Sampler service: parse, call the scheduler, encode. No rule lives here."""
+"""The face of the Sampler service: parse, call the admission, encode. No rule lives here."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -13,8 +13,9 @@ from tinsmithd.convert.types import base_model_to_pb, engine_to_pb, path_from_pb
 from tinsmithd.domain import SampleRequest
 from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
-from tinsmithd.sampler.adapters import CheckpointSource
-from tinsmithd.sampler.admission import Adapter, SamplerScheduler
+from tinsmithd.sampler.adapters import Adapters
+from tinsmithd.sampler.admission import Admission
+from tinsmithd.sampler.loaded_adapters import Adapter
 from tinsmithd.sampler.unread import Output
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
@@ -23,12 +24,12 @@ DIGEST_BYTES = 32
 
 
 class SamplerServicer(SamplerServiceServicer):
-    """Serves `tinsmith.v1.SamplerService`; `scheduler` is set once the base model is loaded."""
+    """Serves `tinsmith.v1.SamplerService`; `admission` is set once the base model is loaded."""
 
-    def __init__(self, config: SamplerConfig, checkpoints: CheckpointSource) -> None:
+    def __init__(self, config: SamplerConfig, adapters: Adapters) -> None:
         self._config = config
-        self._checkpoints = checkpoints
-        self.scheduler: SamplerScheduler | None = None
+        self._adapters = adapters
+        self.admission: Admission | None = None
         self._limits = RequestLimits(
             config.num_samples_max,
             config.stop_characters_max,
@@ -36,15 +37,15 @@ class SamplerServicer(SamplerServiceServicer):
             config.sample_tokens_max,
         )
 
-    def _ready(self, base_model: str) -> SamplerScheduler:
-        if self.scheduler is None:
+    def _ready(self, base_model: str) -> Admission:
+        if self.admission is None:
             text = "the base model is still loading"
             raise Unavailable(text, Reason.SAMPLER_UNAVAILABLE, retry_after_s=1.0)
-        name = self.scheduler.info.name
+        name = self.admission.info.name
         if base_model and base_model != name:
             message = f"no base model {base_model!r}; this server holds {name!r}"
             raise NotFound(message, Reason.BASE_MODEL_NOT_FOUND)
-        return self.scheduler
+        return self.admission
 
     async def GetCapabilities(
         self, request: pb.SamplerServiceGetCapabilitiesRequest, context: Any
@@ -56,21 +57,21 @@ class SamplerServicer(SamplerServiceServicer):
             limits=limits,
             engine=engine_to_pb("transformers"),
         )
-        if self.scheduler is not None:
-            response.base_models.append(base_model_to_pb(self.scheduler.info))
+        if self.admission is not None:
+            response.base_models.append(base_model_to_pb(self.admission.info))
         return response
 
     async def Sample(  # type: ignore[override]  # grpc.aio's form of the method
         self, request: pb.SampleRequest, context: Any
     ) -> AsyncIterator[pb.SampleResponse]:
         """Sample continuations and stream their tokens."""
-        scheduler, form = self._ready(request.base_model), request.tensor_format
+        admission, form = self._ready(request.base_model), request.tensor_format
         limits = self._config
         asked = convert.sample_request_from_pb(
             request, chunks_max=limits.chunks_max, stops_max=limits.stops_max
         )
-        wanted = self._check(scheduler, asked)
-        async with self._run(scheduler, wanted, request) as outputs:
+        wanted = self._check(admission, asked)
+        async with self._run(admission, wanted, request) as outputs:
             async for output in outputs:
                 response = pb.SampleResponse(
                     deltas=[convert.delta_to_pb(tokens, form) for tokens in output.tokens]
@@ -84,12 +85,12 @@ class SamplerServicer(SamplerServiceServicer):
         self, request: pb.ComputeLogprobsRequest, context: Any
     ) -> pb.ComputeLogprobsResponse:
         """Score a prompt."""
-        scheduler, form = self._ready(request.base_model), request.tensor_format
+        admission, form = self._ready(request.base_model), request.tensor_format
         chunks_max = self._config.chunks_max
         asked = convert.compute_request_from_pb(request, chunks_max=chunks_max)
-        wanted = self._check(scheduler, asked)
+        wanted = self._check(admission, asked)
         response = pb.ComputeLogprobsResponse()
-        async with self._run(scheduler, wanted, request) as outputs:
+        async with self._run(admission, wanted, request) as outputs:
             async for output in outputs:
                 assert output.prompt_scores is not None
                 scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
@@ -106,13 +107,13 @@ class SamplerServicer(SamplerServiceServicer):
                 part = data[start : start + PIECE_BYTES_MAX]
                 yield pb.GetTokenizerResponse(file_name=name, data=part)
 
-    def _check(self, scheduler: SamplerScheduler, request: SampleRequest) -> SampleRequest:
-        return check_request(request, scheduler.info, self._limits)
+    def _check(self, admission: Admission, request: SampleRequest) -> SampleRequest:
+        return check_request(request, admission.info, self._limits)
 
     @contextlib.asynccontextmanager
     async def _run(
         self,
-        scheduler: SamplerScheduler,
+        admission: Admission,
         wanted: SampleRequest,
         request: pb.SampleRequest | pb.ComputeLogprobsRequest,
     ) -> AsyncIterator[AsyncIterator[Output]]:
@@ -122,10 +123,10 @@ class SamplerServicer(SamplerServiceServicer):
         async with contextlib.AsyncExitStack() as stack:
             if request.checkpoint_path:
                 path = path_from_pb(request.checkpoint_path, "checkpoint_path")
-                name = scheduler.info.name
-                lease = await stack.enter_async_context(self._checkpoints.leases.held(path))
-                adapter = await self._checkpoints.find(path, name, digest, scheduler.has, lease)
-            outputs = scheduler.run(wanted, adapter)
+                name = admission.info.name
+                lease = await stack.enter_async_context(self._adapters.leases.held(path))
+                adapter = await self._adapters.find(path, name, digest, admission.has, lease)
+            outputs = admission.run(wanted, adapter)
             await stack.enter_async_context(contextlib.aclosing(outputs))  # type: ignore[type-var]
             yield outputs
 

@@ -176,7 +176,7 @@ class Catalogue:
         key = (path.model_id, path.kind, path.name)
         self._db.execute(
             "UPDATE checkpoints SET expire_time_s=?, record=?, digest=? WHERE number=?",
-            (expire_time_s, record, schema.digest(number, *key, expire_time_s, record), number),
+            (expire_time_s, record, schema.digest_of(number, *key, expire_time_s, record), number),
         )
 
     def _delete(self, path: CheckpointPath) -> None:

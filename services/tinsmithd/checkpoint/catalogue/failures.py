@@ -9,7 +9,7 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator
 
-from tinsmithd.checkpoint.store.failures import (
+from tinsmithd.checkpoint.store import (
     RETRY_FULL_S,
     RETRY_UNAVAILABLE_S,
     storage_errors,

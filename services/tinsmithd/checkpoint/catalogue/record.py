@@ -8,7 +8,7 @@ from typing import Any
 
 from tinsmithd import tunings
 from tinsmithd.checkpoint.catalogue import schema
-from tinsmithd.checkpoint.store.interface import Blob
+from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import DataLoss, Reason
 
@@ -57,7 +57,7 @@ def intact(row: sqlite3.Row) -> bool:
     """Whether a row is what was written: its digest says so."""
     *columns, digest = tuple(row)
     try:
-        return bool(schema.digest(*columns) == digest)
+        return bool(schema.digest_of(*columns) == digest)
     except TypeError:
         return False
 

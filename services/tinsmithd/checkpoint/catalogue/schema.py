@@ -110,13 +110,13 @@ def _tables(db: sqlite3.Connection) -> list[tuple[object, ...]]:
     return [tuple(row) for row in db.execute(query)]
 
 
-def digest(*columns: object) -> str:
-    """SHA-256, in hex, of a row's other columns.
+def digest_of(*values: object) -> str:
+    """SHA-256, in hex, of plain values, such as a row's other columns.
 
     Raises:
         TypeError: One is of a type that no column has.
     """
-    return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _migrate_1(db: sqlite3.Connection) -> None:
@@ -139,7 +139,7 @@ def _migrate_1(db: sqlite3.Connection) -> None:
                 *(row["expire_time_s"], _record_1(row, files)),
             )
             db.execute(
-                "INSERT INTO checkpoints VALUES (?,?,?,?,?,?,?)", (*columns, digest(*columns))
+                "INSERT INTO checkpoints VALUES (?,?,?,?,?,?,?)", (*columns, digest_of(*columns))
             )
         for table in ("files", "checkpoints"):
             db.execute(f"DROP TABLE {table}_1")

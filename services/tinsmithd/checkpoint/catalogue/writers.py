@@ -45,7 +45,7 @@ def admit(db: sqlite3.Connection, writer: Writer, step_max: int) -> None:
     if highest is None or highest < writer.epoch:
         db.execute(
             "INSERT OR REPLACE INTO writers VALUES (?,?,?)",
-            (writer.name, writer.epoch, schema.digest(writer.name, writer.epoch)),
+            (writer.name, writer.epoch, schema.digest_of(writer.name, writer.epoch)),
         )
 
 

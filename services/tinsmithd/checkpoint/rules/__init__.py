@@ -1,1 +1,6 @@
 """What may happen to checkpoints: how store and catalogue move together."""
+
+from tinsmithd.checkpoint.rules.keeper import EXPIRY_GRACE_S, Keeper
+from tinsmithd.checkpoint.rules.write import Header, Write
+
+__all__ = ["EXPIRY_GRACE_S", "Header", "Keeper", "Write"]

@@ -9,14 +9,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from tinsmithd import failpoints
-from tinsmithd.checkpoint.catalogue import schema
-from tinsmithd.checkpoint.catalogue.catalogue import Catalogue, check_repeat
-from tinsmithd.checkpoint.catalogue.record import Checkpoint, Ephemeral
-from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.catalogue import (
+    Catalogue,
+    Checkpoint,
+    Ephemeral,
+    Writer,
+    check_repeat,
+    digest_of,
+)
 from tinsmithd.checkpoint.rules.leases import Leases
 from tinsmithd.checkpoint.rules.write import Header, Write
-from tinsmithd.checkpoint.store.failures import storage_errors
-from tinsmithd.checkpoint.store.interface import Blob, Staging, Store
+from tinsmithd.checkpoint.store import Blob, Staging, Store, storage_errors
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import (
     DataLoss,
@@ -144,7 +147,7 @@ class Keeper:
             message = f"the original is of kind {source.kind}"
             raise InvalidArgument("destination_checkpoint_path", message, Reason.INVALID_NAME)
         now_s = self._clock()
-        digest = schema.digest(str(source), str(destination), ttl_seconds)
+        digest = digest_of(str(source), str(destination), ttl_seconds)
         with self._publishing:
             if request_id and (found := self.catalogue.find(destination)) is not None:
                 check_repeat(found, request_id, digest)  # whatever became of the original

@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tinsmithd.checkpoint.catalogue.catalogue import Catalogue
-from tinsmithd.checkpoint.catalogue.record import Checkpoint
+from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import TinsmithError
 

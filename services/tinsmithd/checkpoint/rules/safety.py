@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from tinsmithd.checkpoint.store.interface import Blob, Staging
+from tinsmithd.checkpoint.store import Blob, Staging
 from tinsmithd.domain import CheckpointKind, Tuning
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.state import files as state_files

@@ -4,12 +4,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tinsmithd.checkpoint.catalogue import schema
-from tinsmithd.checkpoint.catalogue.record import Checkpoint
-from tinsmithd.checkpoint.catalogue.writers import Writer
+from tinsmithd.checkpoint.catalogue import Checkpoint, Writer, digest_of
 from tinsmithd.checkpoint.rules.safety import check_file_name, check_files, check_length
-from tinsmithd.checkpoint.store.failures import storage_errors
-from tinsmithd.checkpoint.store.interface import Blob, Staging
+from tinsmithd.checkpoint.store import Blob, Staging, storage_errors
 from tinsmithd.domain import CheckpointPath, Tuning
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 
@@ -35,7 +32,7 @@ class Header:
 
     def digest(self, files: Sequence[Blob]) -> str:
         """Of all that the request says, but for who makes it and who holds what it makes."""
-        return schema.digest(
+        return digest_of(
             *(str(self.path), self.base_model, str(self.tuning), self.step_count),
             *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
             [[blob.name, blob.size_bytes, blob.sha256] for blob in files],

@@ -1,7 +1,7 @@
 """What a sampling engine is. The embedded one is `transformers_engine`; `vllm` comes later.
 
 An engine holds one base model and the adapters it was given. Sampling is cut into steps so that
-a scheduler above can interleave requests, stream tokens and stop a cancelled one: `start` reads
+admission above can interleave requests, stream tokens and stop a cancelled one: `start` reads
 the prompt, each `step` makes at most one token per unfinished sequence. Calls come from one
 thread at a time. Numbers of one request never depend on what else is running.
 """

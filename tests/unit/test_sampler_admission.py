@@ -1,4 +1,4 @@
-"""The Sampler's scheduler: fairness, bounds, cancelling, adapters. The engine is a recorder."""
+"""The Sampler's admission: fairness, bounds, cancelling, adapters. The engine is a recorder."""
 
 import asyncio
 import threading
@@ -19,7 +19,8 @@ from tinsmithd.domain import (
     StopReason,
 )
 from tinsmithd.errors import NotFound, Reason, ResourceExhausted
-from tinsmithd.sampler.admission import Adapter, SamplerScheduler, SchedulerLimits
+from tinsmithd.sampler.admission import Admission, AdmissionLimits
+from tinsmithd.sampler.loaded_adapters import Adapter
 
 STATE = ModelState(LoraConfig(), {}, {}, 0, {})
 
@@ -88,12 +89,12 @@ async def engine() -> Recorder:
 
 
 @pytest.fixture
-async def scheduler(engine: Recorder) -> AsyncIterator[SamplerScheduler]:
+async def admission(engine: Recorder) -> AsyncIterator[Admission]:
     """Two run, one waits, two adapters."""
-    scheduler = SamplerScheduler(engine, SchedulerLimits(2, 1, 2))
-    yield scheduler
+    admission = Admission(engine, AdmissionLimits(2, 1, 2))
+    yield admission
     engine.may_step.set()
-    scheduler.close()
+    admission.close()
 
 
 def request(name: int, max_tokens: int) -> SampleRequest:
@@ -101,10 +102,10 @@ def request(name: int, max_tokens: int) -> SampleRequest:
 
 
 async def drain(
-    scheduler: SamplerScheduler, name: int, max_tokens: int, adapter: Adapter | None = None
+    admission: Admission, name: int, max_tokens: int, adapter: Adapter | None = None
 ) -> int:
     """Number of tokens that arrived."""
-    async with aclosing(scheduler.run(request(name, max_tokens), adapter)) as outputs:  # type: ignore[type-var]
+    async with aclosing(admission.run(request(name, max_tokens), adapter)) as outputs:  # type: ignore[type-var]
         return sum([len(made.tokens) async for output in outputs for made in output.tokens])
 
 
@@ -129,11 +130,11 @@ def adapter(
 
 
 async def test_running_requests_advance_at_the_same_pace(
-    scheduler: SamplerScheduler, engine: Recorder
+    admission: Admission, engine: Recorder
 ) -> None:
     """A short request beside a long one is done long before it; one thread computes."""
     engine.may_step.clear()
-    tasks = [asyncio.create_task(drain(scheduler, name, n)) for name, n in ((1, 50), (2, 5))]
+    tasks = [asyncio.create_task(drain(admission, name, n)) for name, n in ((1, 50), (2, 5))]
     await asyncio.sleep(0.05)
     engine.may_step.set()
     assert await asyncio.gather(*tasks) == [50, 5]
@@ -144,44 +145,44 @@ async def test_running_requests_advance_at_the_same_pace(
 
 
 async def test_too_many_waiting_are_refused_and_nothing_is_lost(
-    scheduler: SamplerScheduler, engine: Recorder
+    admission: Admission, engine: Recorder
 ) -> None:
     """Two run, one waits, the fourth hears QUEUE_FULL; the others are served, then it can be."""
     engine.may_step.clear()
-    tasks = [asyncio.create_task(drain(scheduler, name, 2)) for name in (1, 2, 3)]
-    await until(lambda: scheduler.waiting == 1)
+    tasks = [asyncio.create_task(drain(admission, name, 2)) for name in (1, 2, 3)]
+    await until(lambda: admission.waiting == 1)
     with pytest.raises(ResourceExhausted) as refused:
-        await drain(scheduler, 4, 2)
+        await drain(admission, 4, 2)
     assert refused.value.reason is Reason.QUEUE_FULL
     assert refused.value.retry_after_s
     engine.may_step.set()
     assert await asyncio.gather(*tasks) == [2, 2, 2]
-    assert await drain(scheduler, 4, 2) == 2
+    assert await drain(admission, 4, 2) == 2
 
 
 async def test_a_waiting_request_that_is_cancelled_leaves_its_place(
-    scheduler: SamplerScheduler, engine: Recorder
+    admission: Admission, engine: Recorder
 ) -> None:
     """Its place in the queue is free at once, and it never starts."""
     engine.may_step.clear()
-    running = [asyncio.create_task(drain(scheduler, name, 2)) for name in (1, 2)]
-    gone = asyncio.create_task(drain(scheduler, 3, 2))
-    await until(lambda: scheduler.waiting == 1)
+    running = [asyncio.create_task(drain(admission, name, 2)) for name in (1, 2)]
+    gone = asyncio.create_task(drain(admission, 3, 2))
+    await until(lambda: admission.waiting == 1)
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
-    later = asyncio.create_task(drain(scheduler, 4, 2))
-    await until(lambda: scheduler.waiting == 1)
+    later = asyncio.create_task(drain(admission, 4, 2))
+    await until(lambda: admission.waiting == 1)
     engine.may_step.set()
     await asyncio.gather(*running, later)
     assert 3 not in engine.steps
 
 
 async def test_a_cancelled_request_ends_with_the_step_it_is_in(
-    scheduler: SamplerScheduler, engine: Recorder
+    admission: Admission, engine: Recorder
 ) -> None:
     """At most one more step, its caches are freed, and its slot serves another."""
-    task = asyncio.create_task(drain(scheduler, 1, 1_000_000))
+    task = asyncio.create_task(drain(admission, 1, 1_000_000))
     await until(lambda: len(engine.steps) > 3)
     engine.may_step.clear()
     await asyncio.sleep(0.01)
@@ -192,19 +193,19 @@ async def test_a_cancelled_request_ends_with_the_step_it_is_in(
     engine.may_step.set()
     await until(lambda: engine.closed == [1])
     assert len(engine.steps) <= before + 1
-    assert await asyncio.gather(drain(scheduler, 2, 2), drain(scheduler, 3, 2)) == [2, 2]
+    assert await asyncio.gather(drain(admission, 2, 2), drain(admission, 3, 2)) == [2, 2]
 
 
 async def test_a_compute_slot_is_never_held_while_waiting_for_a_reader(
-    scheduler: SamplerScheduler, engine: Recorder
+    admission: Admission, engine: Recorder
 ) -> None:
     """Both slots are taken by requests whose readers take one token and no more: they are computed
     to their end, others are served, and a reader that comes late still gets everything."""
-    late = [scheduler.run(request(name, 50), None) for name in (1, 2)]
+    late = [admission.run(request(name, 50), None) for name in (1, 2)]
     firsts = [await anext(outputs) for outputs in late]
-    await until(lambda: scheduler.running == 0)
+    await until(lambda: admission.running == 0)
     assert sorted(engine.closed) == [1, 2]
-    assert await asyncio.gather(*(drain(scheduler, name, 2) for name in (3, 4))) == [2, 2]
+    assert await asyncio.gather(*(drain(admission, name, 2) for name in (3, 4))) == [2, 2]
     for first, outputs in zip(firsts, late, strict=True):
         made = [*first.tokens, *[some async for output in outputs for some in output.tokens]]
         assert sum(len(some.tokens) for some in made) == 50
@@ -213,64 +214,62 @@ async def test_a_compute_slot_is_never_held_while_waiting_for_a_reader(
 
 
 async def test_one_load_serves_all_who_want_an_adapter(
-    scheduler: SamplerScheduler, engine: Recorder
+    admission: Admission, engine: Recorder
 ) -> None:
     """Two at once and one later fetch and load it once, even when the first goes away."""
     fetched: list[str] = []
     gate = asyncio.Event()
     wanted = adapter("a", fetched, gate)
-    first = asyncio.create_task(drain(scheduler, 1, 2, wanted))
-    second = asyncio.create_task(drain(scheduler, 2, 2, wanted))
+    first = asyncio.create_task(drain(admission, 1, 2, wanted))
+    second = asyncio.create_task(drain(admission, 2, 2, wanted))
     await until(lambda: fetched)
     first.cancel()
     gate.set()
     assert await second == 2
-    assert await drain(scheduler, 3, 2, wanted) == 2
+    assert await drain(admission, 3, 2, wanted) == 2
     assert fetched == engine.loads == ["a"]
 
 
 async def test_the_adapter_unused_longest_makes_room(
-    scheduler: SamplerScheduler, engine: Recorder
+    admission: Admission, engine: Recorder
 ) -> None:
     """Two fit; using one keeps it."""
     for key in ("a", "b", "a", "c"):
-        await drain(scheduler, 1, 1, adapter(key))
+        await drain(admission, 1, 1, adapter(key))
     assert engine.unloads == ["b"]
     assert engine.held == {"a", "c"}
 
 
 async def test_loads_at_the_same_moment_evict_only_what_is_idle(engine: Recorder) -> None:
     """Many requests over more adapters than fit: none loses the one that it samples with."""
-    scheduler = SamplerScheduler(engine, SchedulerLimits(4, 1000, 4))
+    admission = Admission(engine, AdmissionLimits(4, 1000, 4))
     rng = np.random.default_rng(0)
     wanted = [adapter(f"a{key}") for key in rng.integers(0, 9, 400)]
-    done = await asyncio.gather(*(drain(scheduler, i, 2, a) for i, a in enumerate(wanted)))
+    done = await asyncio.gather(*(drain(admission, i, 2, a) for i, a in enumerate(wanted)))
     assert done == [2] * len(wanted)
     assert len(engine.held) <= 4
-    assert engine.held == set(scheduler._adapters)
-    scheduler.close()
+    assert engine.held == set(admission._loaded._loaded)
+    admission.close()
 
 
 async def test_loads_that_end_together_do_not_evict_the_same_adapter(engine: Recorder) -> None:
     """Two fetches that end at once each drop another idle adapter."""
-    scheduler = SamplerScheduler(engine, SchedulerLimits(2, 8, 2))
+    admission = Admission(engine, AdmissionLimits(2, 8, 2))
     for key in ("a", "b"):
-        await drain(scheduler, 1, 1, adapter(key))
+        await drain(admission, 1, 1, adapter(key))
     gate = asyncio.Event()
     tasks = [
-        asyncio.create_task(drain(scheduler, 2, 1, adapter(key, None, gate))) for key in ("c", "d")
+        asyncio.create_task(drain(admission, 2, 1, adapter(key, None, gate))) for key in ("c", "d")
     ]
-    await until(lambda: scheduler.adapters == 4)
+    await until(lambda: admission.adapters == 4)
     gate.set()
     assert await asyncio.gather(*tasks) == [1, 1]
     assert engine.held == {"c", "d"}
     assert sorted(engine.unloads) == ["a", "b"]
-    scheduler.close()
+    admission.close()
 
 
-async def test_a_load_that_failed_is_tried_again(
-    scheduler: SamplerScheduler, engine: Recorder
-) -> None:
+async def test_a_load_that_failed_is_tried_again(admission: Admission, engine: Recorder) -> None:
     """Also when everyone who waited for it had gone before it failed."""
     gate = asyncio.Event()
 
@@ -279,52 +278,52 @@ async def test_a_load_that_failed_is_tried_again(
         raise NotFound("no such checkpoint", Reason.CHECKPOINT_NOT_FOUND)
 
     bad = Adapter("a", fail)
-    gone = asyncio.create_task(drain(scheduler, 1, 1, bad))
-    await until(lambda: scheduler.adapters == 1)
+    gone = asyncio.create_task(drain(admission, 1, 1, bad))
+    await until(lambda: admission.adapters == 1)
     gone.cancel()
     await asyncio.sleep(0)
     gate.set()
     await until(gone.done)
     await asyncio.sleep(0.01)
-    assert await drain(scheduler, 2, 1, adapter("a")) == 1
+    assert await drain(admission, 2, 1, adapter("a")) == 1
     with pytest.raises(NotFound):
-        await drain(scheduler, 3, 1, Adapter("b", fail))
-    assert await drain(scheduler, 4, 1, adapter("b")) == 1
+        await drain(admission, 3, 1, Adapter("b", fail))
+    assert await drain(admission, 4, 1, adapter("b")) == 1
 
 
 async def test_no_slot_is_held_while_an_adapter_is_fetched(engine: Recorder) -> None:
     """With one slot: two adapters come at the same time, and others are served meanwhile."""
-    scheduler = SamplerScheduler(engine, SchedulerLimits(1, 8, 2))
-    await drain(scheduler, 1, 1, adapter("here"))
+    admission = Admission(engine, AdmissionLimits(1, 8, 2))
+    await drain(admission, 1, 1, adapter("here"))
     fetched: list[str] = []
     gate = asyncio.Event()
     waiting = [
-        asyncio.create_task(drain(scheduler, 2, 1, adapter(key, fetched, gate)))
+        asyncio.create_task(drain(admission, 2, 1, adapter(key, fetched, gate)))
         for key in ("a", "b")
     ]
     await until(lambda: len(fetched) == 2)
-    assert await drain(scheduler, 3, 2) == 2
-    assert await drain(scheduler, 4, 2, adapter("here")) == 2
-    assert (scheduler.running, scheduler.waiting, scheduler.fetching) == (0, 0, 2)
+    assert await drain(admission, 3, 2) == 2
+    assert await drain(admission, 4, 2, adapter("here")) == 2
+    assert (admission.running, admission.waiting, admission.fetching) == (0, 0, 2)
     gate.set()
     assert await asyncio.gather(*waiting) == [1, 1]
-    assert scheduler.fetching == 0
-    scheduler.close()
+    assert admission.fetching == 0
+    admission.close()
 
 
 async def test_few_adapters_are_fetched_at_once(engine: Recorder) -> None:
     """A place is free again when its adapter is loaded, or when nobody wants it any more."""
-    scheduler = SamplerScheduler(engine, SchedulerLimits(1, 8, 4, 1))
+    admission = Admission(engine, AdmissionLimits(1, 8, 4, 1))
     fetched: list[str] = []
     gate = asyncio.Event()
-    gone = asyncio.create_task(drain(scheduler, 1, 1, adapter("a", fetched, gate)))
-    later = asyncio.create_task(drain(scheduler, 2, 1, adapter("b", fetched, gate)))
-    await until(lambda: scheduler.fetching == 2 and fetched)
+    gone = asyncio.create_task(drain(admission, 1, 1, adapter("a", fetched, gate)))
+    later = asyncio.create_task(drain(admission, 2, 1, adapter("b", fetched, gate)))
+    await until(lambda: admission.fetching == 2 and fetched)
     assert fetched == ["a"]
     gone.cancel()
     await until(lambda: fetched == ["a", "b"])
     gate.set()
     assert await later == 1
-    assert await drain(scheduler, 3, 1, adapter("c", fetched)) == 1
+    assert await drain(admission, 3, 1, adapter("c", fetched)) == 1
     assert engine.loads == ["b", "c"]
-    scheduler.close()
+    admission.close()

@@ -1,0 +1,165 @@
+"""Which adapters the engine holds: they come when they are needed, and the idlest goes for them."""
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tinsmithd.domain import ModelState
+from tinsmithd.sampler.engines.interface import SamplingEngine
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a request wants: its immutable key, and how to get it."""
+
+    key: str
+    fetch: Callable[[], Awaitable[ModelState]]
+
+
+class LoadedAdapters:
+    """The adapters in an engine's memory, and those on their way to it. Lives on one event loop.
+
+    Args:
+        engine: Holds them.
+        in_thread: Awaits a function of the engine, called with arguments in its one thread.
+        adapters_max: Maximum number in memory while one of them is idle.
+        fetches_max: Maximum number that are fetched at the same time.
+
+    Attributes:
+        fetching: Number of requests that wait for their adapter to come.
+    """
+
+    def __init__(
+        self,
+        engine: SamplingEngine,
+        in_thread: Callable[..., Awaitable[Any]],
+        *,
+        adapters_max: int,
+        fetches_max: int,
+    ) -> None:
+        self._engine = engine
+        self._in_thread = in_thread
+        self._adapters_max = adapters_max
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
+        self._fetches: dict[str, _Fetch] = {}
+        self._fetch_places = asyncio.Semaphore(fetches_max)
+        self.fetching = 0
+
+    def __len__(self) -> int:
+        return len(self._loaded.keys() | self._fetches.keys())
+
+    def has(self, key: str) -> bool:
+        """Whether an adapter is in memory."""
+        loaded = self._loaded.get(key)
+        return loaded is not None and not _failed(loaded.loading)
+
+    @contextlib.asynccontextmanager
+    async def fetched(self, adapter: Adapter) -> AsyncIterator[ModelState | None]:
+        """Have an adapter's state for the body of the `async with`; None where it is loaded."""
+        if self.has(adapter.key):
+            yield None
+            return
+        fetch = self._fetches.get(adapter.key)
+        if fetch is None or _failed(fetch.task):
+            fetch = self._fetches[adapter.key] = _Fetch(adapter, self._fetch_places)
+        fetch.users += 1
+        try:
+            self.fetching += 1
+            try:
+                # One caller that goes away must not stop the fetching for the others.
+                state = await asyncio.shield(fetch.task)
+            finally:
+                self.fetching -= 1
+            yield state
+        finally:
+            fetch.users -= 1
+            if not fetch.users:
+                fetch.end()
+                if self._fetches.get(adapter.key) is fetch:
+                    del self._fetches[adapter.key]
+
+    async def use(self, adapter: Adapter, state: ModelState | None) -> bool:
+        """Keep an adapter in memory until `leave`, loading it first.
+
+        Args:
+            adapter: Which one.
+            state: As `fetched` gave it.
+
+        Returns:
+            False where it is not in memory and its state is not given.
+        """
+        if not self.has(adapter.key):
+            if state is None:
+                return False
+            loading = asyncio.create_task(self._load(adapter.key, state))
+            self._loaded[adapter.key] = _Loaded(loading)
+        loaded = self._loaded[adapter.key]
+        self._loaded.move_to_end(adapter.key)
+        loaded.users += 1
+        try:
+            # One caller that goes away must not stop the loading for the others.
+            await asyncio.shield(loaded.loading)
+        except BaseException:
+            loaded.users -= 1
+            if _failed(loaded.loading) and self._loaded.get(adapter.key) is loaded:
+                del self._loaded[adapter.key]
+            raise
+        return True
+
+    def leave(self, adapter: Adapter) -> None:
+        """End a use: without another one the adapter may be unloaded."""
+        self._loaded[adapter.key].users -= 1
+
+    async def _load(self, key: str, state: ModelState) -> None:
+        await self._make_room()
+        await self._in_thread(self._engine.load_adapter, key, state)
+
+    async def _make_room(self) -> None:
+        """Drop the adapters that were unused longest until one more fits."""
+        while len(self._loaded) > self._adapters_max:
+            # Looked for anew each time: while one was unloaded, another may have come into use.
+            idle = (k for k, a in self._loaded.items() if not a.users and a.loading.done())
+            key = next(idle, None)
+            if key is None:
+                return
+            del self._loaded[key]
+            await self._in_thread(self._engine.unload_adapter, key)
+
+
+class _Fetch:
+    """An adapter on its way, or here and not loaded yet."""
+
+    def __init__(self, adapter: Adapter, places: asyncio.Semaphore) -> None:
+        self.users = 0
+        self._places = places
+        self._has_place = False
+        self.task = asyncio.create_task(self._run(adapter))
+
+    async def _run(self, adapter: Adapter) -> ModelState:
+        await self._places.acquire()
+        self._has_place = True
+        return await adapter.fetch()
+
+    def end(self) -> None:
+        """Nobody wants it any more, or it is loaded."""
+        self.task.cancel()
+        self.task.add_done_callback(self._give_place)
+
+    def _give_place(self, task: "asyncio.Task[ModelState]") -> None:
+        if self._has_place:
+            self._places.release()
+        if not task.cancelled():
+            task.exception()  # whoever wanted it is gone, or heard of it
+
+
+@dataclass
+class _Loaded:
+    loading: asyncio.Task[None]
+    users: int = 0
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
