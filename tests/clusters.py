@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tinsmithd.embedded import SERVICES, EmbeddedCluster, Options
+from tinsmithd.up import SERVICES, EmbeddedCluster, Options
 
 START_S_MAX = 100.0
 PORTS = range(20_000, 30_000, 3)

@@ -19,9 +19,9 @@ from engines import only
 from tinsmith import tensors
 from tinsmith import v1 as pb
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
-from tinsmithd import link_secret
 from tinsmithd.config import TrainingConfig
 from tinsmithd.convert import types as convert
+from tinsmithd.rpc import link_secret
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.link import LinkTarget, hello, lead

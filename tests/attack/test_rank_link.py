@@ -22,7 +22,7 @@ from tinsmith import types
 from tinsmith import v1 as pb
 from tinsmith.internal.v1 import trainer_link_service_pb2 as link_pb
 from tinsmith.v1 import types_pb2
-from tinsmithd import link_secret
+from tinsmithd.rpc import link_secret
 
 ATTACH = "/tinsmith.internal.v1.TrainerLinkService/Attach"
 LEASE_S = 2

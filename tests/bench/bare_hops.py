@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from tinsmithd.allocator import keep_freed_memory
+from tinsmithd.processes import keep_freed_memory
 
 CALL, ATTACH = "/bare.Hops/Call", "/bare.Hops/Attach"
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]

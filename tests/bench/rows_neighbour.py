@@ -20,7 +20,7 @@ from clusters import until_health
 from faults.processes import Process, Training
 from faults.slow_way import SlowWay
 from tinsmith import types
-from tinsmithd.embedded import SERVICES
+from tinsmithd.up import SERVICES
 from tiny_models import write_tiny_model
 
 TARGET = 1.1

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinsmithd import link_secret
 from tinsmithd.errors import NotFound, Reason
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.weight_files import check_weights
-from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.processes import EXIT_HOPELESS
+from tinsmithd.rpc import link_secret
 from tiny_models import write_tiny_model
 
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules import Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import DataLoss, TinsmithError
-from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.processes import EXIT_HOPELESS
 from tinsmithd.state import files as state_files
 from wire import reason_and_field
 

@@ -31,7 +31,7 @@ from tinsmithd.checkpoint.server import SERVICE_NAME, CheckpointServer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import ResourceExhausted, TinsmithError, Unavailable
-from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.processes import EXIT_HOPELESS
 from wire import reason_and_field
 
 DISK_BYTES = 4 * 1024 * 1024

@@ -21,7 +21,7 @@ from faults.users import read_files
 from tinsmith import types
 from tinsmith import v1 as pb
 from tinsmith.v1 import types_pb2
-from tinsmithd.embedded import SERVICES
+from tinsmithd.up import SERVICES
 from tiny_models import write_tiny_model
 from wire import reason_and_field
 

@@ -20,7 +20,7 @@ from tinsmith import tensors, types
 from tinsmith import v1 as pb
 from tinsmith.cluster import connect
 from tinsmith.v1 import types_pb2
-from tinsmithd.embedded import SERVICES
+from tinsmithd.up import SERVICES
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 PROMPT = [1, 2, 3]

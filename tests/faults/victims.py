@@ -13,8 +13,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clusters import RunningCluster, children
-from tinsmithd.embedded import SERVICES
 from tinsmithd.failpoints import NAMES
+from tinsmithd.up import SERVICES
 
 RANK_POINTS = tuple(name for name in NAMES if name.startswith(("mid_", "pre_optim", "post_optim")))
 TRAINING_POINTS = NAMES[: NAMES.index("restore_mid") + 1]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 SCRIPT = """
-from tinsmithd.allocator import give_back_freed_memory, keep_freed_memory
+from tinsmithd.processes import give_back_freed_memory, keep_freed_memory
 from tinsmithd.rpc.reads import rss_bytes
 
 keep_freed_memory()

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tinsmithd.budget import Budget
 from tinsmithd.config import CheckpointConfig, ConfigError, TrainingConfig
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.rpc import reads as reads_module
+from tinsmithd.rpc.budget import Budget
 from tinsmithd.rpc.flow import peer_host
 from tinsmithd.rpc.reads import Reads
 from tinsmithd.rpc.server import connections_max

@@ -19,7 +19,7 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
     TrainerLinkServiceServicer,
     add_TrainerLinkServiceServicer_to_server,
 )
-from tinsmithd import link_secret
+from tinsmithd.rpc import link_secret
 from tinsmithd.trainer import link
 
 HELLO = pb.AttachRequest(hello=pb.Hello(world_size=1, engine="none"))

@@ -4,7 +4,7 @@ from tinsmithd.checkpoint.catalogue import CatalogueUnusable
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy
 from tinsmithd.config import CheckpointConfig
-from tinsmithd.process import give_up, load_or_exit, run, set_up
+from tinsmithd.processes import give_up, load_or_exit, run, set_up
 
 
 async def _serve(config: CheckpointConfig) -> None:

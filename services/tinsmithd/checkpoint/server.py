@@ -16,13 +16,13 @@ from pathlib import Path
 
 from tinsmith.v1.checkpoint_service_pb2 import DESCRIPTOR
 from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
-from tinsmithd.budget import Budget
 from tinsmithd.checkpoint.metrics import CheckpointCollector
 from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.servicer import CheckpointServicer
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.files import private_folder
+from tinsmithd.rpc.budget import Budget
 from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.server import RpcServer
 

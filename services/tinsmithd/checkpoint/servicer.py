@@ -8,7 +8,6 @@ from typing import Any
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
-from tinsmithd.budget import Budget, Lease
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.rules import Header, Keeper, Write
@@ -20,6 +19,7 @@ from tinsmithd.convert.times import duration_to_pb, timestamp_to_pb, ttl_from_pb
 from tinsmithd.domain import DEFAULT_OWNER, CheckpointPath, content_digest
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
 from tinsmithd.rpc import flow
+from tinsmithd.rpc.budget import Budget, Lease
 from tinsmithd.rpc.intake import off_loop
 from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
 

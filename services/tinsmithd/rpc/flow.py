@@ -26,9 +26,9 @@ from urllib.parse import unquote
 import grpc
 from grpc_health.v1 import health
 
-from tinsmithd.budget import Budget, Lease, server_busy
 from tinsmithd.config import ServerConfig
 from tinsmithd.errors import InvalidArgument, Reason, Unavailable
+from tinsmithd.rpc.budget import Budget, Lease, server_busy
 from tinsmithd.rpc.reads import Reads
 
 INTERNAL_PREFIX = "/tinsmith.internal."

@@ -24,8 +24,8 @@ import numpy as np
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from tinsmithd.allocator import give_back_freed_memory
 from tinsmithd.errors import InvalidArgument, Reason, ResourceExhausted, TinsmithError, over_limit
+from tinsmithd.processes import give_back_freed_memory
 
 T = TypeVar("T")
 

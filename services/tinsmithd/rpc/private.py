@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
-from tinsmithd import link_secret
 from tinsmithd.config import ServerConfig
+from tinsmithd.rpc import link_secret
 from tinsmithd.rpc.flow import Gate
 from tinsmithd.rpc.server import bind, make_grpc_server, write_whole
 
@@ -28,7 +28,7 @@ class SecretInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # un
     """Ends every call that does not show the secret, whatever it asks for: UNAUTHENTICATED.
 
     Args:
-        secret: See `tinsmithd.link_secret`.
+        secret: See `tinsmithd.rpc.link_secret`.
     """
 
     def __init__(self, secret: str) -> None:

@@ -2,7 +2,7 @@
 
 from tinsmithd.config import SamplerConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.process import give_up, load_or_exit, run, set_up
+from tinsmithd.processes import give_up, load_or_exit, run, set_up
 from tinsmithd.sampler.server import SamplerServer
 
 

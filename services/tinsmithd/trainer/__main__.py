@@ -13,11 +13,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from tinsmithd import link_secret
 from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.domain import LoraConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.process import EXIT_HOPELESS, load_or_exit, set_up
+from tinsmithd.processes import EXIT_HOPELESS, load_or_exit, set_up
+from tinsmithd.rpc import link_secret
 from tinsmithd.trainer.process_group import starter
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, MeetError
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import grpc
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
-from tinsmithd import link_secret
 from tinsmithd.config import ConfigError
 from tinsmithd.convert import types as convert
+from tinsmithd.rpc import link_secret
 from tinsmithd.rpc.channels import open_channel
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.registry import Engines

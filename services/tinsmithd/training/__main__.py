@@ -1,8 +1,7 @@
 """`python -m tinsmithd.training`: the Training server as a process."""
 
-from tinsmithd.allocator import keep_freed_memory
 from tinsmithd.config import ConfigError, TrainingConfig
-from tinsmithd.process import give_up, load_or_exit, run, set_up
+from tinsmithd.processes import give_up, keep_freed_memory, load_or_exit, run, set_up
 from tinsmithd.training.journal import Fenced, StoreDamaged
 from tinsmithd.training.ranks.launcher import LaunchError
 from tinsmithd.training.server import TrainingServer

@@ -9,10 +9,10 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
 )
 from tinsmith.v1.training_service_pb2 import DESCRIPTOR
 from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
-from tinsmithd import link_secret
 from tinsmithd.checkpoint_client import CheckpointClient, Patience
 from tinsmithd.config import TrainingConfig
 from tinsmithd.errors import TinsmithError
+from tinsmithd.rpc import link_secret
 from tinsmithd.rpc.metrics import DiskCollector
 from tinsmithd.rpc.private import PrivateServer
 from tinsmithd.rpc.server import RpcServer

@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.processes import EXIT_HOPELESS
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, EXIT_RANK_SILENT
 
 STORE_FD = "TINSMITH_STORE_FD"

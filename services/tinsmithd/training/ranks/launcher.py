@@ -9,9 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from tinsmithd.child import describe_exit, environment
 from tinsmithd.config import TrainingConfig
-from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.processes import EXIT_HOPELESS, describe_exit, environment
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinsmithd.config import ConfigError
-from tinsmithd.embedded import EmbeddedCluster, Options, UpError
-from tinsmithd.logs import StderrWriter, log_to_stderr
+from tinsmithd.processes import StderrWriter, log_to_stderr
+from tinsmithd.up.embedded import EmbeddedCluster, Options, UpError
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
@@ -113,7 +113,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(asyncio.run(_up(options, command)))
     except (UpError, ConfigError, OSError) as error:
         sys.exit(f"tinsmith: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,9 +10,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tinsmithd.child import Child, Ended, Log, describe_exit
 from tinsmithd.files import private_folder
-from tinsmithd.process import EXIT_HOPELESS
+from tinsmithd.processes import EXIT_HOPELESS, Child, Ended, Log, describe_exit
 from tinsmithd.rpc.channels import open_aio_channel
 
 SERVICES = {

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import NoReturn, TypeVar
 
 from tinsmithd.config import Config, ConfigError
-from tinsmithd.logs import log_to_stderr
+from tinsmithd.processes.logs import log_to_stderr
 from tinsmithd.text import bounded
 
 C = TypeVar("C", bound=Config)
