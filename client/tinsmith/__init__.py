@@ -2,7 +2,7 @@
 
     import tinsmith
 
-    service = tinsmith.ServiceClient("127.0.0.1:50051")
+    service = tinsmith.ServiceClient(base_url="127.0.0.1:50051")
     trainer = service.create_lora_training_client(base_model, rank=16).result()
     trainer.forward_backward(data, "cross_entropy")
     trainer.optim_step(tinsmith.AdamParams(learning_rate=1e-4)).result()

@@ -29,8 +29,7 @@ class ServiceClient:
     """The way into a cluster. A context manager that closes its connections.
 
     Args:
-        user_metadata: Kept with every model that is created. A string here is taken as
-            `base_url`: `ServiceClient("host:50051")`.
+        user_metadata: Kept with every model that is created.
         project_id: Ignored; there are no projects.
         base_url: `host:port` of the Training server; else `TINSMITH_ADDRESS`, else
             `TINKER_BASE_URL`, else 127.0.0.1:50051. It says where the other two services are,
@@ -44,7 +43,7 @@ class ServiceClient:
 
     def __init__(
         self,
-        user_metadata: Mapping[str, str] | str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         *,
         display_name: str | None = None,
@@ -54,7 +53,8 @@ class ServiceClient:
         **kwargs: Any,
     ) -> None:
         if isinstance(user_metadata, str):
-            base_url, user_metadata = base_url or user_metadata, None
+            message = "expected a mapping, got str; an address is given as base_url"
+            raise _check.refuse("user_metadata", message)
         for name in kwargs:
             warnings.warn(f"ServiceClient ignores {name}", FutureWarning, stacklevel=2)
         self._user_metadata = _check.metadata(user_metadata)

@@ -136,7 +136,7 @@ class Victim:
         self.link = f"127.0.0.1:{(folder / 'link-port').read_text().strip()}"
         secret_file = cluster.logs.parent / "training" / link_secret.FILE_NAME
         self.secret = link_secret.read(secret_file, "here")
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         self._model = service.create_lora_training_client(cluster.base_model, rank=2).result(60)
         self.ranks = list(cluster.rank_pids())
         self.loss = self.step()

@@ -59,7 +59,7 @@ class _World:
         training.start_rank(threads=threads)
         until_health(training.address, serving=True)
         until_health(f"127.0.0.1:{sampler.port}", serving=True, service=SERVICES["sampler"])
-        self.service = stack.enter_context(tinsmith.ServiceClient(training.address))
+        self.service = stack.enter_context(tinsmith.ServiceClient(base_url=training.address))
         self.name = base.name
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ SEQUENCES = [[10, 20, 30, 40, 50, 60], [7, 8, 9, 10], [200, 100, 50, 25, 12]]
 @pytest.fixture
 def service(cluster: RunningCluster) -> tinsmith.ServiceClient:
     """A client of the shared tiny cluster."""
-    return tinsmith.ServiceClient(cluster.address)
+    return tinsmith.ServiceClient(base_url=cluster.address)
 
 
 def new_model(service: tinsmith.ServiceClient, **kwargs: Any) -> tinsmith.TrainingClient:
@@ -178,7 +178,7 @@ TEXTS = ["The capital of France is Paris.", "Tin melts at 232 degrees, which is 
 @pytest.fixture(scope="module")
 def trained(real_cluster: RunningCluster) -> tuple[tinsmith.TrainingClient, str, list[list[int]]]:
     """A model on SmolLM2 after two steps, its sampler checkpoint, and some tokens."""
-    service = tinsmith.ServiceClient(real_cluster.address)
+    service = tinsmith.ServiceClient(base_url=real_cluster.address)
     client = new_model(service, train_unembed=False)
     tokenizer = client.get_tokenizer()
     sequences = [tokenizer.encode(text) for text in TEXTS]

@@ -54,7 +54,7 @@ def test_links_inside_the_cluster_never_use_a_proxy(tiny_model: Path, tmp_path: 
         settings = {**dict.fromkeys(VARIABLES, proxy.address), **dict.fromkeys(OPEN, "")}
         with environment(**settings):
             running = RunningCluster(tiny_model, tmp_path)
-        with running, tinsmith.ServiceClient(running.address) as service:
+        with running, tinsmith.ServiceClient(base_url=running.address) as service:
             client = service.create_lora_training_client(running.base_model, rank=2).result(60)
             client.forward_backward([datum], "cross_entropy").result(60)
             client.optim_step(types.AdamParams()).result(60)

@@ -48,7 +48,7 @@ def make_data(count: int, length: int) -> list[types.Datum]:
 
 def assert_trains(address: str) -> None:
     """A new model takes a step in the right direction."""
-    service = tinsmith.ServiceClient(address)
+    service = tinsmith.ServiceClient(base_url=address)
     base_model = service.get_server_capabilities().supported_models[0].model_name
     model = service.create_lora_training_client(base_model, rank=2).result(90)
     before = model.forward_backward(make_data(2, 8), "cross_entropy").result(60).loss
@@ -116,7 +116,7 @@ def test_computing_for_long_is_no_silence(tmp_path: Path) -> None:
     base_model = write_tiny_model(tmp_path / "long", context_length=2**17)
     with RunningCluster(base_model, tmp_path, ranks=2) as cluster:
         ranks = cluster.rank_pids()
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         model = service.create_lora_training_client(cluster.base_model, rank=2).result()
         length, took_s = 2**12, 0.0
         while took_s < 2 * TIMEOUT_S:

@@ -50,14 +50,14 @@ def test_saved_killed_started_loaded_it_goes_on_bit_identically(
 ) -> None:
     """kill -9 to every process after a save with optimizer; then as if nothing had happened."""
     with RunningCluster(tiny_model, tmp_path, engine=engine) as cluster:
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         client = service.create_lora_training_client(cluster.base_model, rank=4, seed=1).result()
         train(client, 0, STEPS)
         path = client.save_state("middle").result().path
         undisturbed = train(client, STEPS, 2 * STEPS)
         cluster.kill()
     with RunningCluster(tiny_model, tmp_path, engine=engine) as cluster:
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         resumed = service.create_training_client_from_state_with_optimizer(path).result()
         assert train(resumed, STEPS, 2 * STEPS) == undisturbed
         # The weights alone are another run: moments start anew.
@@ -72,7 +72,7 @@ def kill_a_rank(cluster: RunningCluster, rank: int = 0) -> None:
 def test_a_killed_rank_comes_back_with_its_models(tiny_model: Path, tmp_path: Path) -> None:
     """The user does nothing, sees no error, and gets the numbers of an undisturbed run."""
     with RunningCluster(tiny_model, tmp_path) as cluster:
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         made = [
             service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
             for _ in range(2)
@@ -91,7 +91,7 @@ def test_a_cluster_that_is_killed_whole_goes_on_under_its_users(
     never told, train on, and gradients that waited for a step still wait for it."""
     ports = free_ports()
     with RunningCluster(tiny_model, tmp_path, port=ports) as cluster:
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         made = [
             service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
             for _ in range(2)
@@ -120,7 +120,7 @@ def test_without_durability_a_killed_rank_takes_its_models_along_and_says_so(
     """DATA_LOSS for what was in memory, never a wrong number; new models train at once."""
     monkeypatch.setenv("TINSMITH_TRAINING_DURABILITY", "none")
     with RunningCluster(tiny_model, tmp_path) as cluster:
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         client = service.create_lora_training_client(cluster.base_model, rank=2).result()
         train(client, 0, 1)
         saved = client.save_state("kept").result().path
@@ -142,7 +142,7 @@ def test_two_ranks_train_as_one_and_come_back_when_one_is_killed(
     seen = []
     for ranks in (1, 2):
         with RunningCluster(tiny_model, tmp_path / str(ranks), ranks=ranks) as cluster:
-            service = tinsmith.ServiceClient(cluster.address)
+            service = tinsmith.ServiceClient(base_url=cluster.address)
             model = service.create_lora_training_client(cluster.base_model, rank=4, seed=1).result()
             losses = []
             for step in range(4):

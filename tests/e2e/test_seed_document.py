@@ -17,7 +17,7 @@ from tinsmith import Datum
 @pytest.fixture
 def training_client(cluster: RunningCluster) -> tinker.TrainingClient:
     """A client for a small model."""
-    service_client = tinker.ServiceClient(cluster.address)
+    service_client = tinker.ServiceClient(base_url=cluster.address)
     return service_client.create_lora_training_client(cluster.base_model, rank=4).result()
 
 

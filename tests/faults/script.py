@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=40, help="most tokens of a datum")
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
-    service = tinsmith.ServiceClient(args.address)
+    service = tinsmith.ServiceClient(base_url=args.address)
     trainer = service.create_lora_training_client(args.base_model, rank=8, seed=args.seed).result()
     with args.log.open("w") as log:
         train(log, trainer, args)

@@ -47,7 +47,7 @@ def start_ranks(training: Training, **env: str) -> None:
     """Start a rank group, and wait until it is at work."""
     training.start_rank(env=env, engine="reference")
     # It takes a moment, and creates a model of the ordinary kind.
-    service = tinsmith.ServiceClient(training.address)
+    service = tinsmith.ServiceClient(base_url=training.address)
     service.create_lora_training_client("tiny-llama", rank=2).result(90)
 
 
@@ -62,7 +62,7 @@ def test_creation_counts_attempts_as_calls_do(training: Training) -> None:
     start_ranks(training, **deadly)
     assert create(training, "one") == POISONED
     assert create(training, "two") == POISONED
-    service = tinsmith.ServiceClient(training.address)
+    service = tinsmith.ServiceClient(base_url=training.address)
     client = service.create_lora_training_client("tiny-llama", rank=LORA.rank).result(90)
     with pytest.raises(tinsmith.FailedPreconditionError) as refusal:
         client.load_state(PATH).result(60)

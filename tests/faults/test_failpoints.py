@@ -63,7 +63,7 @@ def victims(running: tuple[RunningCluster, Victims]) -> Victims:
 
 
 def create(cluster: RunningCluster) -> tinsmith.TrainingClient:
-    service = tinsmith.ServiceClient(cluster.address)
+    service = tinsmith.ServiceClient(base_url=cluster.address)
     return service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result(100)
 
 

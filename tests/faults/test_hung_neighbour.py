@@ -65,7 +65,7 @@ class World:
         until_health(self.training.address, serving=True)
         address = f"127.0.0.1:{self.sampler.port}"
         until_health(address, serving=True, service=SERVICES["sampler"])
-        self.service = stack.enter_context(tinsmith.ServiceClient(self.training.address))
+        self.service = stack.enter_context(tinsmith.ServiceClient(base_url=self.training.address))
         self.name = base_model.name
 
     def model(self, seed: int, rank: int = 2) -> tinsmith.TrainingClient:

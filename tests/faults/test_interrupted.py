@@ -68,7 +68,7 @@ def test_a_training_server_killed_with_100_waiting_calls_answers_all_of_them(
     kept: RunningCluster,
 ) -> None:
     """Twenty users with five calls each: each is answered, and each call counts once (row 6)."""
-    services = [tinsmith.ServiceClient(kept.address) for _ in range(20)]
+    services = [tinsmith.ServiceClient(base_url=kept.address) for _ in range(20)]
     made = [s.create_lora_training_client(kept.base_model, rank=2, seed=1) for s in services]
     clients = [future.result(60) for future in made]
     waiting = [
@@ -135,7 +135,7 @@ async def test_connections_that_end_by_age_during_uploads_lose_nothing(
         ("grpc.max_connection_age_grace_ms", 50),
     ]
     async with ChaosProxy(kept.address, 1, share=0.0, options=options) as proxy:
-        service = tinsmith.ServiceClient(proxy.address)
+        service = tinsmith.ServiceClient(base_url=proxy.address)
         client = await service.create_lora_training_client_async(kept.base_model, rank=2, seed=1)
         # About 2 MB each: the connection ends in the middle of some of them.
         long = [tinsmith.Datum(types.ModelInput.from_ints([1] * 256), _wide(256))] * 16
@@ -188,7 +188,7 @@ def test_a_sampler_killed_in_the_middle_of_a_sample_makes_the_same_tokens_again(
     with connect(kept.address) as stubs:
         whole = tokens_of(stubs.sampler.Sample(sample_request()))
         assert len(whole) == LONG
-        sampler = tinsmith.ServiceClient(kept.address).create_sampling_client(
+        sampler = tinsmith.ServiceClient(base_url=kept.address).create_sampling_client(
             base_model=kept.base_model
         )
         params = types.SamplingParams(max_tokens=LONG, seed=7, stop=[])
@@ -213,7 +213,7 @@ def test_weights_that_are_swapped_while_a_sequence_is_made_do_not_get_into_it(
 ) -> None:
     """A name is overwritten while sequences from it are being made, and other adapters come and go:
     each sequence is of one version to its end, and the next one is of the new version (row 38)."""
-    service = tinsmith.ServiceClient(kept.address)
+    service = tinsmith.ServiceClient(base_url=kept.address)
     client = service.create_lora_training_client(kept.base_model, rank=4, seed=1).result(60)
 
     def save(name: str) -> str:

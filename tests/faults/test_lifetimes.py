@@ -33,7 +33,7 @@ class Lifetimes:
     """A cluster, such as one with short leases and few seats."""
 
     def __init__(self, running: RunningCluster, data: Path) -> None:
-        self.service = tinsmith.ServiceClient(running.address)
+        self.service = tinsmith.ServiceClient(base_url=running.address)
         self.address = running.address
         self.base_model = running.base_model
         self._running = running

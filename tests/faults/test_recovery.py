@@ -63,7 +63,7 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> S
     """What two times `STEPS` steps give when nothing fails."""
     with Training(tiny_model, tmp_path_factory.mktemp("twin")) as training:
         training.start_rank()
-        return train(model_of(tinsmith.ServiceClient(training.address)), 0, 2 * STEPS)
+        return train(model_of(tinsmith.ServiceClient(base_url=training.address)), 0, 2 * STEPS)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_row_1_ranks_killed_while_idle_come_back_with_the_same_bits(
     """I2, I3: the next call waits for the next group and goes on bit for bit; pending gradients,
     too; health says when recovery ended."""
     training.start_rank()
-    client = model_of(tinsmith.ServiceClient(training.address))
+    client = model_of(tinsmith.ServiceClient(base_url=training.address))
     seen = train(client, 0, STEPS)
     seen.append(values(client.forward_backward(data(STEPS), "cross_entropy").result(60)))
     training.ranks[0].kill()
@@ -121,7 +121,7 @@ def test_row_11_a_stopped_group_is_replaced_and_cannot_come_back(
     first.until(lambda: training.server.says("rank group attached"))
     second = training.start_rank()
     second.until(lambda: training.server.says("a rank group stands by"))
-    client = model_of(tinsmith.ServiceClient(training.address))
+    client = model_of(tinsmith.ServiceClient(base_url=training.address))
     seen = train(client, 0, 2)
     futures = [client.forward_backward(data(2), "cross_entropy")]
     first.signal(signal.SIGSTOP)
@@ -144,7 +144,7 @@ def test_row_11_a_training_server_that_was_replaced_writes_nothing(
     """Another server claims the journal; the first one is fenced, says so and ends; what was
     acknowledged is with the second."""
     training.start_rank()
-    client = model_of(tinsmith.ServiceClient(training.address))
+    client = model_of(tinsmith.ServiceClient(base_url=training.address))
     seen = train(client, 0, STEPS)
     old = training.server
     training.server = training.start_server()
@@ -204,7 +204,7 @@ def test_row_29_a_damaged_snapshot_costs_time_two_cost_the_model(
     """The older snapshot and the calls after it give the same bits; with both damaged that model is
     DATA_LOSS, and the one beside it goes on."""
     training.start_rank()
-    service = tinsmith.ServiceClient(training.address)
+    service = tinsmith.ServiceClient(base_url=training.address)
     client, other = model_of(service), model_of(service)
     seen = train(client, 0, STEPS)
     assert train(other, 0, STEPS) == seen
@@ -233,7 +233,7 @@ def test_a_replay_that_gives_another_result_is_data_loss_of_that_model(
 ) -> None:
     """Never a silently different model: the recorded digest decides; other models are untouched."""
     training.start_rank()
-    service = tinsmith.ServiceClient(training.address)
+    service = tinsmith.ServiceClient(base_url=training.address)
     client, other = model_of(service), model_of(service)
     seen = train(client, 0, 2)
     train(other, 0, 2)
@@ -260,7 +260,7 @@ def test_row_39_other_ranks_than_those_that_computed_are_refused_and_nothing_is_
     """Calls that must be made again wait for ranks that can give the same bits; the message says
     what differs."""
     training.start_rank()
-    client = model_of(tinsmith.ServiceClient(training.address))
+    client = model_of(tinsmith.ServiceClient(base_url=training.address))
     seen = train(client, 0, 2)
     training.ranks[0].kill()
     wrong = training.start_rank(threads=2)
@@ -284,7 +284,7 @@ def test_row_25_a_call_that_kills_the_ranks_twice_is_refused_and_consumed(
 ) -> None:
     """Not retried for ever, without effect, and the models beside it go on."""
     training.start_rank()
-    service = tinsmith.ServiceClient(training.address)
+    service = tinsmith.ServiceClient(base_url=training.address)
     client, other = model_of(service), model_of(service)
     seen = train(client, 0, 2)
     training.ranks[0].kill()
@@ -305,7 +305,7 @@ def test_row_25_a_call_that_kills_the_ranks_twice_is_refused_and_consumed(
 def test_row_24_a_gradient_that_is_not_finite_is_named_and_cleared(training: Training) -> None:
     """The refusal says which call brought it; weights are as before; a replay says the same."""
     training.start_rank()
-    client = model_of(tinsmith.ServiceClient(training.address))
+    client = model_of(tinsmith.ServiceClient(base_url=training.address))
     train(client, 0, 1)
     before = values(client.forward(data(9), "cross_entropy").result(60))
     client.forward_backward(data(1), "cross_entropy")
@@ -328,7 +328,7 @@ def test_row_28_a_disk_that_fails_refuses_calls_and_says_so(
     """UNAVAILABLE without effect, health NOT_SERVING, reading goes on; a server whose disk works
     again goes on, bit for bit."""
     training.start_rank()
-    client = model_of(tinsmith.ServiceClient(training.address))
+    client = model_of(tinsmith.ServiceClient(base_url=training.address))
     seen = train(client, 0, 2)
     training.restart_server(env={"TINSMITH_FAILPOINTS": "wal_append:io"})
     with grpc.insecure_channel(training.address) as channel:
@@ -364,7 +364,7 @@ def test_row_27_a_full_disk_refuses_calls_and_recovers(
     for bit."""
     with Training(tiny_model, tmp_path, data_folder=small_disk / "data") as training:
         training.start_rank()
-        service = tinsmith.ServiceClient(training.address)
+        service = tinsmith.ServiceClient(base_url=training.address)
         client = model_of(service)
         seen = train(client, 0, 2)
         _fill(small_disk / "filler")

@@ -61,7 +61,7 @@ def running(
 
 def create(cluster: RunningCluster) -> tinsmith.TrainingClient:
     """A model with gradients that have to be made again by whoever is started anew."""
-    service = tinsmith.ServiceClient(cluster.address)
+    service = tinsmith.ServiceClient(base_url=cluster.address)
     client = service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result(100)
     data = make_data(np.random.default_rng(0), 3, 12)
     client.forward_backward(data, "cross_entropy").result(100)
@@ -241,7 +241,7 @@ def test_only_the_same_call_is_a_repeat(running: tuple[RunningCluster, Victims])
     victims.kill_process("training")
     path = client.save_state("best", ttl_seconds=3600).result(ROUND_S_MAX).path
     assert not alive(victims.armed_pid("training"))
-    rest = tinsmith.ServiceClient(cluster.address).create_rest_client()
+    rest = tinsmith.ServiceClient(base_url=cluster.address).create_rest_client()
 
     def found() -> pb.Checkpoint:
         with grpc.insecure_channel(cluster.addresses["checkpoint"]) as channel:

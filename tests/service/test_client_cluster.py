@@ -19,7 +19,7 @@ PROMPT = ModelInput.from_ints(TOKENS)
 @pytest.fixture
 def service(cluster: RunningCluster) -> tinsmith.ServiceClient:
     """A way into the shared cluster."""
-    return tinsmith.ServiceClient(cluster.address)
+    return tinsmith.ServiceClient(base_url=cluster.address)
 
 
 @pytest.fixture

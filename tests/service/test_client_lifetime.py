@@ -14,7 +14,7 @@ from clusters import RunningCluster
 @pytest.fixture
 def service(cluster: RunningCluster) -> tinsmith.ServiceClient:
     """A way into the shared cluster."""
-    return tinsmith.ServiceClient(cluster.address)
+    return tinsmith.ServiceClient(base_url=cluster.address)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def own_cluster(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture
 def service(own_cluster: RunningCluster) -> tinsmith.ServiceClient:
     """A way into it."""
-    return tinsmith.ServiceClient(own_cluster.address)
+    return tinsmith.ServiceClient(base_url=own_cluster.address)
 
 
 @pytest.fixture

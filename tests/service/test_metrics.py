@@ -90,7 +90,7 @@ def until(found: Callable[[], bool]) -> None:
 def test_a_script_is_counted(cluster: RunningCluster) -> None:
     """Calls by code, tokens, steps, samples and checkpoints; and nothing that a user named."""
     before = {name: values(cluster, name) for name in cluster.addresses}
-    service = tinsmith.ServiceClient(cluster.address)
+    service = tinsmith.ServiceClient(base_url=cluster.address)
     model = service.create_lora_training_client(
         cluster.base_model, rank=2, seed=1, user_metadata={"note": CANARY}
     ).result(60)

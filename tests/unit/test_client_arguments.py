@@ -35,7 +35,9 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
 
 @pytest.fixture
 def trainer(peer: Peer) -> tinsmith.TrainingClient:
-    return tinsmith.ServiceClient(peer.address).create_lora_training_client("base").result(10)
+    return (
+        tinsmith.ServiceClient(base_url=peer.address).create_lora_training_client("base").result(10)
+    )
 
 
 def data(targets: Any = (2, 3, 4), weights: Any = (1.0, 1.0, 1.0)) -> list[tinsmith.Datum]:
@@ -106,7 +108,7 @@ def test_what_can_fail_in_the_client_fails_in_the_callers_thread_with_its_field(
 ) -> None:
     """Every parameter of every method is given every bad value: it is refused at once, or it is
     sent; and the calls after it have the numbers that follow."""
-    service = tinsmith.ServiceClient(peer.address)
+    service = tinsmith.ServiceClient(base_url=peer.address)
     trainer = service.create_lora_training_client("base").result(10)
     client: Any = {
         tinsmith.TrainingClient: trainer,
@@ -347,7 +349,7 @@ def test_scalars_of_numpy_and_torch_are_numbers() -> None:
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)])
 def test_seeds_of_64_bits_are_sent(peer: Peer, seed: int) -> None:
     """Signed or not; two of them are never one."""
-    service = tinsmith.ServiceClient(peer.address)
+    service = tinsmith.ServiceClient(base_url=peer.address)
     service.create_lora_training_client("base", seed=seed).result(10)
     sampler = service.create_sampling_client(base_model="base").result(10)
     sampler.sample(PROMPT, 1, tinsmith.SamplingParams(seed=seed)).result(10)
@@ -360,7 +362,7 @@ def test_seeds_of_64_bits_are_sent(peer: Peer, seed: int) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 2**31, 1.0, None])
 def test_a_number_of_samples_that_is_none_is_refused(peer: Peer, count: Any) -> None:
-    service = tinsmith.ServiceClient(peer.address)
+    service = tinsmith.ServiceClient(base_url=peer.address)
     sampler = service.create_sampling_client(base_model="base").result(10)
     for method in (sampler.sample, sampler.sample_stream):
         with pytest.raises(tinsmith.InvalidArgumentError) as refusal:

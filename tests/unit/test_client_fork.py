@@ -47,94 +47,95 @@ def run(peer: Peer, code: str) -> list[str]:
     return out.splitlines()
 
 
+ASK_EVERYTHING = """
+import asyncio, inspect, warnings
+warnings.simplefilter("ignore")
+from tinsmith.cluster import connect
+
+service = tinsmith.ServiceClient(base_url=address)
+trainer = service.create_lora_training_client("base").result(20)
+sampler = service.create_sampling_client(base_model="base").result(20)
+rest = service.create_rest_client()
+stubs = connect(address)
+prompt = tinsmith.ModelInput.from_ints([1, 2])
+datum = tinsmith.Datum(prompt, {"target_tokens": [1, 2], "weights": [1, 1]})
+given = {
+    "data": [datum], "loss_fn": "cross_entropy", "optim_params": tinsmith.AdamParams(),
+    "prompt": prompt, "loss_fn_config": None,
+}
+asks_nobody = {
+    "get_base_model", "get_info", "create_rest_client", "create_custom_loss",
+    "save_weights_external", "opened", "attached", "publish_checkpoint_from_tinker_path",
+    "unpublish_checkpoint_from_tinker_path",
+}
+sampler.sample(prompt).result(20)
+import tinsmith._loop as loop
+import concurrent.futures
+pending = tinsmith.APIFuture(concurrent.futures.Future())
+
+def ask(name, call):
+    try:
+        result = call()
+        if inspect.iscoroutine(result):
+            result = asyncio.run(result)
+        if inspect.isgenerator(result):
+            result = next(result)
+        print(name, "WORKED", type(result).__name__)
+    except tinsmith.FailedPreconditionError as error:
+        good = error.reason == "FORKED" and "spawn" in str(error)
+        print(name, "TOLD" if good and "forkserver" in str(error) else repr(error))
+    except BaseException as error:
+        print(name, repr(error))
+    sys.stdout.flush()
+
+child = os.fork()
+if child == 0:
+    for client in (service, trainer, sampler, rest):
+        for name, method in inspect.getmembers(client, inspect.ismethod):
+            plain = name.removesuffix("_async")
+            if name == "close" and client is sampler:
+                client.close()  # there is nothing that it holds
+                continue
+            if name.startswith("_") or plain in asks_nobody:
+                continue
+            kwargs = {}
+            signature = inspect.signature(getattr(client, plain)).parameters
+            for each in signature.values():
+                if each.name in given:
+                    kwargs[each.name] = given[each.name]
+                elif each.default is each.empty and each.kind is not each.VAR_KEYWORD:
+                    kwargs[each.name] = "base"
+                elif each.name == "tinker_path":
+                    kwargs[each.name] = "tinsmith://m/weights/a"
+            if name.startswith("forward_backward_custom"):
+                kwargs["loss_fn"] = lambda data, logprobs: None
+            if name.startswith("get_training_run_by"):
+                kwargs["tinker_path"] = "tinsmith://m/weights/a"
+            if plain == "create_sampling_client" and client is service:
+                kwargs["base_model"] = "base"
+            ask(type(client).__name__ + "." + name, lambda: method(**kwargs))
+    for name in ("training", "sampler", "checkpoint", "close"):
+        ask("Cluster." + name, lambda: getattr(stubs, name)())
+    ask("connect", lambda: connect(address))
+    ask("result", pending.result)
+    ask("await", pending.result_async)
+    copy = pickle.loads(pickle.dumps(sampler))
+    ask("pickled.sample", lambda: copy.sample(prompt))
+    new = tinsmith.ServiceClient(base_url=address)
+    ask("new.create", lambda: new.create_lora_training_client("b"))
+    ask("new.exit", lambda: new.__exit__(None, None, None))
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print("status", status)
+trainer.optim_step(tinsmith.AdamParams()).result(20)
+print("parent works")
+"""
+"""Asks everything that there is of a forked child, one line for each."""
+
+
 def test_every_entry_of_a_forked_child_says_spawn_or_forkserver(peer: Peer) -> None:
     """Every public method of every client and of the stubs, and every future from before."""
-    lines = run(
-        peer,
-        """
-        import asyncio, inspect, warnings
-        warnings.simplefilter("ignore")
-        from tinsmith.cluster import connect
-
-        service = tinsmith.ServiceClient(address)
-        trainer = service.create_lora_training_client("base").result(20)
-        sampler = service.create_sampling_client(base_model="base").result(20)
-        rest = service.create_rest_client()
-        stubs = connect(address)
-        prompt = tinsmith.ModelInput.from_ints([1, 2])
-        datum = tinsmith.Datum(prompt, {"target_tokens": [1, 2], "weights": [1, 1]})
-        given = {
-            "data": [datum], "loss_fn": "cross_entropy", "optim_params": tinsmith.AdamParams(),
-            "prompt": prompt, "loss_fn_config": None,
-        }
-        asks_nobody = {
-            "get_base_model", "get_info", "create_rest_client", "create_custom_loss",
-            "save_weights_external", "opened", "attached", "publish_checkpoint_from_tinker_path",
-            "unpublish_checkpoint_from_tinker_path",
-        }
-        sampler.sample(prompt).result(20)
-        import tinsmith._loop as loop
-        import concurrent.futures
-        pending = tinsmith.APIFuture(concurrent.futures.Future())
-
-        def ask(name, call):
-            try:
-                result = call()
-                if inspect.iscoroutine(result):
-                    result = asyncio.run(result)
-                if inspect.isgenerator(result):
-                    result = next(result)
-                print(name, "WORKED", type(result).__name__)
-            except tinsmith.FailedPreconditionError as error:
-                good = error.reason == "FORKED" and "spawn" in str(error)
-                print(name, "TOLD" if good and "forkserver" in str(error) else repr(error))
-            except BaseException as error:
-                print(name, repr(error))
-            sys.stdout.flush()
-
-        child = os.fork()
-        if child == 0:
-            for client in (service, trainer, sampler, rest):
-                for name, method in inspect.getmembers(client, inspect.ismethod):
-                    plain = name.removesuffix("_async")
-                    if name == "close" and client is sampler:
-                        client.close()  # there is nothing that it holds
-                        continue
-                    if name.startswith("_") or plain in asks_nobody:
-                        continue
-                    kwargs = {}
-                    signature = inspect.signature(getattr(client, plain)).parameters
-                    for each in signature.values():
-                        if each.name in given:
-                            kwargs[each.name] = given[each.name]
-                        elif each.default is each.empty and each.kind is not each.VAR_KEYWORD:
-                            kwargs[each.name] = "base"
-                        elif each.name == "tinker_path":
-                            kwargs[each.name] = "tinsmith://m/weights/a"
-                    if name.startswith("forward_backward_custom"):
-                        kwargs["loss_fn"] = lambda data, logprobs: None
-                    if name.startswith("get_training_run_by"):
-                        kwargs["tinker_path"] = "tinsmith://m/weights/a"
-                    if plain == "create_sampling_client" and client is service:
-                        kwargs["base_model"] = "base"
-                    ask(type(client).__name__ + "." + name, lambda: method(**kwargs))
-            for name in ("training", "sampler", "checkpoint", "close"):
-                ask("Cluster." + name, lambda: getattr(stubs, name)())
-            ask("connect", lambda: connect(address))
-            ask("result", pending.result)
-            ask("await", pending.result_async)
-            copy = pickle.loads(pickle.dumps(sampler))
-            ask("pickled.sample", lambda: copy.sample(prompt))
-            new = tinsmith.ServiceClient(address)
-            ask("new.create", lambda: new.create_lora_training_client("b"))
-            ask("new.exit", lambda: new.__exit__(None, None, None))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print("status", status)
-        trainer.optim_step(tinsmith.AdamParams()).result(20)
-        print("parent works")
-        """,
-    )
+    lines = run(peer, ASK_EVERYTHING)
     assert lines[-2:] == ["status 0", "parent works"]
     assert len(lines) > 60
     assert [line for line in lines[:-2] if not line.endswith("TOLD")] == []
@@ -159,7 +160,8 @@ def test_a_process_pool_that_forks_is_told_and_one_that_spawns_works(peer: Peer)
         sys.path.insert(0, folder)
         from tasks_of_a_pool import task
 
-        trainer = tinsmith.ServiceClient(address).create_lora_training_client("b").result(20)
+        service = tinsmith.ServiceClient(base_url=address)
+        trainer = service.create_lora_training_client("b").result(20)
         sampler = trainer.save_weights_and_get_sampling_client().result(20)
         print(task(sampler))
         for method in ("fork", "spawn", "forkserver"):
@@ -185,7 +187,7 @@ def test_a_child_that_leaves_the_client_alone_ends_in_peace(peer: Peer) -> None:
         peer,
         """
         import gc
-        service = tinsmith.ServiceClient(address)
+        service = tinsmith.ServiceClient(base_url=address)
         trainer = service.create_lora_training_client("base").result(20)
         held = [trainer.optim_step(tinsmith.AdamParams())]
         child = os.fork()
@@ -205,7 +207,7 @@ def test_a_process_that_forks_before_it_uses_the_client_has_two_that_work(peer: 
     lines = run(
         peer,
         """
-        service = tinsmith.ServiceClient(address)
+        service = tinsmith.ServiceClient(base_url=address)
         child = os.fork()
         sampler = service.create_sampling_client(base_model="base").result(20)
         tokens = sampler.sample(tinsmith.ModelInput.from_ints([1])).result(20).sequences[0].tokens

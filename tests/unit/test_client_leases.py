@@ -26,7 +26,9 @@ def trainer() -> Iterator[tinsmith.TrainingClient]:
     peer = Peer()
     peer.servicer.sample_breaks = 0
     peer.servicer.capabilities.base_models.add(name="base")
-    yield tinsmith.ServiceClient(peer.address).create_lora_training_client("base").result(20)
+    yield (
+        tinsmith.ServiceClient(base_url=peer.address).create_lora_training_client("base").result(20)
+    )
     peer.stop()
 
 

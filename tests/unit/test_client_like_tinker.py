@@ -189,7 +189,7 @@ def test_every_status_is_either_a_refusal_or_no_answer(code: grpc.StatusCode) ->
 
 
 def test_a_service_that_nobody_reaches_is_no_status() -> None:
-    service = tinsmith.ServiceClient("127.0.0.1:1", give_up_after_s=0.1)
+    service = tinsmith.ServiceClient(base_url="127.0.0.1:1", give_up_after_s=0.1)
     try:
         service.create_lora_training_client("base").result(30)
     except tinsmith.APIStatusError:
@@ -269,7 +269,7 @@ def test_polling_a_future_costs_no_memory() -> None:
 
 def test_async_twins_make_their_calls_in_the_order_of_the_program(peer: Peer) -> None:
     """Not in that in which somebody awaits them."""
-    service = tinsmith.ServiceClient(peer.address)
+    service = tinsmith.ServiceClient(base_url=peer.address)
     trainer: Any = service.create_lora_training_client("base").result(10)
     datum = tinsmith.Datum(PROMPT, {"target_tokens": [1, 2], "weights": [1, 1]})
 
@@ -288,7 +288,7 @@ def test_async_twins_make_their_calls_in_the_order_of_the_program(peer: Peer) ->
 
 def test_a_pickled_sampling_client_keeps_its_settings() -> None:
     """Where it goes, and how long it tries."""
-    service = tinsmith.ServiceClient("127.0.0.1:1", give_up_after_s=0.1)
+    service = tinsmith.ServiceClient(base_url="127.0.0.1:1", give_up_after_s=0.1)
     sampler = service.create_sampling_client(base_model="base").result(10)
     copy = pickle.loads(pickle.dumps(sampler))
     assert copy._connection.settings == sampler._connection.settings
@@ -304,7 +304,7 @@ def test_tinkers_variable_for_the_address_is_read(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TINKER_BASE_URL", "trainer:1234")
     assert tinsmith.ServiceClient()._connection.address == "trainer:1234"
     assert tinsmith.RestClient()._connection.address == "trainer:1234"
-    assert tinsmith.ServiceClient("other:1")._connection.address == "other:1"
+    assert tinsmith.ServiceClient(base_url="other:1")._connection.address == "other:1"
     for url in ("https://tinker.example/services/prod", "http://127.0.0.1:8000", "http://h:1/api"):
         monkeypatch.setenv("TINKER_BASE_URL", url)
         for make in (tinsmith.ServiceClient, tinsmith.RestClient):

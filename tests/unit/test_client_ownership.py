@@ -249,7 +249,7 @@ def test_calls_own_what_they_are_called_with(
     sent = []
     for changed in (False, True):
         messages = peer.servicer.recorded = []
-        service = tinsmith.ServiceClient(peer.address)
+        service = tinsmith.ServiceClient(base_url=peer.address)
         client: Any = {
             tinsmith.TrainingClient: lambda s=service: s.create_lora_training_client("b").result(
                 10

@@ -56,11 +56,11 @@ def test_loopback_never_uses_a_proxy(
     monkeypatch.setenv(variable, f"http://{proxy.address}")
     peer = Peer()
     try:
-        service = tinsmith.ServiceClient(peer.address, give_up_after_s=5)
+        service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=5)
         service.create_lora_training_client("base").result(20)
         with connect(peer.address, timeout_s=10) as cluster:
             assert cluster.training.GetModel is not None
-        named = tinsmith.ServiceClient(f"localhost:{peer.port}", give_up_after_s=5)
+        named = tinsmith.ServiceClient(base_url=f"localhost:{peer.port}", give_up_after_s=5)
         named.create_lora_training_client("base").result(20)
         service.close().result(10)
         named.close().result(10)
@@ -88,7 +88,7 @@ def test_elsewhere_the_error_names_the_proxy_and_its_variable(
 ) -> None:
     """And no password, which a proxy's URL may hold; what gRPC says looks like the server's."""
     monkeypatch.setenv(variable, f"http://user:secret@{proxy.address}/")
-    service = tinsmith.ServiceClient("server.invalid:50051", give_up_after_s=0.3)
+    service = tinsmith.ServiceClient(base_url="server.invalid:50051", give_up_after_s=0.3)
     with pytest.raises(tinsmith.UnavailableError) as failure:
         service.create_lora_training_client("base").result(30)
     assert proxy.asked[0] == "server.invalid:50051"

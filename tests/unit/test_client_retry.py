@@ -25,7 +25,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
 @pytest.fixture
 def trainer(peer: Peer) -> tinsmith.TrainingClient:
     """A client of the peer."""
-    service = tinsmith.ServiceClient(peer.address, give_up_after_s=20.0)
+    service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=20.0)
     return service.create_lora_training_client("base").result(10)
 
 
@@ -70,7 +70,7 @@ def test_a_fault_is_waited_out_under_the_same_number(
 def test_creating_again_carries_the_same_request_id(peer: Peer) -> None:
     """Else a lost answer would leave a second model."""
     peer.servicer.create_faults = [unavailable]
-    tinsmith.ServiceClient(peer.address).create_lora_training_client("base").result(10)
+    tinsmith.ServiceClient(base_url=peer.address).create_lora_training_client("base").result(10)
     assert len(peer.servicer.created) == 2
     assert len(set(peer.servicer.created)) == 1
     assert peer.servicer.created[0]
@@ -176,7 +176,7 @@ def test_a_failing_custom_loss_changes_nothing_and_the_client_goes_on(
 
 def test_giving_up_is_said_and_later_calls_do_not_overtake(peer: Peer) -> None:
     """After `give_up_after_s` the error comes out, and nothing runs out of order."""
-    service = tinsmith.ServiceClient(peer.address, give_up_after_s=0.2)
+    service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=0.2)
     trainer = service.create_lora_training_client("base").result(10)
     peer.servicer.before[1] = [unavailable] * 1000
     with pytest.raises(tinsmith.UnavailableError):
@@ -189,7 +189,9 @@ def test_giving_up_is_said_and_later_calls_do_not_overtake(peer: Peer) -> None:
 
 def test_a_broken_sample_is_drawn_again_with_the_same_seed(peer: Peer) -> None:
     """The seed is the client's, so that both attempts make the same tokens."""
-    sampler = tinsmith.ServiceClient(peer.address).create_sampling_client(base_model="base")
+    sampler = tinsmith.ServiceClient(base_url=peer.address).create_sampling_client(
+        base_model="base"
+    )
     response = sampler.sample(tinsmith.ModelInput.from_ints([1])).result(10)
     assert response.sequences[0].tokens == [1, 2, 3, 4, 5]
     assert response.sequences[0].stop_reason == "stop"
@@ -199,7 +201,9 @@ def test_a_broken_sample_is_drawn_again_with_the_same_seed(peer: Peer) -> None:
 
 def test_a_broken_stream_of_samples_gives_each_token_once(peer: Peer) -> None:
     """Also where the second attempt cuts its messages elsewhere; the reason is not lost."""
-    sampler = tinsmith.ServiceClient(peer.address).create_sampling_client(base_model="base")
+    sampler = tinsmith.ServiceClient(base_url=peer.address).create_sampling_client(
+        base_model="base"
+    )
     parts = list(sampler.sample_stream(tinsmith.ModelInput.from_ints([1])))
     assert [token for part in parts for token in part.tokens] == [1, 2, 3, 4, 5]
     assert all(len(part.tokens) == len(part.logprobs) for part in parts)

@@ -39,7 +39,7 @@ def test_what_is_not_supported_says_so_by_name(name: str) -> None:
 
 def test_sampling_options_that_are_not_supported_say_so_by_name() -> None:
     """At once, before anything is sent."""
-    service = tinsmith.ServiceClient("127.0.0.1:1")
+    service = tinsmith.ServiceClient(base_url="127.0.0.1:1")
     sampler = service.create_sampling_client(base_model="base").result(10)
     prompt = tinsmith.ModelInput.from_ints([1])
     for name in ("topk_sample_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
@@ -73,11 +73,18 @@ def test_tinkers_names_of_errors_catch_ours() -> None:
     ],
 )
 def test_addresses(given: str | None, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """host:port, http://host:port, or the environment; by position or by name."""
+    """host:port, http://host:port, or the environment."""
     monkeypatch.setenv("TINSMITH_ADDRESS", "from.env:7")
-    for service in (tinsmith.ServiceClient(given), tinsmith.ServiceClient(base_url=given)):
-        sampler = service.create_sampling_client(base_model="base").result(10)
-        assert sampler._connection.address == address
+    service = tinsmith.ServiceClient(base_url=given)
+    sampler = service.create_sampling_client(base_model="base").result(10)
+    assert sampler._connection.address == address
+
+
+def test_an_address_in_the_place_of_metadata_is_refused() -> None:
+    """Tinker's first argument is metadata; whoever gives an address there reads where it goes."""
+    with pytest.raises(tinsmith.InvalidArgumentError, match="given as base_url") as caught:
+        tinsmith.ServiceClient("host:1234")  # type: ignore[arg-type]
+    assert caught.value.field == "user_metadata"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,7 @@ def test_an_address_without_a_port_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_sampling_client_can_be_pickled() -> None:
     """It takes its address, base model and path along."""
-    service = tinsmith.ServiceClient("host:1234")
+    service = tinsmith.ServiceClient(base_url="host:1234")
     sampler = service.create_sampling_client(base_model="base").result(10)
     copy = pickle.loads(pickle.dumps(sampler))
     assert copy._connection.address == "host:1234"
@@ -115,7 +122,7 @@ def test_a_sampling_client_can_be_pickled() -> None:
 
 def test_a_closed_client_says_so() -> None:
     """It does not wait for a service that it will not call."""
-    with tinsmith.ServiceClient("127.0.0.1:1") as service:
+    with tinsmith.ServiceClient(base_url="127.0.0.1:1") as service:
         sampler = service.create_sampling_client(base_model="base").result(10)
     with pytest.raises(tinsmith.FailedPreconditionError) as refusal:
         sampler.sample(tinsmith.ModelInput.from_ints([1])).result(10)

@@ -53,7 +53,7 @@ def peer(peers: list[Peer]) -> Peer:
 
 
 def client_of(peer: Peer, give_up_after_s: float = 20.0) -> tinsmith.TrainingClient:
-    service = tinsmith.ServiceClient(peer.address, give_up_after_s=give_up_after_s)
+    service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=give_up_after_s)
     return service.create_lora_training_client("base").result(10)
 
 
@@ -197,7 +197,7 @@ def test_a_busy_service_is_never_given_up(peer: Peer) -> None:
 def test_answers_to_other_calls_keep_hope_alive(peer: Peer) -> None:
     """Of the same service: as long as it answers somebody, the failing call is not given up."""
     peer.servicer.sample_breaks = 0
-    service = tinsmith.ServiceClient(peer.address, give_up_after_s=0.5)
+    service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=0.5)
     sampler = service.create_sampling_client(base_model="base").result()
     peer.servicer.sample_breaks = 10**6
     failing = sampler.sample(PROMPT)
@@ -235,7 +235,7 @@ def test_a_server_that_goes_away_with_100_waiting_calls_answers_all_of_them(peer
 def test_creating_waits_for_a_service_that_is_not_there_yet(peer: Peer) -> None:
     """A script may be started before the cluster."""
     peer.go_away()
-    future = tinsmith.ServiceClient(peer.address).create_lora_training_client("base")
+    future = tinsmith.ServiceClient(base_url=peer.address).create_lora_training_client("base")
     time.sleep(0.2)
     peer.start()
     assert future.result(10).model_id == "m"
@@ -243,7 +243,7 @@ def test_creating_waits_for_a_service_that_is_not_there_yet(peer: Peer) -> None:
 
 def test_a_cluster_that_is_still_loading_is_waited_for(peer: Peer) -> None:
     """Its answer has no base model yet; a script that takes the first one must not fail."""
-    service = tinsmith.ServiceClient(peer.address)
+    service = tinsmith.ServiceClient(base_url=peer.address)
     future = service.create_rest_client().get_server_capabilities()
     time.sleep(0.2)
     assert not future.future().done()
@@ -257,7 +257,9 @@ def test_a_sampler_that_came_back_elsewhere_is_found(peer: Peer, peers: list[Pee
     peers += [old, new]
     new.servicer.sample_breaks = 0
     peer.servicer.capabilities.sampler_address = f":{old.port}"
-    sampler = tinsmith.ServiceClient(peer.address).create_sampling_client(base_model="base")
+    sampler = tinsmith.ServiceClient(base_url=peer.address).create_sampling_client(
+        base_model="base"
+    )
     assert sampler.sample(PROMPT).result(10).sequences[0].tokens == [1, 2, 3, 4, 5]
     old.go_away()
     peer.servicer.capabilities.sampler_address = f":{new.port}"
@@ -270,7 +272,9 @@ def test_sampling_goes_on_without_the_training_server(peer: Peer, peers: list[Pe
     other = Peer()
     peers.append(other)
     peer.servicer.capabilities.sampler_address = f":{other.port}"
-    sampler = tinsmith.ServiceClient(peer.address).create_sampling_client(base_model="base")
+    sampler = tinsmith.ServiceClient(base_url=peer.address).create_sampling_client(
+        base_model="base"
+    )
     sampler.sample(PROMPT).result(10)
     peer.go_away()
     other.go_away()
@@ -284,7 +288,9 @@ def test_sampling_goes_on_without_the_training_server(peer: Peer, peers: list[Pe
 def test_a_stream_that_is_begun_again_with_other_tokens_is_no_sample(peer: Peer) -> None:
     """Two halves of different samples must not look like one."""
     peer.servicer.sample_cuts = [[1, 9], [3, 4], [5]]
-    sampler = tinsmith.ServiceClient(peer.address).create_sampling_client(base_model="base")
+    sampler = tinsmith.ServiceClient(base_url=peer.address).create_sampling_client(
+        base_model="base"
+    )
     stream = sampler.sample_stream(PROMPT)
     assert next(stream).tokens == [1, 2, 3]
     with pytest.raises(tinsmith.DataLossError) as failure:
@@ -301,7 +307,7 @@ def test_a_download_that_breaks_begins_again(peer: Peer, tmp_path: Path) -> None
         tar.addfile(member, io.BytesIO(b"x" * 5000))
     whole = archive.getvalue()
     peer.servicer.pieces = [whole[:1000], unavailable, whole[1000:]]
-    rest = tinsmith.ServiceClient(peer.address).create_rest_client()
+    rest = tinsmith.ServiceClient(base_url=peer.address).create_rest_client()
     folder = rest.download_checkpoint("tinsmith://m/weights/a", tmp_path / "a").result(10)
     assert (folder / "adapter_model.safetensors").read_bytes() == b"x" * 5000
 
@@ -309,7 +315,7 @@ def test_a_download_that_breaks_begins_again(peer: Peer, tmp_path: Path) -> None
 def test_deleting_twice_because_an_answer_was_lost_is_no_error(peer: Peer) -> None:
     """What a caller asked for has happened; what was never there is still not found."""
     path = "tinsmith://m/weights/a"
-    rest = tinsmith.ServiceClient(peer.address).create_rest_client()
+    rest = tinsmith.ServiceClient(base_url=peer.address).create_rest_client()
     peer.servicer.checkpoints = {path}
     peer.servicer.delete_faults = [unavailable]
     rest.delete_checkpoint_from_tinker_path(path).result(10)

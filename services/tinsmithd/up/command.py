@@ -56,7 +56,7 @@ def _banner(cluster: EmbeddedCluster, options: Options) -> str:
     name = folder.resolve().name if folder.is_dir() else options.base_model
     lines = [f"Tinsmith is ready: {name}, {options.ranks} rank(s), {options.engine} engine"]
     lines += [f"  {name.capitalize():<11}{at}" for name, at in cluster.addresses.items()]
-    code = f'import tinsmith; print(tinsmith.ServiceClient("{cluster.address}").'
+    code = f'import tinsmith; print(tinsmith.ServiceClient(base_url="{cluster.address}").'
     code += "get_server_capabilities())"
     lines.append(f"Try it:  {shlex.join([Path(sys.executable).name, '-c', code])}")
     lines.append("Ctrl-C stops it; saved checkpoints stay in " + str(options.data))
