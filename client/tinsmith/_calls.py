@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import grpc
+
 from tinsmith._connection import Connection
 from tinsmith._convert import ComputeRequest, loss_fn_to_pb, output_from_pb, requests_of
 from tinsmith._custom_loss import (
@@ -19,9 +21,13 @@ from tinsmith._custom_loss import (
     run_loss,
 )
 from tinsmith._lane import Lane
-from tinsmith.errors import InternalError
+from tinsmith.errors import InternalError, UnimplementedError, from_rpc_error
 from tinsmith.types import Datum, ForwardBackwardOutput
 from tinsmith.v1 import training_service_pb2 as pb
+
+CALL_DIGEST = "tinsmith-call-digest-bin"
+ASK_AGAIN_BYTES = 64 * 1024
+"""A larger call is asked for after a lost connection, and sent again only where that fails."""
 
 
 class Calls:
@@ -112,22 +118,68 @@ class Calls:
     ) -> ForwardBackwardOutput:
         requests[0].model_id, requests[0].seq_id = self._model_id, seq_id
         backward = isinstance(requests[0], pb.ForwardBackwardRequest)
+        is_large = len(requests) > 1 or requests[0].ByteSize() > ASK_AGAIN_BYTES
+
+        digest = b""  # once the service has said that it has the whole call
 
         async def attempt() -> ForwardBackwardOutput:
+            nonlocal digest
+            if digest:  # its answer may be there by now, and no data need be sent for it
+                try:
+                    return await self._answer(seq_id, digest, likes)
+                except grpc.RpcError as error:
+                    if not _is_unknown(error):
+                        raise
             stub = self._connection.training()
             method: Any = stub.ForwardBackward if backward else stub.Forward
-            outputs: list[Any] = []
-            metrics: dict[str, float] = {}
-            async for response in method(iter(requests)):
-                outputs.extend(response.outputs)
-                metrics.update(response.metrics)
-            try:
-                return output_from_pb(outputs, metrics, likes)
-            except ValueError as error:
-                raise InternalError(f"the answer cannot be read: {error}") from None
+            call = method(iter(requests))
+            if is_large:
+                digest = _digest_in(await call.initial_metadata())
+            return await _read(call, likes)
 
         what = "forward_backward" if backward else "forward"
         return await self._lane.call(what, seq_id, attempt)
+
+    async def _answer(
+        self, seq_id: int, digest: bytes, likes: Sequence[Any]
+    ) -> ForwardBackwardOutput:
+        """The answer of a call that the service has, without sending it again."""
+        request = pb.GetAnswerRequest(model_id=self._model_id, seq_id=seq_id, call_digest=digest)
+        call = self._connection.training().GetAnswer(request)
+        return await _read(call, likes, lambda response: getattr(response, _case_of(response)))
+
+
+async def _read(
+    call: Any, likes: Sequence[Any], part: Callable[[Any], Any] = lambda response: response
+) -> ForwardBackwardOutput:
+    """Read the answer of a computed call; `part` of each message has outputs and metrics."""
+    outputs: list[Any] = []
+    metrics: dict[str, float] = {}
+    async for response in call:
+        found = part(response)
+        outputs.extend(found.outputs)
+        metrics.update(found.metrics)
+    try:
+        return output_from_pb(outputs, metrics, likes)
+    except ValueError as error:
+        raise InternalError(f"the answer cannot be read: {error}") from None
+
+
+def _case_of(response: pb.GetAnswerResponse) -> str:
+    case = response.WhichOneof("response")
+    if case not in ("forward", "forward_backward"):
+        raise InternalError(f"the answer is one of {case or 'an unknown call'}")
+    return case
+
+
+def _digest_in(metadata: Any) -> bytes:
+    return next((value for key, value in metadata or () if key == CALL_DIGEST), b"")
+
+
+def _is_unknown(error: grpc.RpcError) -> bool:
+    """Whether the call has to be sent: the service does not have it, or cannot be asked for it."""
+    failure = from_rpc_error(error)
+    return failure.reason == "CALL_NOT_FOUND" or isinstance(failure, UnimplementedError)
 
 
 def _caught(function: Callable[..., Any], *args: Any) -> tuple[Any, BaseException | None]:

@@ -68,6 +68,7 @@ class Reason(StrEnum):
     CHECKPOINT_REPLACED = "CHECKPOINT_REPLACED"
     SERVER_BUSY = "SERVER_BUSY"
     STREAM_STALLED = "STREAM_STALLED"
+    CALL_NOT_FOUND = "CALL_NOT_FOUND"
 
 
 RULES: Mapping[Reason, Rule] = {
@@ -116,4 +117,5 @@ RULES: Mapping[Reason, Rule] = {
     Reason.CHECKPOINT_REPLACED: Rule("FAILED_PRECONDITION", frozenset(), "never"),
     Reason.SERVER_BUSY: Rule("RESOURCE_EXHAUSTED", frozenset({"limit", "value"}), "always"),
     Reason.STREAM_STALLED: Rule("UNAVAILABLE", frozenset(), "always"),
+    Reason.CALL_NOT_FOUND: Rule("NOT_FOUND", frozenset({"next_seq_id", "seq_id"}), "never"),
 }

@@ -150,6 +150,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     complete (nothing was done), or it read nothing of the answer (the same call again is answered
     from its start).
     """
+    ERROR_REASON_CALL_NOT_FOUND: _ErrorReason.ValueType  # 42
+    """GetAnswer: no call of this `seq_id` was taken in. It did not arrive, or was refused without using its
+    number; the call itself can be sent.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed; see `ErrorRule` for how it is sent."""
@@ -252,6 +256,10 @@ ERROR_REASON_STREAM_STALLED: ErrorReason.ValueType  # 41
 """The peer of a stream stood still for `stream_stall`: it sent nothing though the call was not
 complete (nothing was done), or it read nothing of the answer (the same call again is answered
 from its start).
+"""
+ERROR_REASON_CALL_NOT_FOUND: ErrorReason.ValueType  # 42
+"""GetAnswer: no call of this `seq_id` was taken in. It did not arrive, or was refused without using its
+number; the call itself can be sent.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

@@ -1126,3 +1126,89 @@ class LoadCheckpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadCheckpointResponse: _TypeAlias = LoadCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class GetAnswerRequest(_message.Message):
+    """Asks for the answer of a call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    SEQ_ID_FIELD_NUMBER: _builtins.int
+    CALL_DIGEST_FIELD_NUMBER: _builtins.int
+    TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Which model."""
+    seq_id: _builtins.int
+    """The call's number, from 1."""
+    call_digest: _builtins.bytes
+    """Only the answer to this content: what the call's initial metadata said, 32 bytes. Empty: to whatever
+    call has the number, which is another client's if that one went on with the model.
+    """
+    tensor_format: _types_pb2.TensorFormat.ValueType
+    """How results carry tensors, whatever the call said."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        seq_id: _builtins.int = ...,
+        call_digest: _builtins.bytes = ...,
+        tensor_format: _types_pb2.TensorFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_digest", b"call_digest", "model_id", b"model_id", "seq_id", b"seq_id", "tensor_format", b"tensor_format"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAnswerRequest: _TypeAlias = GetAnswerRequest  # noqa: Y015
+
+@_typing.final
+class GetAnswerResponse(_message.Message):
+    """One message of an answer: that of the RPC by which the call came."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORWARD_FIELD_NUMBER: _builtins.int
+    FORWARD_BACKWARD_FIELD_NUMBER: _builtins.int
+    OPTIM_STEP_FIELD_NUMBER: _builtins.int
+    SAVE_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    LOAD_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def forward(self) -> Global___ForwardResponse:
+        """Of Forward; as many messages as there."""
+
+    @_builtins.property
+    def forward_backward(self) -> Global___ForwardBackwardResponse:
+        """Of ForwardBackward; as many messages as there."""
+
+    @_builtins.property
+    def optim_step(self) -> Global___OptimStepResponse:
+        """Of OptimStep; the only message."""
+
+    @_builtins.property
+    def save_checkpoint(self) -> Global___SaveCheckpointResponse:
+        """Of SaveCheckpoint; the only message."""
+
+    @_builtins.property
+    def load_checkpoint(self) -> Global___LoadCheckpointResponse:
+        """Of LoadCheckpoint; the only message."""
+
+    def __init__(
+        self,
+        *,
+        forward: Global___ForwardResponse | None = ...,
+        forward_backward: Global___ForwardBackwardResponse | None = ...,
+        optim_step: Global___OptimStepResponse | None = ...,
+        save_checkpoint: Global___SaveCheckpointResponse | None = ...,
+        load_checkpoint: Global___LoadCheckpointResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forward", b"forward", "forward_backward", b"forward_backward", "load_checkpoint", b"load_checkpoint", "optim_step", b"optim_step", "response", b"response", "save_checkpoint", b"save_checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward", b"forward", "forward_backward", b"forward_backward", "load_checkpoint", b"load_checkpoint", "optim_step", b"optim_step", "response", b"response", "save_checkpoint", b"save_checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["forward", "forward_backward", "optim_step", "save_checkpoint", "load_checkpoint"]  # noqa: Y015
+    _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
+
+Global___GetAnswerResponse: _TypeAlias = GetAnswerResponse  # noqa: Y015

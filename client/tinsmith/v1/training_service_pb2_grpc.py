@@ -134,6 +134,11 @@ class TrainingServiceStub:
                 request_serializer=tinsmith_dot_v1_dot_training__service__pb2.LoadCheckpointRequest.SerializeToString,
                 response_deserializer=tinsmith_dot_v1_dot_training__service__pb2.LoadCheckpointResponse.FromString,
                 _registered_method=True)
+        self.GetAnswer = channel.unary_stream(
+                '/tinsmith.v1.TrainingService/GetAnswer',
+                request_serializer=tinsmith_dot_v1_dot_training__service__pb2.GetAnswerRequest.SerializeToString,
+                response_deserializer=tinsmith_dot_v1_dot_training__service__pb2.GetAnswerResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -249,7 +254,9 @@ class TrainingServiceServicer:
         The request stream is one call: header fields in the first message, data in as many messages
         as needed, then half-close. One message is a complete call. Results stream back in datum
         order as they are computed, a message for each 256 KiB of them or more; the last message has
-        the rest and `metrics`. On an error the results that were already sent are void. The trailing
+        the rest and `metrics`. On an error the results that were already sent are void. The initial metadata
+        come once the whole call was received, and before it is computed: `tinsmith-call-digest-bin` is what
+        GetAnswer takes as `call_digest`. The trailing
         metadata `tinsmith-engine-seconds` says how long the ranks computed (0 where the answer is a
         repeat from before a restart).
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
@@ -296,6 +303,21 @@ class TrainingServiceServicer:
         Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
         (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
         (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAnswer(self, request, context):
+        """Returns the answer of a call that was sent before, from its start: what the call itself was or will
+        be answered, so that a caller who lost its connection need not send the data again. While the call
+        waits or is computed, this waits. It changes nothing, and survives restarts as answers do.
+        An answer that is an error is this call's error, with the same reason; an error after which the same
+        call can be sent again means that.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND; CALL_NOT_FOUND: no such call was taken in, or it had no effect and
+        its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; SEQ_ID_GAP of a call that
+        waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
+        INVALID_ARGUMENT; and those of the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -353,6 +375,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.LoadCheckpoint,
                     request_deserializer=tinsmith_dot_v1_dot_training__service__pb2.LoadCheckpointRequest.FromString,
                     response_serializer=tinsmith_dot_v1_dot_training__service__pb2.LoadCheckpointResponse.SerializeToString,
+            ),
+            'GetAnswer': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetAnswer,
+                    request_deserializer=tinsmith_dot_v1_dot_training__service__pb2.GetAnswerRequest.FromString,
+                    response_serializer=tinsmith_dot_v1_dot_training__service__pb2.GetAnswerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -675,6 +702,33 @@ class TrainingService:
             '/tinsmith.v1.TrainingService/LoadCheckpoint',
             tinsmith_dot_v1_dot_training__service__pb2.LoadCheckpointRequest.SerializeToString,
             tinsmith_dot_v1_dot_training__service__pb2.LoadCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAnswer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tinsmith.v1.TrainingService/GetAnswer',
+            tinsmith_dot_v1_dot_training__service__pb2.GetAnswerRequest.SerializeToString,
+            tinsmith_dot_v1_dot_training__service__pb2.GetAnswerResponse.FromString,
             options,
             channel_credentials,
             insecure,

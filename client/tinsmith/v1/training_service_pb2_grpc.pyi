@@ -122,7 +122,9 @@ class TrainingServiceStub:
     The request stream is one call: header fields in the first message, data in as many messages
     as needed, then half-close. One message is a complete call. Results stream back in datum
     order as they are computed, a message for each 256 KiB of them or more; the last message has
-    the rest and `metrics`. On an error the results that were already sent are void. The trailing
+    the rest and `metrics`. On an error the results that were already sent are void. The initial metadata
+    come once the whole call was received, and before it is computed: `tinsmith-call-digest-bin` is what
+    GetAnswer takes as `call_digest`. The trailing
     metadata `tinsmith-engine-seconds` says how long the ranks computed (0 where the answer is a
     repeat from before a restart).
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
@@ -153,6 +155,17 @@ class TrainingServiceStub:
     Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
     (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
     (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
+    """
+    GetAnswer: _grpc.UnaryStreamMultiCallable[_training_service_pb2.GetAnswerRequest, _training_service_pb2.GetAnswerResponse]
+    """Returns the answer of a call that was sent before, from its start: what the call itself was or will
+    be answered, so that a caller who lost its connection need not send the data again. While the call
+    waits or is computed, this waits. It changes nothing, and survives restarts as answers do.
+    An answer that is an error is this call's error, with the same reason; an error after which the same
+    call can be sent again means that.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND; CALL_NOT_FOUND: no such call was taken in, or it had no effect and
+    its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; SEQ_ID_GAP of a call that
+    waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
+    INVALID_ARGUMENT; and those of the call.
     """
 
 @_typing.type_check_only
@@ -249,7 +262,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     The request stream is one call: header fields in the first message, data in as many messages
     as needed, then half-close. One message is a complete call. Results stream back in datum
     order as they are computed, a message for each 256 KiB of them or more; the last message has
-    the rest and `metrics`. On an error the results that were already sent are void. The trailing
+    the rest and `metrics`. On an error the results that were already sent are void. The initial metadata
+    come once the whole call was received, and before it is computed: `tinsmith-call-digest-bin` is what
+    GetAnswer takes as `call_digest`. The trailing
     metadata `tinsmith-engine-seconds` says how long the ranks computed (0 where the answer is a
     repeat from before a restart).
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
@@ -280,6 +295,17 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
     (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
     (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
+    """
+    GetAnswer: _aio.UnaryStreamMultiCallable[_training_service_pb2.GetAnswerRequest, _training_service_pb2.GetAnswerResponse]  # type: ignore[assignment]
+    """Returns the answer of a call that was sent before, from its start: what the call itself was or will
+    be answered, so that a caller who lost its connection need not send the data again. While the call
+    waits or is computed, this waits. It changes nothing, and survives restarts as answers do.
+    An answer that is an error is this call's error, with the same reason; an error after which the same
+    call can be sent again means that.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND; CALL_NOT_FOUND: no such call was taken in, or it had no effect and
+    its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; SEQ_ID_GAP of a call that
+    waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
+    INVALID_ARGUMENT; and those of the call.
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -409,7 +435,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         The request stream is one call: header fields in the first message, data in as many messages
         as needed, then half-close. One message is a complete call. Results stream back in datum
         order as they are computed, a message for each 256 KiB of them or more; the last message has
-        the rest and `metrics`. On an error the results that were already sent are void. The trailing
+        the rest and `metrics`. On an error the results that were already sent are void. The initial metadata
+        come once the whole call was received, and before it is computed: `tinsmith-call-digest-bin` is what
+        GetAnswer takes as `call_digest`. The trailing
         metadata `tinsmith-engine-seconds` says how long the ranks computed (0 where the answer is a
         repeat from before a restart).
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT naming the field, such as
@@ -464,6 +492,23 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
         (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
         (STORAGE_FULL); UNAVAILABLE (CHECKPOINT_UNAVAILABLE) as SaveCheckpoint.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAnswer(
+        self,
+        request: _training_service_pb2.GetAnswerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_service_pb2.GetAnswerResponse], _abc.AsyncIterator[_training_service_pb2.GetAnswerResponse]]:
+        """Returns the answer of a call that was sent before, from its start: what the call itself was or will
+        be answered, so that a caller who lost its connection need not send the data again. While the call
+        waits or is computed, this waits. It changes nothing, and survives restarts as answers do.
+        An answer that is an error is this call's error, with the same reason; an error after which the same
+        call can be sent again means that.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND; CALL_NOT_FOUND: no such call was taken in, or it had no effect and
+        its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; SEQ_ID_GAP of a call that
+        waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
+        INVALID_ARGUMENT; and those of the call.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

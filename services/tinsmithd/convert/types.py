@@ -32,6 +32,7 @@ METADATA_VALUE_CHARS_MAX = 1024
 UNLIMITED = 1 << 63
 """Where another server has counted already."""
 REQUEST_ID_CHARS_MAX = 128
+DIGEST_BYTES = 32
 LEASE_ID_CHARS_MAX = 128
 
 _KINDS = {
@@ -253,6 +254,18 @@ def lease_id_from_pb(text: str, field: str) -> str:
     """Read the id of a lease; empty: the lease can only run out."""
     check_count(field, text, "lease_id_characters_max", LEASE_ID_CHARS_MAX)
     return text
+
+
+def digest_from_pb(digest: bytes, field: str) -> bytes | None:
+    """Read a SHA-256; an empty one is None.
+
+    Raises:
+        InvalidArgument: It has another length.
+    """
+    if len(digest) not in (0, DIGEST_BYTES):
+        text = f"has {len(digest)} bytes, a digest has {DIGEST_BYTES}"
+        raise InvalidArgument(field, text)
+    return digest or None
 
 
 def metadata_from_pb(entries: Mapping[str, str], field: str) -> dict[str, str]:

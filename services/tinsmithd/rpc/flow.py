@@ -19,7 +19,7 @@ import contextvars
 import functools
 import inspect
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -229,8 +229,11 @@ class Flow:
 
     # --- responses ----------------------------------------------------------------------------
 
-    async def begin(self) -> None:
+    async def begin(self, metadata: Sequence[tuple[str, bytes]] = ()) -> None:
         """Send what comes before the first response.
+
+        Args:
+            metadata: Said with it.
 
         Raises:
             asyncio.CancelledError: The call is gone.
@@ -238,7 +241,7 @@ class Flow:
         if not self._begun:
             self._begun = True
             with _gone_is_cancelled():
-                await self._context.send_initial_metadata(())
+                await self._context.send_initial_metadata(tuple(metadata))
 
     async def write(self, response: Any) -> None:
         """Send a response once the reader has room for it.

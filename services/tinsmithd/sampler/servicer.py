@@ -9,7 +9,7 @@ from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceServicer
 from tinsmithd.config import SamplerConfig
 from tinsmithd.convert import sampler as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
-from tinsmithd.convert.types import base_model_to_pb, engine_to_pb, path_from_pb
+from tinsmithd.convert.types import base_model_to_pb, digest_from_pb, engine_to_pb, path_from_pb
 from tinsmithd.domain import SampleRequest
 from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
@@ -20,7 +20,6 @@ from tinsmithd.sampler.unread import Output
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
 PIECE_BYTES_MAX = 1024 * 1024
-DIGEST_BYTES = 32
 
 
 class SamplerServicer(SamplerServiceServicer):
@@ -132,10 +131,7 @@ class SamplerServicer(SamplerServiceServicer):
 
 
 def _digest(request: pb.SampleRequest | pb.ComputeLogprobsRequest) -> bytes:
-    digest = request.checkpoint_digest
-    if len(digest) not in (0, DIGEST_BYTES):
-        text = f"has {len(digest)} bytes, a digest has {DIGEST_BYTES}"
-        raise InvalidArgument("checkpoint_digest", text)
+    digest = digest_from_pb(request.checkpoint_digest, "checkpoint_digest") or b""
     if digest and not request.checkpoint_path:
         text = "needed by checkpoint_digest"
         raise InvalidArgument("checkpoint_path", text, Reason.MISSING_FIELD)

@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 from tinsmith.v1 import training_service_pb2 as pb
-from tinsmith.v1 import types_pb2
 from tinsmith.v1.training_service_pb2_grpc import TrainingServiceServicer
 from tinsmithd import failpoints
 from tinsmithd.config import TrainingConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
-from tinsmithd.convert.tensors import array_from_pb, array_to_pb
+from tinsmithd.convert.tensors import check_format
 from tinsmithd.convert.times import timestamp_to_pb, ttl_from_pb
 from tinsmithd.domain import (
     DEFAULT_OWNER,
@@ -23,7 +22,7 @@ from tinsmithd.domain import (
 )
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc import flow
-from tinsmithd.rpc.intake import INLINE_BYTES, off_loop, refusal_of_call
+from tinsmithd.rpc.intake import refusal_of_call
 from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
 from tinsmithd.training.call import (
     Call,
@@ -42,11 +41,16 @@ from tinsmithd.training.requests import (
     read_call,
     read_work,
 )
+from tinsmithd.training.responses import (
+    answer_to_pb,
+    computed_to_pb,
+    loaded_to_pb,
+    saved_to_pb,
+    step_to_pb,
+)
 
 ENGINE_SECONDS = "tinsmith-engine-seconds"
-RESPONSE_BYTES = 256 * 1024
-"""A response has outputs of so many bytes, and of one datum more: each response costs as much time
-as sending some tens of kilobytes."""
+CALL_DIGEST = "tinsmith-call-digest-bin"
 _DURABILITY = {
     "none": pb.DURABILITY_MODE_NONE,
     "async": pb.DURABILITY_MODE_ASYNC,
@@ -171,26 +175,16 @@ class TrainingServicer(TrainingServiceServicer):
         model, tensor_format = find(read.model_id), read.tensor_format
         # To grpc a cancelled stream ends like a finished one. Answering tells them apart: it fails
         # on a call that is gone, and until it is done the cancellation has reached this task.
-        await flow.current().begin()
+        # Who has this knows that the call arrived whole, and can ask for its answer.
+        receipt = ((CALL_DIGEST, read.call.digest),) if read.call.seq_id else ()
+        await flow.current().begin(receipt)
         failpoints.hit("recv")
         answer = self._models.submit(model, read.call)
         flow.current().handed_over(kept=True)
         del read  # the lane has the call, and drops it before a slow reader is done
-        # Only size decides where a response ends, never timing: a repeat gets the same responses.
-        response, nbytes = response_type(), 0
-        async for packed in answer.outputs():
-            output = response.outputs.add()
-            if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN and len(packed) > INLINE_BYTES:
-                await off_loop(_read_output, output, packed, tensor_format)
-            else:
-                _read_output(output, packed, tensor_format)
-            nbytes += len(packed)
-            if nbytes >= RESPONSE_BYTES:
-                yield response
-                response, nbytes = response_type(), 0
-        response.metrics.update((await answer.value())["metrics"])
+        async for response in computed_to_pb(answer, tensor_format, response_type):
+            yield response
         context.set_trailing_metadata(((ENGINE_SECONDS, f"{answer.engine_s:.6f}"),))
-        yield response
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: Any) -> pb.OptimStepResponse:
         """Apply one optimizer step."""
@@ -198,18 +192,14 @@ class TrainingServicer(TrainingServiceServicer):
             request,
             lambda: StepWork(convert.adam_from_pb(request.adam_params, "adam_params")),
         )
-        return pb.OptimStepResponse(metrics=value["metrics"])
+        return step_to_pb(value)
 
     async def SaveCheckpoint(
         self, request: pb.SaveCheckpointRequest, context: Any
     ) -> pb.SaveCheckpointResponse:
         """Save the model under a name."""
         value = await self._submit(request, lambda: SaveWork(self._save_options(request)))
-        return pb.SaveCheckpointResponse(
-            checkpoint_path=value["path"],
-            size_bytes=value["size_bytes"],
-            digest=bytes.fromhex(value.get("digest", "")),  # an old journal has none
-        )
+        return saved_to_pb(value)
 
     def _save_options(self, request: pb.SaveCheckpointRequest) -> SaveOptions:
         kind = convert.kind_from_pb(request.kind, "kind")
@@ -241,7 +231,7 @@ class TrainingServicer(TrainingServiceServicer):
                 request.with_optimizer,
             ),
         )
-        return pb.LoadCheckpointResponse(checkpoint_path=value["path"])
+        return loaded_to_pb(value)
 
     async def _submit(self, request: Any, read: Callable[[], Work]) -> Mapping[str, Any]:
         # A call that cannot be read is refused in the model's order: it uses its number.
@@ -252,14 +242,20 @@ class TrainingServicer(TrainingServiceServicer):
         call = Call(request.seq_id, digest_of(request, refusal), work)
         return await self._models.submit(model, call).value()
 
-
-def _read_output(output: pb.DatumOutput, packed: bytes, tensor_format: int) -> None:
-    """Fill in one datum's output as the caller wants it; the ranks give it packed."""
-    output.MergeFromString(packed)
-    if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN:
-        for name in output.loss_fn_outputs:
-            array = array_from_pb(output.loss_fn_outputs[name], name, "float")
-            output.loss_fn_outputs[name].CopyFrom(array_to_pb(array, tensor_format))
+    async def GetAnswer(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request: pb.GetAnswerRequest, context: Any
+    ) -> AsyncIterator[pb.GetAnswerResponse]:
+        """Return the answer of a call that was sent before."""
+        if (refusal := refusal_of_call()) is not None:
+            raise refusal
+        check_format(request.tensor_format, "tensor_format")
+        if request.seq_id < 1:
+            raise InvalidArgument("seq_id", f"{request.seq_id} is no call's number: below 1")
+        digest = convert.digest_from_pb(request.call_digest, "call_digest")
+        model = self._models.get(request.model_id)
+        answer = self._models.answer(model, request.seq_id, digest)
+        async for response in answer_to_pb(answer, request.tensor_format):
+            yield response
 
 
 def _model_to_pb(model: Model) -> pb.Model:

@@ -1,6 +1,6 @@
 """What a call is: what it asks for, how it is cut into batches, and what came of it."""
 
-from tinsmithd.training.call.answer import Answer, StoredAnswer
+from tinsmithd.training.call.answer import Answer, CallKind, StoredAnswer
 from tinsmithd.training.call.batches import (
     NOMINAL_TOKENS,
     BatchPlace,
@@ -18,6 +18,7 @@ from tinsmithd.training.call.encoding import (
     encode_work,
 )
 from tinsmithd.training.call.errors import (
+    call_not_found,
     call_poisoned,
     model_lost,
     model_not_found,
@@ -33,6 +34,7 @@ from tinsmithd.training.call.work import (
     StepWork,
     Work,
     changes_model,
+    kind_of,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Answer",
     "BatchPlace",
     "Call",
+    "CallKind",
     "Composition",
     "ComputeWork",
     "LoadWork",
@@ -54,6 +57,7 @@ __all__ = [
     "are_close",
     "batch_sizes",
     "batches_of",
+    "call_not_found",
     "call_poisoned",
     "changes_model",
     "check_datum",
@@ -62,6 +66,7 @@ __all__ = [
     "differing_keys",
     "encode_answer",
     "encode_work",
+    "kind_of",
     "model_lost",
     "model_not_found",
     "shutting_down",

@@ -3,9 +3,20 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from tinsmithd.errors import TinsmithError
+
+
+class CallKind(StrEnum):
+    """Which RPC a call came by, and with that the form of its answer."""
+
+    FORWARD = "forward"
+    FORWARD_BACKWARD = "forward_backward"
+    OPTIM_STEP = "optim_step"
+    SAVE_CHECKPOINT = "save_checkpoint"
+    LOAD_CHECKPOINT = "load_checkpoint"
 
 
 @dataclass(frozen=True)
@@ -16,11 +27,13 @@ class StoredAnswer:
         outputs: One per datum, in the bytes of the wire; void with an error.
         value: The rest of the answer; JSON can hold it.
         error: Set in place of a value.
+        kind: Of the call; None with an error, and where an older release wrote the answer down.
     """
 
     outputs: Sequence[bytes] = ()
     value: Mapping[str, Any] = field(default_factory=dict)
     error: TinsmithError | None = None
+    kind: CallKind | None = None
 
 
 class Answer:
@@ -30,9 +43,15 @@ class Answer:
 
     Args:
         stored: Reads an answer that an earlier process gave, when somebody asks for it.
+        kind: Of the call, where that is known.
     """
 
-    def __init__(self, stored: Callable[[], Awaitable[StoredAnswer]] | None = None) -> None:
+    def __init__(
+        self,
+        stored: Callable[[], Awaitable[StoredAnswer]] | None = None,
+        kind: CallKind | None = None,
+    ) -> None:
+        self._kind = kind
         self._stored = stored
         self._outputs: list[bytes] = []
         self._next = 0
@@ -94,6 +113,13 @@ class Answer:
         found = await self._stored()
         self._stored = None
         self._outputs, self._value, self._error = list(found.outputs), found.value, found.error
+        self._kind = found.kind
+
+    async def kind(self) -> CallKind | None:
+        """The call's kind; None for a refused one, and where an older release answered."""
+        if self._stored is not None:
+            await self._read_stored()
+        return self._kind
 
     async def outputs(self) -> AsyncIterator[bytes]:
         """All outputs from the first on, until the end.

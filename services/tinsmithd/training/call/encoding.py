@@ -13,7 +13,7 @@ from typing import Any
 from tinsmithd import errors
 from tinsmithd.domain import AdamParams, CheckpointPath
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
-from tinsmithd.training.call.answer import StoredAnswer
+from tinsmithd.training.call.answer import CallKind, StoredAnswer
 from tinsmithd.training.call.work import (
     ComputeWork,
     LoadWork,
@@ -70,6 +70,8 @@ def encode_answer(answer: StoredAnswer) -> bytes:
     if answer.error is not None:
         return _join("error", _error_to_json(answer.error))
     head = {"value": answer.value, "sizes": [len(output) for output in answer.outputs]}
+    if answer.kind is not None:
+        head["call"] = str(answer.kind)
     return _join("value", head, answer.outputs)
 
 
@@ -78,7 +80,8 @@ def decode_answer(data: bytes) -> StoredAnswer:
     kind, head, body = _split(data)
     if kind == "error":
         return StoredAnswer(error=_error_from_json(head))
-    return StoredAnswer(_cut(body, head["sizes"]), head["value"])
+    call_kind = CallKind(head["call"]) if "call" in head else None
+    return StoredAnswer(_cut(body, head["sizes"]), head["value"], kind=call_kind)
 
 
 def answer_digest(answer: StoredAnswer) -> bytes:
@@ -86,7 +89,8 @@ def answer_digest(answer: StoredAnswer) -> bytes:
     if answer.error is not None:
         error = answer.error
         return hashlib.sha256(f"{type(error).__name__} {error.reason}".encode()).digest()
-    return hashlib.sha256(encode_answer(answer)).digest()
+    # Without the kind, which is the call's and not of what came of it.
+    return hashlib.sha256(encode_answer(dataclasses.replace(answer, kind=None))).digest()
 
 
 def _join(kind: str, head: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> bytes:

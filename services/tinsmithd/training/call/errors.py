@@ -28,6 +28,15 @@ def model_not_found(model_id: str) -> NotFound:
     return NotFound(f"no model {model_id!r}", Reason.MODEL_NOT_FOUND)
 
 
+def call_not_found(seq_id: int, next_seq_id: int) -> NotFound:
+    """The error of a number under which there is no call: nobody sent it, or it had no effect."""
+    return NotFound(
+        f"no call with seq_id {seq_id} was taken in; send the call itself",
+        Reason.CALL_NOT_FOUND,
+        metadata={"seq_id": str(seq_id), "next_seq_id": str(next_seq_id)},
+    )
+
+
 def call_poisoned(attempts: int, why: str) -> FailedPrecondition:
     """The error of a call that ended the ranks too often."""
     return FailedPrecondition(

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from tinsmithd.domain import AdamParams, CheckpointPath
 from tinsmithd.errors import TinsmithError
+from tinsmithd.training.call.answer import CallKind
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,21 @@ class RefusedWork:
 
 
 Work = ComputeWork | StepWork | SaveWork | LoadWork | RefusedWork
+
+
+def kind_of(work: Work) -> CallKind | None:
+    """The kind of a call; a refused one is answered with an error, whatever it was."""
+    match work:
+        case ComputeWork():
+            return CallKind.FORWARD_BACKWARD if work.backward else CallKind.FORWARD
+        case StepWork():
+            return CallKind.OPTIM_STEP
+        case SaveWork():
+            return CallKind.SAVE_CHECKPOINT
+        case LoadWork():
+            return CallKind.LOAD_CHECKPOINT
+        case RefusedWork():
+            return None
 
 
 def changes_model(work: Work) -> bool:

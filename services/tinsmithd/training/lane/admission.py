@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
-from tinsmithd.training.call import Answer, Call, Work
+from tinsmithd.training.call import Answer, Call, Work, kind_of
 from tinsmithd.training.journal import AddCall, ForgetCalls, Journal, StoredCall
 from tinsmithd.training.lane.interface import CallExecutor
 from tinsmithd.training.lane.limits import LaneLimits
@@ -117,7 +117,7 @@ class Admission:
             ResourceExhausted: There is no room (QUEUE_FULL); the number is unused.
         """
         self._check_room(call)
-        queued = QueuedCall(call, Answer())
+        queued = QueuedCall(call, Answer(kind=kind_of(call.work)))
         if not call.seq_id:
             self._make_ready(queued)
         else:
@@ -206,7 +206,7 @@ class Admission:
             else:
                 queued = QueuedCall(
                     Call(call.seq_id, call.digest, works[call.position]),
-                    Answer(),
+                    Answer(kind=kind_of(works[call.position])),
                     position=call.position,
                     attempts=call.attempts,
                 )

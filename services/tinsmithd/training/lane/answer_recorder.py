@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from tinsmithd import failpoints
 from tinsmithd.errors import Reason, Unavailable
-from tinsmithd.training.call import Answer, StoredAnswer, shutting_down
+from tinsmithd.training.call import Answer, StoredAnswer, kind_of, shutting_down
 from tinsmithd.training.journal import AddAnswer, DropAnswers, Journal, StoredCall, Write
 from tinsmithd.training.lane.admission import QueuedCall
 from tinsmithd.training.lane.interface import CallExecutor
@@ -39,7 +39,7 @@ class AnswerRecorder:
         self.recording = 0
         self.closed = False
 
-    def find(self, seq_id: int, digest: bytes, next_seq_id: int) -> Answer | None:
+    def find(self, seq_id: int, digest: bytes | None, next_seq_id: int) -> Answer | None:
         """See `KeptAnswers.find`."""
         return self._kept.find(seq_id, digest, next_seq_id)
 
@@ -70,7 +70,7 @@ class AnswerRecorder:
             return
         # Readers have outputs of ranks that died, and these ranks give others (no CPU does that).
         # They must not be mixed: readers are told to ask again, and get these from the start.
-        fresh = Answer()
+        fresh = Answer(kind=kind_of(queued.call.work))
         for good in [*queued.answer.sent, output]:
             fresh.add(good)
         message = "the ranks died, and what was answered of this call so far is void"

@@ -28,8 +28,13 @@ class KeptAnswers:
         self._bytes_kept_max = bytes_kept_max
         self._answers: OrderedDict[int, _Kept] = OrderedDict()
 
-    def find(self, seq_id: int, digest: bytes, next_seq_id: int) -> Answer | None:
+    def find(self, seq_id: int, digest: bytes | None, next_seq_id: int) -> Answer | None:
         """The answer of an earlier call with this number, if there was one.
+
+        Args:
+            seq_id: The number.
+            digest: Of the call; None takes any.
+            next_seq_id: The number that is to take effect next.
 
         Raises:
             AlreadyExists: That call had other content (SEQ_ID_CONFLICT).
@@ -38,7 +43,7 @@ class KeptAnswers:
         metadata = {"seq_id": str(seq_id), "next_seq_id": str(next_seq_id)}
         if seq_id in self._answers:
             kept = self._answers[seq_id]
-            if kept.digest != digest:
+            if digest is not None and kept.digest != digest:
                 message = f"seq_id {seq_id} was used with other content"
                 raise AlreadyExists(message, Reason.SEQ_ID_CONFLICT, metadata=metadata)
             return kept.answer

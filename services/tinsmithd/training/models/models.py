@@ -160,3 +160,8 @@ class Models:
             raise InvalidArgument("seq_id", f"{call.seq_id} is below 0")
         model.called()
         return model.lane.submit(call)
+
+    def answer(self, model: Model, seq_id: int, digest: bytes | None) -> Answer:
+        """The answer of a numbered call that was sent before, see `Lane.answer`."""
+        model.called()
+        return model.lane.answer(seq_id, digest)
