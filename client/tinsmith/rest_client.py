@@ -1,11 +1,6 @@
 """`RestClient`: looks after checkpoints and runs. (The name is Tinker's; there is no REST.)"""
 
-import asyncio
-import io
 import os
-import shutil
-import tarfile
-import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC
@@ -18,9 +13,10 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from tinsmith import _check, _loop
 from tinsmith._connection import CHECKPOINT, Connection, address_of
 from tinsmith._convert import checkpoint_from_pb
+from tinsmith._download import download
 from tinsmith._lifetime import delete_model
 from tinsmith._twins import async_twins
-from tinsmith.errors import InvalidArgumentError, unsupported
+from tinsmith.errors import unsupported
 from tinsmith.futures import APIFuture
 from tinsmith.types import (
     Checkpoint,
@@ -304,21 +300,10 @@ class RestClient:
             path: The checkpoint, of either kind.
             folder: Where to; it is made. Files of the same names in it are replaced.
         """
-        request = pb.ExportCheckpointRequest(checkpoint_path=_check.text(path, "path"))
+        wanted = _check.text(path, "path")
         if not isinstance(folder, str | os.PathLike):
             raise _check.refuse("folder", f"expected a path, got {type(folder).__name__}")
-        target = Path(folder)
-
-        async def fetch() -> bytes:
-            stub = await self._connection.checkpoint()
-            return b"".join([part.data async for part in stub.ExportCheckpoint(request)])
-
-        async def download() -> Path:
-            archive = await self._retrying("download_checkpoint", fetch)
-            await asyncio.to_thread(_unpack, archive, target)
-            return target
-
-        return APIFuture(_loop.run(download()))
+        return APIFuture(_loop.run(download(self._connection, wanted, Path(folder))))
 
     # --- calls --------------------------------------------------------------------------------
 
@@ -346,25 +331,6 @@ def _path_of(tinker_path: str | None, path: str | None) -> str:
 
 def _nothing(_: Any) -> None:
     return None
-
-
-def _unpack(archive: bytes, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        # Plain tar: one that is packed, or a sparse file in it, could be any size once unpacked.
-        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
-            # Not `extractall`: it is safe with a filter only, which Python has since 3.11.4.
-            for member in tar:
-                name = member.name
-                plain = member.isfile() and not member.issparse()
-                source = tar.extractfile(member) if plain else None
-                if source is None or name != Path(name).name or name == "..":
-                    message = f"the archive holds {name}, which is no plain file"
-                    raise InvalidArgumentError(message, field="path")
-                with source, Path(scratch, name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-        for file in sorted(Path(scratch).iterdir()):
-            file.replace(folder / file.name)
 
 
 def _run_from_pb(model: training_service_pb2.Model, checkpoints: list[Checkpoint]) -> TrainingRun:

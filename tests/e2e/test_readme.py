@@ -31,7 +31,7 @@ def test_the_shell_recipes(cluster: RunningCluster) -> None:
     for expected in (
         "tinsmith.v1.TrainingService\n",
         "tinsmith.v1.TrainingService/ForwardBackward",
-        '"engine": "deepspeed"',
+        '"engine": "ENGINE_DEEPSPEED"',
         '"loss:sum"',
         '"grad_norm:last"',
         "/sampler_weights/first",

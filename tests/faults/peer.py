@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import zlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -187,9 +188,17 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         self, request: Any, context: Any
     ) -> AsyncIterator[cpb.ExportCheckpointResponse]:
         pieces = list(self.pieces)
+        size = sum(len(piece) for piece in pieces if isinstance(piece, bytes))
+        archive = cpb.ExportedArchive(size_bytes=size)
+        archive.checkpoint.digest = b"d" * 32
+        yield cpb.ExportCheckpointResponse(archive=archive)
+        at = 0
         for piece in pieces:
             if isinstance(piece, bytes):
-                yield cpb.ExportCheckpointResponse(data=piece)
+                if at >= request.offset:
+                    part = cpb.ArchivePiece(offset=at, data=piece, crc32=zlib.crc32(piece))
+                    yield cpb.ExportCheckpointResponse(piece=part)
+                at += len(piece)
             else:
                 self.pieces.remove(piece)
                 await piece(context)

@@ -252,7 +252,7 @@ async def test_export_is_a_tar_of_a_peft_folder(served: Served) -> None:
     await served.write()
     request = pb.ExportCheckpointRequest(checkpoint_path=PATH)
     archives = [
-        b"".join([part.data async for part in served.stub.ExportCheckpoint(request)])
+        b"".join([part.piece.data async for part in served.stub.ExportCheckpoint(request)])
         for _ in range(2)
     ]
     assert archives[0] == archives[1]
@@ -422,7 +422,7 @@ async def test_a_full_checkpoint_is_kept_and_exported_whole(served: Served) -> N
     assert found.checkpoint.WhichOneof("tuning") == "full_config"
     assert await served.read(path) == content
     export = served.stub.ExportCheckpoint(pb.ExportCheckpointRequest(checkpoint_path=path))
-    archive = b"".join([part.data async for part in export])
+    archive = b"".join([part.piece.data async for part in export])
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         names = sorted(tar.getnames())
     assert names == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]

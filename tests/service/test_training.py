@@ -435,7 +435,11 @@ def _bad_unary(stubs: Cluster, model_id: str) -> dict[str, tuple[Callable[[], An
             "",
         ),
         "rank negative": (create(lora_config=lora(rank=-1)), "INVALID_FIELD", "lora_config.rank"),
-        "rank too large": (create(lora_config=lora(rank=257)), "INVALID_FIELD", "lora_config.rank"),
+        "rank too large": (
+            create(lora_config=lora(rank=257)),
+            "LIMIT_EXCEEDED",
+            "lora_config.rank",
+        ),
         "alpha NaN": (create(lora_config=lora(alpha=NAN)), "NON_FINITE", "lora_config.alpha"),
         "no targets": (create(lora_config=no_targets), "INVALID_FIELD", "lora_config"),
         "base model": (create(base_model="absent"), "BASE_MODEL_NOT_FOUND", ""),

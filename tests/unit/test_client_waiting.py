@@ -298,8 +298,8 @@ def test_a_stream_that_is_begun_again_with_other_tokens_is_no_sample(peer: Peer)
     assert failure.value.reason == "SAMPLE_DIFFERS"
 
 
-def test_a_download_that_breaks_begins_again(peer: Peer, tmp_path: Path) -> None:
-    """Nothing of the first attempt is in what arrives."""
+def test_a_download_that_breaks_goes_on(peer: Peer, tmp_path: Path) -> None:
+    """What came before is there once."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         member = tarfile.TarInfo("adapter_model.safetensors")

@@ -14,6 +14,7 @@ edit.
 """
 
 from tinsmith.v1.checkpoint_service_pb2 import (
+    ArchivePiece,
     Checkpoint,
     CheckpointFile,
     CheckpointLimits,
@@ -26,6 +27,7 @@ from tinsmith.v1.checkpoint_service_pb2 import (
     DeleteCheckpointResponse,
     ExportCheckpointRequest,
     ExportCheckpointResponse,
+    ExportedArchive,
     ExportFormat,
     GetCheckpointRequest,
     GetCheckpointResponse,
@@ -135,6 +137,7 @@ from tinsmith.v1.types_pb2 import (
 
 __all__ = [
     "AdamParams",
+    "ArchivePiece",
     "BaseModel",
     "Checkpoint",
     "CheckpointFile",
@@ -169,6 +172,7 @@ __all__ = [
     "ExportCheckpointRequest",
     "ExportCheckpointResponse",
     "ExportFormat",
+    "ExportedArchive",
     "ForwardBackwardRequest",
     "ForwardBackwardResponse",
     "ForwardRequest",

@@ -717,9 +717,19 @@ class ReadCheckpointRequest(_message.Message):
 
     CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     FILE_NAMES_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     checkpoint_path: _builtins.str
     """Its path."""
+    offset: _builtins.int
+    """Bytes to leave out, counted over those files in the order of their names: what a reader has of a
+    stream that broke. Up to the size of all of them.
+    """
+    checkpoint_digest: _builtins.bytes
+    """Only this content: the `Checkpoint.digest` that the first stream said, 32 bytes; a name that means
+    something else by now is FAILED_PRECONDITION (CHECKPOINT_REPLACED). Must be set with `offset`.
+    """
     lease_id: _builtins.str
     """As in GetCheckpointRequest."""
     @_builtins.property
@@ -731,11 +741,13 @@ class ReadCheckpointRequest(_message.Message):
         *,
         checkpoint_path: _builtins.str = ...,
         file_names: _abc.Iterable[_builtins.str] | None = ...,
+        offset: _builtins.int = ...,
+        checkpoint_digest: _builtins.bytes = ...,
         lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "file_names", b"file_names", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "file_names", b"file_names", "lease_id", b"lease_id", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1118,19 +1130,27 @@ class ExportCheckpointRequest(_message.Message):
 
     CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     checkpoint_path: _builtins.str
     """Path of the checkpoint, of either kind."""
     format: Global___ExportFormat.ValueType
     """Format of the archive."""
+    offset: _builtins.int
+    """Bytes of the archive to leave out: those that a reader has of a stream that broke. Up to its size."""
+    checkpoint_digest: _builtins.bytes
+    """As in ReadCheckpointRequest."""
     def __init__(
         self,
         *,
         checkpoint_path: _builtins.str = ...,
         format: Global___ExportFormat.ValueType = ...,
+        offset: _builtins.int = ...,
+        checkpoint_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "format", b"format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "format", b"format", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1138,22 +1158,94 @@ Global___ExportCheckpointRequest: _TypeAlias = ExportCheckpointRequest  # noqa: 
 
 @_typing.final
 class ExportCheckpointResponse(_message.Message):
-    """The next bytes of the archive."""
+    """One message of an archive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    DATA_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
-    """At most 4 MiB."""
+    ARCHIVE_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def archive(self) -> Global___ExportedArchive:
+        """What is being sent."""
+
+    @_builtins.property
+    def piece(self) -> Global___ArchivePiece:
+        """The next bytes."""
+
     def __init__(
         self,
         *,
-        data: _builtins.bytes = ...,
+        archive: Global___ExportedArchive | None = ...,
+        piece: Global___ArchivePiece | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "content", b"content", "piece", b"piece"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "content", b"content", "piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["archive", "piece"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___ExportCheckpointResponse: _TypeAlias = ExportCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class ExportedArchive(_message.Message):
+    """An archive of a checkpoint. Equal content gives an archive of equal bytes, always."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    format: Global___ExportFormat.ValueType
+    """Its format."""
+    size_bytes: _builtins.int
+    """Its length in bytes, whatever `offset` left out."""
+    @_builtins.property
+    def checkpoint(self) -> Global___Checkpoint:
+        """What it is made of."""
+
+    def __init__(
+        self,
+        *,
+        format: Global___ExportFormat.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+        checkpoint: Global___Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "format", b"format", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ExportCheckpointResponse: _TypeAlias = ExportCheckpointResponse  # noqa: Y015
+Global___ExportedArchive: _TypeAlias = ExportedArchive  # noqa: Y015
+
+@_typing.final
+class ArchivePiece(_message.Message):
+    """The next bytes of an archive, following the piece before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where in the archive they go."""
+    data: _builtins.bytes
+    """At most `piece_bytes_max`."""
+    crc32: _builtins.int
+    """CRC-32 (IEEE 802.3, as in zlib) of `data`."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        crc32: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "data", b"data", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArchivePiece: _TypeAlias = ArchivePiece  # noqa: Y015

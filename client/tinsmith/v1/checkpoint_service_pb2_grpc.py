@@ -205,7 +205,11 @@ class CheckpointServiceServicer:
     def ReadCheckpoint(self, request, context):
         """Streams the files of a checkpoint: the checkpoint with its file list first, then pieces.
         Every file is verified against its digest as it is read; damage is DATA_LOSS
-        (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK.
+        (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK. One whose
+        stream broke goes on with `offset`: files that it has whole were verified, and of one that it has in
+        part the whole is verified again.
+        Errors: INVALID_ARGUMENT for an offset beyond the end, or without `checkpoint_digest`;
+        FAILED_PRECONDITION (CHECKPOINT_REPLACED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -251,8 +255,9 @@ class CheckpointServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportCheckpoint(self, request, context):
-        """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
-        Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
+        """Streams an archive of a checkpoint for use elsewhere, verified and resumed as in ReadCheckpoint.
+        Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds; those of
+        ReadCheckpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -87,7 +87,11 @@ class CheckpointServiceStub:
     ReadCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ReadCheckpointRequest, _checkpoint_service_pb2.ReadCheckpointResponse]
     """Streams the files of a checkpoint: the checkpoint with its file list first, then pieces.
     Every file is verified against its digest as it is read; damage is DATA_LOSS
-    (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK.
+    (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK. One whose
+    stream broke goes on with `offset`: files that it has whole were verified, and of one that it has in
+    part the whole is verified again.
+    Errors: INVALID_ARGUMENT for an offset beyond the end, or without `checkpoint_digest`;
+    FAILED_PRECONDITION (CHECKPOINT_REPLACED).
     """
     WriteCheckpoint: _grpc.StreamUnaryMultiCallable[_checkpoint_service_pb2.WriteCheckpointRequest, _checkpoint_service_pb2.WriteCheckpointResponse]
     """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
@@ -117,8 +121,9 @@ class CheckpointServiceStub:
     FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
     """
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]
-    """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
-    Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
+    """Streams an archive of a checkpoint for use elsewhere, verified and resumed as in ReadCheckpoint.
+    Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds; those of
+    ReadCheckpoint.
     """
 
 @_typing.type_check_only
@@ -180,7 +185,11 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     ReadCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ReadCheckpointRequest, _checkpoint_service_pb2.ReadCheckpointResponse]  # type: ignore[assignment]
     """Streams the files of a checkpoint: the checkpoint with its file list first, then pieces.
     Every file is verified against its digest as it is read; damage is DATA_LOSS
-    (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK.
+    (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK. One whose
+    stream broke goes on with `offset`: files that it has whole were verified, and of one that it has in
+    part the whole is verified again.
+    Errors: INVALID_ARGUMENT for an offset beyond the end, or without `checkpoint_digest`;
+    FAILED_PRECONDITION (CHECKPOINT_REPLACED).
     """
     WriteCheckpoint: _aio.StreamUnaryMultiCallable[_checkpoint_service_pb2.WriteCheckpointRequest, _checkpoint_service_pb2.WriteCheckpointResponse]  # type: ignore[assignment]
     """Writes a checkpoint: one header, pieces, one commit. Nothing is visible before the answer; a
@@ -210,8 +219,9 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
     """
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
-    """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
-    Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
+    """Streams an archive of a checkpoint for use elsewhere, verified and resumed as in ReadCheckpoint.
+    Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds; those of
+    ReadCheckpoint.
     """
 
 class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -312,7 +322,11 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_checkpoint_service_pb2.ReadCheckpointResponse], _abc.AsyncIterator[_checkpoint_service_pb2.ReadCheckpointResponse]]:
         """Streams the files of a checkpoint: the checkpoint with its file list first, then pieces.
         Every file is verified against its digest as it is read; damage is DATA_LOSS
-        (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK.
+        (CHECKPOINT_CORRUPT), and a reader must not use anything before the stream ended with OK. One whose
+        stream broke goes on with `offset`: files that it has whole were verified, and of one that it has in
+        part the whole is verified again.
+        Errors: INVALID_ARGUMENT for an offset beyond the end, or without `checkpoint_digest`;
+        FAILED_PRECONDITION (CHECKPOINT_REPLACED).
         """
 
     @_abc_1.abstractmethod
@@ -366,8 +380,9 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _checkpoint_service_pb2.ExportCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_checkpoint_service_pb2.ExportCheckpointResponse], _abc.AsyncIterator[_checkpoint_service_pb2.ExportCheckpointResponse]]:
-        """Streams an archive of a checkpoint for use elsewhere, verified as in ReadCheckpoint.
-        Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds.
+        """Streams an archive of a checkpoint for use elsewhere, verified and resumed as in ReadCheckpoint.
+        Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds; those of
+        ReadCheckpoint.
         """
 
 def add_CheckpointServiceServicer_to_server(servicer: CheckpointServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

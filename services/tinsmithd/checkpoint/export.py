@@ -4,6 +4,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 
 from tinsmithd.checkpoint.catalogue import Checkpoint
+from tinsmithd.checkpoint.segments import Segment
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.state import files as state_files
 
@@ -15,18 +16,18 @@ def exported_files(checkpoint: Checkpoint) -> list[str]:
     return [blob.name for blob in checkpoint.files if blob.name not in _OURS]
 
 
-def tar_of(files: Sequence[tuple[Blob, Iterator[bytes]]]) -> Iterator[bytes]:
-    """The archive of opened files, piece by piece: the same bytes every time, never held whole.
+def tar_of(files: Sequence[tuple[Blob, Iterator[bytes]]]) -> list[Segment]:
+    """The archive of opened files, never held whole: the same bytes for the same files, always.
 
-    Raises:
-        DataLoss: A file is not what was written (CHECKPOINT_CORRUPT).
+    Reading a file raises DataLoss where it is not what was written (CHECKPOINT_CORRUPT).
     """
+    segments: list[Segment] = []
     for blob, content in files:
         member = tarfile.TarInfo(blob.name)
         member.size = blob.size_bytes
         member.mode = 0o644
         # PAX differs from plain USTAR only for a file of 8 GiB or more.
-        yield member.tobuf(tarfile.PAX_FORMAT)
-        yield from content
-        yield b"\0" * (-blob.size_bytes % tarfile.BLOCKSIZE)
-    yield b"\0" * (2 * tarfile.BLOCKSIZE)
+        segments.append(Segment.of(member.tobuf(tarfile.PAX_FORMAT)))
+        segments.append(Segment(blob.size_bytes, content))
+        segments.append(Segment.of(b"\0" * (-blob.size_bytes % tarfile.BLOCKSIZE)))
+    return [*segments, Segment.of(b"\0" * (2 * tarfile.BLOCKSIZE))]

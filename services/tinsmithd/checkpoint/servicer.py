@@ -4,24 +4,27 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.rules import Header, Keeper, Write
+from tinsmithd.checkpoint.segments import Segment, check_offset, pieces_from
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
 from tinsmithd.convert.times import duration_to_pb, timestamp_to_pb, ttl_from_pb
 from tinsmithd.domain import DEFAULT_OWNER, CheckpointPath, content_digest
-from tinsmithd.errors import DataLoss, InvalidArgument, Reason
+from tinsmithd.errors import DataLoss, FailedPrecondition, InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.budget import Budget, Lease
 from tinsmithd.rpc.intake import off_loop
 from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
+
+T = TypeVar("T")
 
 PIECE_BYTES_MAX = 4 * 1024 * 1024
 PAGE_BYTES = 1024 * 1024
@@ -143,18 +146,20 @@ class CheckpointServicer(CheckpointServiceServicer):
         convert.check_count("file_names", request.file_names, "files_max", self._files_max)
         names = list(request.file_names)
         lease_id = convert.lease_id_from_pb(request.lease_id, "lease_id")
-        found, files = await asyncio.to_thread(
-            self._keeper.open, path, lambda found: names, lease_id
-        )
+        digest = _digest_of(request)
+
+        def chosen(found: Checkpoint) -> list[str]:
+            _check_digest(found, digest)
+            return names
+
+        found, files = await asyncio.to_thread(self._keeper.open, path, chosen, lease_id)
+        segments = [Segment(blob.size_bytes, content) for blob, content in files]
+        check_offset(segments, request.offset)
         yield pb.ReadCheckpointResponse(checkpoint=_to_pb(found))
-        for blob, content in files:
-            offset = 0
-            async for data in _threaded(content):
-                piece = pb.CheckpointPiece(
-                    file_name=blob.name, offset=offset, data=data, crc32=zlib.crc32(data)
-                )
-                yield pb.ReadCheckpointResponse(piece=piece)
-                offset += len(data)
+        async for index, offset, data in _threaded(pieces_from(segments, request.offset)):
+            name, crc32 = files[index][0].name, zlib.crc32(data)
+            piece = pb.CheckpointPiece(file_name=name, offset=offset, data=data, crc32=crc32)
+            yield pb.ReadCheckpointResponse(piece=piece)
 
     async def WriteCheckpoint(
         self, request_iterator: AsyncIterator[pb.WriteCheckpointRequest], context: Any
@@ -212,23 +217,60 @@ class CheckpointServicer(CheckpointServiceServicer):
         if request.format not in pb.ExportFormat.values():
             raise InvalidArgument("format", f"unknown format {request.format}")
 
+        digest = _digest_of(request)
+
         def chosen(found: Checkpoint) -> list[str]:
-            tuning = found.tuning
-            fits = pb.EXPORT_FORMAT_PEFT_TAR if tuning.is_adapter else pb.EXPORT_FORMAT_HF_TAR
+            _check_digest(found, digest)
+            fits = _format_of(found)
             if request.format not in (pb.EXPORT_FORMAT_UNSPECIFIED, fits):
-                message = f"{path} holds {tuning.noun}: ask for {pb.ExportFormat.Name(fits)}"
+                what = found.tuning.noun
+                message = f"{path} holds {what}: ask for {pb.ExportFormat.Name(fits)}"
                 raise InvalidArgument("format", message)
             return exported_files(found)
 
-        _, files = await asyncio.to_thread(self._keeper.open, path, chosen)
-        async for data in _threaded(tar_of(files)):
-            yield pb.ExportCheckpointResponse(data=data)
+        found, files = await asyncio.to_thread(self._keeper.open, path, chosen)
+        segments = tar_of(files)
+        size_bytes = check_offset(segments, request.offset)
+        archive = pb.ExportedArchive(
+            format=_format_of(found), size_bytes=size_bytes, checkpoint=_to_pb(found)
+        )
+        yield pb.ExportCheckpointResponse(archive=archive)
+        offset = request.offset
+        async for _, _, data in _threaded(pieces_from(segments, offset)):
+            piece = pb.ArchivePiece(offset=offset, data=data, crc32=zlib.crc32(data))
+            yield pb.ExportCheckpointResponse(piece=piece)
+            offset += len(data)
 
 
-async def _threaded(source: Iterator[bytes]) -> AsyncIterator[bytes]:
+def _format_of(found: Checkpoint) -> pb.ExportFormat.ValueType:
+    return pb.EXPORT_FORMAT_PEFT_TAR if found.tuning.is_adapter else pb.EXPORT_FORMAT_HF_TAR
+
+
+def _digest_of(request: pb.ReadCheckpointRequest | pb.ExportCheckpointRequest) -> bytes | None:
+    """The content that a reader means, which one that goes on has to say."""
+    digest = convert.digest_from_pb(request.checkpoint_digest, "checkpoint_digest")
+    if request.offset and digest is None:
+        text = "needed by offset"
+        raise InvalidArgument("checkpoint_digest", text, Reason.MISSING_FIELD)
+    return digest
+
+
+def _check_digest(found: Checkpoint, wanted: bytes | None) -> None:
+    if wanted is not None and _content_digest(found) != wanted:
+        raise FailedPrecondition(
+            f"{found.path} was replaced: it is not the content any more that was asked for",
+            Reason.CHECKPOINT_REPLACED,
+        )
+
+
+def _content_digest(checkpoint: Checkpoint) -> bytes:
+    return content_digest({blob.name: bytes.fromhex(blob.sha256) for blob in checkpoint.files})
+
+
+async def _threaded(source: Iterator[T]) -> AsyncIterator[T]:
     """Pull from a blocking iterator without blocking the event loop."""
-    while (data := await asyncio.to_thread(next, source, None)) is not None:
-        yield data
+    while (found := await asyncio.to_thread(next, source, None)) is not None:
+        yield found
 
 
 async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest], rank_max: int) -> Header:
@@ -342,7 +384,7 @@ def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
         user_metadata=checkpoint.user_metadata,
         step_count=checkpoint.step_count,
         ephemeral=checkpoint.ephemeral is not None,
-        digest=content_digest({blob.name: bytes.fromhex(blob.sha256) for blob in checkpoint.files}),
+        digest=_content_digest(checkpoint),
     )
     if checkpoint.expire_time_s is not None:
         message.expire_time.CopyFrom(timestamp_to_pb(checkpoint.expire_time_s))

@@ -1,0 +1,196 @@
+"""Long reads of checkpoints go on where they broke; what came before is not sent again."""
+
+import asyncio
+import io
+import tarfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from checkpoints import PATH, blobs, files, messages
+from cutting_proxy import CuttingProxy
+from tinsmith import _loop
+from tinsmith._connection import Connection
+from tinsmith._download import download
+from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmith.v1 import training_service_pb2
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.checkpoint.store import directory
+from tinsmithd.config import CheckpointConfig
+from wire import reason_and_field
+
+READ_BYTES = 1000
+"""Small pieces, so that a stream can break between any two of them."""
+
+
+class Served:
+    """A Checkpoint server with one checkpoint, and what a whole read and export of it give."""
+
+    def __init__(self, folder: Path, server: CheckpointServer) -> None:
+        self.folder = folder
+        self.address = f"127.0.0.1:{server.port}"
+        self.channel = grpc.aio.insecure_channel(self.address)
+        self.stub = CheckpointServiceStub(self.channel)
+        self.digest = b""
+
+    async def write(self, seed: int, **header: object) -> None:
+        written = await self.stub.WriteCheckpoint(messages(PATH, files(seed), **header))
+        self.digest = written.checkpoint.digest
+
+    async def read(self, offset: int = 0, digest: bytes | None = None) -> bytes:
+        """The bytes of all files after each other; each piece is where it says."""
+        digest = self.digest if digest is None else digest
+        request = pb.ReadCheckpointRequest(
+            checkpoint_path=PATH, offset=offset, checkpoint_digest=digest
+        )
+        found, starts = b"", {}
+        async for response in self.stub.ReadCheckpoint(request):
+            if response.HasField("checkpoint"):
+                total = 0
+                for file in response.checkpoint.files:
+                    starts[file.name], total = total, total + file.size_bytes
+            else:
+                piece = response.piece
+                assert starts[piece.file_name] + piece.offset == offset + len(found)
+                found += piece.data
+        return found
+
+    async def export(self, offset: int = 0, digest: bytes | None = None) -> bytes:
+        """The archive from an offset on."""
+        digest = self.digest if digest is None else digest
+        request = pb.ExportCheckpointRequest(
+            checkpoint_path=PATH, offset=offset, checkpoint_digest=digest
+        )
+        found, size = b"", -1
+        async for response in self.stub.ExportCheckpoint(request):
+            if response.HasField("archive"):
+                size = response.archive.size_bytes
+                assert response.archive.checkpoint.digest == self.digest
+            else:
+                assert response.piece.offset == offset + len(found)
+                found += response.piece.data
+        assert offset + len(found) == size
+        return found
+
+
+@pytest.fixture
+async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
+    monkeypatch.setattr(directory, "READ_BYTES", READ_BYTES)
+    config = CheckpointConfig(
+        listen_address="127.0.0.1:0", data_folder=str(tmp_path / "data"), stop_grace_s=1
+    )
+    server = CheckpointServer(config)
+    await server.start()
+    running = Served(tmp_path / "data", server)
+    await running.write(0)
+    yield running
+    await running.channel.close()
+    await server.stop()
+
+
+@pytest.mark.parametrize("what", ["read", "export"])
+async def test_a_read_goes_on_at_any_offset(served: Served, what: str) -> None:
+    """Within a file, between two, at the very end: the rest, and nothing else."""
+    get = getattr(served, what)
+    whole = await get()
+    sizes = [len(data) for _, data in sorted(files(0).items())]
+    for offset in (1, 511, 512, sizes[0], sizes[0] + 1, len(whole) // 2, len(whole) - 1):
+        assert await get(offset) == whole[offset:]
+    assert await get(len(whole)) == b""
+
+
+@pytest.mark.parametrize("what", ["read", "export"])
+async def test_what_cannot_be_gone_on_with_is_refused(served: Served, what: str) -> None:
+    """An offset beyond the end or without a digest, and other content under the name."""
+    get = getattr(served, what)
+    whole = await get()
+
+    async def refusal(*asked: object) -> tuple[str, str]:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await get(*asked)
+        return reason_and_field(error.value)
+
+    assert await refusal(len(whole) + 1) == ("INVALID_FIELD", "offset")
+    assert await refusal(-1) == ("INVALID_FIELD", "offset")
+    assert await refusal(1, b"") == ("MISSING_FIELD", "checkpoint_digest")
+    assert await refusal(1, b"x") == ("INVALID_FIELD", "checkpoint_digest")
+    old = served.digest
+    await served.write(1, overwrite=True)
+    assert await refusal(1, old) == ("CHECKPOINT_REPLACED", "")
+    assert await refusal(0, old) == ("CHECKPOINT_REPLACED", "")
+
+
+async def test_the_first_half_of_a_file_is_verified_with_its_second(served: Served) -> None:
+    """Damage before the offset is found, so that nobody joins two halves that do not fit."""
+    (blob,) = (
+        b
+        for b in blobs(served.folder)
+        if b.stat().st_size == max(each.stat().st_size for each in blobs(served.folder))
+    )
+    data = bytearray(blob.read_bytes())
+    data[0] ^= 1
+    blob.chmod(0o600)
+    blob.write_bytes(data)
+    names = sorted(files(0))
+    start = sum(
+        len(files(0)[name])
+        for name in names[: names.index(max(names, key=lambda name: len(files(0)[name])))]
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await served.read(start + len(data) // 2)
+    assert reason_and_field(error.value)[0] == "CHECKPOINT_CORRUPT"
+
+
+async def download_cut_in_the_middle(
+    served: Served, folder: Path, replace: bool = False
+) -> tuple[int, int]:
+    """Download through a proxy that cuts once; returns the archive's size, and what came after."""
+    size = len(await served.export())
+    with CuttingProxy(served.address) as proxy:
+        at_cut = 0
+
+        def cut(received: int) -> bool:
+            nonlocal at_cut
+            if at_cut or received < size // 2:
+                return False
+            at_cut = received
+            return True
+
+        proxy.cut_after = cut
+        connection = Connection("127.0.0.1:1")
+        found = training_service_pb2.GetCapabilitiesResponse(checkpoint_address=proxy.address)
+        connection._capabilities = found  # where the Checkpoint server is; there is no other
+        done = asyncio.wrap_future(_loop.run(download(connection, PATH, folder)))
+        while replace and not at_cut:
+            await asyncio.sleep(0)
+        if replace:
+            await served.write(1, overwrite=True)
+        await asyncio.wait_for(done, 30)
+        await asyncio.wrap_future(_loop.run(connection.close()))
+        assert proxy.cuts >= 1
+        return size, proxy.received - at_cut
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+async def unpacked(served: Served) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(await served.export())) as tar:
+        return {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+
+
+async def test_a_download_whose_connection_is_cut_goes_on(served: Served, tmp_path: Path) -> None:
+    """The files are whole, and less than the rest and a piece came a second time."""
+    size, after = await download_cut_in_the_middle(served, tmp_path / "got")
+    assert read_folder(tmp_path / "got") == await unpacked(served)
+    assert after < 0.75 * size
+
+
+async def test_a_download_never_mixes_two_contents(served: Served, tmp_path: Path) -> None:
+    """The name means something else when it goes on: that is what arrives, whole."""
+    await download_cut_in_the_middle(served, tmp_path / "got", replace=True)
+    assert read_folder(tmp_path / "got") == await unpacked(served)
