@@ -123,4 +123,4 @@ def test_the_client_sends_a_large_call_once(cluster: RunningCluster, stubs: Clus
         assert len(result.loss_fn_outputs) == LARGE
         assert proxy.cuts
         assert proxy.sent - before < 20_000
-        made.close()
+        stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=made.model_id))
