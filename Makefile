@@ -17,6 +17,7 @@ DOCKER ?= docker
 IMAGE_ARGS ?=
 IMAGES := training checkpoint trainer sampler
 PROTO_SERVICES := $(shell cd protos && find tinsmith -name '*_service.proto' | sort)
+GOLDEN := protos/golden/tinsmith_v1.txtpb
 PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
@@ -108,9 +109,11 @@ gpu: setup ## The engine on a GPU
 bench-gpu: setup ## Rows G1 and G2, on a GPU; SHAPE=4b is the larger model
 	PYTHONPATH=tests $(BIN)/python tests/gpu/bench_gpu.py --out $(BENCH_OUT) --pairs $(PAIRS) --shape $(SHAPE)
 
-protos: setup ## Regenerate what is made of protos/: stubs, reasons, docs/errors.md
+protos: setup ## Regenerate what is made of protos/: stubs, reasons, docs/errors.md, the golden contract
+	$(call breaking)
 	$(call generate,client)
 	$(call modules,.)
+	$(call golden,$(GOLDEN))
 
 settings: setup ## Write docs/settings.md from the settings
 	$(BIN)/python -m tinsmithd.config.page docs/settings.md
@@ -119,6 +122,9 @@ protos-check: setup ## Fail when what is committed is not what protos/ generates
 	rm -rf build/protos && mkdir -p build/protos/client
 	$(call generate,build/protos/client)
 	$(call modules,build/protos)
+	$(call breaking)
+	$(call golden,build/golden.txtpb)
+	diff -q build/golden.txtpb $(GOLDEN) || { echo "run 'make protos' and commit the result"; exit 1; }
 	cd build/protos && find . -name '*.py*' -o -name '*.md' | sort | while read -r f; do \
 	  diff -q "$$f" "../../$$f" || { echo "run 'make protos' and commit the result"; exit 1; }; done
 
@@ -130,6 +136,16 @@ define generate
 	  --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	  --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SERVICES)
+endef
+
+# What v1 was may only grow. A change that breaks it on purpose, before a release, deletes the golden
+# file first, and the diff shows that.
+define breaking
+	if [ -e $(GOLDEN) ]; then cd protos && $(abspath $(BIN))/buf breaking --path tinsmith/v1 --against $(abspath $(GOLDEN)); fi
+endef
+
+define golden
+	cd protos && $(abspath $(BIN))/buf build --path tinsmith/v1 --exclude-source-info -o $(abspath $(1))
 endef
 
 define modules

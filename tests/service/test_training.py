@@ -385,6 +385,28 @@ def test_malformed_streams(stubs: Cluster, cluster: RunningCluster, model: pb.Mo
     assert forward_backward(stubs, call(model.model_id))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_id", "m"),
+        ("seq_id", 1),
+        ("loss_fn", CROSS_ENTROPY),
+        ("tensor_format", pb.TensorFormat.TENSOR_FORMAT_PACKED),
+    ],
+)
+def test_a_field_of_the_header_in_a_later_message_is_refused(
+    stubs: Cluster, model: pb.Model, field: str, value: Any
+) -> None:
+    """By its name, with data or without, and nothing was done; the number is used (ADR 17)."""
+    for seq_id, data in enumerate(([], [datum()]), 1):
+        later = pb.ForwardBackwardRequest(data=data, **{field: value})
+        with pytest.raises(grpc.RpcError) as refusal:
+            forward_backward(stubs, call(model.model_id, seq_id), later)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason_and_field(refusal.value) == ("MALFORMED_STREAM", field)
+    assert stubs.training.OptimStep(step(model.model_id, 3)).metrics["grad_norm:last"] == 0
+
+
 def _bad_unary(stubs: Cluster, model_id: str) -> dict[str, tuple[Callable[[], Any], str, str]]:
     training = stubs.training
 
