@@ -3,7 +3,13 @@
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
+
+from tinsmith.internal.v1.trainer_link_service_pb2 import Failed
+from tinsmith.status import status_of
+from tinsmithd.errors import TinsmithError
+from tinsmithd.rpc.status import from_status
 
 
 def reason_and_field(error: grpc.RpcError) -> tuple[str, str]:
@@ -20,14 +26,17 @@ def reason_and_field(error: grpc.RpcError) -> tuple[str, str]:
     return info.reason, bad.field_violations[0].field if bad.field_violations else ""
 
 
-def _from_aio(error: grpc.RpcError):
-    from google.rpc import status_pb2
+def _from_aio(error: grpc.RpcError) -> Status:
+    status = status_of(error)
+    assert status is not None, f"{error.code()} has no details: {error.details()}"
+    return status
 
-    assert isinstance(error, grpc.aio.AioRpcError)
-    for key, value in error.trailing_metadata():
-        if key == "grpc-status-details-bin":
-            return status_pb2.Status.FromString(value)
-    raise AssertionError(f"{error.code()} has no details: {error.details()}")
+
+def error_in(failed: Failed) -> TinsmithError:
+    """The error that a rank says; fails the test where it is none of ours."""
+    error = from_status(Status.FromString(failed.status))
+    assert error is not None, failed
+    return error
 
 
 def limit_values(limits: Message) -> dict[str, float]:

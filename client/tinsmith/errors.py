@@ -26,13 +26,12 @@ InvalidArgumentError, FailedPreconditionError, DataLossError and InternalError a
 RequestFailedErrors: that is what Tinker raises for a call that failed on the service.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 
-_DETAILS_KEY = "grpc-status-details-bin"
+from tinsmith.status import read_status, status_of
 
 
 class TinsmithError(Exception):
@@ -45,6 +44,7 @@ class TinsmithError(Exception):
         request_id: What the server's log calls this failure; may be empty.
         code: The gRPC status code, or None for what the client itself found.
         retry_after_s: Seconds after which the same call can succeed, where the server says so.
+        metadata: Values that the message also shows, such as `limit` and `value`.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class TinsmithError(Exception):
         request_id: str = "",
         code: grpc.StatusCode | None = None,
         retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -64,6 +65,7 @@ class TinsmithError(Exception):
         self.request_id = request_id
         self.code = code
         self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
 
     def __str__(self) -> str:
         return self.message
@@ -226,22 +228,20 @@ _CLASSES: dict[grpc.StatusCode, type[TinsmithError]] = {
 def from_rpc_error(error: grpc.RpcError) -> TinsmithError:
     """What a stub raised, as one of the classes above. Works with sync and async stubs."""
     code: grpc.StatusCode = error.code()
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    trailing: Any = error.trailing_metadata() or ()
-    for key, value in trailing:
-        if key == _DETAILS_KEY:
-            for detail in status_pb2.Status.FromString(value).details:
-                for message in (info, retry):
-                    if detail.Is(message.DESCRIPTOR):
-                        detail.Unpack(message)
-    delay: Duration = retry.retry_delay
-    return _CLASSES.get(code, InternalError)(
-        error.details() or code.name,
-        reason=info.reason,
-        field=info.metadata.get("field", ""),
-        request_id=info.metadata.get("request_id", ""),
+    message = error.details() or code.name
+    cls = _CLASSES.get(code, InternalError)
+    status = status_of(error)
+    if status is None:
+        return cls(message, code=code)
+    refusal = read_status(status)
+    return cls(
+        message,
+        reason=refusal.reason,
+        field=refusal.field,
+        request_id=refusal.request_id,
         code=code,
-        retry_after_s=delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
+        retry_after_s=refusal.retry_after_s,
+        metadata=refusal.metadata,
     )
 
 

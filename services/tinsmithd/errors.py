@@ -87,6 +87,37 @@ class InvalidArgument(TinsmithError):
         super().__init__(text, reason, field=field, metadata=metadata)
 
 
+def rebuilt(
+    cls: type[TinsmithError],
+    message: str,
+    reason: Reason,
+    *,
+    field: str,
+    retry_after_s: float | None,
+    metadata: Mapping[str, str],
+) -> TinsmithError:
+    """An error that was said or written down before, as the one that it was.
+
+    Args:
+        cls: Its class.
+        message: Its whole message, which begins with the field where there is one.
+        reason: Its reason.
+        field: Its field.
+        retry_after_s: Its delay.
+        metadata: Its metadata.
+    """
+    error: TinsmithError
+    if cls is Internal:
+        return Internal(message)
+    if cls is InvalidArgument:
+        error = InvalidArgument("", message, reason, metadata=metadata)
+        error.retry_after_s = retry_after_s
+    else:
+        error = cls(message, reason, retry_after_s=retry_after_s, metadata=metadata)
+    error.field = field
+    return error
+
+
 def over_limit(field: str, limit: str, value: int, most: int) -> InvalidArgument:
     """The refusal of a call that is over a named limit by itself (LIMIT_EXCEEDED).
 

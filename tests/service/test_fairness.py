@@ -40,7 +40,7 @@ from tinsmithd.modeling.base import load_base
 from tinsmithd.trainer.commands import Commands
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, OnOutput
 from tinsmithd.trainer.engines.reference import ReferenceEngine
-from wire import reason_and_field
+from wire import error_in, reason_and_field
 
 QUANTUM_TOKENS = 64
 UNLUCKY_TOKEN = 299
@@ -207,7 +207,10 @@ def test_an_engine_that_fails_within_a_part_keeps_what_waited(
         assert compute("failing", bad, link_pb.BATCH_PLACE_LATER) == "failed"
     else:
         assert compute("failing", bad, link_pb.BATCH_PLACE_FIRST) == "failed"
-    assert (answers[-1].failed.error, answers[-1].failed.model_broken) == ("Internal", False)
+    assert (error_in(answers[-1].failed).reason, answers[-1].failed.model_broken) == (
+        "INTERNAL",
+        "",
+    )
     adam = link_pb.OptimStep(adam_params=ADAM)
     calm, failing = [dict(apply(m, optim_step=adam).done.metrics) for m in ("calm", "failing")]
     assert calm == failing

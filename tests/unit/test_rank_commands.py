@@ -15,6 +15,7 @@ from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1.training_service_pb2 import DatumOutput
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig, ModelState, Tuning
+from tinsmithd.errors import Internal, InvalidArgument
 from tinsmithd.state import files as state_files
 from tinsmithd.state.tensors import MOMENTS
 from tinsmithd.trainer.commands import Commands
@@ -26,6 +27,7 @@ from tinsmithd.trainer.engines.interface import (
     OnOutput,
 )
 from tinsmithd.trainer.state_sender import COPIES_MAX, PIECE_BYTES_MAX
+from wire import error_in
 
 LORA = LoraConfig(rank=2)
 BREAKING_STEP = pb.AttachResponse(
@@ -137,8 +139,9 @@ def test_a_composition_that_does_not_fit_is_a_refusal(engine: Pretender, ranks: 
     answers: list[pb.AttachRequest] = []
     commands_on(engine, world_size=ranks).apply(compute(b"of another call"), answers.append)
     (answer,) = answers
-    assert (answer.failed.error, answer.failed.field) == ("InvalidArgument", "composition")
-    assert "it does not fit" in answer.failed.message
+    error = error_in(answer.failed)
+    assert (type(error), error.field) == (InvalidArgument, "composition")
+    assert "it does not fit" in error.message
 
 
 def test_a_model_that_breaks_is_dropped_and_said_to_be(engine: Pretender) -> None:
@@ -146,7 +149,7 @@ def test_a_model_that_breaks_is_dropped_and_said_to_be(engine: Pretender) -> Non
     answers: list[pb.AttachRequest] = []
     commands_on(engine, world_size=1).apply(BREAKING_STEP, answers.append)
     (answer,) = answers
-    assert (answer.failed.model_broken, answer.failed.message) == (True, "half-way")
+    assert (answer.failed.model_broken, answer.failed.status) == ("half-way", b"")
     assert engine.deleted == ["m"]
 
 
@@ -253,7 +256,7 @@ def test_a_snapshot_that_fails_says_so(engine: Pretender, monkeypatch: pytest.Mo
     commands, later, answers = commands_on(engine, world_size=1), Later(), list[pb.AttachRequest]()
     later.go.set()
     commands.apply(snapshot(1, "absent"), answers.append, later)
-    assert answers[-1].failed.error == "Internal"
+    assert type(error_in(answers[-1].failed)) is Internal
 
     def break_off(state: ModelState, bytes_max: int) -> Any:
         yield "f", b"1"
@@ -264,7 +267,7 @@ def test_a_snapshot_that_fails_says_so(engine: Pretender, monkeypatch: pytest.Mo
     assert answers[-1].HasField("copied")
     later.wait()
     assert [m.WhichOneof("content") for m in later.messages] == ["piece", "failed"]
-    assert later.messages[-1].failed.error == "Internal"
+    assert type(error_in(later.messages[-1].failed)) is Internal
     monkeypatch.undo()
     later.ended.clear()
     for command_id in range(3, 3 + COPIES_MAX):

@@ -3,17 +3,21 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2
 
 import tinsmithd
+from tinsmith import errors as client_errors
 from tinsmith.v1 import error_reason_pb2
 from tinsmithd import errors
 from tinsmithd.errors import Reason
 from tinsmithd.reasons import RULES
-from tinsmithd.rpc.status import from_rpc_error, to_status
+from tinsmithd.rpc.status import from_rpc_error, from_status, to_status
+from tinsmithd.trainer.answers import failed
+from wire import error_in
 
 CLASSES = {
     "InvalidArgument": "INVALID_ARGUMENT",
@@ -106,8 +110,14 @@ def test_the_code_refuses_as_the_table_says() -> None:
 class Failure(grpc.RpcError):
     """What a stub raises."""
 
-    def __init__(self, status: object) -> None:
+    def __init__(self, status: Any) -> None:
         self._status = status
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode[code_pb2.Code.Name(self._status.code)]
+
+    def details(self) -> str:
+        return str(self._status.message)
 
     def trailing_metadata(self) -> object:
         return (("grpc-status-details-bin", self._status.SerializeToString()),)
@@ -137,3 +147,19 @@ def test_an_error_comes_through_two_servers_unchanged(reason: Reason) -> None:
     assert retry.HasField("retry_delay") == (rule.retry != "never")
     again = from_rpc_error(Failure(status), Reason.CHECKPOINT_UNAVAILABLE)
     assert (to_status(again, "id"), type(again)) == (status, cls)
+    # A rank says it to its Training server, and that one to the caller.
+    from_rank = error_in(failed(error))
+    assert (to_status(from_rank, "id"), type(from_rank)) == (status, cls)
+    raised = client_errors.from_rpc_error(Failure(status))
+    assert (raised.reason, raised.field, raised.request_id) == (reason, error.field, "id")
+    assert raised.metadata == ({} if cls is errors.Internal else metadata)
+    assert raised.retry_after_s == error.retry_after_s
+    assert raised.code is grpc.StatusCode[rule.status]
+
+
+def test_a_reason_with_another_reasons_code_is_nobodys() -> None:
+    """Whoever says so is no Tinsmith server, and its delay is not that of the reason."""
+    status = to_status(errors.NotFound("no", Reason.MODEL_NOT_FOUND), "id")
+    status.code = code_pb2.UNAVAILABLE
+    assert from_status(status) is None
+    assert type(from_rpc_error(Failure(status), Reason.CHECKPOINT_UNAVAILABLE)) is errors.Internal

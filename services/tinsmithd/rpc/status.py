@@ -1,15 +1,15 @@
 """The one table from domain errors to gRPC statuses, and back for server-to-server calls."""
 
-from typing import Any
-
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from tinsmith.status import DOMAIN, read_status, status_of
 from tinsmithd import errors
 from tinsmithd.errors import Reason, TinsmithError
+from tinsmithd.reasons import RULES
 
 _CODES: dict[type[TinsmithError], int] = {
     errors.InvalidArgument: code_pb2.INVALID_ARGUMENT,
@@ -22,8 +22,8 @@ _CODES: dict[type[TinsmithError], int] = {
     errors.Internal: code_pb2.INTERNAL,
 }
 _CLASSES = {code: cls for cls, code in _CODES.items()}
-DOMAIN = "tinsmith"
-DETAILS_KEY = "grpc-status-details-bin"
+RETRY_AFTER_S_MAX = 3600.0
+"""Of a delay that another process asks for."""
 
 
 def to_status(error: TinsmithError, request_id: str) -> status_pb2.Status:
@@ -50,6 +50,29 @@ def to_status(error: TinsmithError, request_id: str) -> status_pb2.Status:
     return status_pb2.Status(code=_CODES[type(error)], message=message, details=packed)
 
 
+def from_status(status: status_pb2.Status) -> TinsmithError | None:
+    """Read what `to_status` wrote; None where no Tinsmith server wrote it: the reason is unknown,
+    or is one of another code."""
+    refusal = read_status(status)
+    cls = _CLASSES.get(status.code)
+    if cls is None or refusal.domain != DOMAIN or refusal.reason not in set(Reason):
+        return None
+    reason = Reason(refusal.reason)
+    if RULES[reason].status != code_pb2.Code.Name(status.code):
+        return None
+    if cls is errors.Internal:
+        return errors.Internal()  # its message has the other server's request id
+    delay_s = refusal.retry_after_s
+    return errors.rebuilt(
+        cls,
+        refusal.message,
+        reason,
+        field=refusal.field,
+        retry_after_s=None if delay_s is None else min(max(delay_s, 0.0), RETRY_AFTER_S_MAX),
+        metadata=refusal.metadata,
+    )
+
+
 def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
     """Read another Tinsmith server's error, so that it can be raised here as the same class.
 
@@ -57,11 +80,7 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
         error: What a stub raised.
         unreachable: Reason to give when the server did not answer at all.
     """
-    status = None
-    trailing: Any = error.trailing_metadata() or ()
-    for key, value in trailing:
-        if key == DETAILS_KEY:
-            status = status_pb2.Status.FromString(value)
+    status = status_of(error)
     if status is None:
         code = error.code() if hasattr(error, "code") else None
         server = unreachable.removesuffix("_UNAVAILABLE").capitalize()
@@ -69,25 +88,7 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
             f"the {server} server does not answer ({code.name if code else type(error).__name__})"
         )
         return errors.Unavailable(text, unreachable, retry_after_s=1.0)
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    for detail in status.details:
-        for message in (info, retry):
-            if detail.Is(message.DESCRIPTOR):
-                detail.Unpack(message)
-    cls = _CLASSES.get(status.code, errors.Internal)
-    if cls is errors.Internal or info.domain != DOMAIN or info.reason not in set(Reason):
-        return errors.Internal()
-    kept = {k: v for k, v in info.metadata.items() if k not in ("request_id", "field")}
-    if cls is errors.InvalidArgument:
-        rebuilt: TinsmithError = errors.InvalidArgument(
-            "", status.message, Reason(info.reason), metadata=kept
-        )
-    else:
-        rebuilt = cls(status.message, Reason(info.reason), metadata=kept)
-    rebuilt.field = info.metadata.get("field", "")
-    if retry.HasField("retry_delay"):
-        rebuilt.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
-    return rebuilt
+    return from_status(status) or errors.Internal()
 
 
 def _pack(message: Message) -> any_pb2.Any:

@@ -4,6 +4,7 @@ from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import TinsmithError
+from tinsmithd.rpc.status import to_status
 
 
 def done_with(state: ModelState) -> pb.Done:
@@ -13,9 +14,4 @@ def done_with(state: ModelState) -> pb.Done:
 
 def failed(error: TinsmithError) -> pb.Failed:
     """The command had no effect."""
-    return pb.Failed(
-        error=type(error).__name__,
-        reason=str(error.reason),
-        message=error.message,
-        field=error.field,
-    )
+    return pb.Failed(status=to_status(error, "").SerializeToString(deterministic=True))

@@ -98,7 +98,7 @@ class Commands:
                 raise
             self._engines.delete_model(command.model_id)
             self._model_ids.discard(command.model_id)
-            answer.failed.CopyFrom(pb.Failed(message=str(error), model_broken=True))
+            answer.failed.CopyFrom(pb.Failed(model_broken=str(error) or type(error).__name__))
         except Exception:
             if self._world_size > 1:
                 raise

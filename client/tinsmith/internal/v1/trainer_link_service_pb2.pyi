@@ -409,33 +409,23 @@ class Failed(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ERROR_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    MESSAGE_FIELD_NUMBER: _builtins.int
-    FIELD_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     MODEL_BROKEN_FIELD_NUMBER: _builtins.int
-    error: _builtins.str
-    """Name of the error class in tinsmithd.errors."""
-    reason: _builtins.str
-    """Its reason."""
-    message: _builtins.str
-    """Its message."""
-    field: _builtins.str
-    """Its field, if one is to blame."""
-    model_broken: _builtins.bool
-    """The model's state is half-changed and must not be used."""
+    status: _builtins.bytes
+    """Why: a serialized google.rpc.Status, as a server of `tinsmith.v1` sends it. Empty with
+    `model_broken`.
+    """
+    model_broken: _builtins.str
+    """The model's state is half-changed and must not be used: why, for a person."""
     def __init__(
         self,
         *,
-        error: _builtins.str = ...,
-        reason: _builtins.str = ...,
-        message: _builtins.str = ...,
-        field: _builtins.str = ...,
-        model_broken: _builtins.bool = ...,
+        status: _builtins.bytes = ...,
+        model_broken: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "field", b"field", "message", b"message", "model_broken", b"model_broken", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_broken", b"model_broken", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

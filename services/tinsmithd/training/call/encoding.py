@@ -12,7 +12,7 @@ from typing import Any
 
 from tinsmithd import errors
 from tinsmithd.domain import AdamParams, CheckpointPath
-from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
+from tinsmithd.errors import Reason, TinsmithError
 from tinsmithd.training.call.answer import CallKind, StoredAnswer
 from tinsmithd.training.call.work import (
     ComputeWork,
@@ -127,16 +127,11 @@ def _error_to_json(error: TinsmithError) -> dict[str, Any]:
 
 
 def _error_from_json(values: Mapping[str, Any]) -> TinsmithError:
-    cls: Any = getattr(errors, values["class"])
-    if cls is Internal:
-        return Internal(values["message"])
-    reason = Reason(values["reason"])
-    rest = {"metadata": values["metadata"]}
-    if cls is InvalidArgument:
-        # The message begins with the field already.
-        error: TinsmithError = InvalidArgument("", values["message"], reason, **rest)
-        error.field = values["field"]
-        return error
-    error = cls(values["message"], reason, retry_after_s=values["retry_after_s"], **rest)
-    error.field = values["field"]
-    return error
+    return errors.rebuilt(
+        getattr(errors, values["class"]),
+        values["message"],
+        Reason(values["reason"]),
+        field=values["field"],
+        retry_after_s=values["retry_after_s"],
+        metadata=values["metadata"],
+    )

@@ -11,11 +11,15 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
+from google.protobuf.message import DecodeError
+from google.rpc.status_pb2 import Status
+
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
-from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError
+from tinsmithd.errors import TinsmithError
 from tinsmithd.files import is_plain_name
+from tinsmithd.rpc.status import from_status
 from tinsmithd.text import bounded
 from tinsmithd.training.call import BatchPlace, ComputeWork
 from tinsmithd.training.ranks.claims import GroupClaim
@@ -39,7 +43,6 @@ MESSAGE_BYTES_MAX = 1024
 OnReply = Callable[[pb.AttachRequest], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
-_ERRORS = {cls.__name__: cls for cls in TinsmithError.__subclasses__()}
 _PLACES = {
     BatchPlace.WHOLE: pb.BATCH_PLACE_UNSPECIFIED,
     BatchPlace.FIRST: pb.BATCH_PLACE_FIRST,
@@ -295,20 +298,12 @@ class AttachedRankGroup:
 
     def _failure(self, failed: pb.Failed) -> Exception:
         if failed.model_broken:
-            return ModelBroken(bounded(failed.message, MESSAGE_BYTES_MAX))
-        cls = _ERRORS.get(failed.error)
-        if cls is None or failed.reason not in list(Reason):
-            return self._nonsense(f"error {failed.error!r} for reason {failed.reason!r}")
-        if cls is Internal:
-            return Internal()
-        reason = Reason(failed.reason)
-        message = bounded(failed.message, MESSAGE_BYTES_MAX)
-        if cls is InvalidArgument:
-            error: TinsmithError = cls("", message, reason)
-        else:
-            error = cls(message, reason)
-        error.field = failed.field
-        return error
+            return ModelBroken(bounded(failed.model_broken, MESSAGE_BYTES_MAX))
+        try:
+            error = from_status(Status.FromString(failed.status))
+        except DecodeError:
+            error = None
+        return error or self._nonsense(f"a failure {failed.status[:NONSENSE_BYTES_MAX]!r}")
 
     def _state_info(self, done: pb.Done) -> StateInfo:
         try:
