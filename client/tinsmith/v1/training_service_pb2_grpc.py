@@ -268,7 +268,7 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForwardBackward(self, request_iterator, context):
-        """Like Forward, and adds the gradient of the summed loss to the model's waiting gradients.
+        """Like Forward, and adds the gradient of the summed loss to the model's pending gradients.
         Any number of calls may be made before OptimStep; on an error nothing was added.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -276,7 +276,7 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OptimStep(self, request, context):
-        """Applies one optimizer step with the waiting gradients and clears them.
+        """Applies one optimizer step with the pending gradients and clears them.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
         (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
         call brought them); DATA_LOSS.
@@ -298,7 +298,7 @@ class TrainingServiceServicer:
 
     def LoadCheckpoint(self, request, context):
         """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-        and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+        and drops pending gradients. On an error the model is as before. While the Checkpoint server gives
         it the model's later calls wait, and nobody else's.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
         (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED

@@ -132,11 +132,11 @@ class TrainingServiceStub:
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
     """
     ForwardBackward: _grpc.StreamStreamMultiCallable[_training_service_pb2.ForwardBackwardRequest, _training_service_pb2.ForwardBackwardResponse]
-    """Like Forward, and adds the gradient of the summed loss to the model's waiting gradients.
+    """Like Forward, and adds the gradient of the summed loss to the model's pending gradients.
     Any number of calls may be made before OptimStep; on an error nothing was added.
     """
     OptimStep: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]
-    """Applies one optimizer step with the waiting gradients and clears them.
+    """Applies one optimizer step with the pending gradients and clears them.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
     (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
     call brought them); DATA_LOSS.
@@ -150,7 +150,7 @@ class TrainingServiceStub:
     """
     LoadCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.LoadCheckpointRequest, _training_service_pb2.LoadCheckpointResponse]
     """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-    and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+    and drops pending gradients. On an error the model is as before. While the Checkpoint server gives
     it the model's later calls wait, and nobody else's.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
     (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
@@ -272,11 +272,11 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (MODEL_LOST).
     """
     ForwardBackward: _aio.StreamStreamMultiCallable[_training_service_pb2.ForwardBackwardRequest, _training_service_pb2.ForwardBackwardResponse]  # type: ignore[assignment]
-    """Like Forward, and adds the gradient of the summed loss to the model's waiting gradients.
+    """Like Forward, and adds the gradient of the summed loss to the model's pending gradients.
     Any number of calls may be made before OptimStep; on an error nothing was added.
     """
     OptimStep: _aio.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]  # type: ignore[assignment]
-    """Applies one optimizer step with the waiting gradients and clears them.
+    """Applies one optimizer step with the pending gradients and clears them.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
     (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
     call brought them); DATA_LOSS.
@@ -290,7 +290,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.LoadCheckpointRequest, _training_service_pb2.LoadCheckpointResponse]  # type: ignore[assignment]
     """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-    and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+    and drops pending gradients. On an error the model is as before. While the Checkpoint server gives
     it the model's later calls wait, and nobody else's.
     Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
     (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
@@ -451,7 +451,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_training_service_pb2.ForwardBackwardRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_service_pb2.ForwardBackwardResponse], _abc.AsyncIterator[_training_service_pb2.ForwardBackwardResponse]]:
-        """Like Forward, and adds the gradient of the summed loss to the model's waiting gradients.
+        """Like Forward, and adds the gradient of the summed loss to the model's pending gradients.
         Any number of calls may be made before OptimStep; on an error nothing was added.
         """
 
@@ -461,7 +461,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.OptimStepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.OptimStepResponse, _abc.Awaitable[_training_service_pb2.OptimStepResponse]]:
-        """Applies one optimizer step with the waiting gradients and clears them.
+        """Applies one optimizer step with the pending gradients and clears them.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
         (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
         call brought them); DATA_LOSS.
@@ -487,7 +487,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.LoadCheckpointResponse, _abc.Awaitable[_training_service_pb2.LoadCheckpointResponse]]:
         """Replaces the model's weights, and optionally its optimizer state, by a TRAINING checkpoint's
-        and drops waiting gradients. On an error the model is as before. While the Checkpoint server gives
+        and drops pending gradients. On an error the model is as before. While the Checkpoint server gives
         it the model's later calls wait, and nobody else's.
         Errors: NOT_FOUND (MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); FAILED_PRECONDITION
         (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT); DATA_LOSS (CHECKPOINT_CORRUPT); RESOURCE_EXHAUSTED
