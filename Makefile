@@ -153,5 +153,6 @@ define modules
 	$(BIN)/python -m grpc_tools.protoc -I protos --include_imports --include_source_info \
 	  --descriptor_set_out=build/descriptors.binpb $(PROTOS)
 	PYTHONPATH= $(BIN)/python protos/make_modules.py build/descriptors.binpb $(1)
+	$(BIN)/ruff check --quiet --fix --select I,RUF022 $(1)/client/tinsmith/v1/__init__.py
 	$(BIN)/ruff format --quiet $(1)/services/tinsmithd/reasons.py $(1)/client/tinsmith/v1/__init__.py
 endef
