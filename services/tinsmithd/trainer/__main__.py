@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 Words = list[Callable[[], None]]
-"""What to say before the end."""
+"""Calls to make before the process ends."""
 
 
 def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
-    # Heavy imports come after the settings were checked.
+    # Wrong settings must be found before heavy imports take their seconds.
     import torch
 
     from tinsmithd.trainer import link
@@ -84,12 +84,12 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
 def _end(status: int, farewells: Sequence[Callable[[], None]]) -> NoReturn:
     for farewell in farewells:
         farewell()
-    # Not by way of the interpreter's end, where threads of the process group could abort.
+    # At the interpreter's own end, threads of the process group could abort.
     os._exit(status)
 
 
 def _end_on_signals(last_words: Words, farewells: Words) -> None:
-    """Let SIGTERM and Ctrl-C end this process at once, after a goodbye to server and other ranks.
+    """Let SIGTERM and Ctrl-C end this process after a goodbye to the server and the other ranks.
 
     Python's own handlers run in the main thread, which may be waiting in a collective for ever.
     """
@@ -107,7 +107,7 @@ def _end_on_signals(last_words: Words, farewells: Words) -> None:
 
 
 def _die_with_parent(config: TrainerConfig) -> None:
-    """Leave no orphan: not even a stopped process outlives who started it.
+    """Let this process end with the one that started it, even while it is stopped.
 
     Only Linux can do this; elsewhere a rank finds out by its heartbeat.
     """
@@ -115,7 +115,7 @@ def _die_with_parent(config: TrainerConfig) -> None:
     if sys.platform == "linux" and (started_by_torchrun or config.live_with_pid == os.getppid()):
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before that
+        if os.getppid() != parent:  # the parent ended before that
             os._exit(EXIT_GROUP_LOST)
 
 
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def _end_among_others(error: Exception) -> None:
-    """End a rank of several at once: in what state the others are is unknown."""
+    """End a rank of several at once, since the state of the others is unknown."""
     from tinsmithd.trainer.process_group import distributed
 
     rank, _ = distributed.rank_and_world_size()

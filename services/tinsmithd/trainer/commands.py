@@ -1,4 +1,4 @@
-"""Carries out the Training server's commands on an engine: the same on every rank.
+"""Carries out the Training server's commands, the same ones on every rank.
 
 Rank 0 answers through `reply`; the others do the same work and say nothing.
 """
@@ -29,7 +29,7 @@ from tinsmithd.trainer.engines.registry import Engines
 from tinsmithd.trainer.state_sender import Later, StateSender
 
 RANK_MAX = 1 << 30
-"""The Training server has checked the rank."""
+"""No bound: the Training server has checked the rank of an adapter."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ Reply = Callable[[pb.AttachRequest], None]
 
 @dataclass(frozen=True)
 class _Replies:
-    """Where answers go: at once, or when nothing else is to be sent."""
+    """Where answers go: `now` sends at once, `later` when nothing else is to be sent."""
 
     now: Reply
     later: Later
@@ -50,7 +50,7 @@ class Commands:
     Args:
         engines: The engines.
         world_size: Number of ranks.
-        rank: This one; only rank 0 sends states.
+        rank: Number of this rank; only rank 0 sends states.
     """
 
     def __init__(self, engines: Engines, *, world_size: int, rank: int = 0) -> None:
@@ -74,11 +74,11 @@ class Commands:
         Args:
             command: The command.
             reply: Takes the answers.
-            later: Takes those that have time; without it they go to `reply`, too.
+            later: Takes the answers that have time; None sends them to `reply`, too.
 
         Raises:
-            Exception: Something unexpected, or a model that broke, with more than one rank: they
-                may no longer be in step, so the group must end and start again.
+            Exception: Something unexpected happened, or a model broke, and there are several ranks.
+                They may no longer be in step, so the group must end and start again.
         """
         case = command.WhichOneof("command")
         if case == "piece":
@@ -142,7 +142,7 @@ class Commands:
     def _forward(
         self, command: pb.AttachResponse, replies: _Replies
     ) -> tuple[ForwardResult, float]:
-        """Compute, and say how long the engine took."""
+        """Compute a batch; returns its result and the seconds that the engine took."""
         compute = command.compute
 
         def on_output(index: int, arrays: DatumOutput) -> None:
@@ -166,7 +166,7 @@ class Commands:
 
     @contextlib.contextmanager
     def _whole_call(self, model_id: str, place: pb.BatchPlace.ValueType) -> Iterator[None]:
-        """Let a call that comes in several batches take effect wholly or not at all."""
+        """Make a call of several batches take effect wholly or not at all."""
         if place == pb.BATCH_PLACE_FIRST:
             self._engines.of(model_id).savepoint(model_id)
         try:
@@ -226,10 +226,11 @@ class Commands:
 
 
 def _checked_state(files: Mapping[str, bytes], command: pb.ImportState) -> ModelState:
-    """Read a state; every rank refuses the same ones, since all have the same bytes.
+    """Read a state. All ranks have the same bytes, so all refuse the same states.
 
     Raises:
-        DataLoss: It is not what it has to be, or what it is said to be (CHECKPOINT_CORRUPT).
+        DataLoss: The files are damaged, or not those of the checkpoint that the command describes
+            (CHECKPOINT_CORRUPT).
     """
     if command.WhichOneof("tuning") is None:
         return state_files.from_files(files, None, values=False)
@@ -245,7 +246,7 @@ def _checked_state(files: Mapping[str, bytes], command: pb.ImportState) -> Model
 
 @contextlib.contextmanager
 def _reading(field: str) -> Iterator[None]:
-    """Refuse what cannot be read: it came of bytes that all ranks have, so all refuse it."""
+    """Refuse what cannot be read. All ranks have the same bytes, so all refuse it."""
     try:
         yield
     except (TinsmithError, MemoryError):

@@ -1,12 +1,12 @@
 """Rank 0's end of the stream to the Training server, and the loop that all ranks share.
 
-Rank 0 says hello and stands by, for as long as it takes, until it is welcomed: then its group is at
-work. It reads a command, broadcasts its bytes, and every rank carries it out. A stream that ends
-means that the Training server is gone, or has given the group's place to another: nobody here knows
-the models any more. The ranks drop them, keep the base model and attach again.
+Rank 0 says hello and stands by until it is welcomed, however long that takes; then its group is at
+work. Rank 0 reads a command and broadcasts its bytes, and every rank carries it out. When the
+stream ends, the Training server is gone or has given the group's place to another group, so the
+models here are nobody's. The ranks drop them, keep the base model and attach again.
 
 A group that was stopped for a while and goes on may finish its command and answer on a stream that
-is over: nobody reads that, and the next message that it waits for does not come.
+is over. Nobody reads that answer, and no further command comes on that stream.
 """
 
 import logging
@@ -28,11 +28,11 @@ from tinsmithd.trainer.engines.registry import Engines
 from tinsmithd.trainer.outgoing import Outgoing
 
 ALIVE_INTERVAL_S = 2.0
-"""How often rank 0 says that it lives."""
+"""Seconds between two messages in which rank 0 says that it lives."""
 LEAVE_S = 0.1
-"""What a last word needs to leave this process."""
+"""Seconds that a last word gets to leave this process."""
 RETRY_DELAY_S = 0.2
-"""After a stream that held; twice as long after each that did not."""
+"""Seconds before the next attempt after a stream that held; doubled by each one that did not."""
 RETRY_DELAY_S_MAX = 5.0
 
 _ATTACH = "/{}/{}".format(pb.DESCRIPTOR.services_by_name["TrainerLinkService"].full_name, "Attach")
@@ -40,7 +40,7 @@ _FORGET = b""
 """Broadcast in place of a command: drop all models."""
 
 Broadcast = Callable[[bytes | None], bytes]
-"""Rank 0 passes bytes, the others None; all get rank 0's bytes."""
+"""Rank 0 passes bytes, the other ranks pass None; all get rank 0's bytes."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,15 +51,15 @@ class LinkTarget:
 
     Attributes:
         address: `link_address` of the Training server.
-        secret_file: What holds the secret that it demands; read for each stream, so that another
-            one needs no restart.
+        secret_file: File that holds the secret of the link. It is read for each stream, so that a
+            new secret needs no restart.
     """
 
     address: str
     secret_file: str
 
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """What a stream shows."""
+        """Metadata that a stream begins with: the secret."""
         try:
             return link_secret.shown(link_secret.read(self.secret_file, link_secret.RANKS_KEY))
         except ConfigError as error:  # it was there at the start; the server says no
@@ -71,11 +71,11 @@ class Link:
     """One stream to the Training server; messages may be sent from any thread.
 
     Attributes:
-        commands: What the server says: each a serialized `AttachResponse`, since that is how the
-            other ranks get it.
+        commands: Messages of the server, each a serialized `AttachResponse`: the other ranks get
+            those bytes.
         welcomed: Whether the group is, or was, at work on this stream.
         send: Sends a message.
-        send_later: Sends one when nothing else is to be sent, and waits for that; False once the
+        send_later: Waits until nothing else is to be sent, then sends a message; False once the
             stream is over.
     """
 
@@ -89,7 +89,7 @@ class Link:
             _ATTACH, request_serializer=pb.AttachRequest.SerializeToString
         )
         self.commands: Iterator[bytes] = attach(iter(self._outgoing), metadata=server.metadata())
-        # Not only when the next command is awaited: a snapshot may be waiting to be sent.
+        # The end must be known at once, since a copy of a state may be waiting to be sent.
         if not self.commands.add_callback(self._outgoing.end):
             self._outgoing.end()
 
@@ -103,7 +103,7 @@ class Link:
         threading.Thread(target=say, name="alive", daemon=True).start()
 
     def leave(self) -> None:
-        """Say that this process ends because it was asked to; it should end soon after."""
+        """Say that this process was asked to end; the caller ends it soon after."""
         self.send(pb.AttachRequest(leaving=pb.Leaving()))
         time.sleep(LEAVE_S)
 
@@ -116,7 +116,7 @@ class Link:
 def hello(
     engines: Engines, engine_name: str, world_size: int, launch_token: str = ""
 ) -> pb.AttachRequest:
-    """The message that says that the group is ready."""
+    """Make the message that says that the group is ready."""
     return pb.AttachRequest(
         hello=pb.Hello(
             base_model=convert.base_model_to_pb(engines.info),
@@ -129,11 +129,11 @@ def hello(
 
 
 class LoadingLink:
-    """Tells the Training server how far loading is, as far as it can be reached."""
+    """Tells the Training server how far loading is, if the server can be reached."""
 
     def __init__(self, server: LinkTarget) -> None:
         self._link = Link(server)
-        # The answer of this stream is of no interest, but reading it keeps the call alive.
+        # Nobody needs the answers of this stream, but reading them keeps the call alive.
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
@@ -141,7 +141,7 @@ class LoadingLink:
             for _ in self._link.commands:
                 pass
         except grpc.RpcError as error:
-            # A wrong secret is worth saying before the base model is loaded, not after.
+            # A person should hear of a wrong secret before the base model is loaded.
             refused = _code(error) is grpc.StatusCode.UNAUTHENTICATED
             level = logging.ERROR if refused else logging.DEBUG
             _log.log(level, "the Training server did not take progress (%s)", _why(error))
@@ -169,7 +169,7 @@ def lead(
         server: Where to attach.
         greeting: See `hello`.
         broadcast: Passes commands on to the other ranks.
-        on_link: Told of each stream as it begins.
+        on_link: Takes each stream as it begins.
     """
     delay_s = RETRY_DELAY_S
     while True:
@@ -211,7 +211,7 @@ def _carry_out(data: bytes, commands: Commands, link: Link, broadcast: Broadcast
 
 
 def follow(commands: Commands, broadcast: Broadcast) -> None:
-    """Other ranks: carry out what rank 0 broadcasts, for ever."""
+    """Other ranks: carry out what rank 0 broadcasts, until the process ends."""
     while True:
         data = broadcast(None)
         if data == _FORGET:

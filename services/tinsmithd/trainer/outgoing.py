@@ -1,4 +1,4 @@
-"""What rank 0 says on one stream, in the order in which it goes out."""
+"""Orders the messages of one stream to the Training server."""
 
 import threading
 import time
@@ -15,17 +15,17 @@ Without the wait, the sending thread would take the interpreter from the computi
 
 
 class Outgoing:
-    """Messages of any thread for the thread that writes them.
+    """Takes messages from any thread and hands them to the thread that writes.
 
-    Answers go first. Pieces of states wait until there are none, one at a time: whoever makes them
-    is held up meanwhile, so an answer is never behind more than one of them here, and a state is
-    not in memory once more.
+    Answers go first. A piece of a state goes when no answer waits, and only one piece waits at a
+    time: `put_later` holds its caller up. So at most one piece is ahead of an answer, and a state
+    is not held in memory once more.
 
     Args:
         outputs_wait_s: See `OUTPUTS_WAIT_S`.
 
     Attributes:
-        ended: Set when the stream is over; what is put from then on goes nowhere.
+        ended: Set when the stream is over; messages that are put from then on are dropped.
     """
 
     def __init__(self, outputs_wait_s: float = OUTPUTS_WAIT_S) -> None:
@@ -45,7 +45,7 @@ class Outgoing:
                 self._filled.notify()
 
     def put_later(self, message: pb.AttachRequest) -> bool:
-        """Send a message when nothing else is waiting; returns when the one before has left.
+        """Send a message when nothing else waits; returns when the one before it has left.
 
         Returns:
             False once the stream is over.
@@ -60,7 +60,7 @@ class Outgoing:
             return True
 
     def end(self) -> None:
-        """The stream is over, or is to end after what was put so far."""
+        """End the stream after what was put so far."""
         with self._lock:
             self.ended.set()
             self._later.clear()
@@ -68,7 +68,7 @@ class Outgoing:
             self._has_room.notify_all()
 
     def __iter__(self) -> Iterator[pb.AttachRequest]:
-        """The messages; outputs that wait together go out as one, the last with their `done`."""
+        """Yield the messages; outputs that wait together are one, also with their `done`."""
         while (taken := self._take()) is not None:
             first, *others = taken
             for other in others:
@@ -80,7 +80,7 @@ class Outgoing:
             yield first
 
     def _take(self) -> list[pb.AttachRequest] | None:
-        """The next message; outputs with their neighbours, up to the `done` of their command."""
+        """Take the next message; of outputs those after it, too, up to their `done`."""
         with self._lock:
             while not self._now and not self._later:
                 if self.ended.is_set():
@@ -95,7 +95,7 @@ class Outgoing:
             while taken[-1].HasField("outputs") and size < OUTPUTS_BYTES_MAX:
                 if not self._now:
                     self._filled.wait(max(0.0, deadline_s - time.monotonic()))
-                # Those of another command follow a message of another kind: each ends with one.
+                # `done` or `failed` of a command stands before the outputs of the next.
                 if not self._now or not _belongs(self._now[0], taken[-1]):
                     break
                 taken.append(self._now.popleft())

@@ -13,13 +13,13 @@ from tinsmithd.state import files as state_files
 from tinsmithd.trainer.answers import done_with, failed
 
 PIECE_BYTES_MAX = 256 * 1024
-"""Small, since an answer may have to wait for one or two on the wire; a state takes as long in
-pieces of a megabyte, and calls beside it twice as long."""
+"""Bytes of a piece. An answer may have to wait for one or two pieces on the wire: with pieces of a
+megabyte a state takes as long, and calls beside it take twice as long."""
 COPIES_MAX = 2
-"""Copies in memory: the one that is being sent and others; one more waits before it is made."""
+"""Maximum copies in memory, the one that is being sent included; a further one waits to be made."""
 
 Later = Callable[[pb.AttachRequest], bool]
-"""Sends a message when there is nothing else to send, and waits for that; False once it cannot."""
+"""Waits until nothing else is to be sent, then sends a message; False once the stream is over."""
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +46,9 @@ class StateSender:
         reply: Callable[[pb.AttachRequest], None],
         later: Later,
     ) -> None:
-        """Copy a state and say so; it is sent later.
+        """Copy a state, say so, and let the thread send it.
 
-        Waits while there are `COPIES_MAX` copies. Where the stream of an earlier one ended, that
-        one is dropped.
+        This waits while there are `COPIES_MAX` copies. A copy whose stream ended is dropped.
 
         Args:
             command_id: Of the command that asked for it.
@@ -75,7 +74,7 @@ class StateSender:
     def _run(self) -> None:
         while True:
             self._send_next()
-            self._room.release()  # only now: nothing here holds the copy any more
+            self._room.release()  # here nothing holds the copy any more
 
     def _send_next(self) -> None:
         copy = self._copies.get()
@@ -87,12 +86,12 @@ class StateSender:
 
 
 def send_state(command_id: int, state: ModelState, later: Later) -> None:
-    """Send a state's files and then `done`, as far as the stream lasts.
+    """Send a state's files and then `done`, until the stream ends.
 
     Args:
         command_id: Of the command that this answers.
         state: The state, which must not change meanwhile.
-        later: Takes the messages; its order is kept.
+        later: Sends the messages, in this order.
     """
     for file_name, data in state_files.to_pieces(state, PIECE_BYTES_MAX):
         piece = pb.StatePiece(file_name=file_name, data=data)

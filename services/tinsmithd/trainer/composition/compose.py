@@ -18,8 +18,8 @@ def compose(
     Args:
         lengths: Number of tokens of each datum.
         tokens_max: Maximum tokens of a micro-batch; a longer datum is one by itself.
-        plain_tokens_max: Maximum tokens whose activations fit into memory for a backward pass; of
-            more, layers are computed again on the way back. None without a backward pass.
+        plain_tokens_max: Maximum tokens whose activations fit into memory until the backward pass.
+            With more tokens, that pass computes layers again. None without a backward pass.
         world_size: Number of ranks.
     """
     if plain_tokens_max is not None:
@@ -28,7 +28,7 @@ def compose(
     rounds: list[Round] = []
     for start in range(0, len(cut), world_size):
         in_round = cut[start : start + world_size]
-        # Ranks that walk through a partitioned base together must walk the same way.
+        # Ranks that share one partitioned base must all recompute or none of them.
         longest = max(sum(lengths[index] for index in indices) for indices in in_round)
         recompute = plain_tokens_max is not None and longest > plain_tokens_max
         of_ranks: list[tuple[MicroBatch, ...]] = [()] * world_size

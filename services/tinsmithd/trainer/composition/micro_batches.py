@@ -6,9 +6,9 @@ from collections.abc import Sequence
 def cut(lengths: Sequence[int], *, tokens_max: int, world_size: int) -> list[list[int]]:
     """Cut some data into micro-batches.
 
-    The longest come first, each into the first micro-batch that has room for it (first-fit
-    decreasing, at most 11/9 of the fewest possible). The budget shrinks where it would leave
-    ranks without work. The result depends on the arguments only.
+    The longest data come first, each goes into the first micro-batch that has room for it
+    (first-fit decreasing, at most 11/9 of the fewest possible). The budget shrinks where it would
+    leave ranks without work. The result depends on the arguments only.
 
     Args:
         lengths: Number of tokens of each datum.
@@ -16,8 +16,8 @@ def cut(lengths: Sequence[int], *, tokens_max: int, world_size: int) -> list[lis
         world_size: Number of ranks.
 
     Returns:
-        Indices of the data of each micro-batch. Neighbours in the list are of like size, so the
-        ranks take `world_size` of them at a time.
+        Indices of the data of each micro-batch, ordered so that neighbours have about the same
+        size: the ranks take `world_size` of them at a time.
     """
     share = -(-sum(lengths) // world_size)
     budget = min(tokens_max, max(share, 1))

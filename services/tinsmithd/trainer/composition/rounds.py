@@ -2,15 +2,15 @@
 
 A batch is computed in rounds. In a round each rank computes its micro-batches one after the other,
 then all ranks share the outputs. The rounding of a number depends on which data are computed
-together, on whether layers are recomputed on the way back, and on the rank that adds them up; not
-on anything else that a setting or free memory may change. So a batch that is computed again in its
-composition gives the same bits.
+together, on whether layers are recomputed in the backward pass, and on the rank that adds them up.
+It depends on nothing else that a setting or free memory may change. So a batch that is computed
+again in its composition gives the same bits.
 
 As bytes a composition is compact JSON:
 
     {"ranks": 2, "rounds": [[[[0, [3, 1]]], [[0, [2]], [1, [0]]]]]}
 
-rounds, in it ranks, in it micro-batches as `[recompute, indices of the data]`.
+A round is a list of ranks, a rank a list of micro-batches as `[recompute, indices of the data]`.
 """
 
 import json
@@ -30,7 +30,7 @@ class MicroBatch:
 
     Attributes:
         indices: Of the data in the batch, in the order in which they stand in the micro-batch.
-        recompute: Whether each layer is computed again on the way back.
+        recompute: Whether the backward pass computes each layer again.
     """
 
     indices: tuple[int, ...]
@@ -57,11 +57,11 @@ def decode(composition: bytes, *, data_count: int, world_size: int, in_step: boo
         composition: What `encode` wrote.
         data_count: Number of data in the batch.
         world_size: Number of ranks.
-        in_step: The ranks must walk through the model together: in a round each computes at most
-            one micro-batch, and all recompute or none does.
+        in_step: Whether the ranks must walk through the model together. Then each computes at most
+            one micro-batch in a round, and all recompute or none does.
 
     Raises:
-        CompositionMismatch: It is no composition, or not one of such a batch on such ranks.
+        CompositionMismatch: The bytes are no composition, or not one of such a batch on such ranks.
     """
     try:
         document = json.loads(composition)
@@ -103,17 +103,17 @@ def _micro_batches(round_: Round) -> Iterator[MicroBatch]:
 
 
 def indices_of(of_rank: Sequence[MicroBatch]) -> list[int]:
-    """All data that a rank computes in a round, in order."""
+    """Indices of all data that a rank computes in a round, in order."""
     return [index for micro_batch in of_rank for index in micro_batch.indices]
 
 
-# --- where one rank had to split what it computed, all must know --------------------------------
+# --- what one rank had to split, all must know ----------------------------------------------------
 
 
 def marks(composed: Round, rank: int, executed: Sequence[MicroBatch]) -> list[int]:
-    """What a rank executed as one number for each datum of the round, 0 for those of other ranks.
+    """One number for each datum of the round: how this rank executed it, 0 for other ranks' data.
 
-    So the sum over the ranks says what each executed.
+    The sum over the ranks says what each executed.
     """
     found: list[int] = []
     for other, of_rank in enumerate(composed):
@@ -126,10 +126,10 @@ def marks(composed: Round, rank: int, executed: Sequence[MicroBatch]) -> list[in
 
 
 def from_marks(composed: Round, summed: Sequence[int]) -> Round:
-    """The round as it was executed.
+    """The round as the ranks executed it.
 
     Args:
-        composed: As it was to be executed; splitting keeps the order of a rank's data.
+        composed: The round as it was composed; splitting keeps the order of a rank's data.
         summed: Sum of the ranks' `marks`.
     """
     rest = iter(summed)

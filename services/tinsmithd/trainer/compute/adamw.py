@@ -1,4 +1,4 @@
-"""What every engine's AdamW does alike: clipping by the global norm, and a smallest eps."""
+"""The parts of AdamW that all engines share: clipping by the global norm, and a smallest eps."""
 
 from tinsmithd.domain import AdamParams
 
@@ -10,7 +10,7 @@ EPS_MIN = 1e-30
 
 
 def clip_scale(norm: float, adam: AdamParams) -> float:
-    """What to multiply gradients by; at most 1.
+    """Factor on the gradients; at most 1.
 
     Args:
         norm: Their global L2 norm.
@@ -22,5 +22,5 @@ def clip_scale(norm: float, adam: AdamParams) -> float:
 
 
 def eps_of(adam: AdamParams) -> float:
-    """The eps to compute with."""
+    """The eps of a step; never 0."""
     return max(adam.eps, EPS_MIN)

@@ -1,13 +1,13 @@
-"""The head without its logits: logprobs, loss and gradients, some positions at a time.
+"""Logprobs, loss and gradients of the head, some positions at a time.
 
-A loss of this API is a sum over tokens of a function of each target's logprob, so the gradient of
-the logits is known as soon as they are: they are used and dropped, chunk by chunk, in the forward
-pass (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024, for every loss). With
+A loss of this API is a sum over tokens of a function of each target's logprob, so the logits
+determine their own gradient at once. The forward pass makes, uses and drops them chunk by chunk
+(the idea of Liger's fused linear cross-entropy, Hsu et al. 2024, for every loss). With
 
     logits = h W^T + s (h A^T) B^T,    p = softmax(logits),    g_k = d loss / d logprob(y_k)
 
-it is `d logits = sum_k g_k (onehot(y_k) - p)`, and everything else are matrix products with it.
-Positions whose g are all zero take no part in them.
+the gradient is `d logits = sum_k g_k (onehot(y_k) - p)`, and all other gradients are matrix
+products with it. Positions whose g are all zero take no part in them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,22 +26,22 @@ from tinsmithd.trainer.compute.losses import (
 )
 
 CHUNK_BYTES = 96 * 1024 * 1024
-"""Logits made at once, float32; there are two such buffers."""
+"""Maximum bytes of the logits of one chunk, float32; there are two such buffers."""
 
 CHUNK_TOKENS_MAX = 512
-"""On a CPU more are slower: the logits no longer stay in the cache."""
+"""Maximum positions of a chunk. On a CPU more are slower, since the logits leave the cache."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits.
+    """The weights that turn hidden states into logits.
 
     Attributes:
         weight: `(V, d)`, of the model's dtype.
         lora_a: float32 `(r, d)`, or None where the head has no adapter.
         lora_b: float32 `(V, r)`, likewise.
         scaling: alpha / rank.
-        trained: Whether the gradient of `weight` is wanted.
+        trained: Whether `weight` needs a gradient.
     """
 
     weight: Tensor
@@ -53,7 +53,7 @@ class Head:
 
 @dataclass(frozen=True)
 class HeadResult:
-    """What the head gave for T positions.
+    """Result of the head for T positions.
 
     Attributes:
         logprobs: float32 `(T, K)`, detached.
@@ -82,22 +82,22 @@ def head_pass(
     *,
     backward: bool,
 ) -> HeadResult:
-    """Logprobs and loss and, with `backward`, the loss's gradients.
+    """Compute logprobs and loss and, with `backward`, the loss's gradients.
 
     Args:
-        hidden: `(T, d)`, what the head gets.
+        hidden: Hidden states `(T, d)`.
         head: The head.
-        loss_fn: Which loss.
-        inputs: Its inputs, each `(T, K)`; `target_tokens` int64, the others float32. What pads a
-            datum of fewer targets to K has weight 0.
-        segment_lengths: Tokens of each datum, in order, T in all.
-        backward: Whether gradients are wanted.
+        loss_fn: The loss.
+        inputs: Inputs of the loss, each `(T, K)`; `target_tokens` int64, the others float32. The
+            padding of a datum that has fewer targets than K has weight 0.
+        segment_lengths: Number of tokens of each datum, in order, T in all.
+        backward: Whether to compute gradients.
     """
     wanted = inputs["target_tokens"]
     scratch = _Scratch(hidden, head)
     logprobs = torch.empty(wanted.shape, dtype=torch.float32, device=hidden.device)
     if is_sequence_wise(loss_fn):
-        # A first pass finds what a token's loss has to know of the others.
+        # A token's loss needs the logprobs of its whole datum, which a first pass computes.
         for chunk in scratch.chunks():
             logprobs[chunk], _ = scratch.logprobs(hidden[chunk], wanted[chunk])
         ratios = sequence_ratios(logprobs, inputs, segment_lengths)
@@ -121,7 +121,7 @@ def head_pass(
 
 
 class _Scratch:
-    """Buffers for one chunk of logits, used again for each."""
+    """Buffers for one chunk of logits, which all chunks share."""
 
     def __init__(self, hidden: Tensor, head: Head) -> None:
         self._head = head
@@ -149,7 +149,7 @@ class _Scratch:
 
 
 class _Gradients:
-    """The gradients of what goes into the head, chunk by chunk."""
+    """Sums up the gradients of hidden states and head, chunk by chunk."""
 
     def __init__(self, hidden: Tensor, head: Head) -> None:
         self._head = head
@@ -159,7 +159,7 @@ class _Gradients:
         self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if head.trained else None
 
     def add(self, chunk: slice, hidden: Tensor, p: Tensor, wanted: Tensor, g: Tensor) -> None:
-        """Take in one chunk; `p` is overwritten."""
+        """Add one chunk; `p` is overwritten."""
         head = self._head
         rows = (g != 0).any(1).nonzero()[:, 0]
         if not len(rows):

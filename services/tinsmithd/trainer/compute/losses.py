@@ -21,14 +21,14 @@ from tinsmithd.domain import (
 )
 
 LOG_RATIO_MAX = 80.0
-"""Ratios are cut at e^80, where float32 would overflow and turn 0 * inf into NaN."""
+"""Largest logarithm of a ratio: beyond it float32 would overflow and turn 0 * inf into NaN."""
 
 SEQUENCE_RATIO = "sequence_ratio"
-"""Name under which a sequence-wise loss finds each token's ratio of its whole sequence."""
+"""Input of a sequence-wise loss: for each token the ratio of its whole sequence."""
 
 
 def is_sequence_wise(loss_fn: LossFn) -> bool:
-    """True where a token's loss depends on the other tokens of its datum."""
+    """Whether a token's loss depends on the other tokens of its datum."""
     return isinstance(loss_fn, Gspo)
 
 
@@ -39,8 +39,8 @@ def sequence_ratios(
 
     Args:
         lp: `(T, 1)` logprobs of the target tokens.
-        inputs: Their inputs, each `(T, 1)`.
-        segment_lengths: Tokens of each datum, T in all.
+        inputs: Inputs of the loss, each `(T, 1)`.
+        segment_lengths: Number of tokens of each datum, T in all.
 
     Returns:
         `(T, 1)`, without a graph.
@@ -57,10 +57,10 @@ def loss_sum(loss_fn: LossFn, lp: Tensor, inputs: Mapping[str, Tensor]) -> Tenso
     """The loss of one datum, or of some tokens of any data.
 
     Args:
-        loss_fn: Which loss, and its settings.
+        loss_fn: The loss with its settings.
         lp: Logprobs of the target tokens, `(N,)` or `(N, K)`, with their graph.
-        inputs: The datum's `loss_fn_inputs`, of the same shape. For a sequence-wise loss
-            these are all tokens of one datum, or `SEQUENCE_RATIO` is among them.
+        inputs: The `loss_fn_inputs` of these tokens, of the same shape. A sequence-wise loss needs
+            either all tokens of one datum, or `SEQUENCE_RATIO` among the inputs.
 
     Returns:
         A scalar whose gradient with respect to `lp` is the loss's.

@@ -1,4 +1,4 @@
-"""How much a backward pass keeps, how much it may, and what to do when that was not enough."""
+"""Memory for activations: how much a token needs, how much there is, what to do without enough."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,18 +14,18 @@ from tinsmithd.errors import Reason, ResourceExhausted
 _log = logging.getLogger(__name__)
 
 SHARE_OF_FREE = 0.5
-"""Of the memory that is free when the engine starts, for what waits for the way back."""
+"""Share of the memory that is free when the engine starts, for activations."""
 
 _PROBE_TOKENS = (16, 48)
 
 
 def activation_bytes_max(configured: int, device: torch.device, ranks_here: int) -> int:
-    """Bytes that a rank may keep for the way back.
+    """Maximum bytes that a rank keeps for the backward pass.
 
     Args:
         configured: The setting; 0 takes a share of what is free now.
-        device: Where the model is.
-        ranks_here: Ranks that share this machine's memory.
+        device: Device of the model.
+        ranks_here: Number of ranks that share this machine's memory.
     """
     if configured:
         return configured
@@ -37,7 +37,7 @@ def activation_bytes_max(configured: int, device: torch.device, ranks_here: int)
 
 
 def _available_bytes() -> int:
-    """Memory that this process may still take: the machine's, or its container's."""
+    """Bytes that this process may still take of the machine, or of its container."""
     free: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
@@ -50,10 +50,10 @@ def _available_bytes() -> int:
 
 
 def activation_bytes_per_token(run: Callable[[int], Any]) -> int:
-    """Bytes kept for the way back per token, found by running two small forwards.
+    """Bytes that a token keeps for the backward pass, measured by two small forwards.
 
     Args:
-        run: Builds the graph of that many tokens and returns something that holds it.
+        run: Builds the graph of a number of tokens and returns something that holds it.
     """
     kept = [_kept_bytes(run, count) for count in _PROBE_TOKENS]
     return max(1, (kept[1] - kept[0]) // (_PROBE_TOKENS[1] - _PROBE_TOKENS[0]))
@@ -74,7 +74,7 @@ def _kept_bytes(run: Callable[[int], Any], count: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True where an allocation failed, on a GPU or on a CPU."""
+    """Whether an error says that an allocation failed, on a GPU or on a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -92,7 +92,7 @@ def refuse_on_out_of_memory(
         compute: Computes the data of some indices, with recomputation or not.
         indices: The data.
         recompute: Whether to recompute.
-        lengths: Tokens of each datum of the call, for the error.
+        lengths: Number of tokens of each datum of the batch, for the error.
 
     Raises:
         ResourceExhausted: They do not fit (OUT_OF_MEMORY).
@@ -122,11 +122,11 @@ def split_on_out_of_memory(
     """Compute some data; where memory does not suffice, in halves, at last with recomputation.
 
     Args:
-        compute: Computes the data of some indices, with recomputation or not, and takes the
-            results in only when it has all of them: it may fail and be called again.
+        compute: Computes the data of some indices, with recomputation or not. It keeps results
+            only when it has all of them, so that it can be called again after a failure.
         indices: The data.
         recompute: Whether to recompute from the start.
-        lengths: Tokens of each datum of the call, for the error.
+        lengths: Number of tokens of each datum of the batch, for the error.
 
     Raises:
         ResourceExhausted: One datum alone, with recomputation, does not fit (OUT_OF_MEMORY).
@@ -156,6 +156,6 @@ def split_on_out_of_memory(
 
 
 def _empty_cache() -> None:
-    # To be called outside of an error's handler: the error holds frames, and those hold tensors.
+    # Inside an error's handler this would free little: the error holds frames, which hold tensors.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

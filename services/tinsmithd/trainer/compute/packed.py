@@ -1,4 +1,4 @@
-"""Some data in one forward and at most one backward, without padding and without full logits."""
+"""Computes some data in one forward and at most one backward, without padding or full logits."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,20 +16,20 @@ from tinsmithd.modeling.trained import HeadLayer
 from tinsmithd.trainer.compute.head import Head, HeadResult, head_pass
 
 Sink = Callable[[Tensor, Tensor], None]
-"""Takes the gradient of one parameter, of its shape, as soon as there is one."""
+"""Takes a parameter and its gradient, as soon as there is one."""
 
 _CHECKPOINT = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
 class PackedResult:
-    """What some data gave.
+    """Result of some data.
 
     Attributes:
         logprobs: Per datum, float32, shaped like its `target_tokens`.
-        loss: The sum.
-        gradients: One per parameter, or None where it has none; empty without backward, and where
-            a sink took them.
+        loss: Their summed loss.
+        gradients: One per parameter, or None where it has none; empty without backward, or if a
+            sink took them.
     """
 
     logprobs: list[np.ndarray]
@@ -49,19 +49,19 @@ def compute_packed(
     recompute: bool = False,
     sink: Sink | None = None,
 ) -> PackedResult:
-    """Losses, logprobs and gradients of some data.
+    """Compute loss, logprobs and gradients of some data.
 
     Args:
         causal_lm: The Hugging Face model with the right adapter active, which takes
             `segment_lengths` (`modeling.packing`).
         head: Its head.
-        parameters: What gradients are wanted of.
-        data: What to compute together.
-        loss_fn: Which loss.
-        device: Where the model is.
-        backward: Whether gradients are wanted; without, no graph is built.
-        recompute: Keep only each layer's input, and compute the layer again on the way back.
-        sink: Takes the head's gradient; those of all other parameters it gets by hooks.
+        parameters: The parameters that need gradients.
+        data: The data.
+        loss_fn: The loss.
+        device: Device of the model.
+        backward: Whether to compute gradients; without them no graph is built.
+        recompute: Keep only each layer's input, and compute the layer again in the backward pass.
+        sink: Takes the head's gradient; it gets those of all other parameters by hooks.
     """
     lengths = [len(datum.tokens) for datum in data]
     inputs = {name: _stack(data, name, device) for name in data[0].loss_fn_inputs}
@@ -85,7 +85,7 @@ def compute_packed(
 def _hidden(
     causal_lm: Any, data: Sequence[Datum], lengths: Sequence[int], device: torch.device
 ) -> Tensor:
-    """`(T, d)`, what the head gets."""
+    """Hidden states `(T, d)` below the head."""
     tokens = torch.from_numpy(np.concatenate([datum.tokens for datum in data])).to(device)
     positions = np.concatenate([np.arange(length) for length in lengths])
     output = causal_lm.model(
@@ -125,7 +125,7 @@ def _through_head(
     if not hasattr(module.weight, "ds_id"):
         return run(hidden)
     with torch.no_grad(), _forward_replaced(module, run):
-        # DeepSpeed gathers a partitioned weight around its module's call.
+        # DeepSpeed gathers a partitioned weight only around a call of its module.
         result: HeadResult = module(hidden)
     return result
 
@@ -148,10 +148,10 @@ def _backward(
 ) -> list[Tensor | None]:
     of_head = {id(head.lora_a): result.grad_a, id(head.lora_b): result.grad_b}
     below = [p for p in parameters if id(p) not in of_head]
-    if head.trained:  # the input side may share its weight: then it has a gradient from there, too
+    if head.trained:  # an input embedding that shares the weight adds its own gradient
         of_head[id(head.module.weight)] = result.grad_weight
     found: dict[int, Tensor | None] = {}
-    # Without an adapted layer under the head there is no graph.
+    # There is no graph unless a layer below the head is adapted.
     if below and hidden.requires_grad:
         gradients = torch.autograd.grad(hidden, below, result.grad_hidden, allow_unused=True)
         found = {id(p): g for p, g in zip(below, gradients, strict=True)}
@@ -172,12 +172,12 @@ def _backward_into(sink: Sink, hidden: Tensor, head: HeadLayer, result: HeadResu
 
 @contextmanager
 def _recomputing(causal_lm: Any, wanted: bool) -> Iterator[None]:
-    """Activation checkpointing of every layer, by the switch that transformers looks at."""
+    """Checkpoint the activations of every layer, by the attributes that transformers reads."""
     layers = causal_lm.model.layers
     for layer in layers:
         layer._gradient_checkpointing_func = _CHECKPOINT
         layer.gradient_checkpointing = wanted
-        layer.training = wanted  # this module's own flag only: nothing below it drops out
+        layer.training = wanted  # of this module alone, so that no dropout below it is on
     try:
         yield
     finally:

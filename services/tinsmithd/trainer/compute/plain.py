@@ -1,4 +1,4 @@
-"""Losses and gradients of one datum, the plain way: what the reference engine does."""
+"""Computes loss and gradients of one datum, the plain way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from tinsmithd.trainer.compute.losses import loss_sum
 
 @dataclass(frozen=True)
 class DatumResult:
-    """What one datum gave.
+    """Result of one datum.
 
     Attributes:
         logprobs: float32, shaped like its `target_tokens`.
-        loss: Its share of the summed loss.
+        loss: Its loss.
     """
 
     logprobs: np.ndarray
@@ -29,7 +29,7 @@ class DatumResult:
 
 
 def target_logprobs(model: Any, head: HeadLayer, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Logprobs of target tokens after each position of a sequence.
+    """Compute the logprobs of target tokens after each position of a sequence.
 
     Args:
         model: A Hugging Face causal language model, possibly with LoRA layers in it.
@@ -57,17 +57,17 @@ def compute_datum(
     gradients: Sequence[Tensor] | None,
     device: torch.device,
 ) -> DatumResult:
-    """Loss and logprobs of one datum.
+    """Compute loss and logprobs of one datum.
 
     Args:
         model: The language model with the right adapter active.
         head: Its head.
-        parameters: The adapter's parameters.
-        datum: What to compute.
-        loss_fn: Which loss.
-        gradients: One buffer per parameter, to which the gradients are added; None computes none
-            and builds no graph.
-        device: Where the model is.
+        parameters: The parameters that need gradients.
+        datum: The datum.
+        loss_fn: The loss.
+        gradients: One buffer per parameter, to which the gradients are added; None computes no
+            gradients and builds no graph.
+        device: Device of the model.
     """
     tokens = torch.from_numpy(np.array(datum.tokens)).to(device)
     inputs = {k: torch.from_numpy(np.array(v)).to(device) for k, v in datum.loss_fn_inputs.items()}

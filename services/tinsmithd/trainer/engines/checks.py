@@ -1,4 +1,4 @@
-"""What every engine refuses alike."""
+"""Refusals that all engines share."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,16 +28,16 @@ def check_state(
     """Refuse a state that does not fit a model, before anything is changed.
 
     Args:
-        tuning: What the model trains.
-        shapes: Of its parameters, by name.
-        state: What is to be loaded.
-        optimizer: Whether its optimizer state is wanted, too.
+        tuning: Tuning of the model.
+        shapes: Shapes of its parameters, by name.
+        state: The state to load.
+        optimizer: Whether to load its optimizer state, too.
 
     Returns:
-        With `optimizer`, the moments as kind to name to array, or None where no step was made.
+        With `optimizer`, the moments by kind and name; None without, or where no step was made.
 
     Raises:
-        FailedPrecondition: It does not fit (INCOMPATIBLE_CHECKPOINT).
+        FailedPrecondition: The state does not fit (INCOMPATIBLE_CHECKPOINT).
     """
     if message := tuning.mismatch(state.tuning):
         raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)

@@ -1,4 +1,4 @@
-"""Makes training engines: by name, and by what they train."""
+"""Makes training engines by name and tuning."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,7 +10,7 @@ from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.engines.registry import EngineMakers
 
 TRAINED_DTYPE = "float32"
-"""What weights of the base are held in while they are trained, whatever adapters stand on."""
+"""Dtype of trained weights, whatever dtype frozen weights have."""
 
 
 def engine_makers(
@@ -26,21 +26,22 @@ def engine_makers(
     activation_bytes_max: int = 0,
     on_progress: Callable[[str], None],
 ) -> EngineMakers:
-    """What loads a base model into an engine, by tuning.
+    """Functions that load a base model into an engine, by tuning.
 
-    The reference engine takes the first two settings only: it has one process and one datum.
-    What a maker raises is what `load_base` does.
+    They raise what `load_base` raises. The reference engine takes the first two settings only,
+    since it computes one datum at a time in one process.
 
     Args:
         name: "deepspeed" or "reference".
         base_model: Hugging Face name or folder.
-        dtype: "float32" or "bfloat16": what the frozen weights under adapters are held in.
+        dtype: "float32" or "bfloat16", of the frozen weights under adapters.
         zero_stage: 0 to 3.
         offload: Keep optimizer states, and a partitioned base, in host memory.
         gathered_bytes_max: See `ZeroConfig`.
         micro_batch_tokens_max: Maximum tokens computed together.
         resident_models_max: Maximum models on the device at once; others wait in host memory.
-        activation_bytes_max: Maximum bytes kept for the way back; 0 takes half of what is free.
+        activation_bytes_max: Maximum bytes kept for the backward pass; 0 takes half of what is
+            free.
         on_progress: Takes a line for a person now and then.
 
     Raises:

@@ -1,7 +1,7 @@
-"""What the last bit of a result may depend on, besides the calls and their plans.
+"""All that the last bit of a result depends on, besides calls and their compositions.
 
-Two rank groups of equal identity compute the same on CPUs. On GPUs they compute the same to
-rounding: kernels there may add up in another order each time.
+Two rank groups of equal identity compute the same bits on CPUs. On GPUs they compute the same up to
+rounding, since kernels there may add up in another order each time.
 """
 
 import os
@@ -16,7 +16,7 @@ from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.supported import has_windows
 
 PACKAGES = ("tinsmith", "transformers", "peft", "deepspeed")
-"""Whose code decides how something is computed; of torch the build says more."""
+"""Packages whose code decides how something is computed, besides torch."""
 
 VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -35,13 +35,13 @@ VARIABLES = (
 def describe(
     engine: str, base: BaseModel, device: torch.device, **settings: object
 ) -> Mapping[str, str]:
-    """Name and value of each thing; the names are `lower_snake`.
+    """Name and value of each such thing; the names are `lower_snake`.
 
     Args:
         engine: Name of the engine.
-        base: The base model, which brings its dtype and its fingerprint.
-        device: Where it is computed.
-        settings: Those of the engine that numbers depend on.
+        base: The base model.
+        device: Device that computes.
+        settings: Settings of the engine that numbers depend on.
     """
     chosen = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     found: dict[str, object] = {
@@ -59,8 +59,8 @@ def describe(
         "torch": torch.__version__,
         **{name: _version(name) for name in PACKAGES},
     }
-    # What was computed in another way before, under the same versions. Whoever never was has no
-    # such entry, so that calls which were recorded before can be made again.
+    # Earlier releases computed these in another way under the same versions. Models to which that
+    # does not apply have no entry, so that calls which were recorded before can be made again.
     if base.info.dtype != "float32":
         found["logits"] = "float32"
     if has_windows(base.model.config):
@@ -76,7 +76,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """Model of the processor, whose caches and instructions the libraries go by."""
+    """Model of the processor: libraries choose kernels by its caches and instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:

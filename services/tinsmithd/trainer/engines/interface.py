@@ -1,11 +1,11 @@
 """What a training engine is. Two implementations: `engines.reference` and `engines.deepspeed`.
 
-An engine runs on every rank of a group, in the same order, with the same arguments (SPMD): it
-splits the data over the ranks itself and every rank returns the same answer. Arguments are
-already checked against the base model and the loss (shapes, dtypes, finite, vocabulary), so an
+Every rank of a group calls its engine in the same order with the same arguments (SPMD). The engine
+splits the data over the ranks itself, and every rank returns the same result. The Training server
+has checked the arguments against base model and loss (shapes, dtypes, finite, vocabulary), so an
 engine checks only what it alone can know.
 
-A call takes effect wholly or not at all: an engine that cannot undo what it half did raises
+A method takes effect wholly or not at all. An engine that cannot undo a half-made change raises
 `ModelBroken`, and that model is gone.
 """
 
@@ -26,23 +26,23 @@ OnOutput = Callable[[int, DatumOutput], None]
 
 
 class ModelBroken(Exception):
-    """A call failed half-way and its effect cannot be undone; the model must not be used."""
+    """A method failed half-way and cannot be undone; the model must not be used."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """What an engine computes in one turn.
 
-    Everything that is computed together is said here, and nothing of it in a signature: data that
-    share a prefix, or data of several models, would be fields of this value.
+    This value alone describes what is computed together, so no signature changes with it: data
+    that share a prefix, or data of several models, would be fields of this value.
 
     Attributes:
         model_id: The model of all data.
-        data: What to compute.
-        loss_fn: Which loss, of all data.
+        data: The data.
+        loss_fn: The loss of all data.
         backward: Whether to add gradients to the model's pending ones.
-        composition: Compute in exactly this composition, which an earlier `ForwardResult` gave;
-            empty lets the engine choose.
+        composition: The composition to compute in, which an earlier `ForwardResult` gave; empty
+            lets the engine choose one.
     """
 
     model_id: str
@@ -54,13 +54,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """What a `forward` gave besides the outputs of its data.
+    """Result of `forward`, besides the outputs of the data.
 
     Attributes:
         metrics: Named `name:reduction`; `loss:sum` is always there.
-        composition: In which composition the data were computed, as executed. The same batch in
-            this composition on a model in the same state, by an engine of equal `identity`, gives
-            the same bits on a CPU.
+        composition: The composition as it was executed. The same batch in this composition, on a
+            model in the same state and an engine of equal `identity`, gives the same bits on a CPU.
         non_finite: With `backward`, whether the model's pending gradients are no longer all
             finite, on whichever rank; else False.
     """
@@ -82,18 +81,18 @@ class TrainingEngine(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result may depend on, besides calls and their compositions."""
+        """All that the last bit of a result depends on, besides calls and their compositions."""
 
     def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model without optimizer state.
 
-        An adapter begins with A drawn from its seed and B zero, a full model with the weights of
-        the base as it was loaded.
+        An adapter begins with A drawn from its seed and B zero; a model that is no adapter begins
+        with the weights of the base as it was loaded.
 
         Raises:
-            ValueError: The id is taken, or a full model would not be alone.
-            InvalidArgument: An adapter is to stand on what the base has none of, or on what this
-                engine cannot adapt; the field says what.
+            ValueError: The id is taken.
+            InvalidArgument: The base has no layers that the tuning asks for, or this engine cannot
+                adapt them; the field names them.
         """
 
     def delete_model(self, model_id: str) -> None:
@@ -108,8 +107,8 @@ class TrainingEngine(Protocol):
 
         Raises:
             CompositionMismatch: The composition is not one of this batch.
-            ResourceExhausted: Memory does not suffice (OUT_OF_MEMORY): for a datum alone or, since
-                a given composition is followed and not changed, for one of its micro-batches.
+            ResourceExhausted: Memory does not suffice for a datum alone or for a micro-batch of the
+                given composition, which an engine never changes (OUT_OF_MEMORY).
         """
 
     def savepoint(self, model_id: str) -> None:
@@ -128,24 +127,21 @@ class TrainingEngine(Protocol):
 
         Raises:
             ModelBroken: It failed half-way.
-            FailedPrecondition: A gradient is not finite (reason NON_FINITE_GRADIENT). The
-                gradients are cleared, weights and optimizer state are as before.
+            FailedPrecondition: A gradient is not finite (NON_FINITE_GRADIENT). The gradients are
+                cleared, weights and optimizer state are as before.
         """
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
-        """Copy a model's state out, with or without its optimizer state.
-
-        It is a copy, which no later call changes, made with as few passes as the ranks allow.
-        """
+        """Copy a model's state, with or without its optimizer state; no later call changes it."""
 
     def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
         """Replace a model's weights by `state`'s and drop its pending gradients.
 
-        With `optimizer` the moments and step count come too, else they start from zero.
+        With `optimizer` it takes over moments and step count, else they start from zero.
 
         Raises:
-            FailedPrecondition: Rank, targets or shapes differ from the model's (reason
-                INCOMPATIBLE_CHECKPOINT); the model is as before.
+            FailedPrecondition: Rank, targets or shapes differ from the model's
+                (INCOMPATIBLE_CHECKPOINT); the model is as before.
         """
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The reference engine: plain PyTorch and PEFT, one process, one datum at a time.
 
-It is the executable specification: written to be read, and what every other engine must agree
-with. Its AdamW is spelled out rather than taken from torch.
+It is the executable specification: it is written to be read, and every other engine must agree with
+it. Its AdamW is spelled out rather than taken from torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,11 +33,11 @@ from tinsmithd.trainer.engines.interface import (
 )
 
 COMPOSITION = b"one by one"
-"""Of every batch: there is no other."""
+"""The composition of every batch."""
 
 
 class _Model:
-    """What one model trains, with its pending gradients and Adam moments."""
+    """The parameters that one model trains, its pending gradients and its Adam moments."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.names = list(parameters)
@@ -67,7 +67,7 @@ class ReferenceEngine:
 
     Args:
         base: The base model; it is changed in place.
-        weights: What of it is trained; None: adapters.
+        weights: The weights that are trained; None stands for adapters.
     """
 
     def __init__(self, base: BaseModel, weights: TrainedWeights | None = None) -> None:
@@ -77,7 +77,7 @@ class ReferenceEngine:
         self._device = next(base.model.parameters()).device
 
     def close(self) -> None:
-        """Nothing to free but memory."""
+        """Do nothing: memory goes with the engine."""
 
     @property
     def info(self) -> BaseModelInfo:
@@ -86,7 +86,7 @@ class ReferenceEngine:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result may depend on, besides the calls."""
+        """All that the last bit of a result depends on, besides calls and their compositions."""
         return identity.describe("reference", self._base, self._device, world_size=1)
 
     def create_model(self, model_id: str, tuning: Tuning) -> None:
@@ -149,7 +149,7 @@ class ReferenceEngine:
         model = self._models[model_id]
         gradients = model.pending()
         model.gradients = model.savepoint = None
-        # Finite gradients can have an infinite norm; their squares would spoil the moments.
+        # Finite gradients can have an infinite norm, and their squares would spoil the moments.
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if not bool(torch.isfinite(norm)):
             raise non_finite_gradient()
@@ -161,7 +161,7 @@ class ReferenceEngine:
         return {"grad_norm:last": float(norm), "step:last": float(model.step_count)}
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
-        """Copy a model's state out, with or without its optimizer state."""
+        """Copy a model's state, with or without its optimizer state."""
         model = self._models[model_id]
         moments: dict[str, np.ndarray] = {}
         if optimizer and model.step_count:
@@ -200,7 +200,7 @@ class ReferenceEngine:
 def _adamw(
     model: _Model, gradients: Sequence[torch.Tensor], scale: float, adam: AdamParams
 ) -> None:
-    """One step (Loshchilov & Hutter 2019, algorithm 2, with schedule eta = lr)."""
+    """Make one step (Loshchilov & Hutter 2019, algorithm 2, with schedule eta = lr)."""
     model.step_count += 1
     correction1 = 1 - adam.beta1**model.step_count
     correction2 = 1 - adam.beta2**model.step_count

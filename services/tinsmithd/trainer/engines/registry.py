@@ -1,6 +1,7 @@
-"""The engines of one base model by tuning, of which one is loaded at a time.
+"""The engines of one base model by tuning; one of them is loaded at a time.
 
-What one engine trains may be what another stands on, so models of two tunings never live together.
+One tuning may change the weights that another stands on, so models of two tunings never live
+together.
 """
 
 import gc
@@ -10,15 +11,15 @@ from tinsmithd.domain import BaseModelInfo, Tuning
 from tinsmithd.trainer.engines.interface import TrainingEngine
 
 EngineMakers = Mapping[type[Tuning], Callable[[], TrainingEngine]]
-"""By tuning, what loads the base model into an engine for it."""
+"""By tuning, a function that loads the base model into an engine for it."""
 
 
 class Engines:
     """Knows which engine has a model.
 
     Args:
-        makers: Makes the engines.
-        first: Whose engine is loaded now.
+        makers: Functions that make the engines.
+        first: The tuning whose engine is loaded now.
     """
 
     def __init__(self, makers: EngineMakers, first: type[Tuning]) -> None:
@@ -36,7 +37,7 @@ class Engines:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result may depend on, besides calls and their compositions."""
+        """All that the last bit of a result depends on, besides calls and their compositions."""
         return self._identity
 
     def of(self, model_id: str) -> TrainingEngine:
@@ -53,13 +54,13 @@ class Engines:
         """Add a model; the base model may have to be loaded for it first.
 
         Raises:
-            ValueError: The id is taken, or a model that has to be alone would not be.
+            ValueError: The id is taken, or the new model cannot live beside those that there are.
             InvalidArgument: See `TrainingEngine.create_model`.
         """
         wanted = type(tuning)
         if self._model_ids and not (tuning.is_adapter and wanted is self._loaded):
-            raise ValueError("a model that is no adapter is alone, and so are those of one tuning")
-        # What is no adapter begins with the base model as it was loaded.
+            raise ValueError("a model that is no adapter is alone, and adapters of one tuning are")
+        # A model that is no adapter begins with the base model as it was loaded.
         if self._engine is None or wanted is not self._loaded or not tuning.is_adapter:
             self._load(wanted)
         assert self._engine is not None
@@ -75,16 +76,16 @@ class Engines:
         if self._loaded.is_adapter:
             engine.delete_model(model_id)
         else:
-            self._unload()  # the base model is not what it was
+            self._unload()  # the model changed its base
 
     def _load(self, tuning: type[Tuning]) -> None:
-        # Where loading fails there is no engine, and the next model that is created tries again.
+        # If loading fails there is no engine, and the creation of the next model tries again.
         self._unload()
         self._loaded = tuning
         self._engine = self._makers[tuning]()
 
     def _unload(self) -> None:
-        """Free all memory: the one engine's before the other's is taken."""
+        """Free all memory of the engine, before another one takes it."""
         before, self._engine = self._engine, None
         if before is not None:
             before.close()

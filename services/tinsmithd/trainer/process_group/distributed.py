@@ -1,4 +1,4 @@
-"""The process group of the ranks: started by `starter` or torchrun, or one process alone."""
+"""The process group of the ranks, which `starter` or torchrun started; or one process alone."""
 
 import datetime
 import logging
@@ -21,17 +21,17 @@ from tinsmithd.trainer.process_group.heartbeat import (
 from tinsmithd.trainer.process_group.starter import STORE_FD, loopback_alone
 
 COLLECTIVE_TIMEOUT_S = 30.0
-"""How long a rank may be silent; see `TrainerConfig.collective_timeout_s`."""
+"""Maximum seconds of a rank's silence; see `TrainerConfig.collective_timeout_s`."""
 
 PROCESS_GROUP_TIMEOUT_S = 24 * 3600
-"""How long a collective may take: longer than any computation that others may have to wait for.
-Ranks that are gone are found by the heartbeat, long before."""
+"""Maximum seconds of a collective: more than any computation that other ranks wait for. The
+heartbeat finds lost ranks long before."""
 
 MEET_TIMEOUT_S = 600.0
-"""How long the first rank waits for the last one to start."""
+"""Maximum seconds between the start of the first and the last rank."""
 
 IDLE_S_MAX = 365 * 86_400
-"""How long ranks may wait for a command; the heartbeat ends them if rank 0 is gone."""
+"""Maximum seconds that ranks wait for a command; the heartbeat ends them if rank 0 is gone."""
 
 _log = logging.getLogger(__name__)
 _control: dist.ProcessGroup | None = None
@@ -39,7 +39,7 @@ _heartbeat: Heartbeat | None = None
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as who started it says; alone it is 0 of 1."""
+    """This process's rank and the number of ranks, from the environment; alone it is 0 of 1."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -61,7 +61,7 @@ def init(collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if rank_and_world_size()[1] == 1:
-            # Nobody to meet: no port is needed, and what gloo opens all the same stays here.
+            # There is nobody to meet, so no port is needed; what gloo opens stays on loopback.
             os.environ.update(loopback_alone())
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             store = dist.HashStore()  # type: ignore[attr-defined]
@@ -150,18 +150,18 @@ def _end_sibling(me: Member, other: Member) -> None:
 
 
 def leave() -> None:
-    """Tell the other ranks that this process is about to end on purpose."""
+    """Tell the other ranks that this process ends on purpose."""
     if _heartbeat is not None:
         _heartbeat.leave()
 
 
 def rank_that_left() -> int | None:
-    """A rank that ended on purpose, if there is one: the reason why a collective failed."""
+    """A rank that ended on purpose, which explains a failed collective; else None."""
     return _heartbeat.rank_that_left() if _heartbeat is not None else None
 
 
 def close() -> None:
-    """Leave the process group, all ranks together: its threads must end before the process does."""
+    """Leave the process group, all ranks together; its threads must end before the process does."""
     global _control, _heartbeat
     leave()
     if dist.is_initialized():
@@ -173,7 +173,7 @@ def close() -> None:
 
 
 def broadcast_bytes(data: bytes | None) -> bytes:
-    """Give rank 0's bytes to every rank; the others pass None and wait as long as it takes."""
+    """Give rank 0's bytes to every rank; the other ranks pass None and wait for them."""
     if rank_and_world_size()[1] == 1:
         assert data is not None
         return data

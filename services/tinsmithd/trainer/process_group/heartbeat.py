@@ -1,11 +1,11 @@
-"""Who is in a rank group, and whether they all live: rules over a key-value store.
+"""Which processes are a rank group, and whether all of them live: rules over a key-value store.
 
-A rank whose process died is noticed where it was started and by those that wait for it (the
-connection breaks). A node that vanished without a word, or a process that stands still, is noticed
-by nobody: the others would wait in their next collective for ever. A short timeout of collectives
-is no remedy, since a rank may rightly compute for minutes while another waits. So every rank says
-in the store every few seconds that it lives, from a thread of its own that goes on while the main
-thread computes or waits, and ends its process when another one falls silent.
+Whoever started a rank notices when its process dies, and so do the ranks that wait for it (the
+connection breaks). Nobody notices a node that vanished without a word, or a process that stands
+still: the others would wait in their next collective for ever. A short timeout of collectives does
+not help, since a rank may rightly compute for minutes while another waits. So every rank says in
+the store every few seconds that it lives, from a thread that goes on while the main thread computes
+or waits, and ends its process when another rank falls silent.
 """
 
 import dataclasses
@@ -20,23 +20,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 INTERVAL_S_MAX = 2.0
-"""How often a rank says that it lives; a short timeout makes it more often."""
+"""Maximum seconds between two beats of a rank; a short timeout makes them come faster."""
 BEATS_PER_TIMEOUT = 6
 POLL_S = 0.05
 FAREWELL_S_MAX = 1.0
-"""How long an orderly end waits until the others can read of it."""
+"""Maximum seconds that an orderly end waits for the others to read of it."""
 _LEFT = b"left"
 
 EXIT_GROUP_LOST = 75
 """Exit status of a rank whose group is no more: start the group again (EX_TEMPFAIL)."""
 EXIT_RANK_SILENT = 76
-"""The same, where a rank gave no sign of life: what it was asked to do may be why."""
+"""The same, where a rank gave no sign of life; its last command may be the reason."""
 
 _log = logging.getLogger(__name__)
 
 
 class Store(Protocol):
-    """What is used of a `torch.distributed.Store`; a client of its own, since reads may block."""
+    """The methods of a `torch.distributed.Store` that are used here; reads may block."""
 
     def set(self, key: str, value: str) -> None:
         """Write a value."""
@@ -48,7 +48,7 @@ class Store(Protocol):
         """Read several."""
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all of these keys are there."""
+        """Whether all of these keys have values."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Member:
     """One process of a rank group.
 
     Attributes:
-        node: Ranks of the same node have the same.
+        node: Name of its node.
         pid: Its process id on that node.
-        nonce: Tells it from the process that had its rank before.
+        nonce: Distinguishes it from the process that had its rank before.
     """
 
     node: str
@@ -71,7 +71,7 @@ class Group:
     """The processes that are one group.
 
     Attributes:
-        id: Unlike that of any other group; prefix of its keys in the store.
+        id: Unique; prefix of the group's keys in the store.
         members: By rank.
     """
 
@@ -85,8 +85,8 @@ class Loss:
 
     Attributes:
         message: For the log.
-        silent: Ranks that gave no sign of life, though nobody said goodbye.
-        orderly: A rank was ended on purpose: nothing is wrong.
+        silent: Ranks that fell silent although nobody said goodbye.
+        orderly: Whether a rank was ended on purpose, so that nothing is wrong.
     """
 
     message: str
@@ -101,19 +101,19 @@ class MeetError(Exception):
 def meet(store: Store, rank: int, world_size: int, me: Member, *, timeout_s: float) -> Group:
     """Agree with the other ranks on who is in the group.
 
-    The store may outlive groups (torchrun keeps it between restarts), so what it says of earlier
-    ones must not be taken for the present: rank 0 proposes the processes that it sees, and a
-    proposal holds once every process in it has answered.
+    The store may outlive groups (torchrun keeps it between restarts) and still hold what earlier
+    groups wrote. So rank 0 proposes the processes that it sees, and a proposal holds once every
+    process in it has answered.
 
     Args:
         store: Shared by the ranks.
-        rank: This process's.
+        rank: Number of this rank.
         world_size: Number of ranks.
         me: This process.
-        timeout_s: How long ranks may be apart.
+        timeout_s: Maximum seconds between the arrivals of two ranks.
 
     Raises:
-        MeetError: Somebody is missing.
+        MeetError: A rank is missing.
     """
     deadline_s = time.monotonic() + timeout_s
     own = json.dumps(dataclasses.asdict(me))
@@ -132,7 +132,7 @@ def meet(store: Store, rank: int, world_size: int, me: Member, *, timeout_s: flo
             proposed = store.get("tinsmith/group").decode()
         group = _group(proposed) if proposed else None
         if group is not None and group.members[rank : rank + 1] == (me,):
-            # The answer is the first beat: from here on it is known when this rank falls silent.
+            # The answer is the first beat: from now on the others notice when this rank is silent.
             store.set(_beat_key(group, rank), "0")
             complete = f"{group.id}/complete"
             if rank == 0 and store.check([_beat_key(group, r) for r in range(world_size)]):
@@ -166,9 +166,9 @@ def _missing(store: Store, arrivals: Sequence[str], group: Group | None, timeout
 class Heartbeat:
     """Says that this rank lives, and watches the others; `start`, then `leave` and `close`.
 
-    One thread talks with the store; another, which never waits for the store, judges by what the
-    first one saw. Time counts only while this process runs: one that was itself suspended (a
-    laptop, a debugger) hears the others first before it calls them silent.
+    One thread talks with the store. Another, which never waits for the store, judges by what the
+    first one heard. Time counts only while this process runs: one that was itself suspended (a
+    laptop, a debugger) hears the others before it calls them silent.
     """
 
     def __init__(
@@ -186,11 +186,11 @@ class Heartbeat:
         Args:
             store: A connection that nobody else uses.
             group: As `meet` returned it.
-            rank: This process's.
-            timeout_s: A rank that is silent for longer is lost.
-            on_loss: Called once, from a thread, unless this rank left first; to end the process.
-            store_rank: Whose process serves the store: where it does not answer, that one is
-                silent. None where it is nobody's of the group.
+            rank: Number of this rank.
+            timeout_s: Maximum seconds of a rank's silence.
+            on_loss: Ends the process; called once, from a thread, unless this rank left first.
+            store_rank: The rank whose process serves the store, so that a store which does not
+                answer means a silent rank; None where no rank of the group serves it.
         """
         self._store_rank = store_rank
         self._store = store
@@ -221,13 +221,13 @@ class Heartbeat:
             thread.start()
 
     def leave(self) -> None:
-        """Say goodbye: this rank ends on purpose. The others are still watched."""
+        """Say goodbye, since this rank ends on purpose; it still watches the others."""
         self._leaving = True
         self._talk_now.set()
         self._said_goodbye.wait(FAREWELL_S_MAX)
 
     def close(self) -> None:
-        """End the threads, where the store lets them."""
+        """End the threads, unless the store blocks them."""
         self._leaving = True
         self._closed.set()
         self._talk_now.set()
@@ -236,7 +236,7 @@ class Heartbeat:
                 thread.join(FAREWELL_S_MAX)
 
     def rank_that_left(self) -> int | None:
-        """A rank that said goodbye, looked for as long as the news may take."""
+        """A rank that said goodbye; waits as long as such news may take, None where none comes."""
         deadline_s = time.monotonic() + 2 * self._interval_s
         while True:
             self._talk_now.set()
@@ -286,7 +286,7 @@ class Heartbeat:
                 return
 
     def _judge(self) -> Loss | None:
-        """What is wrong, from what was heard so far; needs the lock."""
+        """Find what is wrong in what was heard so far; the caller holds the lock."""
         unanswered_s = self._awake_s - self._answered_s
         if unanswered_s > self._timeout_s and not self._leaving:
             if self._store_rank in self._others:

@@ -1,8 +1,9 @@
 """Starts the ranks of a group on this machine, and ends them all when one of them ends.
 
-They find each other as under torchrun: the same variables, a store at `MASTER_ADDR`. Its socket is
-opened here, on loopback, and handed to rank 0, which serves the store on it: a store that opens its
-own socket listens on every interface. See docs/adr/0008-ranks-without-torchrun.md.
+The ranks find each other as under torchrun: by the same variables and a store at `MASTER_ADDR`.
+This module opens the store's socket on loopback and hands it to rank 0, which serves the store on
+it: a store that opens its own socket listens on every interface. See
+docs/adr/0008-ranks-without-torchrun.md.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from tinsmithd.processes import EXIT_HOPELESS
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, EXIT_RANK_SILENT
 
 STORE_FD = "TINSMITH_STORE_FD"
-"""Tells rank 0 which descriptor is the store's socket."""
+"""Variable that tells rank 0 the descriptor of the store's socket."""
 STOP_S_MAX = 5.0
-"""How long ranks may take to end after SIGTERM."""
+"""Maximum seconds that ranks take to end after SIGTERM."""
 LAST_WORDS_S_MAX = 0.5
-"""How long the others may take to end by themselves, and to say why, when one has ended."""
+"""Maximum seconds between the first rank's end and the end of the others, by themselves."""
 HOST = "127.0.0.1"
 INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 
@@ -35,7 +36,7 @@ def run(count: int) -> int:
     """Run a group of this program's ranks until one ends or somebody asks this process to end.
 
     Args:
-        count: How many ranks.
+        count: Number of ranks.
 
     Returns:
         An exit status that says how the group ended: that of the rank that ended first, 128 and
@@ -97,9 +98,9 @@ async def _start(count: int) -> Sequence[asyncio.subprocess.Process]:
 
 
 def _variables(rank: int, count: int, listener: socket.socket) -> Mapping[str, str]:
-    """What torchrun would say to a rank, and where the store's socket is."""
+    """The variables that torchrun would set, and the descriptor of the store's socket."""
     return {
-        # As under torchrun: as many threads as cores in each rank would stand in each other's way.
+        # As under torchrun: with a thread per core in each rank, the ranks would slow each other.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         **loopback_alone(),
         "MASTER_ADDR": HOST,
@@ -114,14 +115,15 @@ def _variables(rank: int, count: int, listener: socket.socket) -> Mapping[str, s
 
 
 def group_status(statuses: Sequence[int]) -> int:
-    """What the end of the ranks says of the group.
+    """The exit status of a group.
 
     Args:
-        statuses: As `subprocess` gives them, of the ranks that ended by themselves, in that order.
+        statuses: Exit statuses as `subprocess` gives them, of the ranks that ended by themselves,
+            in the order of their ends.
     """
     ended = [status if status >= 0 else 128 - status for status in statuses]
     for told in (EXIT_HOPELESS, EXIT_RANK_SILENT):
         if told in ended:
             return told
-    # Those that only followed another one have this status.
+    # Ranks that only followed another one have this status.
     return next((status for status in ended if status != EXIT_GROUP_LOST), EXIT_GROUP_LOST)

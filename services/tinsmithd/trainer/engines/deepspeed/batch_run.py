@@ -25,11 +25,11 @@ _AS_COMPOSED, _SPLIT, _REFUSED = range(3)
 
 @dataclass(frozen=True)
 class RankContext:
-    """What an engine computes on.
+    """Where an engine computes.
 
     Attributes:
-        weights: What is trained of the base.
-        device: Of this rank.
+        weights: The weights that are trained, with the base below them.
+        device: Device of this rank.
         rank: Number of this rank.
         world_size: Number of ranks.
         partitioned: Whether each rank holds a share of the base only.
@@ -43,21 +43,21 @@ class RankContext:
 
     @property
     def in_step(self) -> bool:
-        """Whether every rank must walk through the base as often as the others do."""
+        """Whether every rank must compute as many micro-batches as the others."""
         return self.partitioned and self.world_size > 1
 
 
 class BatchRun:
     """One batch on its way.
 
-    A composition that the batch brings is followed; in one that the engine chose, a micro-batch
-    that does not fit into memory is split.
+    A run follows a composition that the batch brings. In one that the engine chose it splits a
+    micro-batch that does not fit into memory.
 
     Args:
-        context: What is computed on.
-        model: The batch's model, whose pending gradients are added to.
-        slot: Where the model is on the device.
-        batch: What to compute.
+        context: Where it computes.
+        model: The batch's model; gradients are added to its pending ones.
+        slot: The model's place on the device.
+        batch: The batch.
 
     Attributes:
         loss: This rank's share of the summed loss so far.
@@ -72,7 +72,7 @@ class BatchRun:
         self._slot = slot
         self._batch = batch
         self._lengths = [len(datum.tokens) for datum in batch.data]
-        # Gradients that are added while they are made could be added twice.
+        # A second attempt would add again what the first added while it computed.
         self._whole = bool(batch.composition) or slot.zero.adds_while_computing
         self._failpoint = "mid_backward" if batch.backward else "mid_forward"
         self._computed_count = 0
@@ -89,13 +89,14 @@ class BatchRun:
         for number, round_ in enumerate(composed, 1):
             logprobs = self._compute_together(round_)
             if number == len(composed) and self._computed_count == 1:
-                failpoints.hit(self._failpoint)  # there was no place between two micro-batches
+                failpoints.hit(self._failpoint)  # a single micro-batch has no other place for it
             self._share(round_, logprobs, in_order)
 
     def _compute_together(self, round_: Round) -> dict[int, np.ndarray]:
-        """Compute this rank's share of a round, which fails on every rank where it fails on one.
+        """Compute this rank's share of a round.
 
-        So they stay in step. Every rank learns what was split on any.
+        A failure on one rank is raised on all of them, so that they stay in step, and every rank
+        learns what another one split.
 
         Returns:
             Logprobs by index of the datum.
@@ -131,7 +132,7 @@ class BatchRun:
     def _take_part(
         self, round_: Round, logprobs: dict[int, np.ndarray], executed: list[MicroBatch]
     ) -> None:
-        """Fill in logprobs by index of the datum, and the micro-batches that made them."""
+        """Compute this rank's micro-batches into `logprobs`, and note them in `executed`."""
         batch, model, slot = self._batch, self._model, self._slot
 
         def compute(indices: Sequence[int], recompute: bool) -> None:
@@ -180,7 +181,7 @@ class BatchRun:
     def _share(
         self, round_: Round, logprobs: Mapping[int, np.ndarray], in_order: "_InOrder"
     ) -> None:
-        """Give every rank the logprobs of one round."""
+        """Give every rank the logprobs of one round, and their outputs to `in_order`."""
         data = self._batch.data
         for owner, of_rank in enumerate(round_):
             indices = rounds.indices_of(of_rank)
@@ -218,7 +219,7 @@ class _InOrder:
 
 
 def _without_weight(datum: Datum) -> Datum:
-    """A datum as long as another, of no effect."""
+    """A datum of the same length whose loss is 0."""
     targets = datum.loss_fn_inputs["target_tokens"]
     weights = np.zeros(targets.shape, np.float32)
     return Datum(datum.tokens, {"target_tokens": targets, "weights": weights})

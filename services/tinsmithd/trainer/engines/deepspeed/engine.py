@@ -1,10 +1,10 @@
 """The DeepSpeed engine: one rank or many, ZeRO stages 0 to 3.
 
-Data are cut into micro-batches by tokens, each computed in one forward without padding, and dealt
-out to the ranks; each rank holds its pending gradients in a buffer. A step sums them over the
-ranks, once, and hands each rank's slice to a DeepSpeed engine that holds this one adapter
-(`zero_adapter`).
-With stage 3 the frozen base is partitioned over the ranks too, before PEFT wraps it.
+The engine cuts data into micro-batches by tokens, deals them out to the ranks and computes each in
+one forward without padding. Each rank holds its pending gradients in a buffer. A step sums them
+over the ranks, once, and hands each rank's slice to a DeepSpeed engine that holds this one adapter
+(`zero_adapter`). With stage 3 it partitions the frozen base over the ranks, too, before PEFT wraps
+it.
 """
 
 import logging
@@ -48,10 +48,11 @@ class DeepSpeedEngine:
         make_weights: Makes what is trained of the base.
         changes_base: Whether the weights of the base are trained.
         zero: How models are spread over the ranks.
-        micro_batch_tokens_max: Tokens that a rank computes together; a longer datum goes alone.
-        resident_models_max: Models on the device at once; others wait in host memory.
-        activation_bytes_max: What a rank may keep for the way back before it recomputes layers
-            instead; 0 takes half of what is free now.
+        micro_batch_tokens_max: Maximum tokens that a rank computes together; a longer datum is a
+            micro-batch by itself.
+        resident_models_max: Maximum models on the device at once; others wait in host memory.
+        activation_bytes_max: Maximum bytes that a rank keeps for the backward pass before it
+            recomputes layers instead; 0 takes half of what is free now.
     """
 
     def __init__(
@@ -102,8 +103,7 @@ class DeepSpeedEngine:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that the last bit of a result may depend on, besides calls and their compositions."""
-
+        """All that the last bit of a result depends on, besides calls and their compositions."""
         # No number depends on `micro_batch_tokens_max` and `activation_bytes_max`, which decide a
         # batch's composition alone; on `gathered_bytes_max`, since weights have the same values
         # whenever they are gathered; or on `resident_models_max`, since a model leaves the device
@@ -121,8 +121,8 @@ class DeepSpeedEngine:
         """Add a model with its first values and no optimizer state.
 
         Raises:
-            InvalidArgument: An adapter would stand on experts of a partitioned base, or on what
-                the base has none of.
+            InvalidArgument: An adapter would stand on experts of a partitioned base, or on layers
+                that the base has none of.
         """
         if self._context.partitioned and self._weights.adapts_parameters(tuning):
             message = (
@@ -137,12 +137,12 @@ class DeepSpeedEngine:
         self._models.remove(model_id)
 
     def _release(self) -> None:
-        """Let every rank hold no more of a partitioned base than its share."""
+        """Make every rank drop what it gathered of a partitioned base."""
         if self._partition is not None:
             self._partition.optimizer.partition_all_parameters()
 
     def close(self) -> None:
-        """Free what DeepSpeed holds; the engine is not used any more."""
+        """Free what DeepSpeed holds; nobody uses the engine any more."""
         self._models.close()
         if self._partition is not None:
             self._partition.destroy()
@@ -186,7 +186,7 @@ class DeepSpeedEngine:
         )
 
     def _plain_tokens_max(self, slot: Slot) -> int:
-        """Tokens whose way back fits into memory without recomputation."""
+        """Maximum tokens whose activations fit into memory, so that no layer is recomputed."""
         if slot.shape not in self._bytes_per_token:
 
             def run(count: int) -> Any:
@@ -222,7 +222,7 @@ class DeepSpeedEngine:
         return {"grad_norm:last": norm, "step:last": float(slot.zero.step_count)}
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
-        """Copy a model's state out, with or without its optimizer state."""
+        """Copy a model's state, with or without its optimizer state."""
         model, slot = self._models.use(model_id)
         return ModelState(
             tuning=model.tuning,

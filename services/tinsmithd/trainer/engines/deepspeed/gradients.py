@@ -15,15 +15,15 @@ class Layout:
         self.shapes = [parameter.shape for parameter in parameters.values()]
         self._counts = [parameter.numel() for parameter in parameters.values()]
         self.count = sum(self._counts)
-        """Elements in all, without what pads them to equal slices."""
+        """Number of elements, without the padding to equal slices."""
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' places in a buffer of at least `count` elements."""
+        """Views of the parameters in a buffer of at least `count` elements."""
         parts = torch.split(flat[: self.count], self._counts)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def by_name(self, flat: Tensor) -> dict[str, np.ndarray]:
-        """The parameters' places in a buffer in host memory, as arrays that look into it."""
+        """The same for a buffer in host memory, as arrays by name."""
         return {n: v.numpy() for n, v in zip(self.names, self.views(flat), strict=True)}
 
     def flatten(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
@@ -86,11 +86,11 @@ class PendingGradients:
             self._savepoint = None
 
     def all_finite(self) -> bool:
-        """Whether each element on this rank is finite."""
+        """Whether all elements on this rank are finite."""
         if self._flat is None:
             return True
-        # One pass: a sum is finite only if all that went into it is. Where finite elements
-        # overflow, a second one finds out; NaN goes into both of its results.
+        # One pass: a sum is finite only if all its elements are. A second pass tells finite
+        # elements that overflow apart; both of its results are NaN if an element is.
         if bool(self._flat.sum().isfinite()):
             return True
         low, high = torch.aminmax(self._flat)
@@ -105,7 +105,7 @@ class PendingGradients:
 
 
 def host_copy(flat: Tensor) -> Tensor:
-    """A float32 copy in host memory, made in one pass, wherever the original is."""
-    # numpy asks the kernel for large pages; most of the time of a copy into a fresh buffer of
-    # torch's goes into page faults.
+    """Make a float32 copy in host memory, in one pass, from any device."""
+    # numpy asks the kernel for large pages; a copy into a fresh buffer of torch's spends most of
+    # its time on page faults.
     return torch.from_numpy(np.empty(flat.shape, np.float32)).copy_(flat.detach())

@@ -1,8 +1,8 @@
-"""Many adapters on one base: a bounded number on the device, the others in host memory.
+"""Many models on one base: a bounded number on the device, the others in host memory.
 
-A slot is an adapter in the model with its optimizer; adapters of the same shape take turns in it
-by copying values and moments, so that a model computes the same whether it was away or not. Every
-rank takes the same decisions, since they follow from the order of the calls alone.
+A slot is a place in the base model with its optimizer. Models of the same shape take turns in it by
+copying values and moments, so a model computes the same whether it was away or not. Every rank
+takes the same decisions, since they follow from the order of the calls alone.
 """
 
 from collections import OrderedDict
@@ -26,8 +26,8 @@ class Slot:
     """A place on the device.
 
     Attributes:
-        key: Of what is in it, in `TrainedWeights`.
-        shape: What fits in, see `Tuning`.
+        key: Key of its weights in `TrainedWeights`.
+        shape: Shape of the models that fit in, see `Tuning`.
         zero: Its values and optimizer.
     """
 
@@ -46,9 +46,9 @@ class ResidentModel:
     """One model, wherever it is.
 
     Attributes:
-        tuning: What it trains.
+        tuning: Its tuning.
         pending: Its pending gradients.
-        slot: Where it is on the device, or None.
+        slot: Its slot on the device, or None.
         away: Its state in host memory while it has no slot.
     """
 
@@ -79,7 +79,7 @@ class ResidentModels:
         self._free: list[Slot] = []
         self._models: dict[str, ResidentModel] = {}
         self._recent: OrderedDict[str, ResidentModel] = OrderedDict()
-        """Models with a slot, the one used longest ago first."""
+        """Models with a slot; the one used longest ago comes first."""
 
     def add(self, model_id: str, tuning: Tuning) -> None:
         """Add a model with its first values."""
@@ -110,7 +110,7 @@ class ResidentModels:
         return self._models[model_id]
 
     def use(self, model_id: str) -> tuple[ResidentModel, Slot]:
-        """A model on the device; another may have to leave it."""
+        """Bring a model to the device, where another may have to leave."""
         model = self._models[model_id]
         if model.slot is None:
             assert model.away is not None
@@ -123,7 +123,7 @@ class ResidentModels:
         return model, model.slot
 
     def _take_slot(self, tuning: Tuning) -> Slot:
-        """A free slot of the right shape; without one, the model used longest ago leaves."""
+        """Take a free slot of the right shape; without one, the model used longest ago leaves."""
         shape = tuning.shape
         while True:
             for index, slot in enumerate(self._free):
@@ -159,7 +159,7 @@ class ResidentModels:
         return Slot(key, shape, zero)
 
     def close(self) -> None:
-        """Drop everything; the engine is not used any more."""
+        """Drop everything; nobody uses the engine any more."""
         self._models.clear()
         for slot in [*self._free, *(m.slot for m in self._recent.values() if m.slot is not None)]:
             self._drop(slot)
@@ -175,7 +175,7 @@ class ResidentModels:
 def sharded(
     parameters: Mapping[str, torch.nn.Parameter], zero: ZeroConfig, release: Callable[[], None]
 ) -> ZeroSlice:
-    """Values and optimizer of what is trained, the way that the ranks hold it.
+    """Make what holds values and optimizer of some parameters on this rank.
 
     Args:
         parameters: By name, sorted.

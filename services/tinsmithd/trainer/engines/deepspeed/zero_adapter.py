@@ -1,10 +1,10 @@
 """One adapter's values and AdamW state, in a DeepSpeed engine.
 
-DeepSpeed sees one flat parameter: it lays it out over the ranks, holds this rank's slice of values
-and moments (ZeRO stages 1 and up; whole with stage 0; in host memory with `offload`), and the
-adapter's parameters look into its buffer. The gradients, which waited outside (ADR 0001), are
-handed to that slice directly: on the way through DeepSpeed's backward hooks they would be copied
-and scanned some ten times (ADR 0003).
+DeepSpeed sees one flat parameter. It lays the parameter out over the ranks and holds this rank's
+slice of values and moments (ZeRO stages 1 and up; whole with stage 0; in host memory with
+`offload`); the adapter's parameters are views of its buffer. A step hands the pending gradients,
+which DeepSpeed does not know (ADR 0001), to that slice directly: DeepSpeed's backward hooks would
+copy and scan them some ten times (ADR 0003).
 """
 
 from collections.abc import Mapping

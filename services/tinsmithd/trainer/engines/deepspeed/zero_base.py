@@ -1,7 +1,7 @@
 """ZeRO stage 3 for a frozen base: each rank holds a share, hooks gather what a layer needs.
 
-What was gathered is dropped after its layer, but for a budget: frozen weights never go stale, so
-those within it are gathered once and stay.
+After its layer a gathered weight is dropped, unless it is within a budget: frozen weights never go
+stale, so those within the budget are gathered once and stay.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ import deepspeed
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
 
 _KEPT = -1
-"""Stands for a layer that always needs the weight; DeepSpeed's own have numbers from 0."""
+"""Number of a layer that always needs the weight; DeepSpeed numbers its own from 0."""
 
 
 def partition(model: Any, zero: ZeroConfig) -> Any:
-    """Leave each rank its share of the frozen weights; call it before PEFT wraps the model.
+    """Leave each rank its share of the frozen weights; PEFT may wrap the model only afterwards.
 
     Returns:
         DeepSpeed's engine.
@@ -36,9 +36,9 @@ def partition(model: Any, zero: ZeroConfig) -> Any:
 def _keep(model: Any, bytes_max: int) -> None:
     """Keep as many weights as the budget holds, small ones first: each spares a collective.
 
-    DeepSpeed's own persistent parameters stay only in a pass that repeats the one before exactly,
-    which calls of different models and kinds are not. It never drops a weight that a layer is
-    using, so this says that one is.
+    DeepSpeed keeps its own persistent parameters only if a pass repeats the one before exactly,
+    which calls of different models and kinds do not. It never drops a weight that a layer uses, so
+    this function claims such a use.
     """
     for parameter in sorted(model.parameters(), key=lambda p: p.ds_numel):
         bytes_max -= parameter.ds_numel * parameter.element_size()

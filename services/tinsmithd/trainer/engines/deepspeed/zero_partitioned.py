@@ -1,9 +1,9 @@
 """All weights of a model under ZeRO stage 3: each rank holds a share of values, gradients, moments.
 
-DeepSpeed partitions the weights and gathers what a layer needs, forward and backward
-(`zero_base`). A gradient is summed over the ranks as soon as autograd has it, and each rank keeps
-its share, which waits in the model's own buffer like those of adapters: so a call that fails can be
-taken back, and any number of calls may come before a step (ADR 0001, ADR 0004).
+DeepSpeed partitions the weights and gathers what a layer needs, forward and backward (`zero_base`).
+As soon as autograd has a gradient, the ranks sum it and each keeps its share in the model's buffer
+of pending gradients, as for adapters. So a call that fails can be taken back, and any number of
+calls may come before a step (ADR 0001, ADR 0004).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tinsmithd.trainer.engines.deepspeed.zero_slice import StateCopy, ZeroSlice
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
-    """True where DeepSpeed gave each rank a share of a parameter."""
+    """Whether DeepSpeed gave each rank a share of a parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
@@ -99,10 +99,10 @@ class ZeroPartitioned(ZeroSlice):
         return own
 
     def _reduce(self, gradients: Tensor) -> Tensor:
-        return gradients  # they were summed when they were made
+        return gradients  # `collecting` summed them
 
     def _publish(self) -> None:
-        self._release()  # what is gathered is stale now
+        self._release()  # gathered copies are stale now
         for parameter, share in zip(self.parameters, self._shares(self._own.data), strict=True):
             if parameter.ds_tensor.data_ptr() != share.data_ptr():
                 parameter.ds_tensor.data.copy_(share)
@@ -170,4 +170,4 @@ class ZeroPartitioned(ZeroSlice):
         self._publish()
 
     def close(self) -> None:
-        """Nothing to free: DeepSpeed's partition is that of the base."""
+        """Do nothing: DeepSpeed's partition is that of the base."""

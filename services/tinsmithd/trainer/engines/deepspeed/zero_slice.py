@@ -1,4 +1,4 @@
-"""AdamW on this rank's slice of what a model trains: the same whichever way ZeRO cuts it."""
+"""AdamW on this rank's slice of a model's weights: the same for each way in which ZeRO cuts it."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ from tinsmithd.trainer.compute.packed import Sink
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients
 
 NORM_PIECE = 65_536
-"""Elements whose squares are summed in one float32 sum."""
+"""Maximum elements whose squares go into one float32 sum."""
 
 
 @dataclass
@@ -41,9 +41,9 @@ class ZeroSlice(ABC):
     """One rank's slice of values and moments, float32; `step` is called on all ranks alike.
 
     Attributes:
-        layout: Names and shapes of what is trained, sorted by name.
-        parameters: The same as the model has it.
-        step_count: Steps made.
+        layout: Names and shapes of the trained parameters, sorted by name.
+        parameters: These parameters, in the same order.
+        step_count: Number of steps made.
         adds_while_computing: Whether gradients are added to the pending ones one by one, while they
             are made, so that a computation that fails half-way has an effect.
     """
@@ -92,7 +92,7 @@ class ZeroSlice(ABC):
     @property
     @abstractmethod
     def _is_slice(self) -> bool:
-        """Whether other ranks hold the rest of it."""
+        """Whether other ranks hold the rest of the model."""
 
     @abstractmethod
     def _reduce(self, gradients: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class ZeroSlice(ABC):
             adam: Settings of this step.
 
         Returns:
-            The global L2 norm before clipping. Where it is not finite nothing was applied.
+            The global L2 norm before clipping. If it is not finite, nothing was applied.
         """
         own = self._reduce(gradients)
         norm = self._norm(own)
@@ -132,7 +132,7 @@ class ZeroSlice(ABC):
         return norm
 
     def _norm(self, own: Tensor) -> float:
-        # Of pieces, then of their norms: one float32 sum over millions of squares would be off by
+        # The norm of the norms of pieces: one float32 sum over millions of squares would be off by
         # a tenth of a percent.
         norm = torch.stack(torch._foreach_norm(torch.split(own, NORM_PIECE))).double().norm()
         if self._is_slice:
@@ -143,7 +143,7 @@ class ZeroSlice(ABC):
 
     @contextlib.contextmanager
     def collecting(self, pending: PendingGradients) -> Iterator[Sink | None]:
-        """What takes gradients in while they are made; None where they come all at once."""
+        """A sink for gradients while they are made; None where they come all at once."""
         yield None
 
     def _own_moments(self) -> list[Tensor]:
@@ -151,7 +151,7 @@ class ZeroSlice(ABC):
         return [state[kind] for kind in MOMENTS if kind in state]
 
     def _set_moments(self, moments: Sequence[Tensor], step_count: int) -> None:
-        """Go on with these moments, which are copied, or with none."""
+        """Go on with copies of these moments, or with none."""
         self.step_count = step_count
         self._adamw.state.clear()
         if moments:
