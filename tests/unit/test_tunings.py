@@ -86,7 +86,7 @@ def row(about_tuning: dict[str, Any]) -> sqlite3.Row:
         "SELECT ? AS number, ? AS model_id, ? AS kind, ? AS name, ? AS expire_time_s, ? AS record,"
         " ? AS digest"
     )
-    found: sqlite3.Row = db.execute(query, (*columns, schema.digest(*columns))).fetchone()
+    found: sqlite3.Row = db.execute(query, (*columns, schema.digest_of(*columns))).fetchone()
     return found
 
 

@@ -26,10 +26,10 @@ from tinsmithd.modeling.tokenizer_files import read_tokenizer_files
 from tinsmithd.modeling.weight_files import check_fetched, check_loaded, check_weights, refused
 
 FINGERPRINT_ELEMENTS = 256
-"""Elements of each parameter that a fingerprint reads, or up to twice as many."""
+"""Elements of each parameter that a fingerprint reads; it may read up to twice as many."""
 
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
-"""Entries of a configuration that say where and by what it was written."""
+"""Entries of a configuration that say who wrote it where, and nothing of the model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,8 +42,8 @@ class BaseModel:
         model: The causal language model, every parameter frozen, in evaluation mode.
         tokenizer: Its tokenizer.
         tokenizer_files: The files that the tokenizer was read from, by name, and `config.json`.
-        info: What it is.
-        fingerprint: Tells it from another base model, of the same name too.
+        info: Its name, sizes and dtype.
+        fingerprint: Distinguishes it from other base models, also from those of the same name.
     """
 
     model: Any
@@ -56,17 +56,17 @@ class BaseModel:
 def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], None]) -> BaseModel:
     """Load a base model and its tokenizer.
 
-    Only safetensors are read and no code of the model's is run.
+    It reads safetensors only and runs no code of the model's.
 
     Args:
         name_or_folder: Hugging Face name, or a folder in its format.
-        dtype: "float32" or "bfloat16": what the frozen weights are held in.
+        dtype: "float32" or "bfloat16", of the frozen weights.
         on_progress: Takes a line for a person now and then.
 
     Raises:
-        NotFound: There is no such model; its files are cut or missing; its weights are not those
-            that its configuration asks for; or something in it is not supported. The message
-            names it (BASE_MODEL_NOT_FOUND).
+        NotFound: There is no such model, its files are cut or missing, its weights are not those
+            that its configuration asks for, or something in it is not supported. The message names
+            the fault (BASE_MODEL_NOT_FOUND).
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -83,7 +83,7 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
     check_config(name, config)
     model, tokenizer = _load(name_or_folder, dtype)
     check_positions(name, model)
-    # Here, while each weight is whole and in host memory.
+    # Only now is each weight whole and in host memory.
     fingerprint = _fingerprint(config, model)
     model.requires_grad_(False)
     model.eval()
@@ -107,7 +107,7 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
 
 
 def _load(name_or_folder: str, dtype: str) -> tuple[Any, Any]:
-    """The model, with exactly the weights that its configuration asks for, and its tokenizer."""
+    """Load the model with exactly the weights of its configuration, and its tokenizer."""
     folder = Path(name_or_folder)
     try:
         if folder.is_dir():
@@ -118,13 +118,13 @@ def _load(name_or_folder: str, dtype: str) -> tuple[Any, Any]:
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused, by their names, right below
+            ignore_mismatched_sizes=True,  # `check_loaded` refuses them by their names
         )
         check_loaded(name_or_folder, found)
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise  # which says nothing of the model
+            raise  # the model is not to blame
         raise refused(repr(name_or_folder), _line(error)) from error
     return model, tokenizer
 
@@ -132,9 +132,9 @@ def _load(name_or_folder: str, dtype: str) -> tuple[Any, Any]:
 def _fingerprint(config: Any, model: Any) -> str:
     """A digest of the configuration and, per parameter, of name, shape, dtype and some elements.
 
-    The elements stand at equal distances, so that one read of a bounded number of places tells
-    apart models that were trained differently, however large they are. It does not find a model
-    of which a few elements were changed on purpose.
+    The elements stand at equal distances. So a bounded number of reads tells models apart that were
+    trained differently, however large they are. A model of which somebody changed a few elements on
+    purpose may have the same digest.
     """
     digest = hashlib.sha256()
     known = {k: v for k, v in config.to_dict().items() if k not in NOT_OF_THE_MODEL}

@@ -1,4 +1,4 @@
-"""All weights of a base model as what is trained: full fine-tuning, without an adapter."""
+"""All weights of a base model, trained: full fine-tuning, without an adapter."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from tinsmithd.state.files import TOKENIZER_FILES
 
 
 class FullWeights(TrainedWeights):
-    """The weights of one base model, all of them trained: there is one key only.
+    """All weights of one base model, under one key.
 
     Args:
         base: The base model, held in float32; it is changed in place.
@@ -25,7 +25,7 @@ class FullWeights(TrainedWeights):
         self._key: str | None = None
 
     def tuning(self, key: str) -> Tuning:
-        """What is trained."""
+        """Full fine-tuning."""
         assert key == self._key
         return FullConfig()
 
@@ -33,7 +33,7 @@ class FullWeights(TrainedWeights):
         """Begin to train the base.
 
         Raises:
-            ValueError: It was begun before, or an adapter is asked for.
+            ValueError: It is trained already, or the tuning is another one.
         """
         if self._key is not None or not isinstance(tuning, FullConfig):
             raise ValueError("a base is trained once, and without an adapter")
@@ -41,14 +41,14 @@ class FullWeights(TrainedWeights):
         self._key = key
 
     def remove(self, key: str) -> None:
-        """Train no longer; the base stays as it was left."""
+        """Stop training; the base keeps its present values."""
         if key == self._key:
             self._base.model.requires_grad_(False)
             self._key = None
 
     @staticmethod
     def first_values(shapes: Mapping[str, Sequence[int]], tuning: Tuning) -> None:
-        """None: a full model begins with the values that the base has."""
+        """Return None, since a full model begins with the values of the base."""
 
     @contextlib.contextmanager
     def active(self, key: str | None) -> Iterator[Any]:
@@ -61,14 +61,14 @@ class FullWeights(TrainedWeights):
         return HeadLayer(self._base.model.get_output_embeddings(), trained=True)
 
     def parameters(self, key: str) -> dict[str, torch.nn.Parameter]:
-        """The weights by Hugging Face's names, sorted; one that two layers share is there once."""
+        """The weights by Hugging Face's names, sorted; shared weights are there once."""
         return dict(sorted(self._base.model.named_parameters()))
 
     def config(self, key: str) -> dict[str, Any]:
         """The content of `config.json`, with which transformers loads the weights."""
         model = self._base.model
         config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
-        # `load_base` switched the cache off; without the name a model has its default again.
+        # `load_base` switched the cache off; without the entry a model has its default again.
         for name in ("use_cache", "_name_or_path", "_attn_implementation", "attn_implementation"):
             config.pop(name, None)
         return {**config, "architectures": [type(model).__name__], "dtype": "float32"}

@@ -1,9 +1,9 @@
 """A linear layer and its LoRA adapter as one operation.
 
-The same function as PEFT's layer, `y = x W^T + b + s (x A^T) B^T`, with fewer passes over memory:
-the update is added where the product stands, forward and backward, and nothing of the size of
-`y` is kept. W is frozen. With a base of lower precision the adapter takes part in that precision,
-as under autocast, and its gradients come back in its own.
+It computes the same function as PEFT's layer, `y = x W^T + b + s (x A^T) B^T`, with fewer passes
+over memory: it adds the update in place, forward and backward, and keeps nothing of the size of
+`y`. W is frozen. Over a base of lower precision the adapter computes in that precision, as under
+autocast, and its gradients have its own.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class FusedLoraLinear(Linear):
-    """PEFT's LoRA layer over `torch.nn.Linear`, in one operation where that is possible."""
+    """PEFT's LoRA layer over `torch.nn.Linear`, as one operation where that is possible."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Map `(..., d_in)` to `(..., d_out)` with the active adapter."""
@@ -22,7 +22,7 @@ class FusedLoraLinear(Linear):
         names = self.active_adapters
         if self.disable_adapters or len(names) != 1 or names[0] not in self.lora_A:
             return base(x)
-        # DeepSpeed gathers a partitioned weight in the base layer's own forward only.
+        # DeepSpeed gathers a partitioned weight only in the base layer's own forward.
         if args or kwargs or hasattr(base.weight, "ds_id"):
             return super().forward(x, *args, **kwargs)
         name = names[0]
@@ -32,7 +32,7 @@ class FusedLoraLinear(Linear):
 
 
 def fused_or_wrapped(target: Any, adapter_name: str, **settings: Any) -> LoraLayer:
-    """What PEFT puts in the place of a linear layer, or around it where its weight is adapted."""
+    """Make the layer that replaces a linear layer, or wraps it where its weight is adapted."""
     if settings.get("parameter_name"):
         return ParamWrapper(target, adapter_name, **settings)
     return FusedLoraLinear(target, adapter_name, **settings)

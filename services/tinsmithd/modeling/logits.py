@@ -1,9 +1,8 @@
-"""Logits in float32, whatever a model's weights are held in: one function for all who make them.
+"""Logits in float32, whatever dtype a model's weights have: one function for trainer and Sampler.
 
 A logit that was rounded to bfloat16 is off by up to one part in 256, which a softmax turns into
-tenths of a nat; rounded in one place here and in another there, trainer and Sampler disagree. So
-the product of hidden states and weight leaves its sum unrounded, and what an adapter adds to it is
-float32 as well.
+tenths of a nat. If trainer and Sampler rounded in different places, they would disagree. So nothing
+rounds the sums of hidden states times weight, and an adapter adds to them in float32 as well.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 2048
-"""Rows of a weight that are widened at once on a CPU: 2048 x 576 float32 fit into its cache."""
+"""Rows of a weight that a CPU widens at once: 2048 x 576 float32 fit into its cache."""
 
 
 def float_logits(
@@ -46,7 +45,7 @@ def float_logits(
 
 
 def float_product(hidden: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`h W^T` of which the sums are never rounded below float32; it builds no graph.
+    """`h W^T` with sums that are never rounded below float32; it builds no graph.
 
     Args:
         hidden: `(T, d)`.
@@ -63,8 +62,8 @@ def float_product(hidden: Tensor, weight: Tensor, *, out: Tensor | None = None) 
         return torch.mm(hidden, weight.t(), out=out)
     if weight.device.type == "cuda":
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    # A CPU has no kernel of narrow factors and a wide sum. A bfloat16 is a float32 of which half
-    # is zero, so nothing is lost on the way.
+    # A CPU has no kernel for narrow factors and a wide sum. A bfloat16 is a float32 whose lower
+    # half is zero, so widening loses nothing.
     wide = hidden.float()
     block = torch.empty(min(BLOCK_ROWS, len(weight)), weight.shape[1])
     for start in range(0, len(weight), BLOCK_ROWS):

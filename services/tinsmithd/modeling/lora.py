@@ -1,7 +1,7 @@
 """LoRA adapters on one shared base model: many at once, of different rank and targets.
 
-PEFT wraps the modules; this keeps the adapters apart by key, draws their first values from a seed,
-and reads and writes them under the names of PEFT's files.
+PEFT wraps the modules. `Adapters` keeps the adapters apart by key, draws their first values from a
+seed, and reads and writes them under the names of PEFT's files.
 
     adapters = Adapters(base)
     adapters.add("a", LoraConfig(rank=8))           # or add_state("b", state)
@@ -32,20 +32,20 @@ from tinsmithd.modeling.trained import HeadLayer, TrainedWeights
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Weights of all experts in one parameter each, as transformers stores them."""
+"""Parameters that hold the weights of all experts, as transformers stores them."""
 UNEMBED_MODULE = "lm_head"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What of a model an adapter can stand on, by PEFT's names: what the model really has.
+    """The layers of a model that an adapter can stand on, by PEFT's names.
 
     Attributes:
         attn: Linear layers of attention.
         mlp: Linear layers of MLPs.
-        mlp_parameters: Of MLPs what is reached as a parameter only: the weights of all experts,
+        mlp_parameters: Weights of MLPs that PEFT reaches as parameters only: those of all experts,
             and those of dense layers in an architecture that has experts. There PEFT takes the
-            names of such layers for what earlier releases of transformers called the experts.
+            names of dense layers for names that experts had in earlier releases of transformers.
         unembed: The head.
     """
 
@@ -56,7 +56,7 @@ class Targets:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "Targets":
-        """Look at a model that no adapter stands on yet."""
+        """Find the targets of a model that no adapter stands on yet."""
         layers = {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
@@ -79,7 +79,7 @@ class Targets:
         """Modules and parameters that an adapter stands on.
 
         Raises:
-            InvalidArgument: It is to adapt what the model has none of; the field says what.
+            InvalidArgument: The model has no layers of a kind that it asks for; the field names it.
         """
         modules: list[str] = []
         parameters: list[str] = []
@@ -122,11 +122,11 @@ class Adapters(TrainedWeights):
     def add(self, key: str, tuning: Tuning) -> None:
         """Add an adapter: A uniform in ±1/sqrt(fan_in), drawn from `tuning.seed`; B zero.
 
-        That is PEFT's and Hu et al.'s start; here each value depends on the seed and the
-        parameter's place in the sorted names only.
+        PEFT and Hu et al. start alike. Here each value depends only on the seed and the parameter's
+        place in the sorted names.
 
         Raises:
-            InvalidArgument: It is to adapt what the model has none of; the field says what.
+            InvalidArgument: The model has no layers of a kind that it asks for; the field names it.
         """
         if key in self._loras:
             raise ValueError(f"adapter {key!r} exists")
@@ -137,8 +137,8 @@ class Adapters(TrainedWeights):
             config._register_custom_module({torch.nn.Linear: fused_or_wrapped})
         self._active = None
         with warnings.catch_warnings():
-            # PEFT warns of a head that shares the embedding's weight: adapting only the head is
-            # meant. And it asks transformers for an attribute under its old name.
+            # PEFT warns of a head that shares the embedding's weight, but only the head is to be
+            # adapted. And it asks transformers for an attribute under its old name.
             warnings.simplefilter("ignore")
             if self._peft is None:
                 self._peft = PeftModel(self._base.model, config, adapter_name=name)
@@ -150,7 +150,7 @@ class Adapters(TrainedWeights):
 
     @staticmethod
     def first_values(shapes: Mapping[str, Sequence[int]], tuning: Tuning) -> dict[str, np.ndarray]:
-        """What an adapter begins with: see `add`."""
+        """The first values of an adapter, see `add`."""
         assert isinstance(tuning, LoraConfig)
         generator = torch.Generator().manual_seed(tuning.seed % (1 << 63))
         values: dict[str, np.ndarray] = {}
@@ -186,7 +186,7 @@ class Adapters(TrainedWeights):
             assert self._peft is not None
             self._active = None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # says which adapter is next; none is
+                warnings.simplefilter("ignore", UserWarning)  # PEFT names the next active one
                 self._peft.delete_adapter(_module_name(key))
 
     @contextlib.contextmanager
@@ -198,7 +198,7 @@ class Adapters(TrainedWeights):
         """
         if key is not None and key not in self._loras:
             raise KeyError(key)
-        # Switching walks through every module, so it is done only where something changes.
+        # Switching walks through every module, so it happens only when the adapter changes.
         if self._peft is not None and self._active != (key,):
             if key is None:
                 self._peft.base_model.disable_adapter_layers()
@@ -241,7 +241,7 @@ class Adapters(TrainedWeights):
         }
 
     def adapts_parameters(self, tuning: Tuning) -> bool:
-        """True where an adapter would stand on parameters, not on layers; see `Targets`."""
+        """Whether an adapter would stand on parameters instead of layers; see `Targets`."""
         return isinstance(tuning, LoraConfig) and bool(self._targets.chosen(tuning)[1])
 
     def _peft_config(self, lora: LoraConfig) -> peft.LoraConfig:
@@ -259,7 +259,7 @@ class Adapters(TrainedWeights):
 
 
 def _are_taken_for_experts(modules: Sequence[str], model: torch.nn.Module) -> bool:
-    """Whether PEFT would put an adapter for these layers somewhere else."""
+    """Whether PEFT would put an adapter for these layers onto others."""
     config = peft.LoraConfig(target_modules=list(modules))
     convert_peft_config_for_transformers(config, model, None)
     return set(config.target_modules or ()) != set(modules)

@@ -1,9 +1,9 @@
 """Several sequences in one forward without padding.
 
-Their tokens stand one after the other in a batch of one; every linear layer sees them all at once,
+Their tokens stand one after the other in a batch of one. Every linear layer sees them all at once,
 positions start anew with each sequence, and attention stays inside each. `segment_lengths` reaches
-the attention layers as an extra argument of the model's forward. What else a layer asks for is done
-inside each segment, or the model is refused.
+the attention layers as an extra argument of the model's forward. Whatever else a layer asks of its
+attention happens inside each segment, or the model is refused.
 """
 
 from collections.abc import Sequence
@@ -19,26 +19,26 @@ from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.weight_files import refused
 
 ATTENTION = "tinsmith_packed"
-"""Name of this attention for `set_attn_implementation`."""
+"""Name of packed attention for `set_attn_implementation`."""
 
 WINDOW_BLOCK_TOKENS_MIN = 256
-"""Queries that are computed together where a window hides the tokens before; else a window's."""
+"""Minimum queries that windowed attention computes together; with wider windows, a window's."""
 
 
 class UnsupportedAttention(ValueError):
-    """A layer asks for something of its attention that is not done here."""
+    """A layer asks something of its attention that packing does not do."""
 
 
 def use_packed_attention(base: BaseModel) -> None:
     """Make a model take `segment_lengths`; without them it computes as before.
 
     Raises:
-        NotFound: Its layers ask for something of their attention that would not be done
+        NotFound: Its layers ask something of their attention that packing does not do
             (BASE_MODEL_NOT_FOUND).
     """
     AttentionInterface.register(ATTENTION, packed_attention)
     base.model.set_attn_implementation(ATTENTION)
-    # What layers ask for shows when they do: two data of one token each.
+    # A forward of two data of one token each shows what the layers ask for.
     tokens = torch.zeros((1, 2), dtype=torch.long, device=next(base.model.parameters()).device)
     try:
         with torch.no_grad():
@@ -61,7 +61,7 @@ def packed_attention(
     segment_lengths: Sequence[int] | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    position_ids: Tensor | None = None,  # have taken effect already
+    position_ids: Tensor | None = None,  # the layer has applied them
     use_cache: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -80,7 +80,7 @@ def packed_attention(
         is_causal: Must not be False.
         position_ids: Not used.
         use_cache: Must be False.
-        others: What else the layer asks for: each must be None or False.
+        others: All other arguments; each must be None or False.
 
     Returns:
         `(1, T, heads, head_dim)`, and no attention weights.
@@ -101,7 +101,7 @@ def packed_attention(
     # Neighbours of equal length are one batch.
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     sizes = [length * count for length, count in runs]
-    # Split, not sliced: a slice's way back would fill a gradient of all tokens for each segment.
+    # Slices instead of a split would each fill a gradient of all tokens in the backward pass.
     tensors = (query, key, value)
     pieces = zip(*(tensor.split_with_sizes(sizes, dim=2) for tensor in tensors), strict=True)
     parts = []
@@ -128,8 +128,8 @@ def _within_window(
 ) -> Tensor:
     """Attention of sequences in which a token sees the `window` tokens up to itself.
 
-    Some queries at a time meet the keys that any of them sees, so that time and memory grow with
-    tokens times window.
+    Some queries at a time meet all keys that any of them sees, so time and memory grow with tokens
+    times window.
     """
     count = query.shape[2]
     size = max(window, WINDOW_BLOCK_TOKENS_MIN)

@@ -1,7 +1,7 @@
-"""What of a model's configuration this cluster computes as the model means it; else it is refused.
+"""Checks that this cluster computes a model as its configuration means it; else it is refused.
 
-Training computes data side by side in one forward (`packing`) and sampling token by token, so only
-what both of them can do can be served.
+Training computes data side by side in one forward (`packing`), sampling computes token by token. A
+model is served only if both can do what it asks for.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 """Kinds of layers that packed attention keeps inside each segment."""
 
 _NEAR = 8
-"""Positions whose angles are compared, with and without a far one beside them."""
+"""Number of positions whose angles are compared, with and without a far one beside them."""
 
 
 def check_config(name: str, config: Any) -> None:
-    """Refuse a configuration by the entry that is not supported, before weights are read.
+    """Refuse a configuration with an entry that is not supported, before weights are read.
 
     Raises:
         NotFound: See above (BASE_MODEL_NOT_FOUND).
@@ -39,7 +39,7 @@ def check_config(name: str, config: Any) -> None:
 
 
 def has_windows(config: Any) -> bool:
-    """Whether some layer sees a bounded number of tokens back."""
+    """Whether a layer sees a bounded number of tokens back."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return "sliding_attention" in layer_types
@@ -49,8 +49,8 @@ def has_windows(config: Any) -> bool:
 def check_positions(name: str, model: Any) -> None:
     """Refuse a model in which a position's angles depend on how long the sequence is.
 
-    Data that are computed together would change each other's numbers, and so would tokens that
-    are sampled later those that were cached before.
+    In such a model, data that are computed together would change each other's numbers, and so would
+    a token that is sampled later those that were cached before.
 
     Args:
         name: Of the model.

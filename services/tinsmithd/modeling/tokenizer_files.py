@@ -1,6 +1,6 @@
 """The files of a base model's tokenizer, byte for byte as the base model has them.
 
-What another release of transformers saves, older ones may not read: so nothing is saved again.
+An older release of transformers may not read what a newer one saves, so nothing is saved again.
 """
 
 import tempfile
@@ -17,12 +17,12 @@ def read_tokenizer_files(name_or_folder: str, tokenizer: Any) -> dict[str, bytes
     """Read the files that a tokenizer was loaded from.
 
     Args:
-        name_or_folder: Of the base model. For a Hugging Face name they are those of the snapshot
-            that is in the hub's cache.
-        tokenizer: The tokenizer, loaded: it is saved only where it has none of the known files.
+        name_or_folder: Name or folder of the base model. Files of a Hugging Face name come from the
+            hub's cache.
+        tokenizer: The loaded tokenizer, which is saved only if there are none of the known files.
 
     Returns:
-        File name to content: those of `TOKENIZER_FILES` that there are, and `config.json`, in which
+        File name to content: those of `TOKENIZER_FILES` that exist, and `config.json`, in which
         transformers may look for the tokenizer's class.
     """
     folder = _folder_of(name_or_folder)
@@ -34,7 +34,7 @@ def _folder_of(name_or_folder: str) -> Path:
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder
-    # Loading the model has put it there.
+    # Loading the model has put the file there.
     return Path(cached_file(name_or_folder, FULL_CONFIG_FILE, local_files_only=True)).parent
 
 

@@ -1,4 +1,4 @@
-"""What of a base model is trained: one interface for engines, whichever way a model is tuned."""
+"""The trained weights of models on a base model: one interface for all tunings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class TrainedWeights(ABC):
 
     @abstractmethod
     def tuning(self, key: str) -> Tuning:
-        """How the weights of a key are trained."""
+        """The tuning of a key."""
 
     @abstractmethod
     def add(self, key: str, tuning: Tuning) -> None:
@@ -50,7 +50,8 @@ class TrainedWeights(ABC):
 
         Raises:
             ValueError: The key is taken, or the tuning is another one.
-            InvalidArgument: The base model has none of what is to be trained; the field says what.
+            InvalidArgument: The base model has no layers of a kind that the tuning asks for; the
+                field names it.
         """
 
     @abstractmethod
@@ -62,11 +63,11 @@ class TrainedWeights(ABC):
     def first_values(
         shapes: Mapping[str, Sequence[int]], tuning: Tuning
     ) -> dict[str, np.ndarray] | None:
-        """What weights begin with; None where that is what the base model has.
+        """The first values of weights; None where they are those of the base model.
 
         Args:
-            shapes: Of the parameters, by their sorted names.
-            tuning: How they are trained.
+            shapes: Shapes of the parameters, by their sorted names.
+            tuning: The tuning of the weights.
         """
 
     @abstractmethod
@@ -122,8 +123,8 @@ def check_same_shape(shapes: Mapping[str, Sequence[int]], arrays: Mapping[str, n
     """Refuse arrays that are not one for each parameter, of its shape.
 
     Args:
-        shapes: Of the parameters, by name.
-        arrays: By name.
+        shapes: Shapes of the parameters, by name.
+        arrays: Arrays, by name.
 
     Raises:
         FailedPrecondition: See above (INCOMPATIBLE_CHECKPOINT).

@@ -1,4 +1,4 @@
-"""The weight files of a base model's folder: looked at before anything is allocated for them."""
+"""Checks the weight files of a base model's folder before anything is allocated for them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from tinsmithd.errors import NotFound, Reason
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 POINTER_START = b"version https://git-lfs.github.com/spec/"
-"""How a Git LFS pointer begins, which stands for a file that was not fetched."""
+"""First bytes of a Git LFS pointer, which stands for a file that was not fetched."""
 
 NAMES_SHOWN_MAX = 8
-"""Names of weights in one message."""
+"""Maximum names of weights in one message."""
 
 _HEADER_LENGTH_BYTES = 8
 _HEADER_BYTES_MAX = 100_000_000  # safetensors takes no longer one
@@ -21,7 +21,7 @@ _READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
 def check_fetched(folder: Path) -> None:
-    """Refuse a folder in which files are Git LFS pointers.
+    """Refuse a folder with files that are Git LFS pointers.
 
     Raises:
         NotFound: See above (BASE_MODEL_NOT_FOUND). The message names them.
@@ -35,16 +35,16 @@ def check_fetched(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a folder whose files cannot be what weights are read from.
+    """Refuse a folder whose files cannot hold the weights.
 
     Args:
-        folder: In Hugging Face's format.
+        folder: A folder in Hugging Face's format.
 
     Raises:
         NotFound: A file is missing or cut, or an index and the files do not fit together
             (BASE_MODEL_NOT_FOUND). The message names it.
     """
-    if (folder / WEIGHTS_FILE).is_file():  # before an index, as transformers does
+    if (folder / WEIGHTS_FILE).is_file():  # transformers prefers it to an index, too
         _names(folder, WEIGHTS_FILE)
     elif (folder / INDEX_FILE).is_file():
         _check_index(folder)
@@ -58,10 +58,10 @@ def check_loaded(name: object, found: Mapping[str, Any]) -> None:
     """Refuse a model whose checkpoint does not have exactly its weights.
 
     Args:
-        name: Of the model, for the message.
-        found: What transformers says of the loading: `missing_keys`, `unexpected_keys`, and
-            `mismatched_keys` with both shapes. Tied weights and what an architecture lets be
-            absent or superfluous are not among them.
+        name: Name of the model, for the message.
+        found: The report of transformers: `missing_keys`, `unexpected_keys`, and `mismatched_keys`
+            with both shapes. Tied weights, and weights that the architecture allows to be missing
+            or superfluous, are not among them.
 
     Raises:
         NotFound: See above (BASE_MODEL_NOT_FOUND). The message has names and shapes.
@@ -89,7 +89,7 @@ def refused(name: object, message: str) -> NotFound:
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names and the number of the others."""
     more = len(names) - NAMES_SHOWN_MAX
     return ", ".join(names[:NAMES_SHOWN_MAX]) + (f" and {more} more" if more > 0 else "")
 

@@ -1,4 +1,4 @@
-"""Which class of trained weights goes with each tuning."""
+"""The class of trained weights of each tuning."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,13 +9,13 @@ from tinsmithd.modeling.trained import TrainedWeights
 from tinsmithd.tunings import FullConfig, LoraConfig, Tuning
 
 MakeWeights = Callable[[BaseModel], TrainedWeights]
-"""Makes what is trained of a base model, which may be changed in place."""
+"""Makes the trained weights on a base model, which it may change in place."""
 
 WEIGHTS: Mapping[type[Tuning], MakeWeights] = {LoraConfig: Adapters, FullConfig: FullWeights}
-"""As engines that compute layer by layer train them."""
+"""For the reference engine: PEFT's own layers."""
 
 FUSED_WEIGHTS: Mapping[type[Tuning], MakeWeights] = {
     **WEIGHTS,
     LoraConfig: lambda base: Adapters(base, fused=True),
 }
-"""The same, with what is faster computed in one operation."""
+"""For the DeepSpeed engine: fused layers where there are such."""

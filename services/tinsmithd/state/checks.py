@@ -1,8 +1,8 @@
-"""Parses the files of a state into checked values, for whoever writes, keeps or reads them.
+"""Parses the files of a state into checked values.
 
-A state file is a claim: types, ranges, sizes and shapes are checked, and held against each other,
-before anything is allocated for what it says. What is refused depends on its bytes alone, so all
-ranks refuse it alike. safetensors and JSON, strictly read; nothing here runs or unpacks anything.
+A state file is a claim: its types, ranges, sizes and shapes are checked, also against each other,
+before anything is allocated for it. A refusal depends on the bytes alone, so all ranks refuse the
+same files. The formats are safetensors and JSON; nothing here runs or unpacks anything.
 """
 
 import codecs
@@ -28,14 +28,14 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
 class StateInvalid(ValueError):
-    """A state file is not what it has to be.
+    """A state file is wrong.
 
     Attributes:
         file: Its name.
-        field: Where in it, such as `lora.rank` or `["a.lora_A.weight"]`; empty for the whole.
-        message: What is wrong.
-        reason: Which kind of wrong.
-        metadata: Limit and value, of LIMIT_EXCEEDED.
+        field: The place in it, such as `lora.rank` or `["a.lora_A.weight"]`; empty for the whole.
+        message: The fault, for a person.
+        reason: The fault, for a program.
+        metadata: Limit and value, for LIMIT_EXCEEDED.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class StateInvalid(ValueError):
 
 
 def over(file: str, field: str, limit: str, value: int, most: int) -> StateInvalid:
-    """The error of what is too much."""
+    """The error of a value over a limit."""
     metadata = {"limit": limit, "value": short(value)}
     message = f"{short(value)} is more than {limit} = {most}"
     return StateInvalid(file, field, message, Reason.LIMIT_EXCEEDED, metadata)
 
 
 def short(value: object) -> str:
-    """What somebody wrote, cut and escaped."""
+    """A value of somebody else's, cut and escaped."""
     text = ascii(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge number"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -68,10 +68,10 @@ def short(value: object) -> str:
 
 
 def parse_json(file: str, data: bytes, bytes_max: int = JSON_BYTES_MAX) -> dict[str, Any]:
-    """Read a JSON object: UTF-8, no name twice, every number finite.
+    """Read a JSON object in UTF-8, with no name twice and finite numbers only.
 
     Raises:
-        StateInvalid: It is none, or has more than `bytes_max` bytes.
+        StateInvalid: The bytes are no such object, or more than `bytes_max`.
     """
     if len(data) > bytes_max:
         raise over(file, "", "bytes", len(data), bytes_max)
@@ -112,7 +112,7 @@ def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 @dataclass(frozen=True)
 class About:
-    """What `model_state.json` says."""
+    """The content of `model_state.json`."""
 
     tuning: Tuning
     step_count: int
@@ -125,10 +125,10 @@ def parse_about(file: str, data: bytes, tuning: Tuning | None) -> About:
     Args:
         file: Its name.
         data: Its content.
-        tuning: What it has to say of what is trained, but for the seed; None: anything.
+        tuning: The tuning that it must have, but for the seed; None allows any.
 
     Raises:
-        StateInvalid: Something in it is missing, unknown, of another type or out of range.
+        StateInvalid: An entry is missing, unknown, of another type or out of range.
     """
     found = parse_json(file, data)
     which = next((kind for kind in TUNINGS if kind in found), LoraConfig.kind)
@@ -157,7 +157,7 @@ def _check_same(file: str, which: str, said: Tuning, tuning: Tuning) -> None:
 
 
 def _tuning(file: str, kind: str, config: Mapping[str, Any]) -> Tuning:
-    """The tuning of some settings, each of which has the type and range of its field."""
+    """Read the settings of a tuning; each must have the type and range of its field."""
     cls = TUNINGS[kind]
     _check_names(file, kind, config, [field.name for field in fields(cls)])
     values = {}
@@ -187,12 +187,12 @@ def _positive(file: str, where: str, value: object) -> float:
 
 
 def check_integer(file: str, field: str, value: object, low: int, high: int) -> int:
-    """A whole number in a range.
+    """Check that a value is a whole number in a range.
 
     Raises:
-        StateInvalid: It is none.
+        StateInvalid: It is not.
     """
-    # A bool is an int to Python, and 4.0 would be taken for 4 by whoever converts.
+    # To Python a bool is an int, and conversions take 4.0 for 4.
     if type(value) is not int or not low <= value <= high:
         message = f"{short(value)} is no whole number in {low}..{high}"
         raise StateInvalid(file, field, message)
@@ -213,13 +213,13 @@ def _check_names(file: str, field: str, found: Mapping[str, Any], names: Collect
 
 
 def check_peft_config(file: str, found: Mapping[str, Any], tuning: Tuning) -> None:
-    """Hold `adapter_config.json` against the adapter that it describes.
+    """Check `adapter_config.json` against the tuning that it describes.
 
-    Whoever downloads the adapter lets PEFT read it: so whatever would load code, name modules by a
-    pattern or compute something else with the tensors is refused, by being anything but off.
+    PEFT reads the file on the machines of users. So a setting must be off unless its value is known
+    to load no code, to name no modules by a pattern and to compute nothing else with the tensors.
 
     Raises:
-        StateInvalid: It describes another adapter, or more than one.
+        StateInvalid: It describes another adapter, or more than that.
     """
     for name in ("peft_type", "r"):
         if name not in found:
@@ -237,7 +237,7 @@ def check_peft_config(file: str, found: Mapping[str, Any], tuning: Tuning) -> No
 
 
 def is_off(value: object) -> bool:
-    """Whether a setting of PEFT's says nothing."""
+    """Whether a setting of PEFT's is off."""
     return value is None or value is False or value == [] or value == {}
 
 
@@ -273,14 +273,14 @@ PEFT_VALUES: Mapping[str, Callable[[Any], bool]] = {
     "megatron_core": lambda value: value == "megatron.core",
     "qalora_group_size": lambda value: type(value) is int,
 }
-"""What settings of PEFT's may be besides off."""
+"""Values that settings of PEFT's may have besides off."""
 
 
 def check_model_config(file: str, found: Mapping[str, Any]) -> None:
-    """Hold the `config.json` of a full model against what its readers may be asked to do.
+    """Check that the `config.json` of a full model asks nothing dangerous of its readers.
 
     Raises:
-        StateInvalid: It has no type of model, asks for code, or a size is impossible.
+        StateInvalid: It names no type of model, asks for code, or has an impossible size.
     """
     model_type = found.get("model_type")
     if not isinstance(model_type, str) or not is_name(model_type):
@@ -294,9 +294,9 @@ def check_model_config(file: str, found: Mapping[str, Any]) -> None:
 
 
 def check_text(file: str, content: BinaryIO, *, is_object: bool) -> None:
-    """Refuse what is not UTF-8 or, with `is_object`, does not look like a JSON object.
+    """Refuse a text that is not UTF-8 or, with `is_object`, does not look like a JSON object.
 
-    It is read in pieces, and not parsed: parsed, a vocabulary takes many times its bytes.
+    It reads pieces and parses nothing: a parsed vocabulary takes many times its bytes.
 
     Raises:
         StateInvalid: See above.

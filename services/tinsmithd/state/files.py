@@ -1,9 +1,8 @@
 """A model's state as the files of a checkpoint, and back. safetensors and JSON, never pickle.
 
-`adapter_model.safetensors` and `adapter_config.json` are what PEFT writes and reads; of a model
-that trains all weights, `model.safetensors`, `config.json` and the tokenizer's files are what
-transformers does. `model_state.json` has our settings and the step count;
-`optimizer.safetensors` the moments.
+PEFT reads `adapter_model.safetensors` and `adapter_config.json`. Of a model that trains all
+weights, transformers reads `model.safetensors`, `config.json` and the tokenizer's files.
+`model_state.json` has our settings and the step count, `optimizer.safetensors` the moments.
 """
 
 import dataclasses
@@ -43,9 +42,9 @@ TOKENIZER_FILES = (
     TEMPLATE_FILE,
     "chat_template.json",
 )
-"""Names of the files that a tokenizer may have in a Hugging Face folder; none has them all."""
+"""Names of files that a tokenizer may have in a Hugging Face folder; none has all of them."""
 LARGE_TEXT_FILES = (TOKENIZER_FILE, "vocab.json", "merges.txt", "vocab.txt")
-"""Files of a tokenizer whose length grows with its vocabulary."""
+"""Files of a tokenizer that grow with its vocabulary."""
 ADAPTER_FILES = (WEIGHTS_FILE, PEFT_CONFIG_FILE, STATE_FILE)
 MODEL_FILES = (FULL_WEIGHTS_FILE, FULL_CONFIG_FILE, STATE_FILE)
 VOCABULARY_BYTES_MAX = 64 * 1024 * 1024
@@ -61,8 +60,8 @@ def to_pieces(state: ModelState, bytes_max: int) -> Iterator[tuple[str, bytes]]:
     long: safetensors writes a file in one call, during which no other Python thread runs.
 
     Args:
-        state: What to write; it must not change before the last piece was taken.
-        bytes_max: Bytes of a piece; only the last one of a file has fewer.
+        state: The state, which must not change before the last piece was taken.
+        bytes_max: Bytes of a piece; only the last piece of a file has fewer.
     """
     for name, content in _plain_files(state).items():
         for data in _cut([memoryview(content)], bytes_max):
@@ -127,9 +126,9 @@ def _cut(buffers: Iterable[memoryview], bytes_max: int) -> Iterator[bytes]:
 
 
 def state_bytes_max(parameter_count: int) -> int:
-    """No state is larger: values and two moments of each weight, and files besides.
+    """Maximum bytes of a state: values and two moments of each weight, and other files.
 
-    An adapter has fewer weights than its base, unless that is as small as in tests.
+    An adapter has fewer weights than its base, unless the base is as small as in tests.
     """
     return 3 * 4 * parameter_count + OTHER_BYTES_MAX
 
@@ -140,12 +139,12 @@ def required_files(tuning: Tuning) -> tuple[str, str, str]:
 
 
 def optional_files(tuning: Tuning) -> Sequence[str]:
-    """Names of the files that a state of such a model may have besides, but for the optimizer's."""
+    """Names of files that a state of such a model may have besides, but for the optimizer's."""
     return () if tuning.is_adapter else TOKENIZER_FILES
 
 
 def bytes_max(name: str) -> int | None:
-    """How long a file may be; None where its tensors say it."""
+    """Maximum bytes of a file; None where its tensors determine them."""
     if name.endswith(".safetensors"):
         return None
     if name in LARGE_TEXT_FILES or name.endswith(".model"):
@@ -156,12 +155,12 @@ def bytes_max(name: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedFiles:
-    """What the files of a state say, checked.
+    """The checked content of a state's files.
 
     Attributes:
-        about: What `model_state.json` says.
+        about: The content of `model_state.json`.
         config: The content of `adapter_config.json` or `config.json`.
-        weights, moments: The tensors in their files.
+        weights, moments: Where the tensors are in their files.
     """
 
     about: About
@@ -180,13 +179,13 @@ def parse(
     """Check the files of a state, each by itself and against each other.
 
     Args:
-        names: The files that there are.
-        open_file: Opens one of them.
-        tuning: What they must be a state of, but for the seed; None: of anything.
-        values: Check the tensors' values, too.
+        names: Names of the files.
+        open_file: Opens a file.
+        tuning: The tuning that they must have, but for the seed; None allows any.
+        values: Whether to check the tensors' values, too.
 
     Raises:
-        StateInvalid: Something is wrong with them.
+        StateInvalid: A file is wrong.
     """
 
     def read(name: str) -> bytes:
@@ -247,7 +246,7 @@ def _check_tokenizer_file(name: str, file: BinaryIO) -> None:
         metadata = {"limit": "bytes", "value": str(size)}
         raise StateInvalid(name, "", message, Reason.LIMIT_EXCEEDED, metadata)
     if name.endswith(".model"):
-        return  # SentencePiece's own bytes, which no server reads
+        return  # SentencePiece's own format, which no server reads
     is_json = name.endswith(".json")
     if name in LARGE_TEXT_FILES or not is_json:
         state_checks.check_text(name, file, is_object=is_json)
@@ -258,15 +257,15 @@ def _check_tokenizer_file(name: str, file: BinaryIO) -> None:
 def from_files(
     files: Mapping[str, bytes], tuning: Tuning | None, *, values: bool = True
 ) -> ModelState:
-    """Read a state, after it was checked: nothing is allocated for what is only said.
+    """Check a state and read it; nothing is allocated for what a file only claims.
 
     Args:
         files: Its files.
-        tuning: What they must be a state of, but for the seed; None: of anything.
-        values: Check the tensors' values, too.
+        tuning: The tuning that they must have, but for the seed; None allows any.
+        values: Whether to check the tensors' values, too.
 
     Raises:
-        DataLoss: A file is missing or not what it should be (CHECKPOINT_CORRUPT).
+        DataLoss: A file is missing or wrong (CHECKPOINT_CORRUPT).
     """
     try:
         parsed = parse(files.keys(), lambda name: io.BytesIO(files[name]), tuning, values=values)
@@ -282,19 +281,19 @@ def from_files(
     except StateInvalid as error:
         raise corrupt(str(error)) from error
     except MemoryError:
-        raise  # that is for this process alone to say
+        raise  # this process is to blame, not the bytes
     except Exception as error:
-        # Whatever it is, it came of these bytes alone: no reason for anybody to end.
+        # These bytes alone caused it, so no process needs to end.
         raise corrupt(f"they cannot be read ({type(error).__name__})") from error
 
 
 def corrupt(message: str) -> DataLoss:
-    """The error of a state whose files are not what they have to be."""
+    """The error of a state with wrong files."""
     return DataLoss(f"checkpoint files are damaged: {message}", Reason.CHECKPOINT_CORRUPT)
 
 
 def _arrays(data: bytes, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """float32; views of the data where they are that already."""
+    """Tensors as float32 arrays; views of the data where that is float32 already."""
     found = {}
     for name, tensor in tensors.items():
         count = (tensor.end - tensor.start) // tensor.dtype.itemsize

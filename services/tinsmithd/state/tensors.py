@@ -1,6 +1,6 @@
-"""The tensors of a state's safetensors files: their headers, shapes and values, checked.
+"""Checks the tensors of a state's safetensors files: headers, shapes and values.
 
-Only what a header says is held in memory; values are looked at piece by piece.
+Only headers are held in memory; values are read piece by piece.
 """
 
 import io
@@ -33,7 +33,7 @@ DIMENSION_MAX = 1 << 40
 _DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _LORA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.lora_[AB]\.weight")
 _EXPERTS = "experts."
-"""In names of LoRA tensors that have a slice for each expert."""
+"""Part of the names of LoRA tensors that have a slice for each expert."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Tensor:
     """Where a tensor is in its file.
 
     Attributes:
-        dtype: Of its elements.
+        dtype: Dtype of its elements.
         shape: Its dimensions.
-        start, end: Its bytes, from the beginning of the file.
+        start, end: Range of its bytes, from the beginning of the file.
     """
 
     dtype: np.dtype[Any]
@@ -53,14 +53,14 @@ class Tensor:
 
 
 def parse_tensors(file: str, content: BinaryIO) -> dict[str, Tensor]:
-    """Read the header of a safetensors file: tensors that follow each other and fill the file.
+    """Read the header of a safetensors file, whose tensors follow each other and fill the file.
 
     Args:
         file: Its name.
-        content: Its content, which can be sought in.
+        content: Its content, seekable.
 
     Raises:
-        StateInvalid: It is none, or one of the tensors is not one of a state.
+        StateInvalid: The file is no such file, or no state has such a tensor.
     """
     size = content.seek(0, io.SEEK_END)
     content.seek(0)
@@ -126,12 +126,12 @@ def _tensor(file: str, name: str, about: object, begin: int) -> Tensor:
 
 
 def check_weights(file: str, tensors: Mapping[str, Tensor], tuning: Tuning) -> None:
-    """Hold the weights' names and shapes against what is trained.
+    """Check names and shapes of the weights against the tuning.
 
-    Of an adapter each module has A `(r, in)` and B `(out, r)`; of experts, a multiple of r.
+    Each module of an adapter has A `(r, in)` and B `(out, r)`; experts have a multiple of r.
 
     Raises:
-        StateInvalid: They are not those of such a model.
+        StateInvalid: No model of this tuning has such weights.
     """
     if not tuning.is_adapter:
         return
@@ -156,10 +156,10 @@ def check_weights(file: str, tensors: Mapping[str, Tensor], tuning: Tuning) -> N
 
 
 def check_moments(file: str, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Hold an optimizer's moments against the weights: two of its shape for each, float32.
+    """Check that each weight has two moments of its shape, float32, and that there are no others.
 
     Raises:
-        StateInvalid: One is missing, too much, or of another shape.
+        StateInvalid: A moment is missing, superfluous, or of another shape or dtype.
     """
     wanted = {f"{kind}.{name}": w.shape for kind in MOMENTS for name, w in weights.items()}
     for name in wanted.keys() - tensors.keys():
@@ -175,10 +175,10 @@ def check_moments(file: str, tensors: Mapping[str, Tensor], weights: Mapping[str
 
 
 def check_values(file: str, tensors: Mapping[str, Tensor], content: BinaryIO) -> None:
-    """Refuse values that no training can go on from: not finite, or second moments below 0.
+    """Refuse values that training cannot go on from: values not finite, second moments below 0.
 
     Raises:
-        StateInvalid: There is one.
+        StateInvalid: There is such a value.
     """
     for name, tensor in tensors.items():
         low = 0.0 if name.startswith(f"{MOMENTS[1]}.") else -math.inf

@@ -1,9 +1,9 @@
-"""What a sampling engine is. The embedded one is `transformers_engine`; `vllm` comes later.
+"""What a sampling engine is. The embedded one is `transformers.engine`.
 
-An engine holds one base model and the adapters it was given. Sampling is cut into steps so that
-admission above can interleave requests, stream tokens and stop a cancelled one: `start` reads
-the prompt, each `step` makes at most one token per unfinished sequence. Calls come from one
-thread at a time. Numbers of one request never depend on what else is running.
+An engine holds one base model and the adapters it was given. Sampling is cut into steps, so that
+admission can interleave requests, stream tokens and stop a cancelled request: `start` reads the
+prompt, each `step` makes at most one token per unfinished sequence. One thread at a time calls an
+engine. The numbers of a request never depend on what else is running.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ class Generation(Protocol):
     def step(self) -> Sequence[SampledTokens]:
         """Make the next token of each unfinished sequence.
 
-        Tokens that could still turn out to be part of nothing (a stop string is being
-        completed) are not held back: stop strings stay in the returned tokens.
+        It holds no tokens back while a stop string may be under way: the tokens of a stop string
+        are among those that it returns.
         """
 
     def close(self) -> None:
-        """Free the caches; a generation may be closed at any point, and twice."""
+        """Free the caches; callers may do so at any point, and twice."""
 
 
 class SamplingEngine(Protocol):

@@ -1,7 +1,7 @@
 """The embedded sampling engine: transformers with PEFT adapters and a KV cache.
 
-Each request is a batch of its own: its prompt is read once, its samples share that, and what a
-request computes depends on the request alone, so its numbers cannot depend on its neighbours.
+Each request is a batch of its own: all its samples share one reading of the prompt. What it
+computes depends on the request alone, so its numbers cannot depend on its neighbours.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from tinsmithd.sampler.engines.transformers.sampling import Draws, draw
 from tinsmithd.sampler.engines.transformers.stopping import StopCheck
 
 HEAD_CHUNK_TOKENS = 256
-"""Prompt positions whose logits are made at once."""
+"""Maximum prompt positions whose logits are made at once."""
 
 
 class _Sequence:
@@ -98,7 +98,7 @@ class TransformersGeneration:
                 ).last_hidden_state[:, -1]
                 logits = self._adapters.head(self._adapter).logits(hidden).cpu()
         elif len(self._sequences) > 1:
-            # The first tokens all come from the one reading of the prompt.
+            # All first tokens come from the one reading of the prompt.
             logits = logits.expand(len(self._sequences), -1)
             self._cache.batch_repeat_interleave(len(self._sequences))
         self._next_logits = None
@@ -123,13 +123,13 @@ class TransformersGeneration:
 def score_prompt(
     head: HeadLayer, hidden: torch.Tensor, tokens: torch.Tensor, topk: int
 ) -> PromptScores:
-    """Logprobs of a prompt at temperature 1, a piece at a time, in float32.
+    """Compute the logprobs of a prompt at temperature 1 in float32, a piece at a time.
 
     Args:
-        head: What makes logits of hidden states.
+        head: The layer that makes logits of hidden states.
         hidden: Last hidden states, `(P, H)`.
         tokens: The prompt, int64 `(P,)`.
-        topk: How many most likely tokens to return at each position.
+        topk: Number of most likely tokens to return at each position.
     """
     count = len(tokens)
     logprobs = np.full(count, np.nan, np.float32)
@@ -185,13 +185,13 @@ class TransformersEngine:
         return TransformersGeneration(self._adapters, adapter, request, stop_check)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        # As it is: cleaned-up text would lose the space before a dot, and so miss a stop string.
+        # Cleaned-up text would lose the space before a dot, and so miss a stop string.
         text: str = self._base.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:
-    """The model's end-of-sequence tokens, from whichever of its files names them."""
+    """The model's end-of-sequence tokens, from the first of its files that names them."""
     for source in (base.model.generation_config, base.model.config, base.tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:

@@ -1,7 +1,7 @@
 """Draws a token from logits: exactly, repeatably, and independent of what else is running.
 
-Everything is done in float64 and in a fixed order, so that the same logits and the same random
-number give the same token on any machine and beside any neighbours.
+It computes in float64 and in a fixed order, so that the same logits and the same random number give
+the same token on any machine and beside any neighbours.
 """
 
 import math
@@ -29,9 +29,9 @@ def draw(logits: torch.Tensor, params: SamplingParams, draws: Draws) -> tuple[in
 
     Args:
         logits: float `(V,)`.
-        params: Temperature, top_k and top_p are applied in this order; temperature 0 takes the
-            most likely token, the first of equals.
-        draws: Gives one number per call with a temperature above 0.
+        params: Temperature, top_k and top_p take effect in this order; temperature 0 takes the most
+            likely token, the first of equals.
+        draws: Random numbers; a draw takes one, unless the temperature is 0.
 
     Returns:
         The token and its logprob in the distribution drawn from; at temperature 0 its logprob
@@ -41,12 +41,12 @@ def draw(logits: torch.Tensor, params: SamplingParams, draws: Draws) -> tuple[in
     if params.temperature == 0:
         token = int(torch.nonzero(values == values.max())[0])
         return token, float(values[token] - values.logsumexp(0))
-    # From the largest down, so that no temperature above 0 is too small to divide by.
+    # Relative to the largest, no temperature above 0 is too small to divide by.
     scaled = (values - values.max()) / params.temperature
     all_tokens = params.top_k <= 0 or params.top_k >= len(scaled)
     if all_tokens and params.top_p >= 1:
         return _draw_from(scaled, draws.next())
-    # Stable: equals keep the order of their ids.
+    # A stable sort keeps equals in the order of their ids.
     ordered, ids = scaled.sort(descending=True, stable=True)
     if not all_tokens:
         ordered = ordered[: params.top_k]
@@ -59,12 +59,12 @@ def draw(logits: torch.Tensor, params: SamplingParams, draws: Draws) -> tuple[in
 
 
 def _draw_from(scores: torch.Tensor, number: float) -> tuple[int, float]:
-    """Inverse of the cumulative distribution at `number`."""
+    """Draw by the inverse of the cumulative distribution at `number`."""
     logprobs = scores.log_softmax(0)
     cumulative = logprobs.exp().cumsum(0)
-    # Scaled by the last sum, which rounding keeps from being exactly 1.
+    # Rounding keeps the last sum from being exactly 1, so the number is scaled by it.
     wanted = torch.tensor([number * float(cumulative[-1])], dtype=torch.float64)
     place = min(int(torch.searchsorted(cumulative, wanted, right=True)), len(scores) - 1)
     while place > 0 and math.isinf(float(logprobs[place])):
-        place -= 1  # rounding must not choose what has no probability
+        place -= 1  # rounding must not choose a token of no probability
     return place, float(logprobs[place])

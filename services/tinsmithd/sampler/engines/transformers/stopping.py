@@ -5,13 +5,13 @@ from collections.abc import Callable, Collection, Sequence
 from tinsmithd.domain import SamplingParams, StopReason
 
 CONTEXT_TOKENS = (8, 9, 10, 11, 64)
-"""How many of a prompt's last tokens stand before a completion while it is decoded: the first
-number with which that text is not empty and does not begin in the middle of a character."""
+"""Numbers of a prompt's last tokens that may be decoded with a completion. It is the first number
+with which that text is not empty and does not begin in the middle of a character."""
 CHARACTER_BYTES_MAX = 4
 HELD_TOKENS_MAX = 8
-"""What is incomplete for so many tokens is no character: that has at most four bytes."""
+"""Maximum tokens of one character; more cannot be one, since it has at most four bytes."""
 _REPLACEMENT = "\ufffd"
-"""What a tokenizer writes for bytes that are no character, or none yet."""
+"""A tokenizer writes it for bytes that are no character, or none yet."""
 
 Decode = Callable[[Sequence[int]], str]
 """Turns token ids into text."""
@@ -22,7 +22,7 @@ class CompletionText:
 
     A tokenizer writes a token differently at the start of a text than after others (the Llama-2
     family drops a space there), and a character may be spread over tokens. So new tokens are
-    decoded together with the few before them, never with all: the cost of a token is bounded.
+    decoded together with a few tokens before them, and never with all, which bounds the cost.
 
     Args:
         decode: Turns token ids into text.
@@ -41,12 +41,12 @@ class CompletionText:
         if not self._text:
             self._window = []
         self._context = len(self._window)
-        """Tokens of the window whose text was given out."""
+        """Number of tokens in the window whose text was given out."""
         self._given = self._whole_chars()
-        """Characters of the window that were."""
+        """Number of characters in the window that were given out."""
 
     def _whole_chars(self) -> int:
-        """Characters of the context, without one that the new tokens may complete."""
+        """Number of characters in the context, without one that new tokens may complete."""
         text = self._text
         for dropped in range(1, CHARACTER_BYTES_MAX):
             if not text.endswith(_REPLACEMENT):
@@ -55,11 +55,11 @@ class CompletionText:
         return len(text.rstrip(_REPLACEMENT))
 
     def add(self, token: int) -> str:
-        """Take the next token in; returns the text that is certain now and was not before."""
+        """Take the next token; returns the text that became certain with it."""
         window = [*self._window, token]
         text = self._decode(window)
         if text == self._text and not text.endswith(_REPLACEMENT):
-            return ""  # it has no text and changes none: the window need not grow
+            return ""  # a token without text and effect: the window need not grow
         self._window, self._text = window, text
         held = text.endswith(_REPLACEMENT) and len(window) - self._context < HELD_TOKENS_MAX
         new = (text.rstrip(_REPLACEMENT) if held else text)[self._given :]
@@ -78,7 +78,7 @@ class StopCheck:
         params: Its stop tokens, stop strings and length.
         eos_ids: The model's end-of-sequence tokens, which count when `params.stop_at_eos`.
         decode: Turns token ids into text.
-        prompt: The tokens before the new ones. Stop strings are looked for in the new text alone.
+        prompt: The tokens before the new ones. Stop strings count in the new text alone.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class StopCheck:
         self._made = 0
         self._end = ""
         self._end_chars = max(map(len, self._strings), default=0) - 1
-        """Of the text so far as many characters as may still become part of a stop string."""
+        """Maximum characters at the end of the text that may become part of a stop string."""
         self._text = CompletionText(decode, prompt) if self._strings else None
 
     def add(self, token: int) -> StopReason | None:
-        """Take the next token in; says why the sequence ends with it, if it does."""
+        """Take the next token; returns why the sequence ends with it, or None."""
         self._made += 1
         if token in self._tokens or self._completes_stop(token):
             return StopReason.STOP

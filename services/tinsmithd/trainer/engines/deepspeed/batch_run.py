@@ -111,7 +111,7 @@ class BatchRun:
         how = _SPLIT if tuple(executed) != round_[self._context.rank] else _AS_COMPOSED
         how = self._largest(_REFUSED if failure is not None else how)
         if how == _REFUSED:
-            message = "a datum of this batch does not fit into the memory of another rank"
+            message = "a datum of this call does not fit into the memory of another rank"
             raise failure or ResourceExhausted(message, Reason.OUT_OF_MEMORY)
         self.executed.append(round_ if how == _AS_COMPOSED else self._exchange(round_, executed))
         return logprobs
