@@ -18,6 +18,7 @@ from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
+from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules import Header, Keeper
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
@@ -26,6 +27,7 @@ from tinsmithd.state import tensors as state_tensors
 
 PATH = "tinsmith://run/weights/one"
 START_S_MAX = 30.0
+LEASE_S = 30.0
 LORA = LoraConfig(rank=4)
 PEFT_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 32}
 
@@ -38,6 +40,30 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+class TimedKeeper:
+    """A keeper whose clocks a test moves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.wall, self.monotonic = Clock(), Clock()
+        self.start()
+
+    def start(self) -> None:
+        """Open it."""
+        self.keeper = open_keeper(
+            self.folder,
+            checkpoint_bytes_max=1 << 30,
+            lease_s=LEASE_S,
+            clock=self.wall,
+            monotonic=self.monotonic,
+        )
+
+    def restart(self) -> None:
+        """Close it and open it again."""
+        self.keeper.close()
+        self.start()
 
 
 def files(seed: int = 0, *, optimizer: bool = True, columns: int = 900) -> dict[str, bytes]:

@@ -1,13 +1,11 @@
 """Row 29: what others feel of a Checkpoint server that hangs, or takes 100 kB/s."""
 
 import contextlib
-import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import tinsmith
 from bench.harness import Result, Timing, estimate
 from bench.sides import Settings
 from clusters import until_health
-from faults.processes import Process, Training
+from faults.processes import Process, Training, hung
 from faults.slow_way import SlowWay
 from tinsmith import types
 from tinsmithd.up import SERVICES
@@ -62,14 +60,9 @@ class _World:
         self.service = stack.enter_context(tinsmith.ServiceClient(base_url=training.address))
         self.name = base.name
 
-    @contextlib.contextmanager
-    def hung(self) -> Iterator[None]:
+    def hung(self) -> AbstractContextManager[None]:
         """The Checkpoint server does nothing meanwhile."""
-        os.kill(self.checkpoint.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.checkpoint.pid, signal.SIGCONT)
+        return hung(self.checkpoint.pid)
 
     @contextlib.contextmanager
     def slow(self) -> Iterator[None]:

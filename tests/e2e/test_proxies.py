@@ -1,7 +1,5 @@
 """A proxy in the environment is for what lies outside the cluster."""
 
-import socket
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,39 +7,12 @@ import numpy as np
 import tinsmith
 from clusters import RunningCluster
 from faults.harness import environment
+from recording_proxy import RecordingProxy
 from tinsmith import types
 
 VARIABLES = ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy")
 OPEN = ("no_proxy", "no_grpc_proxy", "NO_PROXY")
 """Empty, so that nothing else keeps the proxy away."""
-
-
-class RecordingProxy:
-    """Takes connections, writes down what they ask for, and lets nothing through."""
-
-    def __init__(self) -> None:
-        self.asked: list[bytes] = []
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                self.asked.append(connection.recv(1000))
-
-    def __enter__(self) -> "RecordingProxy":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join()
 
 
 def test_links_inside_the_cluster_never_use_a_proxy(tiny_model: Path, tmp_path: Path) -> None:
@@ -51,7 +22,10 @@ def test_links_inside_the_cluster_never_use_a_proxy(tiny_model: Path, tmp_path: 
         {"target_tokens": np.array([2, 3, 4]), "weights": np.ones(3, np.float32)},
     )
     with RecordingProxy() as proxy:
-        settings = {**dict.fromkeys(VARIABLES, proxy.address), **dict.fromkeys(OPEN, "")}
+        settings = {
+            **dict.fromkeys(VARIABLES, f"http://{proxy.address}"),
+            **dict.fromkeys(OPEN, ""),
+        }
         with environment(**settings):
             running = RunningCluster(tiny_model, tmp_path)
         with running, tinsmith.ServiceClient(base_url=running.address) as service:

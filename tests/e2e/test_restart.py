@@ -65,6 +65,13 @@ def test_saved_killed_started_loaded_it_goes_on_bit_identically(
         assert train(anew, STEPS, 2 * STEPS) != undisturbed
 
 
+def two_models(service: tinsmith.ServiceClient, base_model: str) -> list[tinsmith.TrainingClient]:
+    """Two that begin alike."""
+    return [
+        service.create_lora_training_client(base_model, rank=2, seed=1).result() for _ in range(2)
+    ]
+
+
 def kill_a_rank(cluster: RunningCluster, rank: int = 0) -> None:
     os.kill(cluster.rank_pids()[rank], signal.SIGKILL)
 
@@ -73,10 +80,7 @@ def test_a_killed_rank_comes_back_with_its_models(tiny_model: Path, tmp_path: Pa
     """The user does nothing, sees no error, and gets the numbers of an undisturbed run."""
     with RunningCluster(tiny_model, tmp_path) as cluster:
         service = tinsmith.ServiceClient(base_url=cluster.address)
-        made = [
-            service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
-            for _ in range(2)
-        ]
+        made = two_models(service, cluster.base_model)
         undisturbed = train(made[0], 0, 2 * STEPS)
         seen = train(made[1], 0, STEPS)
         kill_a_rank(cluster)
@@ -92,10 +96,7 @@ def test_a_cluster_that_is_killed_whole_goes_on_under_its_users(
     ports = free_ports()
     with RunningCluster(tiny_model, tmp_path, port=ports) as cluster:
         service = tinsmith.ServiceClient(base_url=cluster.address)
-        made = [
-            service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
-            for _ in range(2)
-        ]
+        made = two_models(service, cluster.base_model)
         undisturbed = train(made[0], 0, 2 * STEPS)
         seen = train(made[1], 0, STEPS)
         half = made[1].forward_backward(data(STEPS), "cross_entropy").result()

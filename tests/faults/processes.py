@@ -1,14 +1,25 @@
 """Single processes of a cluster, for tests that let one die, stop or find something changed."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 START_S_MAX = 60.0
+
+
+@contextlib.contextmanager
+def hung(pid: int) -> Iterator[None]:
+    """A process does nothing for the body of the `with`."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 class Process:

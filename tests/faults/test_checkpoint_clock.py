@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import PATH, Clock, blobs, files, keep, kept
+from checkpoints import PATH, TimedKeeper, blobs, files, keep, kept
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S
@@ -19,22 +19,8 @@ KEY = CheckpointPath.parse(PATH)
 HOUR_S = 3600.0
 
 
-class Timed:
-    """A keeper whose clocks a test moves."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.wall, self.monotonic = Clock(), Clock()
-        self.start()
-
-    def start(self) -> None:
-        self.keeper = open_keeper(
-            self.folder, checkpoint_bytes_max=1 << 30, clock=self.wall, monotonic=self.monotonic
-        )
-
-    def restart(self) -> None:
-        self.keeper.close()
-        self.start()
+class Timed(TimedKeeper):
+    """One that is swept as time passes."""
 
     def passes(self, seconds: float) -> None:
         """Time passes as it should, with a sweep each minute."""

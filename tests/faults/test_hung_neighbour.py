@@ -1,11 +1,8 @@
 """A Checkpoint server that hangs, or is slow, delays the calls that need it and nobody else's."""
 
-import contextlib
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import pytest
 
 import tinsmith
 from clusters import until_health
-from faults.processes import Process, Training
+from faults.processes import Process, Training, hung
 from faults.slow_way import SlowWay
 from faults.users import read_files
 from tinsmith import types
@@ -78,14 +75,9 @@ class World:
         """The files of a checkpoint."""
         return read_files(f"127.0.0.1:{self.checkpoint.port}", path)
 
-    @contextlib.contextmanager
-    def hung(self) -> Iterator[None]:
+    def hung(self) -> AbstractContextManager[None]:
         """The Checkpoint server does nothing meanwhile."""
-        os.kill(self.checkpoint.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(self.checkpoint.pid, signal.SIGCONT)
+        return hung(self.checkpoint.pid)
 
 
 @pytest.fixture(scope="module")

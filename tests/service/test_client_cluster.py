@@ -17,12 +17,6 @@ PROMPT = ModelInput.from_ints(TOKENS)
 
 
 @pytest.fixture
-def service(cluster: RunningCluster) -> tinsmith.ServiceClient:
-    """A way into the shared cluster."""
-    return tinsmith.ServiceClient(base_url=cluster.address)
-
-
-@pytest.fixture
 def trainer(service: tinsmith.ServiceClient, cluster: RunningCluster) -> tinsmith.TrainingClient:
     """A fresh model of its own."""
     return service.create_lora_training_client(cluster.base_model, rank=4, seed=1).result()

@@ -12,12 +12,6 @@ from clusters import RunningCluster
 
 
 @pytest.fixture
-def service(cluster: RunningCluster) -> tinsmith.ServiceClient:
-    """A way into the shared cluster."""
-    return tinsmith.ServiceClient(base_url=cluster.address)
-
-
-@pytest.fixture
 def trainer(service: tinsmith.ServiceClient, cluster: RunningCluster) -> tinsmith.TrainingClient:
     """A fresh model of its own."""
     return service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()

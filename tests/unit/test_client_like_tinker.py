@@ -6,7 +6,6 @@ import inspect
 import pickle
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -14,19 +13,10 @@ import pytest
 
 import tinsmith
 from faults.peer import Peer
-from tinsmith import _retry, errors
+from tinsmith import errors
 
 PROMPT = tinsmith.ModelInput.from_ints([1, 2])
 ADAM = tinsmith.AdamParams()
-
-
-@pytest.fixture
-def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(_retry, "DELAY_S_FIRST", 0.01)
-    running = Peer()
-    running.servicer.sample_breaks = 0
-    yield running
-    running.stop()
 
 
 # --- names ----------------------------------------------------------------------------------------

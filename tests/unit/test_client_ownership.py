@@ -13,7 +13,7 @@ import inspect
 import pickle
 import types as python_types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import pytest
 
 import tinsmith
 from faults.peer import Peer
-from tinsmith import _retry, types
+from tinsmith import types
 
 PLAIN = (str, int, float, bool, type(None), datetime.datetime, Path)
 TOKENS = [5, 6, 7]
@@ -195,15 +195,6 @@ def test_values_that_differ_are_not_equal() -> None:
 
 
 # --- calls ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(_retry, "DELAY_S_FIRST", 0.01)
-    running = Peer()
-    running.servicer.sample_breaks = 0
-    yield running
-    running.stop()
 
 
 CALLS = [

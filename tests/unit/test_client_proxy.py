@@ -1,8 +1,6 @@
 """Loopback never goes through a proxy; elsewhere an error says that there is one."""
 
 import asyncio
-import socket
-import threading
 from collections.abc import Iterator
 
 import grpc
@@ -10,47 +8,24 @@ import pytest
 
 import tinsmith
 from faults.peer import Peer
+from recording_proxy import RecordingProxy
 from tinsmith.addresses import channel_options, proxy_note
 from tinsmith.cluster import connect
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
-class Proxy:
-    """Refuses every CONNECT and keeps whom it was for."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            self.asked.append(connection.recv(200).decode("latin-1").split()[1])
-            connection.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
-            connection.close()
-
-    def stop(self) -> None:
-        self._socket.close()
-
-
 @pytest.fixture
-def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingProxy]:
     for name in (*VARIABLES, "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    running = Proxy()
-    yield running
-    running.stop()
+    with RecordingProxy() as running:
+        yield running
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_loopback_never_uses_a_proxy(
-    proxy: Proxy, variable: str, monkeypatch: pytest.MonkeyPatch
+    proxy: RecordingProxy, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the client nor the stubs, whichever variable names it."""
     monkeypatch.setenv(variable, f"http://{proxy.address}")
@@ -66,7 +41,7 @@ def test_loopback_never_uses_a_proxy(
         named.close().result(10)
     finally:
         peer.stop()
-    assert proxy.asked == []
+    assert proxy.targets == []
 
 
 @pytest.mark.parametrize(
@@ -84,14 +59,14 @@ def test_others_are_not_this_machine(address: str) -> None:
 
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_elsewhere_the_error_names_the_proxy_and_its_variable(
-    proxy: Proxy, variable: str, monkeypatch: pytest.MonkeyPatch
+    proxy: RecordingProxy, variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no password, which a proxy's URL may hold; what gRPC says looks like the server's."""
     monkeypatch.setenv(variable, f"http://user:secret@{proxy.address}/")
     service = tinsmith.ServiceClient(base_url="server.invalid:50051", give_up_after_s=0.3)
     with pytest.raises(tinsmith.UnavailableError) as failure:
         service.create_lora_training_client("base").result(30)
-    assert proxy.asked[0] == "server.invalid:50051"
+    assert proxy.targets[0] == "server.invalid:50051"
     told = f"server.invalid:50051 is reached through the proxy {proxy.address}, which {variable} "
     assert told in str(failure.value)
     assert "secret" not in str(failure.value)
@@ -105,7 +80,7 @@ def test_elsewhere_the_error_names_the_proxy_and_its_variable(
     "entry", ["server.invalid", "invalid", ".invalid", "other, server.invalid"]
 )
 def test_no_proxy_is_what_grpc_takes_it_for(
-    proxy: Proxy, name: str, entry: str, monkeypatch: pytest.MonkeyPatch
+    proxy: RecordingProxy, name: str, entry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
     monkeypatch.setenv(name, entry)
@@ -118,10 +93,10 @@ def test_no_proxy_is_what_grpc_takes_it_for(
 
     with pytest.raises(grpc.RpcError):
         asyncio.run(ask())
-    assert proxy.asked == []
+    assert proxy.targets == []
 
 
-def test_networks_in_no_proxy_count(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_in_no_proxy_count(proxy: RecordingProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
     monkeypatch.setenv("no_proxy", "10.0.0.0/8")
     assert proxy_note("10.1.2.3:1") == ""

@@ -209,17 +209,23 @@ def test_answers_to_other_calls_keep_hope_alive(peer: Peer) -> None:
         failing.result(10)
 
 
-# --- restarts -------------------------------------------------------------------------------------
-
-
-def test_a_server_that_goes_away_with_100_waiting_calls_answers_all_of_them(peer: Peer) -> None:
-    """They are sent again, by whatever path they come, and each counts once (row 6)."""
+def first_call_held(peer: Peer) -> threading.Event:
+    """The peer answers call 1 once the event is set."""
     held = threading.Event()
 
     async def hold(context: Any) -> None:
         await peer.loop.run_in_executor(None, held.wait, 10)
 
     peer.servicer.before[1] = [hold]
+    return held
+
+
+# --- restarts -------------------------------------------------------------------------------------
+
+
+def test_a_server_that_goes_away_with_100_waiting_calls_answers_all_of_them(peer: Peer) -> None:
+    """They are sent again, by whatever path they come, and each counts once (row 6)."""
+    held = first_call_held(peer)
     trainer = client_of(peer)
     futures = [trainer.optim_step(ADAM) for _ in range(100)]
     while len(peer.servicer.arrived) < 100:
@@ -329,12 +335,7 @@ def test_deleting_twice_because_an_answer_was_lost_is_no_error(peer: Peer) -> No
 
 def test_a_thousand_calls_do_not_all_wait_in_the_service(peer: Peer) -> None:
     """A window of them is under way; the rest follows, in order."""
-    held = threading.Event()
-
-    async def hold(context: Any) -> None:
-        await peer.loop.run_in_executor(None, held.wait, 10)
-
-    peer.servicer.before[1] = [hold]
+    held = first_call_held(peer)
     trainer = client_of(peer)
     futures = [trainer.optim_step(ADAM) for _ in range(1000)]
     while len(peer.servicer.arrived) < _lane.WINDOW:

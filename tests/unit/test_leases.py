@@ -7,40 +7,20 @@ from typing import Any
 
 import pytest
 
-from checkpoints import Clock, blobs, files, keep, kept
+from checkpoints import LEASE_S, TimedKeeper, blobs, files, keep, kept
 from tinsmithd.checkpoint.catalogue import Writer
-from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S, Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
 from tinsmithd.training.models import Releases
 
-LEASE_S = 30.0
 TTL_S = 86_400
 MINUTE_S = 60.0
 WRITER = Writer("cluster", 1)
 
 
-class Timed:
-    """A keeper whose clocks a test moves."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.wall, self.monotonic = Clock(), Clock()
-        self.start()
-
-    def start(self) -> None:
-        self.keeper = open_keeper(
-            self.folder,
-            checkpoint_bytes_max=1 << 30,
-            lease_s=LEASE_S,
-            clock=self.wall,
-            monotonic=self.monotonic,
-        )
-
-    def restart(self) -> None:
-        self.keeper.close()
-        self.start()
+class Timed(TimedKeeper):
+    """One that a training loop writes to, and clients hold checkpoints of."""
 
     def save(self, seed: int, model_id: str = "run", writer: Writer = WRITER, **header: Any) -> str:
         """A training loop saves its weights of this round."""

@@ -3,7 +3,7 @@
 from tinsmithd.processes.allocator import give_back_freed_memory, keep_freed_memory
 from tinsmithd.processes.child import Child, Ended, Log, describe_exit, environment
 from tinsmithd.processes.logs import StderrWriter, log_to_stderr
-from tinsmithd.processes.process import EXIT_HOPELESS, give_up, load_or_exit, run, set_up
+from tinsmithd.processes.process import EXIT_HOPELESS, load_or_exit, serve, set_up
 
 __all__ = [
     "EXIT_HOPELESS",
@@ -14,10 +14,9 @@ __all__ = [
     "describe_exit",
     "environment",
     "give_back_freed_memory",
-    "give_up",
     "keep_freed_memory",
     "load_or_exit",
     "log_to_stderr",
-    "run",
+    "serve",
     "set_up",
 ]

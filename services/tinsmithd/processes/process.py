@@ -8,8 +8,8 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import NoReturn, TypeVar
+from collections.abc import Callable
+from typing import NoReturn, Protocol, TypeVar
 
 from tinsmithd.config import Config, ConfigError
 from tinsmithd.processes.logs import log_to_stderr
@@ -93,20 +93,37 @@ def _end_with(pid: int) -> None:
     os._exit(1)
 
 
-def run(main: Callable[[], Awaitable[None]], section: str) -> None:
-    """Run a server's main coroutine; Ctrl-C ends quietly.
+class Server(Protocol):
+    """What runs as a process of its own."""
+
+    async def start(self) -> None:
+        """Bind and serve."""
+
+    async def run(self) -> None:
+        """Serve until a signal, then stop."""
+
+
+def serve(kind: type[C], make: Callable[[C], Server], *hopeless: type[Exception]) -> None:
+    """Run a server as this process; Ctrl-C ends it quietly.
 
     Args:
-        main: What to run.
-        section: What the process is called.
+        kind: Its settings, read from where this process takes them.
+        make: Makes the server of its settings, on its event loop.
+        hopeless: Errors for which a restart cannot help: the process says why and gives up.
     """
+    config = load_or_exit(kind)
+    set_up(config)
 
-    async def entry() -> None:
-        await main()
+    async def main() -> None:
+        server = make(config)
+        await server.start()
+        await server.run()
 
     try:
-        asyncio.run(entry())
+        asyncio.run(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # such as a port that is taken
-        give_up(section, error.strerror or error)
+        give_up(config.section, error.strerror or error)
+    except hopeless as error:
+        give_up(config.section, error)

@@ -18,6 +18,9 @@ STARTS_KEPT_MAX = 1_000
 class Fenced(Exception):
     """Another process claimed the store: this one must end."""
 
+    def __init__(self) -> None:
+        super().__init__("another Training server has taken over")
+
 
 class StoreUnwritable(Exception):
     """Nobody can write to the store now; reading it works.
