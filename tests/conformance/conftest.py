@@ -1,0 +1,29 @@
+"""Tiny models and engines on them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from suite import ENGINES, new_engine
+
+from tinsmithd.trainer.engines.interface import TrainingEngine
+from tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models by family, written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        kind, _, tied = family.partition("-")
+        return path if path.exists() else write_tiny_model(path, kind, tie=bool(tied))
+
+    return folder
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> TrainingEngine:
+    """Each engine in turn, on a tiny Llama."""
+    return new_engine(request.param, folders("llama"))
