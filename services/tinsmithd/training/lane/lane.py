@@ -43,9 +43,6 @@ from tinsmithd.training.lane.presence import Presence
 from tinsmithd.training.lane.turns import Turns
 from tinsmithd.training.ranks import ModelBroken, RankGroupLost
 
-BROKEN_PAUSE_S = 1.0
-"""Between two tries to bring a model back that the ranks could not hold."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +73,7 @@ class Lane:
         self._admission = Admission(model_id, limits, journal, executor, self._refuse)
         kept = KeptAnswers(limits.answers_kept_max, limits.answer_bytes_kept_max)
         self._answers = AnswerRecorder(model_id, kept, journal, executor)
-        self._presence = Presence()
+        self._presence = Presence(model_id, executor, lambda: self._closed is None)
         self.idle_since_s = 0.0
         """When its last call ended, by the loop's clock."""
         self._runner: asyncio.Task[None] | None = None
@@ -84,7 +81,6 @@ class Lane:
         self._ended = asyncio.Event()
         self._ended.set()
         self._closed: TinsmithError | None = None
-        self._blocked: TinsmithError | None = None
 
     @property
     def executor(self) -> CallExecutor:
@@ -124,7 +120,7 @@ class Lane:
     @property
     def blocked(self) -> bool:
         """True while the ranks that there are cannot take the model."""
-        return self._blocked is not None
+        return self._presence.blocked is not None
 
     @property
     def pending(self) -> int:
@@ -150,7 +146,7 @@ class Lane:
             answer = self._answers.find(call.seq_id, call.digest, self.next_seq_id)
             if answer is not None:
                 return answer
-        refusal = self._closed or self._blocked
+        refusal = self._closed or self._presence.blocked
         if refusal is not None:
             raise refusal
         queued = self._admission.add(call)
@@ -224,9 +220,9 @@ class Lane:
             while self._has_work:
                 # A model that came back for a call makes that call, however long the way was.
                 if self._presence.leaving and not (came_back and self._admission.ready):
-                    await self._suspend()
+                    await self._presence.leave(self._turn)
                 elif self._presence.absent:
-                    await self._restore()
+                    await self._come_back()
                     came_back = not self._presence.absent
                 else:
                     came_back = False
@@ -244,40 +240,14 @@ class Lane:
             self.idle_since_s = asyncio.get_running_loop().time()
             self._ended.set()
 
-    async def _suspend(self) -> None:
+    async def _come_back(self) -> None:
         try:
-            if not self._presence.absent:
-                await self._executor.suspend(self._turn)
-        except (TinsmithError, RankGroupLost, ModelBroken) as error:
-            # Whatever the ranks still hold of it, they drop it before they get it again.
-            if self._closed is None:
-                _log.warning("model %s left the ranks with an error: %s", self._model_id, error)
-        self._presence.suspend()
-        self._blocked = None
-        self._executor.left()
-
-    async def _restore(self) -> None:
-        losses = self._presence.begin()
-        try:
-            await self._executor.restore(self._turn)
+            await self._presence.come_back(self._turn)
         except DataLoss as error:
             _log.error("model %s is lost: %s", self._model_id, error)
             # Written first: a process that was replaced finds things gone, too.
             await self._journal.commit(LoseModel(self._model_id, error.message), must=True)
             self.close(error)
-        except RankGroupLost as error:
-            _log.warning("model %s has to be brought back again: %s", self._model_id, error)
-        except ModelBroken as error:
-            _log.error("model %s could not be brought back yet: %s", self._model_id, error)
-            await asyncio.sleep(BROKEN_PAUSE_S)
-        except TinsmithError as error:
-            if self._closed is None:
-                _log.error("model %s could not be brought back yet: %s", self._model_id, error)
-                self._blocked = error if isinstance(error, Unavailable) else None
-                await asyncio.sleep(BROKEN_PAUSE_S)
-        else:
-            self._presence.end(losses)
-            self._blocked = None
 
     @contextlib.asynccontextmanager
     async def _turn(self, tokens: int) -> AsyncIterator[None]:

@@ -1,17 +1,40 @@
-"""Whether the ranks have a model's state, and if not, why not."""
+"""Whether the ranks have a model's state, and its ways to them and from them."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from tinsmithd.errors import DataLoss, TinsmithError, Unavailable
+from tinsmithd.training.lane.interface import CallExecutor, TakeTurn
+from tinsmithd.training.ranks import ModelBroken, RankGroupLost
+
+BROKEN_PAUSE_S = 1.0
+"""Between two tries to bring a model back that the ranks could not hold."""
+
+_log = logging.getLogger(__name__)
 
 
 class Presence:
     """Of one model.
 
+    Args:
+        model_id: Which one.
+        executor: Takes it to the ranks and off them.
+        is_open: Whether its lane is; nobody needs to hear why a closed one fails.
+
     Attributes:
         leaving: It is to leave the ranks before its next call.
         suspended: It left them, and its next call brings it back.
         resuming: It is being brought back because of a call, not because the ranks were lost.
+        blocked: Why the ranks that there are cannot take it; None where they can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model_id: str, executor: CallExecutor, is_open: Callable[[], bool]) -> None:
+        self._model_id = model_id
+        self._executor = executor
+        self._is_open = is_open
         self.leaving = self.suspended = self.resuming = False
+        self.blocked: TinsmithError | None = None
         self._losses = self._restored_losses = 0
 
     @property
@@ -29,13 +52,43 @@ class Presence:
         self.lose()
         self.leaving, self.suspended = False, True
 
-    def begin(self) -> int:
-        """Start to bring it back; returns what `end` takes."""
+    async def leave(self, turn: TakeTurn) -> None:
+        """Take it off the ranks."""
+        try:
+            if not self.absent:
+                await self._executor.suspend(turn)
+        except (TinsmithError, RankGroupLost, ModelBroken) as error:
+            # Whatever the ranks still hold of it, they drop it before they get it again.
+            if self._is_open():
+                _log.warning("model %s left the ranks with an error: %s", self._model_id, error)
+        self.suspend()
+        self.blocked = None
+        self._executor.left()
+
+    async def come_back(self, turn: TakeTurn) -> None:
+        """Try to bring it back to the ranks; it is `absent` until that succeeds.
+
+        Raises:
+            DataLoss: Nobody has its state any more.
+        """
         self.resuming = self.resuming or self.suspended
         self.suspended = False
-        return self._losses
-
-    def end(self, losses: int) -> None:
-        """It is back, unless it was lost again since `begin`."""
-        self._restored_losses = losses
-        self.resuming = self.resuming and self.absent
+        losses = self._losses
+        try:
+            await self._executor.restore(turn)
+        except DataLoss:
+            raise
+        except RankGroupLost as error:
+            _log.warning("model %s has to be brought back again: %s", self._model_id, error)
+        except ModelBroken as error:
+            _log.error("model %s could not be brought back yet: %s", self._model_id, error)
+            await asyncio.sleep(BROKEN_PAUSE_S)
+        except TinsmithError as error:
+            if self._is_open():
+                _log.error("model %s could not be brought back yet: %s", self._model_id, error)
+                self.blocked = error if isinstance(error, Unavailable) else None
+                await asyncio.sleep(BROKEN_PAUSE_S)
+        else:
+            self._restored_losses = losses  # unless it was lost again meanwhile
+            self.resuming = self.resuming and self.absent
+            self.blocked = None
