@@ -37,6 +37,23 @@ def model_input(tokens) -> types_pb2.ModelInput:
     return types_pb2.ModelInput(chunks=[types_pb2.ModelInputChunk(tokens=ints(tokens))])
 
 
+def sample(sampler, checkpoint_path) -> list[int]:
+    request = sampler_service_pb2.SampleRequest(
+        checkpoint_path=checkpoint_path,
+        prompt=model_input(TOKENS[:1]),
+        sampling_params=sampler_service_pb2.SamplingParams(
+            max_tokens=len(TOKENS) - 1,
+            temperature=0,
+            stop=sampler_service_pb2.StopCondition(),
+        ),
+    )
+    sampled = []
+    for response in sampler.Sample(request):
+        for delta in response.deltas:
+            sampled.extend(np.frombuffer(delta.tokens.data, "<i8").tolist())
+    return sampled
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--address", default=os.environ.get("TINSMITH_ADDRESS", "127.0.0.1:50051"))
@@ -94,20 +111,7 @@ def main() -> None:
             name="stubs-only",
         )
     )
-    sampled = []
-    for response in sampler.Sample(
-        sampler_service_pb2.SampleRequest(
-            checkpoint_path=saved.checkpoint_path,
-            prompt=model_input(TOKENS[:1]),
-            sampling_params=sampler_service_pb2.SamplingParams(
-                max_tokens=len(TOKENS) - 1,
-                temperature=0,
-                stop=sampler_service_pb2.StopCondition(),
-            ),
-        )
-    ):
-        for delta in response.deltas:
-            sampled.extend(np.frombuffer(delta.tokens.data, "<i8").tolist())
+    sampled = sample(sampler, saved.checkpoint_path)
     print(f"after {TOKENS[0]} comes {sampled}")
     checkpoints.DeleteCheckpoint(
         checkpoint_service_pb2.DeleteCheckpointRequest(checkpoint_path=saved.checkpoint_path)

@@ -1,75 +1,23 @@
-"""What the Training server promises when ranks, disks or its own process fail, one fault a test."""
+"""What the Training server promises when ranks or its own process fail, one fault a test."""
 
-import contextlib
 import signal
 import sqlite3
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 
 import tinsmith
 from clusters import until_health
 from faults.processes import Training
+from faults.recovering import STEPS, Seen, data, model_of, state, train, two_trained, values
 from tinsmith import types
 from tinsmith import v1 as pb
 from tinsmithd.training.journal import sqlite_tables
 from wire import reason_and_field
 
-STEPS = 7
 RECOVERY = "tinsmith.v1.TrainingService/recovery"
-Seen = list[object]
-
-
-def data(seed: int, weight: float = 1.0) -> list[types.Datum]:
-    rng = np.random.default_rng(seed)
-    return [
-        types.Datum(
-            model_input=types.ModelInput.from_ints(rng.integers(0, 256, 12).tolist()),
-            loss_fn_inputs={
-                "target_tokens": rng.integers(0, 256, 12),
-                "weights": np.full(12, weight, np.float32),
-            },
-        )
-        for _ in range(3)
-    ]
-
-
-def train(client: tinsmith.TrainingClient, first: int, last: int) -> Seen:
-    """Some steps, all calls sent at once; every value that came back."""
-    futures = []
-    for step in range(first, last):
-        futures.append(client.forward_backward(data(step), "cross_entropy"))
-        futures.append(client.optim_step(types.AdamParams(learning_rate=1e-2)))
-    return [values(future.result(90)) for future in futures]
-
-
-def values(answer: object) -> object:
-    if isinstance(answer, types.ForwardBackwardOutput):
-        outputs = [np.asarray(o["logprobs"]).tobytes() for o in answer.loss_fn_outputs]
-        return outputs, dict(answer.metrics)
-    return dict(answer.metrics)  # type: ignore[attr-defined]
-
-
-def model_of(service: tinsmith.ServiceClient, seed: int = 1) -> tinsmith.TrainingClient:
-    return service.create_lora_training_client("tiny-llama", rank=4, seed=seed).result(90)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What two times `STEPS` steps give when nothing fails."""
-    with Training(tiny_model, tmp_path_factory.mktemp("twin")) as training:
-        training.start_rank()
-        return train(model_of(tinsmith.ServiceClient(base_url=training.address)), 0, 2 * STEPS)
-
-
-@pytest.fixture
-def training(tiny_model: Path, tmp_path: Path) -> Iterator[Training]:
-    with Training(tiny_model, tmp_path, rank_lease_s=2) as running:
-        yield running
 
 
 def snapshots(training: Training) -> Sequence[Path]:
@@ -84,12 +32,6 @@ def damage(folder: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-def state(training: Training, model_id: str) -> pb.Model:
-    with grpc.insecure_channel(training.address) as channel:
-        stub = pb.TrainingServiceStub(channel)
-        return stub.GetModel(pb.GetModelRequest(model_id=model_id), timeout=10).model
 
 
 def test_row_1_ranks_killed_while_idle_come_back_with_the_same_bits(
@@ -204,10 +146,7 @@ def test_row_29_a_damaged_snapshot_costs_time_two_cost_the_model(
     """The older snapshot and the calls after it give the same bits; with both damaged that model is
     DATA_LOSS, and the one beside it goes on."""
     training.start_rank()
-    service = tinsmith.ServiceClient(base_url=training.address)
-    client, other = model_of(service), model_of(service)
-    seen = train(client, 0, STEPS)
-    assert train(other, 0, STEPS) == seen
+    client, other, seen = two_trained(training, STEPS)
     of_client = [path for path in snapshots(training) if client.model_id in path.name]
     assert len(of_client) == 2
     training.kill()
@@ -233,10 +172,7 @@ def test_a_replay_that_gives_another_result_is_data_loss_of_that_model(
 ) -> None:
     """Never a silently different model: the recorded digest decides; other models are untouched."""
     training.start_rank()
-    service = tinsmith.ServiceClient(base_url=training.address)
-    client, other = model_of(service), model_of(service)
-    seen = train(client, 0, 2)
-    train(other, 0, 2)
+    client, other, seen = two_trained(training, 2)
     training.kill()
     with sqlite3.connect(training.data / "journal.sqlite") as journal:
         # Sealed again: the row is whole, and what it says is not what the replay will give.
@@ -320,112 +256,3 @@ def test_row_24_a_gradient_that_is_not_finite_is_named_and_cleared(training: Tra
     training.start_rank()
     assert values(client.forward(data(9), "cross_entropy").result(90)) == before
     assert train(client, 1, 2)
-
-
-def test_row_28_a_disk_that_fails_refuses_calls_and_says_so(
-    training: Training, undisturbed: Seen
-) -> None:
-    """UNAVAILABLE without effect, health NOT_SERVING, reading goes on; a server whose disk works
-    again goes on, bit for bit."""
-    training.start_rank()
-    client = model_of(tinsmith.ServiceClient(base_url=training.address))
-    seen = train(client, 0, 2)
-    training.restart_server(env={"TINSMITH_FAILPOINTS": "wal_append:io"})
-    with grpc.insecure_channel(training.address) as channel:
-        stub = pb.TrainingServiceStub(channel)
-        request = pb.OptimStepRequest(model_id=client.model_id, seq_id=5)
-        with pytest.raises(grpc.RpcError) as refusal:
-            stub.OptimStep(request, timeout=60)
-    assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert reason_and_field(refusal.value)[0] == "STORAGE_UNAVAILABLE"
-    until_health(training.address, serving=False)
-    assert state(training, client.model_id).next_seq_id == 5
-    training.restart_server()
-    assert seen + train(client, 2, 2 * STEPS) == undisturbed
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 32 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("NO SMALL DISK HERE: only root may mount one; disk full was not tested")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_row_27_a_full_disk_refuses_calls_and_recovers(
-    tiny_model: Path, tmp_path: Path, small_disk: Path, undisturbed: Seen
-) -> None:
-    """New calls are RESOURCE_EXHAUSTED with RetryInfo and have no effect, although the ranks may
-    have begun; reading goes on, health says so; when there is room again everything goes on, bit
-    for bit."""
-    with Training(tiny_model, tmp_path, data_folder=small_disk / "data") as training:
-        training.start_rank()
-        service = tinsmith.ServiceClient(base_url=training.address)
-        client = model_of(service)
-        seen = train(client, 0, 2)
-        _fill(small_disk / "filler")
-        stub = pb.TrainingServiceStub(grpc.insecure_channel(training.address))
-        first = state(training, client.model_id).next_seq_id
-        answers, refusal = _until_refused(stub, client.model_id, first)
-        refused = state(training, client.model_id).next_seq_id  # reading works
-        assert refused == first + len(answers)
-        none, refusal_again = _until_refused(stub, client.model_id, refused)
-        assert none == []
-        for error in (refusal, refusal_again):
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert reason_and_field(error)[0] == "STORAGE_FULL"
-        until_health(training.address, serving=False)
-        (small_disk / "filler").unlink()
-        until_health(training.address, serving=True)
-        answers += [_call(stub, client.model_id, refused + more) for more in range(4)]
-        twin = model_of(service)
-        assert train(twin, 0, 2) == seen == undisturbed[:4]
-        assert answers == [
-            _call(stub, twin.model_id, number) for number in range(first, refused + 4)
-        ]
-
-
-def _fill(file: Path) -> None:
-    with contextlib.suppress(OSError), file.open("wb", buffering=0) as filler:
-        while filler.write(bytes(4096)):
-            pass
-
-
-def _until_refused(
-    stub: pb.TrainingServiceStub, model_id: str, first: int
-) -> tuple[Seen, grpc.RpcError]:
-    answers: Seen = []
-    while len(answers) < 2000:
-        try:
-            answers.append(_call(stub, model_id, first + len(answers)))
-        except grpc.RpcError as refusal:
-            return answers, refusal
-    raise AssertionError("nothing was refused")
-
-
-def _call(stub: pb.TrainingServiceStub, model_id: str, seq_id: int) -> object:
-    """A step under an even number, gradients under an odd one."""
-    if seq_id % 2 == 0:
-        adam = pb.AdamParams(learning_rate=1e-2)
-        request = pb.OptimStepRequest(model_id=model_id, seq_id=seq_id, adam_params=adam)
-        return dict(stub.OptimStep(request).metrics)
-    tensor = pb.Tensor(dtype=pb.Dtype.DTYPE_INT64, ints=[seq_id % 200] * 64)
-    datum = pb.Datum(
-        model_input=pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensor)]),
-        loss_fn_inputs={
-            "target_tokens": tensor,
-            "weights": pb.Tensor(dtype=pb.Dtype.DTYPE_FLOAT32, floats=[1.0] * 64),
-        },
-    )
-    call = pb.ForwardBackwardRequest(
-        model_id=model_id,
-        seq_id=seq_id,
-        data=[datum] * 8,
-        loss_fn=pb.LossFn(cross_entropy=pb.CrossEntropyLoss()),
-    )
-    answers = stub.ForwardBackward(iter([call]))
-    return [answer.SerializeToString(deterministic=True) for answer in answers]

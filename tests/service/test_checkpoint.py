@@ -3,9 +3,6 @@
 import asyncio
 import io
 import tarfile
-import zlib
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -14,10 +11,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from safetensors.numpy import load
 
-from checkpoints import PATH, Clock, blobs, files, messages, piece, staged, to_files
+from checkpoint_server import Served
+from checkpoints import PATH, files, messages, to_files
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
-from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy
@@ -26,57 +23,6 @@ from tinsmithd.domain import FullConfig, ModelState
 from wire import limit_values, reason_and_field
 
 SAMPLER_PATH = "tinsmith://run/sampler_weights/one"
-
-
-class Served:
-    """A running server and a stub for it."""
-
-    def __init__(
-        self, folder: Path, clock: Clock, monotonic: Clock, server: CheckpointServer
-    ) -> None:
-        self.folder = folder
-        self.clock = clock
-        self.monotonic = monotonic
-        self.server = server
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
-        self.stub = CheckpointServiceStub(self.channel)
-
-    async def write(self, path: str = PATH, seed: int = 0, **header: object) -> pb.Checkpoint:
-        response = await self.stub.WriteCheckpoint(iter(messages(path, files(seed), **header)))
-        return response.checkpoint
-
-    async def read(self, path: str = PATH) -> dict[str, bytes]:
-        got: dict[str, bytes] = {}
-        async for response in self.stub.ReadCheckpoint(
-            pb.ReadCheckpointRequest(checkpoint_path=path)
-        ):
-            if response.HasField("piece"):
-                piece = response.piece
-                assert zlib.crc32(piece.data) == piece.crc32
-                assert len(got.setdefault(piece.file_name, b"")) == piece.offset
-                got[piece.file_name] += piece.data
-        return got
-
-    def leftovers(self) -> list[Path]:
-        return staged(self.folder)
-
-    def blobs(self) -> list[Path]:
-        return blobs(self.folder)
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    """A Checkpoint server on a free port with an empty folder."""
-    clock, monotonic = Clock(), Clock()
-    config = CheckpointConfig(
-        listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=1
-    )
-    server = CheckpointServer(config, clock, monotonic)
-    await server.start()
-    running = Served(tmp_path, clock, monotonic, server)
-    yield running
-    await running.channel.close()
-    await server.stop()
 
 
 async def test_what_was_written_is_read_back(served: Served) -> None:
@@ -261,124 +207,6 @@ async def test_export_is_a_tar_of_a_peft_folder(served: Served) -> None:
         member = tar.extractfile("adapter_model.safetensors")
         assert member is not None
         assert sorted(load(member.read())) == ["a.lora_A.weight", "a.lora_B.weight"]
-
-
-BAD_PATHS = [
-    "",
-    "tinsmith://run/weights/..",
-    "/etc/passwd",
-    "tinsmith://../weights/a",
-    "tinsmith://run/weights/a/b",
-    "tinsmith://run/weights/a\0b",
-    "tinsmith://run/weights/" + "a" * 4096,
-    "tinsmith://run/weights/ä",
-    "tinsmith://run/other/a",
-    "s3://run/weights/a",
-]
-
-
-@pytest.mark.parametrize("path", BAD_PATHS)
-async def test_bad_names_are_refused_by_every_call(served: Served, path: str) -> None:
-    """Names are data: nothing that looks like a path gets anywhere."""
-    calls: list[Callable[[], object]] = [
-        lambda: served.stub.GetCheckpoint(pb.GetCheckpointRequest(checkpoint_path=path)),
-        lambda: served.stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(checkpoint_path=path)),
-        lambda: served.read(path),
-        lambda: served.write(path),
-    ]
-    for call in calls:
-        with pytest.raises(grpc.aio.AioRpcError) as refusal:
-            await call()  # type: ignore[misc]
-        assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        reason, field = reason_and_field(refusal.value)
-        assert reason in ("INVALID_NAME", "MISSING_FIELD")
-        assert field.endswith("path")
-    assert served.leftovers() == []
-
-
-def _streams() -> dict[str, tuple[list[pb.WriteCheckpointRequest], str, str]]:
-    content = files()
-    good = list(messages(PATH, content))
-    header, pieces, end = good[0], good[1:-1], good[-1]
-    first = pieces[0].piece
-    bad_json = {**content, "adapter_config.json": b"[]"}
-    bad_tensors = {**content, "adapter_model.safetensors": b"\x80\x04pickle" * 9}
-    return {
-        "no message": ([], "MALFORMED_STREAM", "header"),
-        "no header": ([*pieces, end], "MALFORMED_STREAM", "header"),
-        "two headers": ([header, header, end], "MALFORMED_STREAM", "header"),
-        "no commit": ([header, *pieces], "MALFORMED_STREAM", "commit"),
-        "after the commit": ([*good, pieces[0]], "MALFORMED_STREAM", "commit"),
-        "hole": (
-            [header, piece(first.file_name, 7, b"x"), end],
-            "MALFORMED_STREAM",
-            "piece.offset",
-        ),
-        "unset message": (
-            [header, pb.WriteCheckpointRequest(), end],
-            "MALFORMED_STREAM",
-            "content",
-        ),
-        "bad checksum": ([header, piece(first.file_name, 0, b"x", 1)], "CHECKPOINT_CORRUPT", ""),
-        "lost piece": ([header, *pieces[:-1], end], "MALFORMED_STREAM", "commit.files"),
-        "other bytes": (
-            [*list(messages(PATH, files(1)))[:-1], end],
-            "CHECKPOINT_CORRUPT",
-            "",
-        ),
-        "unknown file": ([header, piece("../x", 0, b"x")], "INVALID_NAME", "piece.file_name"),
-        "pickle": (
-            list(messages(PATH, bad_tensors)),
-            "INVALID_FIELD",
-            'commit.files["adapter_model.safetensors"]',
-        ),
-        "no json object": (
-            list(messages(PATH, bad_json)),
-            "INVALID_FIELD",
-            'commit.files["adapter_config.json"]',
-        ),
-        "missing file": (
-            list(messages(PATH, {"adapter_config.json": b"{}"})),
-            "MISSING_FIELD",
-            'commit.files["model_state.json"]',
-        ),
-        "optimizer in a sampler checkpoint": (
-            list(messages(SAMPLER_PATH, content)),
-            "INVALID_NAME",
-            "piece.file_name",
-        ),
-        "big piece": (
-            [header, piece(first.file_name, 0, b"x" * 5_000_000)],
-            "LIMIT_EXCEEDED",
-            "piece.data",
-        ),
-    }
-
-
-@pytest.mark.parametrize("case", sorted(_streams()))
-async def test_a_bad_stream_is_refused_and_leaves_nothing(served: Served, case: str) -> None:
-    """Typed error, exact field, no staging left, and the next good write works."""
-    stream, reason, field = _streams()[case]
-    with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await served.stub.WriteCheckpoint(iter(stream))
-    assert reason_and_field(refusal.value) == (reason, field)
-    assert served.leftovers() == []
-    await served.write()
-    assert await served.read() == files()
-
-
-async def test_a_broken_stream_leaves_nothing(served: Served) -> None:
-    """A writer that goes away half-way was never there."""
-    call = served.stub.WriteCheckpoint()
-    for message in list(messages(PATH, files()))[:3]:
-        await call.write(message)
-    call.cancel()
-    for _ in range(200):
-        if not served.leftovers():
-            break
-        await asyncio.sleep(0.02)
-    assert served.leftovers() == []
-    assert served.blobs() == []
 
 
 async def test_writing_again_repairs_a_damaged_blob(served: Served) -> None:
