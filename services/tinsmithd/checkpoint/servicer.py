@@ -10,25 +10,24 @@ from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
 from tinsmithd.checkpoint.export import exported_files, tar_of
+from tinsmithd.checkpoint.messages import checkpoint_to_pb, digest_of, format_of, page_to_pb
 from tinsmithd.checkpoint.rules import Header, Keeper, Write
 from tinsmithd.checkpoint.segments import Segment, check_offset, pieces_from
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
-from tinsmithd.convert.times import duration_to_pb, timestamp_to_pb, ttl_from_pb
-from tinsmithd.domain import DEFAULT_OWNER, CheckpointPath, content_digest
+from tinsmithd.convert.times import duration_to_pb, ttl_from_pb
+from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import DataLoss, FailedPrecondition, InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.budget import Budget, Lease
 from tinsmithd.rpc.intake import off_loop
-from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
+from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of
 
 T = TypeVar("T")
 
 PIECE_BYTES_MAX = 4 * 1024 * 1024
-PAGE_BYTES = 1024 * 1024
-"""A page of so many bytes, and those of one checkpoint more, ends there."""
 WRITER_CHARACTERS_MAX = 128
 LEASES_MAX = 1000
 """Leases of one kind in one call."""
@@ -79,7 +78,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
         lease_id = convert.lease_id_from_pb(request.lease_id, "lease_id")
         found = await asyncio.to_thread(self._keeper.get, path, lease_id)
-        return pb.GetCheckpointResponse(checkpoint=_to_pb(found))
+        return pb.GetCheckpointResponse(checkpoint=checkpoint_to_pb(found))
 
     async def ListCheckpoints(
         self, request: pb.ListCheckpointsRequest, context: Any
@@ -93,7 +92,7 @@ class CheckpointServicer(CheckpointServiceServicer):
             before=asked.below,
             size=asked.size + 1,
         )
-        return await off_loop(_page_to_pb, found, asked.size, total)
+        return await off_loop(page_to_pb, found, asked.size, total)
 
     async def UpdateCheckpoint(
         self, request: pb.UpdateCheckpointRequest, context: Any
@@ -115,7 +114,7 @@ class CheckpointServicer(CheckpointServiceServicer):
             return checkpoint
 
         changed = await asyncio.to_thread(self._keeper.update, path, change)
-        return pb.UpdateCheckpointResponse(checkpoint=_to_pb(changed))
+        return pb.UpdateCheckpointResponse(checkpoint=checkpoint_to_pb(changed))
 
     async def DeleteCheckpoint(
         self, request: pb.DeleteCheckpointRequest, context: Any
@@ -136,7 +135,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         ttl_s = ttl_from_pb(request.ttl if request.HasField("ttl") else None, "ttl")
         request_id = convert.request_id_from_pb(request.request_id, "request_id")
         copied = await asyncio.to_thread(self._keeper.copy, source, destination, ttl_s, request_id)
-        return pb.CopyCheckpointResponse(checkpoint=_to_pb(copied))
+        return pb.CopyCheckpointResponse(checkpoint=checkpoint_to_pb(copied))
 
     async def ReadCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
         self, request: pb.ReadCheckpointRequest, context: Any
@@ -146,7 +145,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         convert.check_count("file_names", request.file_names, "files_max", self._files_max)
         names = list(request.file_names)
         lease_id = convert.lease_id_from_pb(request.lease_id, "lease_id")
-        digest = _digest_of(request)
+        digest = _wanted_digest(request)
 
         def chosen(found: Checkpoint) -> list[str]:
             _check_digest(found, digest)
@@ -155,7 +154,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         found, files = await asyncio.to_thread(self._keeper.open, path, chosen, lease_id)
         segments = [Segment(blob.size_bytes, content) for blob, content in files]
         check_offset(segments, request.offset)
-        yield pb.ReadCheckpointResponse(checkpoint=_to_pb(found))
+        yield pb.ReadCheckpointResponse(checkpoint=checkpoint_to_pb(found))
         async for index, offset, data in _threaded(pieces_from(segments, request.offset)):
             name, crc32 = files[index][0].name, zlib.crc32(data)
             piece = pb.CheckpointPiece(file_name=name, offset=offset, data=data, crc32=crc32)
@@ -175,7 +174,7 @@ class CheckpointServicer(CheckpointServiceServicer):
                 await asyncio.shield(asyncio.to_thread(write.discard))
         if header.ephemeral:
             self._reclaimable.set()  # the one before is not the newest any more
-        return pb.WriteCheckpointResponse(checkpoint=_to_pb(committed))
+        return pb.WriteCheckpointResponse(checkpoint=checkpoint_to_pb(committed))
 
     async def RenewLeases(
         self, request: pb.RenewLeasesRequest, context: Any
@@ -217,11 +216,11 @@ class CheckpointServicer(CheckpointServiceServicer):
         if request.format not in pb.ExportFormat.values():
             raise InvalidArgument("format", f"unknown format {request.format}")
 
-        digest = _digest_of(request)
+        digest = _wanted_digest(request)
 
         def chosen(found: Checkpoint) -> list[str]:
             _check_digest(found, digest)
-            fits = _format_of(found)
+            fits = format_of(found)
             if request.format not in (pb.EXPORT_FORMAT_UNSPECIFIED, fits):
                 what = found.tuning.noun
                 message = f"{path} holds {what}: ask for {pb.ExportFormat.Name(fits)}"
@@ -232,7 +231,7 @@ class CheckpointServicer(CheckpointServiceServicer):
         segments = tar_of(files)
         size_bytes = check_offset(segments, request.offset)
         archive = pb.ExportedArchive(
-            format=_format_of(found), size_bytes=size_bytes, checkpoint=_to_pb(found)
+            format=format_of(found), size_bytes=size_bytes, checkpoint=checkpoint_to_pb(found)
         )
         yield pb.ExportCheckpointResponse(archive=archive)
         offset = request.offset
@@ -242,11 +241,7 @@ class CheckpointServicer(CheckpointServiceServicer):
             offset += len(data)
 
 
-def _format_of(found: Checkpoint) -> pb.ExportFormat.ValueType:
-    return pb.EXPORT_FORMAT_PEFT_TAR if found.tuning.is_adapter else pb.EXPORT_FORMAT_HF_TAR
-
-
-def _digest_of(request: pb.ReadCheckpointRequest | pb.ExportCheckpointRequest) -> bytes | None:
+def _wanted_digest(request: pb.ReadCheckpointRequest | pb.ExportCheckpointRequest) -> bytes | None:
     """The content that a reader means, which one that goes on has to say."""
     digest = convert.digest_from_pb(request.checkpoint_digest, "checkpoint_digest")
     if request.offset and digest is None:
@@ -256,15 +251,11 @@ def _digest_of(request: pb.ReadCheckpointRequest | pb.ExportCheckpointRequest) -
 
 
 def _check_digest(found: Checkpoint, wanted: bytes | None) -> None:
-    if wanted is not None and _content_digest(found) != wanted:
+    if wanted is not None and digest_of(found) != wanted:
         raise FailedPrecondition(
             f"{found.path} was replaced: it is not the content any more that was asked for",
             Reason.CHECKPOINT_REPLACED,
         )
-
-
-def _content_digest(checkpoint: Checkpoint) -> bytes:
-    return content_digest({blob.name: bytes.fromhex(blob.sha256) for blob in checkpoint.files})
 
 
 async def _threaded(source: Iterator[T]) -> AsyncIterator[T]:
@@ -367,44 +358,3 @@ def _check_piece(piece: pb.CheckpointPiece) -> None:
     if zlib.crc32(piece.data) != piece.crc32:
         message = f"piece at {piece.offset} of {piece.file_name[:100]!r} was damaged on its way"
         raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
-
-
-def _to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.Checkpoint:
-    path = checkpoint.path
-    message = pb.Checkpoint(
-        checkpoint_path=str(path),
-        model_id=path.model_id,
-        owner=DEFAULT_OWNER,
-        kind=convert.kind_to_pb(path.kind),
-        name=path.name,
-        base_model=checkpoint.base_model,
-        **convert.tuning_to_pb(checkpoint.tuning),
-        create_time=timestamp_to_pb(checkpoint.create_time_s),
-        size_bytes=checkpoint.size_bytes,
-        user_metadata=checkpoint.user_metadata,
-        step_count=checkpoint.step_count,
-        ephemeral=checkpoint.ephemeral is not None,
-        digest=_content_digest(checkpoint),
-    )
-    if checkpoint.expire_time_s is not None:
-        message.expire_time.CopyFrom(timestamp_to_pb(checkpoint.expire_time_s))
-    if with_files:
-        for blob in checkpoint.files:
-            message.files.add(
-                name=blob.name, size_bytes=blob.size_bytes, sha256=bytes.fromhex(blob.sha256)
-            )
-    return message
-
-
-def _page_to_pb(found: Sequence[Checkpoint], size: int, total: int) -> pb.ListCheckpointsResponse:
-    """Write a page: so many, or fewer where their metadata are long."""
-    response = pb.ListCheckpointsResponse(total_size=total)
-    nbytes = 0
-    for index, checkpoint in enumerate(found):
-        if index == size or nbytes > PAGE_BYTES:
-            response.next_page_token = token_after(found[index - 1].number)
-            break
-        written = _to_pb(checkpoint, with_files=False)
-        nbytes += written.ByteSize()
-        response.checkpoints.append(written)
-    return response

@@ -1,11 +1,12 @@
 """Records what calls answer, and answers once that is durable."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 
 from tinsmithd import failpoints
-from tinsmithd.errors import Reason, Unavailable
-from tinsmithd.training.call import Answer, StoredAnswer, kind_of, shutting_down
+from tinsmithd.errors import Reason, TinsmithError, Unavailable
+from tinsmithd.training.call import Answer, StoredAnswer, call_not_found, kind_of, shutting_down
 from tinsmithd.training.journal import AddAnswer, DropAnswers, Journal, StoredCall, Write
 from tinsmithd.training.lane.admission import QueuedCall
 from tinsmithd.training.lane.interface import CallExecutor
@@ -42,6 +43,27 @@ class AnswerRecorder:
     def find(self, seq_id: int, digest: bytes | None, next_seq_id: int) -> Answer | None:
         """See `KeptAnswers.find`."""
         return self._kept.find(seq_id, digest, next_seq_id)
+
+    def get(
+        self, seq_id: int, digest: bytes | None, next_seq_id: int, closed: TinsmithError | None
+    ) -> Answer:
+        """The answer of a call that was taken in, as it comes into being or came.
+
+        Args:
+            seq_id: The call's number.
+            digest: The call's digest; None takes any.
+            next_seq_id: The number that is to take effect next.
+            closed: Why the model takes no calls any more.
+
+        Raises:
+            AlreadyExists, FailedPrecondition: See `KeptAnswers.find`.
+            NotFound: There is no such call: it did not come, or took no effect (CALL_NOT_FOUND).
+            TinsmithError: So it is, and the model takes no calls any more.
+        """
+        answer = self.find(seq_id, digest, next_seq_id)
+        if answer is None:
+            raise closed or call_not_found(seq_id, next_seq_id)
+        return answer
 
     def keep(self, queued: QueuedCall) -> None:
         """Keep the answer of a call that was taken in."""
@@ -86,6 +108,8 @@ class AnswerRecorder:
         writes: Sequence[Write] = (),
     ) -> None:
         """Record what a call answers, and answer once that is durable."""
+        if answer.error is None:
+            answer = dataclasses.replace(answer, kind=kind_of(queued.call.work))
         keep = bool(queued.seq_id)
         if keep:
             self._kept.settle(queued.seq_id, queued.position)

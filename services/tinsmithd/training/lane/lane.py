@@ -26,10 +26,8 @@ from tinsmithd.training.call import (
     StepWork,
     StoredAnswer,
     Work,
-    call_not_found,
     call_poisoned,
     changes_model,
-    kind_of,
     model_lost,
     shutting_down,
 )
@@ -155,23 +153,8 @@ class Lane:
         return queued.answer
 
     def answer(self, seq_id: int, digest: bytes | None) -> Answer:
-        """The answer of a call that was taken in, as it comes into being or came.
-
-        Args:
-            seq_id: The call's number.
-            digest: The call's digest; None takes any.
-
-        Raises:
-            AlreadyExists, FailedPrecondition: See `KeptAnswers.find`.
-            NotFound: There is no such call: it did not come, or took no effect (CALL_NOT_FOUND).
-            DataLoss: So it is, and the model is lost.
-        """
-        answer = self._answers.find(seq_id, digest, self.next_seq_id)
-        if answer is not None:
-            return answer
-        if self._closed is not None:
-            raise self._closed
-        raise call_not_found(seq_id, self.next_seq_id)
+        """The answer of a call that was taken in, see `AnswerRecorder.get`."""
+        return self._answers.get(seq_id, digest, self.next_seq_id, self._closed)
 
     def recall(
         self, calls: Sequence[StoredCall], works: Mapping[int, Work], read: ReadAnswer
@@ -285,7 +268,7 @@ class Lane:
             return
         failpoints.hit("pre_result")
         queued.answer.engine_s = effect.engine_s
-        answer = StoredAnswer(queued.answer.sent, effect.value, kind=kind_of(work))
+        answer = StoredAnswer(queued.answer.sent, effect.value)
         if effect.error is not None:
             answer = StoredAnswer(error=effect.error)
         self._answers.settle(queued, answer, effect.composition, effect.writes)
