@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 import tinsmith
@@ -329,13 +330,24 @@ def test_an_impossible_hello_is_refused_by_field(
     assert bad.field_violations[0].field == field
 
 
+def failed(reason: str, code: int) -> link_pb.Failed:
+    """A failure with a status that a server could send, but for what is in it."""
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="tinsmith"))
+    status = status_pb2.Status(code=code, message="no", details=[detail])
+    return link_pb.Failed(status=status.SerializeToString())
+
+
 NONSENSE = {
     "outputs of what computes nothing": {"outputs": link_pb.DatumOutputs(outputs=[b"x"])},
     "a piece of no state": {"piece": link_pb.StatePiece(file_name="../x", data=b"x")},
     "nothing at all": {},
-    "an error that there is not": {"failed": link_pb.Failed(error="_log", reason="INTERNAL")},
-    "a class that is no error": {"failed": link_pb.Failed(error="Reason", reason="INTERNAL")},
-    "a reason that there is not": {"failed": link_pb.Failed(error="NotFound", reason="x" * 9999)},
+    "a failure without a status": {"failed": link_pb.Failed()},
+    "a status that is none": {"failed": link_pb.Failed(status=b"\xff" * 9999)},
+    "a code that is no error": {"failed": failed("INTERNAL", code=0)},
+    "a code that there is not": {"failed": failed("INTERNAL", code=99)},
+    "a reason that there is not": {"failed": failed("x" * 9999, code=5)},
+    "a reason of another code": {"failed": failed("MODEL_NOT_FOUND", code=14)},
 }
 
 
