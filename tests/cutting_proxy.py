@@ -18,6 +18,7 @@ class CuttingProxy:
         received: Bytes that came from it.
         cuts: How often connections were cut.
         cut_after: Called with `received` after each read; connections are cut where it is true.
+        refuses: New connections are closed at once.
     """
 
     def __init__(self, target: str) -> None:
@@ -28,6 +29,7 @@ class CuttingProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.address = ""
         self.sent = self.received = self.cuts = 0
+        self.refuses = False
         self.cut_after: Callable[[int], bool] = lambda received: False
 
     def __enter__(self) -> "CuttingProxy":
@@ -62,6 +64,9 @@ class CuttingProxy:
         self._writers.clear()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuses:
+            writer.close()
+            return
         with contextlib.suppress(OSError, asyncio.CancelledError):
             other_reader, other_writer = await asyncio.open_connection(self._host, self._port)
             self._writers |= {writer, other_writer}
@@ -80,6 +85,9 @@ class CuttingProxy:
                 else:
                     self.received += len(data)
                     if self.cut_after(self.received):
+                        writer.write(data)  # a reset could take from the client what it has
+                        writer.close()
+                        self._writers.discard(writer)
                         self._cut()
                         return
                 writer.write(data)

@@ -3,7 +3,7 @@
 import asyncio
 import io
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -17,6 +17,8 @@ from tinsmith._download import download
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd.checkpoint import servicer
+from tinsmithd.checkpoint.segments import Piece, Segment, pieces_from
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import directory
 from tinsmithd.config import CheckpointConfig
@@ -145,33 +147,31 @@ async def test_the_first_half_of_a_file_is_verified_with_its_second(served: Serv
 
 
 async def download_cut_in_the_middle(
-    served: Served, folder: Path, replace: bool = False
-) -> tuple[int, int]:
-    """Download through a proxy that cuts once; returns the archive's size, and what came after."""
+    served: Served, folder: Path, meanwhile: Callable[[], Awaitable[None]]
+) -> None:
+    """Download through a proxy that cuts once, and lets nobody in until something was done."""
     size = len(await served.export())
+    cut = asyncio.Event()
+    loop = asyncio.get_running_loop()
     with CuttingProxy(served.address) as proxy:
-        at_cut = 0
 
-        def cut(received: int) -> bool:
-            nonlocal at_cut
-            if at_cut or received < size // 2:
+        def cut_after(received: int) -> bool:
+            if proxy.refuses or cut.is_set() or received < size // 2:
                 return False
-            at_cut = received
+            proxy.refuses = True
+            loop.call_soon_threadsafe(cut.set)
             return True
 
-        proxy.cut_after = cut
+        proxy.cut_after = cut_after
         connection = Connection("127.0.0.1:1")
         found = training_service_pb2.GetCapabilitiesResponse(checkpoint_address=proxy.address)
         connection._capabilities = found  # where the Checkpoint server is; there is no other
         done = asyncio.wrap_future(_loop.run(download(connection, PATH, folder)))
-        while replace and not at_cut:
-            await asyncio.sleep(0)
-        if replace:
-            await served.write(1, overwrite=True)
+        await asyncio.wait_for(cut.wait(), 30)
+        await meanwhile()
+        proxy.refuses = False
         await asyncio.wait_for(done, 30)
         await asyncio.wrap_future(_loop.run(connection.close()))
-        assert proxy.cuts >= 1
-        return size, proxy.received - at_cut
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -183,14 +183,28 @@ async def unpacked(served: Served) -> dict[str, bytes]:
         return {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
 
 
-async def test_a_download_whose_connection_is_cut_goes_on(served: Served, tmp_path: Path) -> None:
-    """The files are whole, and less than the rest and a piece came a second time."""
-    size, after = await download_cut_in_the_middle(served, tmp_path / "got")
+async def test_a_download_whose_connection_is_cut_goes_on(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are whole, and what had come was not asked for again."""
+    asked = []
+
+    def recorded(segments: Sequence[Segment], offset: int) -> Iterator[Piece]:
+        asked.append(offset)
+        return pieces_from(segments, offset)
+
+    async def record() -> None:
+        monkeypatch.setattr(servicer, "pieces_from", recorded)
+
+    size = len(await served.export())
+    await download_cut_in_the_middle(served, tmp_path / "got", record)
     assert read_folder(tmp_path / "got") == await unpacked(served)
-    assert after < 0.75 * size
+    assert size // 4 < asked[0] < size
 
 
 async def test_a_download_never_mixes_two_contents(served: Served, tmp_path: Path) -> None:
     """The name means something else when it goes on: that is what arrives, whole."""
-    await download_cut_in_the_middle(served, tmp_path / "got", replace=True)
+    await download_cut_in_the_middle(
+        served, tmp_path / "got", lambda: served.write(1, overwrite=True)
+    )
     assert read_folder(tmp_path / "got") == await unpacked(served)
