@@ -106,7 +106,7 @@ def test_the_client_sends_a_large_call_once(cluster: RunningCluster, stubs: Clus
         {"target_tokens": np.full(60, 3), "weights": np.ones(60, np.float32)},
     )
     with CuttingProxy(cluster.address) as proxy:
-        service = tinsmith.ServiceClient(proxy.address)
+        service = tinsmith.ServiceClient(base_url=proxy.address)
         made = service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
         model = stubs.training.GetModel(pb.GetModelRequest(model_id=made.model_id)).model
         client = tinsmith.TrainingClient(service._connection, model, next_seq_id=2)
