@@ -1,19 +1,18 @@
 """Checkpoints for tests: their files, the messages that write them, and servers in processes."""
 
+import contextlib
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 
 import grpc
 import numpy as np
 
+import programs
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
@@ -26,7 +25,6 @@ from tinsmithd.state import files as state_files
 from tinsmithd.state import tensors as state_tensors
 
 PATH = "tinsmith://run/weights/one"
-START_S_MAX = 30.0
 LEASE_S = 30.0
 LORA = LoraConfig(rank=4)
 PEFT_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 32}
@@ -185,7 +183,7 @@ def staged(folder: Path) -> list[Path]:
 # --- in a process of its own ------------------------------------------------------------------
 
 
-class ServerProcess:
+class ServerProcess(programs.Logged):
     """`python -m tinsmithd.checkpoint` on a free port; a context manager that kills it.
 
     Args:
@@ -194,16 +192,13 @@ class ServerProcess:
         beside: Folder for its port file and log; None is the one that has the data folder.
 
     Attributes:
-        process: The process.
         stub: Calls it; only where it came up.
-        log: What it wrote to standard error.
     """
 
     def __init__(self, folder: Path, failpoints: str = "", beside: Path | None = None) -> None:
         beside = beside or folder.parent
         port_file = beside / f"{folder.name}.port"
         port_file.unlink(missing_ok=True)
-        self._log_file = beside / f"{folder.name}.log"
         settings = {
             "TINSMITH_CHECKPOINT_LISTEN_ADDRESS": "127.0.0.1:0",
             "TINSMITH_CHECKPOINT_DATA_FOLDER": str(folder),
@@ -211,23 +206,14 @@ class ServerProcess:
             "TINSMITH_CHECKPOINT_LIVE_WITH_PID": str(os.getpid()),
             "TINSMITH_CHECKPOINT_STOP_GRACE_S": "5",
             "TINSMITH_FAILPOINTS": failpoints,
-            "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        command = [sys.executable, "-m", "tinsmithd.checkpoint"]
-        with self._log_file.open("wb") as log:
-            self.process = subprocess.Popen(command, env={**os.environ, **settings}, stderr=log)
-        deadline = time.monotonic() + START_S_MAX
-        while not port_file.exists() and self.process.poll() is None:
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.005)
-        if self.process.poll() is None:
-            self.address = f"127.0.0.1:{port_file.read_text().strip()}"
-            self.channel = grpc.insecure_channel(self.address)
-            self.stub = CheckpointServiceStub(self.channel)
-
-    @property
-    def log(self) -> str:
-        return self._log_file.read_text()
+        env = programs.variables(**settings)
+        super().__init__(beside / f"{folder.name}.log", "tinsmithd.checkpoint", env=env)
+        self._channel: grpc.Channel | None = None
+        with contextlib.suppress(programs.Ended):
+            self.address = f"127.0.0.1:{self.port_in(port_file)}"
+            self._channel = grpc.insecure_channel(self.address)
+            self.stub = CheckpointServiceStub(self._channel)
 
     def write(self, content: Mapping[str, bytes], path: str = PATH, **header: object):
         """Write a checkpoint; the server's answer."""
@@ -252,26 +238,11 @@ class ServerProcess:
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.channel.close()
+        super().kill()
+        if self._channel is not None:
+            self._channel.close()
 
     def stop(self) -> int:
         """SIGTERM; the exit status."""
-        self.process.terminate()
-        self.channel.close()
-        return self.process.wait(30)
-
-    def __enter__(self) -> "ServerProcess":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            error.add_note(f"--- the server's log\n{self.log[-3000:]}")
-        if self.process.poll() is None:
-            self.kill()
+        self.signal(signal.SIGTERM)
+        return self.wait()

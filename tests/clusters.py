@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import programs
 from tinsmithd.up import SERVICES, EmbeddedCluster, Options
 
 START_S_MAX = 100.0
@@ -26,6 +27,17 @@ def children(pid: int) -> Sequence[int]:
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += map(int, (task / "children").read_text().split())
+    return sorted(found)
+
+
+def rank_groups(training_pid: int) -> Sequence[int]:
+    """Process ids of a Training server's rank groups, whatever template they were forked from."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+            if command[-1] == f"--live-with-pid={training_pid}".encode():
+                found.append(int(folder.name))
     return sorted(found)
 
 
@@ -88,6 +100,7 @@ class RunningCluster:
         port: int = 0,
         keep: bool = False,
     ) -> None:
+        programs.share_template()
         options = Options(
             base_model=str(base_model), data=data, port=port, engine=engine, ranks=ranks, threads=1
         )
@@ -119,8 +132,8 @@ class RunningCluster:
         """Process ids of the ranks, by rank: where there are several, a child's children. None
         while the rank group is not there."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            for child in children(self.pid("training")):
-                return children(child) or [child]
+            for group in rank_groups(self.pid("training")):
+                return children(group) or [group]
         return []
 
     def kill(self) -> None:

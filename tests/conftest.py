@@ -11,10 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TINSMITH_CACHE"] = os.environ.get("TINSMITH_CACHE", "build/test-cache")
 
+import programs
 from clusters import RunningCluster
 from tinsmith.cluster import Cluster, connect
 from tiny_models import write_tiny_model
 
+programs.sharing = True
 ROOT = Path(__file__).parent.parent
 
 

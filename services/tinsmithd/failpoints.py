@@ -60,7 +60,16 @@ def _read(text: str) -> dict[str, _Armed]:
     return armed
 
 
-_armed = _read(os.environ.get(VARIABLE, ""))
+_armed: dict[str, _Armed] = {}
+
+
+def arm() -> None:
+    """Read the environment anew: for a process that was forked with another one."""
+    global _armed
+    _armed = _read(os.environ.get(VARIABLE, ""))
+
+
+arm()
 
 
 def hit(name: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clusters import RunningCluster
-from faults.harness import environment
+from programs import environment
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import numpy as np
 from bench.harness import Agreement, Result, Side, Timing, estimate, measure, middle, ratio
 from bench.sides import Settings
 from clusters import RunningCluster
-from faults.harness import environment
 from faults.processes import Training
+from programs import environment
 from tinsmith import tensors
 from tinsmith import v1 as pb
 from tinsmith.cluster import Cluster, connect

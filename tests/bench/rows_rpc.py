@@ -16,7 +16,7 @@ from bench.rpc_client import DATUM_TOKENS, requests_of, wide_data
 from bench.sides import Settings
 from clusters import RunningCluster
 from engines import make_engine
-from faults.harness import environment
+from programs import environment
 from tinsmith import v1 as pb
 from tinsmith.cluster import Cluster, connect
 from tinsmithd.domain import CrossEntropy, LoraConfig

@@ -1,13 +1,26 @@
-"""Tiny models and engines on them."""
+"""Tiny models and engines on them, here and in processes of their own."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from suite import ENGINES, new_engine
 
+import programs
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _all_is_imported() -> None:
+    """An engine that goes lets the collector look for it: a quarter of a second with all of torch,
+    which is there to stay."""
+    programs.share_template()
+    import tinsmithd.trainer.preload  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """A base model has exactly the weights that its configuration asks for, or is refused by name."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import programs
 from tinsmithd.errors import NotFound, Reason
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.weight_files import check_weights
@@ -212,14 +210,7 @@ def test_a_process_with_a_broken_base_model_gives_up_with_one_line(
     arguments = [f"--base-model={folder}", *PORTS[program]]
     if program == "trainer":
         arguments.append(f"--link-secret-file={link_secret.made_in(tmp_path)}")
-    ended = subprocess.run(
-        [sys.executable, "-m", f"tinsmithd.{program}", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    ended = programs.run(f"tinsmithd.{program}", *arguments, folder=tmp_path)
     assert ended.returncode == EXIT_HOPELESS, ended.stderr
     assert "Traceback" not in ended.stderr
     lines = [line for line in ended.stderr.splitlines() if NORM in line]

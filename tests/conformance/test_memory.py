@@ -1,15 +1,13 @@
 """What happens when memory does not suffice: a real limit on a real process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import programs
 from tiny_models import write_tiny_model
 
 
@@ -21,19 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, case: str, ranks: int = 1) -> tuple[Any, str]:
     """What the worker found, one after the other where there are several, and what was logged."""
-    worker = Path(__file__).with_name("memory_worker.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    environment["GLOO_SOCKET_IFNAME"] = "lo"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={ranks}", str(worker), str(folder), case),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = programs.run("memory_worker", str(folder), case, ranks=ranks, forked=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
     found = [json.loads(line.removeprefix("found ")) for line in lines]

@@ -1,9 +1,6 @@
 """The DeepSpeed engine on one rank and on two, in all ZeRO stages, against the reference engine."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 from rank_worker import CASES, FULL_CASES, full_script, script
 
+import programs
 from engines import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 
@@ -39,18 +37,8 @@ def results(
 ) -> tuple[int, Path]:
     """Number of ranks, and the folder where they left what they computed in every case."""
     out = tmp_path_factory.mktemp("ranks")
-    worker = Path(__file__).with_name("rank_worker.py")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={request.param}",
-        *(str(worker), str(tiny_model), str(out), *CASES, *FULL_CASES),
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    arguments = (str(tiny_model), str(out), *CASES, *FULL_CASES)
+    done = programs.run("rank_worker", *arguments, ranks=request.param, timeout_s=300, forked=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, out
 

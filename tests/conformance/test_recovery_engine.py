@@ -1,9 +1,6 @@
 """What bringing a model back needs of a training engine; `test_replay` compares processes."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import programs
 from data import make_data
 from engines import make_engine
 from tinsmithd import failpoints
@@ -229,30 +227,8 @@ def test_a_step_that_fails_half_way_breaks_the_model(
 
 def test_a_rank_dies_where_it_is_told_to(tiny_model: Path) -> None:
     """The variable of the environment reaches a process's engine."""
-    code = (
-        "import sys; from data import collect, make_data\n"
-        "from tinsmithd.domain import AdamParams, LoraConfig\n"
-        "from engines import make_engine\n"
-        "engine = make_engine('reference', sys.argv[1], dtype='float32', zero_stage=0,"
-        " on_progress=lambda _: None)\n"
-        "engine.create_model('m', LoraConfig(rank=2))\n"
-        "collect(engine, 'm', make_data(0, 2), backward=True)\n"
-        "engine.optim_step('m', AdamParams())\n"
-        "print('one', flush=True)\n"
-        "engine.optim_step('m', AdamParams())\n"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        failpoints.VARIABLE: "mid_optim:kill@2",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_model)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    deadly = {failpoints.VARIABLE: "mid_optim:kill@2"}
+    done = programs.run("deadly_worker", str(tiny_model), forked=True, **deadly)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "one\n"), done.stderr[-2000:]
 
 

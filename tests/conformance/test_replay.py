@@ -2,14 +2,13 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from replay_worker import CASES
+
+import programs
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -17,23 +16,8 @@ EVERY = [(ranks, case) for ranks, cases in CASES.items() for case in cases]
 
 
 def run(folder: Path, ranks: int, what: str, out: Path, *cases: str) -> None:
-    worker = Path(__file__).with_name("replay_worker.py")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    done = subprocess.run(
-        [
-            *(sys.executable, *(torchrun if ranks > 1 else ())),
-            *(str(worker), what, str(folder), str(out), *cases),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    arguments = (what, str(folder), str(out), *cases)
+    done = programs.run("replay_worker", *arguments, ranks=ranks if ranks > 1 else 0, forked=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

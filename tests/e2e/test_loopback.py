@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clusters import RunningCluster, children
+from clusters import RunningCluster, children, rank_groups
 
 LISTENS = "0A"
 """State of a socket in /proc/net/tcp."""
@@ -19,7 +19,7 @@ LISTENS = "0A"
 def everyone_below(pid: int) -> Iterator[int]:
     """A process and all that it started, and so on."""
     yield pid
-    for child in children(pid):
+    for child in [*children(pid), *rank_groups(pid)]:
         yield from everyone_below(child)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 import tinsmith
 from clusters import RunningCluster
-from faults.harness import environment
+from programs import environment
 from recording_proxy import RecordingProxy
 from tinsmith import types
 

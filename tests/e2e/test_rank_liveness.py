@@ -3,11 +3,11 @@
 `make test` has one of each kind, `make faults` all.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import programs
 import tinsmith
 from clusters import RunningCluster, children, until_gone, until_health
 from faults.amount import amount
+from faults.processes import Process
 from tinsmith import tensors, types
 from tinsmith import v1 as pb
 from tinsmith.cluster import Cluster, connect
@@ -73,22 +75,16 @@ def long_call(stubs: Cluster) -> Iterator[pb.ForwardBackwardResponse]:
     return answers
 
 
-@pytest.mark.parametrize(
-    ("signum", "rank", "under_way"),
-    [
-        pytest.param(signal.SIGSTOP, 1, True, id="stopped in the middle of a call"),
-        pytest.param(signal.SIGSTOP, 0, False, id="rank 0 stopped while idle"),
-        *amount(
-            [],
-            full=[
-                pytest.param(signal.SIGKILL, 1, True, id="killed in the middle of a call"),
-                pytest.param(signal.SIGSTOP, 1, False, id="stopped while idle"),
-            ],
-        ),
-    ],
+DEATHS = (
+    (signal.SIGSTOP, 1, True),
+    (signal.SIGSTOP, 0, False),
+    *amount((), full=((signal.SIGKILL, 1, True), (signal.SIGSTOP, 1, False))),
 )
+"""What happens to which rank, and whether in the middle of a call: one group after the other."""
+
+
 def test_a_group_ends_with_any_of_its_ranks_and_comes_back(
-    tiny_model: Path, tmp_path: Path, signum: signal.Signals, rank: int, under_way: bool
+    tiny_model: Path, tmp_path: Path
 ) -> None:
     """Health says so both times, nobody of the old group is left, a call that was under way is
     answered, and new models train."""
@@ -96,23 +92,27 @@ def test_a_group_ends_with_any_of_its_ranks_and_comes_back(
         RunningCluster(tiny_model, tmp_path, ranks=2) as cluster,
         connect(cluster.address) as stubs,
     ):
-        old = cluster.rank_pids()
-        assert len(old) == 2
-        answers = long_call(stubs) if under_way else iter([])
-        os.kill(old[rank], signum)
-        until_health(cluster.address, serving=False)
-        until_health(cluster.address, serving=True)
-        if under_way:
-            assert list(answers)[-1].metrics  # made again by the next group, and the caller waited
-        until_gone(old)
-        assert_trains(cluster.address)
-        log = (cluster.logs / "training.log").read_text()
-        if signum == signal.SIGSTOP:
-            assert f"rank {1 - rank} ends: rank {rank} gave no sign of life for" in log
+        for signum, rank, under_way in DEATHS:
+            old = cluster.rank_pids()
+            assert len(old) == 2
+            said = len((cluster.logs / "training.log").read_text())
+            answers = long_call(stubs) if under_way else iter([])
+            os.kill(old[rank], signum)
+            until_health(cluster.address, serving=False)
+            until_health(cluster.address, serving=True)
+            if under_way:
+                # Made again by the next group, and the caller waited.
+                assert list(answers)[-1].metrics
+            until_gone(old)
+            assert_trains(cluster.address)
+            log = (cluster.logs / "training.log").read_text()[said:]
+            if signum == signal.SIGSTOP:
+                assert f"rank {1 - rank} ends: rank {rank} gave no sign of life for" in log
 
 
-def test_computing_for_long_is_no_silence(tmp_path: Path) -> None:
-    """One rank computes for more than twice the timeout, the other waits: both live on."""
+def test_computing_for_long_is_no_silence_and_an_orderly_end_is_quiet(tmp_path: Path) -> None:
+    """One rank computes for more than twice the timeout, the other waits: both live on. Then
+    SIGTERM to the cluster: no rank complains of another one."""
     base_model = write_tiny_model(tmp_path / "long", context_length=2**17)
     with RunningCluster(base_model, tmp_path, ranks=2) as cluster:
         ranks = cluster.rank_pids()
@@ -127,6 +127,10 @@ def test_computing_for_long_is_no_silence(tmp_path: Path) -> None:
             took_s = time.monotonic() - started_s
             assert len(result.loss_fn_outputs) == 1
         assert cluster.rank_pids() == ranks
+    until_gone(ranks)
+    log = (cluster.logs / "training.log").read_text()
+    assert " ERROR " not in log
+    assert "Traceback" not in log
 
 
 def test_the_end_of_a_cluster_leaves_no_stopped_rank_behind(
@@ -138,17 +142,6 @@ def test_the_end_of_a_cluster_leaves_no_stopped_rank_behind(
         ranks = cluster.rank_pids()
         os.kill(ranks[1], signal.SIGSTOP)
     until_gone(ranks)
-
-
-def test_an_orderly_end_is_quiet(tiny_model: Path, tmp_path: Path) -> None:
-    """SIGTERM to the cluster: no rank complains of another one."""
-    with RunningCluster(tiny_model, tmp_path, ranks=2) as cluster:
-        assert_trains(cluster.address)
-        ranks = cluster.rank_pids()
-    until_gone(ranks)
-    log = (cluster.logs / "training.log").read_text()
-    assert " ERROR " not in log
-    assert "Traceback" not in log
 
 
 # --- more than one node -----------------------------------------------------------------------
@@ -166,61 +159,35 @@ class Nodes:
     def __init__(self, base_model: Path, folder: Path, *rendezvous: Sequence[str]) -> None:
         self._stack = ExitStack()
         self._folder = folder
-        port_file, link_port_file = folder / "port", folder / "link-port"
-        settings = {
-            "TINSMITH_TRAINING_LINK_ADDRESS": "127.0.0.1:0",
-            "TINSMITH_TRAINING_LINK_PORT_FILE": str(link_port_file),
-            "TINSMITH_TRAINING_LISTEN_ADDRESS": "127.0.0.1:0",
-            "TINSMITH_TRAINING_DATA_FOLDER": str(folder / "training"),
-            "TINSMITH_TRAINING_PORT_FILE": str(port_file),
-        }
-        self.training = self._start("training", ["tinsmithd.training"], settings)
-        while not port_file.exists():
-            assert self.training.poll() is None
-            time.sleep(0.02)
-        self.address = f"127.0.0.1:{port_file.read_text().strip()}"
-        settings = {
-            "TINSMITH_TRAINER_TRAINING_TARGET": f"127.0.0.1:{link_port_file.read_text().strip()}",
-            "TINSMITH_TRAINER_LINK_SECRET_FILE": str(folder / "training" / "link.secret"),
-            "TINSMITH_TRAINER_BASE_MODEL": str(base_model),
-            "TINSMITH_TRAINER_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
+        data = folder / "training"
+        self.training = self._stack.enter_context(
+            Process("training", folder, {"data_folder": data})
+        )
+        self.address = f"127.0.0.1:{self.training.port}"
+        env = programs.variables(
+            TINSMITH_TRAINER_TRAINING_TARGET=f"127.0.0.1:{self.training.link_port}",
+            TINSMITH_TRAINER_LINK_SECRET_FILE=str(data / "link.secret"),
+            TINSMITH_TRAINER_BASE_MODEL=str(base_model),
+            TINSMITH_TRAINER_THREADS="1",
+            GLOO_SOCKET_IFNAME="lo",
+        )
+        options = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3")
         self.agents = [
-            self._start(
-                f"agent-{node}",
-                [
-                    *("torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
-                    *("--max-restarts=3", *arguments, "-m", "tinsmithd.trainer"),
-                ],
-                settings,
+            programs.Logged(
+                folder / f"agent-{node}.log",
+                *("torch.distributed.run", *options, *arguments, "-m", "tinsmithd.trainer"),
+                env=env,
             )
             for node, arguments in enumerate(rendezvous)
         ]
+        for agent in self.agents:
+            self._stack.callback(self._stop, agent)
 
-    def _start(
-        self, name: str, module: Sequence[str], settings: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        log = self._stack.enter_context((self._folder / f"{name}.log").open("wb"))
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                **settings,
-            },
-            stderr=log,
-        )
-        self._stack.callback(self._stop, process)
-        return process
-
-    def _stop(self, process: subprocess.Popen[bytes]) -> None:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    def _stop(self, agent: programs.Logged) -> None:
+        agent.signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            agent.process.wait(20)
+        agent.kill()
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks, by node."""
@@ -255,11 +222,11 @@ def rendezvous_of(kind: str) -> list[Sequence[str]]:
 def test_two_nodes_are_one_group_and_come_back_when_a_rank_is_killed(
     tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
-    """torchrun's two ways to meet; each of the two ranks is killed once."""
+    """torchrun's two ways to meet; a rank is killed, in full each of the two."""
     with Nodes(tiny_model, tmp_path, *rendezvous_of(kind)) as nodes:
         until_health(nodes.address, serving=True)
         assert_trains(nodes.address)
-        for victim in (1, 0):
+        for victim in amount((0,), full=(1, 0)):
             old = nodes.ranks()
             assert len(old) == 2
             os.kill(old[victim], signal.SIGKILL)
@@ -267,4 +234,4 @@ def test_two_nodes_are_one_group_and_come_back_when_a_rank_is_killed(
             until_health(nodes.address, serving=True)
             until_gone(old)
             assert_trains(nodes.address)
-        assert [agent.poll() for agent in nodes.agents] == [None, None]
+        assert [agent.process.poll() for agent in nodes.agents] == [None, None]

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import programs
 import tinsmith
-from clusters import RunningCluster, free_ports
+from clusters import RunningCluster, children, free_ports, until_gone
 from tinsmith import types
+from tinsmithd.processes.template.client import SOCKET_VARIABLE
 
 STEPS = 4
 SEQUENCES = [[10, 20, 30, 40, 50, 60], [7, 8, 9, 10]]
@@ -86,6 +88,36 @@ def test_a_killed_rank_comes_back_with_its_models(tiny_model: Path, tmp_path: Pa
         kill_a_rank(cluster)
         seen += train(made[1], STEPS, 2 * STEPS)
         assert seen == undisturbed
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_template_of_its_own_is_a_help_and_no_more(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """As in production: what ranks are forked from dies, and they with it, or was never there; the
+    user sees no error and gets the numbers of an undisturbed run."""
+    programs.share_template()
+    if there:
+        monkeypatch.delenv(SOCKET_VARIABLE)
+    else:
+        monkeypatch.setenv(SOCKET_VARIABLE, str(tmp_path / "absent"))
+    with RunningCluster(tiny_model, tmp_path) as cluster:
+        service = tinsmith.ServiceClient(cluster.address)
+        made = [
+            service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
+            for _ in range(2)
+        ]
+        undisturbed = train(made[0], 0, 2 * STEPS)
+        seen = train(made[1], 0, STEPS)
+        (parent,) = children(cluster.pid("training"))
+        old = cluster.rank_pids()
+        assert (list(old) == [parent]) is not there
+        os.kill(parent, signal.SIGKILL)
+        seen += train(made[1], STEPS, 2 * STEPS)
+        assert seen == undisturbed
+        until_gone([parent, *old])
+        log = (cluster.logs / "training.log").read_text()
+        assert ("a program is not forked" in log) is not there
 
 
 def test_a_cluster_that_is_killed_whole_goes_on_under_its_users(

@@ -16,6 +16,7 @@ import pytest
 
 from clusters import children
 from tinsmith import v1 as pb
+from tinsmithd.processes.template.client import SOCKET_VARIABLE
 from wire import reason_and_field
 
 START_S_MAX = 60
@@ -30,7 +31,7 @@ def up(
     base_model: Path, data: Path, *arguments: str, folder: Path | None = None
 ) -> subprocess.Popen[str]:
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != SOCKET_VARIABLE},
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     fixed = ("up", "--base-model", str(base_model), "--data", str(data), "--port", "0")

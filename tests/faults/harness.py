@@ -31,6 +31,7 @@ from faults.victims import (
     alive,
     wait_until,
 )
+from programs import environment
 
 ONCE = os.pathsep.join(
     filter(None, [str(Path(__file__).parent / "once"), os.environ.get("PYTHONPATH", "")])
@@ -247,18 +248,3 @@ def victims_of(
         contextlib.closing(Victims(cluster, once)) as victims,
     ):
         yield cluster, victims
-
-
-@contextlib.contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Set variables for a while; processes that start meanwhile have them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

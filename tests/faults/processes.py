@@ -3,13 +3,10 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-START_S_MAX = 60.0
+import programs
 
 
 @contextlib.contextmanager
@@ -22,19 +19,17 @@ def hung(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-class Process:
+class Process(programs.Logged):
     """`python -m tinsmithd.<kind>` with settings; a context manager that kills it at the end.
 
     Attributes:
         port: What it listens on; 0 for a rank.
         link_port: Where ranks attach, of a Training server.
-        log: Its log file.
     """
 
     def __init__(self, kind: str, folder: Path, settings: Mapping[str, object], **env: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob(f"{kind}-*.log")))
-        self.log = folder / f"{kind}-{number}.log"
         port_file = folder / f"{kind}-{number}.port"
         every = dict(settings)
         if kind != "trainer":
@@ -45,55 +40,13 @@ class Process:
             every = {**link, **every}
         prefix = f"TINSMITH_{kind.upper()}_"
         environment = {prefix + key.upper(): str(value) for key, value in every.items()}
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", f"tinsmithd.{kind}"],
-                env={**os.environ, **environment, **env},
-                stderr=log,
-                start_new_session=True,
-            )
-        self.port = 0
-        if kind != "trainer":
-            self.until(port_file.exists)
-            self.port = int(port_file.read_text())
-        self.link_port = int(link_port_file.read_text()) if kind == "training" else 0
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until something is true while this process lives."""
-        end_s = time.monotonic() + START_S_MAX
-        while not condition():
-            assert self._process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < end_s, self.log.read_text()[-3000:]
-            time.sleep(0.02)
-
-    def says(self, text: str) -> bool:
-        """Whether its log has a text."""
-        return text in self.log.read_text()
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    def signal(self, number: int) -> None:
-        """Send it a signal."""
-        self._process.send_signal(number)
-
-    def wait(self) -> int:
-        """Wait until it ends; returns its exit status."""
-        return self._process.wait(START_S_MAX)
-
-    def kill(self) -> None:
-        """End it with SIGKILL."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
+        super().__init__(
+            folder / f"{kind}-{number}.log",
+            f"tinsmithd.{kind}",
+            env=programs.variables(**environment, **env),
+        )
+        self.port = 0 if kind == "trainer" else self.port_in(port_file)
+        self.link_port = self.port_in(link_port_file) if kind == "training" else 0
 
 
 class Training:

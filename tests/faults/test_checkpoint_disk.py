@@ -305,7 +305,7 @@ def test_a_server_does_not_start_on_a_read_only_disk(small_disk: Path, tmp_path:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     server = ServerProcess(folder, beside=tmp_path)
     assert server.process.wait(10) == EXIT_HOPELESS
-    (line,) = [line for line in server.log.splitlines() if " INFO " not in line]
+    (line,) = [line for line in server.said.splitlines() if " INFO " not in line]
     assert "Read-only file system" in line
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     with ServerProcess(folder, beside=tmp_path) as server:

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from clusters import RunningCluster, children
+from clusters import RunningCluster, children, rank_groups
 from tinsmithd.failpoints import NAMES
 from tinsmithd.up import SERVICES
 
@@ -70,7 +70,7 @@ class Victims:
     def group(self) -> Sequence[int]:
         """The ranks, and their parent where there are several."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            launched = children(self._cluster.pid("training"))
+            launched = rank_groups(self._cluster.pid("training"))
             return [*launched, *(pid for parent in launched for pid in children(parent))]
         return []
 

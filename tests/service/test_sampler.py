@@ -2,11 +2,9 @@
 
 import asyncio
 import hashlib
-import os
-import subprocess
-import sys
+import signal
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import programs
 from checkpoints import to_files
 from data import make_data
 from tinsmith.tensors import decode
@@ -463,32 +462,17 @@ async def test_a_checkpoint_server_that_is_away_is_unavailable(tiny_model: Path)
 # --- the process ------------------------------------------------------------------------------
 
 
-def start_process(*args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tinsmithd.sampler", "--listen-address", "127.0.0.1:0", *args]
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+ARGUMENTS = ("tinsmithd.sampler", "--listen-address", "127.0.0.1:0")
 
 
-@pytest.fixture
-def process(tiny_model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A Sampler process and the file that gets its port."""
-    port_file = tmp_path / "port"
-    running = start_process("--base-model", str(tiny_model), "--port-file", str(port_file))
-    yield running, port_file
-    running.kill()
-    running.communicate()
-
-
-def test_a_process_serves_and_ends_on_sigterm(
-    process: tuple[subprocess.Popen[str], Path],
-) -> None:
+def test_a_process_serves_and_ends_on_sigterm(tiny_model: Path, tmp_path: Path) -> None:
     """Health turns SERVING once the model is loaded; SIGTERM ends it with 0."""
-    running, port_file = process
-    while not port_file.exists():
-        assert running.poll() is None, running.communicate()[1]
-    with grpc.insecure_channel(f"127.0.0.1:{port_file.read_text().strip()}") as channel:
+    port_file = tmp_path / "port"
+    arguments = ("--base-model", str(tiny_model), "--port-file", str(port_file))
+    with (
+        programs.Logged(tmp_path / "log", *ARGUMENTS, *arguments) as running,
+        grpc.insecure_channel(f"127.0.0.1:{running.port_in(port_file)}") as channel,
+    ):
         watch = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
         )
@@ -496,9 +480,8 @@ def test_a_process_serves_and_ends_on_sigterm(
             if state.status == health_pb2.HealthCheckResponse.SERVING:
                 break
         assert list(SamplerServiceStub(channel).Sample(sample_request()))
-    running.terminate()
-    log = running.communicate(timeout=60)[1]
-    assert running.returncode == 0, log
+        running.signal(signal.SIGTERM)
+        assert running.wait() == 0
 
 
 @pytest.mark.parametrize(
@@ -510,8 +493,7 @@ def test_a_process_serves_and_ends_on_sigterm(
 )
 def test_a_process_that_cannot_start_says_why(args: tuple[str, ...], code: int, says: str) -> None:
     """One clear line, no stack trace, and a code that is not 0."""
-    running = start_process(*args)
-    log = running.communicate(timeout=120)[1]
-    assert running.returncode == code, log
-    assert says in log
-    assert "Traceback" not in log
+    ended = programs.run(*ARGUMENTS, *args)
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,10 +1,7 @@
 """What all servers have outside: health, reflection, channelz, a graceful stop, strict settings."""
 
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -17,6 +14,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+import programs
 from clusters import RunningCluster
 from tinsmith.v1 import checkpoint_service_pb2, checkpoint_service_pb2_grpc
 
@@ -76,58 +74,47 @@ def test_channelz_is_on(server: tuple[str, str]) -> None:
         assert stub.GetServers(channelz_pb2.GetServersRequest(), timeout=5).server
 
 
-def start(name: str, tmp_path: Path, **settings: str) -> subprocess.Popen[str]:
-    """Start a server as a process."""
-    variables = {f"TINSMITH_{name.upper()}_{k.upper()}": v for k, v in settings.items()}
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        **variables,
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", f"tinsmithd.{name}"],
-        env=environment,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def variables_of(name: str, **settings: str) -> dict[str, str]:
+    """What gives a server its settings."""
+    return {f"TINSMITH_{name.upper()}_{key.upper()}": value for key, value in settings.items()}
+
+
+def refused(name: str, folder: Path, **settings: str) -> str:
+    """What a server says that does not start."""
+    done = programs.run(f"tinsmithd.{name}", folder=folder, **variables_of(name, **settings))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_an_unknown_setting_stops_a_server(name: str, tmp_path: Path) -> None:
     """One line that names the key, no stack trace, an exit status that is not 0."""
-    process = start(name, tmp_path, base_modle="x")
-    _, error = process.communicate(timeout=30)
-    assert process.returncode != 0
+    error = refused(name, tmp_path, base_modle="x")
     assert f"TINSMITH_{name.upper()}_BASE_MODLE: unknown key" in error
-    assert "Traceback" not in error
 
 
 def test_a_taken_port_is_one_line(cluster: RunningCluster, tmp_path: Path) -> None:
     """No stack trace, and the address."""
     taken = cluster.addresses["checkpoint"]
-    process = start("training", tmp_path, listen_address=taken, link_address="127.0.0.1:0")
-    _, error = process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert f"cannot listen on {taken}" in error
-    assert "Traceback" not in error
+    settings = {"listen_address": taken, "link_address": "127.0.0.1:0"}
+    assert f"cannot listen on {taken}" in refused("training", tmp_path, **settings)
 
 
 def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
     """A write that is under way is answered; new calls are not taken; the process ends with 0."""
     content = b"{}"
     port_file = tmp_path / "port"
-    process = start(
-        "checkpoint",
-        tmp_path,
-        listen_address="127.0.0.1:0",
-        data_folder=str(tmp_path / "data"),
-        port_file=str(port_file),
-    )
-    while not port_file.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    with grpc.insecure_channel(f"127.0.0.1:{port_file.read_text().strip()}") as channel:
+    settings = {
+        "listen_address": "127.0.0.1:0",
+        "data_folder": str(tmp_path / "data"),
+        "port_file": str(port_file),
+    }
+    env = programs.variables(**variables_of("checkpoint", **settings))
+    with (
+        programs.Logged(tmp_path / "log", "tinsmithd.checkpoint", env=env) as process,
+        grpc.insecure_channel(f"127.0.0.1:{process.port_in(port_file)}") as channel,
+    ):
         stub = checkpoint_service_pb2_grpc.CheckpointServiceStub(channel)
         stub.ListCheckpoints(checkpoint_service_pb2.ListCheckpointsRequest(), timeout=5)
 
@@ -143,7 +130,7 @@ def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
             # Sent is not yet received, and a call that the server has not seen would be a new one.
             while not any((tmp_path / "data" / "staging").iterdir()):
                 time.sleep(0.01)
-            process.send_signal(signal.SIGTERM)
+            process.signal(signal.SIGTERM)
             time.sleep(0.5)
             file = checkpoint_service_pb2.CheckpointFile(
                 name="adapter_config.json",
@@ -157,4 +144,4 @@ def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
             stub.WriteCheckpoint(requests(), timeout=15)
         # Its own answer (no adapter among the files), not that of a connection that was cut.
         assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert process.wait(15) == 0
+        assert process.wait() == 0

@@ -13,8 +13,16 @@ from sim.world import simulate
 SEEDS = 150
 SEARCH = 600
 """A mutation must show within so many seeds; most show within a hundred."""
-FIRST = {"stale-ranks": 390}
-"""Where it is known that nothing shows before, one need not look."""
+FIRST = {
+    "answer-before-record": 36,
+    "answer-unwritten": 110,
+    "durable-too-early": 36,
+    "everyone-blamed": 156,
+    "replay-unchecked": 119,
+    "stale-ranks": 400,
+}
+"""The search begins where a mutation showed when somebody looked last; it is found all the same
+when other code lets it show elsewhere."""
 FOUND = sorted(
     set(mutations.MUTATIONS)
     # Their moments are rare, or (saving before its turn) none was met: `make sim` is for those.
@@ -49,4 +57,6 @@ def test_a_seed_is_a_run_in_any_process(seed: int) -> None:
 @pytest.mark.parametrize("name", FOUND)
 def test_a_bug_that_is_put_in_is_found(name: str) -> None:
     """Skipping a sync, a digest or a fence, and other mistakes, each show as a broken promise."""
-    assert mutations.find(name, range(FIRST.get(name, 0), SEARCH)) is not None
+    begin = FIRST.get(name, 0)
+    seeds = [*range(begin, SEARCH), *range(begin)]
+    assert mutations.find(name, seeds) is not None

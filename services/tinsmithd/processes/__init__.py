@@ -3,7 +3,13 @@
 from tinsmithd.processes.allocator import give_back_freed_memory, keep_freed_memory
 from tinsmithd.processes.child import Child, Ended, Log, describe_exit, environment
 from tinsmithd.processes.logs import StderrWriter, log_to_stderr
-from tinsmithd.processes.process import EXIT_HOPELESS, load_or_exit, serve, set_up
+from tinsmithd.processes.process import (
+    EXIT_HOPELESS,
+    die_with_parent,
+    load_or_exit,
+    serve,
+    set_up,
+)
 
 __all__ = [
     "EXIT_HOPELESS",
@@ -12,6 +18,7 @@ __all__ = [
     "Log",
     "StderrWriter",
     "describe_exit",
+    "die_with_parent",
     "environment",
     "give_back_freed_memory",
     "keep_freed_memory",

@@ -5,16 +5,18 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from tinsmithd.processes import template
 
 STOP_S_MAX = 30.0
 FOLLOW_INTERVAL_S = 0.1
 FOLLOW_BYTES = 256 * 1024
 """So much of a log is read at once; of a burst that is longer only the end is shown."""
 LOG_BYTES_MAX = 32 * 1024 * 1024
+_WITH_TORCH = ("sampler",)
 LOGS_KEPT = 3
 """Older pieces of a log: `name.log.1` is the newest of them."""
 
@@ -138,7 +140,7 @@ class Child:
         self.port = port
         self.serving = False
         self.listening = asyncio.Event()
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: template.Program | None = None
         self._log = log
 
     async def start(self, settings: Mapping[str, object]) -> None:
@@ -156,23 +158,26 @@ class Child:
                 **settings,
             }
             prefix = f"TINSMITH_{self.name.upper()}_"
-            log = self._log.open()
-            try:
-                self.process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", f"tinsmithd.{self.name}"),
-                    env=environment(**{prefix + key.upper(): str(v) for key, v in every.items()}),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stderr=log,
-                    start_new_session=True,  # Ctrl-C is for `up`, which stops them in order
-                )
-            finally:
-                os.close(log)
+            self.process = await self._start(
+                environment(**{prefix + key.upper(): str(v) for key, v in every.items()})
+            )
             while not port_file.exists():
                 if self.process.returncode is not None:
                     raise Ended(self.process.returncode)
                 await asyncio.sleep(0.02)
             self.port = int(port_file.read_text())
             self.listening.set()
+
+    async def _start(self, variables: Mapping[str, str]) -> template.Program:
+        """Start it in a session of its own: Ctrl-C is for `up`, which stops all in order."""
+        shared = template.shared() if self.name in _WITH_TORCH else None
+        start = shared.start if shared is not None else template.start_anew
+        log, nothing = self._log.open(), os.open(os.devnull, os.O_RDONLY)
+        try:
+            return await start(f"tinsmithd.{self.name}", [], variables, stdin=nothing, stderr=log)
+        finally:
+            os.close(log)
+            os.close(nothing)
 
     async def wait(self) -> int:
         """Wait until it ends; returns its exit status."""

@@ -1,10 +1,12 @@
 """What every process of this project does around its own work: logging, Ctrl-C, ending in time."""
 
 import asyncio
+import ctypes
 import logging
 import os
 import resource
 import select
+import signal
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from tinsmithd.text import bounded
 C = TypeVar("C", bound=Config)
 _log = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG = 1  # of prctl.h
 FILES_FEW = 4096
 """Fewer descriptors than this are soon used up by connections alone."""
 
@@ -28,6 +31,9 @@ UMASK = 0o077
 EXIT_HOPELESS = 78
 """Exit status of a process for which a restart cannot help until somebody changes something: its
 settings, its model, its disk (EX_CONFIG of sysexits.h)."""
+
+EXIT_ORPHANED = 1
+"""Exit status of a process that ends because another one did, which it was to live with."""
 
 
 def give_up(section: str, why: object) -> NoReturn:
@@ -56,15 +62,37 @@ def set_up(config: Config) -> None:
     """
     # Journals hold what users sent, and the secrets of links and fences are files, too.
     os.umask(UMASK)
-    # Threads that wait for work by spinning take the cores from every other process: with three
-    # busy processes on two cores a training step was seen to take forty times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     log_to_stderr(config.log_level, config.section)
     for warning in config.warnings():
         _log.warning(warning)
     raise_files_limit()
     if config.live_with_pid:
         threading.Thread(target=_end_with, args=(config.live_with_pid,), daemon=True).start()
+
+
+def wait_passively() -> None:
+    """Let threads of torch that wait for work sleep; to be called before torch is imported.
+
+    Threads that wait by spinning take the cores from every other process: with three busy processes
+    on two cores a training step was seen to take forty times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the kernel end this process with its parent: not even a stopped one outlives it.
+
+    Only Linux can do this; elsewhere nothing happens.
+
+    Args:
+        parent: Who it is; a process that has another parent by now ends at once.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(EXIT_ORPHANED)
 
 
 def raise_files_limit() -> None:
@@ -90,7 +118,7 @@ def _end_with(pid: int) -> None:
                 time.sleep(1)
     except OSError:
         pass  # it is gone already
-    os._exit(1)
+    os._exit(EXIT_ORPHANED)
 
 
 class Server(Protocol):

@@ -3,7 +3,6 @@
 `torchrun -m tinsmithd.trainer` starts ranks on several machines.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -16,12 +15,11 @@ from typing import NoReturn
 from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.domain import LoraConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.processes import EXIT_HOPELESS, load_or_exit, set_up
+from tinsmithd.processes import EXIT_HOPELESS, die_with_parent, load_or_exit, set_up
 from tinsmithd.rpc import link_secret
 from tinsmithd.trainer.process_group import starter
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, MeetError
 
-_PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
@@ -112,21 +110,19 @@ def _die_with_parent(config: TrainerConfig) -> None:
     Only Linux can do this; elsewhere a rank finds out by its heartbeat.
     """
     started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if sys.platform == "linux" and (started_by_torchrun or config.live_with_pid == os.getppid()):
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # the parent ended before that
-            os._exit(EXIT_GROUP_LOST)
+    parent = os.getppid()
+    if started_by_torchrun or config.live_with_pid == parent:
+        die_with_parent(parent)
 
 
 def main() -> None:
     """Run one rank, or a whole group, until it is ended."""
     config = load_or_exit(TrainerConfig)
     _die_with_parent(config)
-    set_up(config)
     rank = os.environ.get("RANK")
     if rank is None and config.ranks > 1:
-        sys.exit(starter.run(config.ranks))
+        sys.exit(starter.run(config.ranks, lambda: set_up(config)))
+    set_up(config)
     last_words: Words = []
     farewells: Words = []
     _end_on_signals(last_words, farewells)

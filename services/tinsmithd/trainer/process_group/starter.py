@@ -2,8 +2,8 @@
 
 The ranks find each other as under torchrun: by the same variables and a store at `MASTER_ADDR`.
 This module opens the store's socket on loopback and hands it to rank 0, which serves the store on
-it: a store that opens its own socket listens on every interface. See
-docs/adr/0008-ranks-without-torchrun.md.
+it: a store that opens its own socket listens on every interface. A process that a template forked
+forks the ranks, which then import nothing. See docs/adr/0008-ranks-without-torchrun.md.
 """
 
 import asyncio
@@ -12,9 +12,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-from tinsmithd.processes import EXIT_HOPELESS
+from tinsmithd.processes import EXIT_HOPELESS, template
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, EXIT_RANK_SILENT
 
 STORE_FD = "TINSMITH_STORE_FD"
@@ -23,6 +24,7 @@ STOP_S_MAX = 5.0
 """Maximum seconds that ranks take to end after SIGTERM."""
 LAST_WORDS_S_MAX = 0.5
 """Maximum seconds between the first rank's end and the end of the others, by themselves."""
+MODULE = "tinsmithd.trainer"
 HOST = "127.0.0.1"
 INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 
@@ -32,25 +34,66 @@ def loopback_alone() -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE}
 
 
-def run(count: int) -> int:
+class Rank(Protocol):
+    """What is used of the process of a rank."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status; None while nobody knows of its end."""
+
+    async def wait(self) -> int:
+        """Wait until it ends; returns its exit status, below 0 the signal."""
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+
+
+def run(count: int, set_up: Callable[[], None]) -> int:
     """Run a group of this program's ranks until one ends or somebody asks this process to end.
 
     Args:
         count: Number of ranks.
+        set_up: Sets this process up. Ranks are forked before that, since it starts threads.
 
     Returns:
         An exit status that says how the group ended: that of the rank that ended first, 128 and
         the signal's number where one killed it; `EXIT_HOPELESS` if any rank says so.
     """
-    return asyncio.run(_run(count))
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        listener.listen(socket.SOMAXCONN)
+        port = listener.getsockname()[1]
+        store = listener.detach()
+    # The ranks end with this process: see `_die_with_parent`.
+    arguments = [*sys.argv[1:], f"--live-with-pid={os.getpid()}"]
+    environments = [{**os.environ, **_variables(rank, count, port, store)} for rank in range(count)]
+    forked = [
+        template.fork(MODULE, arguments, environment, without=[store] if rank else [])
+        for rank, environment in enumerate(environments if template.is_forked() else ())
+    ]
+    set_up()
+    return asyncio.run(_run(arguments, environments, store, forked))
 
 
-async def _run(count: int) -> int:
+async def _run(
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    store: int,
+    forked: Sequence[Rank],
+) -> int:
     loop = asyncio.get_running_loop()
     asked: asyncio.Future[int] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _answer, asked, 128 + number)
-    ranks = await _start(count)
+    ranks = forked or [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", MODULE, *arguments),
+            env=environment,
+            pass_fds=() if rank else (store,),
+        )
+        for rank, environment in enumerate(environments)
+    ]
+    os.close(store)
     ends = [asyncio.create_task(rank.wait()) for rank in ranks]
     statuses: list[int] = []
     for end in ends:
@@ -72,40 +115,22 @@ def _answer(asked: asyncio.Future[int], status: int) -> None:
         asked.set_result(status)
 
 
-def _signal(ranks: Sequence[asyncio.subprocess.Process], number: int) -> None:
+def _signal(ranks: Sequence[Rank], number: int) -> None:
     for rank in ranks:
         if rank.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 rank.send_signal(number)
 
 
-async def _start(count: int) -> Sequence[asyncio.subprocess.Process]:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        listener.listen(socket.SOMAXCONN)
-        # The ranks end with this process: see `_die_with_parent`.
-        command = [sys.executable, "-P", "-m", "tinsmithd.trainer", *sys.argv[1:]]
-        command.append(f"--live-with-pid={os.getpid()}")
-        store = (listener.fileno(),)
-        return [
-            await asyncio.create_subprocess_exec(
-                *command,
-                env={**os.environ, **_variables(rank, count, listener)},
-                pass_fds=() if rank else store,
-            )
-            for rank in range(count)
-        ]
-
-
-def _variables(rank: int, count: int, listener: socket.socket) -> Mapping[str, str]:
+def _variables(rank: int, count: int, port: int, store: int) -> Mapping[str, str]:
     """The variables that torchrun would set, and the descriptor of the store's socket."""
     return {
         # As under torchrun: with a thread per core in each rank, the ranks would slow each other.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         **loopback_alone(),
         "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(listener.getsockname()[1]),
-        STORE_FD: "" if rank else str(listener.fileno()),
+        "MASTER_PORT": str(port),
+        STORE_FD: "" if rank else str(store),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),

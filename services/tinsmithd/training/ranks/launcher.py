@@ -6,11 +6,10 @@ import logging
 import os
 import secrets
 import signal
-import sys
 from pathlib import Path
 
 from tinsmithd.config import TrainingConfig
-from tinsmithd.processes import EXIT_HOPELESS, describe_exit, environment
+from tinsmithd.processes import EXIT_HOPELESS, describe_exit, environment, template
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +21,8 @@ SETTLED_S = 3.0
 CAUSE_WAIT_S_MAX = 3.0
 """A connection that breaks does not say why; its process ends about then."""
 ENDED_KEPT_MAX = 64
+_MODULE = "tinsmithd.trainer"
+_PRELOAD = "tinsmithd.trainer.preload"
 _FROM_OUTSIDE = [
     status
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -39,8 +40,10 @@ class Launcher:
     """Keeps rank groups running as child processes: one, and those that stand by.
 
     A group of one rank is a plain child; for several ranks, a child starts them and ends all when
-    one dies. Each child gets a token that nobody else knows: it is the only thing in what a rank
-    group says of itself that this class believes.
+    one dies. Where there is no accelerator, a template that has imported what they need forks them:
+    imports are most of the time that a group takes to come back. Each child gets a token that
+    nobody else knows: it is the only thing in what a rank group says of itself that this class
+    believes.
 
     Args:
         config: What to start.
@@ -52,7 +55,8 @@ class Launcher:
         self._config = config
         self._link_address = link_address
         self._secret_file = secret_file
-        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._template = template.shared() or template.Template(_PRELOAD)
+        self._running: dict[str, template.Program] = {}
         self._ended: dict[str, int] = {}
         self._out_of_memory_count = _out_of_memory_count()
 
@@ -101,6 +105,7 @@ class Launcher:
             for group in groups:
                 group.cancel()
             await asyncio.gather(*groups, return_exceptions=True)
+            self._template.close()
 
     async def _keep(self) -> None:
         """Keep one group running."""
@@ -109,11 +114,10 @@ class Launcher:
         while True:
             started_s = loop.time()
             token = secrets.token_hex(16)
-            # A session of its own: Ctrl-C goes to this server, which then stops the ranks.
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "tinsmithd.trainer"),
-                env=self._environment(token),
-                start_new_session=True,
+            # A session of its own: Ctrl-C goes to this server, which then stops the ranks. Who it
+            # lives with is an argument, so that a list of processes shows whose ranks they are.
+            process = await self._template.start(
+                _MODULE, [f"--live-with-pid={os.getpid()}"], self._environment(token)
             )
             self._running[token] = process
             try:
@@ -149,14 +153,13 @@ class Launcher:
             "zero_stage": config.spawn_zero_stage,
             "threads": config.spawn_threads,
             "log_level": config.log_level,
-            "live_with_pid": os.getpid(),
         }
         ours = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
         # This server may be part of a job that numbers ranks: those are other ranks.
         return {k: v for k, v in environment(**ours).items() if k not in _OF_ANOTHER_JOB}
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+async def _stop(process: template.Program) -> None:
     if process.returncode is not None:
         return
     process.send_signal(signal.SIGTERM)
@@ -167,7 +170,7 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _end(process: asyncio.subprocess.Process) -> None:
+def _end(process: template.Program) -> None:
     """End a child that nobody has waited for, with all ranks: they are in its process group."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):

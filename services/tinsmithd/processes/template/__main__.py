@@ -1,0 +1,160 @@
+"""`python -m tinsmithd.processes.template SOCKET STARTER MODULE... ROOM`: imports once, then forks.
+
+A program that is forked here is, to others and to itself, as if it had been started anew: it has
+the variables, the arguments, the descriptors and the session that were asked for, and its name in
+the list of processes. What it does not have is to import what the template has imported.
+
+The template has one thread, and never touches an accelerator. It ends with whoever started it, and
+all its programs end with it; each ends with the connection over which it was asked for, too.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from tinsmithd.processes.process import EXIT_HOPELESS, die_with_parent, wait_passively
+from tinsmithd.processes.template.program import become
+
+Wanted = tuple[str, Sequence[str], Mapping[str, str], str]
+"""Module, arguments, environment, current folder."""
+REQUEST_S_MAX = 5.0
+"""How long somebody who connects may take to say what they want."""
+
+
+def main() -> None:
+    """Serve until whoever started this process is gone."""
+    source = socket.socket(fileno=int(sys.argv[1]))
+    die_with_parent(int(sys.argv[2]))
+    wait_passively()
+    for name in sys.argv[3:-1]:
+        importlib.import_module(name)
+    if why := _why_not():
+        print(f"tinsmithd.processes.template: {why}", file=sys.stderr)
+        sys.exit(EXIT_HOPELESS)
+    gc.collect()
+    gc.freeze()  # the collector would write to, and so copy, pages that programs share
+    _Server(source).run()
+
+
+def _why_not() -> str:
+    """Why this process must not fork; empty if it may."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        return f"it has {threads} threads after its imports"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return "there is a GPU"
+    return ""
+
+
+class _Server:
+    """Forks one program for each connection, says its process id, and in the end its status.
+
+    Args:
+        source: Listens, or brings a connection with each byte.
+    """
+
+    def __init__(self, source: socket.socket) -> None:
+        self._source = source
+        self._listens = bool(source.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(source, selectors.EVENT_READ)
+        self._connections: dict[int, socket.socket] = {}
+        """By the descriptor of the program's process."""
+
+    def run(self) -> NoReturn:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._source:
+                    self._accept()
+                elif isinstance(key.fileobj, socket.socket):
+                    self._gone(key.fileobj, key.data)
+                else:
+                    self._ended(key.fd, key.data)
+
+    def _accept(self) -> None:
+        connection = self._connection()
+        connection.settimeout(REQUEST_S_MAX)
+        try:
+            wanted, descriptors = _read(connection)
+        except (OSError, EOFError, ValueError):
+            connection.close()
+            return
+        template = os.getpid()
+        pid = os.fork()
+        if not pid:
+            die_with_parent(template)
+            os.setsid()
+            # Not before: whoever knows the process id may stop it at once.
+            _say(connection, pid=os.getpid())
+            self._close(connection)
+            for target, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, target)
+                os.close(descriptor)
+            module, arguments, environment, folder = wanted
+            os.chdir(folder)
+            become(module, arguments, environment)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        process = os.pidfd_open(pid)
+        self._connections[process] = connection
+        self._selector.register(process, selectors.EVENT_READ, pid)
+        self._selector.register(connection, selectors.EVENT_READ, pid)
+
+    def _close(self, connection: socket.socket) -> None:
+        """Close in a fork what is the template's."""
+        self._selector.close()
+        for other in [self._source, connection, *self._connections.values()]:
+            other.close()
+        for process in self._connections:
+            os.close(process)
+
+    def _connection(self) -> socket.socket:
+        if self._listens:
+            return self._source.accept()[0]
+        said, descriptors, _, _ = socket.recv_fds(self._source, 1, 1)
+        if not said:
+            sys.exit()
+        return socket.socket(fileno=descriptors[0])
+
+    def _gone(self, connection: socket.socket, pid: int) -> None:
+        """Whoever wanted this program is gone."""
+        self._selector.unregister(connection)
+        os.kill(pid, signal.SIGKILL)
+
+    def _ended(self, process: int, pid: int) -> None:
+        _, status = os.waitpid(pid, 0)
+        self._selector.unregister(process)
+        os.close(process)
+        connection = self._connections.pop(process)
+        if connection in self._selector.get_map():
+            self._selector.unregister(connection)
+        _say(connection, status=os.waitstatus_to_exitcode(status))
+        connection.close()
+
+
+def _read(connection: socket.socket) -> tuple[Wanted, Sequence[int]]:
+    said, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+    with connection.makefile("rb") as file:
+        body = file.read(int.from_bytes(said, "big"))
+    if len(descriptors) != 3 or not body:
+        raise EOFError
+    module, arguments, environment, folder = json.loads(body)
+    return (module, arguments, environment, folder), descriptors
+
+
+def _say(connection: socket.socket, **reply: int) -> None:
+    with contextlib.suppress(OSError):  # whoever is gone is noticed by reading
+        connection.sendall(json.dumps(reply).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

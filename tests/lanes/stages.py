@@ -1,0 +1,69 @@
+"""What `make test` runs, in which lane, and how long each folder of tests may take."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS_FOLDER = Path(__file__).parents[1]
+OUT = Path("build") / "lanes"
+"""Logs and timings of the last run."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: For people, and of its files in `OUT`.
+        command: What runs, from the root of the repository.
+    """
+
+    name: str
+    command: Sequence[str]
+
+    @property
+    def log(self) -> Path:
+        """What it says."""
+        return OUT / f"{self.name}.log"
+
+    @property
+    def timings(self) -> Path:
+        """How long each test took, as JUnit has it; only where it runs tests."""
+        return OUT / f"{self.name}.xml"
+
+
+def _make(target: str) -> Stage:
+    return Stage(target, (os.environ.get("MAKE", "make"), "--no-print-directory", target))
+
+
+def _pytest(name: str, *folders: str) -> Stage:
+    """Several folders in one process share its clusters and what it has imported."""
+    paths = [f"tests/{folder}" for folder in folders]
+    command = (sys.executable, "-m", "pytest", *paths, f"--junitxml={OUT / name}.xml")
+    return Stage(name, command)
+
+
+LANES: Sequence[Sequence[Stage]] = (
+    (_pytest("clusters", "service", "e2e", "faults"),),
+    (
+        _make("lint"),
+        _pytest("parts", "tidy", "unit", "conformance", "sim"),
+        # Last, beside the other lane's end: they watch how soon servers answer.
+        _pytest("attack", "attack"),
+    ),
+)
+"""The first is shown while it runs."""
+
+BUDGETS_S: Mapping[str, float] = {
+    "tidy": 20,
+    "unit": 80,
+    "conformance": 200,
+    "sim": 60,
+    "service": 100,
+    "e2e": 160,
+    "faults": 250,
+    "attack": 120,
+}
+"""Seconds that the tests of a folder may take together, on two cores. Nothing fails for more."""

@@ -1,0 +1,98 @@
+"""Programs that are forked from a template are like those that Python starts, and end as surely."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+import programs
+from clusters import until_gone
+from tinsmithd.processes.template import Forked, Template, TemplateError
+
+PROBE = "template_probe"
+
+
+def said(*, forked: bool, **variables: str) -> dict[str, object]:
+    done = programs.run(PROBE, "say", "a b", "", forked=forked, **variables)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+def test_a_fork_is_as_if_python_had_started_it(tmp_path: Path) -> None:
+    """Arguments, variables, folder, path, session, descriptors, threads of torch, failpoints, and
+    what `sitecustomize` does."""
+    (tmp_path / "sitecustomize.py").write_text("import os; os.environ['SITE_SAYS'] = 'hello'")
+    path = os.pathsep.join([str(tmp_path), programs.variables()["PYTHONPATH"]])
+    for variables in (
+        {"OMP_NUM_THREADS": "2", "TINSMITH_FAILPOINTS": "mid_optim:raise@3", "PYTHONPATH": path},
+        {"OMP_NUM_THREADS": "1"},
+    ):
+        started = said(forked=False, **variables)
+        assert said(forked=True, **variables) == started
+        assert started["sitecustomized"] == ("hello" if "PYTHONPATH" in variables else None)
+
+
+def test_forks_draw_other_numbers_than_each_other() -> None:
+    """Chance is not inherited."""
+    first, second = (programs.run(PROBE, "chance", forked=True).stdout.split() for _ in range(2))
+    assert len(first) == len(second) == 2
+    assert not set(first) & set(second)
+
+
+@asynccontextmanager
+async def template(*modules: str) -> AsyncIterator[Template]:
+    with contextlib.closing(Template(*modules)) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(("what", "status"), [("exit", 0), ("exit", 7), ("die", 9), ("die", 15)])
+async def test_the_status_of_a_program_is_told(what: str, status: int) -> None:
+    """An exit status, or minus the signal."""
+    async with template("json") as opened:
+        program = await opened.fork(PROBE, [what, str(status)], programs.variables())
+        assert await program.wait() == (status if what == "exit" else -status)
+        assert program.returncode == await program.wait()
+        program.kill()  # has no effect
+
+
+async def test_a_program_ends_with_its_template_and_the_next_start_has_a_new_one() -> None:
+    """Whoever waits for it hears that it was killed, even where it had been stopped."""
+    async with template("json") as opened:
+        program = await opened.fork(PROBE, ["sleep"], programs.variables())
+        program.send_signal(signal.SIGSTOP)
+        opened.close()
+        assert await program.wait() == -signal.SIGKILL
+        until_gone([program.pid])
+        program = await opened.fork(PROBE, ["exit", "3"], programs.variables())
+        assert await program.wait() == 3
+
+
+def test_nothing_outlives_whoever_started_a_template(tmp_path: Path) -> None:
+    """Not even a stopped program."""
+    with (tmp_path / "out").open("w+b") as out:
+        holder = programs.start(PROBE, "hold", stdout=out, forked=False)
+        while not (words := (tmp_path / "out").read_text().split()):
+            assert holder.poll() is None
+            time.sleep(0.01)
+    pids = list(map(int, words))
+    os.kill(pids[1], signal.SIGSTOP)
+    holder.kill()
+    holder.wait()
+    until_gone(pids)
+
+
+async def test_a_template_that_has_threads_does_not_fork(tmp_path: Path) -> None:
+    """Its starter is told at once, and programs start in the ordinary way."""
+    async with template("template_threads") as opened:
+        with pytest.raises(TemplateError, match="the template process ended"):
+            await opened.fork(PROBE, ["exit", "0"], programs.variables())
+        program = await opened.start(PROBE, ["exit", "3"], programs.variables())
+        assert not isinstance(program, Forked)
+        assert await program.wait() == 3

@@ -1,0 +1,85 @@
+"""Two lanes of stages: a failure ends both and is shown last, and folders have budgets."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lanes import __main__ as lanes
+from lanes import stages
+from lanes.report import lines_of, timings_of
+
+CASES = """<testsuites><testsuite>
+<testcase classname="tests.unit.test_a" name="test_one[x]" time="1.5"/>
+<testcase classname="tests.unit.test_a" name="test_two" time="0.25"/>
+<testcase classname="tests.sim.test_b" name="test_three" time="3.0"/>
+</testsuite></testsuites>"""
+
+
+def stage(name: str, code: str) -> stages.Stage:
+    return stages.Stage(name, (sys.executable, "-c", code))
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_failure_ends_both_lanes_and_comes_last(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """The other lane's stage is stopped, and no later one starts."""
+    slow = stage("slow", "import time; print('begun', flush=True); time.sleep(600)")
+    failing = stage("failing", "import time; time.sleep(0.5); print('why'); raise SystemExit(3)")
+    never = stage("never", "open('ran', 'w')")
+    monkeypatch.setattr(lanes, "LANES", ((slow, never), (failing, never)))
+    assert lanes.main() == 1
+    out = capfdbinary.readouterr().out.decode()
+    assert not Path("ran").exists()
+    assert out.index("begun") < out.index("why")
+    assert out.rstrip().endswith("why\n\n== failing FAILED; it says why above")
+    assert out.count("why\n") == 1
+
+
+def test_all_that_passes_is_shown_once(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """The first lane at once, the other one whole at the end, then how long each took."""
+    shown = stage("shown", "print('of the first lane')")
+    other = stage("other", "print('of the other lane')")
+    monkeypatch.setattr(lanes, "LANES", ((shown,), (other, other)))
+    assert lanes.main() == 0
+    out = capfdbinary.readouterr().out.decode()
+    assert out.count("of the first lane\n") == 1
+    assert out.count("of the other lane\n") == 2
+    assert " s  shown\n" in out
+
+
+def test_folders_that_take_longer_than_their_budget_are_named(tmp_path: Path) -> None:
+    """A warning: a clock fails no test."""
+    timings = tmp_path / "some.xml"
+    timings.write_text(CASES)
+    tests = timings_of(timings)
+    assert tests["unit/test_a::test_one[x]"] == 1.5
+    assert timings_of(tmp_path / "absent.xml") == {}
+    lines = lines_of({"parts": 5.0}, tests, {"unit": 1.0, "sim": 4.0})
+    assert [line for line in lines if "WARNING" in line] == [
+        "WARNING: tests/unit took longer than its budget"
+    ]
+    assert "    1.8 s  unit (of 1 s)" in lines
+    slowest = lines[lines.index("The 20 slowest tests:") + 1]
+    assert slowest == "    3.0 s  sim/test_b::test_three"
+
+
+def test_each_folder_of_tests_is_in_one_stage_and_has_a_budget() -> None:
+    """But those that need another machine, and those that only help."""
+    folders = {path.parent.name for path in stages.TESTS_FOLDER.glob("*/test_*.py")}
+    run = [
+        Path(word).name
+        for lane in stages.LANES
+        for each in lane
+        for word in each.command
+        if word.startswith("tests/")
+    ]
+    assert sorted(run) == sorted(folders - {"gpu", "kube"})
+    assert set(run) == set(stages.BUDGETS_S)
