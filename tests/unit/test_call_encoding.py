@@ -9,6 +9,7 @@ from tinsmithd import errors
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
 from tinsmithd.training.call import (
+    CallKind,
     ComputeWork,
     LoadWork,
     RefusedWork,
@@ -17,6 +18,7 @@ from tinsmithd.training.call import (
     StepWork,
     StoredAnswer,
     Work,
+    answer_digest,
     decode_answer,
     decode_work,
     encode_answer,
@@ -82,3 +84,16 @@ def test_a_refusal_is_read_as_it_was_written(error: TinsmithError) -> None:
     assert isinstance(refused, RefusedWork)
     assert same(refused.error, error)
     assert same(decode_answer(encode_answer(StoredAnswer(error=error))).error, error)
+
+
+def test_an_answer_says_its_calls_kind_and_one_of_an_older_release_none() -> None:
+    """The kind is no part of what a replay must give again; answers without one still open."""
+    value = {"metrics": {"loss:sum": 1.5}}
+    old = StoredAnswer([b"ab", b"c"], value)
+    head = b'{"kind":"value","sizes":[2,1],"value":{"metrics":{"loss:sum":1.5}}}'
+    assert encode_answer(old) == len(head).to_bytes(4, "little") + head + b"abc"
+    assert decode_answer(encode_answer(old)).kind is None
+    for kind in CallKind:
+        new = StoredAnswer([b"ab", b"c"], value, kind=kind)
+        assert decode_answer(encode_answer(new)) == new
+        assert answer_digest(new) == answer_digest(old)
