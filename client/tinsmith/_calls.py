@@ -52,7 +52,7 @@ class Calls:
         Args:
             what: Names the call for a person.
             method: The stub's method.
-            message: The call but for its model and number.
+            message: The call without its model and number.
             read: Makes the result of the answer.
         """
         message.model_id = self._model_id

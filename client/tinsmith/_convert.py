@@ -29,7 +29,7 @@ next is serialised here, into memory that the one before has left. Serialising a
 takes new pages from the system each time, at several times the cost of sending them."""
 
 DATUM_BYTES = 256
-"""What a datum counts for beside its arrays, so that a message has some thousand data at most:
+"""Bytes that a datum counts for beside its arrays, so that a message has some thousand data:
 servers limit the items of one message (`message_items_max`)."""
 
 ComputeRequest = training_service_pb2.ForwardRequest | training_service_pb2.ForwardBackwardRequest

@@ -59,7 +59,7 @@ class LogprobList(list["torch.Tensor"]):
 
 
 def forward_data(data: Sequence[Datum]) -> list[Datum]:
-    """The data of the first call: only what cross-entropy reads.
+    """Make the data of the first call: only what cross-entropy reads.
 
     Raises:
         InvalidArgumentError: One is no Datum or has no `target_tokens`.
@@ -115,7 +115,7 @@ def run_loss(
 
 
 def backward_data(data: Sequence[Datum], gradients: Sequence[np.ndarray]) -> list[Datum]:
-    """The data of the second call: cross-entropy with weights -dC/dlogprobs."""
+    """Make the data of the second call: cross-entropy with weights -dC/dlogprobs."""
     return [
         Datum(
             datum.model_input,
@@ -131,6 +131,6 @@ def backward_data(data: Sequence[Datum], gradients: Sequence[np.ndarray]) -> lis
 def metrics_of(
     loss: float, metrics: Mapping[str, float], surrogate: Mapping[str, float]
 ) -> dict[str, float]:
-    """The server's metrics, the custom loss in place of its own, and the user's."""
+    """The server's metrics with the custom loss instead of its own, and the user's."""
     own = {"loss:sum": loss, "surrogate_loss:sum": surrogate["loss:sum"]}
     return {**surrogate, **own, **metrics}

@@ -2,7 +2,7 @@
 
 A number is taken when a call is made, in the order of the program: the call is sent in a task of
 its own until the service has answered it, whether or not anybody still waits for the answer.
-Cancelling a future therefore leaves no hole that later calls would wait for. Work that ends in any
+Cancelling a future therefore leaves no gap that later calls would wait for. Work that ends in any
 other way before the service has used its numbers gives them up: a call without effect uses each.
 """
 
@@ -30,12 +30,12 @@ from tinsmith.v1 import training_service_pb2 as pb
 T = TypeVar("T")
 
 WINDOW = 128
-"""So many calls are sent before the first of them is answered. It keeps the service busy, fits into
-its lane, and bounds what has to be sent again after a broken connection."""
+"""Maximum number of calls that are sent before the first of them is answered. It keeps the service
+busy, fits into its lane, and bounds what has to be sent again after a broken connection."""
 
 QUIET_POLL_S = 0.2
 STILL_S_MAX = 90.0
-"""Calls that wait for so long without any progress wait for a number that nobody will send."""
+"""Calls that wait longer than this without any progress wait for a number that nobody will send."""
 
 _TAKEN = ("SEQ_ID_CONFLICT", "ANSWER_EXPIRED")
 _USES_NUMBER = (

@@ -27,7 +27,7 @@ _LOST_TEXTS = (
     *("RST_STREAM", "Socket closed", "Connection reset", "GOAWAY", "Stream removed"),
     "Internal error from Core",  # what grpc.aio says when a message cannot be sent any more
 )
-_BUSY_TEXT = "Concurrent RPC limit exceeded"  # of grpc's server itself
+_BUSY_TEXT = "Concurrent RPC limit exceeded"  # what grpc's server itself says
 _AT_WORK = ("QUEUE_FULL", "SEQ_ID_GAP", "SERVER_BUSY")
 
 
@@ -85,7 +85,7 @@ def _as_error(failure: grpc.RpcError | TinsmithError) -> TinsmithError:
 
 
 def _unanswered(error: TinsmithError) -> TinsmithError:
-    """What a broken connection is in the end, whatever its status says."""
+    """The error for a connection that broke for good, whatever its status says."""
     return UnavailableError(str(error), code=error.code) if is_lost(error) else error
 
 

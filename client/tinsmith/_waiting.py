@@ -22,10 +22,10 @@ FIRST_LINE_S = 2.0
 """Shorter waits than this are not worth a line."""
 LINE_INTERVAL_S = 10.0
 SLOW_S = 15.0
-"""A call without an answer for so long makes the client ask how its model is."""
+"""A call without an answer for longer makes the client ask how its model is."""
 ASK_INTERVAL_S = 5.0
 TAKEN_S = 3.0
-"""An attempt after a failure that lives for so long has reached the service: it waits no more."""
+"""An attempt that lives longer than this after a failure has reached the service."""
 WAKE_SPREAD_S = 0.2
 REASON_CHARS_MAX = 300
 
@@ -97,7 +97,7 @@ class Waiting:
             self._calls.discard(call)
 
     def answered(self, call: Attempts) -> None:
-        """A call has its answer; what fails in the same way may get through now."""
+        """Note that a call has its answer; what fails in the same way may get through now."""
         self._answered_s[call.peer] = asyncio.get_running_loop().time()
         self._recovering.pop(call.model_id, None)
         if call.failing_s is not None:
@@ -105,11 +105,11 @@ class Waiting:
             self._wake = asyncio.Event()
 
     def answered_s(self, call: Attempts) -> float:
-        """When a call of the same kind had an answer last."""
+        """When a call of the same kind last had an answer."""
         return self._answered_s.get(call.peer, float("-inf"))
 
     def failed(self, call: Attempts, error: TinsmithError) -> None:
-        """An attempt failed and will be made again."""
+        """Note that an attempt failed and will be made again."""
         # grpc says "failed to connect to all addresses; last error: ..." where there is only one.
         text = str(error).rpartition("last error: UNKNOWN: ")[2]
         lines = text.strip().splitlines() or [type(error).__name__]
@@ -119,7 +119,7 @@ class Waiting:
             self._begin()
 
     def gave_up(self, call: Attempts) -> None:
-        """A call was given up: nothing goes on, so nothing is said about that."""
+        """Note that a call was given up: nothing goes on, so nothing is said about that."""
         self._calls.discard(call)
         self._said = False
 

@@ -249,7 +249,7 @@ class RestClient:
         *,
         path: str | None = None,
     ) -> APIFuture[None]:
-        """Delete a checkpoint after so many seconds from now; None: never."""
+        """Let a checkpoint live for this many seconds from now on; None means for ever."""
         ttl = _check.optional_ttl(ttl_seconds)
         return self._update(_path_of(tinker_path, path), "ttl", ttl=ttl)
 
@@ -293,8 +293,8 @@ class RestClient:
     def download_checkpoint(self, path: str, folder: str | Path) -> APIFuture[Path]:
         """Download a checkpoint as a folder for `from_pretrained`.
 
-        Of an adapter it is one for `PeftModel`, of a model that trained all weights one for
-        `AutoModelForCausalLM` and `AutoTokenizer`.
+        `PeftModel` reads the folder of an adapter; `AutoModelForCausalLM` and `AutoTokenizer` read
+        that of a model that trained all weights.
 
         Args:
             path: The checkpoint, of either kind.

@@ -131,7 +131,7 @@ class SamplingClient:
             num_samples: How many, at least 1.
             sampling_params: How to draw; None: the defaults.
             include_prompt_logprobs: Also return the prompt's logprobs, at temperature 1.
-            topk_prompt_logprobs: Also return so many most likely tokens at each prompt position.
+            topk_prompt_logprobs: Number of most likely tokens to return at each position, too.
             topk_sample_logprobs: Not supported.
             target_prompt_logprobs: Not supported.
             prompt_alt_tokens_k: Not supported.

@@ -24,7 +24,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 
 DIMENSIONS_MAX = 64
-"""Of a numpy array. A server takes fewer."""
+"""Maximum number of dimensions of a numpy array. A server takes fewer."""
 PLAIN_STEP = 16_384
 """Plain numbers that are written at once: other threads have turns in between."""
 

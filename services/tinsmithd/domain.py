@@ -184,7 +184,7 @@ class ModelState:
 
 
 RANGE = "range"
-"""Under this key the metadata of a field have its `Range`."""
+"""Key of a field's `Range` in its metadata."""
 
 
 @dataclass(frozen=True)

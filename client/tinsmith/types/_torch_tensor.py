@@ -14,7 +14,7 @@ class TorchTensor(torch.Tensor):
 
     @classmethod
     def of(cls, array: NDArray[Any]) -> "TorchTensor":
-        """From an array, copying it."""
+        """Make one of an array, which is copied."""
         return torch.from_numpy(array.copy()).as_subclass(cls)
 
     def to_torch(self) -> torch.Tensor:

@@ -71,12 +71,12 @@ class ModelInput(Value):
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
-        """From token ids, as `EncodedTextChunk` takes them."""
+        """Make a prompt of token ids, as `EncodedTextChunk` takes them."""
         return cls([EncodedTextChunk(tokens)])
 
     @classmethod
     def empty(cls) -> ModelInput:
-        """Without any token."""
+        """Make a prompt without any token."""
         return cls([])
 
     def to_ints(self) -> list[int]:

@@ -69,14 +69,14 @@ class TensorData:
 
     @classmethod
     def from_numpy(cls, array: NDArray[Any]) -> TensorData:
-        """From an array of a float, integer or boolean dtype."""
+        """Make a tensor of an array of a float, integer or boolean dtype."""
         tensor = cls(array)
         tensor.like = "numpy"
         return tensor
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
-        """From a tensor of a float, integer or boolean dtype, on any device; bfloat16 too."""
+        """Make one of a torch tensor of a float, integer or boolean dtype, on any device."""
         data = cls(tensor)
         data.like = "torch"
         return data

@@ -10,7 +10,7 @@ from tinsmithd.domain import DEFAULT_OWNER, content_digest
 from tinsmithd.rpc.paging import token_after
 
 PAGE_BYTES = 1024 * 1024
-"""A page of so many bytes, and those of one checkpoint more, ends there."""
+"""A page ends with the checkpoint that takes it over this size."""
 
 
 def digest_of(checkpoint: Checkpoint) -> bytes:
@@ -52,7 +52,7 @@ def checkpoint_to_pb(checkpoint: Checkpoint, *, with_files: bool = True) -> pb.C
 
 
 def page_to_pb(found: Sequence[Checkpoint], size: int, total: int) -> pb.ListCheckpointsResponse:
-    """Write a page: so many, or fewer where their metadata are long."""
+    """Write a page: `size` checkpoints, or fewer where their metadata are long."""
     response = pb.ListCheckpointsResponse(total_size=total)
     nbytes = 0
     for index, checkpoint in enumerate(found):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PIECE_BYTES_MAX = 256 * 1024
 """Small, since a piece that leaves is progress: at 100 kB/s it takes under three seconds."""
 IN_FLIGHT_BYTES = 8 * 1024 * 1024
-"""So much may have left this process and not arrived: buffers of sockets on the way."""
+"""Maximum number of bytes that have left this process and not arrived: socket buffers."""
 SLOW_BYTES_PER_S = 50_000
 """A way as slow as this still has its time to empty them."""
 COMMIT_BYTES_PER_S = 10 * 1024 * 1024

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             problems.append(str(error))
             continue
         unset = [key for key, row in found[section].items() if row.value is None]
-        if options.section:  # of all sections some are not meant to run here
+        if options.section:  # asked for one; of all of them some are not meant to run here
             problems += [f"{section}.{key}: must be set" for key in unset]
     if options.json:
         document: dict[str, Any] = {

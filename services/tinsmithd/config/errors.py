@@ -47,7 +47,7 @@ def nearest(name: str, known: Collection[str], form: Callable[[str], str] = str)
 
 
 def is_near(name: str, known: str) -> bool:
-    """Whether a name is one that is known but for a typo."""
+    """Whether a name looks like a known one with a typo."""
     return difflib.SequenceMatcher(None, name, known).ratio() >= NEAR
 
 

@@ -52,10 +52,10 @@ def _address_or_empty(text: str) -> str:
 
 
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
-"""A whole number of which 0 is one, too."""
+"""A whole number that may be 0."""
 Positive = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
-"""A number, such as of seconds, of which 0 is one, too."""
+"""A number, such as of seconds, that may be 0."""
 AboveZero = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
 Required = Annotated[str, Field(min_length=1)]
 """A text that somebody has to give."""

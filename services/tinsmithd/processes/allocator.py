@@ -1,6 +1,6 @@
 """How the C library keeps the memory of messages, and when it gives it back to the kernel.
 
-glibc's heaps are meant; with another C library nothing happens.
+It works on glibc's heaps; with another C library nothing happens.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ TRIM_THRESHOLD_BYTES = 32 * MIB
 """What is free at the end of a heap beyond this is given back."""
 ARENAS = 2
 """Heaps of a process. By default each of gRPC's threads comes to have one, and keeps in it what its
-messages left behind: calls of 280 MiB that were refused at 64 MiB took 290 MiB in place of 150."""
+messages left behind: calls of 280 MiB that were refused at 64 MiB took 290 MiB instead of 150."""
 
 _library = ctypes.CDLL(None)
 _mallopt = getattr(_library, "mallopt", None)

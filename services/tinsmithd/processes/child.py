@@ -14,7 +14,7 @@ from tinsmithd.processes import template
 STOP_S_MAX = 30.0
 FOLLOW_INTERVAL_S = 0.1
 FOLLOW_BYTES = 256 * 1024
-"""So much of a log is read at once; of a burst that is longer only the end is shown."""
+"""Maximum number of bytes of a log that are read at once; a longer burst shows its end alone."""
 LOG_BYTES_MAX = 32 * 1024 * 1024
 _WITH_TORCH = ("sampler",)
 LOGS_KEPT = 3

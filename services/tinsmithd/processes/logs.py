@@ -13,7 +13,7 @@ MESSAGE_BYTES_MAX = 4096
 TRACE_LINES_MAX = 100
 TRACE_LINE_BYTES_MAX = 500
 WRITE_BYTES = 4096
-"""A pipe takes so many bytes wholly or not at all (PIPE_BUF)."""
+"""Number of bytes that a pipe takes wholly or not at all (PIPE_BUF)."""
 
 _TRACE_PREFIX = "  | "
 
@@ -107,7 +107,7 @@ class StderrHandler(logging.Handler):
 def _opened_anew(fd: int) -> tuple[int, bool]:
     """A descriptor that never blocks on the pipe behind `fd`, and whether it is a new one.
 
-    Between a question whether there is room and the write another process may fill the pipe. The
+    Another process may fill the pipe between the question whether there is room and the write. The
     flag against that belongs to all processes that share the open file, so it needs one of its own.
     """
     if stat.S_ISFIFO(os.fstat(fd).st_mode):

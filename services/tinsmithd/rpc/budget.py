@@ -34,7 +34,7 @@ class Budget:
         return self._taken
 
     def lease(self, peer: str) -> "Lease":
-        """Nothing yet, to be taken for a peer."""
+        """An empty lease for a peer."""
         return Lease(self, peer)
 
     def take(self, peer: str, amount: int) -> None:
@@ -79,7 +79,7 @@ class Lease:
         """Take more.
 
         Raises:
-            ResourceExhausted: There is not so much left, in all or for this peer (SERVER_BUSY).
+            ResourceExhausted: Too little is left, in all or for this peer (SERVER_BUSY).
         """
         self._budget.take(self._peer, amount)
         self.amount += amount

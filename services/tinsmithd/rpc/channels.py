@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import grpc
 
 KEEPALIVE_MS = 30_000
-"""The servers refuse who asks more often."""
+"""Time between two pings, milliseconds; the servers refuse a client that pings more often."""
 KEEPALIVE_TIMEOUT_MS = 20_000
 
 _OPTIONS: Sequence[tuple[str, int]] = (

@@ -4,9 +4,9 @@ A call has a place among `concurrent_calls_max` before its first message is read
 received counts against `received_bytes_max` before it is parsed, until the call ends or says that
 somebody else accounts for it (`handed_over`). A request stream that sends nothing for
 `stream_stall_s` before it is complete is ended, and so is a response stream whose reader takes
-nothing for as long. To wait for a turn, for ranks or for weights is no stall: nobody reads or
-writes then. Of places and bytes one peer may have `peer_share_max`. A peer is a host: all that come
-through one proxy, or from one machine, are one.
+nothing for as long. Waiting for a turn, for ranks or for weights is no stall: nobody reads or
+writes then. One peer may have `peer_share_max` of the places and the bytes. A peer is a host: all
+that come through one proxy, or from one machine, are one.
 
 Health's `Check` passes all of this: liveness must not depend on who else calls. Streams between
 processes of one cluster (`tinsmith.internal`) have a listener and a lease of their own: they take a
@@ -36,8 +36,8 @@ CHECK_METHOD = f"/{health.SERVICE_NAME}/Check"
 WATCH_METHOD = f"/{health.SERVICE_NAME}/Watch"
 RETRY_AFTER_S = 1.0
 RECEIVE_SLACK = 2
-"""What is up to so many times too large is still received, so that it is refused with a reason;
-beyond that grpc itself refuses it."""
+"""A message that is up to this many times too large is still received, so that it is refused with a
+reason; grpc itself refuses a larger one."""
 
 Abort = Callable[[Exception], Awaitable[None]]
 
@@ -99,7 +99,7 @@ class Gate:
         )
 
     def flow(self, context: grpc.aio.ServicerContext, method: str, abort: Abort) -> "Flow":
-        """That of a call which has just begun; it has no place yet.
+        """The flow of a call that has just begun; it has no place yet.
 
         Args:
             context: Of the call.
@@ -165,7 +165,7 @@ class Flow:
         self._place.take(1)
 
     def handed_over(self, *, kept: bool = False) -> None:
-        """What was received so far is gone, or with `kept` is accounted for elsewhere."""
+        """Note that what was received is gone, or with `kept` is accounted for elsewhere."""
         if self._received is None:
             return
         if kept and self._reads is not None:
@@ -247,7 +247,7 @@ class Flow:
         """Send a response once the reader has room for it.
 
         Raises:
-            Unavailable: It had none for too long (STREAM_STALLED).
+            Unavailable: The reader had none for too long (STREAM_STALLED).
         """
         # A write that is given up must not be the one that begins the answer, which the status
         # that follows would else begin again.

@@ -42,11 +42,11 @@ beside all that is made of it."""
 INLINE_BYTES = 32 * 1024
 """What is made of a message that is no larger takes up to some 20 ms, whatever is in it."""
 FIELD_BYTES_MAX = 20
-"""Of a field that is one number: ten for its tag and ten for its value."""
+"""Bytes of a field that is one number: ten for its tag and ten for its value."""
 FEW_ITEMS = 256
 """Walking a message that has no more takes up to 0.2 ms."""
 FEW_ITEMS_INLINE_BYTES = 512 * 1024
-"""What is made of so few items takes some milliseconds: the bytes are copied, hashed, compared."""
+"""Copying, hashing and comparing what such a message holds takes some milliseconds."""
 THREADS = 2
 """They mostly wait for each other: a second one lets a short request pass a long one."""
 
@@ -148,7 +148,7 @@ class Intake:
         return parsed, error or _unknown("")
 
     def _is_plain(self, data: bytes) -> bool:
-        """Whether it has few items, and none that is unknown."""
+        """Whether a message has few items, all of them known."""
         try:
             return walk(data, self._descriptor, min(FEW_ITEMS, self._items_max)) is None
         except (_TooManyItems, IndexError):  # the slower way says what is wrong, if anything is
@@ -244,7 +244,7 @@ def walk(data: bytes, descriptor: Descriptor, items_max: int) -> int | None:
     and some bytes of text.
 
     Returns:
-        Where the first field is that the descriptor does not have, or None.
+        Where the first field is that the descriptor does not have; None where there is none.
 
     Raises:
         _TooManyItems: There are more than `items_max`.

@@ -78,7 +78,7 @@ class CallInterceptor(WrappingInterceptor):
         self._config = config
 
     def covers(self, method: str, handler: Any) -> bool:
-        """All, standard services too, but for those of `is_exempt`."""
+        """See `WrappingInterceptor`; covers standard services too, except for `is_exempt` ones."""
         return not is_exempt(method, _behavior(handler))
 
     def wrap(self, handler: Any, method: str) -> Any:

@@ -1,4 +1,4 @@
-"""The secret of the rank link: only who shows it may be the trainer of a cluster.
+"""The secret of the rank link: only a rank group that shows it may attach.
 
 It is the content of a file. Rank 0 sends it with each stream that it opens; the Training server
 looks at it before anything else of the stream.
@@ -19,7 +19,7 @@ SERVER_KEY = "training.link_secret_file"
 CHARACTERS_MIN, CHARACTERS_MAX = 32, 1024
 """A shorter secret could be guessed; a longer one would not fit into a call's metadata."""
 FILE_NAME = "link.secret"
-"""Of the secret that a Training server makes in its data folder."""
+"""Name of the file with the secret that a Training server makes in its data folder."""
 _SCHEME = "Bearer "
 _READABLE_BY_OTHERS = 0o004
 

@@ -57,9 +57,9 @@ class Reads:
     """The reads under way of one server; `run` until cancelled.
 
     Args:
-        stall_s: A read may take so long.
-        growth_bytes_max: The process may grow by so much in that time.
-        message_bytes_max: Most bytes that a read can stand for.
+        stall_s: Maximum time of a read, seconds.
+        growth_bytes_max: Maximum number of bytes that the process may grow by in that time.
+        message_bytes_max: Maximum number of bytes that one read can hold.
     """
 
     def __init__(self, stall_s: float, growth_bytes_max: int, message_bytes_max: int) -> None:
@@ -79,7 +79,7 @@ class Reads:
         self._since_s.pop(reader, None)
 
     def kept(self, nbytes: int) -> None:
-        """So many bytes of a complete call stay: the process grew by them for a good reason."""
+        """Note that bytes of a complete call stay: the process grew by them for a good reason."""
         self._kept_bytes += nbytes
 
     async def run(self) -> None:

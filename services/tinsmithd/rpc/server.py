@@ -28,7 +28,7 @@ from tinsmithd.rpc.reflection import add_reflection
 
 INT32_MAX = 2**31 - 1
 OWN_FILES_MAX = 1024
-"""Descriptors that connections leave to journals, checkpoints and what else a server opens."""
+"""Number of descriptors that stay free of connections: a server opens files, too."""
 READ_AHEAD_BYTES = 4 * 1024 * 1024
 """Bytes of a stream that gRPC's core takes in before they are read. Left to itself it measures
 round trips and takes up to 16 MiB for each stream, the more the busier this process is: half calls
@@ -90,7 +90,7 @@ class RpcServer:
         grpc_server: The server to register servicers on.
         metrics: The metrics to register collectors with.
         port: The port it listens on, after `start`.
-        metrics_port: Where metrics are, likewise; 0 where they are not served.
+        metrics_port: The port of its metrics, after `start`; 0 where they are not served.
         shutting_down: Set as soon as a stop began.
     """
 

@@ -23,7 +23,7 @@ _CODES: dict[type[TinsmithError], int] = {
 }
 _CLASSES = {code: cls for cls, code in _CODES.items()}
 RETRY_AFTER_S_MAX = 3600.0
-"""Of a delay that another process asks for."""
+"""Maximum delay that another process can ask for, seconds."""
 
 
 def to_status(error: TinsmithError, request_id: str) -> status_pb2.Status:

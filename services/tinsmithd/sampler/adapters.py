@@ -16,7 +16,7 @@ from tinsmithd.sampler.loaded_adapters import Adapter
 from tinsmithd.state import files as state_files
 
 REMEMBERED_MAX = 1024
-"""Checkpoints of which it is known when they were last asked for."""
+"""Maximum number of checkpoints whose last lookup is remembered."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +66,10 @@ class Adapters:
         has: Callable[[str], bool],
         lease: Lease,
     ) -> Adapter:
-        """The adapter of a path: of one content, or of what the name means now.
+        """Find the adapter of a path: the content that is asked for, or what the name means now.
 
-        What is in memory under a digest is served without waiting for anybody; that it was deleted
-        is noticed a little later.
+        An adapter in memory is given without waiting for anybody when its digest is asked for; that
+        its checkpoint was deleted is noticed a little later.
 
         Args:
             path: The checkpoint.
@@ -126,7 +126,7 @@ class Adapters:
             async for name, data in reader.pieces():
                 files.setdefault(name, bytearray()).extend(data)
                 failpoints.hit("sampler_mid_swap")
-        # To check a large one takes longer than the event loop may stand still.
+        # Checking a large one takes longer than the event loop may stand still.
         return await asyncio.to_thread(_read, files, reader.info.tuning)
 
     # --- is it still there? -------------------------------------------------------------------

@@ -84,7 +84,7 @@ class Leases:
                 self._ended.set()
 
     async def close(self) -> None:
-        """Renew nothing any more: what is held runs out."""
+        """Stop to renew: what is held runs out."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)

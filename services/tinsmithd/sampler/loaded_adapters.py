@@ -1,4 +1,4 @@
-"""Which adapters the engine holds: they come when they are needed, and the idlest goes for them."""
+"""Which adapters the engine holds: one that is needed takes the place of the idlest one."""
 
 import asyncio
 import contextlib

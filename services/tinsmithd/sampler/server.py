@@ -77,8 +77,8 @@ class SamplerServer:
 
     async def _load(self) -> None:
         engine = await asyncio.to_thread(load_engine, self._config)
-        # All that is there now stays. Python's collector would walk through it again and again, and
-        # nothing is answered meanwhile: with torch that is half a second.
+        # All objects of now stay. Python's collector would walk through them again and again, for
+        # half a second each time with torch, and nothing is answered meanwhile.
         gc.freeze()
         config = self._config
         limits = AdmissionLimits(

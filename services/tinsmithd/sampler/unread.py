@@ -1,8 +1,8 @@
 """What a request has made and its reader has not taken yet.
 
-Whoever computes never waits for whoever reads: what comes is put in at once. It is kept in two flat
-arrays per sequence, so that a call whose reader takes nothing costs 16 bytes per token, of which
-`sample_tokens_max` bounds the number. A reader that comes late gets all of it at once.
+The engine never waits for a reader: what it makes is put in at once. It is kept in two flat arrays
+per sequence, so that a call whose reader takes nothing costs 16 bytes per token, and
+`sample_tokens_max` bounds the number of tokens. A reader that comes late gets all of it at once.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Unread:
         self._changed.set()
 
     def end(self, error: Exception | None = None) -> None:
-        """Nothing more comes; the reader hears of an error once it has read what was made."""
+        """Put nothing more in; the reader hears of an error once it has read what was made."""
         self._error, self._ended = error, True
         self._changed.set()
 

@@ -22,7 +22,7 @@ SERVICES = {
 RESTART_DELAY_S_FIRST = 1.0
 RESTART_DELAY_S_MAX = 30.0
 SETTLED_S = 10.0
-"""A server that lived for so long is started again without a longer delay."""
+"""A server that lived longer than this is started again without a longer delay."""
 
 _log = logging.getLogger(__name__)
 

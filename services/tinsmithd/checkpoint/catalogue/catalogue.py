@@ -141,8 +141,8 @@ class Catalogue:
         """Make a checkpoint visible, durably.
 
         Returns:
-            It as it is kept; the one that was there, when the same request made that and nothing
-            is to be overwritten.
+            The checkpoint as it is kept. Without `overwrite` that is the one that was there, if
+            the same request made it.
 
         Raises:
             AlreadyExists: There is one (CHECKPOINT_EXISTS), or one that a request with this id and
@@ -226,7 +226,7 @@ class Catalogue:
             model_id: Only this model's; empty means all.
             kind: Only this kind; None means all.
             before: Only those with a lower `number`; None begins with the newest.
-            size: At most so many.
+            size: Maximum number of checkpoints.
         """
         where, values = self._matching(model_id, kind)
         with self._reading():
@@ -342,7 +342,7 @@ class Catalogue:
             self._db.execute("SELECT number FROM checkpoints LIMIT 1").fetchall()
 
     def admit(self, writer: Writer) -> None:
-        """Let a writer begin; from then on, durably, none of a lower epoch can write.
+        """Let a writer begin, and refuse writers of lower epochs durably from then on.
 
         Raises:
             FailedPrecondition: It was replaced by one of a higher epoch (STALE_EPOCH).

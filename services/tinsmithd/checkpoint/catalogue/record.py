@@ -15,7 +15,7 @@ from tinsmithd.errors import DataLoss, Reason
 
 @dataclass(frozen=True)
 class Ephemeral:
-    """Of a checkpoint that lives as long as somebody uses it.
+    """What is known of a checkpoint because it lives as long as somebody uses it.
 
     Attributes:
         ttl_seconds: How long it may be unused; None: for ever.
@@ -39,9 +39,9 @@ class Checkpoint:
     user_metadata: Mapping[str, str]
     files: Sequence[Blob]
     request_id: str = ""
-    """Of the request that made it; empty where that is not to be recognised."""
+    """Id of the request that made it; empty where a repeat is not to be recognised."""
     request_digest: str = ""
-    """Of all that the request said."""
+    """Digest of that request."""
     number: int = 0
     """Rises with every commit; orders pages."""
     ephemeral: Ephemeral | None = None

@@ -32,7 +32,7 @@ from tinsmithd.errors import (
 )
 
 EXPIRY_GRACE_S = 600.0
-"""So long must a checkpoint have been seen as expired before its bytes go."""
+"""How long sweeps must have seen a checkpoint expired before they remove its bytes."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Keeper:
         self._opening = threading.Lock()
 
     def close(self) -> None:
-        """Close everything, once what moves blobs has ended: the next server may come at once."""
+        """Close everything once no blob is being moved: the next server may come at once."""
         with self._publishing:
             self.catalogue.close()
             self._store.close()
@@ -164,7 +164,12 @@ class Keeper:
             return self.catalogue.add(copied, overwrite=False)
 
     def set_ttl(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> Checkpoint:
-        """`checkpoint`, an ordinary one, with so long to live from now on; None means for ever."""
+        """Make a checkpoint ordinary and let it live this long from now on.
+
+        Args:
+            checkpoint: As it is.
+            ttl_seconds: None means for ever.
+        """
         expire_time_s = None if ttl_seconds is None else self._clock() + ttl_seconds
         return replace(checkpoint, expire_time_s=expire_time_s, ephemeral=None)
 
@@ -179,7 +184,7 @@ class Keeper:
         return changed
 
     def get(self, path: CheckpointPath, lease_id: str = "") -> Checkpoint:
-        """One checkpoint, which is thereby used; see `Catalogue.get`."""
+        """Look up one checkpoint, which counts as a use of it; see `Catalogue.get`."""
         self.leases.renew(path, lease_id)
         return self.catalogue.get(path)
 
@@ -201,7 +206,7 @@ class Keeper:
         return missing
 
     def release(self, model_ids: Collection[str], writer: Writer | None) -> Sequence[str]:
-        """Models are gone; returns this writer's other models that have ephemeral checkpoints.
+        """Note that models are gone; returns the writer's others with ephemeral checkpoints.
 
         Raises:
             FailedPrecondition: The writer was replaced, and what it knows is old (STALE_EPOCH).
@@ -228,7 +233,7 @@ class Keeper:
         choose: Callable[[Checkpoint], Collection[str]] = lambda found: (),
         lease_id: str = "",
     ) -> tuple[Checkpoint, list[tuple[Blob, Iterator[bytes]]]]:
-        """A checkpoint and its files, opened: nothing that is deleted disturbs the reading.
+        """Open a checkpoint's files: deleting it afterwards does not disturb the reading.
 
         Args:
             path: Which one.

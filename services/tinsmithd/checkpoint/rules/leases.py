@@ -1,4 +1,4 @@
-"""Who may stay among the ephemeral checkpoints: those that are held, and the newest of each model.
+"""Which ephemeral checkpoints stay: those that are held, and the newest of each model.
 
 A lease has an id that only its holder knows, so that nobody can end a lease of somebody else. One
 without an id can only run out.
@@ -19,7 +19,7 @@ from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import TinsmithError
 
 EXTEND_BELOW = 0.9
-"""Of its time to live so much must be left, or it is written down anew with the next use."""
+"""Share of its time to live below which the next use writes a later end down."""
 LEASES_MAX = 100_000
 """Maximum number of leases with ids; one more is a lease that can only run out."""
 
@@ -79,7 +79,7 @@ class Leases:
         return len(self._held)
 
     def grant(self, checkpoint: Checkpoint, lease_id: str = "") -> None:
-        """A checkpoint was written: whoever wrote it holds it first. An ordinary one needs none."""
+        """Give the first lease on a checkpoint to its writer; an ordinary one needs none."""
         about = checkpoint.ephemeral
         with self._lock:
             before = self._held.pop(checkpoint.path, None)
@@ -97,7 +97,7 @@ class Leases:
             self._lease(held, lease_id)
 
     def renew(self, path: CheckpointPath, lease_id: str = "") -> bool:
-        """Somebody uses a checkpoint; False where it is no ephemeral one, or not there."""
+        """Renew a lease on use of a checkpoint; False where no ephemeral one is there."""
         with self._lock:
             held = self._held.get(path)
             if held is None:
@@ -107,7 +107,7 @@ class Leases:
             return True
 
     def end(self, leases: Iterable[tuple[CheckpointPath, str]]) -> None:
-        """Holders give leases back; nothing happens where there is no such lease."""
+        """End leases that holders give back; nothing happens where there is no such lease."""
         with self._lock:
             for path, lease_id in leases:
                 held = self._held.get(path)
@@ -123,7 +123,7 @@ class Leases:
             held.until_s = until_s
 
     def _extend(self, held: _Held) -> None:
-        """Its time to live counts from its last use, but for the tenth that saves most writes."""
+        """Count the time to live from this use; `EXTEND_BELOW` saves most of the writes."""
         if held.ttl_seconds is None or held.expire_time_s is None:
             return
         now_s = self._clock()
@@ -137,7 +137,7 @@ class Leases:
                 held.expire_time_s = expire_time_s
 
     def release(self, model_ids: Collection[str]) -> None:
-        """Models are gone: none of theirs is kept for being the newest."""
+        """Note that models are gone: their newest checkpoints need a lease like others."""
         with self._lock:
             known = {path.model_id for path in self._held}
             self._released |= known.intersection(model_ids)

@@ -25,7 +25,7 @@ def check_file_name(name: str, kind: CheckpointKind, tuning: Tuning) -> None:
 
 
 def check_length(name: str, size_bytes: int) -> None:
-    """Refuse a file that gets longer than one of its name may be, before it is kept.
+    """Refuse bytes that make a file longer than one of its name may be.
 
     Raises:
         InvalidArgument: See above (LIMIT_EXCEEDED).
@@ -54,7 +54,7 @@ def check_files(
         step_count: As the header says.
 
     Raises:
-        InvalidArgument: Something is wrong with one, and in which place.
+        InvalidArgument: A file is wrong; `field` says which, and where in it.
     """
     try:
         about = state_files.parse({blob.name for blob in blobs}, staging.open, tuning).about

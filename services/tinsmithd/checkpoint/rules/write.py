@@ -26,12 +26,12 @@ class Header:
     """None where nobody else may write in its place."""
     ephemeral: bool = False
     request_id: str = ""
-    """Tells a repeat of this request from another one; empty: it is never a repeat."""
+    """Tells a repeat of this request from another request; empty where none is a repeat."""
     lease_id: str = ""
-    """The first lease, of one that is ephemeral."""
+    """The first lease on an ephemeral checkpoint."""
 
     def digest(self, files: Sequence[Blob]) -> str:
-        """Of all that the request says, but for who makes it and who holds what it makes."""
+        """Digest of the request, except for who makes it and who holds the checkpoint."""
         return digest_of(
             *(str(self.path), self.base_model, str(self.tuning), self.step_count),
             *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
@@ -77,7 +77,7 @@ class Write:
             self._staged().append(name, offset, data)
 
     def commit(self, promised: Sequence[Blob]) -> Checkpoint:
-        """Make it durable and visible, if it is what was promised.
+        """Make the checkpoint durable and visible, if its files are those that were promised.
 
         Raises:
             DataLoss: The bytes that came are not those (CHECKPOINT_CORRUPT).
@@ -102,7 +102,7 @@ class Write:
                 self._staging.discard()
 
     def _staged(self) -> Staging:
-        # Made with the first bytes, under the lock: nothing to leave behind before.
+        # The first bytes make it, under the lock: before them there is nothing to leave behind.
         if self._ended:
             raise RuntimeError("this write has ended")
         if self._staging is None:

@@ -140,7 +140,7 @@ class DirectoryStore:
         for left in self._staging.iterdir():
             shutil.rmtree(left, ignore_errors=True)
         sync_folder(folder)
-        with contextlib.suppress(PermissionError):  # of someone else, such as a mount point's
+        with contextlib.suppress(PermissionError):  # a mount point is often somebody else's
             sync_folder(folder.parent)
 
     @property
