@@ -44,7 +44,7 @@ def test_the_shell_recipes(cluster: RunningCluster) -> None:
 
 def test_the_first_script(cluster: RunningCluster) -> None:
     """The loop at the top runs, and its loss falls."""
-    script = block("The shape of the API", "python")
+    script = block("of the API is that of", "python")
     script = script.replace("127.0.0.1:50051", cluster.address)
     script = script.replace("SmolLM2-135M-Instruct", cluster.base_model)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
