@@ -38,20 +38,21 @@ def _make(target: str) -> Stage:
     return Stage(target, (os.environ.get("MAKE", "make"), "--no-print-directory", target))
 
 
-def _pytest(name: str, *folders: str) -> Stage:
-    """Several folders in one process share its clusters and what it has imported."""
-    paths = [f"tests/{folder}" for folder in folders]
-    command = (sys.executable, "-m", "pytest", *paths, f"--junitxml={OUT / name}.xml")
-    return Stage(name, command)
+def _pytest(folder: str) -> Stage:
+    command = (sys.executable, "-m", "pytest", f"tests/{folder}", f"--junitxml={OUT / folder}.xml")
+    return Stage(folder, command)
 
 
 LANES: Sequence[Sequence[Stage]] = (
-    (_pytest("clusters", "service", "e2e", "faults"),),
+    (_pytest("service"), _pytest("e2e"), _pytest("faults")),
     (
         _make("lint"),
-        _pytest("parts", "tidy", "unit", "conformance", "sim"),
+        _pytest("tidy"),
+        _pytest("unit"),
+        _pytest("conformance"),
+        _pytest("sim"),
         # Last, beside the other lane's end: they watch how soon servers answer.
-        _pytest("attack", "attack"),
+        _pytest("attack"),
     ),
 )
 """The first is shown while it runs."""
