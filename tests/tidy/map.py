@@ -91,8 +91,8 @@ def picture(place: str, pairs: Sequence[tuple[str, str]]) -> str:
     found = floors(of)
     count = sum(map(len, of.values()))
     lines = [
-        f"`{place}`: {len(of)} rooms on {max(found.values())} floors, {count} arrows. An arrow is "
-        "left out where a longer way goes along it.",
+        f"`{place}`: {len(of)} rooms on {max(found.values())} floors, {count} arrows.",
+        "An arrow is left out where a longer way goes along it.",
         "",
         "```mermaid",
         "flowchart TD",
