@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinsmithd import errors, logs
+from tinsmithd import errors
+from tinsmithd.processes import logs
 from tinsmithd.rpc.status import to_status
 from tinsmithd.text import bounded
 

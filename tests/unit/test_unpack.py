@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tinsmith._download import _unpack
 from tinsmith.errors import InvalidArgumentError
-from tinsmith.rest_client import _unpack
 
 
 def archive_of(*members: tarfile.TarInfo) -> bytes:
