@@ -1,107 +1,29 @@
 """The Sampler through the wire: streaming, repeats, bad input, cancelling, checkpoints."""
 
 import asyncio
-import hashlib
-import signal
-import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import programs
-from checkpoints import to_files
 from data import make_data
+from sampler_server import CONTEXT, PATH, PROMPT, Served, prompt, sample_request
 from tinsmith.tensors import decode
 from tinsmith.v1 import checkpoint_service_pb2 as checkpoint_pb
 from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmith.v1 import types_pb2
-from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
-from tinsmithd.convert.types import lora_to_pb
 from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState, SampledTokens
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.transformers.engine import TransformersGeneration
-from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
+from tinsmithd.sampler.server import SamplerServer
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from wire import limit_values, reason_and_field
-
-PROMPT = [10, 20, 30, 40]
-PATH = "tinsmith://run/sampler_weights/one"
-CONTEXT = 512
-
-
-class Served:
-    """A Sampler and a Checkpoint server, with stubs."""
-
-    def __init__(self, sampler: SamplerServer, checkpoint: CheckpointServer, folder: Path) -> None:
-        self.server, self.folder = sampler, folder
-        self.channels = [
-            grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-            for port in (sampler.port, checkpoint.port)
-        ]
-        self.stub = SamplerServiceStub(self.channels[0])
-        self.checkpoints = CheckpointServiceStub(self.channels[1])
-
-    async def sample(self, **fields: object) -> list[tuple[list[int], list[float], int]]:
-        """Tokens, logprobs and stop reason of each sequence."""
-        made: dict[int, tuple[list[int], list[float], int]] = {}
-        async for response in self.stub.Sample(sample_request(**fields)):
-            for delta in response.deltas:
-                tokens, logprobs, reason = made.get(delta.sequence_index, ([], [], 0))
-                assert reason == 0, "nothing comes after a stop reason"
-                tokens += decode(delta.tokens).tolist()
-                logprobs += decode(delta.logprobs).tolist()
-                made[delta.sequence_index] = (tokens, logprobs, delta.stop_reason)
-        return [made[index] for index in sorted(made)]
-
-    async def write(self, state: ModelState, path: str = PATH, **header: object) -> None:
-        fields = {
-            "base_model": "tiny-llama",
-            "lora_config": lora_to_pb(state.tuning),
-            "step_count": state.step_count,
-            "overwrite": True,
-            **header,
-        }
-        files = to_files(state)
-        requests = [
-            checkpoint_pb.WriteCheckpointRequest(
-                header=checkpoint_pb.WriteCheckpointHeader(checkpoint_path=path, **fields)
-            )
-        ]
-        for name, data in files.items():
-            piece = checkpoint_pb.CheckpointPiece(
-                file_name=name, offset=0, data=data, crc32=zlib.crc32(data)
-            )
-            requests.append(checkpoint_pb.WriteCheckpointRequest(piece=piece))
-        listed = [
-            checkpoint_pb.CheckpointFile(
-                name=n, size_bytes=len(d), sha256=hashlib.sha256(d).digest()
-            )
-            for n, d in files.items()
-        ]
-        commit = checkpoint_pb.WriteCheckpointCommit(files=listed)
-        requests.append(checkpoint_pb.WriteCheckpointRequest(commit=commit))
-        await self.checkpoints.WriteCheckpoint(iter(requests))
-
-
-def prompt(tokens: list[int]) -> types_pb2.ModelInput:
-    tensor = types_pb2.Tensor(ints=tokens)
-    return types_pb2.ModelInput(chunks=[types_pb2.ModelInputChunk(tokens=tensor)])
-
-
-def sample_request(
-    *, params: dict[str, object] | None = None, **fields: object
-) -> pb.SampleRequest:
-    drawn = {"max_tokens": 8, "seed": 5, "stop": pb.StopCondition(), **(params or {})}
-    values = {"prompt": prompt(PROMPT), "sampling_params": pb.SamplingParams(**drawn), **fields}
-    return pb.SampleRequest(**values)
 
 
 @pytest.fixture
@@ -457,43 +379,3 @@ async def test_a_checkpoint_server_that_is_away_is_unavailable(tiny_model: Path)
             assert reason_and_field(error)[0] == "CHECKPOINT_UNAVAILABLE"
     finally:
         await server.stop()
-
-
-# --- the process ------------------------------------------------------------------------------
-
-
-ARGUMENTS = ("tinsmithd.sampler", "--listen-address", "127.0.0.1:0")
-
-
-def test_a_process_serves_and_ends_on_sigterm(tiny_model: Path, tmp_path: Path) -> None:
-    """Health turns SERVING once the model is loaded; SIGTERM ends it with 0."""
-    port_file = tmp_path / "port"
-    arguments = ("--base-model", str(tiny_model), "--port-file", str(port_file))
-    with (
-        programs.Logged(tmp_path / "log", *ARGUMENTS, *arguments) as running,
-        grpc.insecure_channel(f"127.0.0.1:{running.port_in(port_file)}") as channel,
-    ):
-        watch = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
-        )
-        for state in watch:
-            if state.status == health_pb2.HealthCheckResponse.SERVING:
-                break
-        assert list(SamplerServiceStub(channel).Sample(sample_request()))
-        running.signal(signal.SIGTERM)
-        assert running.wait() == 0
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "says"),
-    [
-        ((), 78, "sampler.base_model: must be set"),
-        (("--base-model", "/nowhere/at-all"), 78, "/nowhere/at-all"),
-    ],
-)
-def test_a_process_that_cannot_start_says_why(args: tuple[str, ...], code: int, says: str) -> None:
-    """One clear line, no stack trace, and a code that is not 0."""
-    ended = programs.run(*ARGUMENTS, *args)
-    assert ended.returncode == code, ended.stderr
-    assert says in ended.stderr
-    assert "Traceback" not in ended.stderr

@@ -1,0 +1,90 @@
+"""A Sampler and a Checkpoint server beside it, for tests that ask the Sampler alone."""
+
+import hashlib
+import zlib
+from pathlib import Path
+
+import grpc
+
+from checkpoints import to_files
+from tinsmith.tensors import decode
+from tinsmith.v1 import checkpoint_service_pb2 as checkpoint_pb
+from tinsmith.v1 import sampler_service_pb2 as pb
+from tinsmith.v1 import types_pb2
+from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
+from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.convert.types import lora_to_pb
+from tinsmithd.domain import ModelState
+from tinsmithd.sampler.server import SamplerServer
+
+PROMPT = [10, 20, 30, 40]
+PATH = "tinsmith://run/sampler_weights/one"
+CONTEXT = 512
+
+
+class Served:
+    """A Sampler and a Checkpoint server, with stubs."""
+
+    def __init__(self, sampler: SamplerServer, checkpoint: CheckpointServer, folder: Path) -> None:
+        self.server, self.folder = sampler, folder
+        self.channels = [
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+            for port in (sampler.port, checkpoint.port)
+        ]
+        self.stub = SamplerServiceStub(self.channels[0])
+        self.checkpoints = CheckpointServiceStub(self.channels[1])
+
+    async def sample(self, **fields: object) -> list[tuple[list[int], list[float], int]]:
+        """Tokens, logprobs and stop reason of each sequence."""
+        made: dict[int, tuple[list[int], list[float], int]] = {}
+        async for response in self.stub.Sample(sample_request(**fields)):
+            for delta in response.deltas:
+                tokens, logprobs, reason = made.get(delta.sequence_index, ([], [], 0))
+                assert reason == 0, "nothing comes after a stop reason"
+                tokens += decode(delta.tokens).tolist()
+                logprobs += decode(delta.logprobs).tolist()
+                made[delta.sequence_index] = (tokens, logprobs, delta.stop_reason)
+        return [made[index] for index in sorted(made)]
+
+    async def write(self, state: ModelState, path: str = PATH, **header: object) -> None:
+        fields = {
+            "base_model": "tiny-llama",
+            "lora_config": lora_to_pb(state.tuning),
+            "step_count": state.step_count,
+            "overwrite": True,
+            **header,
+        }
+        files = to_files(state)
+        requests = [
+            checkpoint_pb.WriteCheckpointRequest(
+                header=checkpoint_pb.WriteCheckpointHeader(checkpoint_path=path, **fields)
+            )
+        ]
+        for name, data in files.items():
+            piece = checkpoint_pb.CheckpointPiece(
+                file_name=name, offset=0, data=data, crc32=zlib.crc32(data)
+            )
+            requests.append(checkpoint_pb.WriteCheckpointRequest(piece=piece))
+        listed = [
+            checkpoint_pb.CheckpointFile(
+                name=n, size_bytes=len(d), sha256=hashlib.sha256(d).digest()
+            )
+            for n, d in files.items()
+        ]
+        commit = checkpoint_pb.WriteCheckpointCommit(files=listed)
+        requests.append(checkpoint_pb.WriteCheckpointRequest(commit=commit))
+        await self.checkpoints.WriteCheckpoint(iter(requests))
+
+
+def prompt(tokens: list[int]) -> types_pb2.ModelInput:
+    tensor = types_pb2.Tensor(ints=tokens)
+    return types_pb2.ModelInput(chunks=[types_pb2.ModelInputChunk(tokens=tensor)])
+
+
+def sample_request(
+    *, params: dict[str, object] | None = None, **fields: object
+) -> pb.SampleRequest:
+    drawn = {"max_tokens": 8, "seed": 5, "stop": pb.StopCondition(), **(params or {})}
+    values = {"prompt": prompt(PROMPT), "sampling_params": pb.SamplingParams(**drawn), **fields}
+    return pb.SampleRequest(**values)
