@@ -19,6 +19,11 @@ def archive_of(*members: tarfile.TarInfo) -> bytes:
     return buffer.getvalue()
 
 
+def unpack(archive: bytes, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    _unpack(io.BytesIO(archive), folder)
+
+
 def file(name: str) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.size = 3
@@ -27,9 +32,9 @@ def file(name: str) -> tarfile.TarInfo:
 
 def test_files_of_the_same_name_are_replaced(tmp_path: Path) -> None:
     target = tmp_path / "new"
-    _unpack(archive_of(file("a.json"), file("b.safetensors")), target)
+    unpack(archive_of(file("a.json"), file("b.safetensors")), target)
     (target / "a.json").write_text("old")
-    _unpack(archive_of(file("a.json")), target)
+    unpack(archive_of(file("a.json")), target)
     assert {path.name: path.read_text() for path in target.iterdir()} == {
         "a.json": "xxx",
         "b.safetensors": "xxx",
@@ -40,7 +45,7 @@ def test_files_of_the_same_name_are_replaced(tmp_path: Path) -> None:
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     target = tmp_path / "new"
     with pytest.raises(InvalidArgumentError, match="no plain file"):
-        _unpack(archive_of(file("good"), file(name)), target)
+        unpack(archive_of(file("good"), file(name)), target)
     assert [path.name for path in tmp_path.rglob("*")] == ["new"]
 
 
@@ -49,17 +54,17 @@ def test_what_is_no_file_is_refused(tmp_path: Path, kind: bytes) -> None:
     member = tarfile.TarInfo("link")
     member.type, member.linkname = kind, "/etc/passwd"
     with pytest.raises(InvalidArgumentError, match="link, which is no plain file"):
-        _unpack(archive_of(member), tmp_path / "new")
+        unpack(archive_of(member), tmp_path / "new")
     assert [path.name for path in tmp_path.rglob("*")] == ["new"]
 
 
 def test_what_would_grow_when_unpacked_is_refused(tmp_path: Path) -> None:
     """A packed archive, whatever it packs, and a file that is mostly holes."""
     with pytest.raises(tarfile.ReadError):
-        _unpack(gzip.compress(archive_of(file("a.json"))), tmp_path / "new")
+        unpack(gzip.compress(archive_of(file("a.json"))), tmp_path / "new")
     sparse = tarfile.TarInfo("a.json")
     sparse.pax_headers = {"GNU.sparse.map": "0,3", "GNU.sparse.size": str(1 << 40)}
     sparse.size = 3
     with pytest.raises(InvalidArgumentError, match="no plain file"):
-        _unpack(archive_of(sparse), tmp_path / "new")
+        unpack(archive_of(sparse), tmp_path / "new")
     assert not list(tmp_path.rglob("*.json"))
