@@ -104,7 +104,7 @@ def test_a_call_that_asks_for_nothing_gets_numbers(
     attacked: RunningCluster, loss_fn: pb.LossFn, inputs: dict[str, np.ndarray]
 ) -> None:
     """All-zero weights and advantages: a finite loss, a gradient of zero, never NaN; what has no
-    data or no token at all is refused by type in `tests/service/test_training.py`."""
+    data or no token at all is refused by type in `tests/service/test_training_refusals.py`."""
     given = datum(2)
     del given.loss_fn_inputs["weights"]
     for name, array in inputs.items():

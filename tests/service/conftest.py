@@ -1,6 +1,6 @@
 """Fixtures of tests that ask one service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,8 @@ import tinsmith
 from checkpoint_server import Served
 from checkpoints import Clock
 from clusters import RunningCluster
+from tinsmith import v1 as pb
+from tinsmith.cluster import Cluster
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig
 
@@ -32,3 +34,12 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     yield running
     await running.channel.close()
     await server.stop()
+
+
+@pytest.fixture
+def model(stubs: Cluster) -> Iterator[pb.Model]:
+    """A fresh model, deleted afterwards."""
+    lora = pb.LoraConfig(rank=2, seed=1)
+    created = stubs.training.CreateModel(pb.CreateModelRequest(lora_config=lora)).model
+    yield created
+    stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=created.model_id))
