@@ -218,7 +218,7 @@ def test_a_slow_server_that_makes_progress_is_waited_for(
             step(other)
             assert not saving.done()
             assert not creating.done()
-            path = saving.result().path
+            path = saving.result().checkpoint_path
             creating.result()
             assert time.monotonic() - begun_s > STALL_S
         finally:
