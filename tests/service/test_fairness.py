@@ -281,9 +281,14 @@ def weights_and_samples(stubs: Cluster, model_id: str) -> list[bytes]:
         num_samples=4,
         sampling_params=pb.SamplingParams(max_tokens=12, seed=3),
     )
-    deltas = [d for r in stubs.sampler.Sample(sample) for d in r.deltas]
-    deltas.sort(key=lambda delta: delta.sequence_index)  # each in order, one after the other
-    return [b"".join(pieces), *(d.SerializeToString(deterministic=True) for d in deltas)]
+    # How much of a sequence comes at once says how busy the reader is, and nothing of the numbers.
+    sequences = [b""] * 2 * sample.num_samples
+    for response in stubs.sampler.Sample(sample):
+        for delta in response.deltas:
+            for offset, tensor in enumerate((delta.tokens, delta.logprobs)):
+                sequences[2 * delta.sequence_index + offset] += tensors.decode(tensor).tobytes()
+    assert all(sequences)
+    return [b"".join(pieces), *sequences]
 
 
 class Busy:
