@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from faults.processes import Process, Training
+from programs import Ended
 from tinsmithd.rpc import link_secret
 
 
@@ -26,7 +27,7 @@ def test_a_link_that_would_be_open_does_not_start(
     (tmp_path / "binary").write_bytes(b"x" * 40 + b"\xc3\xa4")
     if "link_secret_file" in settings:
         settings = {"link_secret_file": str(tmp_path / settings["link_secret_file"])}
-    with pytest.raises(AssertionError, match=says):
+    with pytest.raises(Ended, match=says):
         Process("training", tmp_path, {"data_folder": tmp_path / "data", **settings})
     assert not (tmp_path / "data").exists()
 

@@ -146,18 +146,28 @@ def test_row_29_a_damaged_snapshot_costs_time_two_cost_the_model(
     """The older snapshot and the calls after it give the same bits; with both damaged that model is
     DATA_LOSS, and the one beside it goes on."""
     training.start_rank()
-    client, other, seen = two_trained(training, STEPS)
-    of_client = [path for path in snapshots(training) if client.model_id in path.name]
-    assert len(of_client) == 2
+    service = tinsmith.ServiceClient(base_url=training.address)
+    client, other = model_of(service), model_of(service)
+
+    def of_client() -> list[Path]:
+        return [path for path in snapshots(training) if client.model_id in path.name]
+
+    # No snapshot begins while one is being written: await the first before the second is due.
+    seen = train(client, 0, 4)
+    training.server.until(lambda: len(of_client()) == 1)
+    seen += train(client, 4, STEPS)
+    training.server.until(lambda: len(of_client()) == 2)
+    assert train(other, 0, STEPS) == seen
+    newest = of_client()[-1]
     training.kill()
-    damage(of_client[-1])
+    damage(newest)
     training.restart_server()
     training.start_rank()
     assert seen + train(client, STEPS, STEPS + 1) == undisturbed[: 2 * STEPS + 2]
     assert training.server.says("adapter_model.safetensors is damaged")
     training.kill()
-    for path in snapshots(training):
-        if client.model_id in path.name and path != of_client[-1]:
+    for path in of_client():
+        if path != newest:
             damage(path)
     training.restart_server()
     training.start_rank()
