@@ -102,7 +102,7 @@ def test_a_template_of_its_own_is_a_help_and_no_more(
     else:
         monkeypatch.setenv(SOCKET_VARIABLE, str(tmp_path / "absent"))
     with RunningCluster(tiny_model, tmp_path) as cluster:
-        service = tinsmith.ServiceClient(cluster.address)
+        service = tinsmith.ServiceClient(base_url=cluster.address)
         made = [
             service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
             for _ in range(2)

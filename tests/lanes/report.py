@@ -17,6 +17,8 @@ def timings_of(timings: Path) -> Mapping[str, float]:
     found: Counter[str] = Counter()
     if timings.exists():
         for case in ElementTree.parse(timings).iter("testcase"):
+            if "classname" not in case.attrib:
+                continue  # the run was ended before the test was
             file = case.attrib["classname"].removeprefix("tests.").replace(".", "/")
             found[f"{file}::{case.attrib['name']}"] += float(case.attrib["time"])
     return found

@@ -13,6 +13,7 @@ CASES = """<testsuites><testsuite>
 <testcase classname="tests.unit.test_a" name="test_one[x]" time="1.5"/>
 <testcase classname="tests.unit.test_a" name="test_two" time="0.25"/>
 <testcase classname="tests.sim.test_b" name="test_three" time="3.0"/>
+<testcase><error message="the run was ended here"/></testcase>
 </testsuite></testsuites>"""
 
 
