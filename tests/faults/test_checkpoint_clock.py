@@ -12,6 +12,7 @@ from checkpoints import PATH, TimedKeeper, blobs, files, keep, kept
 from tinsmithd.checkpoint.export import exported_files, tar_of
 from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S
+from tinsmithd.checkpoint.segments import pieces_from
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import NotFound, TinsmithError
 
@@ -129,14 +130,20 @@ def test_a_life_that_is_prolonged_at_the_last_moment_goes_on(timed: Timed) -> No
     assert timed.found()
 
 
+def exported(timed: Timed) -> Iterator[bytes]:
+    """The archive of the checkpoint, piece by piece as it is read."""
+    segments = list(tar_of(timed.keeper.open(KEY, exported_files)[1]))
+    return (piece.data for piece in pieces_from(segments, 0))
+
+
 def test_whatever_removes_a_checkpoint_leaves_its_readers_alone(timed: Timed) -> None:
     """Row 37: delete, overwrite and expiry, each with a sweep, during a read and an export."""
     path, archive = KEY, b""
     for remove in ("delete", "overwrite", "expire"):
         keep(timed.keeper, files(0), ttl_seconds=60, overwrite=True)
-        archive = b"".join(tar_of(timed.keeper.open(path, exported_files)[1]))
+        archive = b"".join(exported(timed))
         _, reading = timed.keeper.open(path)
-        exporting = tar_of(timed.keeper.open(path, exported_files)[1])
+        exporting = exported(timed)
         first = next(exporting)
         if remove == "delete":
             timed.keeper.catalogue.delete(path)
