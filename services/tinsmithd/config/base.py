@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tinsmithd.config import sources
-from tinsmithd.config.errors import BROKEN_RULE, describe
+from tinsmithd.config.errors import BROKEN_RULE, Report
 from tinsmithd.config.fields import (
     MIB,
     AboveZero,
@@ -49,7 +49,7 @@ class Config(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             origins = {key: each.origin() for key, each in given.items()}
-            raise describe(self.section, type(self).model_fields, error, origins) from None
+            raise Report(self.section, type(self).model_fields, origins).of(error) from None
 
     @classmethod
     def settings_customise_sources(

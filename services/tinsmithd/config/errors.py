@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -51,46 +52,43 @@ def is_near(name: str, known: str) -> bool:
     return difflib.SequenceMatcher(None, name, known).ratio() >= NEAR
 
 
-def describe(
-    section: str,
-    fields: Mapping[str, FieldInfo],
-    error: ValidationError,
-    origins: Mapping[str, str],
-) -> ConfigError:
-    """Say everything that is wrong with the settings of one process.
+@dataclass(frozen=True)
+class Report:
+    """Says everything that is wrong with the settings of one process.
 
-    Args:
+    Attributes:
         section: Its section.
         fields: The settings that it has.
-        error: What pydantic found.
         origins: Where settings come from that are no defaults.
     """
-    details = error.errors(include_url=False)
-    found = [_line(section, fields, detail, origins) for detail in details]
-    unset = [str(d["loc"][0]) for d in details if d["type"] in _UNSET]
-    return ConfigError("; ".join(found), unset if len(unset) == len(details) else ())
 
+    section: str
+    fields: Mapping[str, FieldInfo]
+    origins: Mapping[str, str]
 
-def _line(
-    section: str,
-    fields: Mapping[str, FieldInfo],
-    detail: ErrorDetails,
-    origins: Mapping[str, str],
-) -> str:
-    kind = detail["type"]
-    key = str(detail["ctx"]["key"] if kind == BROKEN_RULE else detail["loc"][0])
-    name = f"{section}.{key}"
-    if key not in fields:
-        return f"{name}: unknown key; {nearest(key, fields)}"
-    origin = f" ({origins[key]})" if key in origins else ""
-    if kind == BROKEN_RULE:
-        return f"{name}: {detail['msg']}{origin}"
-    if kind in _UNSET:
-        variable = f"TINSMITH_{section}_{key}".upper()
-        return f"{name}: must be set, by --{key.replace('_', '-')}, {variable} or in a file{origin}"
-    field = fields[key]
-    wanted = bounds_of(field)
-    if kind not in _OUT_OF_BOUNDS and kind != "value_error":
-        wanted = kind_of(field)
-    is_now = "" if is_secret(field) else f", is {bounded(repr(detail['input']), VALUE_BYTES_MAX)}"
-    return f"{name}: must be {wanted}{is_now}{origin}"
+    def of(self, error: ValidationError) -> ConfigError:
+        """What pydantic found, in one line."""
+        details = error.errors(include_url=False)
+        unset = [str(d["loc"][0]) for d in details if d["type"] in _UNSET]
+        lines = "; ".join(map(self._line, details))
+        return ConfigError(lines, unset if len(unset) == len(details) else ())
+
+    def _line(self, detail: ErrorDetails) -> str:
+        kind = detail["type"]
+        key = str(detail["ctx"]["key"] if kind == BROKEN_RULE else detail["loc"][0])
+        name = f"{self.section}.{key}"
+        if key not in self.fields:
+            return f"{name}: unknown key; {nearest(key, self.fields)}"
+        origin = f" ({self.origins[key]})" if key in self.origins else ""
+        if kind == BROKEN_RULE:
+            return f"{name}: {detail['msg']}{origin}"
+        if kind in _UNSET:
+            flag, variable = f"--{key.replace('_', '-')}", f"TINSMITH_{self.section}_{key}".upper()
+            return f"{name}: must be set, by {flag}, {variable} or in a file{origin}"
+        field = self.fields[key]
+        wanted = bounds_of(field)
+        if kind not in _OUT_OF_BOUNDS and kind != "value_error":
+            wanted = kind_of(field)
+        value = bounded(repr(detail["input"]), VALUE_BYTES_MAX)
+        is_now = "" if is_secret(field) else f", is {value}"
+        return f"{name}: must be {wanted}{is_now}{origin}"

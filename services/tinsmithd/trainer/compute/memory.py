@@ -18,6 +18,9 @@ SHARE_OF_FREE = 0.5
 
 _PROBE_TOKENS = (16, 48)
 
+Compute = Callable[[Sequence[int], bool], None]
+"""Computes the data of some indices of a batch, with recomputation or not."""
+
 
 def activation_bytes_max(configured: int, device: torch.device, ranks_here: int) -> int:
     """Maximum bytes that a rank keeps for the backward pass.
@@ -81,7 +84,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refuse_on_out_of_memory(
-    compute: Callable[[Sequence[int], bool], None],
+    compute: Compute,
     indices: Sequence[int],
     recompute: bool,
     lengths: Sequence[int],
@@ -89,7 +92,7 @@ def refuse_on_out_of_memory(
     """Compute some data together and in no other way.
 
     Args:
-        compute: Computes the data of some indices, with recomputation or not.
+        compute: Computes data.
         indices: The data.
         recompute: Whether to recompute.
         lengths: Number of tokens of each datum of the batch, for the error.
@@ -97,14 +100,9 @@ def refuse_on_out_of_memory(
     Raises:
         ResourceExhausted: They do not fit (OUT_OF_MEMORY).
     """
-    try:
-        compute(indices, recompute)
+    reason = _shortage(compute, indices, recompute)
+    if reason is None:
         return
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-    _empty_cache()
     tokens = sum(lengths[index] for index in indices)
     raise ResourceExhausted(
         f"{len(indices)} data of {tokens} tokens, which must be computed together, do not fit into "
@@ -114,7 +112,7 @@ def refuse_on_out_of_memory(
 
 
 def split_on_out_of_memory(
-    compute: Callable[[Sequence[int], bool], None],
+    compute: Compute,
     indices: Sequence[int],
     recompute: bool,
     lengths: Sequence[int],
@@ -122,8 +120,8 @@ def split_on_out_of_memory(
     """Compute some data; where memory does not suffice, in halves, at last with recomputation.
 
     Args:
-        compute: Computes the data of some indices, with recomputation or not. It keeps results
-            only when it has all of them, so that it can be called again after a failure.
+        compute: Computes data. It keeps results only when it has all of them, so that it can be
+            called again after a failure.
         indices: The data.
         recompute: Whether to recompute from the start.
         lengths: Number of tokens of each datum of the batch, for the error.
@@ -131,14 +129,9 @@ def split_on_out_of_memory(
     Raises:
         ResourceExhausted: One datum alone, with recomputation, does not fit (OUT_OF_MEMORY).
     """
-    try:
-        compute(indices, recompute)
+    reason = _shortage(compute, indices, recompute)
+    if reason is None:
         return
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-    _empty_cache()
     if len(indices) > 1:
         _log.warning("out of memory with %d data: computing them in halves", len(indices))
         half = len(indices) // 2
@@ -155,7 +148,16 @@ def split_on_out_of_memory(
         )
 
 
-def _empty_cache() -> None:
-    # Inside an error's handler this would free little: the error holds frames, which hold tensors.
+def _shortage(compute: Compute, indices: Sequence[int], recompute: bool) -> str | None:
+    """Compute; returns why memory does not suffice, or None where it does."""
+    try:
+        compute(indices, recompute)
+        return None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+    # Inside the handler this would free little: the error holds frames, which hold tensors.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return reason
