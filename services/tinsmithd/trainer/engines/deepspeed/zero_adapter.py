@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinsmithd.domain import MOMENTS
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, host_copy
-from tinsmithd.trainer.engines.deepspeed.zero_slice import StateCopy, ZeroSlice
+from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
 
 
 @dataclass(frozen=True)
@@ -117,35 +117,20 @@ class ZeroAdapter(ZeroSlice):
             found.update({f"{kind}.{n}": a for n, a in self.layout.by_name(whole).items()})
         return found
 
-    def load(
-        self,
-        values: Mapping[str, np.ndarray],
-        moments: Mapping[str, Mapping[str, np.ndarray]] | None,
-        step_count: int,
-    ) -> None:
-        """Begin with given values and, if any, moments as kind to name to array."""
-        own_moments = []
-        for kind in MOMENTS if moments is not None else ():
-            assert moments is not None
-            padded = torch.zeros(self.padded_count)
-            padded[: self.layout.count] = self.layout.flatten(moments[kind])
-            own_moments.append(padded.chunk(len(self._slices))[self._own_index])
-        flat = self.layout.flatten(values)
-        self.restore(StateCopy(flat, own_moments, step_count if own_moments else 0))
+    def _kept_values(self) -> Tensor:
+        return self._whole[: self.layout.count]
 
-    def copy_state(self) -> StateCopy:
-        """Copy this rank's part of the state to host memory."""
-        moments = [moment.cpu().clone() for moment in self._own_moments()]
-        values = self._whole[: self.layout.count].cpu().clone()
-        return StateCopy(values, moments, self.step_count)
+    def _put_values(self, kept: Tensor) -> None:
+        self._kept_values().copy_(kept)
+        self._own.copy_(self._slices[self._own_index])
 
-    def restore(self, copy: StateCopy) -> None:
-        """Go on from a copy of this or of another adapter of the same shape."""
-        with torch.no_grad():
-            self._whole[: self.layout.count].copy_(copy.values)
-            self._own.copy_(self._slices[self._own_index])
-        # Copied, since the optimizer works in place and the copy may be used again.
-        self._set_moments(copy.moments, copy.step_count)
+    def _kept_part(self, values: Mapping[str, np.ndarray]) -> Tensor:
+        return self.layout.flatten(values)
+
+    def _own_part(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
+        padded = torch.zeros(self.padded_count)
+        padded[: self.layout.count] = self.layout.flatten(arrays)
+        return padded.chunk(len(self._slices))[self._own_index]
 
     @property
     def _own_index(self) -> int:

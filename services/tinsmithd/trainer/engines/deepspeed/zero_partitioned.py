@@ -18,7 +18,7 @@ from torch import Tensor
 from tinsmithd.domain import MOMENTS
 from tinsmithd.trainer.compute.packed import Sink
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients, host_copy
-from tinsmithd.trainer.engines.deepspeed.zero_slice import StateCopy, ZeroSlice
+from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -135,19 +135,15 @@ class ZeroPartitioned(ZeroSlice):
             found[name] = whole.view(shape).numpy()
         return found
 
-    def load(
-        self,
-        values: Mapping[str, np.ndarray],
-        moments: Mapping[str, Mapping[str, np.ndarray]] | None,
-        step_count: int,
-    ) -> None:
-        """Begin with given values and, if any, moments as kind to name to array."""
-        own = self._own_part(values)
-        parts = [] if moments is None else [self._own_part(moments[kind]) for kind in MOMENTS]
-        with torch.no_grad():
-            self._own.copy_(own)
-        self._set_moments(parts, step_count if parts else 0)
+    def _kept_values(self) -> Tensor:
+        return self._own.detach()
+
+    def _put_values(self, kept: Tensor) -> None:
+        self._own.copy_(kept)
         self._publish()
+
+    def _kept_part(self, values: Mapping[str, np.ndarray]) -> Tensor:
+        return self._own_part(values)
 
     def _own_part(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
         part = torch.zeros(self.padded_count)
@@ -156,18 +152,6 @@ class ZeroPartitioned(ZeroSlice):
             mine = flat[self._rank * share.numel() : (self._rank + 1) * share.numel()]
             share[: len(mine)] = torch.from_numpy(mine.copy())
         return part
-
-    def copy_state(self) -> StateCopy:
-        """Copy this rank's shares to host memory."""
-        moments = [moment.cpu().clone() for moment in self._own_moments()]
-        return StateCopy(self._own.detach().cpu().clone(), moments, self.step_count)
-
-    def restore(self, copy: StateCopy) -> None:
-        """Go on from a copy of this or of another model of the same shape."""
-        with torch.no_grad():
-            self._own.copy_(copy.values)
-        self._set_moments(copy.moments, copy.step_count)
-        self._publish()
 
     def close(self) -> None:
         """Do nothing: DeepSpeed's partition is that of the base."""

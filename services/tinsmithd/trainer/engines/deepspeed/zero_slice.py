@@ -69,23 +69,6 @@ class ZeroSlice(ABC):
         """A copy of all moments, as `<kind>.<name>`; empty before the first step."""
 
     @abstractmethod
-    def load(
-        self,
-        values: Mapping[str, np.ndarray],
-        moments: Mapping[str, Mapping[str, np.ndarray]] | None,
-        step_count: int,
-    ) -> None:
-        """Begin with given values and, if any, moments as kind to name to array."""
-
-    @abstractmethod
-    def copy_state(self) -> StateCopy:
-        """Copy what this rank holds to host memory."""
-
-    @abstractmethod
-    def restore(self, copy: StateCopy) -> None:
-        """Go on from a copy of this or of another model of the same shape."""
-
-    @abstractmethod
     def close(self) -> None:
         """Free what DeepSpeed holds; the parameters keep their values."""
 
@@ -101,6 +84,22 @@ class ZeroSlice(ABC):
     @abstractmethod
     def _publish(self) -> None:
         """Let the model compute with the new values."""
+
+    @abstractmethod
+    def _kept_values(self) -> Tensor:
+        """The values that a copy of the state holds, flat; not a copy yet."""
+
+    @abstractmethod
+    def _put_values(self, kept: Tensor) -> None:
+        """Let the model compute with values that `_kept_values` gave."""
+
+    @abstractmethod
+    def _kept_part(self, values: Mapping[str, np.ndarray]) -> Tensor:
+        """What `_kept_values` gives of these values."""
+
+    @abstractmethod
+    def _own_part(self, arrays: Mapping[str, np.ndarray]) -> Tensor:
+        """This rank's slice of moments of one kind."""
 
     def step(self, gradients: Tensor, adam: AdamParams) -> float:
         """Sum gradients over the ranks, clip and apply them.
@@ -145,6 +144,30 @@ class ZeroSlice(ABC):
     def collecting(self, pending: PendingGradients) -> Iterator[Sink | None]:
         """A sink for gradients while they are made; None where they come all at once."""
         yield None
+
+    # --- state in and out ---------------------------------------------------------------------
+
+    def load(
+        self,
+        values: Mapping[str, np.ndarray],
+        moments: Mapping[str, Mapping[str, np.ndarray]] | None,
+        step_count: int,
+    ) -> None:
+        """Begin with given values and, if any, moments as kind to name to array."""
+        own = [] if moments is None else [self._own_part(moments[kind]) for kind in MOMENTS]
+        self.restore(StateCopy(self._kept_part(values), own, step_count if own else 0))
+
+    def copy_state(self) -> StateCopy:
+        """Copy what this rank holds to host memory."""
+        moments = [moment.cpu().clone() for moment in self._own_moments()]
+        return StateCopy(self._kept_values().cpu().clone(), moments, self.step_count)
+
+    def restore(self, copy: StateCopy) -> None:
+        """Go on from a copy of this or of another model of the same shape."""
+        with torch.no_grad():
+            self._put_values(copy.values)
+        # Copied, since the optimizer works in place and the copy may be used again.
+        self._set_moments(copy.moments, copy.step_count)
 
     def _own_moments(self) -> list[Tensor]:
         state = self._adamw.state.get(self._own, {})
