@@ -9,9 +9,10 @@ import grpc
 
 from tinsmith._check import shown, text
 from tinsmith._leases import Leases
+from tinsmith._replicas import Replicas, Work
 from tinsmith._retry import is_lost, retrying
 from tinsmith._waiting import Attempts, Waiting
-from tinsmith.addresses import channel_options, proxy_note, service_address
+from tinsmith.addresses import channel_options, hosts_of, proxy_note, service_address
 from tinsmith.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -87,8 +88,10 @@ class Connection:
         self._capabilities: training_service_pb2.GetCapabilitiesResponse | None = None
         self._asking: asyncio.Task[training_service_pb2.GetCapabilitiesResponse] | None = None
         self._unreachable: set[str] = set()
+        self._closing: set[asyncio.Future[None]] = set()
         self._waiting = Waiting(self._ask_model)
         self._closed = False
+        self._samplers = Replicas(self._sampler_channel, self._close_channel)
         self.leases = Leases(self.checkpoint)
 
     @property
@@ -129,7 +132,7 @@ class Connection:
 
     def _with_proxy(self, error: TinsmithError, service: str) -> TinsmithError:
         # gRPC's own text has the proxy's address where a reader takes it for the server's.
-        if note := proxy_note(self._addresses.get(service, self.address)):
+        if note := proxy_note(hosts_of(self._addresses.get(service, self.address))[0]):
             error.message = f"{error.message} ({note})"
         return error
 
@@ -137,15 +140,32 @@ class Connection:
         """Stub of the Training service."""
         return TrainingServiceStub(self._channel(self.address))
 
-    async def sampler(self) -> "SamplerServiceAsyncStub":
-        """Stub of the Sampler; one attempt to find it. To be called anew in every attempt."""
-        return SamplerServiceStub(await self._channel_of(SAMPLER))
+    async def on_a_sampler(
+        self, work: Work, make: "Callable[[SamplerServiceAsyncStub], Awaitable[T]]"
+    ) -> T:
+        """Make one attempt of a call: at one Sampler, and where that fails, at another one.
+
+        Args:
+            work: Says which suits it.
+            make: Makes it with a Sampler's stub, from its beginning each time.
+        """
+        self._check_open()
+        await self._samplers.find(await self._address_of(SAMPLER))
+        failed: set[str] = set()
+        while True:
+            with self._samplers.chosen(work, failed) as replica:
+                try:
+                    return await make(SamplerServiceStub(replica.channel))
+                except grpc.RpcError as failure:
+                    failed.add(replica.target)
+                    if not self._samplers.moves(replica, from_rpc_error(failure), failed):
+                        raise
 
     async def checkpoint(self) -> "CheckpointServiceAsyncStub":
-        """Stub of the Checkpoint service; as `sampler`."""
-        return CheckpointServiceStub(await self._channel_of(CHECKPOINT))
+        """Stub of the Checkpoint service, after one attempt to find it; for one attempt."""
+        return CheckpointServiceStub(self._channel(await self._address_of(CHECKPOINT)))
 
-    async def _channel_of(self, service: str) -> grpc.aio.Channel:
+    async def _address_of(self, service: str) -> str:
         found = self._capabilities
         if found is None or service in self._unreachable:
             try:
@@ -158,7 +178,7 @@ class Connection:
                 self._unreachable.discard(service)
         given = found.sampler_address if service == SAMPLER else found.checkpoint_address
         self._addresses[service] = service_address(service, self.address, given)
-        return self._channel(self._addresses[service])
+        return self._addresses[service]
 
     async def capabilities(self) -> training_service_pb2.GetCapabilitiesResponse:
         """What the cluster says of itself, once it has a base model.
@@ -194,19 +214,38 @@ class Connection:
         response = await self.training().GetModel(request, timeout=ASK_TIMEOUT_S)
         return response.model
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def _check_open(self) -> None:
         if self._closed:
             message = "the ServiceClient is closed, and so are the clients made with it"
             raise FailedPreconditionError(message, reason="CLIENT_CLOSED")
+
+    def _channel(self, address: str, *more: tuple[str, str]) -> grpc.aio.Channel:
+        self._check_open()
         if address not in self._channels:
-            options: Any = list(channel_options(address))
+            options: Any = [*channel_options(address), *more]
             self._channels[address] = grpc.aio.insecure_channel(address, options=options)
         return self._channels[address]
+
+    def _sampler_channel(self, target: str, name: str) -> grpc.aio.Channel:
+        if target == name:
+            return self._channel(target)
+        # What stands in between is asked for the name, as it would be without our look at it.
+        return self._channel(target, ("grpc.default_authority", name))
+
+    def _close_channel(self, target: str) -> None:
+        if target in self._addresses.values():
+            return  # another service has this address
+        channel = self._channels.pop(target, None)
+        if channel is not None:
+            closing = asyncio.ensure_future(channel.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Close all channels for good; calls under way are cancelled."""
         await self.leases.close()
         self._closed = True
+        self._samplers.close()
         channels, self._channels = self._channels, {}
         for channel in channels.values():
             await channel.close()

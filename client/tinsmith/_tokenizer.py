@@ -1,13 +1,18 @@
 """The base model's tokenizer, from the Sampler, kept on disk by what it holds."""
 
+import functools
 import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinsmith._connection import SAMPLER, Connection
+from tinsmith._replicas import Work
 from tinsmith.v1 import sampler_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceAsyncStub
 
 
 def cache_folder() -> Path:
@@ -19,13 +24,14 @@ async def fetch_tokenizer(connection: Connection, base_model: str) -> Path:
     """Download a tokenizer's files, unless they are here; returns their folder."""
     request = pb.GetTokenizerRequest(base_model=base_model)
 
-    async def fetch() -> dict[str, bytearray]:
+    async def make(sampler: "SamplerServiceAsyncStub") -> dict[str, bytearray]:
         files: dict[str, bytearray] = {}
-        async for response in (await connection.sampler()).GetTokenizer(request):
+        async for response in sampler.GetTokenizer(request):
             files.setdefault(Path(response.file_name).name, bytearray()).extend(response.data)
         return files
 
-    files = await connection.retrying("get_tokenizer", fetch, service=SAMPLER)
+    attempt = functools.partial(connection.on_a_sampler, Work(), make)
+    files = await connection.retrying("get_tokenizer", attempt, service=SAMPLER)
     content = hashlib.sha256()
     for name in sorted(files):
         content.update(name.encode() + hashlib.sha256(files[name]).digest())

@@ -77,6 +77,26 @@ def has_port(address: str) -> bool:
     return address.rpartition(":")[2].isdigit()
 
 
+def hosts_of(address: str) -> Sequence[str]:
+    """Each `host:port` of an address that may be a list with commas."""
+    return [host for part in address.split(",") if (host := part.strip())]
+
+
+def is_resolved_here(address: str) -> bool:
+    """Whether this process itself has to ask which machines a `host:port` stands for.
+
+    Not for an address that is no name, for this machine, for what only gRPC understands, and where
+    a proxy looks names up.
+    """
+    if "/" in address or not has_port(address) or _is_local(address) or proxy_note(address):
+        return False
+    try:
+        ipaddress.ip_address(_host(address))
+    except ValueError:
+        return True
+    return False
+
+
 def service_address(service: str, base: str, given: str) -> str:
     """Where a service is: as the environment says, else as GetCapabilities does.
 
@@ -87,19 +107,21 @@ def service_address(service: str, base: str, given: str) -> str:
         service: `sampler` or `checkpoint`.
         base: The address that the capabilities came from, `host:port`.
         given: `sampler_address` or `checkpoint_address`. Empty means `base` (a proxy in front of
-            all services); `:port` means that port on the host of `base`.
+            all services); `:port` means that port on the host of `base`. That of the Sampler may
+            be a list with commas, and so is the result then.
 
     Raises:
         InvalidArgumentError: What the environment says is not `host:port` (also a ValueError).
     """
     variable = f"TINSMITH_ADDRESS_{service.upper()}"
     if here := os.environ.get(variable):
-        if not has_port(here):
+        hosts = hosts_of(here) if service == "sampler" else [here]
+        if not hosts or not all(map(has_port, hosts)) or (service != "sampler" and "," in here):
             message = f"{variable}: {here!r} is not host:port"
             raise InvalidArgumentError(message, field=variable)
-        return here
+        return ",".join(hosts)
     if not given:
         return base
-    if given.startswith(":"):
-        return base.rpartition(":")[0] + given
-    return given
+    own_host = base.rpartition(":")[0]
+    hosts = hosts_of(given) if service == "sampler" else [given]
+    return ",".join(own_host + host if host.startswith(":") else host for host in hosts)

@@ -10,7 +10,7 @@ with connect("localhost:50051") as cluster:
 import grpc
 
 from tinsmith import _fork
-from tinsmith.addresses import channel_options, proxy_note, service_address
+from tinsmith.addresses import channel_options, hosts_of, proxy_note, service_address
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmith.v1.training_service_pb2 import GetCapabilitiesRequest, GetCapabilitiesResponse
@@ -37,7 +37,8 @@ class Cluster:
             self.close()
             raise
         found = self.capabilities
-        sampler = self._open(service_address("sampler", address, found.sampler_address))
+        samplers = hosts_of(service_address("sampler", address, found.sampler_address))
+        sampler = self._open(samplers[0])
         checkpoint = self._open(service_address("checkpoint", address, found.checkpoint_address))
         self._channels += [sampler, checkpoint]
         self._sampler = SamplerServiceStub(sampler)
@@ -56,7 +57,7 @@ class Cluster:
 
     @property
     def sampler(self) -> SamplerServiceStub:
-        """Stub of SamplerService."""
+        """Stub of SamplerService; of the first one where the cluster names several."""
         _fork.check()
         return self._sampler
 

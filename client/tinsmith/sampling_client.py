@@ -1,11 +1,12 @@
 """`SamplingClient`: samples from a base model or a checkpoint."""
 
+import functools
 import queue
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from tinsmith._convert import (
     topk_from_pb,
 )
 from tinsmith._leases import is_ephemeral, new_lease_id
+from tinsmith._replicas import Work
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
 from tinsmith.errors import DataLossError, unsupported
@@ -33,6 +35,9 @@ from tinsmith.types import (
 from tinsmith.types.outputs import nan_to_none
 from tinsmith.v1 import checkpoint_service_pb2
 from tinsmith.v1 import sampler_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceAsyncStub
 
 SEED_BITS = 62
 INT32_MAX = 2**31 - 1
@@ -156,13 +161,13 @@ class SamplingClient:
             topk_prompt_logprobs, "topk_prompt_logprobs", 0, INT32_MAX
         )
 
-        async def attempt() -> SampleResponse:
+        async def make(sampler: "SamplerServiceAsyncStub") -> SampleResponse:
             samples = _Samples(request.num_samples)
-            async for response in (await self._connection.sampler()).Sample(request):
+            async for response in sampler.Sample(request):
                 samples.add(response)
             return samples.result()
 
-        return APIFuture(_loop.run(self._retrying("sample", attempt)))
+        return APIFuture(_loop.run(self._retrying("sample", request, make)))
 
     def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams | None
@@ -206,16 +211,17 @@ class SamplingClient:
         async def pump() -> None:
             given = [_Given() for _ in range(request.num_samples)]
 
-            async def attempt() -> None:
+            async def make(sampler: "SamplerServiceAsyncStub") -> None:
                 for sequence in given:
                     sequence.seen = 0
-                async for part in self._parts(request):
-                    new = given[part.sequence_index].take(part)
-                    if new is not None:
-                        items.put(new)
+                async for response in sampler.Sample(request):
+                    for part in map(delta_from_pb, response.deltas):
+                        new = given[part.sequence_index].take(part)
+                        if new is not None:
+                            items.put(new)
 
             try:
-                await self._retrying("sample", attempt)
+                await self._retrying("sample", request, make)
             finally:
                 items.put(None)
 
@@ -227,13 +233,19 @@ class SamplingClient:
         finally:
             future.cancel()
 
-    async def _retrying(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _retrying(
+        self,
+        what: str,
+        request: pb.SampleRequest | pb.ComputeLogprobsRequest,
+        make: "Callable[[SamplerServiceAsyncStub], Awaitable[T]]",
+    ) -> T:
+        work = Work(
+            weights=f"{self._base_model} {self.model_path} {self._digest.hex()}",
+            tokens=tensors.decode(request.prompt.chunks[0].tokens),
+            sequences=request.num_samples if isinstance(request, pb.SampleRequest) else 1,
+        )
+        attempt = functools.partial(self._connection.on_a_sampler, work, make)
         return await self._connection.retrying(what, attempt, service=SAMPLER)
-
-    async def _parts(self, request: pb.SampleRequest) -> AsyncIterator[SampledTokens]:
-        async for response in (await self._connection.sampler()).Sample(request):
-            for delta in response.deltas:
-                yield delta_from_pb(delta)
 
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
@@ -248,11 +260,11 @@ class SamplingClient:
             prompt=model_input_to_pb(prompt, "prompt"),
         )
 
-        async def attempt() -> list[float | None]:
-            response = await (await self._connection.sampler()).ComputeLogprobs(request)
+        async def make(sampler: "SamplerServiceAsyncStub") -> list[float | None]:
+            response = await sampler.ComputeLogprobs(request)
             return nan_to_none(tensors.decode(response.prompt_logprobs.logprobs))
 
-        return APIFuture(_loop.run(self._retrying("compute_logprobs", attempt)))
+        return APIFuture(_loop.run(self._retrying("compute_logprobs", request, make)))
 
     def get_base_model(self) -> str:
         """Name of the base model."""

@@ -33,7 +33,8 @@ class ServiceClient:
         project_id: Ignored; there are no projects.
         base_url: `host:port` of the Training server; else `TINSMITH_ADDRESS`, else
             `TINKER_BASE_URL`, else 127.0.0.1:50051. It says where the other two services are,
-            unless `TINSMITH_ADDRESS_SAMPLER` or `TINSMITH_ADDRESS_CHECKPOINT` does.
+            unless `TINSMITH_ADDRESS_SAMPLER` or `TINSMITH_ADDRESS_CHECKPOINT` does. Where there are
+            several Samplers, calls are spread over them, and move when one dies.
         api_key: Ignored; there are no keys yet.
         display_name: Ignored.
         give_up_after_s: Seconds for which a call is repeated while nothing but failures comes. They

@@ -215,11 +215,11 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
 class Peer:
     """A `Faulty` server on a thread of its own, which can go away and come back."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.servicer: Faulty = self.run(_made(Faulty))
-        self.port = 0
+        self.host, self.port = host, port
         self.start()
 
     def run(self, coroutine: Any) -> Any:
@@ -228,7 +228,7 @@ class Peer:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def start(self) -> None:
         """Serve; a second time on the same port."""
@@ -239,7 +239,7 @@ class Peer:
         add_TrainingServiceServicer_to_server(self.servicer, server)
         add_SamplerServiceServicer_to_server(self.servicer, server)
         add_CheckpointServiceServicer_to_server(self.servicer, server)
-        self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.port = server.add_insecure_port(self.address)
         await server.start()
         return server
 

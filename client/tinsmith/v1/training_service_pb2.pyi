@@ -124,10 +124,11 @@ class GetCapabilitiesResponse(_message.Message):
     """What survives a crash of the servers."""
     sampler_address: _builtins.str
     """Address of the Sampler: `host:port`, or `:port` on the host that this call went to; empty means the
-    address that this call went to.
+    address that this call went to. Several Samplers are a list of those with commas, or one name that
+    stands for all: any of them answers any call.
     """
     checkpoint_address: _builtins.str
-    """Address of the Checkpoint server, as `sampler_address`."""
+    """Address of the Checkpoint server, as `sampler_address`, but only one."""
     @_builtins.property
     def limits(self) -> Global___TrainingLimits:
         """Every limit that is enforced."""

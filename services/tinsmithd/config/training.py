@@ -29,9 +29,10 @@ class TrainingConfig(ServerConfig):
     listen_address: Address = "127.0.0.1:50051"
     """Where to listen; port 0 takes a free one and logs it."""
     sampler_address: str = ":50052"
-    """What clients are told: `host:port`, `:port` (this host), or empty (same address)."""
+    """What clients are told: `host:port`, `:port` (this host), a list of those with commas, or
+    empty (same address). A name may stand for many Samplers."""
     checkpoint_address: str = ":50053"
-    """What clients are told, as `sampler_address`."""
+    """What clients are told, as `sampler_address`, but only one."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server itself reaches the Checkpoint server."""
     checkpoint_answer_s_max: AboveZero = 30.0
