@@ -270,6 +270,14 @@ class SampledTokens:
     stop_reason: StopReason | None = None
 
 
+@dataclass(frozen=True)
+class Output:
+    """Some of what a request made: its prompt's scores first, where asked for, then tokens."""
+
+    prompt_scores: PromptScores | None = None
+    tokens: Sequence[SampledTokens] = ()
+
+
 # --- checkpoints ------------------------------------------------------------------------------
 
 

@@ -10,13 +10,12 @@ from tinsmithd.config import SamplerConfig
 from tinsmithd.convert import sampler as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
 from tinsmithd.convert.types import base_model_to_pb, digest_from_pb, engine_to_pb, path_from_pb
-from tinsmithd.domain import SampleRequest
+from tinsmithd.domain import Output, SampleRequest
 from tinsmithd.errors import InvalidArgument, NotFound, Reason, Unavailable
 from tinsmithd.rpc.intake import off_loop
 from tinsmithd.sampler.adapters import Adapters
 from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.loaded_adapters import Adapter
-from tinsmithd.sampler.unread import Output
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
 PIECE_BYTES_MAX = 1024 * 1024

@@ -7,18 +7,10 @@ per sequence, so that a call whose reader takes nothing costs 16 bytes per token
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from tinsmithd.domain import PromptScores, SampledTokens, StopReason
-
-
-@dataclass(frozen=True)
-class Output:
-    """Some of what a request made: its prompt's scores first, where asked for, then tokens."""
-
-    prompt_scores: PromptScores | None = None
-    tokens: Sequence[SampledTokens] = ()
+from tinsmithd.domain import Output, PromptScores, SampledTokens, StopReason
 
 
 @dataclass

@@ -1,43 +1,59 @@
-"""What a sampling engine is. The embedded one is `transformers.engine`.
+"""What a sampling engine is: it is given requests, and yields what each of them makes.
 
-An engine holds one base model and the adapters it was given. Sampling is cut into steps, so that
-admission can interleave requests, stream tokens and stop a cancelled request: `start` reads the
-prompt, each `step` makes at most one token per unfinished sequence. One thread at a time calls an
-engine. The numbers of a request never depend on what else is running.
+An engine holds one base model and the adapters it was given. Batching, caches and prefill are its
+own affair; bounds, fairness and deadlines are admission's. What a request gives depends on the
+weights, the prompt, the parameters, the seed and the index of a sequence alone, as far as
+`EngineTraits.batch_invariant` says so.
+
+All methods are called on one event loop, which an engine never blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
-from tinsmithd.domain import (
-    BaseModelInfo,
-    ModelState,
-    PromptScores,
-    SampledTokens,
-    SampleRequest,
-)
+from tinsmithd.domain import BaseModelInfo, ModelState, Output, SampleRequest
 
 
-class Generation(Protocol):
-    """One running request."""
+@dataclass(frozen=True)
+class EngineTraits:
+    """What an engine says of itself.
 
-    @property
-    def prompt_scores(self) -> PromptScores | None:
-        """Prompt logprobs, when the request asked for any."""
+    Attributes:
+        name: "transformers" or "vllm".
+        batch_invariant: No number depends on what else is computed at the same time, bit for bit.
+    """
 
-    @property
-    def finished(self) -> bool:
-        """True once every sequence has its stop reason."""
+    name: str
+    batch_invariant: bool
 
-    def step(self) -> Sequence[SampledTokens]:
-        """Make the next token of each unfinished sequence.
 
-        It holds no tokens back while a stop string may be under way: the tokens of a stop string
-        are among those that it returns.
-        """
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has in hand, and what it did since it began; 0 where it does not know.
 
-    def close(self) -> None:
-        """Free the caches; callers may do so at any point, and twice."""
+    Attributes:
+        sequences: Sequences that are computed now, prompts that are read included.
+        waiting: Requests that wait for room.
+        kv_tokens, kv_tokens_max: Tokens whose keys and values are held or promised; room for them.
+        adapter_bytes: Memory of the adapters.
+        steps: Forwards made.
+        step_rows: Rows of all of them: `step_rows / steps` is the mean batch.
+        prompt_tokens_computed, prompt_tokens_cached: Prompts' tokens that were read, and that the
+            prefix cache had.
+        sampled_tokens: Tokens drawn.
+    """
+
+    sequences: int = 0
+    waiting: int = 0
+    kv_tokens: int = 0
+    kv_tokens_max: int = 0
+    adapter_bytes: int = 0
+    steps: int = 0
+    step_rows: int = 0
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    sampled_tokens: int = 0
 
 
 class SamplingEngine(Protocol):
@@ -47,18 +63,52 @@ class SamplingEngine(Protocol):
     def info(self) -> BaseModelInfo:
         """The base model that this engine holds."""
 
-    def tokenizer_files(self) -> dict[str, bytes]:
+    @property
+    def traits(self) -> EngineTraits:
+        """What this engine is."""
+
+    async def tokenizer_files(self) -> dict[str, bytes]:
         """The base model's own files of its tokenizer, unchanged: file name to content."""
 
-    def load_adapter(self, key: str, state: ModelState) -> None:
-        """Add an adapter under an immutable key.
+    async def load_adapter(self, key: str, state: ModelState) -> None:
+        """Add an adapter under an immutable key; requests under way go on meanwhile.
 
         Raises:
             FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
         """
 
-    def unload_adapter(self, key: str) -> None:
-        """Drop an adapter; an unknown key is no error."""
+    async def unload_adapter(self, key: str) -> None:
+        """Drop an adapter that no request under way uses; an unknown key is no error."""
 
-    def start(self, request: SampleRequest, adapter: str | None) -> Generation:
-        """Read the prompt and make ready to sample; `max_tokens` 0 only scores the prompt."""
+    def generate(self, request: SampleRequest, adapter: str | None) -> AsyncIterator[Output]:
+        """Compute a request; `max_tokens` 0 only scores the prompt.
+
+        It yields the prompt's scores first, where they are asked for, then new tokens as they are
+        made, and ends once every sequence has its stop reason. It holds no tokens back while a stop
+        string may be under way: the tokens of a stop string are among those that it yields.
+
+        Closing the iterator (it is an async generator) stops the request: at most the step under
+        way is still computed. A reader should take what comes at once.
+
+        Args:
+            request: Checked, with its seed.
+            adapter: Key of an adapter that was loaded; None for the base model.
+
+        Raises:
+            KeyError: There is no such adapter.
+            InvalidArgument: It can never fit into this engine's memory (LIMIT_EXCEEDED).
+            Unavailable: The engine has failed or is closed (SAMPLER_UNAVAILABLE).
+        """
+
+    def stats(self) -> EngineStats:
+        """What it has in hand now, and what it did."""
+
+    async def failed(self) -> None:
+        """Wait until this engine can compute nothing more: its process should end.
+
+        Raises:
+            Exception: What went wrong; it returns only when the engine is closed.
+        """
+
+    async def close(self) -> None:
+        """End what is under way (Unavailable) and free everything; a second time does nothing."""
