@@ -1,0 +1,12 @@
+"""Caches of keys and values, and attention over them: no weights, no scheduling."""
+
+from tinsmithd.sampler.engines.transformers.kv.cache import KvCache
+from tinsmithd.sampler.engines.transformers.kv.parts import (
+    KvStats,
+    Prompt,
+    Reservation,
+    SequenceKv,
+)
+from tinsmithd.sampler.engines.transformers.kv.step import StepAttention
+
+__all__ = ["KvCache", "KvStats", "Prompt", "Reservation", "SequenceKv", "StepAttention"]
