@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tinsmithd.domain import SamplingParams, StopReason
-from tinsmithd.sampler.engines.transformers.sampling import Draws, draw
+from tinsmithd.sampler.engines.transformers import sampling
+from tinsmithd.sampler.engines.transformers.sampling import Ask, Drawn, Draws, Workspace
 from tinsmithd.sampler.engines.transformers.stopping import StopCheck
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, 2.5])
@@ -16,6 +17,14 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, 2.5])
 
 def params(**kwargs: object) -> SamplingParams:
     return SamplingParams(max_tokens=10, **kwargs)  # type: ignore[arg-type]
+
+
+def draw(logits: torch.Tensor, how: SamplingParams, draws: Draws) -> tuple[int, float]:
+    """One draw."""
+    number = draws.next() if how.temperature else 0.0
+    (made,) = sampling.draw(logits[None], [Ask(0, how, number)], Workspace())
+    assert made is not None
+    return made.token, made.logprob
 
 
 def drawn(count: int, **kwargs: object) -> Counter[int]:
@@ -90,6 +99,123 @@ def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.tensor([0.0, 0.0, float("-inf")])
     draws = Draws(0, 0)
     assert {draw(logits, params(), draws)[0] for _ in range(500)} == {0, 1}
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+HOW = (
+    {},
+    {"temperature": 0.6},
+    {"temperature": 0},
+    {"top_k": 40},
+    {"top_p": 0.9},
+    {"temperature": 1.3, "top_k": 2000, "top_p": 0.97},
+    {"temperature": 2.5, "top_p": 0.999},
+)
+
+
+def exact(logits: torch.Tensor, how: SamplingParams) -> np.ndarray:
+    """Logprobs of the stated distribution in float64, -inf for what is cut; `(V,)`."""
+    values = logits.double().numpy() / (how.temperature or 1)
+    order = np.argsort(-values, kind="stable")
+    kept = order[: how.top_k] if 0 < how.top_k < len(values) and how.temperature else order
+    weights = np.exp(values[kept] - values.max())
+    if how.top_p < 1 and how.temperature:
+        enough = int((weights.cumsum() >= how.top_p * weights.sum()).argmax()) + 1
+        kept, weights = kept[:enough], weights[:enough]
+    found = np.full(len(values), -np.inf)
+    with np.errstate(divide="ignore"):
+        found[kept] = np.log(weights / weights.sum())
+    return found
+
+
+@pytest.mark.parametrize("vocab", [5, 320, 50_257, 151_936])
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_a_row_of_a_batch_is_as_alone_and_stated_to_1e_6(vocab: int, scale: float) -> None:
+    """Bit for bit, whatever the neighbours are, in every order; top-k of the same distribution."""
+    torch.manual_seed(vocab)
+    logits = torch.randn(21, vocab) * scale
+    logits[3, 1] = -torch.inf
+    asks = [
+        Ask(row, params(**HOW[row % len(HOW)]), Draws(row, 0).next(), topk=4 * (row % 3 == 0))
+        for row in range(len(logits))
+    ]
+    together = sampling.draw(logits, asks, Workspace())
+    backwards = [Ask(20 - a.row, a.params, a.number, a.topk) for a in asks]
+    reverse = sampling.draw(logits.flip(0), backwards[::-1], Workspace())[::-1]
+    for ask, found, other in zip(asks, together, reverse, strict=True):
+        (alone,) = sampling.draw(
+            logits[ask.row, None], [Ask(0, ask.params, ask.number, ask.topk)], Workspace()
+        )
+        for one in (alone, other):
+            assert found is not None
+            assert one is not None
+            assert (one.token, one.logprob) == (found.token, found.logprob)
+        stated = exact(logits[ask.row], ask.params)
+        assert found is not None
+        assert found.logprob == pytest.approx(stated[found.token], abs=1e-6)
+        if ask.topk:
+            order = np.argsort(-stated, kind="stable")[: ask.topk]
+            order = order[stated[order] > -np.inf]
+            assert found.topk_ids is not None
+            assert found.topk_logprobs is not None
+            assert found.topk_ids[: len(order)].tolist() == order.tolist()
+            np.testing.assert_allclose(found.topk_logprobs[: len(order)], stated[order], atol=2e-6)
+            assert np.isnan(found.topk_logprobs[len(order) :]).all()
+
+
+@pytest.mark.parametrize("how", [how for how in HOW if how.get("temperature") != 0])
+def test_draws_pass_a_chi_square_test(how: dict[str, float]) -> None:
+    """60,000 draws over 700 tokens against the stated distribution: p above 1e-4."""
+    torch.manual_seed(1)
+    logits = torch.randn(1, 700) * 2
+    probabilities = np.exp(exact(logits[0], params(**how)))
+    count = 60_000
+    numbers = Draws(7, 1).table(1, count)[0]
+    asks = [Ask(0, params(**how), float(number)) for number in numbers]
+    made = Counter(drawn.token for drawn in sampling.draw(logits, asks, Workspace()) if drawn)
+    assert made.total() == count
+    seen = np.array([made[token] for token in range(700)])
+    assert not seen[probabilities == 0].any()
+    order = np.argsort(-probabilities)
+    likely = order[probabilities[order] * count >= 10]
+    rest = np.setdiff1d(np.arange(700), likely)
+    observed = np.append(seen[likely], seen[rest].sum())
+    expected = np.append(probabilities[likely], probabilities[rest].sum()) * count
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    # Wilson and Hilferty: the cube root of chi-square / freedom is nearly normal.
+    deviation = (statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))
+    assert deviation / np.sqrt(2 / (9 * freedom)) < 3.72
+
+
+def test_every_number_draws_the_token_that_it_stands_for() -> None:
+    """Against the inverse of the cumulative distribution in float64, away from its steps."""
+    torch.manual_seed(2)
+    logits = torch.randn(1, 1000) * 3
+    cumulative = np.exp(exact(logits[0], params())).cumsum()
+    numbers = np.linspace(0, 1, 4001)[:-1]
+    asks = [Ask(0, params(), float(number)) for number in numbers]
+    for number, drawn in zip(numbers, sampling.draw(logits, asks, Workspace()), strict=True):
+        assert drawn is not None
+        if np.abs(cumulative - number).min() > 1e-6:
+            assert drawn.token == int(np.searchsorted(cumulative, number, side="right"))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_no_distribution_gives_nothing_and_disturbs_nobody(bad: float) -> None:
+    """NaN, infinity, and a row in which nothing is possible."""
+    logits = torch.stack([LOGITS, LOGITS, torch.full_like(LOGITS, -torch.inf)])
+    logits[1, 2] = bad
+    asks = [Ask(row, params(top_p=p), 0.5) for row in range(3) for p in (1.0, 0.5)]
+    found = sampling.draw(logits, asks, Workspace())
+    expected = sampling.draw(logits[:1], asks[:2], Workspace())
+    assert found == [*expected, None, None, None, None]
+    assert all(isinstance(made, Drawn) for made in expected)
+
+
+# --- ends -----------------------------------------------------------------------------------------
 
 
 def decode(tokens: Sequence[int]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from tinsmithd.training.lane.turns import PURGE_MIN, Turns
+from tinsmithd.fair_queue import PURGE_MIN
+from tinsmithd.training.lane.turns import Turns
 
 
 class Ranks:
@@ -54,7 +55,7 @@ def jain(values: Iterable[int]) -> float:
 
 
 def knows_nobody(turns: Turns) -> bool:
-    return not (turns._queues or turns._offers or turns._accounts or turns._held)
+    return not (len(turns._queue) or turns._queue._offers or turns._held)
 
 
 async def test_one_holds_the_turn_at_a_time_and_a_name_keeps_its_order() -> None:
@@ -245,7 +246,7 @@ async def test_idle_models_cost_nothing() -> None:
         await ranks.use_once(f"{n}", 1)
         for _ in range(3):  # what was busy has a turn
             await asyncio.sleep(0)
-        assert len(ranks.turns._accounts) <= PURGE_MIN + 2
+        assert len(ranks.turns._queue._accounts) <= PURGE_MIN + 2
     assert not busy.done()
     busy.cancel()
     await asyncio.gather(busy, return_exceptions=True)

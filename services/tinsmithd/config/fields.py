@@ -66,6 +66,8 @@ OptionalAddress = Annotated[
 ZeroStage = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=3)]
 """A stage of DeepSpeed's ZeRO."""
 Dtype = Literal["float32", "bfloat16"]
+SamplerDtype = Literal["auto", "float32", "bfloat16"]
+SamplerEngine = Literal["transformers"]
 TrainerEngine = Literal["deepspeed", "reference"]
 
 NUMBERS = ("a whole number", "a number")

@@ -10,10 +10,11 @@ from tinsmithd.config.fields import (
     AboveZero,
     Address,
     Count,
-    Dtype,
     Number,
     Positive,
     Required,
+    SamplerDtype,
+    SamplerEngine,
 )
 
 
@@ -28,8 +29,11 @@ class SamplerConfig(ServerConfig):
     """Largest message received: a prompt of a million tokens."""
     base_model: Required
     """Hugging Face name or folder."""
-    dtype: Dtype = "float32"
-    """Element type of the frozen weights."""
+    engine: SamplerEngine = "transformers"
+    """What computes; `transformers` runs everywhere."""
+    dtype: SamplerDtype = "auto"
+    """Element type of the frozen weights; `auto` is bfloat16 where it is native to the machine and
+    a short test finds it faster, else float32."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server reaches the Checkpoint server."""
     checkpoint_answer_s_max: AboveZero = 30.0
@@ -49,12 +53,24 @@ class SamplerConfig(ServerConfig):
     """Characters of one stop string."""
     topk_max: Count = 64
     """Likeliest tokens that a call may ask for at each position of a prompt."""
-    running_max: Count = 8
+    concurrent_calls_max: Positive = 4096
+    """Calls under way at once, waiting ones included; more are RESOURCE_EXHAUSTED. Health's `Check`
+    is not counted."""
+    running_max: Positive = 128
     """Calls that are computed at once."""
-    waiting_max: Count = 256
+    batch_rows_max: Positive = 256
+    """Sequences that are computed at once; a call that alone has more is computed alone."""
+    waiting_max: Count = 4096
     """Calls that wait for their turn; more are RESOURCE_EXHAUSTED."""
-    adapters_max: Count = 16
-    """Adapters in memory, at least `running_max`; the one that was used longest ago goes first."""
+    kv_cache_bytes_max: Positive = 2048 * MIB
+    """Keys and values of the sequences that are computed; a call that needs more is refused."""
+    prefix_cache_bytes_max: Count = 512 * MIB
+    """Keys and values of prompts that are kept for later calls with the same beginning."""
+    prefill_tokens_per_step_max: Positive = 512
+    """Tokens of prompts that are read at once, between two tokens of the sequences under way."""
+    adapters_bytes_max: Count = 8 * 1024 * MIB
+    """Adapters in memory, as float32; the one that was used longest ago goes first, and a call waits
+    while all of them are in use."""
     rank_max: Count = 256
     """Largest LoRA rank that is served; as `training.rank_max`."""
     adapter_bytes_max: Count = 8 * 1024 * MIB
@@ -67,7 +83,8 @@ class SamplerConfig(ServerConfig):
     """CPU threads; 0 leaves it to torch."""
 
     @model_validator(mode="after")
-    def _what_runs_has_its_adapter(self) -> Self:
-        if self.adapters_max < self.running_max:
-            raise broken_rule("adapters_max", f"must be at least running_max, {self.running_max}")
+    def _what_is_fetched_has_room(self) -> Self:
+        if self.adapters_bytes_max < self.adapter_bytes_max:
+            message = f"must be at least adapter_bytes_max, {self.adapter_bytes_max}"
+            raise broken_rule("adapters_bytes_max", message)
         return self

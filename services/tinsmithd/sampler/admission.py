@@ -1,163 +1,174 @@
-"""Who samples when: bounded, fair between requests, one compute thread.
+"""Who samples when: bounded, fair between owners; what the engine makes waits for its reader.
 
-The engine's thread takes one step of one request after the other, first come first served. A
-request hands in its next step only when the last one is done, so all running requests advance at
-the same pace and a cancelled one stops with the step it is in. None waits for its reader: what a
-request makes is buffered (`Unread`), and its slot is free once it is made.
+A call takes a place at the engine, which computes as it likes. None waits for its reader: what a
+call makes is buffered (`Unread`), and its place is free once it is made. A call that is cancelled,
+or whose deadline passes, leaves wherever it waits, and stops after the step that it is in.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator
 
-from tinsmithd.domain import BaseModelInfo, ModelState, SampleRequest
-from tinsmithd.errors import Reason, ResourceExhausted
-from tinsmithd.sampler.engines.interface import Generation, SamplingEngine
+from tinsmithd.domain import DEFAULT_OWNER, BaseModelInfo, ModelState, Output, SampleRequest
+from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, SamplingEngine
 from tinsmithd.sampler.loaded_adapters import Adapter, LoadedAdapters
-from tinsmithd.sampler.unread import Output, Unread
+from tinsmithd.sampler.places import Demand, PlaceLimits, Places, full
+from tinsmithd.sampler.unread import Unread
 
-
-@dataclass(frozen=True)
-class AdmissionLimits:
-    """Bounds; the names are those of the settings."""
-
-    running_max: int
-    waiting_max: int
-    adapters_max: int
-    fetches_max: int = 16
+MESSAGES_PER_S_MAX = 400
+"""Messages that all streams give out in a second, together; see `Admission._pause_s`."""
+PAUSE_S_MAX = 0.25
 
 
 class Admission:
     """Admits requests to one engine and runs them. Lives on one event loop.
 
+    Args:
+        engine: Computes them.
+        limits: Bounds of what is computed at once.
+        adapters_bytes_max, fetches_max: See `LoadedAdapters`.
+
     Attributes:
-        running, waiting: Requests that have a place, and that wait for one.
+        loaded: The adapters in the engine's memory.
         prompt_tokens, sampled_tokens: So far, of requests begun and of all their samples.
     """
 
-    def __init__(self, engine: SamplingEngine, limits: AdmissionLimits) -> None:
+    def __init__(
+        self,
+        engine: SamplingEngine,
+        limits: PlaceLimits,
+        *,
+        adapters_bytes_max: int,
+        fetches_max: int = 16,
+    ) -> None:
         self._engine = engine
         self._limits = limits
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
-        self._slots = asyncio.Semaphore(limits.running_max)
-        self.running = self.waiting = 0
+        self._places = Places(limits)
+        self._streams = 0
         self.prompt_tokens = self.sampled_tokens = 0
-        self._loaded = LoadedAdapters(
-            engine,
-            self._in_thread,
-            adapters_max=limits.adapters_max,
-            fetches_max=limits.fetches_max,
+        self.loaded = LoadedAdapters(
+            engine, adapters_bytes_max=adapters_bytes_max, fetches_max=fetches_max
         )
+
+    @property
+    def running(self) -> int:
+        """Calls that have a place."""
+        return self._places.running
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a place."""
+        return self._places.waiting
 
     @property
     def adapters(self) -> int:
         """Number of adapters in memory, or on their way to it."""
-        return len(self._loaded)
+        return len(self.loaded)
 
     @property
     def fetching(self) -> int:
         """Number of requests that wait for their adapter to come, and are in nobody's way."""
-        return self._loaded.fetching
+        return self.loaded.fetching
 
     def has(self, key: str) -> bool:
         """Whether an adapter is in memory."""
-        return self._loaded.has(key)
+        return self.loaded.has(key)
 
     @property
     def info(self) -> BaseModelInfo:
         """The base model."""
         return self._engine.info
 
+    @property
+    def traits(self) -> EngineTraits:
+        """What the engine is."""
+        return self._engine.traits
+
+    def stats(self) -> EngineStats:
+        """What the engine has in hand, and what it did."""
+        return self._engine.stats()
+
     async def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files."""
-        files: dict[str, bytes] = await self._in_thread(self._engine.tokenizer_files)
-        return files
+        return await self._engine.tokenizer_files()
 
-    def close(self) -> None:
-        """Let the thread end after the step it is in."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    async def failed(self) -> None:
+        """Wait until the engine can compute nothing more; see `SamplingEngine.failed`."""
+        await self._engine.failed()
 
-    async def run(self, request: SampleRequest, adapter: Adapter | None) -> AsyncIterator[Output]:
+    async def close(self) -> None:
+        """End what is under way, and the engine."""
+        await self._engine.close()
+
+    async def run(
+        self, request: SampleRequest, adapter: Adapter | None, owner: str = DEFAULT_OWNER
+    ) -> AsyncIterator[Output]:
         """Run a request; closing the iterator early stops it.
 
         Raises:
             ResourceExhausted: Too many wait already (QUEUE_FULL).
         """
         unread = Unread()
-        making = asyncio.create_task(self._make(request, adapter, unread))
+        making = asyncio.create_task(self._make(request, adapter, owner, unread))
+        self._streams += 1
         try:
-            async for output in unread.read():
+            async for output in unread.read(self._pause_s):
                 yield output
         finally:
+            self._streams -= 1
             making.cancel()
             await asyncio.wait([making])
 
-    async def _make(self, request: SampleRequest, adapter: Adapter | None, unread: Unread) -> None:
+    def _pause_s(self) -> float:
+        """How long a stream gathers tokens before its next message.
+
+        A message costs the same whether it has one token or ten. With few streams every token is
+        sent at once; with many of them sending would else slow the computing down.
+        """
+        return min(self._streams / MESSAGES_PER_S_MAX, PAUSE_S_MAX)
+
+    async def _make(
+        self, request: SampleRequest, adapter: Adapter | None, owner: str, unread: Unread
+    ) -> None:
+        key = None if adapter is None else adapter.key
         try:
-            async with self._slot(adapter):
-                await self._generate(request, adapter, unread)
+            async with self._place(request, adapter, owner):
+                self.prompt_tokens += len(request.prompt)
+                outputs = self._engine.generate(request, key)
+                async with contextlib.aclosing(outputs):  # type: ignore[type-var]
+                    async for output in outputs:
+                        self.sampled_tokens += sum(len(some.tokens) for some in output.tokens)
+                        unread.put(output)
         except Exception as error:
             unread.end(error)
         else:
             unread.end()
 
-    async def _generate(
-        self, request: SampleRequest, adapter: Adapter | None, unread: Unread
-    ) -> None:
-        generation = await self._start(request, adapter)
-        self.prompt_tokens += len(request.prompt)
-        try:
-            if generation.prompt_scores is not None:
-                unread.put(Output(prompt_scores=generation.prompt_scores))
-            while not generation.finished:
-                tokens = await self._in_thread(generation.step)
-                self.sampled_tokens += sum(len(some.tokens) for some in tokens)
-                unread.put(Output(tokens=tokens))
-        finally:
-            with contextlib.suppress(RuntimeError):  # the server is stopping
-                self._thread.submit(generation.close)
-
-    async def _start(self, request: SampleRequest, adapter: Adapter | None) -> Generation:
-        key = None if adapter is None else adapter.key
-        future = self._thread.submit(self._engine.start, request, key)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            # It may have begun, and then nobody else would free it.
-            future.add_done_callback(_close_started)
-            raise
-
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
-    # --- slots --------------------------------------------------------------------------------
-
     @contextlib.asynccontextmanager
-    async def _slot(self, adapter: Adapter | None) -> AsyncIterator[None]:
+    async def _place(
+        self, request: SampleRequest, adapter: Adapter | None, owner: str
+    ) -> AsyncIterator[None]:
         """Hold a place among the running, and the adapter in memory.
 
         No place is held while an adapter is fetched: that may take as long as it likes.
         """
+        demand = Demand.of(request)
         while True:
-            async with self._fetched(adapter) as state:
-                await self._take_slot()
-                try:
-                    if adapter is None or await self._loaded.use(adapter, state):
-                        break
-                except BaseException:
-                    self._give_slot()
-                    raise
-                self._give_slot()  # it was evicted meanwhile
-        del state  # the engine has its own
-        try:
-            yield
-        finally:
-            if adapter is not None:
-                self._loaded.leave(adapter)
-            self._give_slot()
+            async with contextlib.AsyncExitStack() as fetched:
+                state = await fetched.enter_async_context(self._fetched(adapter))
+                async with self._places.hold(owner, demand):
+                    if adapter is None:
+                        yield
+                        return
+                    if await self.loaded.use(adapter, state):
+                        try:
+                            del state  # the engine has its own
+                            await fetched.aclose()
+                            yield
+                        finally:
+                            self.loaded.leave(adapter)
+                        return
+            # it was evicted meanwhile
 
     @contextlib.asynccontextmanager
     async def _fetched(self, adapter: Adapter | None) -> AsyncIterator[ModelState | None]:
@@ -166,34 +177,7 @@ class Admission:
             yield None
             return
         most = self._limits.running_max + self._limits.waiting_max
-        if self.fetching >= most and not self._loaded.has(adapter.key):
-            raise self._full(self.fetching)
-        async with self._loaded.fetched(adapter) as state:
+        if self.fetching >= most and not self.loaded.has(adapter.key):
+            raise full(self._limits.waiting_max, self.fetching)
+        async with self.loaded.fetched(adapter) as state:
             yield state
-
-    async def _take_slot(self) -> None:
-        if self._slots.locked() and self.waiting >= self._limits.waiting_max:
-            raise self._full(self.waiting)
-        self.waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self.waiting -= 1
-        self.running += 1
-
-    def _give_slot(self) -> None:
-        self.running -= 1
-        self._slots.release()
-
-    def _full(self, waiting: int) -> ResourceExhausted:
-        return ResourceExhausted(
-            f"waiting_max = {self._limits.waiting_max} calls wait already",
-            Reason.QUEUE_FULL,
-            retry_after_s=1.0,
-            metadata={"limit": "waiting_max", "value": str(waiting + 1)},
-        )
-
-
-def _close_started(future: "Future[Generation]") -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().close()

@@ -1,4 +1,7 @@
-"""Which adapters the engine holds: one that is needed takes the place of the idlest one."""
+"""Which adapters the engine holds: those used last, within a budget of bytes.
+
+One that is in use stays. A call whose adapter finds no room waits for one to be idle.
+"""
 
 import asyncio
 import contextlib
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinsmithd.domain import ModelState
+from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.sampler.engines.interface import SamplingEngine
 
 
@@ -24,29 +28,28 @@ class LoadedAdapters:
 
     Args:
         engine: Holds them.
-        in_thread: Awaits a function of the engine, called with arguments in its one thread.
-        adapters_max: Maximum number in memory while one of them is idle.
+        adapters_bytes_max: Maximum bytes of all of them; as `state_bytes` counts.
         fetches_max: Maximum number that are fetched at the same time.
 
     Attributes:
         fetching: Number of requests that wait for their adapter to come.
+        nbytes: Bytes of those in memory, or that room was made for.
     """
 
     def __init__(
-        self,
-        engine: SamplingEngine,
-        in_thread: Callable[..., Awaitable[Any]],
-        *,
-        adapters_max: int,
-        fetches_max: int,
+        self, engine: SamplingEngine, *, adapters_bytes_max: int, fetches_max: int
     ) -> None:
         self._engine = engine
-        self._in_thread = in_thread
-        self._adapters_max = adapters_max
+        self._bytes_max = adapters_bytes_max
+        # In the order of their last use.
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._fetches: dict[str, _Fetch] = {}
         self._fetch_places = asyncio.Semaphore(fetches_max)
+        self._making_room = asyncio.Lock()
+        self._idle = asyncio.Event()
+        """Set when an adapter was left, or is loaded, or could not be."""
         self.fetching = 0
+        self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._loaded.keys() | self._fetches.keys())
@@ -94,8 +97,7 @@ class LoadedAdapters:
         if not self.has(adapter.key):
             if state is None:
                 return False
-            loading = asyncio.create_task(self._load(adapter.key, state))
-            self._loaded[adapter.key] = _Loaded(loading)
+            self._begin_load(adapter.key, state)
         loaded = self._loaded[adapter.key]
         self._loaded.move_to_end(adapter.key)
         loaded.users += 1
@@ -103,30 +105,60 @@ class LoadedAdapters:
             # One caller that goes away must not stop the loading for the others.
             await asyncio.shield(loaded.loading)
         except BaseException:
-            loaded.users -= 1
-            if _failed(loaded.loading) and self._loaded.get(adapter.key) is loaded:
-                del self._loaded[adapter.key]
+            self._leave(loaded)
             raise
         return True
 
     def leave(self, adapter: Adapter) -> None:
         """End a use: without another one the adapter may be unloaded."""
-        self._loaded[adapter.key].users -= 1
+        self._leave(self._loaded[adapter.key])
+
+    def _leave(self, loaded: "_Loaded") -> None:
+        loaded.users -= 1
+        self._idle.set()
+
+    def _begin_load(self, key: str, state: ModelState) -> None:
+        loaded = _Loaded(asyncio.create_task(self._load(key, state)), state_bytes(state))
+        self._loaded[key] = loaded
+        loaded.loading.add_done_callback(lambda _: self._end_load(key, loaded))
+
+    def _end_load(self, key: str, loaded: "_Loaded") -> None:
+        if _failed(loaded.loading) and self._loaded.get(key) is loaded:
+            del self._loaded[key]
+        self._idle.set()
 
     async def _load(self, key: str, state: ModelState) -> None:
-        await self._make_room()
-        await self._in_thread(self._engine.load_adapter, key, state)
+        nbytes = state_bytes(state)
+        if nbytes > self._bytes_max:
+            text = f"the adapter has {nbytes} bytes, adapters_bytes_max is {self._bytes_max}"
+            raise FailedPrecondition(text, Reason.INCOMPATIBLE_CHECKPOINT)
+        await self._make_room(nbytes)
+        try:
+            await self._engine.load_adapter(key, state)
+        except BaseException:
+            self.nbytes -= nbytes
+            raise
 
-    async def _make_room(self) -> None:
-        """Drop the adapters that were unused longest until one more fits."""
-        while len(self._loaded) > self._adapters_max:
-            # Looked for anew each time: while one was unloaded, another may have come into use.
-            idle = (k for k, a in self._loaded.items() if not a.users and a.loading.done())
-            key = next(idle, None)
-            if key is None:
-                return
-            del self._loaded[key]
-            await self._in_thread(self._engine.unload_adapter, key)
+    async def _make_room(self, nbytes: int) -> None:
+        """Take `nbytes` of the room, once the adapters that were unused longest left so much.
+
+        Those that ask come one after the other, so that none is overtaken for ever.
+        """
+        async with self._making_room:
+            while self.nbytes + nbytes > self._bytes_max:
+                # Looked for anew each time: while one was unloaded, another may be in use again.
+                idle = (k for k, a in self._loaded.items() if not a.users and a.loading.done())
+                key = next(idle, None)
+                if key is None:
+                    self._idle.clear()
+                    await self._idle.wait()
+                    continue
+                unloaded = self._loaded.pop(key)
+                try:
+                    await self._engine.unload_adapter(key)
+                finally:
+                    self.nbytes -= unloaded.nbytes
+            self.nbytes += nbytes
 
 
 class _Fetch:
@@ -158,8 +190,14 @@ class _Fetch:
 @dataclass
 class _Loaded:
     loading: asyncio.Task[None]
+    nbytes: int
     users: int = 0
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def state_bytes(state: ModelState) -> int:
+    """Bytes of an adapter's weights, float32: what the budget counts, whatever an engine makes."""
+    return sum(array.nbytes for array in state.weights.values())

@@ -53,7 +53,7 @@ class SamplerServicer(SamplerServiceServicer):
         response = pb.SamplerServiceGetCapabilitiesResponse(
             server_version=server_version(),
             limits=limits,
-            engine=engine_to_pb("transformers"),
+            engine=engine_to_pb(self._config.engine),
         )
         if self.admission is not None:
             response.base_models.append(base_model_to_pb(self.admission.info))

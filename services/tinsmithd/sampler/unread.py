@@ -6,8 +6,9 @@ per sequence, so that a call whose reader takes nothing costs 16 bytes per token
 """
 
 import asyncio
+import contextlib
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from tinsmithd.domain import Output, PromptScores, SampledTokens, StopReason
@@ -29,7 +30,7 @@ class Unread:
         self._scores: PromptScores | None = None
         self._sequences: dict[int, _Tokens] = {}
         self._error: Exception | None = None
-        self._ended = False
+        self._ended = asyncio.Event()
         self._changed = asyncio.Event()
 
     def put(self, output: Output) -> None:
@@ -45,11 +46,15 @@ class Unread:
 
     def end(self, error: Exception | None = None) -> None:
         """Put nothing more in; the reader hears of an error once it has read what was made."""
-        self._error, self._ended = error, True
+        self._error = error
+        self._ended.set()
         self._changed.set()
 
-    async def read(self) -> AsyncIterator[Output]:
+    async def read(self, pause_s: Callable[[], float]) -> AsyncIterator[Output]:
         """All that comes, until its end.
+
+        Args:
+            pause_s: How long to gather more after each output; the end is given out at once.
 
         Raises:
             Exception: What it ended with.
@@ -63,12 +68,16 @@ class Unread:
             if self._sequences:
                 sequences, self._sequences = self._sequences, {}
                 yield Output(tokens=[_sampled(i, made) for i, made in sequences.items()])
-            if self._ended and not self._sequences:
+            if self._ended.is_set():
+                if self._scores or self._sequences:  # more came while the last was being read
+                    self._changed.set()
+                    continue
                 if self._error is not None:
                     raise self._error
                 return
-            if self._ended:  # more came while the last was being read
-                self._changed.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s()):
+                    await self._ended.wait()
 
 
 def _sampled(index: int, made: _Tokens) -> SampledTokens:
