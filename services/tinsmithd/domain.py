@@ -11,10 +11,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from tinsmithd.loss_fns import LOSSES as LOSSES
+from tinsmithd.loss_fns import CrossEntropy as CrossEntropy
+from tinsmithd.loss_fns import LossFn as LossFn
 from tinsmithd.tunings import FullConfig as FullConfig
 from tinsmithd.tunings import LoraConfig as LoraConfig
 from tinsmithd.tunings import Tuning as Tuning
@@ -45,84 +48,6 @@ class Datum:
     def nbytes(self) -> int:
         """Bytes held by the arrays of this datum."""
         return self.tokens.nbytes + sum(a.nbytes for a in self.loss_fn_inputs.values())
-
-
-@dataclass(frozen=True)
-class LossFn:
-    """A built-in loss. Subclasses are the six of them; fields are their configuration."""
-
-    name: ClassVar[str]
-    inputs: ClassVar[tuple[str, ...]]
-    """Names of the `loss_fn_inputs` that it needs, all of them and no others."""
-
-
-@dataclass(frozen=True)
-class CrossEntropy(LossFn):
-    """`sum(-logprobs * weights)`; the only loss that takes `(N, K)` targets."""
-
-    name: ClassVar[str] = "cross_entropy"
-    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "weights")
-
-
-@dataclass(frozen=True)
-class ImportanceSampling(LossFn):
-    """`-sum(r * A)` with `r = exp(logprob - sampling logprob)`."""
-
-    name: ClassVar[str] = "importance_sampling"
-    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
-
-
-@dataclass(frozen=True)
-class Ppo(LossFn):
-    """`-sum(min(r * A, clip(r, low, high) * A))`; thresholds are ratios (Schulman et al. 2017)."""
-
-    name: ClassVar[str] = "ppo"
-    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
-    clip_low_threshold: float = 0.8
-    clip_high_threshold: float = 1.2
-
-
-@dataclass(frozen=True)
-class Cispo(LossFn):
-    """`-sum(stop_gradient(clip(r, low, high)) * logprob * A)` (MiniMax-M1, 2025)."""
-
-    name: ClassVar[str] = "cispo"
-    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
-    clip_low_threshold: float = 0.0
-    clip_high_threshold: float = 4.0
-
-
-@dataclass(frozen=True)
-class Dro(LossFn):
-    """`-sum(logprob * A - beta / 2 * (logprob - sampling logprob)**2)` (Richemond et al. 2024)."""
-
-    name: ClassVar[str] = "dro"
-    inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "logprobs", "advantages")
-    beta: float = 0.05
-
-
-@dataclass(frozen=True)
-class Gspo(LossFn):
-    """PPO with one ratio per sequence: `s = exp(mean over mask of log r)` (Zheng et al. 2025).
-
-    Each token's ratio has the value `s` and the gradient of its own logprob. Tokens with
-    `sequence_ratio_mask` 0 stay out of the mean; a datum whose mask is all 0 has `s = 1`.
-    """
-
-    name: ClassVar[str] = "gspo"
-    inputs: ClassVar[tuple[str, ...]] = (
-        "target_tokens",
-        "logprobs",
-        "advantages",
-        "sequence_ratio_mask",
-    )
-    clip_low_threshold: float = 1 - 3e-4
-    clip_high_threshold: float = 1 + 4e-4
-
-
-LOSSES: Mapping[str, type[LossFn]] = {
-    cls.name: cls for cls in (CrossEntropy, ImportanceSampling, Ppo, Cispo, Dro, Gspo)
-}
 
 
 @dataclass(frozen=True)
@@ -225,13 +150,46 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A checked request for `num_samples` continuations of one prompt (int64 `(P,)`)."""
+    """A checked request for `num_samples` continuations of one prompt.
+
+    Attributes:
+        prompt: int64 `(P,)`.
+        num_samples: How many continuations.
+        params: How to draw them.
+        include_prompt_logprobs: Give the logprobs of the prompt's tokens.
+        topk_prompt_logprobs: Give so many most likely tokens at each prompt position, and the
+            logprobs of the prompt's tokens, too.
+        prompt_logprobs_last_n: From 1 to P - 1: both of those only at the last so many positions;
+            the others are NaN. None: at all.
+        target_prompt_logprobs: int64 `(P - 1, K)`: token ids whose logprobs are asked for; row i
+            belongs to prompt position i + 1, -1 asks for nothing.
+        prompt_alt_tokens_k: Draw so many tokens at each prompt position but the first.
+        topk_sample_logprobs: Give so many most likely tokens with each sampled one.
+    """
 
     prompt: np.ndarray
     num_samples: int
     params: SamplingParams
     include_prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: np.ndarray | None = None
+    prompt_alt_tokens_k: int = 0
+    topk_sample_logprobs: int = 0
+
+    @property
+    def logits_from(self) -> int:
+        """The first of the prompt's tokens after which logits are needed, in [0, P).
+
+        Position p is scored by the logits after token p - 1, and the first new token is drawn from
+        those after token P - 1.
+        """
+        last = len(self.prompt) - 1
+        if self.target_prompt_logprobs is not None or self.prompt_alt_tokens_k:
+            return 0
+        if self.include_prompt_logprobs or self.topk_prompt_logprobs:
+            return last - min(last, self.prompt_logprobs_last_n or last)
+        return last
 
 
 class StopReason(StrEnum):
@@ -243,9 +201,31 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True)
 class TopKLogprobs:
-    """The k most likely tokens at each prompt position; both arrays are `(P, k)`.
+    """The k most likely tokens at each of n positions, best first, the smaller id of equals.
 
-    Row 0 predicts nothing: its ids are 0 and its logprobs NaN.
+    Where nothing was asked for, or fewer tokens than k can be drawn, a cell is empty: its id is 0
+    and its logprob NaN. Row 0 of a prompt is empty, since nothing predicts it.
+
+    Attributes:
+        token_ids: int64 `(n, k)`; n is P for a prompt.
+        logprobs: float32 `(n, k)`.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class AltTokens:
+    """k tokens drawn at each prompt position but the first, independently and with replacement.
+
+    Drawn at the request's temperature from all tokens: `top_k` and `top_p` do not count. At
+    temperature 0 they all are the most likely one. The same request gives the same ones.
+
+    Attributes:
+        token_ids: int64 `(P - 1, k)`; row i is for prompt position i + 1.
+        logprobs: float32 `(P - 1, k)`, of the distribution drawn from; at temperature 0 those at
+            temperature 1.
     """
 
     token_ids: np.ndarray
@@ -254,28 +234,53 @@ class TopKLogprobs:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Prompt logprobs at temperature 1, float32 `(P,)` with NaN at position 0."""
+    """What a prompt of P tokens was scored with, at temperature 1; None: not asked for.
 
-    logprobs: np.ndarray
-    topk: TopKLogprobs | None
+    Attributes:
+        logprobs: float32 `(P,)`, NaN at position 0 and before `prompt_logprobs_last_n`.
+        topk: Of P rows.
+        targets: float32, shaped like the request's `target_prompt_logprobs`; 0.0 where that is -1.
+        alt_tokens: Drawn at the request's temperature.
+    """
+
+    logprobs: np.ndarray | None = None
+    topk: TopKLogprobs | None = None
+    targets: np.ndarray | None = None
+    alt_tokens: AltTokens | None = None
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """New tokens of one sequence, in order; `stop_reason` is set with its last ones."""
+    """New tokens of one sequence, in order.
+
+    Attributes:
+        sequence_index: Which sequence.
+        tokens, logprobs: n of each; logprobs of the distribution that was drawn from.
+        stop_reason: Set with the last ones.
+        topk: `(n, k)`, of the same distributions as `logprobs`; None unless asked for.
+    """
 
     sequence_index: int
     tokens: Sequence[int]
     logprobs: Sequence[float]
     stop_reason: StopReason | None = None
+    topk: TopKLogprobs | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """Some of what a request made: its prompt's scores first, where asked for, then tokens."""
+    """Some of what a request made: its prompt's scores first, where asked for, then tokens.
+
+    Attributes:
+        prompt_scores: In one output of a request at most.
+        tokens: New ones.
+        prompt_cache_hit_tokens: Of the prompt's tokens those that were not computed again, but
+            found in a cache: in the first output of a request; 0 in the others.
+    """
 
     prompt_scores: PromptScores | None = None
     tokens: Sequence[SampledTokens] = ()
+    prompt_cache_hit_tokens: int = 0
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import torch
 
 from data import collect, make_data, make_rl_data
 from engines import make_engine
-from tinsmithd.domain import AdamParams, Datum, FullConfig, Gspo, LoraConfig, Ppo
+from tinsmithd.domain import AdamParams, Datum, FullConfig, LoraConfig
+from tinsmithd.loss_fns import Gspo, Ppo
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.process_group import distributed
 

@@ -24,8 +24,9 @@ import torch
 from checkpoints import to_files
 from data import make_data, make_rl_data
 from engines import make_engine
-from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig, LossFn, Ppo
+from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig, LossFn
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
+from tinsmithd.loss_fns import Ppo
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.deepspeed import batch_run
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, TrainingEngine

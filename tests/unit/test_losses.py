@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from formulas import FORMULAS, make_inputs
-from tinsmithd.domain import LOSSES, Cispo, Gspo, ImportanceSampling, LossFn, Ppo
+from tinsmithd.loss_fns import LOSSES, Cispo, Gspo, ImportanceSampling, LossFn, Ppo
 from tinsmithd.trainer.compute.losses import loss_sum
 
 COUNT = 12

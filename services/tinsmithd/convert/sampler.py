@@ -76,7 +76,9 @@ def _params_from_pb(message: pb.SamplingParams, stops_max: int) -> SamplingParam
 
 def scores_to_pb(scores: PromptScores, tensor_format: int) -> pb.PromptLogprobs:
     """Write a prompt's scores."""
-    message = pb.PromptLogprobs(logprobs=array_to_pb(scores.logprobs, tensor_format))
+    message = pb.PromptLogprobs()
+    if scores.logprobs is not None:
+        message.logprobs.CopyFrom(array_to_pb(scores.logprobs, tensor_format))
     if scores.topk is not None:
         message.topk_token_ids.CopyFrom(array_to_pb(scores.topk.token_ids, tensor_format))
         message.topk_logprobs.CopyFrom(array_to_pb(scores.topk.logprobs, tensor_format))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinsmithd.domain import (
+from tinsmithd.loss_fns import (
     Cispo,
     CrossEntropy,
     Dro,
