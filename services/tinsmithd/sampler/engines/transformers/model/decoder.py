@@ -1,0 +1,97 @@
+"""A decoder: tokens and positions in, hidden states and logits out.
+
+It holds the weights of a base model in the form that its products need. What a row gives depends on
+its token, its position, what `attend` gives it and its adapter, and on no other row.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmithd.sampler.engines.transformers.model.head import Head
+from tinsmithd.sampler.engines.transformers.model.layer import Attend, Layer, Norm, Turn
+from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule
+from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
+from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
+
+
+class Decoder:
+    """The arithmetic of one model. It takes the weights out of the model that it is made of.
+
+    Args:
+        model: A causal language model of transformers, of a supported family. Nothing can be
+            computed with it afterwards.
+        rule: How many rows products have; see `invariance`.
+
+    Attributes:
+        shape: Its sizes.
+        rule: As given.
+    """
+
+    def __init__(self, model: Any, rule: RowRule) -> None:
+        self.shape = ModelShape.of(model)
+        self.rule = rule
+        inner, head = model.model, model.get_output_embeddings()
+        self._embedding = inner.embed_tokens.weight.detach()
+        self._rotary = inner.rotary_emb
+        self._head = Head(head.weight.detach(), rule)
+        self._norm = Norm(inner.norm.weight.detach(), inner.norm.variance_epsilon)
+        self._layers = [Layer(module, i, rule) for i, module in enumerate(inner.layers)]
+        nothing = torch.nn.Parameter(self._embedding.new_empty(0), requires_grad=False)
+        inner.embed_tokens.weight = head.weight = nothing
+
+    def products(self) -> Iterator[Head | Product]:
+        """All products with weights of the base model, the head's first."""
+        yield self._head
+        for layer in self._layers:
+            yield from layer.products()
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, loras: LoraRows | None
+    ) -> Tensor:
+        """Compute the hidden states of rows.
+
+        Args:
+            tokens_T: int64 `(T,)`, T at least 1.
+            positions_T: int64 `(T,)`, of each token in its sequence.
+            attend: Attention; see `Attend`.
+            loras: The adapters of the T rows; None: no row has any.
+
+        Returns:
+            `(T, hidden)` after the last norm, of the shape's dtype.
+        """
+        count = len(tokens_T)
+        missing = self.rule.padded(count) - count
+        if missing:
+            tokens_T = F.pad(tokens_T, (0, missing))
+            positions_T = F.pad(positions_T, (0, missing))
+        h = F.embedding(tokens_T, self._embedding)
+        cos, sin = self._rotary(h, positions_T[None])
+        turn = Turn(cos[0], sin[0])
+        for layer in self._layers:
+            layer.add(h, turn, count, attend, loras)
+        return self._norm(h)[:count]
+
+    @torch.inference_mode()
+    def logits(self, hidden_N: Tensor, loras: LoraRows | None) -> Tensor:
+        """Compute the logits of rows, in float32 and never rounded to less.
+
+        Args:
+            hidden_N: `(N, hidden)`, as `forward` gives them, N at least 1.
+            loras: The adapters of the N rows; None: no row has any.
+
+        Returns:
+            float32 `(N, vocab)`.
+        """
+        count = len(hidden_N)
+        missing = self.rule.padded(count) - count
+        if missing:
+            hidden_N = F.pad(hidden_N, (0, 0, 0, missing))
+        logits = self._head(hidden_N)
+        if loras is not None:
+            loras.add_to_logits(hidden_N, logits)
+        return logits[:count]

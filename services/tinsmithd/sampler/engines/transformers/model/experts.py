@@ -1,0 +1,103 @@
+"""Mixtures of experts: a router sends each row to a few of a layer's MLPs.
+
+A row's result is the sum over its own experts, in the order of their numbers, so it does not depend
+on where other rows are sent.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, add_low_rank
+
+
+@dataclass(frozen=True)
+class ExpertLora:
+    """What one adapter adds to the experts of a layer; for row x of expert e, `B_e (A_e x)`.
+
+    Attributes:
+        gate_up_a: `(experts, d, rank)`.
+        gate_up_b: `(experts, rank, 2 * ffn)`, with the adapter's scaling in it.
+        down_a: `(experts, ffn, rank)`.
+        down_b: `(experts, rank, d)`, likewise.
+    """
+
+    gate_up_a: Tensor
+    gate_up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+
+
+ExpertRuns = Sequence[tuple[Tensor, ExpertLora]]
+"""Which rows have which adapter on their experts: bool `(T,)`, and the adapter."""
+
+
+class Experts:
+    """The experts of one layer.
+
+    Args:
+        block: The module of transformers that has the layer's router and experts.
+        rule: How many rows products have.
+    """
+
+    def __init__(self, block: Any, rule: RowRule) -> None:
+        router, experts = block.gate, block.experts
+        self._top_k: int = router.top_k
+        self._normed: bool = router.norm_topk_prob
+        self._rule = rule
+        self._route = Product(router.weight.detach(), None, rule, reorder=False)
+        self._gate_up, self._down = (
+            [Product(weight, None, rule, reorder=False) for weight in weights.detach()]
+            for weights in (experts.gate_up_proj, experts.down_proj)
+        )
+
+    def products(self) -> Iterator[Product]:
+        """All products."""
+        yield self._route
+        yield from self._gate_up
+        yield from self._down
+
+    def __call__(self, x: Tensor, count: int, runs: ExpertRuns = ()) -> Tensor:
+        """Map `(T, d)` to `(T, d)`; only the first `count` rows are computed, others are zero."""
+        scores = self._route(x)[:count]
+        chances, chosen = scores.softmax(-1, dtype=torch.float32).topk(self._top_k, dim=-1)
+        if self._normed:
+            chances /= chances.sum(-1, keepdim=True)
+        chances = chances.to(x.dtype)
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():  # sorted
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            made = self._one(expert, x, rows, runs)
+            made.mul_(chances[rows, places, None])
+            out.index_add_(0, rows, made)
+        return out
+
+    def _one(self, expert: int, x: Tensor, rows: Tensor, runs: ExpertRuns) -> Tensor:
+        """What an expert makes of its rows, `(len(rows), d)`."""
+        count = len(rows)
+        index = F.pad(rows, (0, self._rule.padded(count) - count))
+        own = x[index]
+        both = self._gate_up[expert](own)
+        here = [(mask[index].nonzero()[:, 0], lora) for mask, lora in runs]
+        for at, lora in here:
+            self._add(both, own, at, lora.gate_up_a[expert], lora.gate_up_b[expert])
+        gate, up = both.chunk(2, 1)
+        inner = F.silu(gate).mul_(up)
+        made = self._down[expert](inner)
+        for at, lora in here:
+            self._add(made, inner, at, lora.down_a[expert], lora.down_b[expert])
+        return made[:count]
+
+    def _add(self, y: Tensor, x: Tensor, at: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add `x A B` to the rows `at` of y."""
+        count = len(at)
+        if not count:
+            return
+        index = F.pad(at, (0, self._rule.padded(count) - count), value=int(at[-1]))
+        update = y[index]
+        add_low_rank(self._rule, update, x[index], a, (b,))
+        y.index_copy_(0, at, update[:count])

@@ -1,0 +1,63 @@
+"""The adapters that a decoder can add, by key."""
+
+import threading
+from collections.abc import Sequence
+
+from tinsmithd.domain import ModelState
+from tinsmithd.sampler.engines.transformers.model.linear import RowRule
+from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
+from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
+from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack
+from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, lora_weights
+from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
+
+
+class LoraPool:
+    """Adapters by key.
+
+    Any thread may load and unload. One thread computes: it alone calls `rows`, and is done with
+    what that gave when it calls it again.
+
+    Args:
+        layout: Where adapters can stand.
+        shape: Of the decoder.
+        rule: How many rows its products have.
+    """
+
+    def __init__(self, layout: LoraLayout, shape: ModelShape, rule: RowRule) -> None:
+        self._layout, self._shape, self._rule = layout, shape, rule
+        self._lock = threading.Lock()
+        self._adapters: dict[str, LoraWeights] = {}
+        self._stacks: dict[int, LoraStack] = {}
+
+    def load(self, key: str, state: ModelState) -> int:
+        """Add an adapter under an immutable key.
+
+        Returns:
+            The bytes that it takes.
+
+        Raises:
+            FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
+        """
+        dtype, device = self._shape.dtype, self._shape.device
+        adapter = lora_weights(self._layout, state, dtype=dtype, device=device)
+        with self._lock:
+            self._adapters[key] = adapter
+        return adapter.bytes
+
+    def unload(self, key: str) -> None:
+        """Drop an adapter; an unknown key is no error. `LoraRows` that have it keep it."""
+        with self._lock:
+            self._adapters.pop(key, None)
+
+    def rows(self, keys: Sequence[str | None]) -> LoraRows | None:
+        """The adapters of the rows of a forward, one key per row; None where no row has any.
+
+        Raises:
+            KeyError: There is no such adapter.
+        """
+        if not any(keys):
+            return None
+        with self._lock:
+            adapters = [None if key is None else self._adapters[key] for key in keys]
+        return LoraRows(adapters, self._stacks, self._rule, self._shape.device)

@@ -1,0 +1,224 @@
+"""Adds the adapters of the rows of one forward, of which each may have its own or none.
+
+What an adapter adds to a row is the same sum of the same products whichever adapters other rows
+have: the rows of an adapter are brought together, and products are those of `RowRule`. Adapters
+with few rows each are computed side by side, by one product over a stack of their weights.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tinsmithd.sampler.engines.transformers.model.experts import ExpertRuns
+from tinsmithd.sampler.engines.transformers.model.linear import RowRule, add_low_rank
+from tinsmithd.sampler.engines.transformers.model.lora_layout import Site
+from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack
+from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, SiteLora
+
+STACKED_ROWS_MAX = 16
+"""Maximum rows of an adapter that is computed side by side with others."""
+
+
+class _Run(Protocol):
+    """Some rows and their adapters."""
+
+    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
+        """See `LoraRows.add`."""
+
+
+class _Place(Protocol):
+    """Where the rows of one adapter stand."""
+
+    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+        """Add what an adapter makes of its rows of `(T, d_in)` to those of `(T, d_out)`."""
+
+
+class LoraRows:
+    """The adapters of rows.
+
+    Args:
+        adapters: Per row; None where it has none. One row at least has one.
+        stacks: Of adapters that are computed side by side, by rank. They are changed when the
+            first product is made, so another `LoraRows` must not be at work then.
+        rule: How many rows products have.
+        device: Where the rows are.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[LoraWeights | None],
+        stacks: dict[int, LoraStack],
+        rule: RowRule,
+        device: torch.device,
+    ) -> None:
+        self._adapters, self._stacks = tuple(adapters), stacks
+        self._rule, self._device = rule, device
+        self._runs: list[_Run] | None = None
+        self._groups: dict[int, tuple[LoraWeights, list[int]]] = {}
+        for row, adapter in enumerate(self._adapters):
+            if adapter is not None:
+                self._groups.setdefault(id(adapter), (adapter, []))[1].append(row)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def select(self, rows: Sequence[int]) -> "LoraRows | None":
+        """The adapters of some of the rows, in this order; None where they have none."""
+        chosen = [self._adapters[row] for row in rows]
+        if not any(chosen):
+            return None
+        return LoraRows(chosen, self._stacks, self._rule, self._device)
+
+    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
+        """Add to a product what its adapters make of its rows.
+
+        Args:
+            layer: Number of the layer.
+            site: The product.
+            x: What it is made of, `(T, d_in)`, T as `RowRule` says, of which the first are ours.
+            y: The product, `(T, d_out)`; it is changed in place.
+        """
+        if self._runs is None:
+            self._runs = self._made_runs()
+        for run in self._runs:
+            run.add(layer, site, x, y)
+
+    def experts(self, layer: int) -> ExpertRuns:
+        """What is added to the experts of a layer; see `Experts`."""
+        found = []
+        for adapter, rows in self._groups.values():
+            lora = adapter.experts[layer]
+            if lora is not None:
+                mask = torch.zeros(max(len(self), len(rows)), dtype=torch.bool)
+                mask[rows] = True
+                found.append((mask.to(self._device), lora))
+        return found
+
+    def add_to_logits(self, hidden: Tensor, logits: Tensor) -> None:
+        """Add what the adapters of the head make of the rows.
+
+        Args:
+            hidden: `(N, d)`, N as `RowRule` says, of which the first are ours.
+            logits: float32 `(N, V)`; changed in place.
+        """
+        hidden = hidden.float()
+        for adapter, rows in self._groups.values():
+            if adapter.head is not None:
+                site = SiteLora(adapter.head[0], (adapter.head[1],))
+                self._place(rows).add(site, hidden, logits)
+
+    def _made_runs(self) -> list[_Run]:
+        found: list[_Run] = []
+        small: dict[int, list[tuple[LoraWeights, list[int]]]] = {}
+        for adapter, rows in self._groups.values():
+            whole = len(rows) == len(self)
+            if whole or len(rows) > STACKED_ROWS_MAX or self._rule.in_blocks:
+                found.append(_Alone(adapter, self._place(rows)))
+            else:
+                small.setdefault(adapter.rank, []).append((adapter, rows))
+        for rank, group in small.items():
+            if len(group) == 1:
+                ((adapter, rows),) = group
+                found.append(_Alone(adapter, self._place(rows)))
+            else:
+                stack = self._stacks.setdefault(rank, LoraStack())
+                found.append(_SideBySide(stack, group, self._rule, self._device))
+        return found
+
+    def _place(self, rows: list[int]) -> "_Place":
+        """How rows are brought together."""
+        count = self._rule.padded(len(rows))
+        if len(rows) == len(self):
+            return _Everywhere(self._rule)
+        if count == len(rows) and rows[-1] - rows[0] + 1 == count:
+            return _Slice(self._rule, rows[0], rows[-1] + 1)
+        index = torch.tensor(rows + rows[-1:] * (count - len(rows)), device=self._device)
+        return _Gathered(self._rule, index)
+
+
+class _Everywhere:
+    """All rows have the adapter."""
+
+    def __init__(self, rule: RowRule) -> None:
+        self._rule = rule
+
+    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+        """See `_Place`."""
+        add_low_rank(self._rule, y, x, lora.a, lora.b)
+
+
+class _Slice:
+    """Rows that stand one after the other have the adapter."""
+
+    def __init__(self, rule: RowRule, start: int, end: int) -> None:
+        self._rule, self._rows = rule, slice(start, end)
+
+    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+        """See `_Place`."""
+        add_low_rank(self._rule, y[self._rows], x[self._rows], lora.a, lora.b)
+
+
+class _Gathered:
+    """Rows here and there have the adapter.
+
+    Args:
+        rule: How many rows products have.
+        index: The rows, int64, the last again until there are as many as the rule says.
+    """
+
+    def __init__(self, rule: RowRule, index: Tensor) -> None:
+        self._rule, self._index = rule, index
+
+    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+        """See `_Place`."""
+        own = y.index_select(0, self._index)
+        add_low_rank(self._rule, own, x.index_select(0, self._index), lora.a, lora.b)
+        y.index_copy_(0, self._index, own)  # a row that stands there twice has the same bits twice
+
+
+class _Alone:
+    """One adapter and its rows."""
+
+    def __init__(self, adapter: LoraWeights, place: _Place) -> None:
+        self._sites, self._place = adapter.sites, place
+
+    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
+        """See `LoraRows.add`."""
+        lora = self._sites[layer][site]
+        if lora is not None:
+            self._place.add(lora, x, y)
+
+
+class _SideBySide:
+    """Several adapters of one rank with few rows each.
+
+    Args:
+        stack: Takes their weights.
+        group: The adapters, with their rows.
+        rule: How many rows products have.
+        device: Where the rows are.
+    """
+
+    def __init__(
+        self,
+        stack: LoraStack,
+        group: Sequence[tuple[LoraWeights, list[int]]],
+        rule: RowRule,
+        device: torch.device,
+    ) -> None:
+        self._stack = stack
+        count = rule.padded(max(len(rows) for _, rows in group))
+        by_adapter = {id(adapter): rows for adapter, rows in group}
+        index = []
+        for adapter in stack.hold([adapter for adapter, _ in group]):
+            rows = by_adapter[id(adapter)]
+            index += rows + rows[-1:] * (count - len(rows))
+        self._index = torch.tensor(index, device=device)
+
+    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
+        """See `LoraRows.add`."""
+        own = y.index_select(0, self._index)
+        if self._stack.add(layer, site, x.index_select(0, self._index), own):
+            y.index_copy_(0, self._index, own)

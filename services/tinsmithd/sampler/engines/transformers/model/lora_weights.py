@@ -1,0 +1,153 @@
+"""The weights of one adapter, in the form that a decoder adds them in.
+
+`y + s B A x` of the parts of a site becomes one product with all A side by side and one per B. The
+scaling s stands in B. Ranks are padded with zeros to a multiple of `RANK_STEP`, so that adapters of
+many ranks meet few kernels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmithd.domain import LoraConfig, ModelState
+from tinsmithd.sampler.engines.transformers.model.experts import ExpertLora
+from tinsmithd.sampler.engines.transformers.model.lora_layout import (
+    ExpertPart,
+    LayerLayout,
+    LoraLayout,
+    Part,
+    WantedPlaces,
+    expert_factors,
+    names,
+)
+
+RANK_STEP = 16
+"""Ranks are padded to a multiple of it."""
+
+
+@dataclass(frozen=True)
+class SiteLora:
+    """What an adapter adds to a product of several parts side by side.
+
+    Attributes:
+        a: `(d_in, parts * rank)`.
+        b: Per part `(rank, d_out of the part)`, with the adapter's scaling in it. The parts that
+            the adapter leaves alone are zero.
+    """
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All weights."""
+        yield self.a
+        yield from self.b
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One adapter.
+
+    Attributes:
+        rank: Padded.
+        sites: Per layer and site; None where the adapter stands on none of its parts.
+        experts: Per layer; None where it has no experts, or the adapter leaves them alone.
+        head: A `(d, rank)` and B `(rank, V)` of the head, float32; None where it has no adapter.
+        bytes: That all of it takes.
+    """
+
+    rank: int
+    sites: Sequence[Sequence[SiteLora | None]]
+    experts: Sequence[ExpertLora | None]
+    head: tuple[Tensor, Tensor] | None
+    bytes: int
+
+
+def lora_weights(
+    layout: LoraLayout, state: ModelState, *, dtype: torch.dtype, device: torch.device
+) -> LoraWeights:
+    """Bring an adapter into a decoder's form.
+
+    Args:
+        layout: Where adapters can stand.
+        state: The adapter.
+        dtype: Of what is added below the head: that of the base.
+        device: Where it goes.
+
+    Raises:
+        FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
+    """
+    places = layout.wanted(state)
+    assert isinstance(state.tuning, LoraConfig)
+    maker = _Maker(places, state.tuning, state.weights, device)
+    sites = [maker.sites(layer, dtype) for layer in layout.layers]
+    experts = [maker.experts(layer, dtype) for layer in layout.layers]
+    head = maker.head(layout.head)
+    tensors = [t for layer in sites for site in layer if site for t in site.tensors()]
+    tensors += [t for lora in experts if lora for t in vars(lora).values()]
+    size = sum(tensor.nbytes for tensor in (*tensors, *(head or ())))
+    return LoraWeights(maker.rank, sites, experts, head, size)
+
+
+class _Maker:
+    """Makes the tensors of one adapter."""
+
+    def __init__(
+        self,
+        places: WantedPlaces,
+        lora: LoraConfig,
+        weights: Mapping[str, np.ndarray],
+        device: torch.device,
+    ) -> None:
+        self._places, self._weights, self._device = places, weights, device
+        self._own_rank = lora.rank
+        self._scaling = lora.alpha / lora.rank
+        self.rank = -(-lora.rank // RANK_STEP) * RANK_STEP
+
+    def sites(self, layer: LayerLayout, dtype: torch.dtype) -> list[SiteLora | None]:
+        """Per site of a layer."""
+        return [self._site(parts, dtype) for parts in layer.sites]
+
+    def _site(self, parts: Sequence[Part], dtype: torch.dtype) -> SiteLora | None:
+        if not any(map(self._places.has, parts)):
+            return None
+        a = self._zeros((parts[0].d_in, len(parts), self.rank), dtype)
+        all_b = []
+        for place, part in enumerate(parts):
+            b = self._zeros((self.rank, part.d_out), dtype)
+            all_b.append(b)
+            if self._places.has(part):
+                name_a, name_b = names(part.name)
+                a[:, place, : self._own_rank] = self._tensor(self._weights[name_a]).t()
+                b[: self._own_rank] = self._tensor(self._weights[name_b]).t() * self._scaling
+        return SiteLora(a.view(parts[0].d_in, -1), tuple(all_b))
+
+    def experts(self, layer: LayerLayout, dtype: torch.dtype) -> ExpertLora | None:
+        """Of the experts of a layer."""
+        if not layer.experts or not self._places.has_experts:
+            return None
+        gate_up, down = (self._expert(part, dtype) for part in layer.experts)
+        return ExpertLora(*gate_up, *down)
+
+    def _expert(self, part: ExpertPart, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a, b = expert_factors(part, self._own_rank, self._weights)
+        all_a = self._zeros((part.experts, part.d_in, self.rank), dtype)
+        all_b = self._zeros((part.experts, self.rank, part.d_out), dtype)
+        all_a[:, :, : self._own_rank] = self._tensor(a).transpose(1, 2)
+        all_b[:, : self._own_rank] = self._tensor(b).transpose(1, 2) * self._scaling
+        return all_a, all_b
+
+    def head(self, part: Part) -> tuple[Tensor, Tensor] | None:
+        """Of the head, float32."""
+        site = self._site((part,), torch.float32)
+        return None if site is None else (site.a, site.b[0])
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        # The copy is one that torch may write to and that lies in order.
+        return torch.from_numpy(np.array(array, np.float32)).to(self._device)
