@@ -66,11 +66,14 @@ class SamplerConfig(ServerConfig):
     """Keys and values of the sequences that are computed; a call that needs more is refused."""
     prefix_cache_bytes_max: Count = 512 * MIB
     """Keys and values of prompts that are kept for later calls with the same beginning."""
+    batch_invariance: bool = True
+    """Give each sequence the same bits whatever is computed beside it, also on a machine where that
+    takes longer; `GetCapabilities` says what holds."""
     prefill_tokens_per_step_max: Positive = 512
     """Tokens of prompts that are read at once, between two tokens of the sequences under way."""
     adapters_bytes_max: Count = 8 * 1024 * MIB
-    """Adapters in memory, as float32; the one that was used longest ago goes first, and a call waits
-    while all of them are in use."""
+    """Adapters in memory, as float32; the one that was used longest ago goes first, and a call
+    waits while all of them are in use."""
     rank_max: Count = 256
     """Largest LoRA rank that is served; as `training.rank_max`."""
     adapter_bytes_max: Count = 8 * 1024 * MIB

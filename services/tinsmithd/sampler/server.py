@@ -11,9 +11,10 @@ from tinsmithd.checkpoint_client import CheckpointClient, Patience
 from tinsmithd.config import SamplerConfig
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.sampler.adapters import Adapters
-from tinsmithd.sampler.admission import Admission, AdmissionLimits
+from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.metrics import SamplerCollector
+from tinsmithd.sampler.places import PlaceLimits
 from tinsmithd.sampler.servicer import SamplerServicer
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["SamplerService"].full_name
@@ -29,13 +30,21 @@ def load_engine(config: SamplerConfig) -> SamplingEngine:
     import torch
 
     from tinsmithd.modeling.base import load_base
-    from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
+    from tinsmithd.sampler.engines.transformers.dtype import resolved_dtype
+    from tinsmithd.sampler.engines.transformers.engine import EngineLimits, TransformersEngine
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    return TransformersEngine(
-        load_base(config.base_model, dtype=config.dtype, on_progress=_log.info)
+    dtype = resolved_dtype(config.dtype, on_progress=_log.info)
+    base = load_base(config.base_model, dtype=dtype, on_progress=_log.info)
+    limits = EngineLimits(
+        kv_cache_bytes_max=config.kv_cache_bytes_max,
+        prefix_cache_bytes_max=config.prefix_cache_bytes_max,
+        prefill_tokens_per_step_max=config.prefill_tokens_per_step_max,
+        batch_rows_max=max(config.batch_rows_max, config.num_samples_max),
+        keep_rows_apart=config.batch_invariance,
     )
+    return TransformersEngine(base, limits)
 
 
 class SamplerServer:
@@ -55,6 +64,7 @@ class SamplerServer:
         self._rpc = RpcServer(config, SERVICE_NAME)
         add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
         self._loading: asyncio.Task[None] | None = None
+        self._failing: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
@@ -81,10 +91,19 @@ class SamplerServer:
         # half a second each time with torch, and nothing is answered meanwhile.
         gc.freeze()
         config = self._config
-        limits = AdmissionLimits(
-            config.running_max, config.waiting_max, config.adapters_max, config.fetches_max
+        limits = PlaceLimits(
+            config.running_max,
+            config.waiting_max,
+            config.batch_rows_max,
+            tokens_max=engine.stats().kv_tokens_max,
         )
-        self._servicer.admission = Admission(engine, limits)
+        self._servicer.admission = Admission(
+            engine,
+            limits,
+            adapters_bytes_max=config.adapters_bytes_max,
+            fetches_max=config.fetches_max,
+        )
+        self._failing = asyncio.create_task(engine.failed())
         self._rpc.metrics.registry.register(SamplerCollector(self._servicer.admission))
         await self._rpc.set_serving(True)
 
@@ -93,23 +112,30 @@ class SamplerServer:
 
         Raises:
             NotFound: There is no such base model.
+            Exception: What the engine failed of. It is not in a known state then, so the process
+                ends, and whoever keeps it running starts another one.
         """
         serving = asyncio.create_task(self._rpc.until_signal())
-        assert self._loading is not None
-        await asyncio.wait([serving, self._loading], return_when=asyncio.FIRST_COMPLETED)
-        if self._loading.done() and self._loading.exception() is None:
-            await serving
+        working = asyncio.create_task(self._work())
+        await asyncio.wait([serving, working], return_when=asyncio.FIRST_COMPLETED)
         await self.stop()
-        if self._loading.done() and not self._loading.cancelled():
-            self._loading.result()
+        if working.done():
+            working.result()
+
+    async def _work(self) -> None:
+        """Load, and then wait until the engine fails."""
+        await self.loaded()
+        assert self._failing is not None
+        await self._failing
 
     async def stop(self) -> None:
         """Stop gracefully."""
         await self._rpc.stop()
-        if self._loading is not None:
-            self._loading.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._loading
+        for task in (self._loading, self._failing):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
         if self._servicer.admission is not None:
-            self._servicer.admission.close()
+            await self._servicer.admission.close()
         await self._adapters.close()

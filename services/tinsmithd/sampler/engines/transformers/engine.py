@@ -1,193 +1,241 @@
-"""The embedded sampling engine: transformers with PEFT adapters and a KV cache.
+"""The embedded sampling engine: continuous batching on one thread of its own.
 
-Each request is a batch of its own: all its samples share one reading of the prompt. What it
-computes depends on the request alone, so its numbers cannot depend on its neighbours.
+That thread takes what came and what was cancelled, has the scheduler make a step, and hands what
+came of it to the event loop, once per step. Adapters are loaded on another thread. What fails one
+request ends that alone; what fails a step ends the engine, since nobody knows in what state it is.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from transformers import DynamicCache
 
-from tinsmithd.domain import (
-    BaseModelInfo,
-    ModelState,
-    PromptScores,
-    SampledTokens,
-    SampleRequest,
-    TopKLogprobs,
-)
+from tinsmithd.domain import BaseModelInfo, ModelState, Output, SampleRequest
+from tinsmithd.errors import Reason, Unavailable
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.lora import Adapters
-from tinsmithd.modeling.trained import HeadLayer
-from tinsmithd.sampler.engines.interface import Generation
-from tinsmithd.sampler.engines.transformers.sampling import Draws, draw
-from tinsmithd.sampler.engines.transformers.stopping import StopCheck
+from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits
+from tinsmithd.sampler.engines.transformers.jobs import Job, Made
+from tinsmithd.sampler.engines.transformers.kv import KvCache
+from tinsmithd.sampler.engines.transformers.model.build import build
+from tinsmithd.sampler.engines.transformers.scheduler import Scheduler
+from tinsmithd.sampler.engines.transformers.stopping import CONTEXT_TOKENS, StopCheck
 
-HEAD_CHUNK_TOKENS = 256
-"""Maximum prompt positions whose logits are made at once."""
+CHUNK_TOKENS = 256
+"""Prompts are read in pieces that begin at multiples of this, and are kept by these pieces."""
+STATS_EVERY_S = 0.2
+"""How old what `stats` says may be while steps are made."""
 
-
-class _Sequence:
-    """One sample on its way."""
-
-    def __init__(self, index: int, request: SampleRequest, stop: StopCheck) -> None:
-        assert request.params.seed is not None  # the servicer draws one
-        self.index = index
-        self.draws = Draws(request.params.seed, index)
-        self.stop = stop
-        self.last_token = 0
+_log = logging.getLogger(__name__)
 
 
-class TransformersGeneration:
-    """See `Generation`."""
+@dataclass(frozen=True)
+class EngineLimits:
+    """Sizes; the names are those of the settings."""
 
-    def __init__(
-        self, adapters: Adapters, adapter: str | None, request: SampleRequest, stops: Any
-    ) -> None:
-        self._adapters = adapters
-        self._adapter = adapter
-        self._request = request
-        self._sequences = [_Sequence(i, request, stops()) for i in range(request.num_samples)]
-        self._cache: Any = DynamicCache()
-        self._prompt_scores: PromptScores | None = None
-        self._next_logits: torch.Tensor | None = None
-        self._read_prompt()
-        if request.params.max_tokens == 0:
-            self._sequences = []
-
-    @property
-    def prompt_scores(self) -> PromptScores | None:
-        """Prompt logprobs, when the request asked for any."""
-        return self._prompt_scores
-
-    @property
-    def finished(self) -> bool:
-        """True once every sequence has its stop reason."""
-        return not self._sequences
-
-    @torch.inference_mode()
-    def _read_prompt(self) -> None:
-        request = self._request
-        with self._adapters.active(self._adapter) as model:
-            head = self._adapters.head(self._adapter)
-            tokens = torch.tensor(request.prompt, device=model.device)[None]
-            hidden = model.model(
-                input_ids=tokens, past_key_values=self._cache, use_cache=True
-            ).last_hidden_state[0]
-            if request.include_prompt_logprobs or request.topk_prompt_logprobs:
-                topk = request.topk_prompt_logprobs
-                self._prompt_scores = score_prompt(head, hidden, tokens[0], topk)
-            self._next_logits = head.logits(hidden[-1:]).cpu()
-
-    @torch.inference_mode()
-    def step(self) -> Sequence[SampledTokens]:
-        """Make the next token of each unfinished sequence."""
-        if not self._sequences:
-            return []
-        logits = self._next_logits
-        if logits is None:
-            with self._adapters.active(self._adapter) as model:
-                last = [[sequence.last_token] for sequence in self._sequences]
-                hidden = model.model(
-                    input_ids=torch.tensor(last, device=model.device),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                ).last_hidden_state[:, -1]
-                logits = self._adapters.head(self._adapter).logits(hidden).cpu()
-        elif len(self._sequences) > 1:
-            # All first tokens come from the one reading of the prompt.
-            logits = logits.expand(len(self._sequences), -1)
-            self._cache.batch_repeat_interleave(len(self._sequences))
-        self._next_logits = None
-        made = [self._make(s, logits[i]) for i, s in enumerate(self._sequences)]
-        going_on = [i for i, tokens in enumerate(made) if tokens.stop_reason is None]
-        if going_on and len(going_on) < len(made):
-            self._cache.batch_select_indices(torch.tensor(going_on))
-        self._sequences = [self._sequences[i] for i in going_on]
-        return made
-
-    def _make(self, sequence: _Sequence, logits: torch.Tensor) -> SampledTokens:
-        token, logprob = draw(logits, self._request.params, sequence.draws)
-        sequence.last_token = token
-        return SampledTokens(sequence.index, [token], [logprob], sequence.stop.add(token))
-
-    def close(self) -> None:
-        """Free the caches."""
-        self._sequences = []
-        self._cache = self._next_logits = None
+    kv_cache_bytes_max: int = 1 << 30
+    prefix_cache_bytes_max: int = 1 << 28
+    prefill_tokens_per_step_max: int = 512
+    batch_rows_max: int = 256
+    keep_rows_apart: bool = True
 
 
-def score_prompt(
-    head: HeadLayer, hidden: torch.Tensor, tokens: torch.Tensor, topk: int
-) -> PromptScores:
-    """Compute the logprobs of a prompt at temperature 1 in float32, a piece at a time.
+class _Stream:
+    """Where one request's caller waits, on its event loop."""
 
-    Args:
-        head: The layer that makes logits of hidden states.
-        hidden: Last hidden states, `(P, H)`.
-        tokens: The prompt, int64 `(P,)`.
-        topk: Number of most likely tokens to return at each position.
-    """
-    count = len(tokens)
-    logprobs = np.full(count, np.nan, np.float32)
-    ids = np.zeros((count, topk), np.int64)
-    values = np.full((count, topk), np.nan, np.float32)
-    for start in range(0, count - 1, HEAD_CHUNK_TOKENS):
-        end = min(start + HEAD_CHUNK_TOKENS, count - 1)
-        logits = head.logits(hidden[start:end])
-        norm = logits.logsumexp(1, keepdim=True)
-        here = slice(start + 1, end + 1)
-        chosen = logits.gather(1, tokens[here, None]) - norm
-        logprobs[here] = chosen[:, 0].cpu().numpy()
-        if topk:
-            best = logits.topk(topk, dim=1)
-            ids[here] = best.indices.cpu().numpy()
-            values[here] = (best.values - norm).cpu().numpy()
-    return PromptScores(logprobs, TopKLogprobs(ids, values) if topk else None)
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.made: asyncio.Queue[Made] = asyncio.Queue()
 
 
 class TransformersEngine:
-    """See `SamplingEngine`."""
+    """See `SamplingEngine`.
 
-    def __init__(self, base: BaseModel) -> None:
+    Args:
+        base: A base model of a supported family; its weights are taken over.
+        limits: See the settings.
+
+    Raises:
+        NotFound: It cannot be computed as transformers does (BASE_MODEL_NOT_FOUND).
+    """
+
+    def __init__(self, base: BaseModel, limits: EngineLimits | None = None) -> None:
+        limits = limits or EngineLimits()
         self._base = base
-        self._adapters = Adapters(base, fused=True)
         self._eos_ids = _eos_ids(base)
+        rows_max = limits.batch_rows_max + limits.prefill_tokens_per_step_max + CHUNK_TOKENS
+        built = build(
+            base,
+            rows_max=rows_max,
+            keep_rows_apart=limits.keep_rows_apart,
+            on_progress=_log.info,
+        )
+        self._pool = built.pool
+        cache = KvCache(
+            built.decoder.shape,
+            bytes_max=limits.kv_cache_bytes_max,
+            prefix_bytes_max=limits.prefix_cache_bytes_max,
+            chunk_tokens=CHUNK_TOKENS,
+        )
+        self._traits = EngineTraits("transformers", built.rows_apart and cache.invariant)
+        self._scheduler = Scheduler(
+            built.decoder,
+            built.pool,
+            cache,
+            prefill_tokens_max=limits.prefill_tokens_per_step_max,
+        )
+        self._adapter_bytes: dict[str, int] = {}
+        self._stats = self._scheduler.stats()
+        self._stats_s = time.monotonic()
+        # What the thread is to do first: a job, and whether it comes or goes.
+        self._commands: deque[tuple[Job, bool]] = deque()
+        self._streams: dict[Job, _Stream] = {}
+        self._wake = threading.Event()
+        self._closing = False
+        self._ended: Future[None] = Future()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
+        self._thread.start()
 
     @property
     def info(self) -> BaseModelInfo:
         """The base model that this engine holds."""
         return self._base.info
 
-    def tokenizer_files(self) -> dict[str, bytes]:
+    @property
+    def traits(self) -> EngineTraits:
+        """What this engine is."""
+        return self._traits
+
+    def stats(self) -> EngineStats:
+        """What it has in hand, as of a moment ago, and what it did."""
+        return replace(self._stats, adapter_bytes=sum(self._adapter_bytes.values()))
+
+    async def tokenizer_files(self) -> dict[str, bytes]:
         """The base model's own files of its tokenizer: file name to content."""
         return dict(self._base.tokenizer_files)
 
-    def load_adapter(self, key: str, state: ModelState) -> None:
+    async def load_adapter(self, key: str, state: ModelState) -> None:
         """Add an adapter under an immutable key."""
-        self._adapters.add_state(key, state)
+        loop = asyncio.get_running_loop()
+        nbytes = await loop.run_in_executor(self._loader, self._pool.load, key, state)
+        self._adapter_bytes[key] = nbytes
 
-    def unload_adapter(self, key: str) -> None:
+    async def unload_adapter(self, key: str) -> None:
         """Drop an adapter; an unknown key is no error."""
-        self._adapters.remove(key)
+        self._adapter_bytes.pop(key, None)
+        self._pool.unload(key)
 
-    def start(self, request: SampleRequest, adapter: str | None) -> Generation:
-        """Read the prompt and make ready to sample."""
+    async def failed(self) -> None:
+        """Wait until this engine can compute nothing more; see `SamplingEngine`."""
+        await asyncio.shield(asyncio.wrap_future(self._ended))
 
-        prompt = request.prompt.tolist()
+    async def close(self) -> None:
+        """End what is under way, the thread, and the loading."""
+        self._closing = True
+        self._wake.set()
+        await asyncio.to_thread(self._thread.join)
+        self._loader.shutdown(wait=False, cancel_futures=True)
 
-        def stop_check() -> StopCheck:
-            return StopCheck(request.params, self._eos_ids, self._decode, prompt)
+    # --- requests -----------------------------------------------------------------------------
 
-        return TransformersGeneration(self._adapters, adapter, request, stop_check)
+    async def generate(self, request: SampleRequest, adapter: str | None) -> AsyncIterator[Output]:
+        """Compute a request; see `SamplingEngine`."""
+        if adapter is not None and adapter not in self._adapter_bytes:
+            raise KeyError(adapter)
+        job = Job(request, adapter, functools.partial(self._stop_check, request))
+        stream = self._streams[job] = _Stream()
+        self._tell(job, comes=True)
+        try:
+            while True:
+                made = await stream.made.get()
+                if made.output is not None:
+                    yield made.output
+                if made.error is not None:
+                    raise made.error
+                if made.ended:
+                    return
+        finally:
+            if self._streams.pop(job, None) is not None:
+                self._tell(job, comes=False)
+
+    def _tell(self, job: Job, *, comes: bool) -> None:
+        self._commands.append((job, comes))
+        self._wake.set()
+        if self._ended.done():
+            self._answer([job])
+
+    def _stop_check(self, request: SampleRequest) -> StopCheck:
+        context = request.prompt[-max(CONTEXT_TOKENS) :].tolist()
+        return StopCheck(request.params, self._eos_ids, self._decode, context)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         # Cleaned-up text would lose the space before a dot, and so miss a stop string.
         text: str = self._base.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
         return text
+
+    # --- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._closing:
+                    self._run_once()
+        except BaseException as error:
+            _log.exception("the engine failed")
+            self._ended.set_exception(error)
+        else:
+            self._ended.set_result(None)
+        self._answer(list(self._streams))
+
+    def _run_once(self) -> None:
+        scheduler = self._scheduler
+        if scheduler.idle:
+            self._stats = scheduler.stats()
+            self._wake.wait()
+        self._wake.clear()
+        while self._commands:
+            job, comes = self._commands.popleft()
+            if comes:
+                scheduler.add(job)
+            else:
+                scheduler.drop(job)
+        if not scheduler.idle:
+            self._post(scheduler.step())
+            if time.monotonic() > self._stats_s + STATS_EVERY_S:
+                self._stats, self._stats_s = scheduler.stats(), time.monotonic()
+
+    def _post(self, made: Sequence[Made]) -> None:
+        """Hand what was made to the callers' event loops: mostly there is one, and one call."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Made]]] = {}
+        for each in made:
+            # Whoever ended is not told to go once more.
+            stream = (
+                self._streams.pop(each.job, None) if each.ended else self._streams.get(each.job)
+            )
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, each))
+        for loop, pairs in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
+                loop.call_soon_threadsafe(_deliver, pairs)
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        """Tell the callers of jobs that nothing comes of them any more."""
+        text = "the Sampler is stopping" if self._closing else "the Sampler has failed"
+        error = Unavailable(text, Reason.SAMPLER_UNAVAILABLE, retry_after_s=1.0)
+        self._post([Made(job, ended=True, error=error) for job in jobs])
+
+
+def _deliver(pairs: Sequence[tuple[_Stream, Made]]) -> None:
+    for stream, made in pairs:
+        stream.made.put_nowait(made)
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:

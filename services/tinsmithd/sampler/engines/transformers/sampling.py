@@ -104,12 +104,15 @@ class Distributions:
         # The block's sum was rounded to float32: its tokens share it in proportion.
         share_M = ((wanted_M - start_M) / (end_M - start_M)).clip(0, 1)
         places_M = _place(within_MW, share_M * within_MW[:, -1])
-        return blocks_M * BLOCK_TOKENS + places_M
+        tokens_M: np.ndarray = blocks_M * BLOCK_TOKENS + places_M
+        return tokens_M
 
     def logprobs(self, rows_M: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
         """Logprobs float64 `(M,)` of tokens."""
         index = torch.from_numpy(rows_M), torch.from_numpy(tokens_M)
-        return self.scaled(rows_M, _doubles(self.logits_NV[index])) - np.log(self.totals_N[rows_M])
+        scaled_M = self.scaled(rows_M, _doubles(self.logits_NV[index]))
+        logprobs_M: np.ndarray = scaled_M - np.log(self.totals_N[rows_M])
+        return logprobs_M
 
     def scaled(self, rows_M: np.ndarray, logits_M: np.ndarray) -> np.ndarray:
         """Logarithms of unnormalised probabilities, as `totals_N` are, of logits."""

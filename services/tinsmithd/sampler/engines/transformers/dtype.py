@@ -1,0 +1,56 @@
+"""Chooses the element type of a base model's weights by what the machine is quick at."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+ROWS, SIZE = 8, 2048
+"""A product like those of decoding: few rows, and weights too large for the caches."""
+ROUNDS = 7
+
+
+def resolved_dtype(dtype: str, *, on_progress: Callable[[str], None]) -> str:
+    """ "float32" or "bfloat16" of a setting that may be "auto".
+
+    Args:
+        dtype: The setting.
+        on_progress: Takes a line for a person.
+    """
+    if dtype != "auto":
+        return dtype
+    if torch.cuda.is_available():
+        chosen = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        on_progress(f"dtype auto: {chosen}")
+        return chosen
+    if not _is_native():
+        on_progress("dtype auto: float32, since this CPU has no bfloat16 of its own")
+        return "float32"
+    narrow_s, wide_s = _measured_s(torch.bfloat16), _measured_s(torch.float32)
+    chosen = "bfloat16" if narrow_s < wide_s else "float32"
+    on_progress(
+        f"dtype auto: {chosen}; a product takes {narrow_s * 1e3:.2f} ms in bfloat16 and "
+        f"{wide_s * 1e3:.2f} in float32"
+    )
+    return chosen
+
+
+def _is_native() -> bool:
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@torch.inference_mode()
+def _measured_s(dtype: torch.dtype) -> float:
+    """The median time of a product, in seconds."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(ROWS, SIZE, generator=generator).to(dtype)
+    # Several weights, so that none is still in the caches from the round before.
+    weights = [torch.randn(SIZE, SIZE, generator=generator).to(dtype) for _ in range(4)]
+    times_s = []
+    for _ in range(ROUNDS):
+        start_s = time.perf_counter()
+        for weight in weights:
+            torch.nn.functional.linear(rows, weight)
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s) / len(weights)
