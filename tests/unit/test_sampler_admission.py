@@ -1,85 +1,113 @@
 """The Sampler's admission: fairness, bounds, cancelling, adapters. The engine is a recorder."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import numpy as np
 import pytest
 
 from tinsmithd.domain import (
+    DEFAULT_OWNER,
     BaseModelInfo,
     LoraConfig,
     ModelState,
-    PromptScores,
+    Output,
     SampledTokens,
     SampleRequest,
     SamplingParams,
     StopReason,
 )
-from tinsmithd.errors import NotFound, Reason, ResourceExhausted
-from tinsmithd.sampler.admission import Admission, AdmissionLimits
+from tinsmithd.errors import FailedPrecondition, NotFound, Reason, ResourceExhausted
+from tinsmithd.sampler.admission import Admission
+from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits
 from tinsmithd.sampler.loaded_adapters import Adapter
+from tinsmithd.sampler.places import PlaceLimits
 
-STATE = ModelState(LoraConfig(), {}, {}, 0, {})
+ADAPTER_BYTES = 4000
+STATE = ModelState(LoraConfig(), {"w": np.zeros(ADAPTER_BYTES // 4, np.float32)}, {}, 0, {})
 
 
 class Recorder:
     """An engine that writes down what it is asked; a request's name is its seed."""
 
+    info = BaseModelInfo("tiny", "x", 8, 64, "float32", 1, 1)
+    traits = EngineTraits("recorder", batch_invariant=True)
+
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.started: list[int] = []
         self.closed: list[int] = []
         self.loads: list[str] = []
         self.unloads: list[str] = []
         self.held: set[str] = set()
-        self.threads: set[int] = set()
-        self.may_step = threading.Event()
+        self.used: Counter[str] = Counter()
+        self.may_step = asyncio.Event()
         self.may_step.set()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
 
-    info = BaseModelInfo("tiny", "x", 8, 64, "float32", 1, 1)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
+    async def tokenizer_files(self) -> dict[str, bytes]:
         return {"a": b"b"}
 
-    def load_adapter(self, key: str, state: ModelState) -> None:
+    async def load_adapter(self, key: str, state: ModelState) -> None:
         self.loads.append(key)
+        await self.may_load.wait()
         self.held.add(key)
 
-    def unload_adapter(self, key: str) -> None:
+    async def unload_adapter(self, key: str) -> None:
+        assert not self.used[key], "it is in use"
         self.unloads.append(key)
+        await asyncio.sleep(0)
         self.held.discard(key)
 
-    def start(self, request: SampleRequest, adapter: str | None) -> "Recording":
-        return Recording(self, request, adapter)
+    async def generate(self, request: SampleRequest, adapter: str | None) -> AsyncIterator[Output]:
+        """One token per step until `max_tokens`."""
+        name = request.params.seed
+        assert name is not None
+        self.started.append(name)
+        if adapter is not None:
+            self.used[adapter] += 1
+        try:
+            for left in reversed(range(request.params.max_tokens)):
+                await self.may_step.wait()
+                await asyncio.sleep(0)
+                assert adapter is None or adapter in self.held
+                self.steps.append(name)
+                reason = None if left else StopReason.LENGTH
+                yield Output(tokens=[SampledTokens(0, [1], [0.0], reason)])
+        finally:
+            if adapter is not None:
+                self.used[adapter] -= 1
+            self.closed.append(name)
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    async def failed(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        self.may_step.set()
 
 
-class Recording:
-    """A request on its way: one token per step until `max_tokens`."""
-
-    def __init__(self, engine: Recorder, request: SampleRequest, adapter: str | None) -> None:
-        assert request.params.seed is not None
-        self.engine, self.adapter = engine, adapter
-        self.name, self.left = request.params.seed, request.params.max_tokens
-
-    prompt_scores: PromptScores | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.left == 0
-
-    def step(self) -> Sequence[SampledTokens]:
-        assert self.engine.may_step.wait(30)
-        assert self.adapter is None or self.adapter in self.engine.held
-        self.engine.threads.add(threading.get_ident())
-        self.engine.steps.append(self.name)
-        self.left -= 1
-        reason = None if self.left else StopReason.LENGTH
-        return [SampledTokens(0, [1], [0.0], reason)]
-
-    def close(self) -> None:
-        self.engine.closed.append(self.name)
+def new_admission(
+    engine: Recorder,
+    running: int,
+    waiting: int,
+    adapters: int,
+    *,
+    fetches_max: int = 16,
+    rows: int = 1000,
+    tokens_max: int = 0,
+) -> Admission:
+    return Admission(
+        engine,
+        PlaceLimits(running, waiting, rows, tokens_max),
+        adapters_bytes_max=adapters * ADAPTER_BYTES,
+        fetches_max=fetches_max,
+    )
 
 
 @pytest.fixture
@@ -91,21 +119,27 @@ async def engine() -> Recorder:
 @pytest.fixture
 async def admission(engine: Recorder) -> AsyncIterator[Admission]:
     """Two run, one waits, two adapters."""
-    admission = Admission(engine, AdmissionLimits(2, 1, 2))
+    admission = new_admission(engine, 2, 1, 2)
     yield admission
-    engine.may_step.set()
-    admission.close()
+    await admission.close()
 
 
-def request(name: int, max_tokens: int) -> SampleRequest:
-    return SampleRequest(np.array([1]), 1, SamplingParams(max_tokens, seed=name))
+def request(name: int, max_tokens: int, samples: int = 1) -> SampleRequest:
+    return SampleRequest(np.array([1]), samples, SamplingParams(max_tokens, seed=name))
 
 
 async def drain(
-    admission: Admission, name: int, max_tokens: int, adapter: Adapter | None = None
+    admission: Admission,
+    name: int,
+    max_tokens: int,
+    adapter: Adapter | None = None,
+    *,
+    owner: str = DEFAULT_OWNER,
+    samples: int = 1,
 ) -> int:
     """Number of tokens that arrived."""
-    async with aclosing(admission.run(request(name, max_tokens), adapter)) as outputs:  # type: ignore[type-var]
+    asked = request(name, max_tokens, samples)
+    async with aclosing(admission.run(asked, adapter, owner)) as outputs:  # type: ignore[type-var]
         return sum([len(made.tokens) async for output in outputs for made in output.tokens])
 
 
@@ -127,21 +161,6 @@ def adapter(
         return STATE
 
     return Adapter(key, fetch)
-
-
-async def test_running_requests_advance_at_the_same_pace(
-    admission: Admission, engine: Recorder
-) -> None:
-    """A short request beside a long one is done long before it; one thread computes."""
-    engine.may_step.clear()
-    tasks = [asyncio.create_task(drain(admission, name, n)) for name, n in ((1, 50), (2, 5))]
-    await asyncio.sleep(0.05)
-    engine.may_step.set()
-    assert await asyncio.gather(*tasks) == [50, 5]
-    last_short = max(i for i, name in enumerate(engine.steps) if name == 2)
-    assert engine.steps[: last_short + 1].count(1) <= 7
-    assert len(engine.threads) == 1
-    await until(lambda: sorted(engine.closed) == [1, 2])
 
 
 async def test_too_many_waiting_are_refused_and_nothing_is_lost(
@@ -242,19 +261,19 @@ async def test_the_adapter_unused_longest_makes_room(
 
 async def test_loads_at_the_same_moment_evict_only_what_is_idle(engine: Recorder) -> None:
     """Many requests over more adapters than fit: none loses the one that it samples with."""
-    admission = Admission(engine, AdmissionLimits(4, 1000, 4))
+    admission = new_admission(engine, 4, 1000, 4)
     rng = np.random.default_rng(0)
     wanted = [adapter(f"a{key}") for key in rng.integers(0, 9, 400)]
     done = await asyncio.gather(*(drain(admission, i, 2, a) for i, a in enumerate(wanted)))
     assert done == [2] * len(wanted)
     assert len(engine.held) <= 4
-    assert engine.held == set(admission._loaded._loaded)
-    admission.close()
+    assert engine.held == set(admission.loaded._loaded)
+    await admission.close()
 
 
 async def test_loads_that_end_together_do_not_evict_the_same_adapter(engine: Recorder) -> None:
     """Two fetches that end at once each drop another idle adapter."""
-    admission = Admission(engine, AdmissionLimits(2, 8, 2))
+    admission = new_admission(engine, 2, 8, 2)
     for key in ("a", "b"):
         await drain(admission, 1, 1, adapter(key))
     gate = asyncio.Event()
@@ -266,7 +285,7 @@ async def test_loads_that_end_together_do_not_evict_the_same_adapter(engine: Rec
     assert await asyncio.gather(*tasks) == [1, 1]
     assert engine.held == {"c", "d"}
     assert sorted(engine.unloads) == ["a", "b"]
-    admission.close()
+    await admission.close()
 
 
 async def test_a_load_that_failed_is_tried_again(admission: Admission, engine: Recorder) -> None:
@@ -293,7 +312,7 @@ async def test_a_load_that_failed_is_tried_again(admission: Admission, engine: R
 
 async def test_no_slot_is_held_while_an_adapter_is_fetched(engine: Recorder) -> None:
     """With one slot: two adapters come at the same time, and others are served meanwhile."""
-    admission = Admission(engine, AdmissionLimits(1, 8, 2))
+    admission = new_admission(engine, 1, 8, 2)
     await drain(admission, 1, 1, adapter("here"))
     fetched: list[str] = []
     gate = asyncio.Event()
@@ -308,12 +327,12 @@ async def test_no_slot_is_held_while_an_adapter_is_fetched(engine: Recorder) -> 
     gate.set()
     assert await asyncio.gather(*waiting) == [1, 1]
     assert admission.fetching == 0
-    admission.close()
+    await admission.close()
 
 
 async def test_few_adapters_are_fetched_at_once(engine: Recorder) -> None:
     """A place is free again when its adapter is loaded, or when nobody wants it any more."""
-    admission = Admission(engine, AdmissionLimits(1, 8, 4, 1))
+    admission = new_admission(engine, 1, 8, 4, fetches_max=1)
     fetched: list[str] = []
     gate = asyncio.Event()
     gone = asyncio.create_task(drain(admission, 1, 1, adapter("a", fetched, gate)))
@@ -326,4 +345,133 @@ async def test_few_adapters_are_fetched_at_once(engine: Recorder) -> None:
     assert await later == 1
     assert await drain(admission, 3, 1, adapter("c", fetched)) == 1
     assert engine.loads == ["b", "c"]
-    admission.close()
+    await admission.close()
+
+
+async def test_a_call_whose_adapter_finds_no_room_waits_until_another_is_idle(
+    engine: Recorder,
+) -> None:
+    """Room for one adapter, two in use one after the other; a third that is larger is refused."""
+    admission = new_admission(engine, 8, 8, 1)
+    engine.may_step.clear()
+    first = asyncio.create_task(drain(admission, 1, 2, adapter("a")))
+    await until(lambda: engine.started == [1])
+    second = asyncio.create_task(drain(admission, 2, 2, adapter("b")))
+    beside = asyncio.create_task(drain(admission, 3, 2, adapter("a")))
+    await until(lambda: engine.started == [1, 3])
+    await asyncio.sleep(0.01)
+    assert (engine.loads, engine.unloads, admission.running) == (["a"], [], 3)
+    engine.may_step.set()
+    assert await asyncio.gather(first, second, beside) == [2, 2, 2]
+    assert (engine.loads, engine.unloads) == (["a", "b"], ["a"])
+    assert admission.loaded.nbytes == ADAPTER_BYTES
+    large = ModelState(LoraConfig(), {"w": np.zeros(ADAPTER_BYTES, np.float32)}, {}, 0, {})
+
+    async def fetch() -> ModelState:
+        return large
+
+    with pytest.raises(FailedPrecondition, match="adapters_bytes_max"):
+        await drain(admission, 4, 2, Adapter("large", fetch))
+    assert await drain(admission, 5, 2, adapter("b")) == 2
+    await admission.close()
+
+
+async def test_loading_an_adapter_stops_nobody(admission: Admission, engine: Recorder) -> None:
+    """While one is loaded others are served."""
+    engine.may_load.clear()
+    loading = asyncio.create_task(drain(admission, 1, 2, adapter("a")))
+    await until(lambda: engine.loads == ["a"])
+    assert await drain(admission, 2, 20) == 20
+    assert engine.started == [2]
+    engine.may_load.set()
+    assert await loading == 2
+
+
+# --- owners ---------------------------------------------------------------------------------------
+
+
+async def test_owners_get_places_for_the_same_tokens_however_they_cut_their_work(
+    engine: Recorder,
+) -> None:
+    """One place: "a" asks with many calls of 8 tokens and one of 32, "b" with few of 32."""
+    admission = new_admission(engine, 1, 1000, 1)
+    engine.may_step.clear()
+    blocker = asyncio.create_task(drain(admission, 0, 1))
+    await until(lambda: admission.running == 1)
+    sizes = dict.fromkeys(range(1, 81), 7) | dict.fromkeys(range(101, 121), 31)
+    tasks = [
+        asyncio.create_task(drain(admission, name, size, owner="a" if name < 100 else "b"))
+        for name, size in sizes.items()
+    ]
+    await until(lambda: admission.waiting == len(tasks))
+    engine.may_step.set()
+    await asyncio.gather(blocker, *tasks)
+    got = Counter[str]()
+    for name in engine.started[1:-1]:
+        got["a" if name < 100 else "b"] += sizes[name] + 1
+        assert abs(got["a"] - got["b"]) <= 8 + 32
+    await admission.close()
+
+
+async def test_a_new_owner_need_not_wait_for_the_queue_of_another(engine: Recorder) -> None:
+    """It is next but one, and is let in when the other one has filled the queue."""
+    admission = new_admission(engine, 1, 4, 1)
+    engine.may_step.clear()
+    tasks = [asyncio.create_task(drain(admission, name, 5, owner="a")) for name in range(5)]
+    await until(lambda: admission.waiting == 4)
+    with pytest.raises(ResourceExhausted):
+        await drain(admission, 9, 5, owner="a")
+    tasks.append(asyncio.create_task(drain(admission, 10, 5, owner="b")))
+    await until(lambda: admission.waiting == 5)
+    engine.may_step.set()
+    await asyncio.gather(*tasks)
+    assert engine.started.index(10) <= 2
+    await admission.close()
+
+
+async def test_places_are_bounded_in_sequences_and_tokens_and_large_calls_get_theirs(
+    engine: Recorder,
+) -> None:
+    """A call that is next waits for room, nobody overtakes it; alone, each has room."""
+    for bounds in ({"rows": 6}, {"tokens_max": 25}):
+        engine.started.clear()
+        admission = new_admission(engine, 8, 8, 1, **bounds)
+        engine.may_step.clear()
+        calls = [(1, 2), (2, 2), (3, 9), (4, 2), (5, 2)]
+        tasks = [
+            asyncio.create_task(drain(admission, name, 4, samples=samples))
+            for name, samples in calls
+        ]
+        await until(lambda: len(engine.started) == 2)
+        await asyncio.sleep(0.01)
+        assert (engine.started, admission.waiting) == ([1, 2], 3), bounds
+        engine.may_step.set()
+        assert await asyncio.gather(*tasks) == [4] * 5
+        assert engine.started == [1, 2, 3, 4, 5]
+        assert (admission.running, admission.waiting) == (0, 0)
+
+
+async def test_cancelling_everywhere_loses_no_place(engine: Recorder) -> None:
+    """Calls of two owners that come and go at random: all places are free in the end."""
+    rng = np.random.default_rng(0)
+    admission = new_admission(engine, 3, 1000, 2, rows=5, tokens_max=60)
+    tasks = []
+    for name in range(400):
+        key = rng.integers(0, 4)
+        wanted = None if key == 0 else adapter(f"a{key}")
+        owner, samples = f"o{rng.integers(0, 2)}", int(rng.integers(1, 4))
+        tasks.append(
+            asyncio.create_task(drain(admission, name, 3, wanted, owner=owner, samples=samples))
+        )
+        for _ in range(int(rng.integers(0, 6))):
+            await asyncio.sleep(0)
+        if rng.random() < 0.5:
+            tasks[int(rng.integers(0, len(tasks)))].cancel()
+    made = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(each == 3 or isinstance(each, asyncio.CancelledError) for each in made)
+    assert 3 in made
+    assert (admission.running, admission.waiting, admission.fetching) == (0, 0, 0)
+    assert (admission._places.sequences, admission._places.tokens) == (0, 0)
+    assert sorted(engine.closed) == sorted(engine.started)
+    assert await drain(admission, 1000, 3) == 3
+    await admission.close()
