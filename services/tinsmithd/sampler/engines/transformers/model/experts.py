@@ -17,19 +17,25 @@ from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule
 
 @dataclass(frozen=True)
 class ExpertLora:
-    """What one adapter adds to the experts of a layer; for row x of expert e, `B_e (A_e x)`.
+    """What one adapter adds to the experts of a layer; for row x of expert e, `s B_e A_e x`.
 
     Attributes:
         gate_up_a: `(experts, d, rank)`.
-        gate_up_b: `(experts, rank, 2 * ffn)`, with the adapter's scaling in it.
+        gate_up_b: `(experts, rank, 2 * ffn)`.
         down_a: `(experts, ffn, rank)`.
-        down_b: `(experts, rank, d)`, likewise.
+        down_b: `(experts, rank, d)`.
+        scaling: alpha / rank.
     """
 
     gate_up_a: Tensor
     gate_up_b: Tensor
     down_a: Tensor
     down_b: Tensor
+    scaling: float
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All weights."""
+        yield from (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b)
 
 
 ExpertRuns = Sequence[tuple[Tensor, ExpertLora]]
@@ -49,9 +55,9 @@ class Experts:
         self._top_k: int = router.top_k
         self._normed: bool = router.norm_topk_prob
         self._rule = rule
-        self._route = Product(router.weight.detach(), None, rule, reorder=False)
+        self._route = Product(router.weight.detach(), None, rule)
         self._gate_up, self._down = (
-            [Product(weight, None, rule, reorder=False) for weight in weights.detach()]
+            [Product(weight, None, rule) for weight in weights.detach()]
             for weights in (experts.gate_up_proj, experts.down_proj)
         )
 
@@ -84,20 +90,21 @@ class Experts:
         both = self._gate_up[expert](own)
         here = [(mask[index].nonzero()[:, 0], lora) for mask, lora in runs]
         for at, lora in here:
-            self._add(both, own, at, lora.gate_up_a[expert], lora.gate_up_b[expert])
+            factors = (lora.gate_up_a[expert], lora.gate_up_b[expert])
+            self._add(both, own, at, *factors, lora.scaling)
         gate, up = both.chunk(2, 1)
         inner = F.silu(gate).mul_(up)
         made = self._down[expert](inner)
         for at, lora in here:
-            self._add(made, inner, at, lora.down_a[expert], lora.down_b[expert])
+            self._add(made, inner, at, lora.down_a[expert], lora.down_b[expert], lora.scaling)
         return made[:count]
 
-    def _add(self, y: Tensor, x: Tensor, at: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add `x A B` to the rows `at` of y."""
+    def _add(self, y: Tensor, x: Tensor, at: Tensor, a: Tensor, b: Tensor, s: float) -> None:
+        """Add `s x A B` to the rows `at` of y."""
         count = len(at)
         if not count:
             return
         index = F.pad(at, (0, self._rule.padded(count) - count), value=int(at[-1]))
         update = y[index]
-        add_low_rank(self._rule, update, x[index], a, (b,))
+        add_low_rank(self._rule, update, x[index], a, (b,), s)
         y.index_copy_(0, at, update[:count])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
-from tinsmithd.sampler.engines.transformers.model.linear import ROWS_MIN, Compute
+from tinsmithd.sampler.engines.transformers.model.linear import ROWS_STEP, Compute
 
-COUNTS = (4, 5, 6, 7, 8, 11, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 96, 128, 200, 256)
+COUNTS = (4, 8, 12, 16, 20, 24, 28, 32, 36, 48, 60, 64, 96, 128, 200, 256)
 """Numbers of rows that are tried, besides the largest in use."""
 
 HEAD_ROWS_MAX = 64
@@ -27,7 +27,8 @@ def is_invariant(compute: Compute, d_in: int, rows_max: int, like: Tensor) -> bo
         rows_max: Maximum number of rows in use.
         like: Of the dtype and on the device in use.
     """
-    counts = sorted({count for count in COUNTS if count < rows_max} | {max(rows_max, ROWS_MIN)})
+    largest = -(-rows_max // ROWS_STEP) * ROWS_STEP
+    counts = [*(count for count in COUNTS if count < largest), largest]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(counts[-1], d_in, generator=generator).to(like)
     whole = compute(rows)

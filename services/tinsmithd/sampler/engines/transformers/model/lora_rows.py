@@ -14,7 +14,7 @@ from torch import Tensor
 from tinsmithd.sampler.engines.transformers.model.experts import ExpertRuns
 from tinsmithd.sampler.engines.transformers.model.linear import RowRule, add_low_rank
 from tinsmithd.sampler.engines.transformers.model.lora_layout import Site
-from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack
+from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack, StackKey
 from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, SiteLora
 
 STACKED_ROWS_MAX = 16
@@ -40,7 +40,7 @@ class LoraRows:
 
     Args:
         adapters: Per row; None where it has none. One row at least has one.
-        stacks: Of adapters that are computed side by side, by rank. They are changed when the
+        stacks: Of adapters that are computed side by side. They are changed when the
             first product is made, so another `LoraRows` must not be at work then.
         rule: How many rows products have.
         device: Where the rows are.
@@ -49,7 +49,7 @@ class LoraRows:
     def __init__(
         self,
         adapters: Sequence[LoraWeights | None],
-        stacks: dict[int, LoraStack],
+        stacks: dict[StackKey, LoraStack],
         rule: RowRule,
         device: torch.device,
     ) -> None:
@@ -106,24 +106,23 @@ class LoraRows:
         hidden = hidden.float()
         for adapter, rows in self._groups.values():
             if adapter.head is not None:
-                site = SiteLora(adapter.head[0], (adapter.head[1],))
-                self._place(rows).add(site, hidden, logits)
+                self._place(rows).add(adapter.head, hidden, logits)
 
     def _made_runs(self) -> list[_Run]:
         found: list[_Run] = []
-        small: dict[int, list[tuple[LoraWeights, list[int]]]] = {}
+        small: dict[StackKey, list[tuple[LoraWeights, list[int]]]] = {}
         for adapter, rows in self._groups.values():
             whole = len(rows) == len(self)
             if whole or len(rows) > STACKED_ROWS_MAX or self._rule.in_blocks:
                 found.append(_Alone(adapter, self._place(rows)))
             else:
-                small.setdefault(adapter.rank, []).append((adapter, rows))
-        for rank, group in small.items():
+                small.setdefault((adapter.rank, adapter.scaling), []).append((adapter, rows))
+        for kind, group in small.items():
             if len(group) == 1:
                 ((adapter, rows),) = group
                 found.append(_Alone(adapter, self._place(rows)))
             else:
-                stack = self._stacks.setdefault(rank, LoraStack())
+                stack = self._stacks.setdefault(kind, LoraStack())
                 found.append(_SideBySide(stack, group, self._rule, self._device))
         return found
 
@@ -146,7 +145,7 @@ class _Everywhere:
 
     def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
         """See `_Place`."""
-        add_low_rank(self._rule, y, x, lora.a, lora.b)
+        add_low_rank(self._rule, y, x, lora.a, lora.b, lora.scaling)
 
 
 class _Slice:
@@ -157,7 +156,7 @@ class _Slice:
 
     def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
         """See `_Place`."""
-        add_low_rank(self._rule, y[self._rows], x[self._rows], lora.a, lora.b)
+        add_low_rank(self._rule, y[self._rows], x[self._rows], lora.a, lora.b, lora.scaling)
 
 
 class _Gathered:
@@ -174,7 +173,7 @@ class _Gathered:
     def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
         """See `_Place`."""
         own = y.index_select(0, self._index)
-        add_low_rank(self._rule, own, x.index_select(0, self._index), lora.a, lora.b)
+        add_low_rank(self._rule, own, x.index_select(0, self._index), lora.a, lora.b, lora.scaling)
         y.index_copy_(0, self._index, own)  # a row that stands there twice has the same bits twice
 
 

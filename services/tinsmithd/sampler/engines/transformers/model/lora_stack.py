@@ -8,9 +8,12 @@ from torch import Tensor
 from tinsmithd.sampler.engines.transformers.model.lora_layout import Site
 from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, SiteLora
 
+StackKey = tuple[int, float]
+"""What the adapters of a stack have in common: their padded rank, and their scaling."""
+
 
 class LoraStack:
-    """Copies of the weights of adapters of one rank, one above the other.
+    """Copies of the weights of adapters of one rank and scaling, one above the other.
 
     Only the thread that computes uses it. An adapter that comes or goes costs a copy of one.
     """
@@ -67,12 +70,12 @@ class LoraStack:
         rows_y = y.view(count, len(y) // count, -1)
         update = torch.bmm(x.view(count, len(x) // count, -1), lora.a[:count])
         if len(lora.b) == 1:
-            rows_y.baddbmm_(update, lora.b[0][:count])
+            rows_y.baddbmm_(update, lora.b[0][:count], alpha=lora.scaling)
             return True
         sizes = [b.shape[2] for b in lora.b]
         updates = update.split(lora.b[0].shape[1], 2)
         for part, own, b in zip(rows_y.split(sizes, 2), updates, lora.b, strict=True):
-            part.baddbmm_(own, b[:count])
+            part.baddbmm_(own, b[:count], alpha=lora.scaling)
         return True
 
     def _copy(self, place: int) -> None:
@@ -83,7 +86,9 @@ class LoraStack:
         for layer, stacked in zip(adapter.sites, self._stacked, strict=True):
             for site, lora in enumerate(layer):
                 if stacked[site] is None and lora is not None:
-                    stacked[site] = SiteLora(self._zeros(lora.a), tuple(map(self._zeros, lora.b)))
+                    stacked[site] = SiteLora(
+                        self._zeros(lora.a), tuple(map(self._zeros, lora.b)), lora.scaling
+                    )
                 room = stacked[site]
                 if room is None:
                     continue

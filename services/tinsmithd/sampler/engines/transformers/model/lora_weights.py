@@ -1,7 +1,7 @@
 """The weights of one adapter, in the form that a decoder adds them in.
 
-`y + s B A x` of the parts of a site becomes one product with all A side by side and one per B. The
-scaling s stands in B. Ranks are padded with zeros to a multiple of `RANK_STEP`, so that adapters of
+`y + s B A x` of the parts of a site becomes one product with all A side by side and one per B.
+Ranks are padded with zeros to a multiple of `RANK_STEP`, so that adapters of
 many ranks meet few kernels.
 """
 
@@ -34,12 +34,13 @@ class SiteLora:
 
     Attributes:
         a: `(d_in, parts * rank)`.
-        b: Per part `(rank, d_out of the part)`, with the adapter's scaling in it. The parts that
-            the adapter leaves alone are zero.
+        b: Per part `(rank, d_out of the part)`; zero where the adapter leaves a part alone.
+        scaling: alpha / rank.
     """
 
     a: Tensor
     b: tuple[Tensor, ...]
+    scaling: float
 
     def tensors(self) -> Iterator[Tensor]:
         """All weights."""
@@ -53,16 +54,18 @@ class LoraWeights:
 
     Attributes:
         rank: Padded.
+        scaling: alpha / rank as they were.
         sites: Per layer and site; None where the adapter stands on none of its parts.
         experts: Per layer; None where it has no experts, or the adapter leaves them alone.
-        head: A `(d, rank)` and B `(rank, V)` of the head, float32; None where it has no adapter.
+        head: Of the head, float32; None where it has no adapter.
         bytes: That all of it takes.
     """
 
     rank: int
+    scaling: float
     sites: Sequence[Sequence[SiteLora | None]]
     experts: Sequence[ExpertLora | None]
-    head: tuple[Tensor, Tensor] | None
+    head: SiteLora | None
     bytes: int
 
 
@@ -85,11 +88,12 @@ def lora_weights(
     maker = _Maker(places, state.tuning, state.weights, device)
     sites = [maker.sites(layer, dtype) for layer in layout.layers]
     experts = [maker.experts(layer, dtype) for layer in layout.layers]
-    head = maker.head(layout.head)
+    head = maker.site((layout.head,), torch.float32)
     tensors = [t for layer in sites for site in layer if site for t in site.tensors()]
-    tensors += [t for lora in experts if lora for t in vars(lora).values()]
-    size = sum(tensor.nbytes for tensor in (*tensors, *(head or ())))
-    return LoraWeights(maker.rank, sites, experts, head, size)
+    tensors += [t for lora in experts if lora for t in lora.tensors()]
+    tensors += head.tensors() if head else ()
+    size = sum(tensor.nbytes for tensor in tensors)
+    return LoraWeights(maker.rank, maker.scaling, sites, experts, head, size)
 
 
 class _Maker:
@@ -104,14 +108,15 @@ class _Maker:
     ) -> None:
         self._places, self._weights, self._device = places, weights, device
         self._own_rank = lora.rank
-        self._scaling = lora.alpha / lora.rank
+        self.scaling = lora.alpha / lora.rank
         self.rank = -(-lora.rank // RANK_STEP) * RANK_STEP
 
     def sites(self, layer: LayerLayout, dtype: torch.dtype) -> list[SiteLora | None]:
         """Per site of a layer."""
-        return [self._site(parts, dtype) for parts in layer.sites]
+        return [self.site(parts, dtype) for parts in layer.sites]
 
-    def _site(self, parts: Sequence[Part], dtype: torch.dtype) -> SiteLora | None:
+    def site(self, parts: Sequence[Part], dtype: torch.dtype) -> SiteLora | None:
+        """Of a product of parts side by side."""
         if not any(map(self._places.has, parts)):
             return None
         a = self._zeros((parts[0].d_in, len(parts), self.rank), dtype)
@@ -122,28 +127,23 @@ class _Maker:
             if self._places.has(part):
                 name_a, name_b = names(part.name)
                 a[:, place, : self._own_rank] = self._tensor(self._weights[name_a]).t()
-                b[: self._own_rank] = self._tensor(self._weights[name_b]).t() * self._scaling
-        return SiteLora(a.view(parts[0].d_in, -1), tuple(all_b))
+                b[: self._own_rank] = self._tensor(self._weights[name_b]).t()
+        return SiteLora(a.view(parts[0].d_in, -1), tuple(all_b), self.scaling)
 
     def experts(self, layer: LayerLayout, dtype: torch.dtype) -> ExpertLora | None:
         """Of the experts of a layer."""
         if not layer.experts or not self._places.has_experts:
             return None
         gate_up, down = (self._expert(part, dtype) for part in layer.experts)
-        return ExpertLora(*gate_up, *down)
+        return ExpertLora(*gate_up, *down, self.scaling)
 
     def _expert(self, part: ExpertPart, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a, b = expert_factors(part, self._own_rank, self._weights)
         all_a = self._zeros((part.experts, part.d_in, self.rank), dtype)
         all_b = self._zeros((part.experts, self.rank, part.d_out), dtype)
         all_a[:, :, : self._own_rank] = self._tensor(a).transpose(1, 2)
-        all_b[:, : self._own_rank] = self._tensor(b).transpose(1, 2) * self._scaling
+        all_b[:, : self._own_rank] = self._tensor(b).transpose(1, 2)
         return all_a, all_b
-
-    def head(self, part: Part) -> tuple[Tensor, Tensor] | None:
-        """Of the head, float32."""
-        site = self._site((part,), torch.float32)
-        return None if site is None else (site.a, site.b[0])
 
     def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._device)
