@@ -7,14 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from tinsmithd.sampler.engines.transformers.kv.arenas import zeros
+from tinsmithd.sampler.engines.transformers.kv.attention import ROWS, probe
 from tinsmithd.sampler.engines.transformers.kv.parts import (
     KvStats,
     Prompt,
     Reservation,
     SequenceKv,
 )
+from tinsmithd.sampler.engines.transformers.kv.prefix import Chunk, PrefixCache, chunk_digests
+from tinsmithd.sampler.engines.transformers.kv.rooms import Rooms
+from tinsmithd.sampler.engines.transformers.kv.rows import Kernel
 from tinsmithd.sampler.engines.transformers.kv.step import StepAttention
 from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
+
+SHARED_PROMPT_TOKENS_MIN = 256
+"""Shorter prompts are copied to each sample's slot instead of being kept once for the group."""
 
 
 class KvCache:
@@ -45,24 +53,65 @@ class KvCache:
 
     def __init__(
         self, shape: ModelShape, *, bytes_max: int, prefix_bytes_max: int, chunk_tokens: int
-    ) -> None: ...
+    ) -> None:
+        self._shape = shape
+        self._chunk_tokens = chunk_tokens
+        rows = -(-shape.group // ROWS) * ROWS
+        counts, same = probe(shape.dtype, shape.device, shape.head_dim, rows, shape.scaling)
+        self._kernel = Kernel(shape, counts, same)
+        self._rooms = Rooms(shape, counts, bytes_max)
+        self._prefix = PrefixCache(prefix_bytes_max)
+        self._readers: dict[bytes, Prompt] = {}
+        """Who is about to read a chunk that others may want, too."""
+        self._tokens_cached = self._tokens_computed = 0
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a sequence's bits are known not to depend on its neighbours."""
+        return self._shape.device.type == "cpu"
 
     @property
     def stats(self) -> KvStats:
         """What it holds."""
-
-    @property
-    def invariant(self) -> bool:
-        """True when a sequence's bits do not depend on its neighbours (CPU: always)."""
+        rooms = self._rooms
+        return KvStats(
+            sequences=rooms.sequences,
+            tokens=rooms.tokens,
+            tokens_max=rooms.bytes_max // rooms.token_bytes,
+            reserved_bytes=rooms.reserved_bytes,
+            held_bytes=rooms.held_bytes,
+            prefix_bytes=self._prefix.bytes,
+            prompt_tokens_cached=self._tokens_cached,
+            prompt_tokens_computed=self._tokens_computed,
+        )
 
     def fits_ever(self, prompt_tokens: int, new_tokens: int, samples: int) -> bool:
         """Whether `reserve` would give room when nobody else has any."""
+        room = self._room(prompt_tokens, new_tokens, samples)
+        return room.total_bytes <= self._rooms.bytes_max
 
     def reserve(self, prompt_tokens: int, new_tokens: int, samples: int) -> Reservation | None:
         """Room for the worst case, so that nothing that has begun ever lacks it. None: wait."""
+        room = self._room(prompt_tokens, new_tokens, samples)
+        return room if self._rooms.reserve(room.total_bytes) else None
 
     def cancel(self, reservation: Reservation) -> None:
         """Give back a reservation that was not opened."""
+        self._rooms.give_back(reservation.total_bytes)
+
+    def _room(self, prompt_tokens: int, new_tokens: int, samples: int) -> Reservation:
+        assert prompt_tokens >= 1
+        narrow = any(window is not None for window in self._shape.windows)
+        shared = samples > 1 and prompt_tokens >= SHARED_PROMPT_TOKENS_MIN and not narrow
+        longest = new_tokens if shared else prompt_tokens + new_tokens
+        return Reservation(
+            prompt_tokens,
+            new_tokens,
+            samples,
+            shared,
+            prompt_bytes=self._rooms.prompt_bytes(prompt_tokens),
+            sequence_bytes=self._rooms.sequence_bytes(longest),
+        )
 
     def open_prompt(
         self,
@@ -81,6 +130,21 @@ class KvCache:
             cached_tokens_max: Take no more than this many tokens from the prefix cache: a caller
                 that wants the hidden states from position n on says n. None: all.
         """
+        assert len(tokens_P) == reservation.prompt_tokens
+        shape = self._shape
+        tokens = self._kernel.counts.padded(len(tokens_P))
+        kv = (shape.layers, shape.kv_heads, tokens, shape.head_dim)
+        prompt = Prompt(
+            reservation,
+            tokens_P,
+            chunk_digests(weights, tokens_P, self._chunk_tokens),
+            len(tokens_P) if cached_tokens_max is None else cached_tokens_max,
+            zeros(kv, shape),
+            zeros(kv, shape),
+        )
+        self._rooms.prompts.add(prompt)
+        self._take_cached(prompt)
+        return prompt
 
     def next_piece(self, prompt: Prompt) -> tuple[int, int] | None:
         """What to read next: positions `[start, end)`.
@@ -91,6 +155,15 @@ class KvCache:
             None when all is read, or when another open prompt is about to read the same tokens:
             ask again next step. Who was given a piece must read it, or be closed.
         """
+        self._take_cached(prompt)
+        start, end = prompt.read, self._chunk_end(prompt)
+        if start == end:
+            return None
+        if end <= prompt.cached_tokens_max and self._would_keep(end - start):
+            reader = self._readers.setdefault(self._digest(prompt), prompt)
+            if reader is not prompt:
+                return None
+        return start, end
 
     def batch(
         self, decode: Sequence[SequenceKv], pieces: Sequence[tuple[Prompt, int, int]]
@@ -100,15 +173,92 @@ class KvCache:
         Rows of sequences stand in the order of `StepAttention.sequences`, not of `decode`.
         It is cheapest to decode all open sequences in each step.
         """
+        assert all(not sequence.closed for sequence in decode)
+        assert all(prompt.read == start for prompt, start, _end in pieces)
+        rows = self._rooms.arrange(decode)
+        return StepAttention(self._kernel, rows, pieces, self._committed)
 
     def finish(self, prompt: Prompt, last_hidden_d: Tensor) -> None:
         """Put a prompt that was read into the prefix cache, with `(d,)` of its last token."""
+        count = len(prompt.tokens_P)
+        assert prompt.read == count
+        start = (count - 1) // self._chunk_tokens * self._chunk_tokens
+        self._keep(prompt, start, count, last_hidden_d.clone())
+        self._forget_reader(prompt)
 
     def fork(self, prompt: Prompt) -> list[SequenceKv]:
         """`reservation.samples` sequences that continue a prompt that is read; once."""
+        assert prompt.read == len(prompt.tokens_P)
+        assert not prompt.forked
+        assert not prompt.closed
+        prompt.forked = True
+        return self._rooms.fork(prompt)
 
     def close_prompt(self, prompt: Prompt) -> None:
         """Give back a prompt's room, at any time; its sequences go on. Twice is no error."""
+        self._forget_reader(prompt)
+        self._rooms.close_prompt(prompt)
 
     def close_sequence(self, sequence: SequenceKv) -> None:
         """Give back a sequence's room. Twice is no error."""
+        self._rooms.close_sequence(sequence)
+
+    def _committed(self, step: StepAttention) -> None:
+        for prompt, start, end in step.pieces:
+            self._tokens_computed += end - start
+            if end < len(prompt.tokens_P):
+                self._keep(prompt, start, end, None)
+                self._forget_reader(prompt)
+
+    def _keep(self, prompt: Prompt, start: int, end: int, last_hidden_d: Tensor | None) -> None:
+        """Put a chunk that was read into the prefix cache."""
+        if not self._would_keep(end - start) or prompt.closed:
+            return
+        assert prompt.keys_LGCD is not None
+        assert prompt.values_LGCD is not None
+        digest = prompt.digests[start // self._chunk_tokens]
+        known = self._prefix.get(digest)
+        if known is None or known.last_hidden_d is None:
+            keys, values = (
+                tensor[:, :, start:end].clone() for tensor in (prompt.keys_LGCD, prompt.values_LGCD)
+            )
+            self._prefix.put(digest, Chunk(keys, values, last_hidden_d))
+
+    def _take_cached(self, prompt: Prompt) -> None:
+        """Copy from the prefix cache what comes next, as far as it goes."""
+        while (start := prompt.read) < (end := self._chunk_end(prompt)):
+            chunk = self._prefix.get(self._digest(prompt))
+            whole = end == len(prompt.tokens_P)
+            if chunk is None or end > prompt.cached_tokens_max:
+                return
+            if whole and chunk.last_hidden_d is None:
+                return
+            assert prompt.keys_LGCD is not None
+            assert prompt.values_LGCD is not None
+            prompt.keys_LGCD[:, :, start:end] = chunk.keys_LGCD
+            prompt.values_LGCD[:, :, start:end] = chunk.values_LGCD
+            if whole:
+                prompt.last_hidden_d = chunk.last_hidden_d
+            prompt.read = end
+            prompt.cached += end - start
+            self._tokens_cached += end - start
+
+    def _chunk_end(self, prompt: Prompt) -> int:
+        """Where the next chunk ends; where the prompt does, when all is read."""
+        return min(
+            len(prompt.tokens_P), (prompt.read // self._chunk_tokens + 1) * self._chunk_tokens
+        )
+
+    def _digest(self, prompt: Prompt) -> bytes:
+        """Name of the next chunk."""
+        return prompt.digests[prompt.read // self._chunk_tokens]
+
+    def _would_keep(self, tokens: int) -> bool:
+        """Whether the prefix cache is large enough for a chunk."""
+        return tokens * self._rooms.token_bytes <= self._prefix.bytes_max
+
+    def _forget_reader(self, prompt: Prompt) -> None:
+        """Let others read what this prompt was about to."""
+        for digest in prompt.digests:
+            if self._readers.get(digest) is prompt:
+                del self._readers[digest]

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-SHARED_PROMPT_TOKENS_MIN = 256
-"""Shorter prompts are copied to each sample's slot instead of being kept once for the group."""
+from tinsmithd.sampler.engines.transformers.kv.arenas import Arena
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,11 @@ class Reservation:
     prompt_bytes: int
     sequence_bytes: int
 
+    @property
+    def total_bytes(self) -> int:
+        """The whole room."""
+        return self.prompt_bytes + self.samples * self.sequence_bytes
+
 
 @dataclass(eq=False)
 class Prompt:
@@ -39,20 +43,32 @@ class Prompt:
 
     Attributes:
         reservation: Its room.
-        weights: Key of the weights that read it.
         tokens_P: Its tokens, int64 `(P,)`.
+        digests: Names of its chunks: what a chunk's KV depends on.
+        cached_tokens_max: Maximum tokens to take from the prefix cache.
+        keys_LGCD: `(layers, kv_heads, C, head_dim)`; zeros from `read` on. None: given back.
+        values_LGCD: Likewise.
         read: Tokens whose KV is there; the prompt is ready to fork when this is P.
         cached: Those of them that came from the prefix cache.
         last_hidden_d: `(d,)` of the last token, when it came from the prefix cache with the rest.
             Otherwise the last row of the forward that reads the prompt's last piece is it.
+        forked: Its sequences were made.
+        closed: Nobody reads it or forks it any more.
+        members: Open sequences that read its KV where it is.
     """
 
     reservation: Reservation
-    weights: str
     tokens_P: np.ndarray
+    digests: list[bytes]
+    cached_tokens_max: int
+    keys_LGCD: Tensor | None
+    values_LGCD: Tensor | None
     read: int = 0
     cached: int = 0
     last_hidden_d: Tensor | None = None
+    forked: bool = False
+    closed: bool = False
+    members: int = 0
 
 
 @dataclass(eq=False)
@@ -61,12 +77,22 @@ class SequenceKv:
 
     Attributes:
         prompt: What it continues.
-        length: Tokens whose KV is there, prompt included: the position of the next token.
+        own: Tokens whose KV is in its slot: all, or those behind a prompt that is shared.
+        arena: Where its slot is.
+        slot: Which.
+        closed: Its room was given back.
     """
 
     prompt: Prompt
-    length: int
+    own: int
+    arena: Arena = field(repr=False)
+    slot: int = 0
     closed: bool = field(default=False, repr=False)
+
+    @property
+    def length(self) -> int:
+        """Tokens whose KV is there, prompt included: the position of the next token."""
+        return self.own + (len(self.prompt.tokens_P) if self.prompt.reservation.shared else 0)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.kv.parts import Prompt, SequenceKv
+from tinsmithd.sampler.engines.transformers.kv.rows import Kernel, PieceRows, SequenceRows
 
 
 class StepAttention:
     """Attention of one step's forward; an `Attend`. It writes K and V as it goes.
+
+    Args:
+        kernel: How to attend.
+        sequences: Rows of one token each; those of one arena together, ascending by slot.
+        pieces: Rows of prompts, behind them.
+        committed: Called by `commit`, once.
 
     Attributes:
         sequences: Whose next tokens are the forward's first rows, in this order.
@@ -16,9 +27,28 @@ class StepAttention:
         positions_T: Position of each row, int64 `(T,)`.
     """
 
-    sequences: list[SequenceKv]
-    pieces: list[tuple[Prompt, int, int]]
-    positions_T: Tensor
+    def __init__(
+        self,
+        kernel: Kernel,
+        sequences: Sequence[SequenceKv],
+        pieces: Sequence[tuple[Prompt, int, int]],
+        committed: Callable[[StepAttention], None],
+    ) -> None:
+        self.sequences = list(sequences)
+        self.pieces = list(pieces)
+        self._shape = kernel.shape
+        self._committed = committed
+        positions = [np.array([sequence.length for sequence in sequences], np.int64)]
+        positions += [np.arange(start, end) for _prompt, start, end in pieces]
+        self.positions_T = torch.from_numpy(np.concatenate(positions)).to(kernel.shape.device)
+        self._parts: list[SequenceRows | PieceRows] = []
+        row = 0
+        for run in _runs(self.sequences):
+            self._parts.append(SequenceRows(kernel, run, row))
+            row += len(run)
+        for prompt, start, end in pieces:
+            self._parts.append(PieceRows(kernel, prompt, start, end, row))
+            row += end - start
 
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """Attention of one layer.
@@ -32,6 +62,28 @@ class StepAttention:
         Returns:
             `(T, heads * head_dim)`.
         """
+        shape = self._shape
+        out = q_THD.new_empty(len(q_THD), shape.kv_heads, shape.group, shape.head_dim)
+        for part in self._parts:
+            part(layer, q_THD, k_TGD, v_TGD, out)
+        return out.flatten(1)
 
     def commit(self) -> None:
         """Let lengths grow by what the forward wrote. Without it the step has not been."""
+        for sequence in self.sequences:
+            sequence.own += 1
+        for prompt, _start, end in self.pieces:
+            prompt.read = end
+        self._committed(self)
+
+
+def _runs(sequences: Sequence[SequenceKv]) -> list[list[SequenceKv]]:
+    """Sequences in consecutive slots of one arena, together."""
+    runs: list[list[SequenceKv]] = []
+    for sequence in sequences:
+        last = runs[-1][-1] if runs else None
+        if last is not None and last.arena is sequence.arena and last.slot + 1 == sequence.slot:
+            runs[-1].append(sequence)
+        else:
+            runs.append([sequence])
+    return runs

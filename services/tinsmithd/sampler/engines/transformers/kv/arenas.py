@@ -1,0 +1,110 @@
+"""Slots for the KV of sequences: those of like length beside each other."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
+
+if TYPE_CHECKING:
+    from tinsmithd.sampler.engines.transformers.kv.parts import SequenceKv
+
+SHRINK_RATIO = 4
+"""An arena of more slots than this times its sequences gives half of them back."""
+
+
+class Arena:
+    """Slots of one capacity. The open sequences fill the first ones, so one product reads them all.
+
+    Keys and values behind a sequence's length, and in slots that nobody has, are zeros: what a
+    sequence left, be it NaN, must not reach the next one through a masked key.
+
+    Args:
+        shape: Of the model.
+        capacity: Tokens of a slot.
+        shared: Its sequences have their prompt elsewhere.
+    """
+
+    def __init__(self, shape: ModelShape, capacity: int, shared: bool) -> None:
+        self._shape = shape
+        self.capacity = capacity
+        self.shared = shared
+        self.sequences: list[SequenceKv] = []
+        """Who has each slot; closed ones until `compact`."""
+        self.slots = 0
+        """Slots for which there is memory."""
+        self.keys_SGCD: list[Tensor] = []
+        """For each layer, `(slots, kv_heads, capacity, head_dim)`."""
+        self.values_SGCD: list[Tensor] = []
+        """Likewise."""
+
+    def add(self, sequence: SequenceKv) -> None:
+        """Give a sequence the next slot; there must be one."""
+        assert len(self.sequences) < self.slots
+        sequence.arena, sequence.slot = self, len(self.sequences)
+        self.sequences.append(sequence)
+
+    def resize(self, slots: int) -> None:
+        """Have memory for so many slots, at least for those that are in use."""
+        used = len(self.sequences)
+        assert slots >= used
+        if not slots:
+            self.keys_SGCD, self.values_SGCD = [], []
+        elif slots != self.slots:
+            shape = (slots, self._shape.kv_heads, self.capacity, self._shape.head_dim)
+            if not self.keys_SGCD:
+                self.keys_SGCD = [self._zeros(shape) for _layer in range(self._shape.layers)]
+                self.values_SGCD = [self._zeros(shape) for _layer in range(self._shape.layers)]
+            else:
+                for tensors in (self.keys_SGCD, self.values_SGCD):
+                    # A layer at a time: the rest is not there twice.
+                    for layer, old in enumerate(tensors):
+                        tensors[layer] = self._zeros(shape)
+                        tensors[layer][:used] = old[:used]
+        self.slots = slots
+
+    def compact(self) -> None:
+        """Move the last open sequences into the slots of those that were closed."""
+        if all(sequence.closed for sequence in self.sequences):
+            self.sequences.clear()
+        while any(sequence.closed for sequence in self.sequences):
+            last = self.sequences.pop()
+            if last.closed:
+                self._wipe(last.slot, 0, last.own)
+                continue
+            hole = next(sequence for sequence in self.sequences if sequence.closed)
+            for tensors in (self.keys_SGCD, self.values_SGCD):
+                for tensor in tensors:
+                    tensor[hole.slot, :, : last.own] = tensor[last.slot, :, : last.own]
+            self._wipe(last.slot, 0, last.own)
+            self._wipe(hole.slot, last.own, hole.own)
+            self.sequences[hole.slot] = last
+            last.slot = hole.slot
+        if len(self.sequences) * SHRINK_RATIO < self.slots:
+            self.resize(2 * len(self.sequences))
+
+    def _wipe(self, slot: int, start: int, end: int) -> None:
+        # A forward that was not committed has written one token more.
+        end = min(end + 1, self.capacity)
+        if start < end:
+            for tensors in (self.keys_SGCD, self.values_SGCD):
+                for tensor in tensors:
+                    tensor[slot, :, start:end] = 0
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        return zeros(shape, self._shape)
+
+
+def zeros(shape: tuple[int, ...], model: ModelShape) -> Tensor:
+    """Zeros of the model's type, on its device; on a CPU memory is touched only when it is used."""
+    # Not a tensor of inference mode: those may be written to nowhere else.
+    with torch.inference_mode(False):
+        if model.device.type != "cpu":
+            return torch.zeros(shape, dtype=model.dtype, device=model.device)
+        raw = torch.from_numpy(np.zeros(math.prod(shape) * model.dtype.itemsize, np.uint8))
+        return raw.view(model.dtype).view(shape)
