@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from data import collect
 from engines import make_engine
+from sampling_engines import embedded
 from tinsmithd.domain import AdamParams, Datum, LoraConfig, SampleRequest, SamplingParams
 from tinsmithd.errors import NotFound, Reason
 from tinsmithd.modeling.base import BaseModel, load_base
@@ -21,7 +22,6 @@ from tinsmithd.modeling.packing import (
     packed_attention,
     use_packed_attention,
 )
-from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model
 
@@ -99,17 +99,16 @@ def test_what_a_window_hides_is_hidden_in_every_engine(folder: Path) -> None:
 
 def test_trainer_and_sampler_and_transformers_see_the_same_windows(folder: Path) -> None:
     """Of the base: trainer, scored prompt, sampled tokens and plain transformers, to 1e-5."""
-    sampler = TransformersEngine(load(folder))
+    sampler = embedded(load(folder))
     params = SamplingParams(max_tokens=3 * WINDOW, seed=1, stop_at_eos=False)
     prompt = np.arange(10, 10 + 2 * WINDOW)
-    generation = sampler.start(SampleRequest(prompt, 1, params, True), None)
-    made: list[tuple[int, float]] = []
-    while not generation.finished:
-        for part in generation.step():
-            made += zip(part.tokens, part.logprobs, strict=True)
-    assert generation.prompt_scores is not None
-    sampled = [*generation.prompt_scores.logprobs[1:], *(logprob for _, logprob in made)]
-    tokens = np.array([*prompt, *(token for token, _ in made)])
+    drained = sampler.drain(SampleRequest(prompt, 1, params, True))
+    sampler.close()
+    (made,) = drained.sequences
+    assert drained.scores is not None
+    assert drained.scores.logprobs is not None
+    sampled = [*drained.scores.logprobs[1:], *made.logprobs]
+    tokens = np.array([*prompt, *made.tokens])
     inputs = {
         "target_tokens": tokens[1:],
         "weights": np.ones(len(tokens) - 1, np.float32),

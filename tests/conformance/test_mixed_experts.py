@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from checkpoints import to_files
 from data import collect, make_data
 from engines import make_engine
-from tinsmithd.domain import AdamParams, LoraConfig, SampleRequest, SamplingParams
+from sampling_engines import embedded
+from tinsmithd.domain import AdamParams, LoraConfig
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.lora import Adapters
-from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model
 
@@ -106,15 +106,12 @@ def test_the_adapter_of_a_mixed_model_goes_out_and_comes_back(
     targets = datum.loss_fn_inputs["target_tokens"]
     np.testing.assert_allclose(table[np.arange(len(targets)), targets], expected, atol=1e-5)
 
-    sampler = TransformersEngine(
-        load_base(str(folders(kind)), dtype="float32", on_progress=lambda _: None)
-    )
+    sampler = embedded(load_base(str(folders(kind)), dtype="float32", on_progress=lambda _: None))
     sampler.load_adapter("a", state)
-    request = SampleRequest(tokens, 1, SamplingParams(max_tokens=0, seed=0), True)
-    scores = sampler.start(request, "a").prompt_scores
-    assert scores is not None
+    logprobs = sampler.score(tokens, "a")
+    sampler.close()
     own = table[np.arange(len(tokens) - 1), tokens[1:]]
-    np.testing.assert_allclose(scores.logprobs[1:], own, atol=1e-5)
+    np.testing.assert_allclose(logprobs[1:], own, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine_name", ENGINES)

@@ -8,10 +8,10 @@ import torch
 
 from data import collect
 from engines import make_engine
-from tinsmithd.domain import AdamParams, Datum, LoraConfig, SampleRequest, SamplingParams
+from sampling_engines import embedded
+from tinsmithd.domain import AdamParams, Datum, LoraConfig
 from tinsmithd.modeling.base import load_base
 from tinsmithd.modeling.logits import BLOCK_ROWS, differentiable_product, float_logits
-from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
 
 torch.set_num_threads(1)
 TEXTS = (
@@ -41,14 +41,12 @@ def test_trainer_and_sampler_agree_in_bfloat16_on_real_weights(
         collect(trainer, "m", data, backward=True)
         trainer.optim_step("m", AdamParams(learning_rate=1e-3))
     _, expected = collect(trainer, "m", data, backward=False)
-    sampler = TransformersEngine(sampler_base)
+    sampler = embedded(sampler_base)
     sampler.load_adapter("a", trainer.export_state("m", optimizer=False))
     found = []
     for tokens in sequences:
-        request = SampleRequest(tokens, 1, SamplingParams(max_tokens=0, seed=0), True)
-        scores = sampler.start(request, "a").prompt_scores
-        assert scores is not None
-        found.append(scores.logprobs[1:])
+        found.append(sampler.score(tokens, "a")[1:])
+    sampler.close()
     distance = np.abs(np.concatenate(found) - np.concatenate(expected))
     assert distance.mean() <= 5e-4, f"mean {distance.mean():.6f}, max {distance.max():.6f}"
     assert np.abs(np.concatenate(expected) - np.concatenate(untrained)).mean() > 0.1
@@ -100,10 +98,9 @@ def test_every_engine_agrees_with_the_sampler_in_bfloat16(
         engine.import_state("m", state, optimizer=False)
         _, (logprobs[name],) = collect(engine, "m", data, backward=False)
     base = load_base(str(tiny_model), dtype="bfloat16", on_progress=lambda _: None)
-    sampler = TransformersEngine(base)
+    sampler = embedded(base)
     sampler.load_adapter("a", state)
-    request = SampleRequest(tokens, 1, SamplingParams(max_tokens=0, seed=0), True)
-    scores = sampler.start(request, "a").prompt_scores
-    assert scores is not None
-    np.testing.assert_allclose(scores.logprobs[1:], logprobs["deepspeed"], atol=1e-4)
-    np.testing.assert_allclose(scores.logprobs[1:], logprobs["reference"], atol=0.1)
+    found = sampler.score(tokens, "a")[1:]
+    sampler.close()
+    np.testing.assert_allclose(found, logprobs["deepspeed"], atol=1e-4)
+    np.testing.assert_allclose(found, logprobs["reference"], atol=0.1)

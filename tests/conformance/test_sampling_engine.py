@@ -1,28 +1,27 @@
 """What a sampling engine must do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import make_data
+from sampling_engines import Driven, embedded
 from tinsmithd.domain import (
     AdamParams,
     CrossEntropy,
     LoraConfig,
     ModelState,
-    SampledTokens,
     SampleRequest,
     SamplingParams,
     StopReason,
 )
 from tinsmithd.errors import FailedPrecondition
 from tinsmithd.modeling.base import load_base
-from tinsmithd.sampler.engines.interface import Generation
-from tinsmithd.sampler.engines.transformers.engine import TransformersEngine
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from tiny_models import write_tiny_model
@@ -38,11 +37,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> TransformersEngine:
+def engine(folder: Path) -> Iterator[Driven]:
     """An engine with a trained adapter "a"."""
-    engine = TransformersEngine(load_base(str(folder), dtype="float32", on_progress=lambda _: None))
+    engine = embedded(load_base(str(folder), dtype="float32", on_progress=lambda _: None))
     engine.load_adapter("a", trained_state(folder))
-    return engine
+    yield engine
+    engine.close()
 
 
 def trained_state(folder: Path) -> ModelState:
@@ -55,27 +55,13 @@ def trained_state(folder: Path) -> ModelState:
     return trainer.export_state("m", optimizer=False)
 
 
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def request(num_samples: int = 1, **kwargs: object) -> SampleRequest:
     params = {"max_tokens": 12, "seed": 5, "stop_at_eos": False, **kwargs}
     return SampleRequest(PROMPT, num_samples, SamplingParams(**params))  # type: ignore[arg-type]
-
-
-def drain(generation: Generation) -> list[SampledTokens]:
-    """All tokens of each sequence."""
-    parts: dict[int, list[SampledTokens]] = {}
-    while not generation.finished:
-        for part in generation.step():
-            parts.setdefault(part.sequence_index, []).append(part)
-    generation.close()
-    return [
-        SampledTokens(
-            index,
-            [t for p in found for t in p.tokens],
-            [x for p in found for x in p.logprobs],
-            found[-1].stop_reason,
-        )
-        for index, found in sorted(parts.items())
-    ]
 
 
 def full_logprobs(folder: Path, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
@@ -86,37 +72,35 @@ def full_logprobs(folder: Path, tokens: Sequence[int], temperature: float = 1.0)
     return (logits / temperature).log_softmax(-1).numpy()
 
 
-def test_greedy_is_what_generate_makes(engine: TransformersEngine, folder: Path) -> None:
+def test_greedy_is_what_generate_makes(engine: Driven, folder: Path) -> None:
     """Temperature 0 equals transformers' own greedy generation."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = torch.tensor([PROMPT.tolist()])
     expected = model.generate(
         prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, use_cache=True
     )[0, len(PROMPT) :]
-    (found,) = drain(engine.start(request(temperature=0), None))
+    (found,) = engine.sequences(request(temperature=0))
     assert list(found.tokens) == expected.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_sampled_logprobs_are_those_of_a_full_forward(
-    engine: TransformersEngine, folder: Path, temperature: float
+    engine: Driven, folder: Path, temperature: float
 ) -> None:
     """The cache changes nothing: 1e-5."""
-    for found in drain(engine.start(request(3, temperature=temperature), None)):
+    for found in engine.sequences(request(3, temperature=temperature)):
         table = full_logprobs(folder, [*PROMPT, *found.tokens], temperature)
         rows = table[len(PROMPT) - 1 : -1]
         expected = [row[token] for row, token in zip(rows, found.tokens, strict=True)]
         np.testing.assert_allclose(found.logprobs, expected, atol=1e-5)
 
 
-def test_prompt_scores_are_those_of_a_full_forward(
-    engine: TransformersEngine, folder: Path
-) -> None:
+def test_prompt_scores_are_those_of_a_full_forward(engine: Driven, folder: Path) -> None:
     """Logprobs and top-k, NaN at position 0; scoring alone makes no token."""
     params = SamplingParams(max_tokens=0, seed=0)
-    generation = engine.start(SampleRequest(PROMPT, 1, params, True, 3), None)
-    assert generation.finished
-    scores = generation.prompt_scores
+    made = engine.drain(SampleRequest(PROMPT, 1, params, True, 3))
+    assert not made.sequences
+    scores = made.scores
     assert scores is not None
     assert scores.topk is not None
     table = full_logprobs(folder, PROMPT)
@@ -130,30 +114,19 @@ def test_prompt_scores_are_those_of_a_full_forward(
     )
 
 
-def test_a_request_is_the_same_whatever_else_runs(engine: TransformersEngine) -> None:
+def test_a_request_is_the_same_whatever_else_runs(engine: Driven) -> None:
     """Interleaved with others, adapters too: tokens and logprobs bit for bit as alone."""
     wanted = [(request(4), None), (request(2, seed=6), "a"), (request(1, temperature=0), "a")]
-    alone = [drain(engine.start(r, adapter)) for r, adapter in wanted]
-    running = [engine.start(r, adapter) for r, adapter in wanted]
-    together: list[dict[int, list[SampledTokens]]] = [{} for _ in running]
-    while not all(generation.finished for generation in running):
-        for parts, generation in zip(together, running, strict=True):
-            for part in generation.step():
-                parts.setdefault(part.sequence_index, []).append(part)
-    for before, parts in zip(alone, together, strict=True):
-        for sequence in before:
-            found = parts[sequence.sequence_index]
-            assert [t for p in found for t in p.tokens] == sequence.tokens
-            assert [x for p in found for x in p.logprobs] == sequence.logprobs
+    alone = [engine.sequences(r, adapter) for r, adapter in wanted]
+    together = [made.sequences for made in engine.together(wanted)]
+    assert together == alone
 
 
-def test_sequences_of_a_request_end_on_their_own(engine: TransformersEngine) -> None:
+def test_sequences_of_a_request_end_on_their_own(engine: Driven) -> None:
     """Those that go on are not disturbed by those that stop."""
-    long = drain(engine.start(request(4), None))
+    long = engine.sequences(request(4))
     stop = long[0].tokens[3]
-    for before, found in zip(
-        long, drain(engine.start(request(4, stop_tokens=(stop,)), None)), strict=True
-    ):
+    for before, found in zip(long, engine.sequences(request(4, stop_tokens=(stop,))), strict=True):
         count = len(found.tokens)
         assert found.tokens == before.tokens[:count]
         np.testing.assert_allclose(found.logprobs, before.logprobs[:count], atol=1e-5)
@@ -162,33 +135,31 @@ def test_sequences_of_a_request_end_on_their_own(engine: TransformersEngine) -> 
         assert count == (before.tokens.index(stop) + 1 if stopped else 12)
 
 
-def test_stop_strings_end_a_sequence(engine: TransformersEngine) -> None:
+def test_stop_strings_end_a_sequence(engine: Driven, folder: Path) -> None:
     """The text that completes the stop is in the returned tokens."""
-    (free,) = drain(engine.start(request(), None))
-    text = engine._base.tokenizer.decode(list(free.tokens[:5]))
-    (found,) = drain(engine.start(request(stop_strings=(text[-2:],)), None))
+    (free,) = engine.sequences(request())
+    text = tokenizer(folder).decode(list(free.tokens[:5]))
+    (found,) = engine.sequences(request(stop_strings=(text[-2:],)))
     assert found.stop_reason is StopReason.STOP
     assert found.tokens == free.tokens[: len(found.tokens)]
     assert len(found.tokens) <= 5
 
 
-def test_an_adapter_changes_the_samples_and_can_be_unloaded(
-    engine: TransformersEngine, folder: Path
-) -> None:
+def test_an_adapter_changes_the_samples_and_can_be_unloaded(engine: Driven, folder: Path) -> None:
     """The base model is untouched by adapters that come and go."""
-    base = drain(engine.start(request(), None))
+    base = engine.sequences(request())
     engine.load_adapter("b", trained_state(folder))
-    tuned = [drain(engine.start(request(), key)) for key in ("a", "b")]
+    tuned = [engine.sequences(request(), key) for key in ("a", "b")]
     assert tuned[0] == tuned[1] != base
     engine.unload_adapter("b")
     engine.unload_adapter("b")
     with pytest.raises(KeyError):
-        engine.start(request(), "b")
-    assert drain(engine.start(request(), None)) == base
-    assert drain(engine.start(request(), "a")) == tuned[0]
+        engine.sequences(request(), "b")
+    assert engine.sequences(request()) == base
+    assert engine.sequences(request(), "a") == tuned[0]
 
 
-def test_an_adapter_that_does_not_fit_is_refused(engine: TransformersEngine, folder: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(engine: Driven, folder: Path) -> None:
     """Nothing of it stays."""
     state = trained_state(folder)
     weights = dict(state.weights)
@@ -197,5 +168,5 @@ def test_an_adapter_that_does_not_fit_is_refused(engine: TransformersEngine, fol
     with pytest.raises(FailedPrecondition):
         engine.load_adapter("bad", bad)
     with pytest.raises(KeyError):
-        engine.start(request(), "bad")
-    drain(engine.start(request(), "a"))
+        engine.sequences(request(), "bad")
+    engine.sequences(request(), "a")

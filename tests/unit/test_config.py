@@ -193,7 +193,11 @@ def test_addresses_that_others_reach_are_warned_of() -> None:
         (TrainerConfig, ["--base-model", "x", "--zero-stage", "4"], "trainer.zero_stage"),
         (SamplerConfig, [], "sampler.base_model"),
         (SamplerConfig, ["--base-model", "x", "--dtype", "int8"], "sampler.dtype"),
-        (SamplerConfig, ["--base-model", "x", "--adapters-max", "1"], "sampler.adapters_max"),
+        (
+            SamplerConfig,
+            ["--base-model", "x", "--adapters-bytes-max", "1"],
+            "sampler.adapters_bytes_max",
+        ),
         (TrainingConfig, ["--spawn-ranks", "1"], "training.spawn_base_model"),
         (TrainingConfig, ["--link-address", "0.0.0.0:50054"], "training.link_secret_file"),
         (TrainingConfig, ["--link-address", "50054"], "training.link_address"),

@@ -101,11 +101,13 @@ def new_admission(
     fetches_max: int = 16,
     rows: int = 1000,
     tokens_max: int = 0,
+    counted: bool = False,
 ) -> Admission:
     return Admission(
         engine,
         PlaceLimits(running, waiting, rows, tokens_max),
-        adapters_bytes_max=adapters * ADAPTER_BYTES,
+        adapters_max=adapters if counted else 1000,
+        adapters_bytes_max=1 << 40 if counted else adapters * ADAPTER_BYTES,
         fetches_max=fetches_max,
     )
 
@@ -249,10 +251,10 @@ async def test_one_load_serves_all_who_want_an_adapter(
     assert fetched == engine.loads == ["a"]
 
 
-async def test_the_adapter_unused_longest_makes_room(
-    admission: Admission, engine: Recorder
-) -> None:
-    """Two fit; using one keeps it."""
+@pytest.mark.parametrize("counted", [False, True])
+async def test_the_adapter_unused_longest_makes_room(engine: Recorder, counted: bool) -> None:
+    """Two fit, by bytes or by number; using one keeps it."""
+    admission = new_admission(engine, 2, 1, 2, counted=counted)
     for key in ("a", "b", "a", "c"):
         await drain(admission, 1, 1, adapter(key))
     assert engine.unloads == ["b"]

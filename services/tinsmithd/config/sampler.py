@@ -74,6 +74,8 @@ class SamplerConfig(ServerConfig):
     adapters_bytes_max: Count = 8 * 1024 * MIB
     """Adapters in memory, as float32; the one that was used longest ago goes first, and a call
     waits while all of them are in use."""
+    adapters_max: Positive = 256
+    """Adapters in memory, whatever their size."""
     rank_max: Count = 256
     """Largest LoRA rank that is served; as `training.rank_max`."""
     adapter_bytes_max: Count = 8 * 1024 * MIB

@@ -26,7 +26,7 @@ class Admission:
     Args:
         engine: Computes them.
         limits: Bounds of what is computed at once.
-        adapters_bytes_max, fetches_max: See `LoadedAdapters`.
+        adapters_max, adapters_bytes_max, fetches_max: See `LoadedAdapters`.
 
     Attributes:
         loaded: The adapters in the engine's memory.
@@ -38,6 +38,7 @@ class Admission:
         engine: SamplingEngine,
         limits: PlaceLimits,
         *,
+        adapters_max: int,
         adapters_bytes_max: int,
         fetches_max: int = 16,
     ) -> None:
@@ -47,7 +48,10 @@ class Admission:
         self._streams = 0
         self.prompt_tokens = self.sampled_tokens = 0
         self.loaded = LoadedAdapters(
-            engine, adapters_bytes_max=adapters_bytes_max, fetches_max=fetches_max
+            engine,
+            adapters_max=adapters_max,
+            adapters_bytes_max=adapters_bytes_max,
+            fetches_max=fetches_max,
         )
 
     @property

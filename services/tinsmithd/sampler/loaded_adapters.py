@@ -28,18 +28,25 @@ class LoadedAdapters:
 
     Args:
         engine: Holds them.
-        adapters_bytes_max: Maximum bytes of all of them; as `state_bytes` counts.
+        adapters_max, adapters_bytes_max: Maximum number of them, and of their bytes as
+            `state_bytes` counts.
         fetches_max: Maximum number that are fetched at the same time.
 
     Attributes:
         fetching: Number of requests that wait for their adapter to come.
-        nbytes: Bytes of those in memory, or that room was made for.
+        count, nbytes: Number and bytes of those in memory, or that room was made for.
     """
 
     def __init__(
-        self, engine: SamplingEngine, *, adapters_bytes_max: int, fetches_max: int
+        self,
+        engine: SamplingEngine,
+        *,
+        adapters_max: int,
+        adapters_bytes_max: int,
+        fetches_max: int,
     ) -> None:
         self._engine = engine
+        self._adapters_max = adapters_max
         self._bytes_max = adapters_bytes_max
         # In the order of their last use.
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
@@ -49,7 +56,7 @@ class LoadedAdapters:
         self._idle = asyncio.Event()
         """Set when an adapter was left, or is loaded, or could not be."""
         self.fetching = 0
-        self.nbytes = 0
+        self.count = self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._loaded.keys() | self._fetches.keys())
@@ -136,7 +143,7 @@ class LoadedAdapters:
         try:
             await self._engine.load_adapter(key, state)
         except BaseException:
-            self.nbytes -= nbytes
+            self._give_room(nbytes)
             raise
 
     async def _make_room(self, nbytes: int) -> None:
@@ -145,7 +152,7 @@ class LoadedAdapters:
         Those that ask come one after the other, so that none is overtaken for ever.
         """
         async with self._making_room:
-            while self.nbytes + nbytes > self._bytes_max:
+            while self.count >= self._adapters_max or self.nbytes + nbytes > self._bytes_max:
                 # Looked for anew each time: while one was unloaded, another may be in use again.
                 idle = (k for k, a in self._loaded.items() if not a.users and a.loading.done())
                 key = next(idle, None)
@@ -157,8 +164,13 @@ class LoadedAdapters:
                 try:
                     await self._engine.unload_adapter(key)
                 finally:
-                    self.nbytes -= unloaded.nbytes
+                    self._give_room(unloaded.nbytes)
+            self.count += 1
             self.nbytes += nbytes
+
+    def _give_room(self, nbytes: int) -> None:
+        self.count -= 1
+        self.nbytes -= nbytes
 
 
 class _Fetch:

@@ -100,6 +100,7 @@ class SamplerServer:
         self._servicer.admission = Admission(
             engine,
             limits,
+            adapters_max=config.adapters_max,
             adapters_bytes_max=config.adapters_bytes_max,
             fetches_max=config.fetches_max,
         )
