@@ -38,9 +38,7 @@ def shape_of(
     )
 
 
-def cache_of(
-    shape: ModelShape, *, bytes_max: int = 1 << 30, prefix_bytes_max: int = 0
-) -> KvCache:
+def cache_of(shape: ModelShape, *, bytes_max: int = 1 << 30, prefix_bytes_max: int = 0) -> KvCache:
     return KvCache(
         shape, bytes_max=bytes_max, prefix_bytes_max=prefix_bytes_max, chunk_tokens=CHUNK_TOKENS
     )
@@ -98,7 +96,9 @@ class Request:
             self.cache.close_sequence(sequence)
 
 
-def step(cache: KvCache, shape: ModelShape, requests: Sequence[Request], commit: bool = True) -> int:
+def step(
+    cache: KvCache, shape: ModelShape, requests: Sequence[Request], commit: bool = True
+) -> int:
     """One forward of all that the requests want next; returns the rows."""
     reading = {one.prompt: one for one in requests if not one.prompt.closed}
     pieces = [(prompt, piece) for prompt in reading if (piece := cache.next_piece(prompt))]

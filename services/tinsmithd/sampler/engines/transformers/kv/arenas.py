@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 
 SHRINK_RATIO = 4
 """An arena of more slots than this times its sequences gives half of them back."""
+VIEWS_MAX = 64
+"""Views of an arena that are kept."""
+
+
+class View(NamedTuple):
+    """One layer of some slots.
+
+    Attributes:
+        to_SCHD: All slots, for new keys and values: `(slots, capacity, 2 * kv_heads, head_dim)`.
+        k_NGKD: Keys of some slots, `(N, kv_heads, K, head_dim)`.
+        v_NGKD: Values, likewise.
+    """
+
+    to_SCHD: Tensor
+    k_NGKD: Tensor
+    v_NGKD: Tensor
 
 
 class Arena:
@@ -38,10 +54,9 @@ class Arena:
         """Who has each slot; closed ones until `compact`."""
         self.slots = 0
         """Slots for which there is memory."""
-        self.keys_SGCD: list[Tensor] = []
-        """For each layer, `(slots, kv_heads, capacity, head_dim)`."""
-        self.values_SGCD: list[Tensor] = []
-        """Likewise."""
+        self.kv_SHCD: list[Tensor] = []
+        """For each layer keys, then values: `(slots, 2 * kv_heads, capacity, head_dim)`."""
+        self._views: dict[tuple[int, int, int, int], list[View]] = {}
 
     def add(self, sequence: SequenceKv) -> None:
         """Give a sequence the next slot; there must be one."""
@@ -53,19 +68,19 @@ class Arena:
         """Have memory for so many slots, at least for those that are in use."""
         used = len(self.sequences)
         assert slots >= used
+        if slots == self.slots:
+            return
+        self._views.clear()
+        shape = (slots, 2 * self._shape.kv_heads, self.capacity, self._shape.head_dim)
         if not slots:
-            self.keys_SGCD, self.values_SGCD = [], []
-        elif slots != self.slots:
-            shape = (slots, self._shape.kv_heads, self.capacity, self._shape.head_dim)
-            if not self.keys_SGCD:
-                self.keys_SGCD = [self._zeros(shape) for _layer in range(self._shape.layers)]
-                self.values_SGCD = [self._zeros(shape) for _layer in range(self._shape.layers)]
-            else:
-                for tensors in (self.keys_SGCD, self.values_SGCD):
-                    # A layer at a time: the rest is not there twice.
-                    for layer, old in enumerate(tensors):
-                        tensors[layer] = self._zeros(shape)
-                        tensors[layer][:used] = old[:used]
+            self.kv_SHCD = []
+        elif not self.kv_SHCD:
+            self.kv_SHCD = [zeros(shape, self._shape) for _layer in range(self._shape.layers)]
+        else:
+            # A layer at a time: the rest is not there twice.
+            for layer, old in enumerate(self.kv_SHCD):
+                self.kv_SHCD[layer] = zeros(shape, self._shape)
+                self.kv_SHCD[layer][:used] = old[:used]
         self.slots = slots
 
     def compact(self) -> None:
@@ -78,9 +93,8 @@ class Arena:
                 self._wipe(last.slot, 0, last.own)
                 continue
             hole = next(sequence for sequence in self.sequences if sequence.closed)
-            for tensors in (self.keys_SGCD, self.values_SGCD):
-                for tensor in tensors:
-                    tensor[hole.slot, :, : last.own] = tensor[last.slot, :, : last.own]
+            for tensor in self.kv_SHCD:
+                tensor[hole.slot, :, : last.own] = tensor[last.slot, :, : last.own]
             self._wipe(last.slot, 0, last.own)
             self._wipe(hole.slot, last.own, hole.own)
             self.sequences[hole.slot] = last
@@ -88,16 +102,32 @@ class Arena:
         if len(self.sequences) * SHRINK_RATIO < self.slots:
             self.resize(2 * len(self.sequences))
 
+    def views(self, first: int, last: int, start: int, end: int) -> list[View]:
+        """What rows of the slots `[first, last)` write to and read, the keys `[start, end)`.
+
+        Steps that follow each other mostly ask for the same: it is kept.
+        """
+        key = (first, last, start, end)
+        if key not in self._views:
+            if len(self._views) >= VIEWS_MAX:
+                self._views.clear()
+            heads = self._shape.kv_heads
+            self._views[key] = [
+                View(
+                    kv.transpose(1, 2),
+                    kv[first:last, :heads, start:end],
+                    kv[first:last, heads:, start:end],
+                )
+                for kv in self.kv_SHCD
+            ]
+        return self._views[key]
+
     def _wipe(self, slot: int, start: int, end: int) -> None:
         # A forward that was not committed has written one token more.
         end = min(end + 1, self.capacity)
         if start < end:
-            for tensors in (self.keys_SGCD, self.values_SGCD):
-                for tensor in tensors:
-                    tensor[slot, :, start:end] = 0
-
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        return zeros(shape, self._shape)
+            for tensor in self.kv_SHCD:
+                tensor[slot, :, start:end] = 0
 
 
 def zeros(shape: tuple[int, ...], model: ModelShape) -> Tensor:

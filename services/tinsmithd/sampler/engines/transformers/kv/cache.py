@@ -133,13 +133,12 @@ class KvCache:
         assert len(tokens_P) == reservation.prompt_tokens
         shape = self._shape
         tokens = self._kernel.counts.padded(len(tokens_P))
-        kv = (shape.layers, shape.kv_heads, tokens, shape.head_dim)
+        kv = (shape.layers, 2 * shape.kv_heads, tokens, shape.head_dim)
         prompt = Prompt(
             reservation,
             tokens_P,
             chunk_digests(weights, tokens_P, self._chunk_tokens),
             len(tokens_P) if cached_tokens_max is None else cached_tokens_max,
-            zeros(kv, shape),
             zeros(kv, shape),
         )
         self._rooms.prompts.add(prompt)
@@ -214,15 +213,12 @@ class KvCache:
         """Put a chunk that was read into the prefix cache."""
         if not self._would_keep(end - start) or prompt.closed:
             return
-        assert prompt.keys_LGCD is not None
-        assert prompt.values_LGCD is not None
+        assert prompt.kv_LHCD is not None
         digest = prompt.digests[start // self._chunk_tokens]
         known = self._prefix.get(digest)
-        if known is None or known.last_hidden_d is None:
-            keys, values = (
-                tensor[:, :, start:end].clone() for tensor in (prompt.keys_LGCD, prompt.values_LGCD)
-            )
-            self._prefix.put(digest, Chunk(keys, values, last_hidden_d))
+        adds = last_hidden_d is not None and known is not None and known.last_hidden_d is None
+        if known is None or adds:
+            self._prefix.put(digest, Chunk(prompt.kv_LHCD[:, :, start:end].clone(), last_hidden_d))
 
     def _take_cached(self, prompt: Prompt) -> None:
         """Copy from the prefix cache what comes next, as far as it goes."""
@@ -233,10 +229,8 @@ class KvCache:
                 return
             if whole and chunk.last_hidden_d is None:
                 return
-            assert prompt.keys_LGCD is not None
-            assert prompt.values_LGCD is not None
-            prompt.keys_LGCD[:, :, start:end] = chunk.keys_LGCD
-            prompt.values_LGCD[:, :, start:end] = chunk.values_LGCD
+            assert prompt.kv_LHCD is not None
+            prompt.kv_LHCD[:, :, start:end] = chunk.kv_LHCD
             if whole:
                 prompt.last_hidden_d = chunk.last_hidden_d
             prompt.read = end

@@ -46,8 +46,8 @@ class Prompt:
         tokens_P: Its tokens, int64 `(P,)`.
         digests: Names of its chunks: what a chunk's KV depends on.
         cached_tokens_max: Maximum tokens to take from the prefix cache.
-        keys_LGCD: `(layers, kv_heads, C, head_dim)`; zeros from `read` on. None: given back.
-        values_LGCD: Likewise.
+        kv_LHCD: Keys and values, `(layers, 2 * kv_heads, C, head_dim)`; zeros from `read` on. None:
+            given back.
         read: Tokens whose KV is there; the prompt is ready to fork when this is P.
         cached: Those of them that came from the prefix cache.
         last_hidden_d: `(d,)` of the last token, when it came from the prefix cache with the rest.
@@ -61,8 +61,7 @@ class Prompt:
     tokens_P: np.ndarray
     digests: list[bytes]
     cached_tokens_max: int
-    keys_LGCD: Tensor | None
-    values_LGCD: Tensor | None
+    kv_LHCD: Tensor | None
     read: int = 0
     cached: int = 0
     last_hidden_d: Tensor | None = None

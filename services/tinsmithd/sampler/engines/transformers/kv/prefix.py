@@ -15,20 +15,18 @@ class Chunk:
     """KV of one chunk of a prompt.
 
     Attributes:
-        keys_LGCD: `(layers, kv_heads, tokens, head_dim)`.
-        values_LGCD: Likewise.
+        kv_LHCD: Keys and values, `(layers, 2 * kv_heads, tokens, head_dim)`.
         last_hidden_d: `(d,)` of its last token, where a prompt ended there.
     """
 
-    keys_LGCD: Tensor
-    values_LGCD: Tensor
+    kv_LHCD: Tensor
     last_hidden_d: Tensor | None = None
 
     @property
     def bytes(self) -> int:
         """What it takes."""
         hidden = self.last_hidden_d.nbytes if self.last_hidden_d is not None else 0
-        return self.keys_LGCD.nbytes + self.values_LGCD.nbytes + hidden
+        return self.kv_LHCD.nbytes + hidden
 
 
 class PrefixCache:

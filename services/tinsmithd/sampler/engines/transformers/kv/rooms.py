@@ -78,6 +78,8 @@ class Rooms:
     def fork(self, prompt: Prompt) -> list[SequenceKv]:
         """Slots for all samples of a prompt, with its KV in them unless they share it."""
         shared, samples = prompt.reservation.shared, prompt.reservation.samples
+        if not samples:
+            return []
         tokens = 0 if shared else len(prompt.tokens_P)
         arena = self._arena(shared, tokens + 1)
         self._make_room(arena, samples)
@@ -87,11 +89,9 @@ class Rooms:
             arena.add(sequence)
         prompt.members = samples
         if tokens:
-            sides = ((arena.keys_SGCD, prompt.keys_LGCD), (arena.values_SGCD, prompt.values_LGCD))
-            for slots, source in sides:
-                assert source is not None
-                for layer, tensor in enumerate(slots):
-                    tensor[first:, :, :tokens] = source[layer, :, :tokens]
+            assert prompt.kv_LHCD is not None
+            for slots, source in zip(arena.kv_SHCD, prompt.kv_LHCD, strict=True):
+                slots[first : first + samples, :, :tokens] = source[:, :tokens]
         return sequences
 
     def arrange(self, decode: Sequence[SequenceKv]) -> list[SequenceKv]:
@@ -129,7 +129,7 @@ class Rooms:
     def _release(self, prompt: Prompt) -> None:
         """Give back a closed prompt's KV unless a sequence reads it."""
         if prompt in self.prompts and not (prompt.reservation.shared and prompt.members):
-            prompt.keys_LGCD = prompt.values_LGCD = None
+            prompt.kv_LHCD = None
             self.prompts.remove(prompt)
             self.give_back(prompt.reservation.prompt_bytes)
 
@@ -140,10 +140,8 @@ class Rooms:
         old, slot = sequence.arena, sequence.slot
         old.sequences[slot] = replace(sequence, closed=True)
         new.add(sequence)
-        sides = ((new.keys_SGCD, old.keys_SGCD), (new.values_SGCD, old.values_SGCD))
-        for targets, sources in sides:
-            for target, source in zip(targets, sources, strict=True):
-                target[sequence.slot, :, : sequence.own] = source[slot, :, : sequence.own]
+        for target, source in zip(new.kv_SHCD, old.kv_SHCD, strict=True):
+            target[sequence.slot, :, : sequence.own] = source[slot, :, : sequence.own]
 
     def _make_room(self, arena: Arena, count: int) -> None:
         """Have memory for so many more sequences in an arena, and for some to come."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tinsmithd.sampler.engines.transformers.kv.arenas import View
 from tinsmithd.sampler.engines.transformers.kv.attention import (
     BLOCK_KEYS,
     ROWS,
@@ -52,53 +53,56 @@ class SequenceRows:
     """
 
     def __init__(self, kernel: Kernel, sequences: Sequence[SequenceKv], row: int) -> None:
-        shape, first = kernel.shape, sequences[0]
-        self._kernel, self._arena, count = kernel, first.arena, len(sequences)
-        self._rows = slice(row, row + count)
-        self._slots = slice(first.slot, first.slot + count)
+        shape, first, count = kernel.shape, sequences[0], len(sequences)
+        self._kernel, self._arena = kernel, first.arena
+        self._row, self._count = row, count
         own = [sequence.own for sequence in sequences]
-        self._slots_N = torch.arange(first.slot, first.slot + count, device=shape.device)
         self._own_N = torch.tensor(own, device=shape.device)
-        self._end = kernel.counts.padded(max(own) + 1)
-        self._seen = {
-            window: self._mask(min(own), window)
-            for window in {_narrowing(window, max(own) + 1) for window in shape.windows}
-        }
+        slots_N = torch.arange(first.slot, first.slot + count, device=shape.device)
+        self._at = (slots_N, self._own_N)
+        end = kernel.counts.padded(max(own) + 1)
         self._windows = [_narrowing(window, max(own) + 1) for window in shape.windows]
-        padded = (count, shape.kv_heads, kernel.group_rows, shape.head_dim)
-        self._q_NGRD = torch.zeros(padded, dtype=shape.dtype, device=shape.device)
+        self._seen: dict[int | None, tuple[list[View], Tensor]] = {}
+        for window in set(self._windows):
+            start = _first_key(min(own), window)
+            views = self._arena.views(first.slot, first.slot + count, start, end)
+            mask = causal_mask(self._own_N, start, end, window, shape.dtype)[:, None, None]
+            expanded = mask.expand(-1, shape.kv_heads, kernel.group_rows, -1)
+            self._seen[window] = (views, expanded)
         self._shared = SharedRows(kernel, sequences) if self._arena.shared else None
 
-    def _mask(self, shortest: int, window: int | None) -> tuple[int, Tensor]:
-        """The first key that is read, and what hides the others."""
-        first = _first_key(shortest, window)
-        mask = causal_mask(self._own_N, first, self._end, window, self._kernel.shape.dtype)
-        heads, rows = self._kernel.shape.kv_heads, self._kernel.group_rows
-        return first, mask[:, None, None].expand(-1, heads, rows, -1)
-
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, out_TGgD: Tensor
-    ) -> None:
-        """Write the keys and values of one layer, and what the rows' queries find."""
-        shape, rows = self._kernel.shape, self._rows
-        keys, values = self._arena.keys_SGCD[layer], self._arena.values_SGCD[layer]
-        at = (self._slots_N, self._own_N)
-        keys.transpose(1, 2).index_put_(at, k_TGD[rows])
-        values.transpose(1, 2).index_put_(at, v_TGD[rows])
-        q_NGgD = q_THD[rows].view(-1, shape.kv_heads, shape.group, shape.head_dim)
-        self._q_NGRD[:, :, : shape.group] = q_NGgD
-        first, mask = self._seen[self._windows[layer]]
-        found, sums = attend(
-            self._q_NGRD,
-            keys[self._slots, :, first : self._end],
-            values[self._slots, :, first : self._end],
-            mask,
-            shape.scaling,
-        )
+    def __call__(self, layer: int, qkv_THD: Tensor) -> Tensor:
+        """Write the keys and values of one layer; what the rows' queries find, `(N, heads * D)`."""
+        shape = self._kernel.shape
+        qkv_NHD = qkv_THD
+        if len(qkv_THD) != self._count:
+            qkv_NHD = qkv_THD[self._row : self._row + self._count]
+        views, mask = self._seen[self._windows[layer]]
+        view = views[layer]
+        view.to_SCHD.index_put_(self._at, qkv_NHD[:, shape.heads :])
+        found, sums = attend(self._queries(qkv_NHD), view.k_NGKD, view.v_NGKD, mask, shape.scaling)
         found = found[:, :, : shape.group]
         if self._shared is not None:
+            q_NGgD = qkv_NHD[:, : shape.heads].view(found.shape)
             found = self._shared(layer, q_NGgD, found, sums[:, :, : shape.group])
-        out_TGgD[rows] = found
+        return found.reshape(self._count, -1)
+
+    def _queries(self, qkv_NHD: Tensor) -> Tensor:
+        """Queries by their key head, filled up to the rows of a product; nobody looks at the rest.
+
+        The heads that follow in memory fill up, which costs nothing: there are keys and values
+        behind the last query.
+        """
+        shape, rows = self._kernel.shape, self._kernel.group_rows
+        fill = rows - shape.group
+        size = (self._count, shape.kv_heads, rows, shape.head_dim)
+        if fill <= 2 * shape.kv_heads:
+            row, head, one = qkv_NHD.stride()
+            return qkv_NHD.as_strided(size, (row, shape.group * head, head, one))
+        q_NHD = qkv_NHD[:, : shape.heads]
+        return functional.pad(
+            q_NHD.reshape(self._count, shape.kv_heads, shape.group, -1), (0, 0, 0, fill)
+        )
 
 
 class SharedRows:
@@ -160,14 +164,13 @@ class SharedRows:
         q_GMD = q_NGgD.transpose(0, 1).flatten(1, 2)[None]
         parts = []
         for prompt, stacked, end, mask in self._groups:
-            assert prompt.keys_LGCD is not None
-            assert prompt.values_LGCD is not None
+            assert prompt.kv_LHCD is not None
+            kv_1HKD = prompt.kv_LHCD[layer][None, :, :end]
             q = q_GMD[:, :, stacked]
             if mask is not None:
                 mask = mask.expand(1, shape.kv_heads, q.shape[2], end)
-            keys = prompt.keys_LGCD[layer][None, :, :end]
-            values = prompt.values_LGCD[layer][None, :, :end]
-            parts.append(attend(q, keys, values, mask, shape.scaling))
+            k_1GKD, v_1GKD = kv_1HKD.chunk(2, dim=1)
+            parts.append(attend(q, k_1GKD, v_1GKD, mask, shape.scaling))
         found_GMD, sums_GM = (
             parts[0]
             if len(parts) == 1
@@ -182,7 +185,8 @@ class SharedRows:
         # Two at a time in the last dimension: an element's bits do not depend on how many there
         # are. Each operation rounds once, so that no place in a vector matters.
         weights = functional.softmax(torch.stack((own_sums_NGg, sums_NGg), -1), dim=-1)
-        return (own_NGgD * weights[..., :1]).add_(found_NGgD * weights[..., 1:])
+        joined = (own_NGgD * weights[..., :1]).add_(found_NGgD * weights[..., 1:])
+        return joined.to(shape.dtype)
 
 
 class PieceRows:
@@ -223,33 +227,46 @@ class PieceRows:
         mask = causal_mask(positions, first, last, window, shape.dtype)
         return first, last, mask.expand(shape.kv_heads, shape.group, -1, -1)
 
-    def __call__(
-        self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, out_TGgD: Tensor
-    ) -> None:
-        """Write the keys and values of one layer, and what the rows' queries find."""
+    def __call__(self, layer: int, qkv_THD: Tensor) -> Tensor:
+        """Write the keys and values of one layer; what the rows' queries find, `(N, heads * D)`."""
         shape, window = self._kernel.shape, self._windows[layer]
-        assert self._prompt.keys_LGCD is not None
-        assert self._prompt.values_LGCD is not None
-        keys, values = self._prompt.keys_LGCD[layer], self._prompt.values_LGCD[layer]
+        assert self._prompt.kv_LHCD is not None
+        kv_HCD = self._prompt.kv_LHCD[layer]
         rows = slice(self._row, self._row + self._end - self._start)
-        keys[:, self._start : self._end] = k_TGD[rows].transpose(0, 1)
-        values[:, self._start : self._end] = v_TGD[rows].transpose(0, 1)
+        kv_HCD[:, self._start : self._end] = qkv_THD[rows, shape.heads :].transpose(0, 1)
+        parts = []
         for cut in self._cuts:
             first, last, mask = self._seen[cut, window]
             start, count = self._row + cut[0] - self._start, cut[1] - cut[0]
             # What follows fills up; nobody looks at what it finds.
-            q = q_THD[start : start + mask.shape[2]]
-            if len(q) < mask.shape[2]:
-                q = functional.pad(q, (0, 0, 0, 0, 0, mask.shape[2] - len(q)))
-            q_MGgD = q.view(-1, shape.kv_heads, shape.group, shape.head_dim)
-            k_GgKD, v_GgKD = (
-                tensor[:, None, first:last].expand(-1, shape.group, -1, -1)
-                for tensor in (keys, values)
-            )
-            found_GgMD, _sums = attend(
-                q_MGgD.permute(1, 2, 0, 3), k_GgKD, v_GgKD, mask, shape.scaling
-            )
-            out_TGgD[start : start + count] = found_GgMD[:, :, :count].permute(2, 0, 1, 3)
+            q_MHD = qkv_THD[start : start + mask.shape[2], : shape.heads]
+            if len(q_MHD) < mask.shape[2]:
+                q_MHD = functional.pad(q_MHD, (0, 0, 0, 0, 0, mask.shape[2] - len(q_MHD)))
+            q_MGgD = q_MHD.view(-1, shape.kv_heads, shape.group, shape.head_dim)
+            read = kv_HCD[:, None, first:last].expand(-1, shape.group, -1, -1)
+            k_GgKD, v_GgKD = read.chunk(2)
+            found, _sums = attend(q_MGgD.permute(1, 2, 0, 3), k_GgKD, v_GgKD, mask, shape.scaling)
+            parts.append(found[:, :, :count].permute(2, 0, 1, 3).reshape(count, -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def join(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    """Queries, keys and values as one, `(T, heads + 2 * kv_heads, D)`.
+
+    A copy only where they do not lie beside each other already, as in the result of one product.
+    """
+    step = q_THD.stride()
+    heads, kv_heads, head_dim = q_THD.shape[1], *k_TGD.shape[1:]
+    head_bytes = head_dim * q_THD.element_size()
+    if (
+        step == k_TGD.stride() == v_TGD.stride()
+        and step[0] >= (heads + 2 * kv_heads) * head_dim
+        and step[1:] == (head_dim, 1)
+        and k_TGD.data_ptr() - q_THD.data_ptr() == heads * head_bytes
+        and v_TGD.data_ptr() - k_TGD.data_ptr() == kv_heads * head_bytes
+    ):
+        return q_THD.as_strided((len(q_THD), heads + 2 * kv_heads, head_dim), step)
+    return torch.cat((q_THD, k_TGD, v_TGD), dim=1)
 
 
 def _first_key(position: int, window: int | None) -> int:

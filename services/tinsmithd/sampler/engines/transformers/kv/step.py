@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.kv.parts import Prompt, SequenceKv
-from tinsmithd.sampler.engines.transformers.kv.rows import Kernel, PieceRows, SequenceRows
+from tinsmithd.sampler.engines.transformers.kv.rows import Kernel, PieceRows, SequenceRows, join
 
 
 class StepAttention:
@@ -36,7 +36,6 @@ class StepAttention:
     ) -> None:
         self.sequences = list(sequences)
         self.pieces = list(pieces)
-        self._shape = kernel.shape
         self._committed = committed
         positions = [np.array([sequence.length for sequence in sequences], np.int64)]
         positions += [np.arange(start, end) for _prompt, start, end in pieces]
@@ -62,11 +61,9 @@ class StepAttention:
         Returns:
             `(T, heads * head_dim)`.
         """
-        shape = self._shape
-        out = q_THD.new_empty(len(q_THD), shape.kv_heads, shape.group, shape.head_dim)
-        for part in self._parts:
-            part(layer, q_THD, k_TGD, v_TGD, out)
-        return out.flatten(1)
+        qkv_THD = join(q_THD, k_TGD, v_TGD)
+        found = [part(layer, qkv_THD) for part in self._parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def commit(self) -> None:
         """Let lengths grow by what the forward wrote. Without it the step has not been."""
