@@ -51,6 +51,9 @@ def build(
     apart = check_rows(decoder, rows_max)
     if not apart:
         rule.in_blocks = keep_rows_apart
-        on_progress("the bits of a row depend on how many there are" + ("; computing in blocks" if keep_rows_apart else ""))
+        on_progress(
+            "the bits of a row depend on how many there are"
+            + ("; computing in blocks" if keep_rows_apart else "")
+        )
     expected.check(base.info.name, decoder)
     return Built(decoder, LoraPool(layout, decoder.shape, rule), apart or keep_rows_apart)
