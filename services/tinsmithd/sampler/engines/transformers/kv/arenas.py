@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
-
-if TYPE_CHECKING:
-    from tinsmithd.sampler.engines.transformers.kv.parts import SequenceKv
 
 SHRINK_RATIO = 4
 """An arena of more slots than this times its sequences gives half of them back."""
@@ -34,6 +32,23 @@ class View(NamedTuple):
     v_NGKD: Tensor
 
 
+@dataclass(eq=False, kw_only=True)
+class Holder:
+    """Who has a slot.
+
+    Attributes:
+        own: Tokens whose KV is in its slot.
+        arena: Where its slot is.
+        slot: Which.
+        closed: Its room was given back.
+    """
+
+    own: int
+    arena: Arena = field(repr=False)
+    slot: int = 0
+    closed: bool = False
+
+
 class Arena:
     """Slots of one capacity. The open sequences fill the first ones, so one product reads them all.
 
@@ -50,7 +65,7 @@ class Arena:
         self._shape = shape
         self.capacity = capacity
         self.shared = shared
-        self.sequences: list[SequenceKv] = []
+        self.sequences: list[Holder] = []
         """Who has each slot; closed ones until `compact`."""
         self.slots = 0
         """Slots for which there is memory."""
@@ -58,7 +73,7 @@ class Arena:
         """For each layer keys, then values: `(slots, 2 * kv_heads, capacity, head_dim)`."""
         self._views: dict[tuple[int, int, int, int], list[View]] = {}
 
-    def add(self, sequence: SequenceKv) -> None:
+    def add(self, sequence: Holder) -> None:
         """Give a sequence the next slot; there must be one."""
         assert len(self.sequences) < self.slots
         sequence.arena, sequence.slot = self, len(self.sequences)

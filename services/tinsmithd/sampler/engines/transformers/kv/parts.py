@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from tinsmithd.sampler.engines.transformers.kv.arenas import Arena
+from tinsmithd.sampler.engines.transformers.kv.arenas import Holder
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,15 @@ class Prompt:
     members: int = 0
 
 
-@dataclass(eq=False)
-class SequenceKv:
-    """KV of one sample.
+@dataclass(eq=False, kw_only=True)
+class SequenceKv(Holder):
+    """KV of one sample. In its slot is all of it, or what is behind a prompt that is shared.
 
     Attributes:
         prompt: What it continues.
-        own: Tokens whose KV is in its slot: all, or those behind a prompt that is shared.
-        arena: Where its slot is.
-        slot: Which.
-        closed: Its room was given back.
     """
 
     prompt: Prompt
-    own: int
-    arena: Arena = field(repr=False)
-    slot: int = 0
-    closed: bool = field(default=False, repr=False)
 
     @property
     def length(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
-from tinsmithd.sampler.engines.transformers.kv.arenas import Arena
+from tinsmithd.sampler.engines.transformers.kv.arenas import Arena, Holder
 from tinsmithd.sampler.engines.transformers.kv.attention import BLOCK_KEYS, KeyCounts
 from tinsmithd.sampler.engines.transformers.kv.parts import Prompt, SequenceKv
 from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
@@ -83,7 +83,9 @@ class Rooms:
         tokens = 0 if shared else len(prompt.tokens_P)
         arena = self._arena(shared, tokens + 1)
         self._make_room(arena, samples)
-        sequences = [SequenceKv(prompt, tokens, arena) for _sample in range(samples)]
+        sequences = [
+            SequenceKv(prompt=prompt, own=tokens, arena=arena) for _sample in range(samples)
+        ]
         first = len(arena.sequences)
         for sequence in sequences:
             arena.add(sequence)
@@ -182,7 +184,7 @@ class Rooms:
     def _arena_bytes(self, arena: Arena) -> int:
         return arena.slots * arena.capacity * self.token_bytes
 
-    def _open(self) -> chain[SequenceKv]:
+    def _open(self) -> chain[Holder]:
         """Open sequences."""
         return chain.from_iterable(
             (sequence for sequence in arena.sequences if not sequence.closed)
