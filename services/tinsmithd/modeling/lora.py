@@ -4,7 +4,7 @@ PEFT wraps the modules. `Adapters` keeps the adapters apart by key, draws their 
 seed, and reads and writes them under the names of PEFT's files.
 
     adapters = Adapters(base)
-    adapters.add("a", LoraConfig(rank=8))           # or add_state("b", state)
+    adapters.add("a", LoraConfig(rank=8))
     with adapters.active("a") as model:             # None: the base model alone
         hidden = model.model(input_ids=...).last_hidden_state
 """
@@ -23,8 +23,8 @@ import torch
 from peft import PeftModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-from tinsmithd.domain import LoraConfig, ModelState, Tuning
-from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason
+from tinsmithd.domain import LoraConfig, Tuning
+from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.fused_lora import fused_or_wrapped
 from tinsmithd.modeling.trained import HeadLayer, TrainedWeights
@@ -162,23 +162,6 @@ class Adapters(TrainedWeights):
             else:
                 values[name] = np.zeros(tuple(shape), np.float32)
         return values
-
-    def add_state(self, key: str, state: ModelState) -> None:
-        """Add an adapter with a checkpoint's weights.
-
-        Raises:
-            FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
-        """
-        try:
-            self.add(key, state.tuning)
-        except InvalidArgument as error:
-            message = f"the checkpoint does not fit this base model: {error.message}"
-            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT) from error
-        try:
-            self.import_weights(key, state.weights)
-        except BaseException:
-            self.remove(key)
-            raise
 
     def remove(self, key: str) -> None:
         """Drop an adapter; an unknown key is no error."""
