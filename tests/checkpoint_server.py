@@ -26,7 +26,8 @@ class Served:
 
     async def write(self, path: str = PATH, seed: int = 0, **header: object) -> pb.Checkpoint:
         """Write a checkpoint; the server's answer."""
-        response = await self.stub.WriteCheckpoint(iter(messages(path, files(seed), **header)))
+        content = files(seed, optimizer="/sampler_weights/" not in path)
+        response = await self.stub.WriteCheckpoint(iter(messages(path, content, **header)))
         return response.checkpoint
 
     async def read(self, path: str = PATH) -> dict[str, bytes]:

@@ -60,7 +60,8 @@ class SamplingClient:
     second if their model has newer ones or is deleted; within a minute if this client was pickled,
     since a copy may be on its way, or its process was killed. A process that sleeps, or has no
     network, for half a minute or longer holds nothing meanwhile: if its weights went, calls raise
-    NotFoundError (CHECKPOINT_NOT_FOUND). Weights that are to stay need a name
+    NotFoundError (CHECKPOINT_NOT_FOUND). So they may after a loss of power at the Checkpoint
+    server, or DataLossError. Weights that are to stay need a name
     (`save_weights_for_sampler`).
 
     Attributes:

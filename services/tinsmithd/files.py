@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+BLOBS_FOLDER = "blobs"
+"""Where in its data folder a Checkpoint server keeps the files of checkpoints."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -13,9 +15,14 @@ def is_plain_name(name: str) -> bool:
     return _PLAIN_NAME.fullmatch(name) is not None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def blob_file(blobs: Path, sha256: str) -> Path:
+    """Where a Checkpoint server keeps a file of this content (SHA-256 in hex)."""
+    return blobs / sha256[:2] / sha256
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable; that of a folder is the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -61,10 +61,12 @@ def staged(store: Store, files: Mapping[str, bytes], piece: int = 1000) -> Stagi
     return staging
 
 
-def published(store: Store, files: Mapping[str, bytes] = FILES) -> dict[str, Blob]:
+def published(
+    store: Store, files: Mapping[str, bytes] = FILES, *, durable: bool = True
+) -> dict[str, Blob]:
     staging = staged(store, files)
-    blobs = {blob.name: blob for blob in staging.finish()}
-    staging.publish()
+    blobs = {blob.name: blob for blob in staging.finish(durable=durable)}
+    staging.publish(durable=durable)
     staging.discard()
     return blobs
 
@@ -182,3 +184,17 @@ def test_one_process_at_a_time_has_a_store(implementer: Implementer, folder: Pat
     with contextlib.closing(implementer.open(folder)), pytest.raises(StoreBusy):
         implementer.open(folder)
     implementer.open(folder).close()
+
+
+def test_what_need_not_be_durable_is_there_all_the_same_and_can_be_made_so(
+    implementer: Implementer, folder: Path
+) -> None:
+    """For this process and the next, unless the power fails; a blob that is gone cannot be."""
+    with contextlib.closing(implementer.open(folder)) as store:
+        blobs = published(store, durable=False)
+        store.sync(list(blobs.values()))
+    with contextlib.closing(implementer.open(folder)) as store:
+        assert {name: read(store, blob) for name, blob in blobs.items()} == FILES
+        store.sweep(())
+        with pytest.raises(DataLoss):
+            store.sync(list(blobs.values()))

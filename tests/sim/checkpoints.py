@@ -142,15 +142,29 @@ class SimStaged:
 
     def __init__(self) -> None:
         self._pieces: list[tuple[str, bytes]] = []
+        self._complete = False
+        self._more = asyncio.Event()
 
     async def write(self, name: str, data: bytes) -> None:
         """Append bytes to a file."""
         self._pieces.append((name, data))
+        self._more.set()
+
+    def complete(self) -> None:
+        """Say that nothing more is written."""
+        self._complete = True
+        self._more.set()
 
     async def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
-        """What was written."""
-        for name, data in self._pieces:
-            yield name, data
+        """What was written, and what still is."""
+        index = 0
+        while index < len(self._pieces) or not self._complete:
+            if index == len(self._pieces):
+                self._more.clear()
+                await self._more.wait()
+                continue
+            yield self._pieces[index]
+            index += 1
 
 
 class SimStaging:

@@ -956,7 +956,7 @@ Global___WriteCheckpointCommit: _TypeAlias = WriteCheckpointCommit  # noqa: Y015
 
 @_typing.final
 class WriteCheckpointResponse(_message.Message):
-    """The checkpoint is durable and visible."""
+    """The checkpoint is visible, and durable: an ephemeral one as the service says."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1121,6 +1121,56 @@ class ReleaseModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseModelsResponse: _TypeAlias = ReleaseModelsResponse  # noqa: Y015
+
+@_typing.final
+class WatchCheckpointsRequest(_message.Message):
+    """Asks to be told of checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    kind: _types_pb2.CheckpointKind.ValueType
+    """Only this kind; UNSPECIFIED means all."""
+    base_model: _builtins.str
+    """Only those of this base model; empty means all."""
+    def __init__(
+        self,
+        *,
+        kind: _types_pb2.CheckpointKind.ValueType = ...,
+        base_model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchCheckpointsRequest: _TypeAlias = WatchCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class WatchCheckpointsResponse(_message.Message):
+    """A checkpoint that is there now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint, with its file list; unset in the first message."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Global___Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchCheckpointsResponse: _TypeAlias = WatchCheckpointsResponse  # noqa: Y015
 
 @_typing.final
 class ExportCheckpointRequest(_message.Message):

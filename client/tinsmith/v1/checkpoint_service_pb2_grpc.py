@@ -36,7 +36,9 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
+    uses them. They outlive every process that dies, but not a loss of power at this server: after one, those
+    of the last minute may be gone or damaged (NOT_FOUND, DATA_LOSS), and are saved anew from their model.
+    Everyone who uses one holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -114,6 +116,11 @@ class CheckpointServiceStub:
                 request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsRequest.SerializeToString,
                 response_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsResponse.FromString,
                 _registered_method=True)
+        self.WatchCheckpoints = channel.unary_stream(
+                '/tinsmith.v1.CheckpointService/WatchCheckpoints',
+                request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WatchCheckpointsRequest.SerializeToString,
+                response_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WatchCheckpointsResponse.FromString,
+                _registered_method=True)
         self.ExportCheckpoint = channel.unary_stream(
                 '/tinsmith.v1.CheckpointService/ExportCheckpoint',
                 request_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ExportCheckpointRequest.SerializeToString,
@@ -132,7 +139,9 @@ class CheckpointServiceServicer:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
+    uses them. They outlive every process that dies, but not a loss of power at this server: after one, those
+    of the last minute may be gone or damaged (NOT_FOUND, DATA_LOSS), and are saved anew from their model.
+    Everyone who uses one holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -254,6 +263,16 @@ class CheckpointServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCheckpoints(self, request, context):
+        """Tells of each checkpoint as it is committed, before the writer has its answer, so that whoever serves
+        it has it before somebody asks. The first message is empty: what is committed after that is told.
+        Nothing is repeated: one who is slow to read, or whose stream broke, hears of some later or never, and
+        must not rest on it. No method-specific errors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportCheckpoint(self, request, context):
         """Streams an archive of a checkpoint for use elsewhere, verified and resumed as in ReadCheckpoint.
         Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds; those of
@@ -316,6 +335,11 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsRequest.FromString,
                     response_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsResponse.SerializeToString,
             ),
+            'WatchCheckpoints': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCheckpoints,
+                    request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WatchCheckpointsRequest.FromString,
+                    response_serializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.WatchCheckpointsResponse.SerializeToString,
+            ),
             'ExportCheckpoint': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportCheckpoint,
                     request_deserializer=tinsmith_dot_v1_dot_checkpoint__service__pb2.ExportCheckpointRequest.FromString,
@@ -340,7 +364,9 @@ class CheckpointService:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
+    uses them. They outlive every process that dies, but not a loss of power at this server: after one, those
+    of the last minute may be gone or damaged (NOT_FOUND, DATA_LOSS), and are saved anew from their model.
+    Everyone who uses one holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -622,6 +648,33 @@ class CheckpointService:
             '/tinsmith.v1.CheckpointService/ReleaseModels',
             tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsRequest.SerializeToString,
             tinsmith_dot_v1_dot_checkpoint__service__pb2.ReleaseModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tinsmith.v1.CheckpointService/WatchCheckpoints',
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.WatchCheckpointsRequest.SerializeToString,
+            tinsmith_dot_v1_dot_checkpoint__service__pb2.WatchCheckpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

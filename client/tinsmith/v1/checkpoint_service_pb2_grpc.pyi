@@ -37,7 +37,9 @@ class CheckpointServiceStub:
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
+    uses them. They outlive every process that dies, but not a loss of power at this server: after one, those
+    of the last minute may be gone or damaged (NOT_FOUND, DATA_LOSS), and are saved anew from their model.
+    Everyone who uses one holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -120,6 +122,12 @@ class CheckpointServiceStub:
     repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
     FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
     """
+    WatchCheckpoints: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.WatchCheckpointsRequest, _checkpoint_service_pb2.WatchCheckpointsResponse]
+    """Tells of each checkpoint as it is committed, before the writer has its answer, so that whoever serves
+    it has it before somebody asks. The first message is empty: what is committed after that is told.
+    Nothing is repeated: one who is slow to read, or whose stream broke, hears of some later or never, and
+    must not rest on it. No method-specific errors.
+    """
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]
     """Streams an archive of a checkpoint for use elsewhere, verified and resumed as in ReadCheckpoint.
     Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds; those of
@@ -138,7 +146,9 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
+    uses them. They outlive every process that dies, but not a loss of power at this server: after one, those
+    of the last minute may be gone or damaged (NOT_FOUND, DATA_LOSS), and are saved anew from their model.
+    Everyone who uses one holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -218,6 +228,12 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
     FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
     """
+    WatchCheckpoints: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.WatchCheckpointsRequest, _checkpoint_service_pb2.WatchCheckpointsResponse]  # type: ignore[assignment]
+    """Tells of each checkpoint as it is committed, before the writer has its answer, so that whoever serves
+    it has it before somebody asks. The first message is empty: what is committed after that is told.
+    Nothing is repeated: one who is slow to read, or whose stream broke, hears of some later or never, and
+    must not rest on it. No method-specific errors.
+    """
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.ExportCheckpointRequest, _checkpoint_service_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
     """Streams an archive of a checkpoint for use elsewhere, verified and resumed as in ReadCheckpoint.
     Errors: INVALID_ARGUMENT for a format that does not fit what the checkpoint holds; those of
@@ -235,7 +251,9 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
     `tinsmith://<model_id>/<weights|sampler_weights>/<name>`; requests also take `tinker://`.
 
     EPHEMERAL checkpoints, such as a training loop makes for each of its rounds, are for as long as somebody
-    uses them. Everyone who does holds a lease for `lease`: the write grants the first one;
+    uses them. They outlive every process that dies, but not a loss of power at this server: after one, those
+    of the last minute may be gone or damaged (NOT_FOUND, DATA_LOSS), and are saved anew from their model.
+    Everyone who uses one holds a lease for `lease`: the write grants the first one;
     RenewLeases and every Get, Read and Export grant or renew one. A checkpoint is reclaimed, about a second
     later and within a minute, when nobody holds it any more and its model has a newer ephemeral one or is
     gone (ReleaseModels). The newest one of a model that is there stays until its time to live is over,
@@ -372,6 +390,18 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         whose newest one is still kept, so that a server that was away can say which of them are gone. A
         repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
         FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchCheckpoints(
+        self,
+        request: _checkpoint_service_pb2.WatchCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_checkpoint_service_pb2.WatchCheckpointsResponse], _abc.AsyncIterator[_checkpoint_service_pb2.WatchCheckpointsResponse]]:
+        """Tells of each checkpoint as it is committed, before the writer has its answer, so that whoever serves
+        it has it before somebody asks. The first message is empty: what is committed after that is told.
+        Nothing is repeated: one who is slow to read, or whose stream broke, hears of some later or never, and
+        must not rest on it. No method-specific errors.
         """
 
     @_abc_1.abstractmethod

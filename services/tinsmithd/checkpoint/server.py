@@ -19,6 +19,7 @@ from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceService
 from tinsmithd.checkpoint.metrics import CheckpointCollector
 from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.servicer import CheckpointServicer
+from tinsmithd.checkpoint.watchers import Watchers
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.files import private_folder
@@ -66,7 +67,10 @@ class CheckpointServer:
         registry.register(DiskCollector(folder))
         staged = Budget("staged_bytes_max", config.staged_bytes_max, config.peer_share_max)
         self._reclaimable = asyncio.Event()
-        servicer = CheckpointServicer(config, self._keeper, staged, self._reclaimable)
+        self._watchers = Watchers()
+        servicer = CheckpointServicer(
+            config, self._keeper, staged, self._reclaimable, self._watchers
+        )
         add_CheckpointServiceServicer_to_server(servicer, self._rpc.grpc_server)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -92,6 +96,7 @@ class CheckpointServer:
 
     async def stop(self) -> None:
         """Stop gracefully."""
+        self._watchers.close()
         await self._rpc.stop()
         for task in self._tasks:
             task.cancel()

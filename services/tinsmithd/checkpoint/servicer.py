@@ -14,6 +14,7 @@ from tinsmithd.checkpoint.messages import checkpoint_to_pb, digest_of, format_of
 from tinsmithd.checkpoint.rules import Header, Keeper, Write
 from tinsmithd.checkpoint.segments import Segment, check_offset, pieces_from
 from tinsmithd.checkpoint.store import Blob
+from tinsmithd.checkpoint.watchers import Watchers
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
@@ -44,11 +45,13 @@ class CheckpointServicer(CheckpointServiceServicer):
         keeper: Keeper,
         staged: Budget,
         reclaimable: asyncio.Event,
+        watchers: Watchers,
     ) -> None:
         self._config = config
         self._keeper = keeper
         self._staged = staged
         self._reclaimable = reclaimable  # set when there may be something that nobody holds
+        self._watchers = watchers
         self._files_max = config.files_max
         self._rank_max = config.rank_max
 
@@ -172,6 +175,7 @@ class CheckpointServicer(CheckpointServiceServicer):
                 committed = await asyncio.to_thread(write.commit, promised)
             finally:
                 await asyncio.shield(asyncio.to_thread(write.discard))
+        self._watchers.tell(committed)
         if header.ephemeral:
             self._reclaimable.set()  # the one before is not the newest any more
         return pb.WriteCheckpointResponse(checkpoint=checkpoint_to_pb(committed))
@@ -207,6 +211,21 @@ class CheckpointServicer(CheckpointServiceServicer):
         kept = await asyncio.to_thread(self._keeper.release, set(request.model_ids), writer)
         self._reclaimable.set()
         return pb.ReleaseModelsResponse(kept_model_ids=kept[:MODEL_IDS_MAX])
+
+    async def WatchCheckpoints(  # type: ignore[override]  # grpc.aio's form of the method
+        self, request: pb.WatchCheckpointsRequest, context: Any
+    ) -> AsyncIterator[pb.WatchCheckpointsResponse]:
+        """Tell of checkpoints as they are committed."""
+        kind = convert.kind_from_pb(request.kind, "kind") if request.kind else None
+
+        def wants(committed: Checkpoint) -> bool:
+            base_model = request.base_model or committed.base_model
+            return committed.base_model == base_model and kind in (None, committed.path.kind)
+
+        with self._watchers.watching(wants) as watched:
+            yield pb.WatchCheckpointsResponse()
+            async for committed in watched:
+                yield pb.WatchCheckpointsResponse(checkpoint=checkpoint_to_pb(committed))
 
     async def ExportCheckpoint(  # type: ignore[override]  # grpc.aio's form of the method
         self, request: pb.ExportCheckpointRequest, context: Any

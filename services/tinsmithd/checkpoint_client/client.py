@@ -26,8 +26,8 @@ from tinsmithd.rpc.status import from_rpc_error
 if TYPE_CHECKING:
     from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceAsyncStub
 
-PIECE_BYTES_MAX = 256 * 1024
-"""Small, since a piece that leaves is progress: at 100 kB/s it takes under three seconds."""
+PIECE_BYTES_MAX = 1024 * 1024
+"""Small, since a piece that leaves is progress: at 100 kB/s it takes ten seconds."""
 IN_FLIGHT_BYTES = 8 * 1024 * 1024
 """Maximum number of bytes that have left this process and not arrived: socket buffers."""
 SLOW_BYTES_PER_S = 50_000
@@ -98,10 +98,10 @@ class CheckpointWriter:
         header: pb.WriteCheckpointHeader,
         patience: Patience,
     ) -> None:
-        self._call = stub.WriteCheckpoint()
+        self._stub = stub
+        self._call: Any = None  # until there is something to send: what is silent is ended
         self._header = header
         self._patience = patience
-        self._opened = False
         self._sizes: dict[str, int] = {}
         self._digests: dict[str, hashlib._Hash] = {}
 
@@ -143,11 +143,12 @@ class CheckpointWriter:
 
     def cancel(self) -> None:
         """Give up; the server discards what it got. Harmless after `commit`."""
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
     async def _open(self) -> None:
-        if not self._opened:
-            self._opened = True
+        if self._call is None:
+            self._call = self._stub.WriteCheckpoint()
             await self._send(pb.WriteCheckpointRequest(header=self._header))
 
     async def _send(self, request: pb.WriteCheckpointRequest) -> None:

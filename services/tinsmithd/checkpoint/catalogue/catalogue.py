@@ -76,9 +76,14 @@ class Catalogue:
             yield
 
     @contextlib.contextmanager
-    def _writing(self, subject: str = "the catalogue") -> Iterator[None]:
-        """One transaction: durable when it ends, or without effect."""
-        with self._reading(subject):
+    def _writing(self, subject: str = "the catalogue", *, durable: bool = True) -> Iterator[None]:
+        """One transaction: done when it ends, or without effect.
+
+        Args:
+            subject: What errors speak of.
+            durable: False where a loss of power may undo it. The next durable one keeps it, too.
+        """
+        with self._reading(subject), schema.syncing(self._db, durable=durable):
             try:
                 with self._db:
                     self._db.execute("BEGIN IMMEDIATE")
@@ -138,7 +143,7 @@ class Catalogue:
     def add(
         self, checkpoint: Checkpoint, *, overwrite: bool, writer: Writer | None = None
     ) -> Checkpoint:
-        """Make a checkpoint visible, durably.
+        """Make a checkpoint visible, durably unless it is ephemeral.
 
         Returns:
             The checkpoint as it is kept. Without `overwrite` that is the one that was there, if
@@ -151,7 +156,7 @@ class Catalogue:
             FailedPrecondition: The writer was replaced (STALE_EPOCH).
         """
         path = checkpoint.path
-        with self._writing(str(path)):
+        with self._writing(str(path), durable=checkpoint.ephemeral is None):
             if writer is not None:
                 highest_epoch(self._db, writer)
             if not overwrite and (found := self._find(path)) is not None:

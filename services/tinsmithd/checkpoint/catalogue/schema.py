@@ -1,10 +1,10 @@
 """The catalogue's SQLite file: its tables, how it is opened, checked and brought up to date.
 
-Opened with WAL and `synchronous=FULL`: a commit is on the disk when it returns. Every commit is
-also copied from the log into the file at once (`wal_autocheckpoint=1`), because SQLite takes a
-damaged log for one that ends earlier and would forget commits without a word; a damaged file it
-reports. The lock is exclusive, so that there is no shared memory file: a server starts and reads
-on a disk that is full.
+Opened with WAL and `synchronous=FULL`: a commit is on the disk when it returns, but for those that
+a loss of power may undo (`syncing`). Every other commit is also copied from the log into the file
+at once (`wal_autocheckpoint=1`), because SQLite takes a damaged log for one that ends earlier and
+would forget commits without a word; a damaged file it reports. The lock is exclusive, so that there
+is no shared memory file: a server starts and reads on a disk that is full.
 
 Every row carries a digest over its other columns, since SQLite has none of its own.
 """
@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 SCHEMA_VERSION = 2
@@ -91,6 +92,25 @@ def _prepare(db: sqlite3.Connection, *, may_be_new: bool) -> None:
         fresh.executescript(_SCHEMA)
         if _tables(db) != _tables(fresh):
             raise ValueError("its tables are not those of this server")
+
+
+@contextlib.contextmanager
+def syncing(db: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
+    """Let the transaction in the body of the `with` wait for the disk, or not.
+
+    What is not waited for is in the log, in order: a loss of power may cut the log off before it,
+    and the next commit that is waited for keeps it.
+    """
+    if durable:
+        yield
+        return
+    for pragma in ("synchronous=NORMAL", "wal_autocheckpoint=0"):
+        db.execute(f"PRAGMA {pragma}").fetchall()
+    try:
+        yield
+    finally:
+        for pragma in ("synchronous=FULL", "wal_autocheckpoint=1"):
+            db.execute(f"PRAGMA {pragma}").fetchall()
 
 
 def check_whole(db: sqlite3.Connection) -> None:

@@ -114,7 +114,7 @@ class Keeper:
         with self._publishing:
             try:
                 with storage_errors():
-                    staging.publish()
+                    staging.publish(durable=header.durable)
                     failpoints.hit("ckpt_post_rename")
                     added = self.catalogue.add(
                         checkpoint, overwrite=header.overwrite, writer=header.writer
@@ -152,8 +152,10 @@ class Keeper:
             if request_id and (found := self.catalogue.find(destination)) is not None:
                 check_repeat(found, request_id, digest)  # whatever became of the original
                 return found
+            original = self.catalogue.get(source)
+            self._make_durable(original)
             copied = replace(
-                self.catalogue.get(source),
+                original,
                 path=destination,
                 create_time_s=now_s,
                 expire_time_s=None if ttl_seconds is None else now_s + ttl_seconds,
@@ -178,10 +180,22 @@ class Keeper:
     ) -> Checkpoint:
         """Change a checkpoint, see `Catalogue.update`."""
         self.leases.renew(path)
-        changed = self.catalogue.update(path, change)
+
+        def change_durably(checkpoint: Checkpoint) -> Checkpoint:
+            changed = change(checkpoint)
+            if changed.ephemeral is None:
+                self._make_durable(checkpoint)
+            return changed
+
+        changed = self.catalogue.update(path, change_durably)
         if changed.ephemeral is None:
             self.leases.grant(changed)
         return changed
+
+    def _make_durable(self, checkpoint: Checkpoint) -> None:
+        """Sync the files of an ephemeral checkpoint, which an ordinary one is to share."""
+        if checkpoint.ephemeral is not None:
+            self._store.sync(checkpoint.files)
 
     def get(self, path: CheckpointPath, lease_id: str = "") -> Checkpoint:
         """Look up one checkpoint, which counts as a use of it; see `Catalogue.get`."""

@@ -30,6 +30,11 @@ class Header:
     lease_id: str = ""
     """The first lease on an ephemeral checkpoint."""
 
+    @property
+    def durable(self) -> bool:
+        """Whether it must survive a loss of power: what nobody named is gone with its holders."""
+        return not self.ephemeral
+
     def digest(self, files: Sequence[Blob]) -> str:
         """Digest of the request, except for who makes it and who holds the checkpoint."""
         return digest_of(
@@ -77,7 +82,8 @@ class Write:
             self._staged().append(name, offset, data)
 
     def commit(self, promised: Sequence[Blob]) -> Checkpoint:
-        """Make the checkpoint durable and visible, if its files are those that were promised.
+        """Make the checkpoint visible, durably unless it is ephemeral, if its files are those that
+        were promised.
 
         Raises:
             DataLoss: The bytes that came are not those (CHECKPOINT_CORRUPT).
@@ -88,7 +94,7 @@ class Write:
         """
         with self._lock:
             staging, header = self._staged(), self._header
-            found = staging.finish()
+            found = staging.finish(durable=header.durable)
             _check_promised(found, promised)
             with storage_errors():
                 check_files(staging, found, header.path.kind, header.tuning, header.step_count)

@@ -4,8 +4,9 @@
     <folder>/staging/<random>/     what is being written; emptied when the server starts
     <folder>/lock                  held by the one server that may write here
 
-A blob is synced before it is renamed into place, then its folder, then the folder of folders: a
-name that `DirectoryStaging.publish` returned for has its bytes, whatever happens to the power.
+A durable blob is synced before it is renamed into place, then its folder, then the folder of
+folders: a name that `DirectoryStaging.publish` returned for has its bytes, whatever happens to the
+power. Where another one was there that may not be durable, that one is synced.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from tinsmithd import failpoints
 from tinsmithd.checkpoint.store.failures import of_disk, storage_errors
 from tinsmithd.checkpoint.store.interface import Blob, Staging, StoreBusy
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason, TinsmithError, over_limit
-from tinsmithd.files import sync_folder
+from tinsmithd.files import BLOBS_FOLDER, blob_file, sync_file
 
 READ_BYTES = 1024 * 1024
 
@@ -69,7 +70,7 @@ class DirectoryStaging:
         self._sizes[name] = expected + len(data)
         self._digests[name].update(data)
 
-    def finish(self) -> list[Blob]:
+    def finish(self, *, durable: bool = True) -> list[Blob]:
         """See `Staging`."""
         with storage_errors():
             for file in self._files.values():
@@ -77,7 +78,8 @@ class DirectoryStaging:
             failpoints.hit("ckpt_pre_fsync")
             # Through the descriptor that wrote: it hears of a write-back that failed.
             for file in self._files.values():
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
                 file.close()
         finished = [
             Blob(name, self._sizes[name], self._digests[name].hexdigest())
@@ -90,9 +92,9 @@ class DirectoryStaging:
         """See `Staging`."""
         return self._path(name).open("rb")
 
-    def publish(self) -> None:
+    def publish(self, *, durable: bool = True) -> None:
         """See `Staging`."""
-        places = [_place(self._blobs, blob) for blob in self._finished]
+        places = [blob_file(self._blobs, blob.sha256) for blob in self._finished]
         with storage_errors():
             failpoints.hit("ckpt_pre_rename")
             for index, (blob, place) in enumerate(zip(self._finished, places, strict=True)):
@@ -101,10 +103,11 @@ class DirectoryStaging:
                 if not _holds(place, blob):
                     place.parent.mkdir(exist_ok=True)
                     os.replace(self._path(blob.name), place)
+                elif durable:
+                    sync_file(place)
             # Also for what was there: its writer may have died before it came to this.
-            for folder in sorted({place.parent for place in places}):
-                sync_folder(folder)
-            sync_folder(self._blobs)
+            if durable:
+                _sync_folders(self._blobs, places)
 
     def discard(self) -> None:
         """See `Staging`."""
@@ -127,7 +130,7 @@ class DirectoryStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._blobs = folder / "blobs"
+        self._blobs = folder / BLOBS_FOLDER
         self._staging = folder / "staging"
         self._blobs.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / "lock").open("w")
@@ -139,9 +142,9 @@ class DirectoryStore:
         self._staging.mkdir(exist_ok=True)
         for left in self._staging.iterdir():
             shutil.rmtree(left, ignore_errors=True)
-        sync_folder(folder)
+        sync_file(folder)
         with contextlib.suppress(PermissionError):  # a mount point is often somebody else's
-            sync_folder(folder.parent)
+            sync_file(folder.parent)
 
     @property
     def empty(self) -> bool:
@@ -159,7 +162,7 @@ class DirectoryStore:
     def read(self, blob: Blob) -> Iterator[bytes]:
         """See `Store`."""
         try:
-            file = _place(self._blobs, blob).open("rb")
+            file = blob_file(self._blobs, blob.sha256).open("rb")
         except OSError as error:
             raise self._unreadable(blob, error) from error
         return self._verified(file, blob)
@@ -189,6 +192,17 @@ class DirectoryStore:
         except OSError as error:
             raise self._unreadable(blob, error) from error
 
+    def sync(self, blobs: Collection[Blob]) -> None:
+        """See `Store`."""
+        places = [blob_file(self._blobs, blob.sha256) for blob in blobs]
+        for blob, place in zip(blobs, places, strict=True):
+            try:
+                sync_file(place)
+            except OSError as error:
+                raise self._unreadable(blob, error) from error
+        with storage_errors():
+            _sync_folders(self._blobs, places)
+
     def probe(self) -> None:
         """See `Store`."""
         with storage_errors(), os.scandir(self._blobs) as entries:
@@ -204,8 +218,11 @@ class DirectoryStore:
         return removed
 
 
-def _place(blobs: Path, blob: Blob) -> Path:
-    return blobs / blob.sha256[:2] / blob.sha256
+def _sync_folders(blobs: Path, places: Collection[Path]) -> None:
+    """Make the names of blobs durable."""
+    for folder in sorted({place.parent for place in places}):
+        sync_file(folder)
+    sync_file(blobs)
 
 
 def _holds(place: Path, blob: Blob) -> bool:

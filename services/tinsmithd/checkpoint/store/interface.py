@@ -2,7 +2,8 @@
 
 `tests/conformance/test_store.py` holds every implementer to it. A store names blobs by
 their content, so copies of a checkpoint share them, and names that tenants choose never become
-paths. A blob is whole or absent: what `Staging.publish` returned for is durable.
+paths. A blob is whole or absent. What `Staging.publish` returned for is durable, unless it was told
+that this does not matter: then a loss of power, and nothing else, may take or damage it.
 """
 
 from collections.abc import Collection, Iterator
@@ -38,16 +39,16 @@ class Staging(Protocol):
             InvalidArgument: They are too many (LIMIT_EXCEEDED).
         """
 
-    def finish(self) -> list[Blob]:
-        """Make durable what was sent; returns it, sorted by name."""
+    def finish(self, *, durable: bool = True) -> list[Blob]:
+        """End what was sent, durably or not; returns it, sorted by name."""
         ...
 
     def open(self, name: str) -> BinaryIO:
         """Read a finished file, seekable, before it is published."""
         ...
 
-    def publish(self) -> None:
-        """Move finished files to their places, durably; a content that is there already stays.
+    def publish(self, *, durable: bool = True) -> None:
+        """Move finished files to their places, durably or not; a content that is there stays.
 
         Where it raises, some of them may be in their places.
         """
@@ -81,6 +82,13 @@ class Store(Protocol):
             Unavailable: It cannot be opened now (CHECKPOINT_UNAVAILABLE).
         """
         ...
+
+    def sync(self, blobs: Collection[Blob]) -> None:
+        """Make blobs durable that may not be.
+
+        Raises:
+            DataLoss, Unavailable, ResourceExhausted: They cannot be.
+        """
 
     def probe(self) -> None:
         """Do nothing, as long as blobs can be found.

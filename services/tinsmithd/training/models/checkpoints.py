@@ -1,7 +1,8 @@
-"""Checkpoints and the turns at the ranks: they are fetched before one and sent after it."""
+"""Checkpoints and the turns at the ranks: they are fetched before one, and sent beside others."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from tinsmithd.domain import (
     CheckpointPath,
     NewCheckpoint,
 )
-from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason
+from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, Unavailable
 from tinsmithd.state import files as state_files
 from tinsmithd.training.models.staging import Copies, Staged, Staging
 
@@ -95,18 +96,53 @@ class Checkpoints:
                 check(info)
                 async for name, data in reader.pieces():
                     await staged.write(name, data)
+            staged.complete()
             yield info, staged
 
-    async def save(self, new: NewCheckpoint, staged: Staged) -> CheckpointInfo:
-        """Save a state that was put down; returns what it is now.
+    @contextlib.asynccontextmanager
+    async def saving(
+        self, new: NewCheckpoint, staged: Staged, before_commit: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[Callable[[], Awaitable[CheckpointInfo]]]:
+        """Save a state while it is put down, in the body of the `async with`.
 
-        Raises:
-            TinsmithError: The Checkpoint server refuses it, or does not answer.
+        Nothing of it is visible before it is complete.
+
+        Args:
+            new: What it is to be.
+            staged: Where it comes in.
+            before_commit: Awaited before others can see it.
+
+        Yields:
+            Says that the state is complete and waits until it is saved; returns what it is now. It
+            raises TinsmithError where the Checkpoint server refuses it, or does not answer.
         """
+        begun = asyncio.create_task(self._save(new, staged, before_commit))
+
+        async def saved() -> CheckpointInfo:
+            came_first = begun.done()
+            staged.complete()
+            try:
+                return await begun
+            except Unavailable:
+                if not came_first:
+                    raise
+                # That server was away, or the ranks slow to send: now all of it is here.
+                return await self._save(new, staged, before_commit)
+
+        try:
+            yield saved
+        finally:
+            begun.cancel()
+            await asyncio.gather(begun, return_exceptions=True)
+
+    async def _save(
+        self, new: NewCheckpoint, staged: Staged, before_commit: Callable[[], Awaitable[None]]
+    ) -> CheckpointInfo:
         writer = self._server.writer(new)
         try:
             async for name, data in staged.pieces():
                 await writer.write(name, data)
+            await before_commit()
             return await writer.commit()
         except AlreadyExists as error:
             if error.reason is not Reason.REQUEST_ID_CONFLICT:

@@ -158,16 +158,19 @@ class ModelExecutor:
             lease_id=options.lease_id,
         )
         optimizer = options.path.kind is CheckpointKind.TRAINING
-        async with self._checkpoints.staging.open() as staged:
+        # What others can see must not rest on answers that this process alone knows.
+        before_commit = self._journal.flush
+        async with (
+            self._checkpoints.staging.open() as staged,
+            self._checkpoints.saving(new, staged, before_commit) as saving,
+        ):
             async with self._checkpoints.copies.leaving:
                 async with turn(NOMINAL_TOKENS):
                     sending = await group.copy_state(
                         model.model_id, optimizer=optimizer, on_piece=staged.write
                     )
                 await sending
-            # What others can see must not rest on answers that this process alone knows.
-            await self._journal.flush()
-            saved = await self._checkpoints.save(new, staged)
+            saved = await saving()
         value = {"path": str(options.path), "size_bytes": saved.size_bytes}
         return Effect({**value, "digest": saved.digest.hex()})
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from tinsmithd import failpoints
 from tinsmithd.errors import DataLoss, Reason
-from tinsmithd.files import is_plain_name, sync_folder
+from tinsmithd.files import is_plain_name, sync_file
 from tinsmithd.training.journal import StoreDamaged
 from tinsmithd.training.ranks import Pieces
 
@@ -160,10 +160,10 @@ class DiskSnapshotDraft:
             file.write(json.dumps(sealed).encode())
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(self._staging)
+        sync_file(self._staging)
         failpoints.hit("snapshot_pre_rename")
         os.rename(self._staging, self._parent / self._name)
-        sync_folder(self._parent)
+        sync_file(self._parent)
         failpoints.hit("snapshot_post_rename")
 
 

@@ -1,25 +1,29 @@
-"""States on their way between the ranks and the Checkpoint server: on this server's disk.
+"""States on their way between the ranks and the Checkpoint server: here, in memory or on disk.
 
 A turn at the ranks lasts as long as it takes to copy a state, or to take one in, and never as long
-as the Checkpoint server takes. So a state that leaves the ranks is written here first, and one that
-comes for them is here whole before their turn. These files have no names on the disk, and nothing
-is left of them when the process ends.
+as the Checkpoint server takes. So a state that leaves the ranks is taken in here at the speed of
+the ranks, and one that comes for them is here whole before their turn. While it comes in it already
+goes on to the Checkpoint server, as fast as that one takes it. A few small states are kept in
+memory; the rest goes to files without names, of which nothing is left when the process ends.
 """
 
 import asyncio
 import contextlib
+import itertools
 import os
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.training.ranks import Pieces
 
-READ_BYTES = 256 * 1024
+READ_BYTES = 1024 * 1024
+MEMORY_BYTES_MAX = 64 * 1024 * 1024
+"""Bytes of all states together that are kept in memory; what comes beyond goes to the disk."""
 
 
 class Staged(Protocol):
@@ -32,8 +36,12 @@ class Staged(Protocol):
             ResourceExhausted: There is no room (STORAGE_FULL).
         """
 
+    def complete(self) -> None:
+        """Say that nothing more is written."""
+
     def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
-        """What was written, from the start: file names with their next bytes."""
+        """What was written, from the start, and what still is until `complete`: file names with
+        their next bytes."""
 
 
 class Staging(Protocol):
@@ -60,7 +68,7 @@ class Copies:
 
 
 async def whole(staged: Staged) -> Pieces:
-    """All of a state, in memory."""
+    """All of a complete state, in memory."""
     return [piece async for piece in staged.pieces()]
 
 
@@ -76,6 +84,7 @@ class DiskStaging:
         self._folder = folder
         self._bytes_max = bytes_max
         self.nbytes = 0
+        self.memory_nbytes = 0
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator["DiskStaged"]:
@@ -87,14 +96,15 @@ class DiskStaging:
             yield staged
         finally:
             self.nbytes -= staged.nbytes
+            self.memory_nbytes -= staged.memory_nbytes
             await asyncio.to_thread(staged.close)
 
     def _open(self) -> IO[bytes]:
         self._folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=self._folder, buffering=0)
 
-    def take(self, nbytes: int) -> None:
-        """Count bytes that arrive.
+    def take(self, nbytes: int) -> bool:
+        """Count bytes that arrive; True where memory has room for them.
 
         Raises:
             ResourceExhausted: They are too many (STORAGE_FULL).
@@ -108,25 +118,44 @@ class DiskStaging:
                 metadata={"limit": "staged_bytes_max", "value": str(self.nbytes + nbytes)},
             )
         self.nbytes += nbytes
+        in_memory = self.memory_nbytes + nbytes <= MEMORY_BYTES_MAX
+        self.memory_nbytes += nbytes if in_memory else 0
+        return in_memory
 
 
 class DiskStaged:
-    """See `Staged`. Its calls come one at a time."""
+    """See `Staged`. What is written comes one piece at a time; what is read may be meanwhile."""
 
     def __init__(self, staging: DiskStaging, file: IO[bytes]) -> None:
         self._staging = staging
         self._file = file
         self._lock = threading.Lock()  # a call's thread may outlive its caller
-        self._sizes: dict[str, int] = {}
+        self._pieces: list[tuple[str, bytes | _InFile]] = []
+        self._written_bytes = 0
+        self._complete = False
+        self._more = asyncio.Event()
         self.nbytes = 0
+        self.memory_nbytes = 0
 
     async def write(self, name: str, data: bytes) -> None:
         """Append bytes to a file."""
-        self._staging.take(len(data))
+        in_memory = self._staging.take(len(data))
         self.nbytes += len(data)
-        with _storage_errors():
-            await asyncio.to_thread(self._write, data)
-        self._sizes[name] = self._sizes.get(name, 0) + len(data)
+        piece: bytes | _InFile = data
+        if in_memory:
+            self.memory_nbytes += len(data)
+        else:
+            with _storage_errors():
+                await asyncio.to_thread(self._write, data)
+            piece = _InFile(self._written_bytes, len(data))
+            self._written_bytes += len(data)
+        self._pieces.append((name, piece))
+        self._more.set()
+
+    def complete(self) -> None:
+        """Say that nothing more is written."""
+        self._complete = True
+        self._more.set()
 
     def _write(self, data: bytes) -> None:
         with self._lock:
@@ -135,15 +164,38 @@ class DiskStaged:
                 left = left[self._file.write(left) :]
 
     async def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
-        """What was written, from the start."""
-        start = 0
-        for name, size in self._sizes.items():
-            if not size:
-                yield name, b""
-            for at in range(start, start + size, READ_BYTES):
-                nbytes = min(READ_BYTES, start + size - at)
-                yield name, await asyncio.to_thread(self._read, at, nbytes)
-            start += size
+        """What was written, from the start, and what still is until `complete`."""
+        index = 0
+        while True:
+            if index == len(self._pieces):
+                if self._complete:
+                    return
+                self._more.clear()
+                await self._more.wait()
+                continue
+            name, piece = self._pieces[index]
+            if isinstance(piece, bytes):
+                some = self._in_memory(name, index)
+                index += len(some)
+                yield name, some[0] if len(some) == 1 else b"".join(some)
+            else:
+                index += 1
+                for at in range(piece.start, piece.start + piece.nbytes, READ_BYTES):
+                    nbytes = min(READ_BYTES, piece.start + piece.nbytes - at)
+                    yield name, await asyncio.to_thread(self._read, at, nbytes)
+
+    def _in_memory(self, name: str, index: int) -> list[bytes]:
+        """Pieces of one file from an index on, together at most `READ_BYTES` if not one alone."""
+        some: list[bytes] = []
+        nbytes = 0
+        for of, piece in itertools.islice(self._pieces, index, None):
+            if of != name or not isinstance(piece, bytes):
+                break
+            nbytes += len(piece)
+            if some and nbytes > READ_BYTES:
+                break
+            some.append(piece)
+        return some
 
     def _read(self, at: int, nbytes: int) -> bytes:
         with self._lock:
@@ -156,6 +208,13 @@ class DiskStaged:
         """Give the room back."""
         with self._lock:
             self._file.close()
+
+
+class _InFile(NamedTuple):
+    """Where a piece is in the file of its state."""
+
+    start: int
+    nbytes: int
 
 
 @contextlib.contextmanager
