@@ -101,8 +101,8 @@ images: ## Build the images as deploy/overlays/ci names them; DOCKER=podman, IMA
 kube: setup ## deploy/ on the Kubernetes of TINSMITH_TEST_KUBECONFIG, whose nodes have `make images`
 	$(BIN)/pytest tests/kube tests/service/test_deploy.py
 
-bench: setup ## Speed and memory beside plain loops; ROWS="1 3" chooses rows, PAIRS=9 rounds
-	PYTHONPATH=tests $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) $(ROWS)
+bench: setup model ## Speed and memory beside plain loops; ROWS="1 17" chooses rows, PAIRS=9 rounds
+	PYTHONPATH=tests $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) --base-model $(MODEL) $(ROWS)
 
 gpu: setup ## The engine on a GPU
 	$(BIN)/pytest tests/gpu

@@ -83,6 +83,8 @@ class RunningCluster:
         ranks: As in `tinsmith up`.
         port: Training's; the others have the next two. 0 takes free ones.
         keep: Start again what dies, as `tinsmith up` does.
+        threads: Of each process that computes.
+        dtype: As in `tinsmith up`.
 
     Attributes:
         address: Training's `host:port`.
@@ -99,10 +101,18 @@ class RunningCluster:
         ranks: int = 1,
         port: int = 0,
         keep: bool = False,
+        threads: int = 1,
+        dtype: str = "float32",
     ) -> None:
         programs.share_template()
         options = Options(
-            base_model=str(base_model), data=data, port=port, engine=engine, ranks=ranks, threads=1
+            base_model=str(base_model),
+            data=data,
+            port=port,
+            engine=engine,
+            ranks=ranks,
+            threads=threads,
+            dtype=dtype,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)

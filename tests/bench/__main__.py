@@ -1,8 +1,9 @@
 """`python -m bench [ROW ...]`: measure rows of the benchmark table, each beside a plain baseline.
 
-Both sides of a row run in turn in one process, on the same data and the same adapter, and must
-give the same logprobs and gradients; a row whose sides disagree FAILED, and the exit status is 1.
-A target that is missed is reported, and is no failure.
+Both sides of a row run in turn, on the same data and the same adapter, and must give the same
+logprobs and gradients; a row whose sides disagree FAILED, and the exit status is 1. A target that
+is missed is reported, and is no failure. Sides of training share a process. Those of sampling have
+processes of their own, and it is compared what both say of the same tokens.
 """
 
 import argparse
@@ -24,8 +25,11 @@ from bench import (
     rows_durable,
     rows_memory,
     rows_neighbour,
+    rows_rl,
     rows_rpc,
+    rows_sampling,
     rows_step,
+    rows_weights,
 )
 from bench.configs import SHAPES
 from bench.harness import Result
@@ -41,6 +45,18 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "10": rows_memory.peak_memory,
     "11": rows_rpc.rpc,
     "16": rows_durable.durable_step,
+    "17": rows_sampling.equal,
+    "17f": rows_sampling.with_adapter,
+    "18": rows_sampling.mixed,
+    "19": rows_sampling.group,
+    "20": rows_weights.eight_adapters,
+    "21": rows_weights.mixed_adapters,
+    "22": rows_sampling.prefixes,
+    "23": rows_weights.hand_over,
+    "scoring": rows_sampling.scoring,
+    "30": rows_rl.example,
+    "30m": rows_rl.recipe,
+    "gap": rows_weights.gap,
     "25": rows_compute.growth,
     "26": rows_step.idle_models,
     "28": rows_durable.back_again,
@@ -61,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="", help="instead of the rows' own")
     parser.add_argument("--zero-stage", type=int, default=Settings.zero_stage)
     parser.add_argument("--micro-batch-tokens-max", type=int)
+    parser.add_argument("--base-model", type=Path, default=Settings.base_model)
+    parser.add_argument("--new-tokens-max", type=int, help="of a sequence: for a quick look")
     given = parser.parse_args(argv)
     for row in given.rows:
         if row not in ROWS:
@@ -73,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape=given.shape,
         zero_stage=given.zero_stage,
         micro_batch_tokens_max=given.micro_batch_tokens_max,
+        base_model=given.base_model,
+        new_tokens_max=given.new_tokens_max,
     )
     given.out.mkdir(parents=True, exist_ok=True)
     values = report.machine(given.threads, given.pairs)

@@ -10,12 +10,12 @@ into pages that the system has to find first, which takes several times as long 
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from bench.clocks import cpu_clock
 from tinsmith import tensors
 from tinsmith import v1 as pb
 from tinsmith.cluster import connect
@@ -62,7 +62,7 @@ def main() -> None:
     """Make the calls, each with a step after it that changes nothing and is not timed."""
     address, model_id, warm_ups, calls, pids, out = sys.argv[1:]
     data = wide_data()
-    clock = _cpu_clock([int(pid) for pid in pids.split(",")])
+    clock = cpu_clock([int(pid) for pid in pids.split(",")])
     step = pb.OptimStepRequest(model_id=model_id, adam_params=pb.AdamParams(learning_rate=0))
     seconds: list[tuple[float, float, float]] = []
     logprobs: list[np.ndarray] = []
@@ -79,18 +79,6 @@ def main() -> None:
     walls, cpus, engines = np.array(seconds[int(warm_ups) :]).T
     arrays = {f"logprobs_{i}": found for i, found in enumerate(logprobs)}
     np.savez(out, wall_s=walls, cpu_s=cpus, engine_s=engines, **arrays)
-
-
-def _cpu_clock(pids: Sequence[int]) -> Callable[[], float]:
-    """CPU seconds so far of this process and of some others."""
-
-    def clock() -> float:
-        # Unlike the times in `stat`, these are finer than a clock tick.
-        tasks = (task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir())
-        others_ns = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
-        return time.process_time() + others_ns / 1e9
-
-    return clock
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ class Settings:
         shape: Instead of the rows' own shapes, by name; "" for those.
         zero_stage: Of the engine.
         micro_batch_tokens_max: Of the engine; None takes its default.
+        base_model: The real model of the sampling rows.
+        new_tokens_max: No sequence of those is made longer, for a look whether a row runs; None
+            leaves them as they are.
     """
 
     models: Path
@@ -47,6 +50,8 @@ class Settings:
     shape: str = ""
     zero_stage: int = TrainerConfig.model_fields["zero_stage"].default
     micro_batch_tokens_max: int | None = None
+    base_model: Path = Path(".models/SmolLM2-135M-Instruct")
+    new_tokens_max: int | None = None
 
 
 class Ours:

@@ -1,6 +1,5 @@
 """The benchmark itself: rows run to the end, and sides that disagree are found out."""
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import sampling_workloads, workloads
+from bench import workloads
 from bench.__main__ import main
 from bench.harness import Agreement, Estimate, Result, Side, compare, estimate, measure
 from bench.sides import Ours
@@ -117,21 +116,3 @@ def test_batches_have_the_padding_that_they_should() -> None:
         assert len(lengths) == 8
         assert max(lengths) <= 512
         assert abs(workloads.padding_factor(lengths) - 2.9) <= 0.1
-
-
-def test_sampling_asks_for_what_the_rows_say() -> None:
-    """Lengths and counts of the table, and no prompt that two rounds share."""
-    lengths = sorted(call.new_tokens for call in sampling_workloads.mixed())
-    assert lengths == list(range(8, 257, 8))
-    (group,) = sampling_workloads.group()
-    assert (len(group.prompt), group.num_samples, group.new_tokens) == (1024, 16, 64)
-    turns = sampling_workloads.chat()
-    assert len(turns) == 8
-    for turn, following in itertools.pairwise(turns):
-        assert following.prompt[: len(turn.prompt)] == turn.prompt
-    rollouts = sampling_workloads.rollouts()
-    assert len(rollouts) == 128
-    assert len({tuple(call.prompt) for call in rollouts}) == 16
-    rounds = [*sampling_workloads.equal(16), *sampling_workloads.equal(16, seed=1)]
-    assert len({tuple(call.prompt) for call in rounds}) == 32
-    assert sampling_workloads.made_tokens(rounds) == 2048
