@@ -30,6 +30,7 @@ from bench import (
     rows_sampling,
     rows_step,
     rows_weights,
+    rows_wire,
 )
 from bench.configs import SHAPES
 from bench.harness import Result
@@ -57,6 +58,7 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "30": rows_rl.example,
     "30m": rows_rl.recipe,
     "gap": rows_weights.gap,
+    "wire": rows_wire.wire,
     "25": rows_compute.growth,
     "26": rows_step.idle_models,
     "28": rows_durable.back_again,
