@@ -1,7 +1,10 @@
 """A Checkpoint server in the process of a test, and what a client does with it."""
 
+import contextlib
 import zlib
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Self
 
 import grpc
 
@@ -9,20 +12,38 @@ from checkpoints import PATH, Clock, blobs, files, messages, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.config import CheckpointConfig
 
 
 class Served:
-    """A running server and a stub for it."""
+    """A server on a free port, on clocks that stand still, and a stub for it."""
 
-    def __init__(
-        self, folder: Path, clock: Clock, monotonic: Clock, server: CheckpointServer
-    ) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.clock = clock
-        self.monotonic = monotonic
-        self.server = server
-        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+        self.clock, self.monotonic = Clock(), Clock()
+        config = CheckpointConfig(
+            listen_address="127.0.0.1:0", data_folder=str(folder), stop_grace_s=1
+        )
+        self.server = CheckpointServer(config, self.clock, self.monotonic)
+
+    async def start(self) -> None:
+        """Serve on a free port."""
+        await self.server.start()
+        self.address = f"127.0.0.1:{self.server.port}"
+        self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = CheckpointServiceStub(self.channel)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, folder: Path) -> AsyncIterator[Self]:
+        """One that serves for the body of the `async with`, on clocks that stand still."""
+        served = cls(folder)
+        await served.start()
+        try:
+            yield served
+        finally:
+            await served.channel.close()
+            await served.server.stop()
 
     async def write(self, path: str = PATH, seed: int = 0, **header: object) -> pb.Checkpoint:
         """Write a checkpoint; the server's answer."""

@@ -20,11 +20,9 @@ from tinsmithd.loss_fns import Gspo, Ppo
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.process_group import distributed
 
+STAGES = {f"stage-{stage}": {"zero_stage": stage} for stage in range(4)}
 CASES: Mapping[str, Mapping[str, Any]] = {
-    "stage-0": {"zero_stage": 0},
-    "stage-1": {"zero_stage": 1},
-    "stage-2": {"zero_stage": 2},
-    "stage-3": {"zero_stage": 3},
+    **STAGES,
     "one-resident": {"zero_stage": 1, "resident_models_max": 1},
     "recomputed": {"zero_stage": 0, "activation_bytes_max": 1},
     "offloaded": {"zero_stage": 2, "offload": True},
@@ -33,15 +31,12 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "stage-3-offloaded": {"zero_stage": 3, "offload": True, "resident_models_max": 1},
 }
 FULL_CASES: Mapping[str, Mapping[str, Any]] = {
-    "full-stage-0": {"zero_stage": 0},
-    "full-stage-1": {"zero_stage": 1},
-    "full-stage-2": {"zero_stage": 2},
-    "full-stage-3": {"zero_stage": 3},
-    "full-recomputed": {"zero_stage": 0, "activation_bytes_max": 1},
-    "full-stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1},
     "full-stage-3-offloaded": {"zero_stage": 3, "offload": True},
     # Adapters keep gathered weights, which never get stale; a full model must not.
-    "full-stage-3-kept": {"zero_stage": 3, "gathered_bytes_max": 1 << 30},
+    "full-stage-3-kept": CASES["stage-3-kept"],
+    "full-stage-3-recomputed": CASES["stage-3-recomputed"],
+    "full-recomputed": CASES["recomputed"],
+    **{f"full-{stage}": STAGES[stage] for stage in STAGES},
 }
 """One model that trains all weights."""
 MODELS = {"m": LoraConfig(rank=4, seed=7), "n": LoraConfig(rank=2, seed=8, train_mlp=False)}

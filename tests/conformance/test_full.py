@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints import to_files
 from data import collect, make_data
 from engines import make_engine
+from plain_loop import logprobs_of, train_plainly
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.state import files as state_files
@@ -75,32 +76,8 @@ def plain_loop(
 ) -> tuple[list[float], Mapping[str, np.ndarray]]:
     """Losses and final weights of an ordinary training loop."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=ADAM.learning_rate,
-        betas=(ADAM.beta1, ADAM.beta2),
-        eps=ADAM.eps,
-        weight_decay=ADAM.weight_decay,
-    )
-    losses = []
-    for index, batch in enumerate(batches):
-        losses.append(0.0)
-        for datum in batch:
-            loss = -(_logprobs(model, datum) * torch.from_numpy(datum.loss_fn_inputs["weights"]))
-            loss.sum().backward()
-            losses[-1] += float(loss.detach().sum())
-        if index % 2:
-            torch.nn.utils.clip_grad_norm_(parameters, ADAM.grad_clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+    losses = train_plainly(model, batches, ADAM)
     return losses, {name: p.detach().numpy() for name, p in model.named_parameters()}
-
-
-def _logprobs(model: torch.nn.Module, datum: Datum) -> torch.Tensor:
-    logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
-    targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -146,7 +123,7 @@ def test_transformers_loads_what_was_exported(
     assert model.config.use_cache
     for datum, logprobs in zip(data, expected, strict=True):
         with torch.no_grad():
-            found = _logprobs(model, datum).numpy()
+            found = logprobs_of(model, datum).numpy()
         np.testing.assert_allclose(found, logprobs, atol=1e-5)
     ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (tmp_path, folder))
     assert ours("one two three").input_ids == theirs("one two three").input_ids

@@ -15,6 +15,7 @@ from suite import ADAM, ENGINES, LORA, difference, new_engine, train, weights_of
 from transformers import AutoModelForCausalLM
 
 from data import collect, make_data, make_rl_data
+from plain_loop import train_plainly
 from tinsmithd.domain import (
     AdamParams,
     CrossEntropy,
@@ -44,30 +45,7 @@ def plain_loop(
     tensors = {name: torch.from_numpy(array.copy()) for name, array in start.weights.items()}
     loaded = peft.set_peft_model_state_dict(model, tensors)
     assert not loaded.unexpected_keys
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=adam.learning_rate,
-        betas=(adam.beta1, adam.beta2),
-        eps=adam.eps,
-        weight_decay=adam.weight_decay,
-    )
-    losses = []
-    for index, batch in enumerate(batches):
-        total = 0.0
-        for datum in batch:
-            logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
-            targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])
-            chosen = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-            loss = -(chosen * torch.from_numpy(datum.loss_fn_inputs["weights"])).sum()
-            loss.backward()
-            total += float(loss.detach())
-        losses.append(total)
-        if index % 2:
-            if adam.grad_clip_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, adam.grad_clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+    losses = train_plainly(model, batches, adam)
     # A saved head must not bring the weights of the base along.
     state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return losses, {name: tensor.numpy() for name, tensor in state.items()}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import to_files
 from data import collect, make_data
 from engines import make_engine
+from plain_loop import logprobs_of
 from tinsmithd.domain import LoraConfig
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from tinsmithd.modeling.base import load_base
@@ -86,9 +87,7 @@ def test_plain_peft_loads_what_was_exported(
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     for datum, expected in zip(data, logprobs, strict=True):
         with torch.no_grad():
-            logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
-        targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])
-        found = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].numpy()
+            found = logprobs_of(model, datum).numpy()
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -17,6 +17,7 @@ from bench.harness import compare
 from bench.sides import MODEL_ID, BareLoop, Ours, Settings
 from checkpoints import to_files
 from data import make_data
+from plain_loop import adamw
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, LoraConfig
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.state import files as state_files
@@ -91,13 +92,7 @@ def test_steps_are_those_of_adamw(folders: Folders) -> None:
     ours = new_engine(folder, "float32")
     bare = BareLoop(folder, ours.start, device=DEVICE)
     parameters = list(bare.parameters.values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=ADAM.learning_rate,
-        betas=(ADAM.beta1, ADAM.beta2),
-        eps=ADAM.eps,
-        weight_decay=ADAM.weight_decay,
-    )
+    optimizer = adamw(parameters, ADAM)
     for seed in range(4):
         data = make_data(seed, 3)
         ours.forward_backward(data)

@@ -7,12 +7,9 @@ import pytest
 
 import tinsmith
 from checkpoint_server import Served
-from checkpoints import Clock
 from clusters import RunningCluster
 from tinsmith import v1 as pb
 from tinsmith.cluster import Cluster
-from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.config import CheckpointConfig
 
 
 @pytest.fixture
@@ -24,16 +21,8 @@ def service(cluster: RunningCluster) -> tinsmith.ServiceClient:
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
     """A Checkpoint server on a free port with an empty folder."""
-    clock, monotonic = Clock(), Clock()
-    config = CheckpointConfig(
-        listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=1
-    )
-    server = CheckpointServer(config, clock, monotonic)
-    await server.start()
-    running = Served(tmp_path, clock, monotonic, server)
-    yield running
-    await running.channel.close()
-    await server.stop()
+    async with Served.running(tmp_path) as served:
+        yield served
 
 
 @pytest.fixture

@@ -12,14 +12,13 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from checkpoints import Clock, blobs, files, messages
+from checkpoint_server import Served
+from checkpoints import blobs, files, messages
 from tinsmith import _loop
 from tinsmith._leases import Leases, new_lease_id
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
-from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint_client import CheckpointClient
-from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import NotFound
 from tinsmithd.sampler.leases import Leases as SamplerLeases
@@ -52,14 +51,8 @@ class Client:
         await asyncio.wrap_future(_loop.run(self.leases.close()))
 
 
-class Served:
-    """A Checkpoint server whose leases do not run out."""
-
-    def __init__(self, folder: Path, server: CheckpointServer) -> None:
-        self.folder = folder
-        self.address = f"127.0.0.1:{server.port}"
-        self.channel = grpc.aio.insecure_channel(self.address)
-        self.stub = CheckpointServiceStub(self.channel)
+class Leased(Served):
+    """Its leases do not run out."""
 
     async def save(self, seed: int, lease_id: str) -> str:
         header = {"ttl": Duration(seconds=86_400), "ephemeral": True, "overwrite": True}
@@ -91,20 +84,13 @@ class Served:
 
 
 @pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    config = CheckpointConfig(
-        listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=1
-    )
-    server = CheckpointServer(config, Clock(), Clock())
-    await server.start()
-    running = Served(tmp_path, server)
-    yield running
-    await running.channel.close()
-    await server.stop()
+async def served(tmp_path: Path) -> AsyncIterator[Leased]:
+    async with Leased.running(tmp_path) as served:
+        yield served
 
 
 async def test_a_holder_that_is_collected_or_closed_frees_its_weights_at_once(
-    served: Served,
+    served: Leased,
 ) -> None:
     """Each of a training loop's rounds, without the garbage collector; the last one by closing."""
     client = Client(served.address)
@@ -126,7 +112,7 @@ async def test_a_holder_that_is_collected_or_closed_frees_its_weights_at_once(
     await client.close()
 
 
-async def test_closing_a_connection_gives_everything_back(served: Served) -> None:
+async def test_closing_a_connection_gives_everything_back(served: Leased) -> None:
     """Its holders may live on, and hold nothing."""
     client, holders = Client(served.address), [Holder() for _ in range(3)]
     for seed, holder in enumerate(holders):
@@ -137,7 +123,7 @@ async def test_closing_a_connection_gives_everything_back(served: Served) -> Non
     client.leases.hold(holders[0], path_of(2))
 
 
-async def test_a_release_takes_nothing_from_other_holders(served: Served) -> None:
+async def test_a_release_takes_nothing_from_other_holders(served: Leased) -> None:
     """Neither in the same process nor in another one, nor from a copy that is on its way."""
     one, other = Client(served.address), Client(served.address)
     lease_id = new_lease_id()
@@ -164,7 +150,7 @@ async def test_a_release_takes_nothing_from_other_holders(served: Served) -> Non
     await other.close()
 
 
-async def test_only_who_knows_a_lease_can_end_it(served: Served) -> None:
+async def test_only_who_knows_a_lease_can_end_it(served: Leased) -> None:
     """A stranger knows the path; a lease without an id is nobody's to end."""
     held = await served.save(0, "secret")
     plain = await served.save(1, "")
@@ -180,7 +166,7 @@ async def test_only_who_knows_a_lease_can_end_it(served: Served) -> None:
     await served.stays(held, plain)
 
 
-async def test_a_bad_lease_is_named_and_nothing_is_done(served: Served) -> None:
+async def test_a_bad_lease_is_named_and_nothing_is_done(served: Leased) -> None:
     """Neither for those beside it."""
     path = await served.save(0, "mine")
     good = pb.Lease(checkpoint_path=path, lease_id="mine")
@@ -199,7 +185,7 @@ async def test_a_bad_lease_is_named_and_nothing_is_done(served: Served) -> None:
     await served.stays(path)
 
 
-async def test_a_release_waits_for_a_server_that_is_away(served: Served) -> None:
+async def test_a_release_waits_for_a_server_that_is_away(served: Leased) -> None:
     """And does not keep anybody waiting."""
     client, holder = Client(served.address), Holder()
     lease_id = new_lease_id()
@@ -215,7 +201,7 @@ async def test_a_release_waits_for_a_server_that_is_away(served: Served) -> None
     await client.close()
 
 
-async def test_a_sampler_holds_weights_while_it_works_with_them(served: Served) -> None:
+async def test_a_sampler_holds_weights_while_it_works_with_them(served: Leased) -> None:
     """Its requests share one lease; the last one gives it back, and a new one begins anew."""
     key = CheckpointPath.parse(await served.save(0, "client"))
     await served.save(NEWEST, "newest")

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from checkpoint_server import Served
 from checkpoints import PATH, blobs, files, messages
 from cutting_proxy import CuttingProxy
 from tinsmith import _loop
@@ -16,33 +17,25 @@ from tinsmith._connection import Connection
 from tinsmith._download import download
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2
-from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint import servicer
 from tinsmithd.checkpoint.segments import Piece, Segment, pieces_from
-from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import directory
-from tinsmithd.config import CheckpointConfig
 from wire import reason_and_field
 
 READ_BYTES = 1000
 """Small pieces, so that a stream can break between any two of them."""
 
 
-class Served:
+class Resumed(Served):
     """A Checkpoint server with one checkpoint, and what a whole read and export of it give."""
 
-    def __init__(self, folder: Path, server: CheckpointServer) -> None:
-        self.folder = folder
-        self.address = f"127.0.0.1:{server.port}"
-        self.channel = grpc.aio.insecure_channel(self.address)
-        self.stub = CheckpointServiceStub(self.channel)
-        self.digest = b""
+    digest = b""
 
-    async def write(self, seed: int, **header: object) -> None:
+    async def save(self, seed: int, **header: object) -> None:
         written = await self.stub.WriteCheckpoint(messages(PATH, files(seed), **header))
         self.digest = written.checkpoint.digest
 
-    async def read(self, offset: int = 0, digest: bytes | None = None) -> bytes:
+    async def read_from(self, offset: int = 0, digest: bytes | None = None) -> bytes:
         """The bytes of all files after each other; each piece is where it says."""
         digest = self.digest if digest is None else digest
         request = pb.ReadCheckpointRequest(
@@ -79,22 +72,15 @@ class Served:
 
 
 @pytest.fixture
-async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
+async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Resumed]:
     monkeypatch.setattr(directory, "READ_BYTES", READ_BYTES)
-    config = CheckpointConfig(
-        listen_address="127.0.0.1:0", data_folder=str(tmp_path / "data"), stop_grace_s=1
-    )
-    server = CheckpointServer(config)
-    await server.start()
-    running = Served(tmp_path / "data", server)
-    await running.write(0)
-    yield running
-    await running.channel.close()
-    await server.stop()
+    async with Resumed.running(tmp_path / "data") as served:
+        await served.save(0)
+        yield served
 
 
-@pytest.mark.parametrize("what", ["read", "export"])
-async def test_a_read_goes_on_at_any_offset(served: Served, what: str) -> None:
+@pytest.mark.parametrize("what", ["read_from", "export"])
+async def test_a_read_goes_on_at_any_offset(served: Resumed, what: str) -> None:
     """Within a file, between two, at the very end: the rest, and nothing else."""
     get = getattr(served, what)
     whole = await get()
@@ -104,8 +90,8 @@ async def test_a_read_goes_on_at_any_offset(served: Served, what: str) -> None:
     assert await get(len(whole)) == b""
 
 
-@pytest.mark.parametrize("what", ["read", "export"])
-async def test_what_cannot_be_gone_on_with_is_refused(served: Served, what: str) -> None:
+@pytest.mark.parametrize("what", ["read_from", "export"])
+async def test_what_cannot_be_gone_on_with_is_refused(served: Resumed, what: str) -> None:
     """An offset beyond the end or without a digest, and other content under the name."""
     get = getattr(served, what)
     whole = await get()
@@ -120,12 +106,12 @@ async def test_what_cannot_be_gone_on_with_is_refused(served: Served, what: str)
     assert await refusal(1, b"") == ("MISSING_FIELD", "checkpoint_digest")
     assert await refusal(1, b"x") == ("INVALID_FIELD", "checkpoint_digest")
     old = served.digest
-    await served.write(1, overwrite=True)
+    await served.save(1, overwrite=True)
     assert await refusal(1, old) == ("CHECKPOINT_REPLACED", "")
     assert await refusal(0, old) == ("CHECKPOINT_REPLACED", "")
 
 
-async def test_the_first_half_of_a_file_is_verified_with_its_second(served: Served) -> None:
+async def test_the_first_half_of_a_file_is_verified_with_its_second(served: Resumed) -> None:
     """Damage before the offset is found, so that nobody joins two halves that do not fit."""
     (blob,) = (
         b
@@ -142,12 +128,12 @@ async def test_the_first_half_of_a_file_is_verified_with_its_second(served: Serv
         for name in names[: names.index(max(names, key=lambda name: len(files(0)[name])))]
     )
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await served.read(start + len(data) // 2)
+        await served.read_from(start + len(data) // 2)
     assert reason_and_field(error.value)[0] == "CHECKPOINT_CORRUPT"
 
 
 async def download_cut_in_the_middle(
-    served: Served, folder: Path, meanwhile: Callable[[], Awaitable[None]]
+    served: Resumed, folder: Path, meanwhile: Callable[[], Awaitable[None]]
 ) -> None:
     """Download through a proxy that cuts once, and lets nobody in until something was done."""
     size = len(await served.export())
@@ -178,13 +164,13 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-async def unpacked(served: Served) -> dict[str, bytes]:
+async def unpacked(served: Resumed) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(await served.export())) as tar:
         return {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
 
 
 async def test_a_download_whose_connection_is_cut_goes_on(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Resumed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The files are whole, and what had come was not asked for again."""
     asked = []
@@ -207,9 +193,9 @@ async def test_a_download_whose_connection_is_cut_goes_on(
     assert 0 < asked[0] < size
 
 
-async def test_a_download_never_mixes_two_contents(served: Served, tmp_path: Path) -> None:
+async def test_a_download_never_mixes_two_contents(served: Resumed, tmp_path: Path) -> None:
     """The name means something else when it goes on: that is what arrives, whole."""
     await download_cut_in_the_middle(
-        served, tmp_path / "got", lambda: served.write(1, overwrite=True)
+        served, tmp_path / "got", lambda: served.save(1, overwrite=True)
     )
     assert read_folder(tmp_path / "got") == await unpacked(served)
