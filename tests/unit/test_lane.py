@@ -17,7 +17,7 @@ from tinsmithd.errors import (
 )
 from tinsmithd.training.call import Answer, Call, ComputeWork, RefusedWork, Work, model_not_found
 from tinsmithd.training.journal import NoJournal
-from tinsmithd.training.lane import Effect, Lane, LaneLimits, TakeTurn, Turns
+from tinsmithd.training.lane import Effect, Lane, LaneContext, LaneLimits, TakeTurn, Turns
 from tinsmithd.training.lane.kept_answers import KeptAnswers
 from tinsmithd.training.ranks import OnOutput, RankGroupLost
 
@@ -32,7 +32,7 @@ class Recorder:
         self.gate = asyncio.Event()
         self.gate.set()
         self.errors: dict[str, Exception] = {}
-        self.lane = Lane("model", limits, Turns(), NoJournal(), self)
+        self.lane = Lane(LaneContext("model", limits, NoJournal(), self), Turns())
 
     def check_room(self, nbytes: int) -> None:
         pass
@@ -257,7 +257,7 @@ class _Shared(Recorder):
 
     def __init__(self, name: str, turns: Turns, order: list[str]) -> None:
         self._name, self._order = name, order
-        self.lane = Lane(name, LIMITS, turns, NoJournal(), self)
+        self.lane = Lane(LaneContext(name, LIMITS, NoJournal(), self), turns)
 
     async def execute(
         self, position: int, seq_id: int, work: Work, on_output: OnOutput, turn: TakeTurn

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
 from tinsmithd.training.call import Answer, Call, Work, kind_of
-from tinsmithd.training.journal import AddCall, ForgetCalls, Journal, StoredCall
-from tinsmithd.training.lane.interface import CallExecutor
-from tinsmithd.training.lane.limits import LaneLimits
+from tinsmithd.training.journal import AddCall, ForgetCalls, StoredCall
+from tinsmithd.training.lane.context import LaneContext
 
 
 @dataclass(eq=False)
@@ -47,10 +46,7 @@ class Admission:
     """The calls of one lane that have not begun, and the order of their numbers.
 
     Args:
-        model_id: Whose calls.
-        limits: Bounds of the lane.
-        journal: Where calls are written down.
-        executor: Counts the bytes that the journal holds.
+        context: What the lane's parts share.
         refuse: Takes a call out of the lane with an error; its number is free again.
 
     Attributes:
@@ -58,17 +54,9 @@ class Admission:
     """
 
     def __init__(
-        self,
-        model_id: str,
-        limits: LaneLimits,
-        journal: Journal,
-        executor: CallExecutor,
-        refuse: Callable[[QueuedCall, TinsmithError], None],
+        self, context: LaneContext, refuse: Callable[[QueuedCall, TinsmithError], None]
     ) -> None:
-        self._model_id = model_id
-        self._limits = limits
-        self._journal = journal
-        self._executor = executor
+        self._context = context
         self._refuse = refuse
         self._parked: dict[int, QueuedCall] = {}
         self._ready: deque[QueuedCall] = deque()
@@ -132,8 +120,8 @@ class Admission:
             waiting += self._parked.values()
         nbytes = call.nbytes + sum(queued.call.nbytes for queued in waiting)
         for limit, value, most in (
-            ("lane_calls_max", len(waiting) + 1, self._limits.lane_calls_max),
-            ("lane_bytes_max", nbytes, self._limits.lane_bytes_max),
+            ("lane_calls_max", len(waiting) + 1, self._context.limits.lane_calls_max),
+            ("lane_bytes_max", nbytes, self._context.limits.lane_bytes_max),
         ):
             if value > most:
                 raise ResourceExhausted(
@@ -142,20 +130,20 @@ class Admission:
                     retry_after_s=1.0,
                     metadata={"limit": limit, "value": str(value)},
                 )
-        self._executor.check_room(call.nbytes)
+        self._context.executor.check_room(call.nbytes)
 
     def _park(self, queued: QueuedCall) -> None:
         self._parked[queued.seq_id] = queued
         if queued.seq_id != self.next_seq_id:
             loop = asyncio.get_running_loop()
-            wait_s = self._limits.gap_wait_s_max
+            wait_s = self._context.limits.gap_wait_s_max
             queued.gap_timer = loop.call_later(wait_s, self._end_gap_wait, queued)
 
     def _end_gap_wait(self, queued: QueuedCall) -> None:
         del self._parked[queued.seq_id]
         error = FailedPrecondition(
             f"seq_id {self.next_seq_id} did not arrive within "
-            f"{self._limits.gap_wait_s_max:g} s; {queued.seq_id} is unused",
+            f"{self._context.limits.gap_wait_s_max:g} s; {queued.seq_id} is unused",
             Reason.SEQ_ID_GAP,
             retry_after_s=0.0,
             metadata={"seq_id": str(queued.seq_id), "next_seq_id": str(self.next_seq_id)},
@@ -173,11 +161,11 @@ class Admission:
         queued.position = self._next_position
         self._next_position += 1
         call = queued.call
-        queued.written = self._journal.commit(
-            AddCall(self._model_id, queued.position, call.seq_id, call.digest, call.work)
+        queued.written = self._context.journal.commit(
+            AddCall(self._context.model_id, queued.position, call.seq_id, call.digest, call.work)
         )
         queued.written.add_done_callback(lambda written: self._check_written(queued, written))
-        self._executor.wrote(queued.position, call.nbytes)
+        self._context.executor.wrote(queued.position, call.nbytes)
         self._ready.append(queued)
 
     def recall(
@@ -195,7 +183,7 @@ class Admission:
         orphans = []
         for call in calls:
             self._next_position = call.position + 1
-            self._executor.wrote(call.position, call.payload_bytes)
+            self._context.executor.wrote(call.position, call.payload_bytes)
             if call.answer_digest is not None:
                 if call.seq_id:
                     self.next_seq_id = call.seq_id + 1
@@ -213,7 +201,7 @@ class Admission:
                 self.next_seq_id += bool(call.seq_id)
                 self._ready.append(queued)
         if orphans:
-            self._journal.commit(ForgetCalls(self._model_id, orphans), must=True)
+            self._context.journal.commit(ForgetCalls(self._context.model_id, orphans), must=True)
         return list(self._ready)
 
     # --- out again ----------------------------------------------------------------------------
@@ -237,10 +225,10 @@ class Admission:
                 self._ready.remove(waiting)
                 free.append(waiting.position)
                 self._park(waiting)
-        self._executor.forgot([queued.position, *free])
+        self._context.executor.forgot([queued.position, *free])
         if not free:
             return None
-        return self._journal.commit(ForgetCalls(self._model_id, free), must=True)
+        return self._context.journal.commit(ForgetCalls(self._context.model_id, free), must=True)
 
     def _check_written(self, queued: QueuedCall, written: "asyncio.Future[None]") -> None:
         """Refuse a call that the journal cannot take: it need not wait for its turn to hear it."""

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from tinsmithd import failpoints
 from tinsmithd.errors import Reason, TinsmithError, Unavailable
 from tinsmithd.training.call import Answer, StoredAnswer, call_not_found, kind_of, shutting_down
-from tinsmithd.training.journal import AddAnswer, DropAnswers, Journal, StoredCall, Write
+from tinsmithd.training.journal import AddAnswer, DropAnswers, StoredCall, Write
 from tinsmithd.training.lane.admission import QueuedCall
-from tinsmithd.training.lane.interface import CallExecutor
+from tinsmithd.training.lane.context import LaneContext
 from tinsmithd.training.lane.kept_answers import KeptAnswers
 
 ReadAnswer = Callable[[int], Callable[[], Awaitable[StoredAnswer]]]
@@ -20,23 +20,17 @@ class AnswerRecorder:
     """The answers of one lane.
 
     Args:
-        model_id: Whose answers.
-        kept: Those of numbered calls.
-        journal: Where answers are written down.
-        executor: Told which calls are never made again.
+        context: What the lane's parts share.
 
     Attributes:
         recording: Number of answers that are not durable yet.
         closed: Set once the model is lost or deleted: what it answered stays as it is.
     """
 
-    def __init__(
-        self, model_id: str, kept: KeptAnswers, journal: Journal, executor: CallExecutor
-    ) -> None:
-        self._model_id = model_id
-        self._kept = kept
-        self._journal = journal
-        self._executor = executor
+    def __init__(self, context: LaneContext) -> None:
+        self._context = context
+        limits = context.limits
+        self._kept = KeptAnswers(limits.answers_kept_max, limits.answer_bytes_kept_max)
         self.recording = 0
         self.closed = False
 
@@ -113,11 +107,11 @@ class AnswerRecorder:
         keep = bool(queued.seq_id)
         if keep:
             self._kept.settle(queued.seq_id, queued.position)
-        add = AddAnswer(self._model_id, queued.position, answer, composition, keep)
+        add = AddAnswer(self._context.model_id, queued.position, answer, composition, keep)
         self.recording += 1
         if not composition:
-            self._executor.forgot([queued.position])
-        recorded = self._journal.commit(add, *writes, must=True)
+            self._context.executor.forgot([queued.position])
+        recorded = self._context.journal.commit(add, *writes, must=True)
         recorded.add_done_callback(lambda done: self._give(queued, answer, done))
 
     def _give(
@@ -134,4 +128,4 @@ class AnswerRecorder:
             queued.answer.finish(answer.value)
         dropped = self._kept.trim()
         if dropped and not self.closed:
-            self._journal.commit(DropAnswers(self._model_id, dropped), must=True)
+            self._context.journal.commit(DropAnswers(self._context.model_id, dropped), must=True)

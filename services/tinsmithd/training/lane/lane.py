@@ -31,12 +31,11 @@ from tinsmithd.training.call import (
     model_lost,
     shutting_down,
 )
-from tinsmithd.training.journal import CountAttempt, Fenced, Journal, LoseModel, StoredCall
+from tinsmithd.training.journal import CountAttempt, Fenced, LoseModel, StoredCall
 from tinsmithd.training.lane.admission import Admission, QueuedCall
 from tinsmithd.training.lane.answer_recorder import AnswerRecorder, ReadAnswer
+from tinsmithd.training.lane.context import LaneContext
 from tinsmithd.training.lane.interface import CallExecutor
-from tinsmithd.training.lane.kept_answers import KeptAnswers
-from tinsmithd.training.lane.limits import LaneLimits
 from tinsmithd.training.lane.presence import Presence
 from tinsmithd.training.lane.turns import Turns
 from tinsmithd.training.ranks import ModelBroken, RankGroupLost
@@ -48,30 +47,18 @@ class Lane:
     """The ordered calls of one model.
 
     Args:
-        model_id: Whose calls.
-        limits: Its bounds.
+        context: Whose calls, and what its parts share.
         turns: Shared by all lanes.
-        journal: Where calls and answers are written down.
-        executor: Carries the calls out.
     """
 
-    def __init__(
-        self,
-        model_id: str,
-        limits: LaneLimits,
-        turns: Turns,
-        journal: Journal,
-        executor: CallExecutor,
-    ) -> None:
-        self._model_id = model_id
-        self._limits = limits
+    def __init__(self, context: LaneContext, turns: Turns) -> None:
+        self._context = context
+        self._model_id = context.model_id
+        self._journal = context.journal
         self._turns = turns
-        self._journal = journal
-        self._executor = executor
-        self._admission = Admission(model_id, limits, journal, executor, self._refuse)
-        kept = KeptAnswers(limits.answers_kept_max, limits.answer_bytes_kept_max)
-        self._answers = AnswerRecorder(model_id, kept, journal, executor)
-        self._presence = Presence(model_id, executor, lambda: self._closed is None)
+        self._admission = Admission(context, self._refuse)
+        self._answers = AnswerRecorder(context)
+        self._presence = Presence(context, lambda: self._closed is None)
         self.idle_since_s = 0.0
         """When its last call ended, by the loop's clock."""
         self._runner: asyncio.Task[None] | None = None
@@ -83,7 +70,7 @@ class Lane:
     @property
     def executor(self) -> CallExecutor:
         """Who carries its calls out."""
-        return self._executor
+        return self._context.executor
 
     @property
     def next_seq_id(self) -> int:
@@ -253,7 +240,7 @@ class Lane:
             self._admission.put_back(queued)
             return
         try:
-            effect = await self._executor.execute(
+            effect = await self._context.executor.execute(
                 queued.position,
                 queued.seq_id,
                 work,
@@ -273,7 +260,7 @@ class Lane:
             answer = StoredAnswer(error=effect.error)
         self._answers.settle(queued, answer, effect.composition, effect.writes)
         with contextlib.suppress(RankGroupLost):  # then it is brought back before the next call
-            await self._executor.settled(queued.position, work, self._turn)
+            await self._context.executor.settled(queued.position, work, self._turn)
 
     async def _is_written(self, queued: QueuedCall, *, begun: bool = False) -> bool:
         """Wait until a call is durable; one that cannot be written is refused, and its effect goes.
@@ -330,7 +317,7 @@ class Lane:
             return
         self._presence.lose()
         queued.attempts += blamed
-        if queued.attempts >= self._limits.call_attempts_max:
+        if queued.attempts >= self._context.limits.call_attempts_max:
             _log.error("call %d of model %s is refused: %s", queued.seq_id, self._model_id, why)
             error = call_poisoned(queued.attempts, why)
             self._answers.settle(queued, StoredAnswer(error=error))

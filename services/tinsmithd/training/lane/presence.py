@@ -5,7 +5,8 @@ import logging
 from collections.abc import Callable
 
 from tinsmithd.errors import DataLoss, TinsmithError, Unavailable
-from tinsmithd.training.lane.interface import CallExecutor, TakeTurn
+from tinsmithd.training.lane.context import LaneContext
+from tinsmithd.training.lane.interface import TakeTurn
 from tinsmithd.training.ranks import ModelBroken, RankGroupLost
 
 BROKEN_PAUSE_S = 1.0
@@ -18,8 +19,7 @@ class Presence:
     """Of one model.
 
     Args:
-        model_id: Which one.
-        executor: Takes it to the ranks and off them.
+        context: What the lane's parts share.
         is_open: Whether its lane is; nobody needs to hear why a closed one fails.
 
     Attributes:
@@ -29,9 +29,9 @@ class Presence:
         blocked: Why the ranks that there are cannot take it; None where they can.
     """
 
-    def __init__(self, model_id: str, executor: CallExecutor, is_open: Callable[[], bool]) -> None:
-        self._model_id = model_id
-        self._executor = executor
+    def __init__(self, context: LaneContext, is_open: Callable[[], bool]) -> None:
+        self._context = context
+        self._model_id = context.model_id
         self._is_open = is_open
         self.leaving = self.suspended = self.resuming = False
         self.blocked: TinsmithError | None = None
@@ -56,14 +56,14 @@ class Presence:
         """Take it off the ranks."""
         try:
             if not self.absent:
-                await self._executor.suspend(turn)
+                await self._context.executor.suspend(turn)
         except (TinsmithError, RankGroupLost, ModelBroken) as error:
             # Whatever the ranks still hold of it, they drop it before they get it again.
             if self._is_open():
                 _log.warning("model %s left the ranks with an error: %s", self._model_id, error)
         self.suspend()
         self.blocked = None
-        self._executor.left()
+        self._context.executor.left()
 
     async def come_back(self, turn: TakeTurn) -> None:
         """Try to bring it back to the ranks; it is `absent` until that succeeds.
@@ -75,7 +75,7 @@ class Presence:
         self.suspended = False
         losses = self._losses
         try:
-            await self._executor.restore(turn)
+            await self._context.executor.restore(turn)
         except DataLoss:
             raise
         except RankGroupLost as error:

@@ -5,9 +5,8 @@ from tinsmithd.training.models.model import Model, NewModel
 from tinsmithd.training.models.models import Models
 from tinsmithd.training.models.releases import Releases
 from tinsmithd.training.models.seats import SeatLimits
-from tinsmithd.training.models.shared import CallLimits, ModelLimits
+from tinsmithd.training.models.shared import CallLimits, ModelLimits, SnapshotRule
 from tinsmithd.training.models.snapshot_store import DiskSnapshotStore, SnapshotStore
-from tinsmithd.training.models.snapshot_taker import SnapshotRule
 from tinsmithd.training.models.staging import Copies, DiskStaging
 
 __all__ = [

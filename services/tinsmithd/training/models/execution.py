@@ -12,7 +12,7 @@ from tinsmithd.training.call import (
     StepWork,
     Work,
 )
-from tinsmithd.training.lane import Effect, Lane, TakeTurn
+from tinsmithd.training.lane import Effect, Lane, LaneContext, TakeTurn
 from tinsmithd.training.models.changes import Changes
 from tinsmithd.training.models.checkpoints import check_base_model, check_claim, wrong_kind
 from tinsmithd.training.models.journal_room import JournalRoom
@@ -29,15 +29,15 @@ from tinsmithd.training.ranks import OnOutput, RankGroup, RankGroupLost, StateIn
 def give_lane(model: Model, snapshots: ModelSnapshots, shared: Shared) -> None:
     """Let a model take calls from now on."""
     executor = ModelExecutor(model, snapshots, shared)
-    limits = shared.limits.lane
-    model.open(Lane(model.model_id, limits, shared.turns, shared.journal, executor))
+    context = LaneContext(model.model_id, shared.limits.lane, shared.journal, executor)
+    model.open(Lane(context, shared.turns))
 
 
 class ModelExecutor:
     """Carries out the calls of one model; see `CallExecutor`."""
 
     def __init__(self, model: Model, snapshots: ModelSnapshots, shared: Shared) -> None:
-        limits, copies = shared.limits.calls, shared.checkpoints.copies
+        limits = shared.limits.calls
         self._model = model
         self._rank_max = limits.rank_max
         self._place = shared.place
@@ -48,12 +48,11 @@ class ModelExecutor:
         self._snapshots = snapshots
         self._room = JournalRoom(limits.journal_bytes_max, keeps=shared.journal.keeps)
         self._changes = Changes(model, shared.place.counts, limits.quantum_tokens)
-        self._taker = SnapshotTaker(model, snapshots, shared.place, copies, limits.snapshots)
+        self._taker = SnapshotTaker(model, snapshots, shared)
         self._recovery = Recovery(
-            *(model, snapshots, self._taker, shared.place, shared.journal, copies),
+            *(model, snapshots, self._taker, shared),
             replay=self._changes.make,
             stepped=self._stepped,
-            exact=limits.exact_replay,
         )
 
     # --- the lane's side ----------------------------------------------------------------------

@@ -23,14 +23,14 @@ from tinsmithd.training.call import (
     differing_keys,
     model_lost,
 )
-from tinsmithd.training.journal import Journal, StoreDamaged, StoredCall
+from tinsmithd.training.journal import StoreDamaged, StoredCall
 from tinsmithd.training.lane import Effect, TakeTurn
 from tinsmithd.training.models.model import Model
 from tinsmithd.training.models.model_snapshots import ModelSnapshots
+from tinsmithd.training.models.shared import Shared
 from tinsmithd.training.models.snapshot_store import Snapshot
 from tinsmithd.training.models.snapshot_taker import SnapshotTaker
-from tinsmithd.training.models.staging import Copies
-from tinsmithd.training.ranks import OnOutput, RankGroup, RankGroupLost, RankGroupPlace
+from tinsmithd.training.ranks import OnOutput, RankGroup, RankGroupLost
 
 BASE_KEYS = ("base_model", "dtype")
 """Of an identity: a model without calls to replay needs these alone to be the same."""
@@ -71,12 +71,7 @@ class Recovery:
         model: Which one.
         snapshots: Its snapshots.
         taker: Takes them; quiet while the model is brought back.
-        place: Where the ranks are.
-        journal: Has its calls.
-        copies: How many states are in memory.
-        exact: Whether a replay must give the same bits, on ranks of one identity; else it must give
-            the same metrics but for rounding. No GPU has to repeat its bits: many kernels there add
-            up in any order.
+        shared: What all models share.
         replay: Makes a call once more.
         stepped: Told of each position after which no gradients are pending.
     """
@@ -86,21 +81,18 @@ class Recovery:
         model: Model,
         snapshots: ModelSnapshots,
         taker: SnapshotTaker,
-        place: RankGroupPlace,
-        journal: Journal,
-        copies: Copies,
+        shared: Shared,
+        *,
         replay: Replay,
         stepped: Stepped,
-        *,
-        exact: bool,
     ) -> None:
         self._model = model
         self._snapshots = snapshots
         self._taker = taker
-        self._place = place
-        self._journal = journal
-        self._copies = copies
-        self._exact = exact
+        self._place = shared.place
+        self._journal = shared.journal
+        self._copies = shared.checkpoints.copies
+        self._exact = shared.limits.calls.exact_replay
         self._make_again = replay
         self._stepped = stepped
         self._failures = 0

@@ -7,7 +7,6 @@ from tinsmithd.training.lane import LaneLimits, Turns
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.seats import SeatLimits, Seats
 from tinsmithd.training.models.snapshot_store import SnapshotStore
-from tinsmithd.training.models.snapshot_taker import SnapshotRule
 from tinsmithd.training.models.starts import Starts
 from tinsmithd.training.ranks import RankGroupPlace
 
@@ -16,11 +15,21 @@ COMING_AND_GOING = ""
 
 
 @dataclass(frozen=True)
+class SnapshotRule:
+    """When a snapshot is due: with the step after so many steps, or after so long."""
+
+    steps: int
+    interval_s: float
+
+
+@dataclass(frozen=True)
 class CallLimits:
     """Bounds on what calls do; the names are those of the settings.
 
     Attributes:
-        exact_replay: See `Recovery`; `replay_check` is "exact".
+        exact_replay: Whether a replay must give the same bits, on ranks of one identity; else it
+            must give the same metrics but for rounding. No GPU has to repeat its bits: many kernels
+            there add up in any order.
     """
 
     quantum_tokens: int

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Awaitable
-from dataclasses import dataclass
 
 from tinsmithd.errors import TinsmithError
 from tinsmithd.training.call import NOMINAL_TOKENS
@@ -11,19 +10,11 @@ from tinsmithd.training.journal import Fenced, StoreDamaged, StoredSnapshot
 from tinsmithd.training.lane import TakeTurn
 from tinsmithd.training.models.model import Model
 from tinsmithd.training.models.model_snapshots import ModelSnapshots
+from tinsmithd.training.models.shared import Shared
 from tinsmithd.training.models.snapshot_store import SnapshotDraft
-from tinsmithd.training.models.staging import Copies
-from tinsmithd.training.ranks import RankGroupLost, RankGroupPlace, StateInfo
+from tinsmithd.training.ranks import RankGroupLost, StateInfo
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SnapshotRule:
-    """When a snapshot is due: with the step after so many steps, or after so long."""
-
-    steps: int
-    interval_s: float
 
 
 class SnapshotTaker:
@@ -32,24 +23,15 @@ class SnapshotTaker:
     Args:
         model: Of which one.
         snapshots: Where they come to.
-        place: Where the ranks are.
-        copies: How many states are in memory.
-        rule: When one is due.
+        shared: What all models share.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        snapshots: ModelSnapshots,
-        place: RankGroupPlace,
-        copies: Copies,
-        rule: SnapshotRule,
-    ) -> None:
+    def __init__(self, model: Model, snapshots: ModelSnapshots, shared: Shared) -> None:
         self._model = model
         self._snapshots = snapshots
-        self._place = place
-        self._copies = copies
-        self._rule = rule
+        self._place = shared.place
+        self._copies = shared.checkpoints.copies
+        self._rule = shared.limits.calls.snapshots
         # 0 after a start, however old the newest snapshot is: the first step then takes one, so
         # that what has to be replayed now need not be replayed again.
         self._taken_step = model.step_count
