@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from tinsmithd.config import TrainerConfig
 from tinsmithd.domain import LoraConfig
 from tinsmithd.trainer.engines.factory import engine_makers
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, OnOutput, TrainingEngine
@@ -27,9 +28,16 @@ class AllTunings(Engines):
         return call
 
 
-def make_engine(name: str, base_model: str, **settings: Any) -> Any:
-    """Engines of all tunings, as one; settings as `engine_makers` takes them."""
-    return AllTunings(engine_makers(name, base_model, **settings), LoraConfig)
+def make_engine(
+    name: str,
+    base_model: str,
+    *,
+    on_progress: Callable[[str], None] = lambda _: None,
+    **settings: Any,
+) -> Any:
+    """Engines of all tunings, as one; settings are those of a rank."""
+    config = TrainerConfig(engine=name, base_model=base_model, **settings)
+    return AllTunings(engine_makers(config, on_progress), LoraConfig)
 
 
 def only(engine: TrainingEngine) -> Engines:

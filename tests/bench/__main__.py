@@ -81,27 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batch-tokens-max", type=int)
     parser.add_argument("--base-model", type=Path, default=Settings.base_model)
     parser.add_argument("--new-tokens-max", type=int, help="of a sequence: for a quick look")
-    given = parser.parse_args(argv)
-    for row in given.rows:
+    given = vars(parser.parse_args(argv))
+    rows: list[str] = given.pop("rows")
+    out: Path = given.pop("out")
+    for row in rows:
         if row not in ROWS:
             parser.error(f"no row {row!r}; there are {', '.join(ROWS)}")
-    torch.set_num_threads(given.threads)
-    settings = Settings(
-        models=given.models,
-        pairs=given.pairs,
-        threads=given.threads,
-        shape=given.shape,
-        zero_stage=given.zero_stage,
-        micro_batch_tokens_max=given.micro_batch_tokens_max,
-        base_model=given.base_model,
-        new_tokens_max=given.new_tokens_max,
-    )
-    given.out.mkdir(parents=True, exist_ok=True)
-    values = report.machine(given.threads, given.pairs)
+    settings = Settings(**given)
+    torch.set_num_threads(settings.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    values = report.machine(settings.threads, settings.pairs)
     print(report.machine_line(values), flush=True)
     results: list[Result] = []
     broken: list[str] = []
-    for row in given.rows or ROWS:
+    for row in rows or ROWS:
         print(f"row {row} ...", file=sys.stderr, flush=True)
         try:
             results += ROWS[row](settings)
@@ -111,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             broken.append(row)
     print(report.table(results))
     print(report.remarks(results))
-    report.write_json(given.out / "bench.json", values, results)
-    report.write_png(given.out / "bench.png", values, results)
-    print(f"wrote {given.out / 'bench.json'} and {given.out / 'bench.png'}")
+    report.write_json(out / "bench.json", values, results)
+    report.write_png(out / "bench.png", values, results)
+    print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")
     for row in broken:
         print(f"row {row} FAILED: it raised, see above")
     for result in results:

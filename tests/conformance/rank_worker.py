@@ -80,10 +80,7 @@ def full_script(engine: TrainingEngine) -> dict[str, np.ndarray]:
             metrics, _ = collect(engine, "full", data, backward=False)
             results[f"eps {eps:g} loss without gradients {index}"] = np.array(metrics["loss:sum"])
             if index == 1:
-                state = engine.export_state("full", optimizer=True)
-                engine.delete_model("full")
-                engine.create_model("full", state.tuning)
-                engine.import_state("full", state, optimizer=True)
+                _save_and_load(engine, "full")
         for name, array in engine.export_state("full", optimizer=False).weights.items():
             results[f"eps {eps:g} weight {name}"] = array
         engine.delete_model("full")
@@ -106,15 +103,19 @@ def _train(engine: TrainingEngine, eps: float) -> dict[str, np.ndarray]:
                 step = engine.optim_step(model_id, adam)
                 results[f"{model_id} norm {index}"] = np.array(step["grad_norm:last"])
         if index == 1:
-            state = engine.export_state("m", optimizer=True)
-            engine.delete_model("m")
-            engine.create_model("m", state.tuning)
-            engine.import_state("m", state, optimizer=True)
+            _save_and_load(engine, "m")
     for model_id in MODELS:
         state = engine.export_state(model_id, optimizer=True)
         for name, array in state.weights.items():
             results[f"{model_id} weight {name}"] = array
     return results
+
+
+def _save_and_load(engine: TrainingEngine, model_id: str) -> None:
+    state = engine.export_state(model_id, optimizer=True)
+    engine.delete_model(model_id)
+    engine.create_model(model_id, state.tuning)
+    engine.import_state(model_id, state, optimizer=True)
 
 
 def _rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[Datum]:

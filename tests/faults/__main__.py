@@ -32,28 +32,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=6, help="data in a call")
     parser.add_argument("--length", type=int, default=40, help="most tokens of a datum")
     parser.add_argument("--only", nargs="*", choices=KINDS, default=[], help="what is killed")
-    parser.add_argument("--pause", type=float, default=1.5, help="most seconds between kills")
-    args = parser.parse_args()
-    if args.out is not None and args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"--out {args.out} is not empty")
-    seed = random.randrange(10**6) if args.seed is None else args.seed
-    out = args.out or Path(tempfile.mkdtemp(prefix="tinsmith-faults-"))
-    print(f"seed {seed}, {args.kills} kills, files in {out}", flush=True)
-    harness = Harness(
-        Plan(
-            base_model=args.real or write_tiny_model(out / "tiny-llama"),
-            out=out,
-            kills=args.kills,
-            seed=seed,
-            steps=args.steps,
-            scripts=args.scripts,
-            ranks=args.ranks,
-            batch=args.batch,
-            length=args.length,
-            pause_s_max=args.pause,
-            kinds={kind: KINDS[kind] for kind in args.only or KINDS},
-        )
+    parser.add_argument(
+        "--pause", dest="pause_s_max", type=float, default=1.5, help="most seconds between kills"
     )
+    given = vars(parser.parse_args())
+    out, seed, real, only = (given.pop(name) for name in ("out", "seed", "real", "only"))
+    if out is not None and out.exists() and any(out.iterdir()):
+        parser.error(f"--out {out} is not empty")
+    seed = random.randrange(10**6) if seed is None else seed
+    out = out or Path(tempfile.mkdtemp(prefix="tinsmith-faults-"))
+    print(f"seed {seed}, {given['kills']} kills, files in {out}", flush=True)
+    base_model = real or write_tiny_model(out / "tiny-llama")
+    kinds = {kind: KINDS[kind] for kind in only or KINDS}
+    harness = Harness(Plan(base_model=base_model, out=out, seed=seed, kinds=kinds, **given))
     began_s = time.monotonic()
     try:
         report = harness.run()

@@ -109,7 +109,7 @@ class SimWriter:
         assert not self._cancelled
         server.check_epoch(client.writer_name, client.writer_epoch)
         saved = Saved(self._about, tuple(self._pieces), self._new.request_id)
-        about = server.add(saved, overwrite=self._new.overwrite)
+        about = server.add(saved, overwrite=self._new.options.overwrite)
         server.world.log("checkpoint", str(self._about.path), client.writer_epoch)
         if server.losing:
             server.world.count("checkpoint answers lost")
@@ -185,7 +185,7 @@ class SimCheckpointClient:
 
     def writer(self, new: NewCheckpoint) -> SimWriter:
         """Begin a checkpoint."""
-        path = new.path
+        path = new.options.path
         about = CheckpointInfo(path, path.kind, new.base_model, new.tuning, new.step_count)
         return SimWriter(self, about, new)
 

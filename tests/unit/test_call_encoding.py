@@ -6,14 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmithd import errors
-from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
+from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, SaveOptions
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
 from tinsmithd.training.call import (
     CallKind,
     ComputeWork,
     LoadWork,
     RefusedWork,
-    SaveOptions,
     SaveWork,
     StepWork,
     StoredAnswer,

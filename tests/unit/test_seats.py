@@ -68,15 +68,21 @@ def used(model: Model) -> None:
     model.lane.idle_since_s = asyncio.get_running_loop().time()
 
 
-async def test_the_model_that_was_idle_longest_leaves() -> None:
-    """Not the one that came first."""
+async def full_room() -> tuple[Room, Model]:
+    """Two seats, taken by the model that is returned and then by another one, "b"."""
     room = Room(2)
-    first, second, third = (room.model(name) for name in "abc")
-    for model in (first, second):
+    first = room.model("a")
+    for model in (first, room.model("b")):
         await room.enter(model)
         await asyncio.sleep(0.002)
+    return room, first
+
+
+async def test_the_model_that_was_idle_longest_leaves() -> None:
+    """Not the one that came first."""
+    room, first = await full_room()
     used(first)
-    await room.enter(third)
+    await room.enter(room.model("c"))
     assert room.left == ["b"]
     await room.enter(first)
     assert room.left == ["b"]
@@ -84,11 +90,8 @@ async def test_the_model_that_was_idle_longest_leaves() -> None:
 
 async def test_a_model_with_pending_gradients_leaves_after_others() -> None:
     """Unless there is no other."""
-    room = Room(2)
-    first, second, third = (room.model(name) for name in "abc")
-    for model in (first, second):
-        await room.enter(model)
-        await asyncio.sleep(0.002)
+    room, first = await full_room()
+    third = room.model("c")
     first.lane.executor.has_gradients = True  # type: ignore[misc]
     await room.enter(third)
     assert room.left == ["b"]

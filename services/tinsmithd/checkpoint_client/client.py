@@ -193,17 +193,18 @@ class CheckpointClient:
 
     def writer(self, new: NewCheckpoint) -> CheckpointWriter:
         """Begin a checkpoint."""
+        options = new.options
         header = pb.WriteCheckpointHeader(
-            checkpoint_path=str(new.path),
+            checkpoint_path=str(options.path),
             base_model=new.base_model,
             **convert.tuning_to_pb(new.tuning),
             step_count=new.step_count,
-            ttl=ttl_to_pb(new.ttl_seconds),
-            overwrite=new.overwrite,
-            user_metadata=dict(new.user_metadata),
-            request_id=new.request_id,
-            ephemeral=new.ephemeral,
-            lease_id=new.lease_id,
+            ttl=ttl_to_pb(options.ttl_seconds),
+            overwrite=options.overwrite,
+            user_metadata=dict(options.user_metadata),
+            request_id=options.request_id,
+            ephemeral=options.ephemeral,
+            lease_id=options.lease_id,
             writer=self.writer_name,
             writer_epoch=self.writer_epoch,
         )

@@ -51,19 +51,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         on_progress(f"waiting for {world_size} ranks")
         distributed.init(config.collective_timeout_s)
         farewells.append(distributed.leave)
-    makers = engine_makers(
-        config.engine,
-        config.base_model,
-        dtype=config.dtype,
-        zero_stage=config.zero_stage,
-        offload=config.offload,
-        gathered_bytes_max=config.gathered_bytes_max,
-        activation_bytes_max=config.activation_bytes_max,
-        resident_models_max=config.resident_models_max,
-        micro_batch_tokens_max=config.micro_batch_tokens_max,
-        on_progress=on_progress,
-    )
-    engines = Engines(makers, LoraConfig)
+    engines = Engines(engine_makers(config, on_progress), LoraConfig)
     commands = Commands(engines, world_size=world_size, rank=rank)
     if loading is None:
         link.follow(commands, distributed.broadcast_bytes)

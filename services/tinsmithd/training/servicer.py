@@ -18,6 +18,7 @@ from tinsmithd.domain import (
     LOSSES,
     CheckpointKind,
     CheckpointPath,
+    SaveOptions,
     new_ephemeral_name,
 )
 from tinsmithd.errors import InvalidArgument, Reason
@@ -28,7 +29,6 @@ from tinsmithd.training.call import (
     Call,
     LoadWork,
     RefusedWork,
-    SaveOptions,
     SaveWork,
     StepWork,
     Work,

@@ -83,63 +83,46 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def refuse_on_out_of_memory(
+def compute_within_memory(
     compute: Compute,
     indices: Sequence[int],
     recompute: bool,
     lengths: Sequence[int],
-) -> None:
-    """Compute some data together and in no other way.
-
-    Args:
-        compute: Computes data.
-        indices: The data.
-        recompute: Whether to recompute.
-        lengths: Number of tokens of each datum of the batch, for the error.
-
-    Raises:
-        ResourceExhausted: They do not fit (OUT_OF_MEMORY).
-    """
-    reason = _shortage(compute, indices, recompute)
-    if reason is None:
-        return
-    tokens = sum(lengths[index] for index in indices)
-    raise ResourceExhausted(
-        f"{len(indices)} data of {tokens} tokens, which must be computed together, do not fit into "
-        f"the trainer's memory: {reason}",
-        Reason.OUT_OF_MEMORY,
-    )
-
-
-def split_on_out_of_memory(
-    compute: Compute,
-    indices: Sequence[int],
-    recompute: bool,
-    lengths: Sequence[int],
+    *,
+    together: bool,
 ) -> None:
     """Compute some data; where memory does not suffice, in halves, at last with recomputation.
 
     Args:
         compute: Computes data. It keeps results only when it has all of them, so that it can be
-            called again after a failure.
+            called again after a failure, unless they are computed together.
         indices: The data.
         recompute: Whether to recompute from the start.
         lengths: Number of tokens of each datum of the batch, for the error.
+        together: Whether they are computed together, with or without recomputation as it is said,
+            and in no other way.
 
     Raises:
-        ResourceExhausted: One datum alone, with recomputation, does not fit (OUT_OF_MEMORY).
+        ResourceExhausted: They do not fit, or one datum alone, with recomputation (OUT_OF_MEMORY).
     """
     reason = _shortage(compute, indices, recompute)
     if reason is None:
         return
+    if together:
+        tokens = sum(lengths[index] for index in indices)
+        raise ResourceExhausted(
+            f"{len(indices)} data of {tokens} tokens, which must be computed together, do not fit "
+            f"into the trainer's memory: {reason}",
+            Reason.OUT_OF_MEMORY,
+        )
     if len(indices) > 1:
         _log.warning("out of memory with %d data: computing them in halves", len(indices))
         half = len(indices) // 2
-        split_on_out_of_memory(compute, indices[:half], recompute, lengths)
-        split_on_out_of_memory(compute, indices[half:], recompute, lengths)
+        for some in (indices[:half], indices[half:]):
+            compute_within_memory(compute, some, recompute, lengths, together=False)
     elif not recompute:
         _log.warning("out of memory with one datum: computing it with recomputation")
-        split_on_out_of_memory(compute, indices, True, lengths)
+        compute_within_memory(compute, indices, True, lengths, together=False)
     else:
         raise ResourceExhausted(
             f"a datum of {lengths[indices[0]]} tokens does not fit into the trainer's memory: "

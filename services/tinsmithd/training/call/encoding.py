@@ -11,14 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinsmithd import errors
-from tinsmithd.domain import AdamParams, CheckpointPath
+from tinsmithd.domain import AdamParams, CheckpointPath, SaveOptions
 from tinsmithd.errors import Reason, TinsmithError
 from tinsmithd.training.call.answer import CallKind, StoredAnswer
 from tinsmithd.training.call.work import (
     ComputeWork,
     LoadWork,
     RefusedWork,
-    SaveOptions,
     SaveWork,
     StepWork,
     Work,

@@ -3,11 +3,11 @@
 Data stay the bytes that came over the wire; nothing here parses them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tinsmithd.domain import AdamParams, CheckpointPath
+from tinsmithd.domain import AdamParams, CheckpointPath, SaveOptions
 from tinsmithd.errors import TinsmithError
 from tinsmithd.training.call.answer import CallKind
 
@@ -43,25 +43,6 @@ class StepWork:
     kind: ClassVar[str] = "optim_step"
 
     adam: AdamParams
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """How the Checkpoint server is to keep a checkpoint.
-
-    Attributes:
-        request_id: That of the call: by it the Checkpoint server knows a save that is made again
-            after a crash, or sent again. Empty in calls that an older release wrote down.
-        lease_id: The caller's lease on an ephemeral checkpoint.
-    """
-
-    path: CheckpointPath
-    ttl_seconds: int | None
-    overwrite: bool
-    user_metadata: Mapping[str, str]
-    request_id: str = ""
-    ephemeral: bool = False
-    lease_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from tinsmithd.training.journal import CountAttempt, Fenced, LoseModel, StoredCa
 from tinsmithd.training.lane.admission import Admission, QueuedCall
 from tinsmithd.training.lane.answer_recorder import AnswerRecorder, ReadAnswer
 from tinsmithd.training.lane.context import LaneContext
-from tinsmithd.training.lane.interface import CallExecutor
 from tinsmithd.training.lane.presence import Presence
 from tinsmithd.training.lane.turns import Turns
 from tinsmithd.training.ranks import ModelBroken, RankGroupLost
@@ -49,12 +48,16 @@ class Lane:
     Args:
         context: Whose calls, and what its parts share.
         turns: Shared by all lanes.
+
+    Attributes:
+        executor: Carries its calls out.
     """
 
     def __init__(self, context: LaneContext, turns: Turns) -> None:
         self._context = context
         self._model_id = context.model_id
         self._journal = context.journal
+        self.executor = context.executor
         self._turns = turns
         self._admission = Admission(context, self._refuse)
         self._answers = AnswerRecorder(context)
@@ -66,11 +69,6 @@ class Lane:
         self._ended = asyncio.Event()
         self._ended.set()
         self._closed: TinsmithError | None = None
-
-    @property
-    def executor(self) -> CallExecutor:
-        """Who carries its calls out."""
-        return self._context.executor
 
     @property
     def next_seq_id(self) -> int:
@@ -240,7 +238,7 @@ class Lane:
             self._admission.put_back(queued)
             return
         try:
-            effect = await self._context.executor.execute(
+            effect = await self.executor.execute(
                 queued.position,
                 queued.seq_id,
                 work,
@@ -260,7 +258,7 @@ class Lane:
             answer = StoredAnswer(error=effect.error)
         self._answers.settle(queued, answer, effect.composition, effect.writes)
         with contextlib.suppress(RankGroupLost):  # then it is brought back before the next call
-            await self._context.executor.settled(queued.position, work, self._turn)
+            await self.executor.settled(queued.position, work, self._turn)
 
     async def _is_written(self, queued: QueuedCall, *, begun: bool = False) -> bool:
         """Wait until a call is durable; one that cannot be written is refused, and its effect goes.

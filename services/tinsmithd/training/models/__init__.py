@@ -2,10 +2,11 @@
 
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.model import Model, NewModel
+from tinsmithd.training.models.model_snapshots import SnapshotRule
 from tinsmithd.training.models.models import Models
 from tinsmithd.training.models.releases import Releases
 from tinsmithd.training.models.seats import SeatLimits
-from tinsmithd.training.models.shared import CallLimits, ModelLimits, SnapshotRule
+from tinsmithd.training.models.shared import CallLimits, ModelLimits
 from tinsmithd.training.models.snapshot_store import DiskSnapshotStore, SnapshotStore
 from tinsmithd.training.models.staging import Copies, DiskStaging
 

@@ -148,7 +148,7 @@ class Checkpoints:
             if error.reason is not Reason.REQUEST_ID_CONFLICT:
                 raise
             # This call saved it, before ranks died that rounded in another way, as GPUs do.
-            return await self._server.get(new.path)
+            return await self._server.get(new.options.path)
         finally:
             writer.cancel()
 

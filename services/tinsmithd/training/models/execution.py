@@ -144,18 +144,7 @@ class ModelExecutor:
         # A save that is made again after a crash is the same request to the Checkpoint server,
         # which knows it again.
         model, options = self._model, work.options
-        new = NewCheckpoint(
-            path=options.path,
-            base_model=model.info.name,
-            tuning=model.tuning,
-            step_count=model.step_count,
-            ttl_seconds=options.ttl_seconds,
-            overwrite=options.overwrite,
-            user_metadata=options.user_metadata,
-            request_id=options.request_id,
-            ephemeral=options.ephemeral,
-            lease_id=options.lease_id,
-        )
+        new = NewCheckpoint(options, model.info.name, model.tuning, model.step_count)
         optimizer = options.path.kind is CheckpointKind.TRAINING
         # What others can see must not rest on answers that this process alone knows.
         before_commit = self._journal.flush

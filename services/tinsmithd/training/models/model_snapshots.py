@@ -5,11 +5,20 @@ nothing else.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError
 from tinsmithd.training.journal import AddSnapshot, Journal, StoredSnapshot, Trim, Write
 from tinsmithd.training.models.snapshot_store import Snapshot, SnapshotDraft, SnapshotStore
 from tinsmithd.training.models.staging import Staged
+
+
+@dataclass(frozen=True)
+class SnapshotRule:
+    """When a snapshot is due: with the step after so many steps, or after so long."""
+
+    steps: int
+    interval_s: float
 
 
 class ModelSnapshots:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.lane import LaneLimits, Turns
 from tinsmithd.training.models.checkpoints import Checkpoints
+from tinsmithd.training.models.model_snapshots import SnapshotRule
 from tinsmithd.training.models.seats import SeatLimits, Seats
 from tinsmithd.training.models.snapshot_store import SnapshotStore
 from tinsmithd.training.models.starts import Starts
@@ -12,14 +13,6 @@ from tinsmithd.training.ranks import RankGroupPlace
 
 COMING_AND_GOING = ""
 """Whose turns create and delete models: all of these together count as one model."""
-
-
-@dataclass(frozen=True)
-class SnapshotRule:
-    """When a snapshot is due: with the step after so many steps, or after so long."""
-
-    steps: int
-    interval_s: float
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,40 +10,15 @@ import torch.distributed as dist
 from tinsmithd import failpoints
 from tinsmithd.domain import CrossEntropy, Datum, LossFn
 from tinsmithd.errors import Reason, ResourceExhausted
-from tinsmithd.modeling.trained import TrainedWeights
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.rounds import MicroBatch, Round
 from tinsmithd.trainer.compute import memory
 from tinsmithd.trainer.compute.packed import PackedResult, compute_packed
-from tinsmithd.trainer.engines.deepspeed.residency import ResidentModel, Slot
+from tinsmithd.trainer.engines.deepspeed.residency import RankContext, ResidentModel, Slot
 from tinsmithd.trainer.engines.interface import Batch, OnOutput
 
 _AS_COMPOSED, _SPLIT, _REFUSED = range(3)
 """How a round went on a rank; the largest of the ranks' counts."""
-
-
-@dataclass(frozen=True)
-class RankContext:
-    """Where an engine computes.
-
-    Attributes:
-        weights: The weights that are trained, with the base below them.
-        device: Device of this rank.
-        rank: Number of this rank.
-        world_size: Number of ranks.
-        partitioned: Whether each rank holds a share of the base only.
-    """
-
-    weights: TrainedWeights
-    device: torch.device
-    rank: int
-    world_size: int
-    partitioned: bool
-
-    @property
-    def in_step(self) -> bool:
-        """Whether every rank must compute as many micro-batches as the others."""
-        return self.partitioned and self.world_size > 1
 
 
 class BatchRun:
@@ -155,10 +129,10 @@ class BatchRun:
             indices, recompute = micro_batch.indices, micro_batch.recompute
             if self._context.in_step:
                 compute(indices, recompute)  # running out of memory ends the group
-            elif self._whole:
-                memory.refuse_on_out_of_memory(compute, indices, recompute, self._lengths)
             else:
-                memory.split_on_out_of_memory(compute, indices, recompute, self._lengths)
+                memory.compute_within_memory(
+                    *(compute, indices, recompute, self._lengths), together=self._whole
+                )
 
     def _packed(self, data: Sequence[Datum], loss_fn: LossFn, recompute: bool) -> PackedResult:
         weights, slot = self._context.weights, self._slot

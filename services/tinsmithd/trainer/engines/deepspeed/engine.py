@@ -30,8 +30,8 @@ from tinsmithd.trainer.composition.rounds import Round
 from tinsmithd.trainer.compute import memory
 from tinsmithd.trainer.engines import identity
 from tinsmithd.trainer.engines.checks import check_state, non_finite_gradient
-from tinsmithd.trainer.engines.deepspeed.batch_run import BatchRun, RankContext
-from tinsmithd.trainer.engines.deepspeed.residency import ResidentModels, Slot
+from tinsmithd.trainer.engines.deepspeed.batch_run import BatchRun
+from tinsmithd.trainer.engines.deepspeed.residency import RankContext, ResidentModels, Slot
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
 from tinsmithd.trainer.engines.deepspeed.zero_base import partition
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, ModelBroken, OnOutput
@@ -85,11 +85,7 @@ class DeepSpeedEngine:
             partitioned=zero.stage == 3,
         )
         self._models = ResidentModels(
-            self._weights,
-            zero,
-            device=self._device,
-            resident_models_max=resident_models_max,
-            release=self._release,
+            self._context, zero, self._release, resident_models_max=resident_models_max
         )
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         bytes_max = memory.activation_bytes_max(activation_bytes_max, self._device, ranks_here)

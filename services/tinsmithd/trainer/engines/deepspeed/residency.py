@@ -21,6 +21,30 @@ from tinsmithd.trainer.engines.deepspeed.zero_slice import StateCopy, ZeroSlice
 _HOST = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class RankContext:
+    """Where an engine computes.
+
+    Attributes:
+        weights: The weights that are trained, with the base below them.
+        device: Device of this rank.
+        rank: Number of this rank.
+        world_size: Number of ranks.
+        partitioned: Whether each rank holds a share of the base only.
+    """
+
+    weights: TrainedWeights
+    device: torch.device
+    rank: int
+    world_size: int
+    partitioned: bool
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every rank must compute as many micro-batches as the others."""
+        return self.partitioned and self.world_size > 1
+
+
 @dataclass(eq=False)
 class Slot:
     """A place on the device.
@@ -59,21 +83,27 @@ class ResidentModel:
 
 
 class ResidentModels:
-    """All models of an engine."""
+    """All models of an engine.
+
+    Args:
+        context: Where it computes.
+        zero: How models are spread over the ranks.
+        release: Makes DeepSpeed drop every weight that is gathered.
+        resident_models_max: Maximum number of models on the device at once.
+    """
 
     def __init__(
         self,
-        weights: TrainedWeights,
+        context: RankContext,
         zero: ZeroConfig,
-        *,
-        device: torch.device,
-        resident_models_max: int,
         release: Callable[[], None],
+        *,
+        resident_models_max: int,
     ) -> None:
-        self._weights = weights
-        self._release = release
+        self._weights = context.weights
+        self._device = context.device
         self._zero = zero
-        self._device = device
+        self._release = release
         self._slots_max = resident_models_max
         self._slot_count = 0
         self._free: list[Slot] = []
