@@ -11,6 +11,7 @@ import grpc
 from checkpoints import PATH, Clock, blobs, files, messages, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd.checkpoint.rules import Clocks
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig
 
@@ -24,7 +25,7 @@ class Served:
         config = CheckpointConfig(
             listen_address="127.0.0.1:0", data_folder=str(folder), stop_grace_s=1
         )
-        self.server = CheckpointServer(config, self.clock, self.monotonic)
+        self.server = CheckpointServer(config, Clocks(self.clock, self.monotonic))
 
     async def start(self) -> None:
         """Serve on a free port."""

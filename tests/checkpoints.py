@@ -18,7 +18,7 @@ from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules import Header, Keeper
+from tinsmithd.checkpoint.rules import Clocks, Header, Keeper
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
 from tinsmithd.state import files as state_files
@@ -54,8 +54,7 @@ class TimedKeeper:
             self.folder,
             checkpoint_bytes_max=1 << 30,
             lease_s=LEASE_S,
-            clock=self.wall,
-            monotonic=self.monotonic,
+            clocks=Clocks(self.wall, self.monotonic),
         )
 
     def restart(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tinsmithd import failpoints
-from tinsmithd.processes.template import Template
+from tinsmithd.processes.template import Launch, Template
 
 
 def found() -> dict[str, object]:
@@ -40,7 +40,8 @@ def found() -> dict[str, object]:
 async def hold() -> None:
     """Start programs over a template of its own, say who they are, and wait to be killed."""
     template = Template("json")
-    programs = [await template.fork("template_probe", ["sleep"], os.environ) for _ in range(2)]
+    launch = Launch("template_probe", ["sleep"], os.environ)
+    programs = [await template.fork(launch) for _ in range(2)]
     print(os.getpid(), *(program.pid for program in programs), flush=True)
     await programs[0].wait()
 

@@ -13,7 +13,7 @@ import pytest
 
 import programs
 from clusters import until_gone
-from tinsmithd.processes.template import Forked, Template, TemplateError
+from tinsmithd.processes.template import Forked, Launch, Template, TemplateError
 
 PROBE = "template_probe"
 
@@ -56,7 +56,7 @@ async def template(*modules: str) -> AsyncIterator[Template]:
 async def test_the_status_of_a_program_is_told(what: str, status: int) -> None:
     """An exit status, or minus the signal."""
     async with template("json") as opened:
-        program = await opened.fork(PROBE, [what, str(status)], programs.variables())
+        program = await opened.fork(Launch(PROBE, [what, str(status)], programs.variables()))
         assert await program.wait() == (status if what == "exit" else -status)
         assert program.returncode == await program.wait()
         program.kill()  # has no effect
@@ -65,12 +65,12 @@ async def test_the_status_of_a_program_is_told(what: str, status: int) -> None:
 async def test_a_program_ends_with_its_template_and_the_next_start_has_a_new_one() -> None:
     """Whoever waits for it hears that it was killed, even where it had been stopped."""
     async with template("json") as opened:
-        program = await opened.fork(PROBE, ["sleep"], programs.variables())
+        program = await opened.fork(Launch(PROBE, ["sleep"], programs.variables()))
         program.send_signal(signal.SIGSTOP)
         opened.close()
         assert await program.wait() == -signal.SIGKILL
         until_gone([program.pid])
-        program = await opened.fork(PROBE, ["exit", "3"], programs.variables())
+        program = await opened.fork(Launch(PROBE, ["exit", "3"], programs.variables()))
         assert await program.wait() == 3
 
 
@@ -92,7 +92,7 @@ async def test_a_template_that_has_threads_does_not_fork(tmp_path: Path) -> None
     """Its starter is told at once, and programs start in the ordinary way."""
     async with template("template_threads") as opened:
         with pytest.raises(TemplateError, match="the template process ended"):
-            await opened.fork(PROBE, ["exit", "0"], programs.variables())
-        program = await opened.start(PROBE, ["exit", "3"], programs.variables())
+            await opened.fork(Launch(PROBE, ["exit", "0"], programs.variables()))
+        program = await opened.start(Launch(PROBE, ["exit", "3"], programs.variables()))
         assert not isinstance(program, Forked)
         assert await program.wait() == 3

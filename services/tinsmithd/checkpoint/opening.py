@@ -1,11 +1,9 @@
 """Opens the checkpoints of a folder: the one place that chooses what keeps their bytes."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tinsmithd.checkpoint.catalogue import EPOCH_STEP_MAX, Catalogue
-from tinsmithd.checkpoint.rules import Keeper
+from tinsmithd.checkpoint.rules import REAL_CLOCKS, Clocks, Keeper
 from tinsmithd.checkpoint.store.directory import DirectoryStore
 
 CATALOGUE_FILE = "catalogue.sqlite"
@@ -17,8 +15,7 @@ def open_keeper(
     checkpoint_bytes_max: int,
     lease_s: float = 30.0,
     epoch_step_max: int = EPOCH_STEP_MAX,
-    clock: Callable[[], float] = time.time,
-    monotonic: Callable[[], float] = time.monotonic,
+    clocks: Clocks = REAL_CLOCKS,
 ) -> Keeper:
     """The keeper of the checkpoints in a folder on a local disk, empty where there are none.
 
@@ -27,8 +24,7 @@ def open_keeper(
         checkpoint_bytes_max: Maximum number of bytes in the files of one checkpoint.
         lease_s: How long a lease lasts, seconds.
         epoch_step_max: See `CheckpointConfig.writer_epoch_step_max`.
-        clock: Seconds since 1970.
-        monotonic: A clock that nobody sets, seconds.
+        clocks: The time of day, and one that nobody sets.
 
     Raises:
         StoreBusy: Another server has the folder.
@@ -37,15 +33,16 @@ def open_keeper(
     store = DirectoryStore(folder)
     try:
         catalogue = Catalogue(
-            folder / CATALOGUE_FILE, clock, may_be_new=store.empty, epoch_step_max=epoch_step_max
+            folder / CATALOGUE_FILE,
+            clocks.wall,
+            may_be_new=store.empty,
+            epoch_step_max=epoch_step_max,
         )
         return Keeper(
-            store,
-            catalogue,
+            *(store, catalogue),
             checkpoint_bytes_max=checkpoint_bytes_max,
             lease_s=lease_s,
-            clock=clock,
-            monotonic=monotonic,
+            clocks=clocks,
         )
     except BaseException:
         store.close()

@@ -18,6 +18,7 @@ from tinsmith.v1.checkpoint_service_pb2 import DESCRIPTOR
 from tinsmith.v1.checkpoint_service_pb2_grpc import add_CheckpointServiceServicer_to_server
 from tinsmithd.checkpoint.metrics import CheckpointCollector
 from tinsmithd.checkpoint.opening import open_keeper
+from tinsmithd.checkpoint.rules import REAL_CLOCKS, Clocks
 from tinsmithd.checkpoint.servicer import CheckpointServicer
 from tinsmithd.checkpoint.watchers import Watchers
 from tinsmithd.config import CheckpointConfig
@@ -44,12 +45,7 @@ class CheckpointServer:
         CatalogueUnusable: The catalogue is damaged.
     """
 
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, config: CheckpointConfig, clocks: Clocks = REAL_CLOCKS) -> None:
         self._config = config
         folder = Path(config.data_folder)
         private_folder(folder)
@@ -58,8 +54,7 @@ class CheckpointServer:
             checkpoint_bytes_max=config.checkpoint_bytes_max,
             lease_s=config.lease_s,
             epoch_step_max=config.writer_epoch_step_max,
-            clock=clock,
-            monotonic=monotonic,
+            clocks=clocks,
         )
         self._rpc = RpcServer(config, SERVICE_NAME)
         registry = self._rpc.metrics.registry

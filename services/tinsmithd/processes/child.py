@@ -174,7 +174,9 @@ class Child:
         start = shared.start if shared is not None else template.start_anew
         log, nothing = self._log.open(), os.open(os.devnull, os.O_RDONLY)
         try:
-            return await start(f"tinsmithd.{self.name}", [], variables, stdin=nothing, stderr=log)
+            return await start(
+                template.Launch(f"tinsmithd.{self.name}", [], variables, nothing, log)
+            )
         finally:
             os.close(log)
             os.close(nothing)

@@ -98,13 +98,8 @@ class TrainingServer:
         add_TrainingServiceServicer_to_server(
             TrainingServicer(config, self._models), self._rpc.grpc_server
         )
-        self._launcher: Launcher | None = None
         self._link = TrainerLinkServicer(
-            self._models.place,
-            lambda: self._journal.epoch,
-            config.rank_lease_s,
-            self._cause,
-            self._end_ranks,
+            self._models.place, lambda: self._journal.epoch, config.rank_lease_s
         )
         self._link_server: PrivateServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -158,8 +153,9 @@ class TrainingServer:
             if host in ("", "0.0.0.0", "[::]"):
                 host = "127.0.0.1"
             address = f"{host}:{self.link_port}"
-            self._launcher = Launcher(self._config, address, secret_file)
-            self._tasks.append(asyncio.create_task(self._launcher.run()))
+            launcher = Launcher(self._config, address, secret_file)
+            self._link.starter = launcher
+            self._tasks.append(asyncio.create_task(launcher.run()))
 
     async def _start_link(self) -> Path:
         """Let ranks attach; returns the file with the secret that they must show."""
@@ -201,14 +197,6 @@ class TrainingServer:
     @property
     def _drain_s(self) -> float:
         return self._config.stop_grace_s
-
-    async def _cause(self, launch_token: str) -> bool:
-        """Whether ranks ended by themselves; yes where nobody knows."""
-        return True if self._launcher is None else await self._launcher.blamed(launch_token)
-
-    def _end_ranks(self, launch_token: str) -> None:
-        if self._launcher is not None:
-            self._launcher.end(launch_token)
 
     async def _watch(self) -> None:
         """Let health say what is true."""

@@ -17,6 +17,7 @@ from tinsmithd.checkpoint.catalogue import (
     check_repeat,
     digest_of,
 )
+from tinsmithd.checkpoint.rules.clocks import Clocks
 from tinsmithd.checkpoint.rules.leases import Leases
 from tinsmithd.checkpoint.rules.write import Header, Write
 from tinsmithd.checkpoint.store import Blob, Staging, Store, storage_errors
@@ -40,19 +41,18 @@ _log = logging.getLogger(__name__)
 class Keeper:
     """The checkpoints of one folder.
 
-    EXPIRY. The wall clock (`clock`) decides: from its time on an expired checkpoint is not found.
-    Its bytes go only when sweeps saw it expired for `EXPIRY_GRACE_S` on end, by a clock that
-    cannot jump (`monotonic`). So a wall clock that is wrong for a shorter time costs nothing, one
-    that stays ahead costs at most as much of a lifetime as it jumped, and one that jumps back
-    only makes checkpoints live longer.
+    EXPIRY. The wall clock decides: from its time on an expired checkpoint is not found. Its bytes
+    go only when sweeps saw it expired for `EXPIRY_GRACE_S` on end, by the clock that nobody sets.
+    So a wall clock that is wrong for a shorter time costs nothing, one that stays ahead costs at
+    most as much of a lifetime as it jumped, and one that jumps back only makes checkpoints live
+    longer.
 
     Args:
         store: Where bytes are; closed with the keeper.
         catalogue: What exists; closed with the keeper.
         checkpoint_bytes_max: Maximum number of bytes in the files of one checkpoint.
         lease_s: How long a lease lasts, seconds.
-        clock: Seconds since 1970.
-        monotonic: A clock that nobody sets, seconds.
+        clocks: The time of day, and one that nobody sets.
     """
 
     def __init__(
@@ -62,15 +62,13 @@ class Keeper:
         *,
         checkpoint_bytes_max: int,
         lease_s: float,
-        clock: Callable[[], float],
-        monotonic: Callable[[], float],
+        clocks: Clocks,
     ) -> None:
         self._store = store
         self.catalogue = catalogue
-        self.leases = Leases(catalogue, lease_s, clock, monotonic)
+        self.leases = Leases(catalogue, lease_s, clocks)
         self._bytes_max = checkpoint_bytes_max
-        self._clock = clock
-        self._monotonic = monotonic
+        self._clocks = clocks
         self._expired_since: dict[int, float] = {}
         # What `removals` was when unused blobs were last looked for; None where some are likely.
         self._swept: int | None = None
@@ -97,7 +95,7 @@ class Keeper:
         return Write(header, lambda: self._store.stage(self._bytes_max), self._publish)
 
     def _publish(self, header: Header, staging: Staging, files: Sequence[Blob]) -> Checkpoint:
-        now_s = self._clock()
+        now_s = self._clocks.wall()
         checkpoint = Checkpoint(
             path=header.path,
             base_model=header.base_model,
@@ -146,7 +144,7 @@ class Keeper:
         if source.kind is not destination.kind:
             message = f"the original is of kind {source.kind}"
             raise InvalidArgument("destination_checkpoint_path", message, Reason.INVALID_NAME)
-        now_s = self._clock()
+        now_s = self._clocks.wall()
         digest = digest_of(str(source), str(destination), ttl_seconds)
         with self._publishing:
             if request_id and (found := self.catalogue.find(destination)) is not None:
@@ -172,7 +170,7 @@ class Keeper:
             checkpoint: As it is.
             ttl_seconds: None means for ever.
         """
-        expire_time_s = None if ttl_seconds is None else self._clock() + ttl_seconds
+        expire_time_s = None if ttl_seconds is None else self._clocks.wall() + ttl_seconds
         return replace(checkpoint, expire_time_s=expire_time_s, ephemeral=None)
 
     def update(
@@ -277,7 +275,7 @@ class Keeper:
             DataLoss: The catalogue is damaged: nothing is removed on its word.
             ResourceExhausted, Unavailable, OSError: The disk fails.
         """
-        now_s = self._monotonic()
+        now_s = self._clocks.monotonic()
         expired = self.catalogue.expired()
         self._expired_since = {n: self._expired_since.get(n, now_s) for n in expired}
         due = [n for n, since_s in self._expired_since.items() if now_s - since_s >= EXPIRY_GRACE_S]

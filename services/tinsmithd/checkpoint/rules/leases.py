@@ -11,10 +11,11 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tinsmithd.checkpoint.catalogue import Catalogue, Checkpoint
+from tinsmithd.checkpoint.rules.clocks import Clocks
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import TinsmithError
 
@@ -53,21 +54,13 @@ class Leases:
     Args:
         catalogue: Where they are.
         lease_s: How long a lease lasts.
-        clock: Seconds since 1970: what times to live count in.
-        monotonic: A clock that nobody sets: what leases count in.
+        clocks: What times to live and leases count in.
     """
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        lease_s: float,
-        clock: Callable[[], float],
-        monotonic: Callable[[], float],
-    ) -> None:
+    def __init__(self, catalogue: Catalogue, lease_s: float, clocks: Clocks) -> None:
         self.lease_s = lease_s
         self._catalogue = catalogue
-        self._clock = clock
-        self._monotonic = monotonic
+        self._clocks = clocks
         self._lock = threading.Lock()
         self._held: dict[CheckpointPath, _Held] = {}
         self._named = 0  # leases with ids, of all checkpoints
@@ -115,7 +108,7 @@ class Leases:
                     self._named -= 1
 
     def _lease(self, held: _Held, lease_id: str) -> None:
-        until_s = self._monotonic() + self.lease_s
+        until_s = self._clocks.monotonic() + self.lease_s
         if lease_id and (lease_id in held.leases or self._named < LEASES_MAX):
             self._named += lease_id not in held.leases
             held.leases[lease_id] = until_s
@@ -126,7 +119,7 @@ class Leases:
         """Count the time to live from this use; `EXTEND_BELOW` saves most of the writes."""
         if held.ttl_seconds is None or held.expire_time_s is None:
             return
-        now_s = self._clock()
+        now_s = self._clocks.wall()
         if held.expire_time_s - now_s < held.ttl_seconds * EXTEND_BELOW:
             expire_time_s = now_s + held.ttl_seconds
             try:
@@ -175,7 +168,7 @@ class Leases:
         self._held = {p: held for p, held in self._held.items() if held.number in there}
 
     def _due(self) -> list[_Held]:
-        now_s = self._monotonic()
+        now_s = self._clocks.monotonic()
         newest: Counter[str] = Counter()
         self._named = 0
         for held in self._held.values():

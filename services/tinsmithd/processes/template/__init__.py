@@ -2,6 +2,7 @@
 
 from tinsmithd.processes.template.client import (
     Forked,
+    Launch,
     Program,
     Template,
     TemplateError,
@@ -13,6 +14,7 @@ from tinsmithd.processes.template.program import ForkedChild, fork, is_forked
 __all__ = [
     "Forked",
     "ForkedChild",
+    "Launch",
     "Program",
     "Template",
     "TemplateError",

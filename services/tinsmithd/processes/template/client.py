@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,25 @@ def possible() -> bool:
     return sys.platform == "linux" and not any(
         Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/accel")
     )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A program that is to run; its standard output is this process's.
+
+    Attributes:
+        module: What to run.
+        arguments: Its `sys.argv[1:]`.
+        environment: All variables of it.
+        stdin: A descriptor to read from.
+        stderr: A descriptor to write to.
+    """
+
+    module: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    stdin: int = 0
+    stderr: int = 2
 
 
 class Forked:
@@ -93,42 +113,29 @@ class Template:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
-    async def start(
-        self,
-        module: str,
-        arguments: Sequence[str],
-        environment: Mapping[str, str],
-        *,
-        stdin: int = 0,
-        stderr: int = 2,
-    ) -> "Program":
-        """Start a program; fork it, if that can be done. Arguments are those of `start_anew`."""
+    async def start(self, launch: Launch) -> "Program":
+        """Start a program; fork it, if that can be done."""
         if self._forks:
             try:
-                return await self.fork(module, arguments, environment, stdin=stdin, stderr=stderr)
+                return await self.fork(launch)
             except TemplateError as error:
                 _log.warning("a program is not forked, which takes longer: %s", error)
                 # One that has never forked does not learn it.
                 self._forks = self._has_forked
-        return await start_anew(module, arguments, environment, stdin=stdin, stderr=stderr)
+        return await start_anew(launch)
 
-    async def fork(
-        self,
-        module: str,
-        arguments: Sequence[str],
-        environment: Mapping[str, str],
-        *,
-        stdin: int = 0,
-        stderr: int = 2,
-    ) -> Forked:
-        """Fork a program. Arguments are those of `start_anew`.
+    async def fork(self, launch: Launch) -> Forked:
+        """Fork a program.
 
         Raises:
             TemplateError: The template has ended, or says that it cannot fork.
         """
         try:
             connection = self._connect()
-            ask(connection, module, arguments, environment, (stdin, 1, stderr))
+            ask(
+                *(connection, launch.module, launch.arguments, launch.environment),
+                descriptors=(launch.stdin, 1, launch.stderr),
+            )
         except OSError as error:
             raise TemplateError(error.strerror or str(error)) from error
         try:
@@ -184,28 +191,13 @@ class SharedTemplate(Template):
 Program = Forked | asyncio.subprocess.Process
 
 
-async def start_anew(
-    module: str,
-    arguments: Sequence[str],
-    environment: Mapping[str, str],
-    *,
-    stdin: int = 0,
-    stderr: int = 2,
-) -> asyncio.subprocess.Process:
-    """Start `python -P -m MODULE` in a session of its own.
-
-    Args:
-        module: What to run.
-        arguments: Its `sys.argv[1:]`.
-        environment: All variables of it.
-        stdin: A descriptor to read from.
-        stderr: A descriptor to write to; standard output is this process's.
-    """
+async def start_anew(launch: Launch) -> asyncio.subprocess.Process:
+    """Start `python -P -m MODULE` in a session of its own."""
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", module, *arguments),
-        env=environment,
-        stdin=stdin,
-        stderr=stderr,
+        *(sys.executable, "-P", "-m", launch.module, *launch.arguments),
+        env=launch.environment,
+        stdin=launch.stdin,
+        stderr=launch.stderr,
         start_new_session=True,
     )
 

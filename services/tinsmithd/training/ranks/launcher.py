@@ -116,9 +116,9 @@ class Launcher:
             token = secrets.token_hex(16)
             # A session of its own: Ctrl-C goes to this server, which then stops the ranks. Who it
             # lives with is an argument, so that a list of processes shows whose ranks they are.
-            process = await self._template.start(
-                _MODULE, [f"--live-with-pid={os.getpid()}"], self._environment(token)
-            )
+            arguments = [f"--live-with-pid={os.getpid()}"]
+            launch = template.Launch(_MODULE, arguments, self._environment(token))
+            process = await self._template.start(launch)
             self._running[token] = process
             try:
                 status = await process.wait()

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
 
 import grpc
 
@@ -22,6 +22,16 @@ EPOCH_BITS = 20
 _log = logging.getLogger(__name__)
 
 
+class RankStarter(Protocol):
+    """Starts rank groups, and knows them by the launch tokens that they show."""
+
+    async def blamed(self, token: str) -> bool:
+        """Whether a group ended by itself, not because somebody ended it."""
+
+    def end(self, token: str) -> None:
+        """End a group that lost its place by silence, if it was started here."""
+
+
 class TrainerLinkServicer(TrainerLinkServiceServicer):
     """Takes rank 0's streams and lets one group work; others stand by.
 
@@ -29,24 +39,16 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         place: Where the group at work is to be.
         epoch: That of this server, once it has claimed the journal.
         lease_s: A group that says nothing for so long loses its place.
-        cause: Whether a group ended by itself, as far as anybody knows; takes the launch token that
-            the group showed.
-        on_silent: Takes the launch token of a group that lost its place by silence.
+
+    Attributes:
+        starter: Starts the ranks, where this server does.
     """
 
-    def __init__(
-        self,
-        place: RankGroupPlace,
-        epoch: Callable[[], int],
-        lease_s: float,
-        cause: Callable[[str], Awaitable[bool]],
-        on_silent: Callable[[str], None],
-    ) -> None:
+    def __init__(self, place: RankGroupPlace, epoch: Callable[[], int], lease_s: float) -> None:
+        self.starter: RankStarter | None = None
         self._place = place
         self._epoch = epoch
         self._lease_s = lease_s
-        self._cause = cause
-        self._on_silent = on_silent
         self._at_work = asyncio.Lock()
         self._groups: set[AttachedRankGroup] = set()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -106,7 +108,11 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
 
     async def _lose(self, group: AttachedRankGroup, why: str) -> None:
         if not group.gone.is_set():
-            group.lose(why, blamed=not group.leaving and await self._cause(group.launch_token))
+            group.lose(why, blamed=not group.leaving and await self._blamed(group.launch_token))
+
+    async def _blamed(self, token: str) -> bool:
+        """Whether a group ended by itself; yes where nobody knows."""
+        return True if self.starter is None else await self.starter.blamed(token)
 
     def _welcome(self, group: AttachedRankGroup) -> pb.AttachResponse:
         self._attached_count += 1
@@ -131,7 +137,8 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
                     _log.error("%s: it has lost its place", message)
                     group.lose(message)
                     self._place.detach(group)
-                    self._on_silent(group.launch_token)
+                    if self.starter is not None:
+                        self.starter.end(group.launch_token)
                     if group.task is not None:  # it may write to that group for ever
                         asyncio.get_running_loop().call_later(LEAVE_S_MAX, group.task.cancel)
 
