@@ -20,6 +20,9 @@ from tinsmith.v1 import training_service_pb2
 from tinsmithd.checkpoint import servicer
 from tinsmithd.checkpoint.segments import Piece, Segment, pieces_from
 from tinsmithd.checkpoint.store import directory
+from tinsmithd.checkpoint_client import CheckpointClient, Patience
+from tinsmithd.domain import CheckpointPath
+from tinsmithd.errors import Reason, Unavailable
 from wire import reason_and_field
 
 READ_BYTES = 1000
@@ -199,3 +202,93 @@ async def test_a_download_never_mixes_two_contents(served: Resumed, tmp_path: Pa
         served, tmp_path / "got", lambda: served.save(1, overwrite=True)
     )
     assert read_folder(tmp_path / "got") == await unpacked(served)
+
+
+# --- other servers read so, too -------------------------------------------------------------------
+
+
+async def read_through(
+    proxy: CuttingProxy, patience: Patience, on_half: Callable[[], None]
+) -> dict[str, bytes]:
+    """What another server reads over the proxy; `on_half` is called once, at half of it."""
+    client = CheckpointClient(proxy.address, patience)
+    found: dict[str, bytes] = {}
+    try:
+        async with client.reader(CheckpointPath.parse(PATH)) as reader:
+            half = reader.info.size_bytes // 2
+            async for name, data in reader.pieces():
+                found[name] = found.get(name, b"") + data
+                if half and sum(map(len, found.values())) > half:
+                    half = 0
+                    on_half()
+    finally:
+        await client.close()
+    return found
+
+
+@pytest.fixture
+async def large(served: Resumed, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Files that cannot all be on their way at once, 5 MB."""
+    monkeypatch.setattr(directory, "READ_BYTES", 64 * 1024)
+    content = files(3, columns=100_000)
+    written = await served.stub.WriteCheckpoint(messages(PATH, content, overwrite=True))
+    served.digest = written.checkpoint.digest
+    return content
+
+
+async def test_a_servers_read_goes_on_where_its_connection_was_cut(
+    served: Resumed, large: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are whole, and what had come was not asked for again."""
+    asked = []
+
+    def recorded(segments: Sequence[Segment], offset: int) -> Iterator[Piece]:
+        asked.append(offset)
+        return pieces_from(segments, offset)
+
+    monkeypatch.setattr(servicer, "pieces_from", recorded)
+    with CuttingProxy(served.address) as proxy:
+        assert await read_through(proxy, Patience(), proxy.cut) == large
+    size = sum(map(len, large.values()))
+    first, *again = asked
+    assert (first, len(again)) == (0, 1)
+    assert size // 2 < again[0] < size
+
+
+async def test_a_servers_read_never_mixes_two_contents(
+    served: Resumed, large: dict[str, bytes]
+) -> None:
+    """The name means something else when it goes on: it fails, and is all of that when repeated."""
+    replaced: list[asyncio.Task[None]] = []
+    with CuttingProxy(served.address) as proxy:
+
+        def replace() -> None:
+            proxy.refuses = True
+            proxy.cut()
+            replaced.append(asyncio.create_task(replace_and_open()))
+
+        async def replace_and_open() -> None:
+            await served.save(1, overwrite=True)
+            proxy.refuses = False
+
+        with pytest.raises(Unavailable) as failure:
+            await read_through(proxy, Patience(), replace)
+        assert failure.value.reason is Reason.CHECKPOINT_UNAVAILABLE
+        await replaced[0]
+        assert await read_through(proxy, Patience(), lambda: None) == files(1)
+
+
+async def test_a_servers_read_gives_up_when_nobody_comes_back(
+    served: Resumed, large: dict[str, bytes]
+) -> None:
+    """Bounded by the patience for an answer, not by that for a stream."""
+
+    def end() -> None:
+        proxy.refuses = True
+        proxy.cut()
+
+    with CuttingProxy(served.address) as proxy:
+        with pytest.raises(Unavailable) as failure:
+            async with asyncio.timeout(20):
+                await read_through(proxy, Patience(answer_s_max=0.5, stall_s_max=600), end)
+        assert failure.value.reason is Reason.CHECKPOINT_UNAVAILABLE

@@ -1,12 +1,8 @@
 """The one client of CheckpointService that other servers have: verified, with deadlines."""
 
-from tinsmithd.checkpoint_client.client import (
-    CheckpointClient,
-    CheckpointReader,
-    CheckpointWriter,
-    Patience,
-    check_digest,
-)
+from tinsmithd.checkpoint_client.client import CheckpointClient, CheckpointWriter, check_digest
+from tinsmithd.checkpoint_client.patience import Patience
+from tinsmithd.checkpoint_client.reader import CheckpointReader
 
 __all__ = [
     "CheckpointClient",

@@ -1,7 +1,8 @@
 """Reads and writes checkpoints through the Checkpoint server's public API.
 
 Nothing here waits for ever: a call has a deadline, and a stream ends that makes no progress. One
-that is only slow is waited for. What was read counts only once all of it is verified.
+that is only slow is waited for, and a read whose connection breaks goes on where it was. What was
+read counts only once all of it is verified.
 """
 
 import asyncio
@@ -9,17 +10,18 @@ import contextlib
 import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd.checkpoint_client.patience import ORDINARY, Patience, progress_within
+from tinsmithd.checkpoint_client.reader import CheckpointReader, ReadStream
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.times import ttl_to_pb
 from tinsmithd.domain import CheckpointInfo, CheckpointPath, NewCheckpoint, content_digest
-from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, Unavailable
+from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.rpc.channels import open_aio_channel
 from tinsmithd.rpc.status import from_rpc_error
 
@@ -38,55 +40,6 @@ LEASES_MAX = 1000
 """As many as the Checkpoint server takes in one request."""
 RANK_MAX = 1 << 30
 """The Checkpoint server has checked the rank."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long the Checkpoint server is waited for, seconds.
-
-    Attributes:
-        answer_s_max: For the answer to a call that moves no data.
-        stall_s_max: For the next progress of a stream.
-    """
-
-    answer_s_max: float = 30.0
-    stall_s_max: float = 60.0
-
-
-class CheckpointReader:
-    """One checkpoint that is being read.
-
-    Attributes:
-        info: What it is. Its name may mean something else by now; what is read stays this one.
-    """
-
-    def __init__(self, info: CheckpointInfo, files: Mapping[str, bytes], stream: "_Stream") -> None:
-        self.info = info
-        self._files = files
-        self._stream = stream
-
-    async def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
-        """The files, piece by piece, once; only a normal end means that all is well.
-
-        Raises:
-            DataLoss: Something is not what was saved (CHECKPOINT_CORRUPT).
-            Unavailable: The server is gone, or made no progress (CHECKPOINT_UNAVAILABLE).
-        """
-        digests = {name: hashlib.sha256() for name in self._files}
-        while (response := await self._stream.next()) is not None:
-            piece = response.piece
-            if piece.file_name not in digests:
-                raise self._corrupt(f"{piece.file_name[:100]!r} is not one of its files")
-            if zlib.crc32(piece.data) != piece.crc32:
-                raise self._corrupt(f"{piece.file_name} was damaged on its way")
-            digests[piece.file_name].update(piece.data)
-            yield piece.file_name, piece.data
-        for name, digest in digests.items():
-            if digest.digest() != self._files[name]:
-                raise self._corrupt(f"{name} does not match its digest")
-
-    def _corrupt(self, what: str) -> DataLoss:
-        return DataLoss(f"{self.info.path}: {what}", Reason.CHECKPOINT_CORRUPT)
 
 
 class CheckpointWriter:
@@ -127,7 +80,7 @@ class CheckpointWriter:
         ]
         await self._send(pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=files)))
         try:
-            async with _limit(self._commit_s):
+            async with progress_within(self._commit_s):
                 await self._call.done_writing()
                 response = await self._call
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -153,7 +106,7 @@ class CheckpointWriter:
 
     async def _send(self, request: pb.WriteCheckpointRequest) -> None:
         try:
-            async with _limit(self._patience.stall_s_max):
+            async with progress_within(self._patience.stall_s_max):
                 await self._call.write(request)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise await self._failure(error) from error
@@ -181,7 +134,7 @@ class CheckpointClient:
         writer_name, writer_epoch: Fence off a Training server that was replaced.
     """
 
-    def __init__(self, target: str, patience: Patience = Patience()) -> None:
+    def __init__(self, target: str, patience: Patience = ORDINARY) -> None:
         self.writer_name, self.writer_epoch = "", 0
         self._patience = patience
         self._channel = open_aio_channel(target)
@@ -274,38 +227,12 @@ class CheckpointClient:
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
         request = pb.ReadCheckpointRequest(checkpoint_path=str(path), lease_id=lease_id)
-        stream = _Stream(self._stub.ReadCheckpoint(request), self._patience.stall_s_max)
+        stream = ReadStream(self._stub, request, self._patience)
         try:
-            first = await stream.next()
-            if first is None or not first.HasField("checkpoint"):
-                text = f"{path}: the answer does not begin with the checkpoint"
-                raise DataLoss(text, Reason.CHECKPOINT_CORRUPT)
-            info = _info(first.checkpoint)
-            files = {file.name: file.sha256 for file in first.checkpoint.files}
-            yield CheckpointReader(info, files, stream)
+            found = await stream.checkpoint()
+            yield CheckpointReader(_info(found), found, stream)
         finally:
             stream.cancel()
-
-
-class _Stream:
-    """The answers of a read, each within a bounded time."""
-
-    def __init__(self, call: Any, stall_s_max: float) -> None:
-        self._call = call
-        self._stall_s_max = stall_s_max
-
-    async def next(self) -> pb.ReadCheckpointResponse | None:
-        """The next answer; None at the end."""
-        try:
-            async with _limit(self._stall_s_max):
-                response = await self._call.read()
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
-        return None if response is grpc.aio.EOF else response
-
-    def cancel(self) -> None:
-        """Read no more; harmless after the end."""
-        self._call.cancel()
 
 
 def check_digest(found: CheckpointInfo, wanted: bytes) -> None:
@@ -315,16 +242,6 @@ def check_digest(found: CheckpointInfo, wanted: bytes) -> None:
             f"{found.path} was replaced: it is not the content any more that was asked for",
             Reason.CHECKPOINT_REPLACED,
         )
-
-
-@contextlib.asynccontextmanager
-async def _limit(stall_s: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(stall_s):
-            yield
-    except TimeoutError as error:
-        text = f"the Checkpoint server made no progress for {stall_s:g} s"
-        raise Unavailable(text, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=1.0) from error
 
 
 def _leases(leases: Mapping[str, CheckpointPath]) -> list[pb.Lease]:
