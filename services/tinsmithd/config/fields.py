@@ -1,6 +1,7 @@
 """The kinds of value that settings have, and words for what each of them takes."""
 
 import ipaddress
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, MinLen
@@ -92,6 +93,14 @@ def bounds_of(field: FieldInfo) -> str:
 
 def _all(field: FieldInfo, kind: type, name: str) -> list[Any]:
     return [getattr(bound, name) for bound in field.metadata if isinstance(bound, kind)]
+
+
+def choices_of(field: FieldInfo) -> Sequence[object] | None:
+    """All values that a setting takes, in order; None where there are too many to list."""
+    if get_origin(field.annotation) is Literal:
+        return get_args(field.annotation)
+    least, most = _all(field, Ge, "ge"), _all(field, Le, "le")
+    return range(max(least), min(most) + 1) if field.annotation is int and least and most else None
 
 
 def kind_of(field: FieldInfo) -> str:

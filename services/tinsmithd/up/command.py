@@ -14,10 +14,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tinsmithd.config import ConfigError
+from tinsmithd.config import Config, ConfigError, TrainerConfig, TrainingConfig
+from tinsmithd.config.fields import choices_of, default_of
 from tinsmithd.processes import StderrWriter, log_to_stderr
 from tinsmithd.up.embedded import EmbeddedCluster, Options, UpError
+
+_OF_RANKS = ("ranks", "dtype", "engine", "zero_stage", "threads")
+"""Settings of the ranks that are options of this command."""
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
@@ -27,28 +32,39 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
     defaults = Options("", Path())
     up.add_argument("--base-model", required=True, help="Hugging Face name or folder")
     up.add_argument("--data", type=Path, default=Path("tinsmith-data"), help="folder for all data")
-    up.add_argument("--ranks", type=int, default=defaults.ranks, help="training processes")
     up.add_argument(
         "--spare-groups", type=int, default=0, help="rank groups that stand by for a quick return"
     )
     up.add_argument("--port", type=int, default=defaults.port, help="Training's; 0 takes free ones")
-    up.add_argument("--dtype", choices=("float32", "bfloat16"), default=defaults.dtype)
-    up.add_argument("--engine", choices=("deepspeed", "reference"), default=defaults.engine)
-    up.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=defaults.zero_stage)
-    up.add_argument(
-        "--durability",
-        choices=("fsync", "async", "none"),
-        default=defaults.durability,
-        help="what survives: a loss of power (the default), the death of any process, nothing",
-    )
-    up.add_argument("--threads", type=int, default=0, help="CPU threads per process")
+    for key in _OF_RANKS:
+        _add_setting(up, TrainerConfig, key)
+    _add_setting(up, TrainingConfig, "durability")
     up.add_argument("run", nargs="*", metavar="-- COMMAND", help="run this against it, then stop")
     args = vars(parser.parse_args(argv))
     del args["command"]
     run = args.pop("run")
-    if args["ranks"] < 1:
-        parser.error("--ranks must be at least 1")
+    of_processes: dict[type[Config], dict[str, Any]] = {
+        TrainerConfig: {key: args[key] for key in ("base_model", *_OF_RANKS)},
+        TrainingConfig: {"spawn_spare_groups": args["spare_groups"]},
+    }
+    try:
+        for kind, settings in of_processes.items():
+            kind(**settings)  # refuses what no process would take
+    except ConfigError as error:
+        parser.error(str(error))
     return Options(**args), run
+
+
+def _add_setting(parser: argparse.ArgumentParser, kind: type[Config], key: str) -> None:
+    """Add a setting of a process, which has the default that `Options` has."""
+    field = kind.model_fields[key]
+    parser.add_argument(
+        f"--{key.replace('_', '-')}",
+        type=type(default_of(field)),
+        choices=choices_of(field),
+        default=getattr(Options, key),
+        help=(field.description or "").replace("%", "%%"),
+    )
 
 
 def _banner(cluster: EmbeddedCluster, options: Options) -> str:
