@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from checkpoints import to_files
+from tinsmith.internal.v1 import trainer_link_service_pb2
+from tinsmith.v1 import checkpoint_service_pb2, training_service_pb2
 from tinsmithd import tunings
 from tinsmithd.checkpoint.catalogue import record, schema
+from tinsmithd.convert.types import tuning_from_pb, tuning_to_pb
 from tinsmithd.domain import BaseModelInfo, FullConfig, LoraConfig, ModelState, Tuning
 from tinsmithd.errors import DataLoss
+from tinsmithd.modeling.weights import FUSED_WEIGHTS, WEIGHTS
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.registry import Engines
 
@@ -35,6 +39,22 @@ def third(monkeypatch: pytest.MonkeyPatch) -> Third:
     """Known from here on, by one entry."""
     monkeypatch.setitem(tunings.TUNINGS, "third", Third)  # type: ignore[arg-type]
     return Third(layers=3, embeddings=True)
+
+
+def test_a_tuning_is_known_on_every_floor() -> None:
+    """Each has weights for both engines, and a case wherever the contract has a tuning (ADR 23)."""
+    kinds = set(tunings.TUNINGS.values())
+    assert set(WEIGHTS) == set(FUSED_WEIGHTS) == kinds
+    files = (checkpoint_service_pb2, training_service_pb2, trainer_link_service_pb2)
+    messages = [m for file in files for m in file.DESCRIPTOR.message_types_by_name.values()]
+    places = [m for m in messages if "tuning" in m.oneofs_by_name]
+    assert len(places) > 4
+    for place in places:
+        cases = {field.name for field in place.oneofs_by_name["tuning"].fields}
+        assert cases == {f"{kind}_config" for kind in tunings.TUNINGS}
+    for kind in kinds:
+        sent = training_service_pb2.Model(**tuning_to_pb(kind()))
+        assert tuning_from_pb(sent, "", 64) == kind()
 
 
 def state_of(tuning: Tuning) -> ModelState:
