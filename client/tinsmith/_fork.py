@@ -8,6 +8,10 @@ import os
 
 from tinsmith.errors import FailedPreconditionError
 
+# What grpc's own fork handlers do in a child crashed three children in a hundred that did not touch
+# the client (8 of 266, against 0 of 205 without them; grpcio 1.85), and nothing here needs them.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 _in_use = False
 _forked_in_use = False
 

@@ -44,6 +44,8 @@ def run(peer: Peer, code: str) -> list[str]:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, out[-2000:] + error[-4000:]
     assert "never awaited" not in error
+    # grpc says so where its fork handlers are on, which crash a child now and then.
+    assert "fork_posix" not in error
     return out.splitlines()
 
 

@@ -91,6 +91,10 @@ class Server(TrainerLinkServiceServicer):
         self, request_iterator: Iterator[pb.AttachRequest], context: Any
     ) -> Iterator[pb.AttachResponse]:
         stream = Stream(request_iterator, context, reads=self.reads)
+        # Also one that begins after a test's last look: its thread would wait for ever, and the
+        # process of the tests for its threads.
+        if not context.add_callback(stream.end):
+            stream.end()
         self._streams.put(stream)
         return stream.responses()
 
