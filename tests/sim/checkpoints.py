@@ -108,7 +108,7 @@ class SimWriter:
         await server.reach()
         assert not self._cancelled
         server.check_epoch(client.writer_name, client.writer_epoch)
-        saved = Saved(self._about, tuple(self._pieces), self._new.request_id)
+        saved = Saved(self._about, tuple(self._pieces), self._new.options.request_id)
         about = server.add(saved, overwrite=self._new.options.overwrite)
         server.world.log("checkpoint", str(self._about.path), client.writer_epoch)
         if server.losing:
