@@ -14,7 +14,7 @@ from tinsmith.errors import InvalidArgumentError
 
 INT64_MAX = 2**63 - 1
 UINT64_MAX = 2**64 - 1
-SHOWN_CHARS_MAX = 100
+SHOWN_CHARACTERS_MAX = 100
 
 
 def refuse(field: str, why: str, reason: str = "INVALID_FIELD") -> InvalidArgumentError:
@@ -29,7 +29,7 @@ def shown(value: object) -> str:
     except Exception:
         text = f"a {type(value).__name__}"
     text = text.encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= SHOWN_CHARS_MAX else f"{text[:SHOWN_CHARS_MAX]}..."
+    return text if len(text) <= SHOWN_CHARACTERS_MAX else f"{text[:SHOWN_CHARACTERS_MAX]}..."
 
 
 def text(value: object, field: str) -> str:

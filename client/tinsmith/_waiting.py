@@ -27,7 +27,7 @@ ASK_INTERVAL_S = 5.0
 TAKEN_S = 3.0
 """An attempt that lives longer than this after a failure has reached the service."""
 WAKE_SPREAD_S = 0.2
-REASON_CHARS_MAX = 300
+REASON_CHARACTERS_MAX = 300
 
 _log = logging.getLogger("tinsmith")
 
@@ -114,7 +114,7 @@ class Waiting:
         text = str(error).rpartition("last error: UNKNOWN: ")[2]
         lines = text.strip().splitlines() or [type(error).__name__]
         reason = f" ({error.reason})" if error.reason else ""
-        self._reason = f"{call.what}: {lines[0][:REASON_CHARS_MAX]}{reason}"
+        self._reason = f"{call.what}: {lines[0][:REASON_CHARACTERS_MAX]}{reason}"
         if self._since_s is None:
             self._begin()
 

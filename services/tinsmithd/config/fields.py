@@ -55,21 +55,28 @@ def _address_or_empty(text: str) -> str:
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 """A whole number that may be 0."""
 Positive = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+"""A whole number from 1 on."""
 Number = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
 """A number, such as of seconds, that may be 0."""
 AboveZero = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
+"""A number above 0, such as of seconds."""
 Required = Annotated[str, Field(min_length=1)]
 """A text that somebody has to give."""
 Address = Annotated[str, AfterValidator(_address), Field(json_schema_extra={"is": "host:port"})]
+"""`host:port`."""
 OptionalAddress = Annotated[
     str, AfterValidator(_address_or_empty), Field(json_schema_extra={"is": "host:port or empty"})
 ]
 ZeroStage = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=3)]
 """A stage of DeepSpeed's ZeRO."""
 Dtype = Literal["float32", "bfloat16"]
+"""Element type of frozen weights."""
 SamplerDtype = Literal["auto", "float32", "bfloat16"]
+"""The same; `auto` leaves it to the Sampler."""
 SamplerEngine = Literal["transformers"]
+"""What computes in a Sampler."""
 TrainerEngine = Literal["deepspeed", "reference"]
+"""What computes on a rank."""
 
 NUMBERS = ("a whole number", "a number")
 _KINDS: dict[object, str] = {int: NUMBERS[0], float: NUMBERS[1], bool: "true or false"}

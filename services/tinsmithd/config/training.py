@@ -67,7 +67,8 @@ class TrainingConfig(ServerConfig):
     rank_lease_s: Number = Field(30.0, ge=1)
     """A rank group that says nothing for this long is replaced."""
     call_attempts_max: Positive = 2
-    """Times that the ranks may die by themselves during one call before the call is refused."""
+    """Maximum number of rank deaths during one call, of ranks that nobody ended; then the call is
+    refused."""
     journal_bytes_max: Count = 16 * 1024 * MIB
     """Bytes of one model's calls since its last snapshot."""
     data_per_call_max: Count = 65_536
@@ -99,16 +100,15 @@ class TrainingConfig(ServerConfig):
     lane_bytes_max: Count = 1024 * MIB
     """Bytes of one model's calls that wait; more are RESOURCE_EXHAUSTED."""
     gap_wait_s_max: Number = 60.0
-    """How long a call waits for the calls with lower `seq_id`s that have not come yet."""
+    """How long a call waits for calls with lower `seq_id`s that have not arrived."""
     answers_kept_max: Count = 256
     """Answers of one model that are kept for repeats; the oldest are dropped."""
     answer_bytes_kept_max: Count = 256 * MIB
     """Bytes of one model's answers that are kept for repeats; the oldest are dropped."""
     ephemeral_ttl_s: Count = 86_400
-    """How long sampler weights that were saved without a name, the newest of their model, may be
-    unused before they are deleted."""
+    """The newest ephemeral sampler weights of a model are deleted after this long without use."""
     model_idle_ttl_s: Number = 7 * 86_400.0
-    """A model that no call used for this long is deleted; its checkpoints stay."""
+    """A model without a call for this long is deleted; its checkpoints stay."""
     quantum_tokens: Positive = 16384
     """A larger call is computed in batches of this many tokens; others have turns in between."""
     spawn_ranks: Count = 0

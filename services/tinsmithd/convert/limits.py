@@ -13,21 +13,21 @@ from google.protobuf.message import Message
 
 from tinsmithd.convert.times import TTL_S_MAX, duration_to_pb
 from tinsmithd.convert.types import (
-    LEASE_ID_CHARS_MAX,
+    LEASE_ID_CHARACTERS_MAX,
     METADATA_ENTRIES_MAX,
-    METADATA_KEY_CHARS_MAX,
-    METADATA_VALUE_CHARS_MAX,
-    REQUEST_ID_CHARS_MAX,
+    METADATA_KEY_CHARACTERS_MAX,
+    METADATA_VALUE_CHARACTERS_MAX,
+    REQUEST_ID_CHARACTERS_MAX,
 )
 
 Limits = TypeVar("Limits", bound=Message)
 
 SHARED: Mapping[str, float] = {
-    "request_id_characters_max": REQUEST_ID_CHARS_MAX,
+    "request_id_characters_max": REQUEST_ID_CHARACTERS_MAX,
     "user_metadata_entries_max": METADATA_ENTRIES_MAX,
-    "user_metadata_key_characters_max": METADATA_KEY_CHARS_MAX,
-    "user_metadata_value_characters_max": METADATA_VALUE_CHARS_MAX,
-    "lease_id_characters_max": LEASE_ID_CHARS_MAX,
+    "user_metadata_key_characters_max": METADATA_KEY_CHARACTERS_MAX,
+    "user_metadata_value_characters_max": METADATA_VALUE_CHARACTERS_MAX,
+    "lease_id_characters_max": LEASE_ID_CHARACTERS_MAX,
     "ttl_s_max": TTL_S_MAX,
 }
 """Limits of every service that are no settings."""
@@ -42,7 +42,7 @@ def limits_to_pb(kind: type[Limits], config: object, **others: float) -> Limits:
     """Write every limit of a service.
 
     Args:
-        kind: Its message of limits; each of its fields is filled in.
+        kind: Its `...Limits` message; each of its fields is filled in.
         config: Settings, which have most of them.
         others: The rest, by the names that refusals show.
     """

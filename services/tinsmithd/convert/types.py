@@ -27,13 +27,14 @@ from tinsmithd.domain import (
 from tinsmithd.errors import InvalidArgument, Reason, over_limit
 
 METADATA_ENTRIES_MAX = 64
-METADATA_KEY_CHARS_MAX = 128
-METADATA_VALUE_CHARS_MAX = 1024
-UNLIMITED = 1 << 63
-"""Where another server has counted already."""
-REQUEST_ID_CHARS_MAX = 128
+METADATA_KEY_CHARACTERS_MAX = 128
+METADATA_VALUE_CHARACTERS_MAX = 1024
+REQUEST_ID_CHARACTERS_MAX = 128
+LEASE_ID_CHARACTERS_MAX = 128
 DIGEST_BYTES = 32
-LEASE_ID_CHARS_MAX = 128
+"""Length of a SHA-256."""
+UNLIMITED = 1 << 63
+"""A limit that another server has held already."""
 
 _KINDS = {
     pb.CHECKPOINT_KIND_TRAINING: CheckpointKind.TRAINING,
@@ -51,7 +52,7 @@ _ENGINES: Mapping[str, pb.Engine.ValueType] = {
 
 
 def tokens_from_pb(message: pb.ModelInput, field: str, chunks_max: int) -> NDArray[np.int64]:
-    """Read a model input as int64 `(N,)` with N at least 1."""
+    """Read a model input of at most `chunks_max` chunks as int64 token ids `(T,)`, T above 0."""
     if not message.chunks:
         raise InvalidArgument(f"{field}.chunks", "must not be empty", Reason.MISSING_FIELD)
     check_count(f"{field}.chunks", message.chunks, "chunks_max", chunks_max)
@@ -79,7 +80,10 @@ def datum_from_pb(
     chunks_max: int = UNLIMITED,
     loss_fn_inputs_max: int = UNLIMITED,
 ) -> Datum:
-    """Read one datum; shapes and names are checked against the loss elsewhere."""
+    """Read one datum: token ids int64 `(T,)`, and float32 or int64 arrays by name.
+
+    The rules of calls check shapes and names against the loss.
+    """
     where = f"{field}.loss_fn_inputs"
     check_count(where, message.loss_fn_inputs, "loss_fn_inputs_max", loss_fn_inputs_max)
     inputs = {
@@ -95,7 +99,7 @@ def datum_from_pb(
 
 
 def loss_fn_from_pb(message: pb.LossFn, field: str) -> LossFn:
-    """Read a loss with its defaults filled in."""
+    """Read a loss with its defaults filled in; its settings are at least 0."""
     case = message.WhichOneof("loss_fn")
     if case is None:
         raise InvalidArgument(field, f"set one of {', '.join(domain.LOSSES)}", Reason.MISSING_FIELD)
@@ -124,7 +128,7 @@ def loss_fn_to_pb(loss: LossFn) -> pb.LossFn:
 
 
 def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfig:
-    """Read an adapter's shape with its defaults filled in; an unset seed is drawn here."""
+    """Read an adapter's shape with its defaults filled in; draws a seed where none is set."""
     if message.rank < 0:
         raise InvalidArgument(f"{field}.rank", f"{message.rank} is below 0")
     if message.rank > rank_max:
@@ -144,15 +148,15 @@ def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfi
 
 
 def lora_to_pb(lora: LoraConfig) -> pb.LoraConfig:
-    """Write an adapter's shape; a seed below 0, of an earlier version, has the same bits."""
+    """Write an adapter's shape; a seed below 0, which earlier releases took, keeps its bits."""
     return pb.LoraConfig(**{**dataclasses.asdict(lora), "seed": lora.seed % (1 << 64)})
 
 
 def tuning_from_pb(message: Any, prefix: str, rank_max: int) -> Tuning:
-    """Read what is trained from a message with `lora_config` and `full_config`.
+    """Read the tuning of a message that has a `oneof tuning`.
 
     Args:
-        message: It.
+        message: Has `lora_config`, `full_config` and so on.
         prefix: Stands before the names of its fields in errors, such as "header.".
         rank_max: Largest LoRA rank.
     """
@@ -165,7 +169,7 @@ def tuning_from_pb(message: Any, prefix: str, rank_max: int) -> Tuning:
 
 
 def tuning_to_pb(tuning: Tuning) -> dict[str, Any]:
-    """Write what is trained as an argument of a message with `lora_config` and `full_config`."""
+    """Write a tuning as an argument of a message that has a `oneof tuning`."""
     case = f"{tuning.kind}_config"
     _, write = _TUNINGS[case]
     return {case: write(tuning)}
@@ -179,7 +183,7 @@ _TUNINGS: Mapping[str, tuple[Callable[[Any, str, int], Tuning], Callable[[Any], 
 
 
 def adam_from_pb(message: pb.AdamParams, field: str) -> AdamParams:
-    """Read the settings of a step with their defaults filled in."""
+    """Read the settings of an optimizer step with their defaults filled in; betas are below 1."""
     values = {}
     for descriptor, value in message.ListFields():
         where = f"{field}.{descriptor.name}"
@@ -189,17 +193,17 @@ def adam_from_pb(message: pb.AdamParams, field: str) -> AdamParams:
 
 
 def adam_to_pb(adam: AdamParams) -> pb.AdamParams:
-    """Write the settings of a step."""
+    """Write the settings of an optimizer step."""
     return pb.AdamParams(**dataclasses.asdict(adam))
 
 
 def base_model_to_pb(info: BaseModelInfo) -> pb.BaseModel:
-    """Write what a base model is."""
+    """Write the description of a base model."""
     return pb.BaseModel(**{**dataclasses.asdict(info), "dtype": _DTYPES[info.dtype]})
 
 
 def base_model_from_pb(message: pb.BaseModel, field: str) -> BaseModelInfo:
-    """Read what a base model is."""
+    """Read the description of a base model."""
     values = {each.name: getattr(message, each.name) for each in dataclasses.fields(BaseModelInfo)}
     for name, code in _DTYPES.items():
         if code == message.dtype:
@@ -208,12 +212,12 @@ def base_model_from_pb(message: pb.BaseModel, field: str) -> BaseModelInfo:
 
 
 def engine_to_pb(name: str) -> pb.Engine.ValueType:
-    """Write what computes; one that the contract has no number for is left unsaid."""
+    """Write an engine's name; ENGINE_UNSPECIFIED where the contract has no number for it."""
     return _ENGINES.get(name, pb.ENGINE_UNSPECIFIED)
 
 
 def kind_from_pb(value: int, field: str) -> CheckpointKind:
-    """Read a checkpoint kind; unset and unknown are refused."""
+    """Read a checkpoint kind, which must be set and known."""
     for code, kind in _KINDS.items():
         if code == value:
             return kind
@@ -245,23 +249,19 @@ def name_from_pb(text: str, field: str) -> str:
 
 
 def request_id_from_pb(text: str, field: str) -> str:
-    """Read a key by which a request is known again; empty: it is not."""
-    check_count(field, text, "request_id_characters_max", REQUEST_ID_CHARS_MAX)
+    """Read the key under which a request is known again; empty where it is not to be."""
+    check_count(field, text, "request_id_characters_max", REQUEST_ID_CHARACTERS_MAX)
     return text
 
 
 def lease_id_from_pb(text: str, field: str) -> str:
-    """Read the id of a lease; empty: the lease can only run out."""
-    check_count(field, text, "lease_id_characters_max", LEASE_ID_CHARS_MAX)
+    """Read the id of a lease; empty where the lease can only run out."""
+    check_count(field, text, "lease_id_characters_max", LEASE_ID_CHARACTERS_MAX)
     return text
 
 
 def digest_from_pb(digest: bytes, field: str) -> bytes | None:
-    """Read a SHA-256; an empty one is None.
-
-    Raises:
-        InvalidArgument: It has another length.
-    """
+    """Read a SHA-256 of 32 bytes; None where it is unset."""
     if len(digest) not in (0, DIGEST_BYTES):
         text = f"has {len(digest)} bytes, a digest has {DIGEST_BYTES}"
         raise InvalidArgument(field, text)
@@ -269,15 +269,15 @@ def digest_from_pb(digest: bytes, field: str) -> bytes | None:
 
 
 def metadata_from_pb(entries: Mapping[str, str], field: str) -> dict[str, str]:
-    """Read user metadata within its bounds."""
+    """Read user metadata: texts by non-empty keys, within the limits above."""
     name = "user_metadata"
     check_count(field, entries, f"{name}_entries_max", METADATA_ENTRIES_MAX)
     for key, value in entries.items():
         if not key:
             raise InvalidArgument(field, "a key is empty")
-        check_count(field, key, f"{name}_key_characters_max", METADATA_KEY_CHARS_MAX)
+        check_count(field, key, f"{name}_key_characters_max", METADATA_KEY_CHARACTERS_MAX)
         where = f'{field}["{key}"]'
-        check_count(where, value, f"{name}_value_characters_max", METADATA_VALUE_CHARS_MAX)
+        check_count(where, value, f"{name}_value_characters_max", METADATA_VALUE_CHARACTERS_MAX)
     return dict(entries)
 
 
@@ -292,7 +292,11 @@ def check_count(field: str, things: Sized, limit: str, most: int) -> None:
 
 
 def finite(value: float, field: str, *, low: float, below: float | None = None) -> float:
-    """Check a number: finite, at least `low`, and under `below` where given."""
+    """Return a number that is finite, at least `low`, and under `below` where that is given.
+
+    Raises:
+        InvalidArgument: It is another one (NON_FINITE, INVALID_FIELD).
+    """
     if not math.isfinite(value):
         raise InvalidArgument(field, "is not finite", Reason.NON_FINITE)
     if value < low:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 HEADER_FIELDS = ("model_id", "seq_id")
 HEADER_FIELD_BYTES_MAX = 1024
-KEY_CHARS_MAX = 100
+KEY_CHARACTERS_MAX = 100
 """What a path shows of the key of an entry."""
 TEXT_BYTES_PER_ITEM = 4
 """Text is shown in refusals and compared, letter by letter."""
@@ -357,7 +357,7 @@ def path_at(data: bytes, descriptor: Descriptor, target: int) -> str:
             return f"{path}.{tag >> 3}".removeprefix(".")
         counts[tag] = counts.get(tag, -1) + 1
         if is_entry and field.name == "key" and tag & 7 == _LENGTH:
-            key = data[start:position].decode(errors="replace")[:KEY_CHARS_MAX]
+            key = data[start:position].decode(errors="replace")[:KEY_CHARACTERS_MAX]
         if not begin <= target < position:
             continue
         if is_entry:

@@ -18,9 +18,9 @@ from tinsmithd.tunings import TUNINGS, LoraConfig, Tuning
 
 FORMAT_VERSION = 1
 JSON_BYTES_MAX = 1024 * 1024
-NAME_CHARS_MAX = 512
+NAME_CHARACTERS_MAX = 512
 LIST_ENTRIES_MAX = 1_024
-NUMBER_CHARS_MAX = 400
+NUMBER_CHARACTERS_MAX = 400
 STEP_COUNT_MAX = 1 << 53
 PIECE_BYTES = 1024 * 1024
 
@@ -100,7 +100,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
     def read(text: str) -> float:
-        if len(text) > NUMBER_CHARS_MAX or not math.isfinite(number := kind(text)):
+        if len(text) > NUMBER_CHARACTERS_MAX or not math.isfinite(number := kind(text)):
             raise ValueError(f"{text[:20]} is no finite number")
         return number
 
@@ -242,7 +242,7 @@ def is_off(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= NAME_CHARS_MAX
+    return isinstance(value, str) and len(value) <= NAME_CHARACTERS_MAX
 
 
 def _are_names(value: object) -> bool:
@@ -255,7 +255,7 @@ def _are_names(value: object) -> bool:
 
 def is_name(name: str) -> bool:
     """Whether a text may name a module or a tensor."""
-    return len(name) <= NAME_CHARS_MAX and name.isascii() and bool(_NAME.fullmatch(name))
+    return len(name) <= NAME_CHARACTERS_MAX and name.isascii() and bool(_NAME.fullmatch(name))
 
 
 PEFT_VALUES: Mapping[str, Callable[[Any], bool]] = {
