@@ -2,7 +2,7 @@
 
 import contextlib
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Self
 
@@ -46,11 +46,26 @@ class Served:
             await served.channel.close()
             await served.server.stop()
 
+    async def send(
+        self, requests: Iterable[pb.WriteCheckpointRequest]
+    ) -> pb.WriteCheckpointResponse:
+        """Write; the server's answer.
+
+        A message that cannot be sent any more, since the server has refused the call, makes
+        grpc.aio raise INTERNAL in place of what the server said (grpc/grpc#36066): it is repeated.
+        """
+        sent = list(requests)
+        while True:
+            try:
+                return await self.stub.WriteCheckpoint(iter(sent))
+            except grpc.aio.AioRpcError as error:
+                if "Internal error from Core" not in (error.details() or ""):
+                    raise
+
     async def write(self, path: str = PATH, seed: int = 0, **header: object) -> pb.Checkpoint:
         """Write a checkpoint; the server's answer."""
         content = files(seed, optimizer="/sampler_weights/" not in path)
-        response = await self.stub.WriteCheckpoint(iter(messages(path, content, **header)))
-        return response.checkpoint
+        return (await self.send(messages(path, content, **header))).checkpoint
 
     async def read(self, path: str = PATH) -> dict[str, bytes]:
         """The files of a checkpoint, each piece checked."""

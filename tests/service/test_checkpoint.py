@@ -275,7 +275,7 @@ async def test_a_full_checkpoint_has_files_of_its_own(
 ) -> None:
     """A missing, foreign or malformed file is refused, and nothing is left behind."""
     with pytest.raises(grpc.RpcError) as refusal:
-        await served.stub.WriteCheckpoint(messages(PATH, full_files(**changed), **tuning))
+        await served.send(messages(PATH, full_files(**changed), **tuning))
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert not served.leftovers()
     with pytest.raises(grpc.RpcError) as refusal:

@@ -108,7 +108,7 @@ async def test_a_bad_stream_is_refused_and_leaves_nothing(served: Served, case: 
     """Typed error, exact field, no staging left, and the next good write works."""
     stream, reason, field = _streams()[case]
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await served.stub.WriteCheckpoint(iter(stream))
+        await served.send(stream)
     assert reason_and_field(refusal.value) == (reason, field)
     assert served.leftovers() == []
     await served.write()
