@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sim.loop import PROCESS
-from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, NewCheckpoint
+from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, NotFound, Reason, Unavailable
+from tinsmithd.saves import NewCheckpoint
 
 if TYPE_CHECKING:
     from sim.world import World

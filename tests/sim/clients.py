@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from sim import engine
 from sim.network import Connection
 from sim.server import CallRequest, CreateRequest, DeleteRequest, Request
-from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, LoraConfig, SaveOptions
+from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
+from tinsmithd.saves import SaveOptions
 from tinsmithd.training.call import (
     ComputeWork,
     LoadWork,

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinsmithd import errors
-from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, SaveOptions
+from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError
+from tinsmithd.saves import SaveOptions
 from tinsmithd.training.call import (
     CallKind,
     ComputeWork,

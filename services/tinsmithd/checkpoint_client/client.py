@@ -20,10 +20,11 @@ from tinsmithd.checkpoint_client.patience import ORDINARY, Patience, progress_wi
 from tinsmithd.checkpoint_client.reader import CheckpointReader, ReadStream
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.times import ttl_to_pb
-from tinsmithd.domain import CheckpointInfo, CheckpointPath, NewCheckpoint, content_digest
+from tinsmithd.domain import CheckpointInfo, CheckpointPath, content_digest
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.rpc.channels import open_aio_channel
 from tinsmithd.rpc.status import from_rpc_error
+from tinsmithd.saves import NewCheckpoint
 
 if TYPE_CHECKING:
     from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceAsyncStub

@@ -18,13 +18,13 @@ from tinsmithd.domain import (
     LOSSES,
     CheckpointKind,
     CheckpointPath,
-    SaveOptions,
     new_ephemeral_name,
 )
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import refusal_of_call
 from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
+from tinsmithd.saves import SaveOptions
 from tinsmithd.training.call import (
     Call,
     LoadWork,

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinsmithd import errors
-from tinsmithd.domain import AdamParams, CheckpointPath, SaveOptions
+from tinsmithd.domain import AdamParams, CheckpointPath
 from tinsmithd.errors import Reason, TinsmithError
+from tinsmithd.saves import SaveOptions
 from tinsmithd.training.call.answer import CallKind, StoredAnswer
 from tinsmithd.training.call.work import (
     ComputeWork,

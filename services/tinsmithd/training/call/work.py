@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tinsmithd.domain import AdamParams, CheckpointPath, SaveOptions
+from tinsmithd.domain import AdamParams, CheckpointPath
 from tinsmithd.errors import TinsmithError
+from tinsmithd.saves import SaveOptions
 from tinsmithd.training.call.answer import CallKind
 
 

@@ -6,13 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from tinsmithd.domain import (
-    BaseModelInfo,
-    CheckpointInfo,
-    CheckpointPath,
-    NewCheckpoint,
-)
+from tinsmithd.domain import BaseModelInfo, CheckpointInfo, CheckpointPath
 from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, Unavailable
+from tinsmithd.saves import NewCheckpoint
 from tinsmithd.state import files as state_files
 from tinsmithd.training.models.staging import Copies, Staged, Staging
 

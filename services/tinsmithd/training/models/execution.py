@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from tinsmithd.domain import CheckpointInfo, CheckpointKind, NewCheckpoint
+from tinsmithd.domain import CheckpointInfo, CheckpointKind
 from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.saves import NewCheckpoint
 from tinsmithd.training.call import (
     NOMINAL_TOKENS,
     ComputeWork,
