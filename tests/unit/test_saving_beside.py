@@ -12,15 +12,15 @@ from tinsmithd.domain import (
     CheckpointKind,
     CheckpointPath,
     LoraConfig,
-    NewCheckpoint,
 )
 from tinsmithd.errors import Reason, Unavailable
+from tinsmithd.saves import NewCheckpoint, SaveOptions
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.staging import Copies, DiskStaging, Staged
 
 PATH = CheckpointPath.parse("tinsmith://run/weights/one")
 WHOLE = ["begin", "1", "2", "answers are durable", "commit", "end"]
-NEW = NewCheckpoint(PATH, "tiny", LoraConfig(), 1, request_id="r")
+NEW = NewCheckpoint(SaveOptions(PATH, None, False, {}, "r"), "tiny", LoraConfig(), 1)
 
 
 class Recorder:
