@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 import grpc
 import numpy as np
@@ -56,6 +57,16 @@ class TimedKeeper:
             lease_s=LEASE_S,
             clocks=Clocks(self.wall, self.monotonic),
         )
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, folder: Path) -> Iterator[Self]:
+        """One that is open for the body of the `with`."""
+        timed = cls(folder)
+        try:
+            yield timed
+        finally:
+            timed.keeper.close()
 
     def restart(self) -> None:
         """Close it and open it again."""

@@ -42,9 +42,8 @@ class Timed(TimedKeeper):
 @pytest.fixture
 def timed(tmp_path: Path) -> Iterator[Timed]:
     """A keeper on an empty folder."""
-    timed = Timed(tmp_path / "data")
-    yield timed
-    timed.keeper.close()
+    with Timed.opened(tmp_path / "data") as timed:
+        yield timed
 
 
 def test_a_checkpoint_lives_as_long_as_it_was_given(timed: Timed) -> None:

@@ -40,9 +40,8 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Synced:
 
 @pytest.fixture
 def timed(tmp_path: Path) -> Iterator[TimedKeeper]:
-    timed = TimedKeeper(tmp_path / "data")
-    yield timed
-    timed.keeper.close()
+    with TimedKeeper.opened(tmp_path / "data") as timed:
+        yield timed
 
 
 def after_a_loss_of_power(timed: TimedKeeper, folder: Path) -> list[str]:

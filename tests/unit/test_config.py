@@ -1,5 +1,6 @@
 """Settings: where they come from, and that a typo stops the process."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tinsmithd.config import (
     SamplerConfig,
     TrainerConfig,
     TrainingConfig,
+    limits_from,
 )
 from tinsmithd.config.sources import SECTION_NAMES
 
@@ -213,6 +215,21 @@ def test_impossible_values_are_refused(section: type, argv: list[str], message: 
     """Before anything starts."""
     with pytest.raises(ConfigError, match=message):
         section.load(argv, {})
+
+
+@dataclass(frozen=True)
+class SomeLimits:
+    models_max: int
+    gap_wait_s_max: float
+    exact: bool = False
+
+
+def test_limits_are_filled_in_from_settings_of_their_names() -> None:
+    """A field that is no setting has to be given, so that no typo takes a default."""
+    config = TrainingConfig(models_max=3)
+    assert limits_from(SomeLimits, config, exact=True) == SomeLimits(3, 60.0, True)
+    with pytest.raises(AttributeError, match="exact"):
+        limits_from(SomeLimits, config)
 
 
 def test_every_section_has_its_class() -> None:

@@ -52,9 +52,8 @@ class Timed(TimedKeeper):
 @pytest.fixture
 def timed(tmp_path: Path) -> Iterator[Timed]:
     """A keeper on an empty folder."""
-    timed = Timed(tmp_path / "data")
-    yield timed
-    timed.keeper.close()
+    with Timed.opened(tmp_path / "data") as timed:
+        yield timed
 
 
 def test_ephemeral_weights_live_while_held_or_while_the_newest_of_their_model(timed: Timed) -> None:

@@ -15,6 +15,7 @@ from tinsmithd.config.base import Config, ServerConfig
 from tinsmithd.config.checkpoint import CheckpointConfig
 from tinsmithd.config.errors import ConfigError
 from tinsmithd.config.fields import LINK_ADDRESS
+from tinsmithd.config.named import limits_from
 from tinsmithd.config.sampler import SamplerConfig
 from tinsmithd.config.trainer import TrainerConfig
 from tinsmithd.config.training import TrainingConfig
@@ -34,4 +35,5 @@ __all__ = [
     "ServerConfig",
     "TrainerConfig",
     "TrainingConfig",
+    "limits_from",
 ]

@@ -10,7 +10,7 @@ from tinsmith.internal.v1.trainer_link_service_pb2_grpc import (
 from tinsmith.v1.training_service_pb2 import DESCRIPTOR
 from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from tinsmithd.checkpoint_client import CheckpointClient, Patience
-from tinsmithd.config import TrainingConfig
+from tinsmithd.config import TrainingConfig, limits_from
 from tinsmithd.errors import TinsmithError
 from tinsmithd.rpc import link_secret
 from tinsmithd.rpc.metrics import DiskCollector
@@ -52,23 +52,15 @@ def _storage(config: TrainingConfig) -> tuple[Journal, SnapshotStore | None]:
 
 
 def _limits(config: TrainingConfig) -> ModelLimits:
-    return ModelLimits(
-        models_kept_max=config.models_kept_max,
-        model_idle_ttl_s=config.model_idle_ttl_s,
-        seats=SeatLimits(config.models_max, config.suspend_idle_s, config.suspend_busy_s),
-        lane=LaneLimits(
-            lane_calls_max=config.lane_calls_max,
-            lane_bytes_max=config.lane_bytes_max,
-            gap_wait_s_max=config.gap_wait_s_max,
-            answers_kept_max=config.answers_kept_max,
-            answer_bytes_kept_max=config.answer_bytes_kept_max,
-            call_attempts_max=config.call_attempts_max,
-        ),
-        calls=CallLimits(
-            quantum_tokens=config.quantum_tokens,
-            journal_bytes_max=config.journal_bytes_max,
+    return limits_from(
+        ModelLimits,
+        config,
+        seats=limits_from(SeatLimits, config),
+        lane=limits_from(LaneLimits, config),
+        calls=limits_from(
+            CallLimits,
+            config,
             snapshots=SnapshotRule(config.snapshot_steps, config.snapshot_interval_s),
-            rank_max=config.rank_max,
             exact_replay=config.replay_check == "exact",
         ),
     )
