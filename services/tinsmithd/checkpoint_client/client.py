@@ -228,7 +228,7 @@ class CheckpointClient:
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
         request = pb.ReadCheckpointRequest(checkpoint_path=str(path), lease_id=lease_id)
-        stream = ReadStream(self._stub, request, self._patience)
+        stream = ReadStream(self._stub.ReadCheckpoint, request, self._patience)
         try:
             found = await stream.checkpoint()
             yield CheckpointReader(_info(found), found, stream)

@@ -3,8 +3,8 @@
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 
@@ -13,9 +13,6 @@ from tinsmithd.checkpoint_client.patience import Patience, progress_within
 from tinsmithd.domain import CheckpointInfo
 from tinsmithd.errors import DataLoss, Reason, TinsmithError
 from tinsmithd.rpc.status import from_rpc_error
-
-if TYPE_CHECKING:
-    from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceAsyncStub
 
 RECONNECT_INTERVAL_S = 0.2
 
@@ -72,21 +69,18 @@ class ReadStream:
     means the same content.
 
     Args:
-        stub: The Checkpoint server.
+        read: The stub's ReadCheckpoint.
         request: What is read; changed while it is.
         patience: How long the server is waited for.
     """
 
     def __init__(
-        self,
-        stub: "CheckpointServiceAsyncStub",
-        request: pb.ReadCheckpointRequest,
-        patience: Patience,
+        self, read: Callable[..., Any], request: pb.ReadCheckpointRequest, patience: Patience
     ) -> None:
-        self._stub = stub
+        self._begin = read
         self._request = request
         self._patience = patience
-        self._call: Any = stub.ReadCheckpoint(request)
+        self._call = read(request)
         self._give_up_s: float | None = None
         """When to, by the loop's clock, unless a piece comes; None while the connection is well."""
 
@@ -137,7 +131,7 @@ class ReadStream:
         if self._give_up_s is None:
             self._give_up_s = loop.time() + self._patience.answer_s_max
         while loop.time() < self._give_up_s:
-            self._call = self._stub.ReadCheckpoint(self._request)
+            self._call = self._begin(self._request)
             try:
                 await self.checkpoint()
                 return
