@@ -93,5 +93,5 @@ class Decoder:
             hidden_N = F.pad(hidden_N, (0, 0, 0, missing))
         logits = self._head(hidden_N)
         if loras is not None:
-            loras.add_to_logits(hidden_N, logits)
+            logits = loras.added_to_logits(hidden_N, logits)
         return logits[:count]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, add_low_rank
+from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class ExpertLora:
     down_b: Tensor
     scaling: float
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All weights."""
-        yield from (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b)
+    @property
+    def bytes(self) -> int:
+        """What its weights take."""
+        weights = (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b)
+        return sum(weight.nbytes for weight in weights)
 
 
 ExpertRuns = Sequence[tuple[Tensor, ExpertLora]]
@@ -105,6 +107,5 @@ class Experts:
         if not count:
             return
         index = F.pad(at, (0, self._rule.padded(count) - count), value=int(at[-1]))
-        update = y[index]
-        add_low_rank(self._rule, update, x[index], a, (b,), s)
+        update = y[index].addmm_(torch.mm(x[index], a), b, alpha=s)
         y.index_copy_(0, at, update[:count])

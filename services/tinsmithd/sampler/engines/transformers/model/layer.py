@@ -83,7 +83,7 @@ class Layer:
         x = self._norm_1(h)
         y = self._qkv(x)
         if loras is not None:
-            loras.add(self._index, Site.QKV, x, y)
+            y = loras.added(self._index, Site.QKV, x, y)
         heads = y.view(len(y), -1, self._head_dim)
         turned = heads[:, : self._turned]
         if self._norm_qk is not None:
@@ -95,7 +95,7 @@ class Layer:
             x = F.pad(x, (0, 0, 0, len(h) - count))
         y = self._o(x)
         if loras is not None:
-            loras.add(self._index, Site.O, x, y)
+            y = loras.added(self._index, Site.O, x, y)
         h.add_(y)
         h.add_(self._mlp(self._norm_2(h), count, loras))
 
@@ -105,12 +105,12 @@ class Layer:
             return self._experts(x, count, runs)
         both = self._gate_up(x)
         if loras is not None:
-            loras.add(self._index, Site.GATE_UP, x, both)
+            both = loras.added(self._index, Site.GATE_UP, x, both)
         gate, up = both.chunk(2, 1)
         inner = self._act(gate).mul_(up)
         y = self._down(inner)
         if loras is not None:
-            loras.add(self._index, Site.DOWN, inner, y)
+            y = loras.added(self._index, Site.DOWN, inner, y)
         return y
 
 

@@ -6,7 +6,7 @@ divided by 4 (MKL), so products have a multiple of `ROWS_STEP`. `invariance` che
 Where that is not enough, every product is made of blocks of `BLOCK_ROWS` rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ BLOCK_ROWS = 16
 REORDERED_FOR_ROWS = 16
 """Rows for which oneDNN chooses the order of a weight."""
 
+LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default
+LINEAR_PLUS: Any = torch.ops.mkldnn._linear_pointwise.binary
+"""oneDNN's `x W^T + b`, and `x W^T + other`, on reordered weights."""
+
 Compute = Callable[[Tensor], Tensor]
 
 
@@ -30,11 +34,16 @@ class RowRule:
 
     Attributes:
         in_blocks: Products are made of blocks of `BLOCK_ROWS` rows, instead of any multiple of
-            `ROWS_STEP`. It is decided before anything that counts is computed.
+            `ROWS_STEP`.
+        forms_agree: The ways to add an adapter give the same bits, so that the fastest is taken;
+            see `SiteLora`.
+
+    Both are decided before anything that counts is computed.
     """
 
     def __init__(self) -> None:
         self.in_blocks = False
+        self.forms_agree = True
 
     def padded(self, count: int) -> int:
         """The rows of a product of which `count` are wanted."""
@@ -60,8 +69,8 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None, rule: RowRule) -> None:
         self.d_out, self.d_in = weight.shape
         self._rule = rule
-        can = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.compute = _reordered(weight, bias) if can else _plain(weight, bias)
+        make = _reordered if can_reorder(weight) else _plain
+        self.compute: Compute = make(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `(T, d_in)` to a new `(T, d_out)`, T as the rule gives it."""
@@ -75,33 +84,16 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Compute:
 
 
 def _reordered(weight: Tensor, bias: Tensor | None) -> Compute:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, REORDERED_FOR_ROWS)
-    compute: Any = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: compute(x, packed, bias, "none", [], "")
+    packed = reorder(weight)
+    return lambda x: LINEAR(x, packed, bias, "none", [], "")
 
 
-def add_low_rank(
-    rule: RowRule, y: Tensor, x: Tensor, a: Tensor, all_b: Sequence[Tensor], scaling: float
-) -> None:
-    """Add `s x A B` to y in place, for parts of y side by side, each with its own A and B.
+def can_reorder(weight: Tensor) -> bool:
+    """Whether oneDNN can hold a weight in the order that its kernels read."""
+    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
-    Args:
-        rule: How many rows products have.
-        y: `(T, d_out)`, T as the rule says.
-        x: `(T, d_in)`.
-        a: The A of all parts side by side, `(d_in, parts * rank)`.
-        all_b: The B of each part, `(rank, d_out of the part)`.
-        scaling: s.
-    """
-    if rule.in_blocks and len(y) > BLOCK_ROWS:
-        for rows_y, rows_x in zip(y.split(BLOCK_ROWS), x.split(BLOCK_ROWS), strict=True):
-            add_low_rank(rule, rows_y, rows_x, a, all_b, scaling)
-        return
-    update = torch.mm(x, a)
-    if len(all_b) == 1:
-        y.addmm_(update, all_b[0], alpha=scaling)
-        return
-    sizes = [b.shape[1] for b in all_b]
-    updates = update.split(len(all_b[0]), 1)
-    for part, own, b in zip(y.split(sizes, 1), updates, all_b, strict=True):
-        part.addmm_(own, b, alpha=scaling)
+
+def reorder(weight: Tensor) -> Tensor:
+    """Bring a weight `(d_out, d_in)` into that order once, instead of in each call."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, REORDERED_FOR_ROWS)
+    return packed

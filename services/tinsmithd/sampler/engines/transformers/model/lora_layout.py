@@ -89,8 +89,17 @@ class LoraLayout:
         vocab, hidden = model.get_output_embeddings().weight.shape
         return cls(layers, Part(UNEMBED_MODULE, vocab, hidden), Targets.of(model))
 
+    def places(self, lora: LoraConfig) -> "WantedPlaces":
+        """The places that an adapter stands on.
+
+        Raises:
+            InvalidArgument: The model has no layers of a kind that it asks for; the field names it.
+        """
+        modules, parameters = self.targets.chosen(lora)
+        return WantedPlaces(self, frozenset(modules), frozenset(parameters))
+
     def wanted(self, state: ModelState) -> "WantedPlaces":
-        """Find the places that an adapter stands on, and check that it has exactly their weights.
+        """Find the places of an adapter, and check that it has exactly their weights.
 
         Raises:
             FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT). The
@@ -100,11 +109,10 @@ class LoraLayout:
         if not isinstance(lora, LoraConfig):
             raise misfit(f"the checkpoint holds {lora.noun}, no adapter")
         try:
-            modules, parameters = self.targets.chosen(lora)
+            places = self.places(lora)
         except InvalidArgument as error:
             message = f"the checkpoint does not fit this base model: {error.message}"
             raise misfit(message) from error
-        places = WantedPlaces(self, frozenset(modules), frozenset(parameters))
         check_same_shape(places.shapes(lora.rank), state.weights)
         for name, array in sorted(state.weights.items()):
             if array.dtype.kind != "f":

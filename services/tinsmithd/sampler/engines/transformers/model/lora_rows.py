@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.experts import ExpertRuns
-from tinsmithd.sampler.engines.transformers.model.linear import RowRule, add_low_rank
+from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import Site
 from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack, StackKey
-from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, SiteLora
+from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights
+from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
 STACKED_ROWS_MAX = 16
 """Maximum rows of an adapter that is computed side by side with others."""
@@ -24,14 +25,14 @@ STACKED_ROWS_MAX = 16
 class _Run(Protocol):
     """Some rows and their adapters."""
 
-    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
-        """See `LoraRows.add`."""
+    def added(self, layer: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """See `LoraRows.added`."""
 
 
 class _Place(Protocol):
     """Where the rows of one adapter stand."""
 
-    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+    def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """Add what an adapter makes of its rows of `(T, d_in)` to those of `(T, d_out)`."""
 
 
@@ -71,19 +72,23 @@ class LoraRows:
             return None
         return LoraRows(chosen, self._stacks, self._rule, self._device)
 
-    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
+    def added(self, layer: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Add to a product what its adapters make of its rows.
 
         Args:
             layer: Number of the layer.
             site: The product.
             x: What it is made of, `(T, d_in)`, T as `RowRule` says, of which the first are ours.
-            y: The product, `(T, d_out)`; it is changed in place.
+            y: The product, `(T, d_out)`; it may be changed.
+
+        Returns:
+            The sum, which may be y.
         """
         if self._runs is None:
             self._runs = self._made_runs()
         for run in self._runs:
-            run.add(layer, site, x, y)
+            y = run.added(layer, site, x, y)
+        return y
 
     def experts(self, layer: int) -> ExpertRuns:
         """What is added to the experts of a layer; see `Experts`."""
@@ -96,24 +101,29 @@ class LoraRows:
                 found.append((mask.to(self._device), lora))
         return found
 
-    def add_to_logits(self, hidden: Tensor, logits: Tensor) -> None:
+    def added_to_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """Add what the adapters of the head make of the rows.
 
         Args:
             hidden: `(N, d)`, N as `RowRule` says, of which the first are ours.
-            logits: float32 `(N, V)`; changed in place.
+            logits: float32 `(N, V)`; it may be changed.
+
+        Returns:
+            The sum, which may be `logits`.
         """
         hidden = hidden.float()
         for adapter, rows in self._groups.values():
             if adapter.head is not None:
-                self._place(rows).add(adapter.head, hidden, logits)
+                logits = self._place(rows).added(adapter.head, hidden, logits)
+        return logits
 
     def _made_runs(self) -> list[_Run]:
         found: list[_Run] = []
         small: dict[StackKey, list[tuple[LoraWeights, list[int]]]] = {}
+        side_by_side = self._rule.forms_agree and not self._rule.in_blocks
         for adapter, rows in self._groups.values():
             whole = len(rows) == len(self)
-            if whole or len(rows) > STACKED_ROWS_MAX or self._rule.in_blocks:
+            if whole or len(rows) > STACKED_ROWS_MAX or not side_by_side:
                 found.append(_Alone(adapter, self._place(rows)))
             else:
                 small.setdefault((adapter.rank, adapter.scaling), []).append((adapter, rows))
@@ -123,7 +133,7 @@ class LoraRows:
                 found.append(_Alone(adapter, self._place(rows)))
             else:
                 stack = self._stacks.setdefault(kind, LoraStack())
-                found.append(_SideBySide(stack, group, self._rule, self._device))
+                found.append(_SideBySide(stack, group, len(self), self._rule, self._device))
         return found
 
     def _place(self, rows: list[int]) -> "_Place":
@@ -143,9 +153,9 @@ class _Everywhere:
     def __init__(self, rule: RowRule) -> None:
         self._rule = rule
 
-    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+    def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
-        add_low_rank(self._rule, y, x, lora.a, lora.b, lora.scaling)
+        return lora.added(self._rule, y, x)
 
 
 class _Slice:
@@ -154,9 +164,10 @@ class _Slice:
     def __init__(self, rule: RowRule, start: int, end: int) -> None:
         self._rule, self._rows = rule, slice(start, end)
 
-    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+    def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
-        add_low_rank(self._rule, y[self._rows], x[self._rows], lora.a, lora.b, lora.scaling)
+        lora.add(self._rule, y[self._rows], x[self._rows])
+        return y
 
 
 class _Gathered:
@@ -170,11 +181,12 @@ class _Gathered:
     def __init__(self, rule: RowRule, index: Tensor) -> None:
         self._rule, self._index = rule, index
 
-    def add(self, lora: SiteLora, x: Tensor, y: Tensor) -> None:
+    def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
         own = y.index_select(0, self._index)
-        add_low_rank(self._rule, own, x.index_select(0, self._index), lora.a, lora.b, lora.scaling)
-        y.index_copy_(0, self._index, own)  # a row that stands there twice has the same bits twice
+        lora.add(self._rule, own, x.index_select(0, self._index))
+        # A row that stands there twice has the same bits twice.
+        return y.index_copy_(0, self._index, own)
 
 
 class _Alone:
@@ -183,11 +195,10 @@ class _Alone:
     def __init__(self, adapter: LoraWeights, place: _Place) -> None:
         self._sites, self._place = adapter.sites, place
 
-    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
-        """See `LoraRows.add`."""
+    def added(self, layer: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """See `LoraRows.added`."""
         lora = self._sites[layer][site]
-        if lora is not None:
-            self._place.add(lora, x, y)
+        return y if lora is None else self._place.added(lora, x, y)
 
 
 class _SideBySide:
@@ -196,6 +207,7 @@ class _SideBySide:
     Args:
         stack: Takes their weights.
         group: The adapters, with their rows.
+        rows_all: Number of rows, others included.
         rule: How many rows products have.
         device: Where the rows are.
     """
@@ -204,6 +216,7 @@ class _SideBySide:
         self,
         stack: LoraStack,
         group: Sequence[tuple[LoraWeights, list[int]]],
+        rows_all: int,
         rule: RowRule,
         device: torch.device,
     ) -> None:
@@ -215,9 +228,16 @@ class _SideBySide:
             rows = by_adapter[id(adapter)]
             index += rows + rows[-1:] * (count - len(rows))
         self._index = torch.tensor(index, device=device)
+        # Where all rows are here, giving each its own back is faster than copying into y.
+        places = {row: place for place, row in enumerate(index)}
+        back = [places.get(row, 0) for row in range(rule.padded(rows_all))]
+        self._back = torch.tensor(back, device=device) if len(places) == rows_all else None
 
-    def add(self, layer: int, site: Site, x: Tensor, y: Tensor) -> None:
-        """See `LoraRows.add`."""
+    def added(self, layer: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """See `LoraRows.added`."""
         own = y.index_select(0, self._index)
-        if self._stack.add(layer, site, x.index_select(0, self._index), own):
-            y.index_copy_(0, self._index, own)
+        if not self._stack.add(layer, site, x.index_select(0, self._index), own):
+            return y
+        if self._back is not None:
+            return own.index_select(0, self._back)
+        return y.index_copy_(0, self._index, own)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.lora_layout import Site
-from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, SiteLora
+from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights
+from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
 StackKey = tuple[int, float]
 """What the adapters of a stack have in common: their padded rank, and their scaling."""
@@ -21,9 +22,10 @@ class LoraStack:
     def __init__(self) -> None:
         self._held: list[LoraWeights] = []
         self._capacity = 0
-        self._stacked: list[list[SiteLora | None]] = []
-        """Per layer and site: A `(capacity, d_in, parts * rank)`, and per part B `(capacity, rank,
+        self._stacked: list[list[tuple[Tensor, ...] | None]] = []
+        """Per layer and site: A `(capacity, d_in, parts * rank)`, then per part B `(capacity, rank,
         d_out)`; None where no adapter has had any."""
+        self._scaling = 1.0
 
     def hold(self, adapters: Sequence[LoraWeights]) -> list[LoraWeights]:
         """Hold exactly these adapters, all different; returns them in the order of the stack."""
@@ -63,39 +65,39 @@ class LoraStack:
         Returns:
             False where no adapter adds anything.
         """
-        lora = self._stacked[layer][site]
-        if lora is None:
+        stacked = self._stacked[layer][site]
+        if stacked is None:
             return False
         count = len(self._held)
+        a, *parts = stacked
         rows_y = y.view(count, len(y) // count, -1)
-        update = torch.bmm(x.view(count, len(x) // count, -1), lora.a[:count])
-        if len(lora.b) == 1:
-            rows_y.baddbmm_(update, lora.b[0][:count], alpha=lora.scaling)
+        update = torch.bmm(x.view(count, len(x) // count, -1), a[:count])
+        if len(parts) == 1:
+            rows_y.baddbmm_(update, parts[0][:count], alpha=self._scaling)
             return True
-        sizes = [b.shape[2] for b in lora.b]
-        updates = update.split(lora.b[0].shape[1], 2)
-        for part, own, b in zip(rows_y.split(sizes, 2), updates, lora.b, strict=True):
-            part.baddbmm_(own, b[:count], alpha=lora.scaling)
+        updates = update.split(parts[0].shape[1], 2)
+        own_y = rows_y.split([b.shape[2] for b in parts], 2)
+        for part, own, b in zip(own_y, updates, parts, strict=True):
+            part.baddbmm_(own, b[:count], alpha=self._scaling)
         return True
 
     def _copy(self, place: int) -> None:
         """Copy the weights of the adapter that is held at a place."""
         adapter = self._held[place]
+        self._scaling = adapter.scaling
         if not self._stacked:
             self._stacked = [[None] * len(layer) for layer in adapter.sites]
         for layer, stacked in zip(adapter.sites, self._stacked, strict=True):
             for site, lora in enumerate(layer):
-                if stacked[site] is None and lora is not None:
-                    stacked[site] = SiteLora(
-                        self._zeros(lora.a), tuple(map(self._zeros, lora.b)), lora.scaling
-                    )
                 room = stacked[site]
-                if room is None:
-                    continue
-                for target, source in zip(
-                    room.tensors(), lora.tensors() if lora else [None] * 9, strict=False
-                ):
-                    target[place].zero_() if source is None else target[place].copy_(source)
+                if lora is not None:
+                    room = stacked[site] = room or self._room(lora)
+                    for target, source in zip(room, (lora.a, *lora.parts), strict=True):
+                        target[place].copy_(source)
+                elif room is not None:
+                    for target in room:
+                        target[place].zero_()
 
-    def _zeros(self, like: Tensor) -> Tensor:
-        return like.new_zeros((self._capacity, *like.shape))
+    def _room(self, like: SiteLora) -> tuple[Tensor, ...]:
+        weights = (like.a, *like.parts)
+        return tuple(w.new_zeros((self._capacity, *w.shape)) for w in weights)

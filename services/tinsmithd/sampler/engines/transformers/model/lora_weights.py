@@ -1,11 +1,10 @@
 """The weights of one adapter, in the form that a decoder adds them in.
 
-`y + s B A x` of the parts of a site becomes one product with all A side by side and one per B.
 Ranks are padded with zeros to a multiple of `RANK_STEP`, so that adapters of
 many ranks meet few kernels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,29 +22,10 @@ from tinsmithd.sampler.engines.transformers.model.lora_layout import (
     expert_factors,
     names,
 )
+from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
-RANK_STEP = 16
+RANK_STEP = 8
 """Ranks are padded to a multiple of it."""
-
-
-@dataclass(frozen=True)
-class SiteLora:
-    """What an adapter adds to a product of several parts side by side.
-
-    Attributes:
-        a: `(d_in, parts * rank)`.
-        b: Per part `(rank, d_out of the part)`; zero where the adapter leaves a part alone.
-        scaling: alpha / rank.
-    """
-
-    a: Tensor
-    b: tuple[Tensor, ...]
-    scaling: float
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All weights."""
-        yield self.a
-        yield from self.b
 
 
 @dataclass(frozen=True)
@@ -89,10 +69,8 @@ def lora_weights(
     sites = [maker.sites(layer, dtype) for layer in layout.layers]
     experts = [maker.experts(layer, dtype) for layer in layout.layers]
     head = maker.site((layout.head,), torch.float32)
-    tensors = [t for layer in sites for site in layer if site for t in site.tensors()]
-    tensors += [t for lora in experts if lora for t in lora.tensors()]
-    tensors += head.tensors() if head else ()
-    size = sum(tensor.nbytes for tensor in tensors)
+    found = [site for layer in sites for site in layer] + [head]
+    size = sum(site.bytes for site in found if site) + sum(e.bytes for e in experts if e)
     return LoraWeights(maker.rank, maker.scaling, sites, experts, head, size)
 
 
@@ -128,7 +106,7 @@ class _Maker:
                 name_a, name_b = names(part.name)
                 a[:, place, : self._own_rank] = self._tensor(self._weights[name_a]).t()
                 b[: self._own_rank] = self._tensor(self._weights[name_b]).t()
-        return SiteLora(a.view(parts[0].d_in, -1), tuple(all_b), self.scaling)
+        return SiteLora(a.view(parts[0].d_in, -1), all_b, self.scaling)
 
     def experts(self, layer: LayerLayout, dtype: torch.dtype) -> ExpertLora | None:
         """Of the experts of a layer."""
