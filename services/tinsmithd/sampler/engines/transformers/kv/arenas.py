@@ -92,10 +92,11 @@ class Arena:
         elif not self.kv_SHCD:
             self.kv_SHCD = [zeros(shape, self._shape) for _layer in range(self._shape.layers)]
         else:
+            longest = max((holder.own for holder in self.sequences), default=0)
             # A layer at a time: the rest is not there twice.
             for layer, old in enumerate(self.kv_SHCD):
                 self.kv_SHCD[layer] = zeros(shape, self._shape)
-                self.kv_SHCD[layer][:used] = old[:used]
+                self.kv_SHCD[layer][:used, :, :longest] = old[:used, :, :longest]
         self.slots = slots
 
     def compact(self) -> None:

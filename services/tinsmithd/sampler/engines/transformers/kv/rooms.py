@@ -12,7 +12,7 @@ from tinsmithd.sampler.engines.transformers.kv.parts import Prompt, SequenceKv
 from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
 
 SMALL_CAPACITIES = (BLOCK_KEYS * 3 // 8, BLOCK_KEYS * 3 // 4)
-"""Capacities of slots below a block of keys; above it they double."""
+"""Capacities of slots below a block of keys; above it 1024, 1536, 2048, 3072 and so on."""
 
 
 class Rooms:
@@ -81,7 +81,7 @@ class Rooms:
         if not samples:
             return []
         tokens = 0 if shared else len(prompt.tokens_P)
-        arena = self._arena(shared, tokens + 1)
+        arena = self._arena(prompt, tokens + 1)
         self._make_room(arena, samples)
         sequences = [
             SequenceKv(prompt=prompt, own=tokens, arena=arena) for _sample in range(samples)
@@ -137,7 +137,7 @@ class Rooms:
 
     def _move_up(self, sequence: SequenceKv) -> None:
         """Give a sequence a larger slot."""
-        new = self._arena(sequence.arena.shared, sequence.own + 1)
+        new = self._arena(sequence.prompt, sequence.own + 1)
         self._make_room(new, 1)
         old, slot = sequence.arena, sequence.slot
         old.sequences[slot] = replace(sequence, closed=True)
@@ -161,12 +161,17 @@ class Rooms:
                 other.resize(len(other.sequences))
         arena.resize(generous)
 
-    def _arena(self, shared: bool, tokens: int) -> Arena:
-        """The arena of sequences that have so many tokens of their own, the next one included."""
+    def _arena(self, prompt: Prompt, tokens: int) -> Arena:
+        """The arena of a prompt's sequences of so many tokens, the next one included."""
         capacity = self._capacity(tokens)
-        if (shared, capacity) not in self._arenas:
-            self._arenas[shared, capacity] = Arena(self._shape, capacity, shared)
-        return self._arenas[shared, capacity]
+        last = prompt.reservation.sequence_bytes // self.token_bytes
+        if capacity >= BLOCK_KEYS and 2 * last <= 3 * capacity:
+            # To move a long sequence is dear.
+            capacity = last
+        key = (prompt.reservation.shared, capacity)
+        if key not in self._arenas:
+            self._arenas[key] = Arena(self._shape, capacity, prompt.reservation.shared)
+        return self._arenas[key]
 
     def _capacity(self, tokens: int) -> int:
         """The least capacity that is enough. Good numbers of keys up to it never exceed it."""
@@ -174,12 +179,11 @@ class Rooms:
         for capacity in small:
             if tokens <= capacity:
                 return capacity
-        capacity = BLOCK_KEYS
+        capacity, grown = BLOCK_KEYS, 2 * BLOCK_KEYS
         while capacity < tokens:
-            capacity *= 2
-        return min(
-            capacity, max(self._counts.padded(self._shape.context), self._counts.padded(tokens))
-        )
+            capacity, grown = grown, max(2 * capacity, 3 * BLOCK_KEYS)
+        longest = max(self._counts.padded(self._shape.context), self._counts.padded(tokens))
+        return min(capacity, longest)
 
     def _arena_bytes(self, arena: Arena) -> int:
         return arena.slots * arena.capacity * self.token_bytes
