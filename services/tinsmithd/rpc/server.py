@@ -51,6 +51,10 @@ def make_grpc_server(
         interceptors=[*first, CallInterceptor(gate, config)],
         options=[
             ("grpc.max_concurrent_streams", config.concurrent_calls_max),
+            # Beyond these gRPC ends calls that came together without saying why, some above the
+            # first number and all above the second; the gate says it.
+            ("grpc.server.max_pending_requests", max(1000, config.concurrent_calls_max)),
+            ("grpc.server.max_pending_requests_hard_limit", 3 * config.concurrent_calls_max),
             ("grpc.max_allowed_incoming_connections", connections_max(config)),
             ("grpc.server_handshake_timeout_ms", _ms(config.handshake_s_max)),
             ("grpc.max_connection_idle_ms", _ms(config.connection_idle_s_max)),

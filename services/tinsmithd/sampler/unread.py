@@ -6,7 +6,6 @@ per sequence, so that a call whose reader takes nothing costs 16 bytes per token
 """
 
 import asyncio
-import contextlib
 from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -30,8 +29,9 @@ class Unread:
         self._scores: PromptScores | None = None
         self._sequences: dict[int, _Tokens] = {}
         self._error: Exception | None = None
-        self._ended = asyncio.Event()
+        self._ended = False
         self._changed = asyncio.Event()
+        self._pause: asyncio.Future[None] | None = None
 
     def put(self, output: Output) -> None:
         """Add what was made."""
@@ -46,8 +46,9 @@ class Unread:
 
     def end(self, error: Exception | None = None) -> None:
         """Put nothing more in; the reader hears of an error once it has read what was made."""
-        self._error = error
-        self._ended.set()
+        self._error, self._ended = error, True
+        if self._pause is not None:
+            _end_pause(self._pause)
         self._changed.set()
 
     async def read(self, pause_s: Callable[[], float]) -> AsyncIterator[Output]:
@@ -68,16 +69,29 @@ class Unread:
             if self._sequences:
                 sequences, self._sequences = self._sequences, {}
                 yield Output(tokens=[_sampled(i, made) for i, made in sequences.items()])
-            if self._ended.is_set():
+            if self._ended:
                 if self._scores or self._sequences:  # more came while the last was being read
                     self._changed.set()
                     continue
                 if self._error is not None:
                     raise self._error
                 return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s()):
-                    await self._ended.wait()
+            await self._gather(pause_s())
+
+    async def _gather(self, pause_s: float) -> None:
+        """Wait so long, or until the end."""
+        self._pause = asyncio.get_running_loop().create_future()
+        timer = self._pause.get_loop().call_later(pause_s, _end_pause, self._pause)
+        try:
+            await self._pause
+        finally:
+            timer.cancel()
+            self._pause = None
+
+
+def _end_pause(pause: "asyncio.Future[None]") -> None:
+    if not pause.done():
+        pause.set_result(None)
 
 
 def _sampled(index: int, made: _Tokens) -> SampledTokens:
