@@ -15,9 +15,9 @@ from tinsmithd.modeling.base import BaseModel, load_base
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.sampler.engines.transformers.model.build import Built, build
 from tinsmithd.sampler.engines.transformers.model.check import CausalAttend, Expected
-from tinsmithd.sampler.engines.transformers.model.invariance import is_invariant
+from tinsmithd.sampler.engines.transformers.model.invariance import forms_agree, is_invariant
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
-from tinsmithd.sampler.engines.transformers.model.lora_weights import RANK_STEP
+from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 from tiny_models import write_tiny_model
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ ROWS_MAX = 128
 LORAS = (
     LoraConfig(rank=4, alpha=8.0, seed=1),
     LoraConfig(rank=4, alpha=8.0, seed=2, train_mlp=False, train_unembed=False),
-    LoraConfig(rank=RANK_STEP + 1, alpha=20.0, seed=3),
+    LoraConfig(rank=9, alpha=20.0, seed=3),
 )
 NEIGHBOURS = (0, 3, 31)
 K_A = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
@@ -121,9 +121,7 @@ def test_adapters_are_those_of_peft(folders: Callable[[str], Path], kind: str) -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dense_layers_round_as_the_trainer_does(
-    folders: Callable[[str], Path], dtype: str
-) -> None:
+def test_dense_layers_round_as_the_trainer_does(folders: Callable[[str], Path], dtype: str) -> None:
     """A whole prompt has the same logprobs in Sampler and trainer, in bfloat16 too."""
     built = make(load(folders("qwen2"), dtype))
     adapters = Adapters(load(folders("qwen2"), dtype), fused=True)
@@ -173,17 +171,20 @@ def with_adapters(folder: Path, dtype: str) -> tuple[Built, list[str | None]]:
     return built, [None, *found]
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("rule", ["any number", "by parts", "in blocks"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe with dense layers"])
 def test_a_row_has_the_same_bits_beside_any_others(
-    folders: Callable[[str], Path], kind: str, dtype: str, in_blocks: bool
+    folders: Callable[[str], Path], kind: str, dtype: str, rule: str
 ) -> None:
     """First or last among 0, 3 or 31 others, which have all adapters or its own."""
     built, keys = with_adapters(folders(kind), dtype)
     assert built.rows_apart
     assert not built.decoder.rule.in_blocks
-    built.decoder.rule.in_blocks = in_blocks
+    assert built.decoder.rule.ranks_fast >= {8, 16}
+    built.decoder.rule.in_blocks = rule == "in blocks"
+    if rule == "by parts":
+        built.decoder.rule.ranks_fast = frozenset()
     for key in keys:
         mine = torch.tensor([65])
         alone = apart(built, mine, [key])
@@ -253,6 +254,23 @@ def test_numbers_of_rows_that_change_bits_are_noticed() -> None:
     assert not is_invariant(by_place, 8, ROWS_MAX, like)
 
 
+@pytest.mark.parametrize("form", ["whole", "stack"])
+def test_forms_that_change_bits_are_noticed(form: str) -> None:
+    def site() -> SiteLora:
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randn(32, 16, generator=generator)
+        return SiteLora(a, [torch.randn(8, n, generator=generator) for n in (32, 16)], 4 / 3)
+
+    assert forms_agree(site(), site())
+    other = site()
+    if form == "whole":
+        other._whole[0, 0] += 1e-3
+        assert not forms_agree(other, site())
+    else:
+        other.scaling = 1.0  # the stack has one for all that are in it
+        assert not forms_agree(site(), other)
+
+
 def test_a_model_that_is_computed_otherwise_is_refused(folders: Callable[[str], Path]) -> None:
     """As one with a property that the decoder does not know."""
     other = load(folders("qwen3"))
@@ -260,7 +278,8 @@ def test_a_model_that_is_computed_otherwise_is_refused(folders: Callable[[str], 
         other.model.model.layers[1].input_layernorm.weight.mul_(1.5)
     expected = Expected(other.model)
     built = make(load(folders("qwen3")))
-    with pytest.raises(NotFound, match=r"qwen3.*differ from those of transformers by .* nats") as at:
+    message = r"qwen3.*differ from those of transformers by .* nats"
+    with pytest.raises(NotFound, match=message) as at:
         expected.check("qwen3", built.decoder)
     assert at.value.reason is Reason.BASE_MODEL_NOT_FOUND
 
@@ -284,7 +303,10 @@ def test_places_of_adapters_are_those_of_peft(folders: Callable[[str], Path], ki
 MISFITS: Mapping[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a weight is missing": (lambda w: w.pop(K_A), K_A),
     "a weight too many": (lambda w: w.update({K_A.replace("k_", "z_"): w[K_A]}), "z_proj"),
-    "another shape": (lambda w: w.update({K_A: w[K_A][:, :-1]}), r"\[4, 31\], this model \[4, 32\]"),
+    "another shape": (
+        lambda w: w.update({K_A: w[K_A][:, :-1]}),
+        r"\[4, 31\], this model \[4, 32\]",
+    ),
     "turned": (lambda w: w.update({K_A: w[K_A].T}), r"\[32, 4\], this model \[4, 32\]"),
     "another rank": (lambda w: w.update({K_A: np.zeros((8, 32), np.float32)}), r"\[8, 32\]"),
     "flat": (lambda w: w.update({K_A: w[K_A].reshape(-1)}), r"\[128\]"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.sampler.engines.transformers.model.check import Expected
 from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
-from tinsmithd.sampler.engines.transformers.model.invariance import check_rows
+from tinsmithd.sampler.engines.transformers.model.invariance import decide_rule
 from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
 from tinsmithd.sampler.engines.transformers.model.lora_pool import LoraPool
@@ -48,12 +48,10 @@ def build(
     layout, expected = LoraLayout.of(base.model), Expected(base.model)
     rule = RowRule()
     decoder = Decoder(base.model, rule)
-    apart = check_rows(decoder, rows_max)
+    apart = decide_rule(decoder, layout, rows_max)
     if not apart:
         rule.in_blocks = keep_rows_apart
-        on_progress(
-            "the bits of a row depend on how many there are"
-            + ("; computing in blocks" if keep_rows_apart else "")
-        )
+        blocks = "; computing in blocks of rows" if keep_rows_apart else ""
+        on_progress(f"the bits of a row depend on how many rows there are{blocks}")
     expected.check(base.info.name, decoder)
     return Built(decoder, LoraPool(layout, decoder.shape, rule), apart or keep_rows_apart)

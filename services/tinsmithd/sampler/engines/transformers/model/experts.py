@@ -77,7 +77,7 @@ class Experts:
             chances /= chances.sum(-1, keepdim=True)
         chances = chances.to(x.dtype)
         out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():  # sorted
+        for expert in sorted(set(chosen.flatten().tolist())):
             rows, places = (chosen == expert).nonzero(as_tuple=True)
             made = self._one(expert, x, rows, runs)
             made.mul_(chances[rows, places, None])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tinsmithd.modeling.logits import float_product
-from tinsmithd.sampler.engines.transformers.model.linear import BLOCK_ROWS, Product, RowRule
+from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, blocks
 
 
 class Head:
@@ -37,4 +37,4 @@ class Head:
         """Map `(N, d)` to float32 `(N, V)`."""
         if not self._rule.in_blocks:
             return self.compute(hidden)
-        return torch.cat([self.compute(rows) for rows in hidden.split(BLOCK_ROWS)])
+        return torch.cat([self.compute(rows) for rows in blocks(hidden)])

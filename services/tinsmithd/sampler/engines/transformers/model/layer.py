@@ -53,11 +53,11 @@ class Layer:
         attention, mlp = module.self_attn, module.mlp
         self._index, self._head_dim = index, attention.head_dim
         queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
-        self._heads = (queries // self._head_dim, keys // self._head_dim)
-        self._turned = sum(self._heads)
+        heads, kv_heads = queries // self._head_dim, keys // self._head_dim
+        self._sizes, self._turned = (heads, kv_heads, kv_heads), heads + kv_heads
         self._norm_1 = _norm(module.input_layernorm)
         self._norm_2 = _norm(module.post_attention_layernorm)
-        self._norm_qk = _norm_qk(attention, *self._heads)
+        self._norm_qk = _norm_qk(attention, heads, kv_heads)
         self._qkv = _take(rule, attention.q_proj, attention.k_proj, attention.v_proj)
         self._o = _take(rule, attention.o_proj)
         self._experts: Experts | None = None
@@ -89,7 +89,7 @@ class Layer:
         if self._norm_qk is not None:
             turned.copy_(self._norm_qk(turned))
         turn(turned)
-        q, k, v = heads[:count].split((self._heads[0], self._heads[1], self._heads[1]), 1)
+        q, k, v = heads[:count].split_with_sizes(self._sizes, 1)
         x = attend(self._index, q, k, v)
         if count < len(h):
             x = F.pad(x, (0, 0, 0, len(h) - count))

@@ -35,15 +35,15 @@ class RowRule:
     Attributes:
         in_blocks: Products are made of blocks of `BLOCK_ROWS` rows, instead of any multiple of
             `ROWS_STEP`.
-        forms_agree: The ways to add an adapter give the same bits, so that the fastest is taken;
-            see `SiteLora`.
+        ranks_fast: Padded ranks of adapters for which all forms of adding one give the same bits,
+            so that the fastest is taken; see `SiteLora`.
 
     Both are decided before anything that counts is computed.
     """
 
     def __init__(self) -> None:
         self.in_blocks = False
-        self.forms_agree = True
+        self.ranks_fast: frozenset[int] = frozenset()
 
     def padded(self, count: int) -> int:
         """The rows of a product of which `count` are wanted."""
@@ -76,7 +76,7 @@ class Product:
         """Map `(T, d_in)` to a new `(T, d_out)`, T as the rule gives it."""
         if not self._rule.in_blocks:
             return self.compute(x)
-        return torch.cat([self.compute(rows) for rows in x.split(BLOCK_ROWS)])
+        return torch.cat([self.compute(rows) for rows in blocks(x)])
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Compute:
@@ -88,9 +88,15 @@ def _reordered(weight: Tensor, bias: Tensor | None) -> Compute:
     return lambda x: LINEAR(x, packed, bias, "none", [], "")
 
 
+def blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows `(T, ...)` in blocks of `BLOCK_ROWS`, of which T is a multiple."""
+    return x.split_with_sizes([BLOCK_ROWS] * (len(x) // BLOCK_ROWS))
+
+
 def can_reorder(weight: Tensor) -> bool:
     """Whether oneDNN can hold a weight in the order that its kernels read."""
-    return weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return weight.device.type == "cpu" and has_onednn
 
 
 def reorder(weight: Tensor) -> Tensor:

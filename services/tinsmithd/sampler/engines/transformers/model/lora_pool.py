@@ -7,7 +7,7 @@ from tinsmithd.domain import ModelState
 from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
 from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
-from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack, StackKey
+from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStacks
 from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, lora_weights
 from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
 
@@ -28,7 +28,7 @@ class LoraPool:
         self._layout, self._shape, self._rule = layout, shape, rule
         self._lock = threading.Lock()
         self._adapters: dict[str, LoraWeights] = {}
-        self._stacks: dict[StackKey, LoraStack] = {}
+        self._stacks = LoraStacks()
 
     def load(self, key: str, state: ModelState) -> int:
         """Add an adapter under an immutable key.

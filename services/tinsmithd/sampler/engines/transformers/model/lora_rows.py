@@ -14,7 +14,11 @@ from torch import Tensor
 from tinsmithd.sampler.engines.transformers.model.experts import ExpertRuns
 from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import Site
-from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack, StackKey
+from tinsmithd.sampler.engines.transformers.model.lora_stack import (
+    LoraStack,
+    LoraStacks,
+    StackKey,
+)
 from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights
 from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
@@ -50,7 +54,7 @@ class LoraRows:
     def __init__(
         self,
         adapters: Sequence[LoraWeights | None],
-        stacks: dict[StackKey, LoraStack],
+        stacks: LoraStacks,
         rule: RowRule,
         device: torch.device,
     ) -> None:
@@ -120,10 +124,10 @@ class LoraRows:
     def _made_runs(self) -> list[_Run]:
         found: list[_Run] = []
         small: dict[StackKey, list[tuple[LoraWeights, list[int]]]] = {}
-        side_by_side = self._rule.forms_agree and not self._rule.in_blocks
+        ranks = frozenset() if self._rule.in_blocks else self._rule.ranks_fast
         for adapter, rows in self._groups.values():
             whole = len(rows) == len(self)
-            if whole or len(rows) > STACKED_ROWS_MAX or not side_by_side:
+            if whole or len(rows) > STACKED_ROWS_MAX or adapter.rank not in ranks:
                 found.append(_Alone(adapter, self._place(rows)))
             else:
                 small.setdefault((adapter.rank, adapter.scaling), []).append((adapter, rows))
@@ -132,7 +136,7 @@ class LoraRows:
                 ((adapter, rows),) = group
                 found.append(_Alone(adapter, self._place(rows)))
             else:
-                stack = self._stacks.setdefault(kind, LoraStack())
+                stack = self._stacks.of(kind)
                 found.append(_SideBySide(stack, group, len(self), self._rule, self._device))
         return found
 

@@ -1,5 +1,6 @@
 """The weights of several adapters of one rank in a stack, so that one product takes them all."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,24 @@ from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
 StackKey = tuple[int, float]
 """What the adapters of a stack have in common: their padded rank, and their scaling."""
+
+STACKS_MAX = 4
+"""Maximum stacks that are kept, since nothing bounds the number of ranks and scalings."""
+
+
+class LoraStacks:
+    """The stacks that were used last, by what their adapters have in common."""
+
+    def __init__(self) -> None:
+        self._stacks: OrderedDict[StackKey, LoraStack] = OrderedDict()
+
+    def of(self, key: StackKey) -> "LoraStack":
+        """The stack of a key, new if it is not kept."""
+        stack = self._stacks.setdefault(key, LoraStack())
+        self._stacks.move_to_end(key)
+        if len(self._stacks) > STACKS_MAX:
+            self._stacks.popitem(last=False)
+        return stack
 
 
 class LoraStack:
@@ -75,8 +94,8 @@ class LoraStack:
         if len(parts) == 1:
             rows_y.baddbmm_(update, parts[0][:count], alpha=self._scaling)
             return True
-        updates = update.split(parts[0].shape[1], 2)
-        own_y = rows_y.split([b.shape[2] for b in parts], 2)
+        updates = update.split_with_sizes([b.shape[1] for b in parts], 2)
+        own_y = rows_y.split_with_sizes([b.shape[2] for b in parts], 2)
         for part, own, b in zip(own_y, updates, parts, strict=True):
             part.baddbmm_(own, b[:count], alpha=self._scaling)
         return True

@@ -1,7 +1,6 @@
 """The weights of one adapter, in the form that a decoder adds them in.
 
-Ranks are padded with zeros to a multiple of `RANK_STEP`, so that adapters of
-many ranks meet few kernels.
+Ranks are padded with zeros to a power of two, so that adapters of many ranks meet few kernels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,8 @@ from tinsmithd.sampler.engines.transformers.model.lora_layout import (
 )
 from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
-RANK_STEP = 8
-"""Ranks are padded to a multiple of it."""
+RANK_MIN = 8
+"""Smaller ranks are padded to it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class _Maker:
         self._places, self._weights, self._device = places, weights, device
         self._own_rank = lora.rank
         self.scaling = lora.alpha / lora.rank
-        self.rank = -(-lora.rank // RANK_STEP) * RANK_STEP
+        self.rank = max(RANK_MIN, 1 << (lora.rank - 1).bit_length())
 
     def sites(self, layer: LayerLayout, dtype: torch.dtype) -> list[SiteLora | None]:
         """Per site of a layer."""

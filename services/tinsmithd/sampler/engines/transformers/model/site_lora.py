@@ -21,6 +21,7 @@ from tinsmithd.sampler.engines.transformers.model.linear import (
     LINEAR,
     LINEAR_PLUS,
     RowRule,
+    blocks,
     can_reorder,
     reorder,
 )
@@ -75,7 +76,7 @@ class SiteLora:
         Returns:
             The sum, which may be y.
         """
-        if self._reordered is None or not _few(rule, y):
+        if self._reordered is None or not self._is_fast(rule, y):
             self.add(rule, y, x)
             return y
         a, b = self._reordered
@@ -85,21 +86,22 @@ class SiteLora:
     def add(self, rule: RowRule, y: Tensor, x: Tensor) -> None:
         """As `added`, into y."""
         if rule.in_blocks and len(y) > BLOCK_ROWS:
-            for rows_y, rows_x in zip(y.split(BLOCK_ROWS), x.split(BLOCK_ROWS), strict=True):
+            for rows_y, rows_x in zip(blocks(y), blocks(x), strict=True):
                 self.add(rule, rows_y, rows_x)
             return
         update = torch.mm(x, self.a)
-        if len(self.parts) == 1 or _few(rule, y):
+        if len(self.parts) == 1 or self._is_fast(rule, y):
             y.addmm_(update, self._whole, alpha=self.scaling)
             return
-        updates = update.split(len(self.parts[0]), 1)
-        own_y = y.split([b.shape[1] for b in self.parts], 1)
+        updates = update.split_with_sizes([len(b) for b in self.parts], 1)
+        own_y = y.split_with_sizes([b.shape[1] for b in self.parts], 1)
         for part, own, b in zip(own_y, updates, self.parts, strict=True):
             part.addmm_(own, b, alpha=self.scaling)
 
-
-def _few(rule: RowRule, y: Tensor) -> bool:
-    return len(y) <= WHOLE_ROWS_MAX and rule.forms_agree and not rule.in_blocks
+    def _is_fast(self, rule: RowRule, y: Tensor) -> bool:
+        """Whether a form is taken that has few calls."""
+        few = len(y) <= WHOLE_ROWS_MAX and not rule.in_blocks
+        return few and len(self.parts[0]) in rule.ranks_fast
 
 
 def _diagonal(parts: Sequence[Tensor]) -> Tensor:
