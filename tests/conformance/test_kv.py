@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kv_requests import (
     DTYPES,
@@ -14,8 +15,15 @@ from kv_requests import (
     shape_of,
     step,
 )
-from tinsmithd.sampler.engines.transformers.kv import rows
-from tinsmithd.sampler.engines.transformers.kv.attention import attend_plainly
+from tinsmithd.sampler.engines.transformers.kv import attention, rows
+from tinsmithd.sampler.engines.transformers.kv import cache as kv_cache
+from tinsmithd.sampler.engines.transformers.kv.attention import (
+    BLOCK_KEYS,
+    KeyCounts,
+    attend,
+    attend_plainly,
+    probe,
+)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +153,47 @@ def test_devices_without_the_kernel_find_the_same(monkeypatch: pytest.MonkeyPatc
     run(others, wide, [group])
     for one in [*requests, group]:
         assert_plain(one, 1e-5)
+
+
+def test_machines_on_which_only_whole_blocks_of_keys_are_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the probe may find elsewhere: all keys are read by the block, and groups keep rows."""
+    monkeypatch.setattr(kv_cache, "probe", lambda *_: (KeyCounts([BLOCK_KEYS]), False))
+    shape = shape_of(torch.bfloat16)
+    alone, cache = cache_of(shape), cache_of(shape)
+    sizes = [(300, 30, 5), (20, 30, 1), (700, 9, 1)]
+    for seed, size in enumerate(sizes, 1):
+        one, other = Request(alone, shape, seed, *size), Request(cache, shape, seed, *size)
+        run(alone, shape, [one])
+        beside = [Request(cache, shape, 9, 270, 10, 2), Request(cache, shape, 10, 60, 12)]
+        run(cache, shape, [*beside, other])
+        assert_plain(one, 0.03)
+        assert_same(one, other)
+
+
+def test_the_probe_sees_how_sums_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that starts anew in the middle of some numbers of keys is found out."""
+
+    def halves(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        count = k.shape[2] % BLOCK_KEYS
+        if count != 64 or mask is None:
+            return attend(q, k, v, mask, scaling)
+        # The later keys first.
+        turned = torch.arange(k.shape[2]).roll(count // 2)
+        return attend(q, k[:, :, turned], v[:, :, turned], mask[..., turned], scaling)
+
+    before, _same = probe(torch.float32, torch.device("cpu"), 64, 4, 0.125)
+    assert before.padded(33) == 64
+    monkeypatch.setattr(attention, "attend", halves)
+    counts, _same = probe(torch.float32, torch.device("cpu"), 64, 4, 0.125)
+    assert counts.padded(33) > 64
+    for keys in (1, 31, 32, 33, 192, 193, 384, 385, 512, 513, 800, 1024):
+        padded = counts.padded(keys)
+        assert keys <= padded <= -(-keys // BLOCK_KEYS) * BLOCK_KEYS
+        assert counts.padded(padded) == padded
+    assert KeyCounts([64, 512]).padded(65) == 512
+    assert KeyCounts([64, 512]).padded(570) == 576
+    assert KeyCounts([64, 512]).padded(577) == 1024
