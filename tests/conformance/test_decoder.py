@@ -259,12 +259,13 @@ def test_forms_that_change_bits_are_noticed(form: str) -> None:
     def site() -> SiteLora:
         generator = torch.Generator().manual_seed(0)
         a = torch.randn(32, 16, generator=generator)
-        return SiteLora(a, [torch.randn(8, n, generator=generator) for n in (32, 16)], 4 / 3)
+        b = torch.block_diag(*(torch.randn(8, n, generator=generator) for n in (32, 16)))
+        return SiteLora(a, b, (32, 16), 4 / 3)
 
     assert forms_agree(site(), site())
     other = site()
     if form == "whole":
-        other._whole[0, 0] += 1e-3
+        other._whole[0, 40] += 1e-3
         assert not forms_agree(other, site())
     else:
         other.scaling = 1.0  # the stack has one for all that are in it

@@ -85,7 +85,7 @@ def forms_agree(first: SiteLora, second: SiteLora) -> bool:
         second: Another one of the same site, rank and scaling, to stand beside it in a stack.
     """
     fast, stack = RowRule(), LoraStack()
-    fast.ranks_fast = frozenset({len(first.parts[0])})
+    fast.ranks_fast = frozenset({first.rank})
     adapters = [LoraWeights(0, s.scaling, [[s]], [None], None, 0) for s in (first, second)]
     held = stack.hold(adapters)
     x, y, expected = _parts(first)
@@ -123,8 +123,9 @@ def _loras(layout: LoraLayout, rank: int, like: Tensor) -> Iterator[tuple[SiteLo
     sites = [site for layer in layout.layers for site in layer.sites if site]
     for d_in, *d_outs in sorted({(site[0].d_in, *(p.d_out for p in site)) for site in sites}):
         a, other = (_random((d_in, rank * len(d_outs)), like, seed=s) for s in (3, 4))
-        b = [_random((rank, d_out), like, seed=5) for d_out in d_outs]
-        yield SiteLora(a, b, 2.0), SiteLora(other, b, 2.0)
+        blocks = [_random((rank, d_out), like, seed=5) for d_out in d_outs]
+        b = torch.block_diag(*blocks).to(like)
+        yield SiteLora(a, b, d_outs, 2.0), SiteLora(other, b, d_outs, 2.0)
 
 
 def _random(shape: tuple[int, ...], like: Tensor, *, seed: int) -> Tensor:

@@ -96,16 +96,18 @@ class _Maker:
         """Of a product of parts side by side."""
         if not any(map(self._places.has, parts)):
             return None
+        d_outs = [part.d_out for part in parts]
         a = self._zeros((parts[0].d_in, len(parts), self.rank), dtype)
-        all_b = []
-        for place, part in enumerate(parts):
-            b = self._zeros((self.rank, part.d_out), dtype)
-            all_b.append(b)
+        whole = self._zeros((len(parts), self.rank, sum(d_outs)), dtype)
+        own, place = self._own_rank, 0
+        for number, part in enumerate(parts):
             if self._places.has(part):
                 name_a, name_b = names(part.name)
-                a[:, place, : self._own_rank] = self._tensor(self._weights[name_a]).t()
-                b[: self._own_rank] = self._tensor(self._weights[name_b]).t()
-        return SiteLora(a.view(parts[0].d_in, -1), all_b, self.scaling)
+                a[:, number, :own] = self._tensor(self._weights[name_a]).t()
+                b = self._tensor(self._weights[name_b]).t()
+                whole[number, :own, place : place + part.d_out] = b
+            place += part.d_out
+        return SiteLora(a.flatten(1), whole.flatten(0, 1), d_outs, self.scaling)
 
     def experts(self, layer: LayerLayout, dtype: torch.dtype) -> ExpertLora | None:
         """Of the experts of a layer."""
@@ -126,5 +128,7 @@ class _Maker:
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        # The copy is one that torch may write to and that lies in order.
-        return torch.from_numpy(np.array(array, np.float32)).to(self._device)
+        floats = np.asarray(array, np.float32)
+        # torch warns of memory that it may not write to.
+        own = floats if floats.flags.writeable else floats.copy()
+        return torch.from_numpy(own).to(self._device)

@@ -11,7 +11,7 @@ the same bits on the CPUs that were measured; `invariance` checks that at start:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,35 +35,37 @@ class SiteLora:
 
     Args:
         a: The A of all parts side by side, `(d_in, parts * rank)`.
-        parts: The B of each part, `(rank, d_out of the part)`; zero where the adapter leaves a part
-            alone.
+        whole: The B of all parts, each below and beside the one before, zero elsewhere:
+            `(parts * rank, d_out)`.
+        d_outs: The parts' share of d_out.
         scaling: s, alpha / rank.
 
     Attributes:
-        a, parts, scaling: As given.
+        a, scaling: As given.
+        rank: Of each part.
+        parts: The B of each part, `(rank, d_out of the part)`, which lie in `whole`.
     """
 
-    def __init__(self, a: Tensor, parts: Sequence[Tensor], scaling: float) -> None:
-        self.a, self.parts, self.scaling = a, tuple(parts), scaling
-        self._whole = parts[0] if len(parts) == 1 else _diagonal(parts)
+    def __init__(self, a: Tensor, whole: Tensor, d_outs: Sequence[int], scaling: float) -> None:
+        self.a, self.scaling = a, scaling
+        self.rank = len(whole) // len(d_outs)
+        beside = whole.split_with_sizes(list(d_outs), 1)
+        self.parts = tuple(
+            part[number * self.rank : (number + 1) * self.rank]
+            for number, part in enumerate(beside)
+        )
+        self._whole, self._d_outs = whole, list(d_outs)
         self._reordered: tuple[Tensor, Tensor] | None = None
         # oneDNN takes no s, and only a power of two in B leaves the rounding of bfloat16 as it is.
         if a.dtype == torch.bfloat16 and can_reorder(a) and math.frexp(scaling)[0] == 0.5:
-            b = (self._whole * scaling).t().contiguous()
+            b = (whole * scaling).t().contiguous()
             self._reordered = (reorder(a.t().contiguous()), reorder(b))
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All weights."""
-        yield self.a
-        yield from self.parts
-        if len(self.parts) > 1:
-            yield self._whole
-        yield from self._reordered or ()
 
     @property
     def bytes(self) -> int:
-        """What they take."""
-        return sum(tensor.numel() * tensor.dtype.itemsize for tensor in self.tensors())
+        """What the weights take."""
+        size = self.a.nbytes + self._whole.nbytes
+        return size if self._reordered is None else 2 * size
 
     def added(self, rule: RowRule, y: Tensor, x: Tensor) -> Tensor:
         """Add to all rows.
@@ -93,23 +95,12 @@ class SiteLora:
         if len(self.parts) == 1 or self._is_fast(rule, y):
             y.addmm_(update, self._whole, alpha=self.scaling)
             return
-        updates = update.split_with_sizes([len(b) for b in self.parts], 1)
-        own_y = y.split_with_sizes([b.shape[1] for b in self.parts], 1)
+        updates = update.split_with_sizes([self.rank] * len(self.parts), 1)
+        own_y = y.split_with_sizes(self._d_outs, 1)
         for part, own, b in zip(own_y, updates, self.parts, strict=True):
             part.addmm_(own, b, alpha=self.scaling)
 
     def _is_fast(self, rule: RowRule, y: Tensor) -> bool:
         """Whether a form is taken that has few calls."""
         few = len(y) <= WHOLE_ROWS_MAX and not rule.in_blocks
-        return few and len(self.parts[0]) in rule.ranks_fast
-
-
-def _diagonal(parts: Sequence[Tensor]) -> Tensor:
-    """The parts one below the other and one beside the other, zero elsewhere."""
-    rank, d_out = len(parts[0]), sum(part.shape[1] for part in parts)
-    whole = parts[0].new_zeros((rank * len(parts), d_out))
-    place = 0
-    for number, part in enumerate(parts):
-        whole[number * rank : (number + 1) * rank, place : place + part.shape[1]] = part
-        place += part.shape[1]
-    return whole
+        return few and self.rank in rule.ranks_fast
