@@ -123,8 +123,12 @@ def _loras(layout: LoraLayout, rank: int, like: Tensor) -> Iterator[tuple[SiteLo
     sites = [site for layer in layout.layers for site in layer.sites if site]
     for d_in, *d_outs in sorted({(site[0].d_in, *(p.d_out for p in site)) for site in sites}):
         a, other = (_random((d_in, rank * len(d_outs)), like, seed=s) for s in (3, 4))
-        blocks = [_random((rank, d_out), like, seed=5) for d_out in d_outs]
-        b = torch.block_diag(*blocks).to(like)
+        b = torch.zeros((len(d_outs), rank, sum(d_outs))).to(like)
+        place = 0
+        for number, d_out in enumerate(d_outs):
+            b[number, :, place : place + d_out] = _random((rank, d_out), like, seed=5)
+            place += d_out
+        b = b.flatten(0, 1)
         yield SiteLora(a, b, d_outs, 2.0), SiteLora(other, b, d_outs, 2.0)
 
 

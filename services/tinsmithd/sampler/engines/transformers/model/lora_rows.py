@@ -45,8 +45,8 @@ class LoraRows:
 
     Args:
         adapters: Per row; None where it has none. One row at least has one.
-        stacks: Of adapters that are computed side by side. They are changed when the
-            first product is made, so another `LoraRows` must not be at work then.
+        stacks: Of adapters that are computed side by side. They are changed when the first product
+            is made, so another `LoraRows` must not be at work then.
         rule: How many rows products have.
         device: Where the rows are.
     """
@@ -61,6 +61,7 @@ class LoraRows:
         self._adapters, self._stacks = tuple(adapters), stacks
         self._rule, self._device = rule, device
         self._runs: list[_Run] | None = None
+        self._masks: dict[int, Tensor] = {}
         self._groups: dict[int, tuple[LoraWeights, list[int]]] = {}
         for row, adapter in enumerate(self._adapters):
             if adapter is not None:
@@ -97,12 +98,14 @@ class LoraRows:
     def experts(self, layer: int) -> ExpertRuns:
         """What is added to the experts of a layer; see `Experts`."""
         found = []
-        for adapter, rows in self._groups.values():
+        for key, (adapter, rows) in self._groups.items():
             lora = adapter.experts[layer]
             if lora is not None:
-                mask = torch.zeros(max(len(self), len(rows)), dtype=torch.bool)
-                mask[rows] = True
-                found.append((mask.to(self._device), lora))
+                if key not in self._masks:
+                    mask = torch.zeros(len(self), dtype=torch.bool)
+                    mask[rows] = True
+                    self._masks[key] = mask.to(self._device)
+                found.append((self._masks[key], lora))
         return found
 
     def added_to_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
