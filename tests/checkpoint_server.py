@@ -19,11 +19,11 @@ from tinsmithd.config import CheckpointConfig
 class Served:
     """A server on a free port, on clocks that stand still, and a stub for it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stop_grace_s: float = 1) -> None:
         self.folder = folder
         self.clock, self.monotonic = Clock(), Clock()
         config = CheckpointConfig(
-            listen_address="127.0.0.1:0", data_folder=str(folder), stop_grace_s=1
+            listen_address="127.0.0.1:0", data_folder=str(folder), stop_grace_s=stop_grace_s
         )
         self.server = CheckpointServer(config, Clocks(self.clock, self.monotonic))
 

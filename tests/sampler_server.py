@@ -47,7 +47,9 @@ class Served:
                 made[delta.sequence_index] = (tokens, logprobs, delta.stop_reason)
         return [made[index] for index in sorted(made)]
 
-    async def write(self, state: ModelState, path: str = PATH, **header: object) -> None:
+    async def write(
+        self, state: ModelState, path: str = PATH, **header: object
+    ) -> checkpoint_pb.WriteCheckpointResponse:
         fields = {
             "base_model": "tiny-llama",
             "lora_config": lora_to_pb(state.tuning),
@@ -74,7 +76,7 @@ class Served:
         ]
         commit = checkpoint_pb.WriteCheckpointCommit(files=listed)
         requests.append(checkpoint_pb.WriteCheckpointRequest(commit=commit))
-        await self.checkpoints.WriteCheckpoint(iter(requests))
+        return await self.checkpoints.WriteCheckpoint(iter(requests))
 
 
 def prompt(tokens: list[int]) -> types_pb2.ModelInput:

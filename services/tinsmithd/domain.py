@@ -346,6 +346,7 @@ class CheckpointInfo:
 
     Attributes:
         digest: Equal for equal files, see `content_digest`; 32 bytes.
+        files: SHA-256 of each file, by name.
     """
 
     path: CheckpointPath
@@ -355,6 +356,7 @@ class CheckpointInfo:
     step_count: int
     size_bytes: int = 0
     digest: bytes = b""
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def content_digest(files: Mapping[str, bytes]) -> bytes:

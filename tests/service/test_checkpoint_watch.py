@@ -7,11 +7,9 @@ from typing import Any
 import grpc
 
 from checkpoint_server import Served
-from checkpoints import PATH, Clock
+from checkpoints import PATH
 from tinsmith import v1 as pb
-from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.watchers import UNTOLD_MAX
-from tinsmithd.config import CheckpointConfig
 
 SAMPLER = "tinsmith://run/sampler_weights/"
 
@@ -52,14 +50,10 @@ async def test_a_watcher_that_does_not_read_costs_the_writers_nothing(served: Se
 
 async def test_a_server_that_stops_lets_its_watchers_go(tmp_path: Path) -> None:
     """Long before its grace is over."""
-    config = CheckpointConfig(
-        listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=60
-    )
-    server = CheckpointServer(config)
-    await server.start()
-    served = Served(tmp_path, Clock(), Clock(), server)
+    served = Served(tmp_path, stop_grace_s=60)
+    await served.start()
     call = await watch(served)
     async with asyncio.timeout(10):
-        await server.stop()
+        await served.server.stop()
         assert await call.read() is grpc.aio.EOF
     await served.channel.close()

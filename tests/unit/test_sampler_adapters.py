@@ -180,3 +180,90 @@ async def test_loading_an_adapter_stops_nobody(admission: Admission, engine: Rec
     assert engine.started == [2]
     engine.may_load.set()
     assert await loading == 2
+
+
+# --- adapters that nobody has asked for yet -------------------------------------------------------
+
+
+async def test_an_adapter_that_was_brought_ahead_is_there_when_a_call_comes(
+    engine: Recorder,
+) -> None:
+    """A call that comes while it is fetched or loaded waits for that, and does neither again."""
+    admission = new_admission(engine, 8, 8, 8)
+    fetched: list[str] = []
+    gate = asyncio.Event()
+    engine.may_load.clear()
+    wanted = adapter("a", fetched, gate)
+    ahead = asyncio.create_task(admission.loaded.bring_ahead(wanted))
+    await until(lambda: fetched == ["a"])
+    early = asyncio.create_task(drain(admission, 1, 2, wanted))
+    gate.set()
+    await until(lambda: engine.loads == ["a"])
+    late = asyncio.create_task(drain(admission, 2, 2, wanted))
+    await asyncio.sleep(0.01)
+    engine.may_load.set()
+    assert await asyncio.gather(early, late) == [2, 2]
+    await ahead
+    assert (fetched, engine.loads) == (["a"], ["a"])
+    assert await admission.loaded.bring_ahead(adapter("b", fetched))
+    assert not await admission.loaded.bring_ahead(adapter("b", fetched))
+    assert await drain(admission, 3, 2, adapter("b", fetched)) == 2
+    assert (fetched, engine.loads) == (["a", "b"], ["a", "b"])
+    assert admission.loaded.ahead_used >= 1
+    await admission.close()
+
+
+@pytest.mark.parametrize("counted", [False, True])
+async def test_whoever_saves_and_never_samples_moves_a_quarter_at_most(
+    engine: Recorder, counted: bool
+) -> None:
+    """Of what others have idle in memory; what came ahead leaves for what comes ahead."""
+    admission = new_admission(engine, 8, 8, 8, counted=counted)
+    for name in range(8):
+        await drain(admission, name, 1, adapter(f"used-{name}"))
+    for number in range(20):
+        assert await admission.loaded.bring_ahead(adapter(f"ahead-{number}"))
+    assert engine.held == {f"used-{n}" for n in range(2, 8)} | {"ahead-18", "ahead-19"}
+    # One of those that a call asks for counts as asked for from then on.
+    await drain(admission, 9, 1, adapter("ahead-19"))
+    assert await admission.loaded.bring_ahead(adapter("ahead-20"))
+    assert "ahead-18" in engine.held
+    await admission.close()
+
+
+async def test_nothing_that_is_in_use_or_waited_for_gives_way_to_what_comes_ahead(
+    engine: Recorder,
+) -> None:
+    """It finds no room, and neither waits for some nor takes it from a call that does."""
+    admission = new_admission(engine, 8, 8, 4)
+    engine.may_step.clear()
+    using = [asyncio.create_task(drain(admission, n, 2, adapter(f"used-{n}"))) for n in range(4)]
+    await until(lambda: len(engine.started) == 4)
+    assert not await admission.loaded.bring_ahead(adapter("ahead"))
+    waiting = asyncio.create_task(drain(admission, 9, 2, adapter("wanted")))
+    await asyncio.sleep(0.01)
+    assert not await admission.loaded.bring_ahead(adapter("ahead"))
+    assert engine.unloads == []
+    engine.may_step.set()
+    assert await asyncio.gather(*using, waiting) == [2] * 5
+    assert "ahead" not in engine.loads
+    large = ModelState(LoraConfig(), {"w": np.zeros(ADAPTER_BYTES, np.float32)}, {}, 0, {})
+
+    async def fetch() -> ModelState:
+        return large
+
+    assert not await admission.loaded.bring_ahead(Adapter("large", fetch))
+    await admission.close()
+
+
+async def test_what_cannot_be_brought_ahead_is_fetched_when_a_call_asks(engine: Recorder) -> None:
+    admission = new_admission(engine, 8, 8, 8)
+
+    async def gone() -> ModelState:
+        raise NotFound("gone", Reason.CHECKPOINT_NOT_FOUND)
+
+    with pytest.raises(NotFound):
+        await admission.loaded.bring_ahead(Adapter("a", gone))
+    assert await drain(admission, 1, 2, adapter("a")) == 2
+    assert len(admission.loaded) == 1
+    await admission.close()

@@ -19,7 +19,7 @@ from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.staging import Copies, DiskStaging, Staged
 
 PATH = CheckpointPath.parse("tinsmith://run/weights/one")
-WHOLE = ["begin", "1", "2", "answers are durable", "commit", "end"]
+WHOLE = ["begin", "1", "2", "commit", "end"]
 NEW = NewCheckpoint(SaveOptions(PATH, None, False, {}, "r"), "tiny", LoraConfig(), 1)
 
 
@@ -29,6 +29,8 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.away = 0
+        self.durable = asyncio.Event()
+        self.durable.set()
 
     def writer(self, new: NewCheckpoint) -> "Recorder":
         self.events.append("begin")
@@ -68,7 +70,7 @@ async def save(server: Recorder, folder: Path, *, breaks: bool = False) -> None:
     checkpoints = Checkpoints(server, DiskStaging(folder, 1000), Copies(1))  # type: ignore[arg-type]
 
     async def before_commit() -> None:
-        server.events.append("answers are durable")
+        await server.durable.wait()
 
     async with checkpoints.staging.open() as staged:
         await _save(server, checkpoints, staged, before_commit, breaks)
@@ -92,6 +94,19 @@ async def test_it_is_sent_as_it_comes_and_counts_once_it_is_complete(
     server: Recorder, tmp_path: Path
 ) -> None:
     await save(server, tmp_path)
+    assert server.events == WHOLE
+
+
+async def test_it_counts_once_what_came_before_it_is_durable(
+    server: Recorder, tmp_path: Path
+) -> None:
+    """Which is waited for beside the sending."""
+    server.durable.clear()
+    saving = asyncio.create_task(save(server, tmp_path))
+    await asyncio.sleep(0.1)
+    assert server.events == WHOLE[:3]
+    server.durable.set()
+    await saving
     assert server.events == WHOLE
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -20,7 +20,7 @@ from tinsmithd.checkpoint_client.patience import ORDINARY, Patience, progress_wi
 from tinsmithd.checkpoint_client.reader import CheckpointReader, ReadStream
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.times import ttl_to_pb
-from tinsmithd.domain import CheckpointInfo, CheckpointPath, content_digest
+from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, content_digest
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.rpc.channels import open_aio_channel
 from tinsmithd.rpc.status import from_rpc_error
@@ -230,10 +230,28 @@ class CheckpointClient:
         request = pb.ReadCheckpointRequest(checkpoint_path=str(path), lease_id=lease_id)
         stream = ReadStream(self._stub.ReadCheckpoint, request, self._patience)
         try:
-            found = await stream.checkpoint()
-            yield CheckpointReader(_info(found), found, stream)
+            yield CheckpointReader(_info(await stream.checkpoint()), stream)
         finally:
             stream.cancel()
+
+    async def watch(self, base_model: str) -> AsyncGenerator[CheckpointInfo | None]:
+        """Checkpoints for Samplers of a base model, as they are committed, while that works.
+
+        First comes None: what is committed after that is told, if this is read soon enough.
+
+        Raises:
+            Unavailable: The server is gone, or does not tell (CHECKPOINT_UNAVAILABLE).
+        """
+        kind = convert.kind_to_pb(CheckpointKind.SAMPLER)
+        request = pb.WatchCheckpointsRequest(kind=kind, base_model=base_model)
+        call = self._stub.WatchCheckpoints(request)
+        try:
+            async for response in call:
+                yield _info(response.checkpoint) if response.HasField("checkpoint") else None
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
+        finally:
+            call.cancel()
 
 
 def check_digest(found: CheckpointInfo, wanted: bytes) -> None:
@@ -252,6 +270,7 @@ def _leases(leases: Mapping[str, CheckpointPath]) -> list[pb.Lease]:
 
 
 def _info(found: pb.Checkpoint) -> CheckpointInfo:
+    files = {file.name: file.sha256 for file in found.files}
     return CheckpointInfo(
         path=convert.path_from_pb(found.checkpoint_path, "checkpoint.checkpoint_path"),
         kind=convert.kind_from_pb(found.kind, "checkpoint.kind"),
@@ -259,5 +278,6 @@ def _info(found: pb.Checkpoint) -> CheckpointInfo:
         tuning=convert.tuning_from_pb(found, "checkpoint.", RANK_MAX),
         step_count=found.step_count,
         size_bytes=found.size_bytes,
-        digest=content_digest({file.name: file.sha256 for file in found.files}),
+        digest=content_digest(files),
+        files=files,
     )

@@ -22,16 +22,14 @@ class CheckpointReader:
 
     Args:
         info: What it is.
-        found: The same as a message, with the digests of its files.
         stream: The rest of what the server says.
 
     Attributes:
         info: What it is. Its name may mean something else by now; what is read stays this one.
     """
 
-    def __init__(self, info: CheckpointInfo, found: pb.Checkpoint, stream: "ReadStream") -> None:
+    def __init__(self, info: CheckpointInfo, stream: "ReadStream") -> None:
         self.info = info
-        self._files = {file.name: file.sha256 for file in found.files}
         self._stream = stream
 
     async def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
@@ -41,8 +39,8 @@ class CheckpointReader:
             DataLoss: Something is not what was saved (CHECKPOINT_CORRUPT).
             Unavailable: The server is gone, or made no progress (CHECKPOINT_UNAVAILABLE).
         """
-        digests = {name: hashlib.sha256() for name in self._files}
-        sizes = dict.fromkeys(self._files, 0)
+        digests = {name: hashlib.sha256() for name in self.info.files}
+        sizes = dict.fromkeys(self.info.files, 0)
         while (piece := await self._stream.piece()) is not None:
             name = piece.file_name
             if name not in digests:
@@ -55,7 +53,7 @@ class CheckpointReader:
             digests[name].update(piece.data)
             yield name, piece.data
         for name, digest in digests.items():
-            if digest.digest() != self._files[name]:
+            if digest.digest() != self.info.files[name]:
                 raise self._corrupt(f"{name} does not match its digest")
 
     def _corrupt(self, what: str) -> DataLoss:

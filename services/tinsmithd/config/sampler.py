@@ -41,6 +41,9 @@ class SamplerConfig(ServerConfig):
     checkpoint_stall_s_max: AboveZero = 60.0
     """A call to the Checkpoint server that moves data is given up when nothing moves for this long;
     a slow one is waited for."""
+    checkpoint_folder: str = ""
+    """The Checkpoint server's `data_folder`, where this server can read it: adapters are then read
+    there. Empty: they are sent."""
     checkpoint_recheck_s: Number = 10.0
     """How often this server asks whether a checkpoint that it serves from memory is still there."""
     num_samples_max: Count = 256
@@ -80,6 +83,9 @@ class SamplerConfig(ServerConfig):
     """Largest LoRA rank that is served; as `training.rank_max`."""
     adapter_bytes_max: Count = 8 * 1024 * MIB
     """Largest checkpoint that is fetched."""
+    ahead_bytes_max: Count = 64 * MIB
+    """Largest checkpoint that is fetched as soon as it is saved, before a call asks for it; 0:
+    none. Those that no call has asked for have a quarter of adapters_bytes_max together."""
     fetches_max: Positive = 16
     """Adapters that are fetched at once, or wait in memory for their turn to be loaded."""
     sample_tokens_max: Count = 131_072

@@ -5,11 +5,11 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 
 from tinsmithd import failpoints
-from tinsmithd.checkpoint_client import CheckpointClient, check_digest
-from tinsmithd.domain import CheckpointKind, CheckpointPath, ModelState, Tuning
+from tinsmithd.checkpoint_client import CheckpointClient, LocalFiles, check_digest
+from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
 from tinsmithd.sampler.leases import Lease, Leases
 from tinsmithd.sampler.loaded_adapters import Adapter
@@ -28,6 +28,7 @@ class Adapters:
         client: The Checkpoint server.
         recheck_s: See the setting `checkpoint_recheck_s`.
         rank_max, adapter_bytes_max: See the settings.
+        local: The Checkpoint server's files, where it is on this machine.
 
     Attributes:
         leases: Hold the checkpoints that requests need.
@@ -40,12 +41,14 @@ class Adapters:
         *,
         rank_max: int,
         adapter_bytes_max: int,
+        local: LocalFiles | None = None,
     ) -> None:
         self.leases = Leases(client.renew_leases)
         self._client = client
         self._recheck_s = recheck_s
         self._rank_max = rank_max
         self._adapter_bytes_max = adapter_bytes_max
+        self._local = local
         self._seen_s: OrderedDict[str, float] = OrderedDict()
         self._rechecks: set[asyncio.Task[None]] = set()
 
@@ -88,12 +91,21 @@ class Adapters:
         if path.kind is not CheckpointKind.SAMPLER:
             message = f"{path} is for training; save one for the sampler"
             raise FailedPrecondition(message, Reason.WRONG_CHECKPOINT_KIND)
-        key = f"{path}@{digest.hex()}"
+        key = _key(path, digest)
         if digest and key in self._seen_s and has(key):
             self._recheck_soon(path, key)
-            return self._adapter(path, key, digest, lease)
+            return Adapter(key, functools.partial(self._fetch, path, digest, None, lease))
         found = await self._client.get(path, lease.take())
         check_digest(found, digest)
+        return self.adapter_of(found, base_model, lease)
+
+    def adapter_of(self, found: CheckpointInfo, base_model: str, lease: Lease) -> Adapter:
+        """The adapter of a checkpoint of which the Checkpoint server has just spoken.
+
+        Raises:
+            FailedPrecondition: As in `find`.
+        """
+        path = found.path
         if found.base_model != base_model:
             message = f"{path} is of base model {found.base_model!r}, not {base_model!r}"
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
@@ -110,14 +122,21 @@ class Adapters:
                 f"{self._rank_max}, adapter_bytes_max {self._adapter_bytes_max}"
             )
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-        key = f"{path}@{found.digest.hex()}"
+        key = _key(path, found.digest)
         self._saw(key)
-        return self._adapter(path, key, found.digest, lease)
+        return Adapter(key, functools.partial(self._fetch, path, found.digest, found, lease))
 
-    def _adapter(self, path: CheckpointPath, key: str, digest: bytes, lease: Lease) -> Adapter:
-        return Adapter(key, functools.partial(self._fetch, path, digest, lease))
+    def told(self, base_model: str) -> AsyncGenerator[CheckpointInfo | None]:
+        """See `CheckpointClient.watch`."""
+        return self._client.watch(base_model)
 
-    async def _fetch(self, path: CheckpointPath, digest: bytes, lease: Lease) -> ModelState:
+    async def _fetch(
+        self, path: CheckpointPath, digest: bytes, found: CheckpointInfo | None, lease: Lease
+    ) -> ModelState:
+        if self._local is not None and found is not None:
+            here = await asyncio.to_thread(_read_here, self._local, found)
+            if here is not None:
+                return here
         files: dict[str, bytearray] = {}
         async with self._client.reader(path, lease.take()) as reader:
             if reader.info.digest != digest:  # whoever asks again is told what became of it
@@ -152,6 +171,15 @@ class Adapters:
             self._seen_s.pop(key, None)  # whoever wants it next is told
         except TinsmithError as error:
             _log.warning("whether %s is still there is not known: %s", path, error)
+
+
+def _read_here(local: LocalFiles, found: CheckpointInfo) -> ModelState | None:
+    files = local.read(found.files, found.size_bytes)
+    return None if files is None else state_files.from_files(files, found.tuning)
+
+
+def _key(path: CheckpointPath, digest: bytes) -> str:
+    return f"{path}@{digest.hex()}"
 
 
 def _read(files: Mapping[str, bytearray], tuning: Tuning) -> ModelState:

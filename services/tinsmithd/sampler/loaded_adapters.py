@@ -1,6 +1,9 @@
 """Which adapters the engine holds: those used last, within a budget of bytes.
 
-One that is in use stays. A call whose adapter finds no room waits for one to be idle.
+One that is in use stays. A call whose adapter finds no room waits for one to be idle. Adapters that
+no call has asked for yet may be brought in ahead. They take the place of idle ones as others do,
+but all of them together have a share of the room: whoever saves and never samples, however much,
+moves nobody else's beyond that.
 """
 
 import asyncio
@@ -13,6 +16,10 @@ from typing import Any
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.sampler.engines.interface import SamplingEngine
+
+AHEAD_SHARE = 0.25
+"""Share of the room for adapters that were brought in ahead, until a call asks for them; there is
+always room for one, if it is no larger than that."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class LoadedAdapters:
     Attributes:
         fetching: Number of requests that wait for their adapter to come.
         count, nbytes: Number and bytes of those in memory, or that room was made for.
+        ahead, ahead_used: How many were brought in ahead so far; how many of them a call used.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class LoadedAdapters:
         """Set when an adapter was left, or is loaded, or could not be."""
         self.fetching = 0
         self.count = self.nbytes = 0
+        self.ahead = self.ahead_used = 0
 
     def __len__(self) -> int:
         return len(self._loaded.keys() | self._fetches.keys())
@@ -108,6 +117,8 @@ class LoadedAdapters:
         loaded = self._loaded[adapter.key]
         self._loaded.move_to_end(adapter.key)
         loaded.users += 1
+        self.ahead_used += loaded.ahead
+        loaded.ahead = False
         try:
             # One caller that goes away must not stop the loading for the others.
             await asyncio.shield(loaded.loading)
@@ -124,8 +135,37 @@ class LoadedAdapters:
         loaded.users -= 1
         self._idle.set()
 
+    async def bring_ahead(self, adapter: Adapter) -> bool:
+        """Fetch and load an adapter that no call has asked for; it waits for no other one.
+
+        Returns:
+            False where it was there, or on its way, or there is no room for it.
+
+        Raises:
+            TinsmithError: It cannot be fetched or loaded.
+        """
+        if self.has(adapter.key) or adapter.key in self._fetches:
+            return False
+        async with self.fetched(adapter) as state:
+            if state is None or self.has(adapter.key):
+                return False  # a call came for it meanwhile
+            nbytes = state_bytes(state)
+            if not await self._make_room_ahead(nbytes):
+                return False
+            if self.has(adapter.key):
+                self._give_room(nbytes)
+                return False
+            loading = asyncio.create_task(self._put_in(adapter.key, state, nbytes))
+            self._keep(adapter.key, _Loaded(loading, nbytes, ahead=True))
+        self.ahead += 1
+        await asyncio.shield(loading)
+        return True
+
     def _begin_load(self, key: str, state: ModelState) -> None:
-        loaded = _Loaded(asyncio.create_task(self._load(key, state)), state_bytes(state))
+        loading = asyncio.create_task(self._load(key, state))
+        self._keep(key, _Loaded(loading, state_bytes(state)))
+
+    def _keep(self, key: str, loaded: "_Loaded") -> None:
         self._loaded[key] = loaded
         loaded.loading.add_done_callback(lambda _: self._end_load(key, loaded))
 
@@ -140,6 +180,9 @@ class LoadedAdapters:
             text = f"the adapter has {nbytes} bytes, adapters_bytes_max is {self._bytes_max}"
             raise FailedPrecondition(text, Reason.INCOMPATIBLE_CHECKPOINT)
         await self._make_room(nbytes)
+        await self._put_in(key, state, nbytes)
+
+    async def _put_in(self, key: str, state: ModelState, nbytes: int) -> None:
         try:
             await self._engine.load_adapter(key, state)
         except BaseException:
@@ -152,25 +195,56 @@ class LoadedAdapters:
         Those that ask come one after the other, so that none is overtaken for ever.
         """
         async with self._making_room:
-            while self.count >= self._adapters_max or self.nbytes + nbytes > self._bytes_max:
-                # Looked for anew each time: while one was unloaded, another may be in use again.
-                idle = (k for k, a in self._loaded.items() if not a.users and a.loading.done())
-                key = next(idle, None)
-                if key is None:
+            while not self._has_room(nbytes):
+                if not await self._unload_idlest():
                     self._idle.clear()
                     await self._idle.wait()
-                    continue
-                unloaded = self._loaded.pop(key)
-                try:
-                    await self._engine.unload_adapter(key)
-                finally:
-                    self._give_room(unloaded.nbytes)
-            self.count += 1
-            self.nbytes += nbytes
+            self._take_room(nbytes)
+
+    async def _make_room_ahead(self, nbytes: int) -> bool:
+        """Take `nbytes` of the room for what no call needs yet, if that is to be had now."""
+        if nbytes > AHEAD_SHARE * self._bytes_max or self._making_room.locked():
+            return False
+        async with self._making_room:
+            while not self._has_room_ahead(nbytes):
+                if not await self._unload_idlest(ahead=True):
+                    return False
+            while not self._has_room(nbytes):
+                if not await self._unload_idlest():
+                    return False
+            self._take_room(nbytes)
+            return True
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self.count < self._adapters_max and self.nbytes + nbytes <= self._bytes_max
+
+    def _has_room_ahead(self, nbytes: int) -> bool:
+        sizes = [loaded.nbytes for loaded in self._loaded.values() if loaded.ahead]
+        count_max = max(1, int(AHEAD_SHARE * self._adapters_max))
+        return len(sizes) < count_max and sum(sizes) + nbytes <= AHEAD_SHARE * self._bytes_max
+
+    async def _unload_idlest(self, *, ahead: bool = False) -> bool:
+        """Drop the adapter that was unused longest, of all or of those brought ahead, if any."""
+        # Looked for anew each time: while one was unloaded, another may be in use again.
+        idle = (k for k, a in self._loaded.items() if a.is_idle and a.ahead >= ahead)
+        key = next(idle, None)
+        if key is None:
+            return False
+        unloaded = self._loaded.pop(key)
+        try:
+            await self._engine.unload_adapter(key)
+        finally:
+            self._give_room(unloaded.nbytes)
+        return True
+
+    def _take_room(self, nbytes: int) -> None:
+        self.count += 1
+        self.nbytes += nbytes
 
     def _give_room(self, nbytes: int) -> None:
         self.count -= 1
         self.nbytes -= nbytes
+        self._idle.set()
 
 
 class _Fetch:
@@ -204,6 +278,11 @@ class _Loaded:
     loading: asyncio.Task[None]
     nbytes: int
     users: int = 0
+    ahead: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.users and self.loading.done()
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

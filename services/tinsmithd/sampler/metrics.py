@@ -40,6 +40,12 @@ class SamplerCollector(Collector):
             ("sampled_tokens", "Tokens sampled.", admission.sampled_tokens),
             ("prompt_tokens_computed", "Prompts' tokens computed.", engine.prompt_tokens_computed),
             ("prompt_tokens_cached", "Prompts' tokens cached.", engine.prompt_tokens_cached),
+            ("adapters_ahead", "Adapters brought in before a call asked.", admission.loaded.ahead),
+            (
+                "adapters_ahead_used",
+                "Those of them that a call asked for.",
+                admission.loaded.ahead_used,
+            ),
             ("steps", "Forwards of the engine.", engine.steps),
             (
                 "step_rows",

@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 import gc
 import logging
+from pathlib import Path
 
 from tinsmith.v1.sampler_service_pb2 import DESCRIPTOR
 from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_server
-from tinsmithd.checkpoint_client import CheckpointClient, Patience
+from tinsmithd.checkpoint_client import CheckpointClient, LocalFiles, Patience
 from tinsmithd.config import SamplerConfig
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.sampler.adapters import Adapters
 from tinsmithd.sampler.admission import Admission
+from tinsmithd.sampler.ahead import Ahead
 from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.metrics import SamplerCollector
 from tinsmithd.sampler.places import PlaceLimits
@@ -54,12 +56,15 @@ class SamplerServer:
         self._config = config
         patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
         client = CheckpointClient(config.checkpoint_target, patience)
+        folder = config.checkpoint_folder
         self._adapters = Adapters(
             client,
             config.checkpoint_recheck_s,
             rank_max=config.rank_max,
             adapter_bytes_max=config.adapter_bytes_max,
+            local=LocalFiles(Path(folder)) if folder else None,
         )
+        self._ahead: Ahead | None = None
         self._servicer = SamplerServicer(config, self._adapters)
         self._rpc = RpcServer(config, SERVICE_NAME)
         add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
@@ -104,6 +109,13 @@ class SamplerServer:
             adapters_bytes_max=config.adapters_bytes_max,
             fetches_max=config.fetches_max,
         )
+        self._ahead = Ahead(
+            self._adapters,
+            self._servicer.admission.loaded,
+            engine.info.name,
+            config.ahead_bytes_max,
+        )
+        self._ahead.start()
         self._failing = asyncio.create_task(engine.failed())
         self._rpc.metrics.registry.register(SamplerCollector(self._servicer.admission))
         await self._rpc.set_serving(True)
@@ -137,6 +149,8 @@ class SamplerServer:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await task
+        if self._ahead is not None:
+            await self._ahead.close()
         if self._servicer.admission is not None:
             await self._servicer.admission.close()
         await self._adapters.close()

@@ -120,6 +120,7 @@ class EmbeddedCluster:
                 "dtype": options.dtype,
                 "threads": options.threads,
                 "checkpoint_target": addresses["checkpoint"],
+                "checkpoint_folder": options.data.resolve() / "checkpoints",
             }
         return {
             "data_folder": options.data.resolve() / "training",

@@ -106,7 +106,7 @@ class Checkpoints:
         Args:
             new: What it is to be.
             staged: Where it comes in.
-            before_commit: Awaited before others can see it.
+            before_commit: Begins with the save, and is awaited before others can see it.
 
         Yields:
             Says that the state is complete and waits until it is saved; returns what it is now. It
@@ -135,10 +135,11 @@ class Checkpoints:
         self, new: NewCheckpoint, staged: Staged, before_commit: Callable[[], Awaitable[None]]
     ) -> CheckpointInfo:
         writer = self._server.writer(new)
+        ready = asyncio.ensure_future(before_commit())
         try:
             async for name, data in staged.pieces():
                 await writer.write(name, data)
-            await before_commit()
+            await ready
             return await writer.commit()
         except AlreadyExists as error:
             if error.reason is not Reason.REQUEST_ID_CONFLICT:
@@ -147,6 +148,8 @@ class Checkpoints:
             return await self._server.get(new.options.path)
         finally:
             writer.cancel()
+            ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
 
 
 def check_claim(found: CheckpointInfo, info: BaseModelInfo, rank_max: int) -> None:

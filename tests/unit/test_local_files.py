@@ -1,0 +1,27 @@
+"""Files of checkpoints that are read where they lie, or not at all."""
+
+import hashlib
+from pathlib import Path
+
+from checkpoints import PATH, TimedKeeper, blobs, files, keep
+from tinsmithd.checkpoint_client import LocalFiles
+
+
+def test_files_are_read_by_what_they_hold_and_only_whole(tmp_path: Path) -> None:
+    """One that is damaged, too long or elsewhere is not there."""
+    timed = TimedKeeper(tmp_path)
+    content = files(1, optimizer=False)
+    keep(timed.keeper, content, PATH.replace("weights", "sampler_weights"))
+    wanted = {name: hashlib.sha256(data).digest() for name, data in content.items()}
+    size = sum(map(len, content.values()))
+    local = LocalFiles(tmp_path)
+    assert local.read(wanted, size) == content
+    assert local.read(wanted, size - 1) is None
+    assert local.read({}, size) is None
+    assert LocalFiles(tmp_path / "elsewhere").read(wanted, size) is None
+    damaged = blobs(tmp_path)[0]
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    assert local.read(wanted, size) is None
+    damaged.unlink()
+    assert local.read(wanted, size) is None
+    timed.keeper.close()
