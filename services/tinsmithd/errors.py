@@ -131,7 +131,7 @@ def over_limit(field: str, limit: str, value: int, most: int) -> InvalidArgument
         field,
         f"{value} is more than {limit} allows: {most}",
         Reason.LIMIT_EXCEEDED,
-        metadata={"limit": limit, "value": str(value)},
+        metadata={"limit": limit, "value": str(value), "allowed": str(most)},
     )
 
 

@@ -81,7 +81,7 @@ RULES: Mapping[Reason, Rule] = {
     Reason.TOKEN_OUT_OF_RANGE: Rule("INVALID_ARGUMENT", frozenset({"field"}), "never"),
     Reason.UNKNOWN_LOSS_INPUT: Rule("INVALID_ARGUMENT", frozenset({"field"}), "never"),
     Reason.LIMIT_EXCEEDED: Rule(
-        "INVALID_ARGUMENT", frozenset({"field", "limit", "value"}), "never"
+        "INVALID_ARGUMENT", frozenset({"allowed", "field", "limit", "value"}), "never"
     ),
     Reason.MALFORMED_STREAM: Rule("INVALID_ARGUMENT", frozenset({"field"}), "never"),
     Reason.MODEL_NOT_FOUND: Rule("NOT_FOUND", frozenset(), "never"),

@@ -59,7 +59,11 @@ async def test_items_are_counted_before_a_message_is_parsed() -> None:
     assert await read(data, ForwardRequest, CALL_ITEMS) == CALL
     error = await refused(data, ForwardRequest, CALL_ITEMS - 1)
     assert (error.reason, error.field) == (Reason.LIMIT_EXCEEDED, "data")
-    assert error.metadata == {"limit": "message_items_max", "value": str(CALL_ITEMS)}
+    assert error.metadata == {
+        "limit": "message_items_max",
+        "value": str(CALL_ITEMS),
+        "allowed": str(CALL_ITEMS - 1),
+    }
     unpacked = b"\x10\x01\x10\x01\x10\x01"  # Tensor.shape, a field for each
     assert await read(unpacked, types_pb2.Tensor, 3) == types_pb2.Tensor(shape=[1, 1, 1])
     assert (await refused(unpacked, types_pb2.Tensor, 2)).reason is Reason.LIMIT_EXCEEDED

@@ -26,41 +26,41 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from tinsmith.v1 import types_pb2 as tinsmith_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tinsmith/v1/sampler_service.proto\x12\x0btinsmith.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17tinsmith/v1/types.proto\"&\n$SamplerServiceGetCapabilitiesRequest\"\xbd\x01\n%SamplerServiceGetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.tinsmith.v1.SamplerLimits\x12+\n\x0b\x62\x61se_models\x18\x03 \x03(\x0b\x32\x16.tinsmith.v1.BaseModel\x12#\n\x06\x65ngine\x18\x04 \x01(\x0e\x32\x13.tinsmith.v1.Engine\"\xe4\x03\n\rSamplerLimits\x12\x19\n\x11message_bytes_max\x18\x01 \x01(\x03\x12\x19\n\x11message_items_max\x18\x02 \x01(\x03\x12\x1c\n\x14\x63oncurrent_calls_max\x18\x03 \x01(\x03\x12\x1a\n\x12received_bytes_max\x18\x04 \x01(\x03\x12\x16\n\x0epeer_share_max\x18\x05 \x01(\x01\x12/\n\x0cstream_stall\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08rank_max\x18\x08 \x01(\x03\x12\x12\n\nchunks_max\x18\t \x01(\x03\x12\x17\n\x0fpiece_bytes_max\x18\x0f \x01(\x03\x12\x17\n\x0fnum_samples_max\x18\x10 \x01(\x03\x12\x19\n\x11sample_tokens_max\x18\x11 \x01(\x03\x12\x11\n\tstops_max\x18\x12 \x01(\x03\x12\x1b\n\x13stop_characters_max\x18\x13 \x01(\x03\x12\x10\n\x08topk_max\x18\x14 \x01(\x03\x12\x13\n\x0brunning_max\x18\x15 \x01(\x03\x12\x13\n\x0bwaiting_max\x18\x16 \x01(\x03\x12\x14\n\x0c\x61\x64\x61pters_max\x18\x17 \x01(\x03\x12\x19\n\x11\x61\x64\x61pter_bytes_max\x18\x18 \x01(\x03J\x04\x08\x07\x10\x08J\x04\x08\n\x10\x0f\"\xe4\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x1a.tinsmith.v1.StopConditionB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"=\n\rStopCondition\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\x12\x0f\n\x07strings\x18\x02 \x03(\t\x12\x0b\n\x03\x65os\x18\x03 \x01(\x08\"\xd1\x02\n\rSampleRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x17\n\x0f\x63heckpoint_path\x18\x02 \x01(\t\x12\'\n\x06prompt\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.ModelInput\x12\x18\n\x0bnum_samples\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x34\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1b.tinsmith.v1.SamplingParams\x12\x1f\n\x17include_prompt_logprobs\x18\x06 \x01(\x08\x12\x1c\n\x14topk_prompt_logprobs\x18\x07 \x01(\x05\x12\x30\n\rtensor_format\x18\x08 \x01(\x0e\x32\x19.tinsmith.v1.TensorFormat\x12\x19\n\x11\x63heckpoint_digest\x18\t \x01(\x0c\x42\x0e\n\x0c_num_samples\"r\n\x0eSampleResponse\x12*\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.tinsmith.v1.SequenceDelta\x12\x34\n\x0fprompt_logprobs\x18\x02 \x01(\x0b\x32\x1b.tinsmith.v1.PromptLogprobs\"\xa1\x01\n\rSequenceDelta\x12\x16\n\x0esequence_index\x18\x01 \x01(\x05\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12%\n\x08logprobs\x18\x03 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12,\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x17.tinsmith.v1.StopReason\"\x90\x01\n\x0ePromptLogprobs\x12%\n\x08logprobs\x18\x01 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12+\n\x0etopk_token_ids\x18\x02 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12*\n\rtopk_logprobs\x18\x03 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\"\xd9\x01\n\x16\x43omputeLogprobsRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x17\n\x0f\x63heckpoint_path\x18\x02 \x01(\t\x12\'\n\x06prompt\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.ModelInput\x12\x1c\n\x14topk_prompt_logprobs\x18\x04 \x01(\x05\x12\x30\n\rtensor_format\x18\x05 \x01(\x0e\x32\x19.tinsmith.v1.TensorFormat\x12\x19\n\x11\x63heckpoint_digest\x18\x06 \x01(\x0c\"O\n\x17\x43omputeLogprobsResponse\x12\x34\n\x0fprompt_logprobs\x18\x01 \x01(\x0b\x32\x1b.tinsmith.v1.PromptLogprobs\")\n\x13GetTokenizerRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\"7\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x32\x84\x03\n\x0eSamplerService\x12x\n\x0fGetCapabilities\x12\x31.tinsmith.v1.SamplerServiceGetCapabilitiesRequest\x1a\x32.tinsmith.v1.SamplerServiceGetCapabilitiesResponse\x12\x43\n\x06Sample\x12\x1a.tinsmith.v1.SampleRequest\x1a\x1b.tinsmith.v1.SampleResponse0\x01\x12\\\n\x0f\x43omputeLogprobs\x12#.tinsmith.v1.ComputeLogprobsRequest\x1a$.tinsmith.v1.ComputeLogprobsResponse\x12U\n\x0cGetTokenizer\x12 .tinsmith.v1.GetTokenizerRequest\x1a!.tinsmith.v1.GetTokenizerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tinsmith/v1/sampler_service.proto\x12\x0btinsmith.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17tinsmith/v1/types.proto\"&\n$SamplerServiceGetCapabilitiesRequest\"\xd6\x01\n%SamplerServiceGetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.tinsmith.v1.SamplerLimits\x12+\n\x0b\x62\x61se_models\x18\x03 \x03(\x0b\x32\x16.tinsmith.v1.BaseModel\x12#\n\x06\x65ngine\x18\x04 \x01(\x0e\x32\x13.tinsmith.v1.Engine\x12\x17\n\x0f\x62\x61tch_invariant\x18\x05 \x01(\x08\"\xfe\x03\n\rSamplerLimits\x12\x19\n\x11message_bytes_max\x18\x01 \x01(\x03\x12\x19\n\x11message_items_max\x18\x02 \x01(\x03\x12\x1c\n\x14\x63oncurrent_calls_max\x18\x03 \x01(\x03\x12\x1a\n\x12received_bytes_max\x18\x04 \x01(\x03\x12\x16\n\x0epeer_share_max\x18\x05 \x01(\x01\x12/\n\x0cstream_stall\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08rank_max\x18\x08 \x01(\x03\x12\x12\n\nchunks_max\x18\t \x01(\x03\x12\x17\n\x0fpiece_bytes_max\x18\x0f \x01(\x03\x12\x17\n\x0fnum_samples_max\x18\x10 \x01(\x03\x12\x19\n\x11sample_tokens_max\x18\x11 \x01(\x03\x12\x11\n\tstops_max\x18\x12 \x01(\x03\x12\x1b\n\x13stop_characters_max\x18\x13 \x01(\x03\x12\x10\n\x08topk_max\x18\x14 \x01(\x03\x12\x13\n\x0brunning_max\x18\x15 \x01(\x03\x12\x13\n\x0bwaiting_max\x18\x16 \x01(\x03\x12\x14\n\x0c\x61\x64\x61pters_max\x18\x17 \x01(\x03\x12\x19\n\x11\x61\x64\x61pter_bytes_max\x18\x18 \x01(\x03\x12\x18\n\x10\x61lternatives_max\x18\x19 \x01(\x03J\x04\x08\x07\x10\x08J\x04\x08\n\x10\x0f\"\xe4\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12(\n\x04stop\x18\x06 \x01(\x0b\x32\x1a.tinsmith.v1.StopConditionB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"=\n\rStopCondition\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\x12\x0f\n\x07strings\x18\x02 \x03(\t\x12\x0b\n\x03\x65os\x18\x03 \x01(\x08\"\x81\x04\n\rSampleRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x17\n\x0f\x63heckpoint_path\x18\x02 \x01(\t\x12\'\n\x06prompt\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.ModelInput\x12\x18\n\x0bnum_samples\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x34\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x1b.tinsmith.v1.SamplingParams\x12\x1f\n\x17include_prompt_logprobs\x18\x06 \x01(\x08\x12\x1c\n\x14topk_prompt_logprobs\x18\x07 \x01(\x05\x12\x30\n\rtensor_format\x18\x08 \x01(\x0e\x32\x19.tinsmith.v1.TensorFormat\x12\x19\n\x11\x63heckpoint_digest\x18\t \x01(\x0c\x12#\n\x16prompt_logprobs_last_n\x18\n \x01(\x05H\x01\x88\x01\x01\x12\x33\n\x16target_prompt_logprobs\x18\x0b \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12\x1b\n\x13prompt_alt_tokens_k\x18\x0c \x01(\x05\x12\x1c\n\x14topk_sample_logprobs\x18\r \x01(\x05\x42\x0e\n\x0c_num_samplesB\x19\n\x17_prompt_logprobs_last_n\"\x93\x01\n\x0eSampleResponse\x12*\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.tinsmith.v1.SequenceDelta\x12\x34\n\x0fprompt_logprobs\x18\x02 \x01(\x0b\x32\x1b.tinsmith.v1.PromptLogprobs\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x03 \x01(\x05\"\xfa\x01\n\rSequenceDelta\x12\x16\n\x0esequence_index\x18\x01 \x01(\x05\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12%\n\x08logprobs\x18\x03 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12,\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x17.tinsmith.v1.StopReason\x12+\n\x0etopk_token_ids\x18\x05 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12*\n\rtopk_logprobs\x18\x06 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\"\x95\x02\n\x0ePromptLogprobs\x12%\n\x08logprobs\x18\x01 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12+\n\x0etopk_token_ids\x18\x02 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12*\n\rtopk_logprobs\x18\x03 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12,\n\x0ftarget_logprobs\x18\x04 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12*\n\ralt_token_ids\x18\x05 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\x12)\n\x0c\x61lt_logprobs\x18\x06 \x01(\x0b\x32\x13.tinsmith.v1.Tensor\"\x99\x02\n\x16\x43omputeLogprobsRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x17\n\x0f\x63heckpoint_path\x18\x02 \x01(\t\x12\'\n\x06prompt\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.ModelInput\x12\x1c\n\x14topk_prompt_logprobs\x18\x04 \x01(\x05\x12\x30\n\rtensor_format\x18\x05 \x01(\x0e\x32\x19.tinsmith.v1.TensorFormat\x12\x19\n\x11\x63heckpoint_digest\x18\x06 \x01(\x0c\x12#\n\x16prompt_logprobs_last_n\x18\x07 \x01(\x05H\x00\x88\x01\x01\x42\x19\n\x17_prompt_logprobs_last_n\"p\n\x17\x43omputeLogprobsResponse\x12\x34\n\x0fprompt_logprobs\x18\x01 \x01(\x0b\x32\x1b.tinsmith.v1.PromptLogprobs\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x02 \x01(\x05\")\n\x13GetTokenizerRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\"7\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x32\x84\x03\n\x0eSamplerService\x12x\n\x0fGetCapabilities\x12\x31.tinsmith.v1.SamplerServiceGetCapabilitiesRequest\x1a\x32.tinsmith.v1.SamplerServiceGetCapabilitiesResponse\x12\x43\n\x06Sample\x12\x1a.tinsmith.v1.SampleRequest\x1a\x1b.tinsmith.v1.SampleResponse0\x01\x12\\\n\x0f\x43omputeLogprobs\x12#.tinsmith.v1.ComputeLogprobsRequest\x1a$.tinsmith.v1.ComputeLogprobsResponse\x12U\n\x0cGetTokenizer\x12 .tinsmith.v1.GetTokenizerRequest\x1a!.tinsmith.v1.GetTokenizerResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tinsmith.v1.sampler_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STOPREASON']._serialized_start=2288
-  _globals['_STOPREASON']._serialized_end=2375
+  _globals['_STOPREASON']._serialized_start=2868
+  _globals['_STOPREASON']._serialized_end=2955
   _globals['_SAMPLERSERVICEGETCAPABILITIESREQUEST']._serialized_start=107
   _globals['_SAMPLERSERVICEGETCAPABILITIESREQUEST']._serialized_end=145
   _globals['_SAMPLERSERVICEGETCAPABILITIESRESPONSE']._serialized_start=148
-  _globals['_SAMPLERSERVICEGETCAPABILITIESRESPONSE']._serialized_end=337
-  _globals['_SAMPLERLIMITS']._serialized_start=340
-  _globals['_SAMPLERLIMITS']._serialized_end=824
-  _globals['_SAMPLINGPARAMS']._serialized_start=827
-  _globals['_SAMPLINGPARAMS']._serialized_end=1055
-  _globals['_STOPCONDITION']._serialized_start=1057
-  _globals['_STOPCONDITION']._serialized_end=1118
-  _globals['_SAMPLEREQUEST']._serialized_start=1121
-  _globals['_SAMPLEREQUEST']._serialized_end=1458
-  _globals['_SAMPLERESPONSE']._serialized_start=1460
-  _globals['_SAMPLERESPONSE']._serialized_end=1574
-  _globals['_SEQUENCEDELTA']._serialized_start=1577
-  _globals['_SEQUENCEDELTA']._serialized_end=1738
-  _globals['_PROMPTLOGPROBS']._serialized_start=1741
-  _globals['_PROMPTLOGPROBS']._serialized_end=1885
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1888
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=2105
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=2107
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=2186
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=2188
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=2229
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=2231
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=2286
-  _globals['_SAMPLERSERVICE']._serialized_start=2378
-  _globals['_SAMPLERSERVICE']._serialized_end=2766
+  _globals['_SAMPLERSERVICEGETCAPABILITIESRESPONSE']._serialized_end=362
+  _globals['_SAMPLERLIMITS']._serialized_start=365
+  _globals['_SAMPLERLIMITS']._serialized_end=875
+  _globals['_SAMPLINGPARAMS']._serialized_start=878
+  _globals['_SAMPLINGPARAMS']._serialized_end=1106
+  _globals['_STOPCONDITION']._serialized_start=1108
+  _globals['_STOPCONDITION']._serialized_end=1169
+  _globals['_SAMPLEREQUEST']._serialized_start=1172
+  _globals['_SAMPLEREQUEST']._serialized_end=1685
+  _globals['_SAMPLERESPONSE']._serialized_start=1688
+  _globals['_SAMPLERESPONSE']._serialized_end=1835
+  _globals['_SEQUENCEDELTA']._serialized_start=1838
+  _globals['_SEQUENCEDELTA']._serialized_end=2088
+  _globals['_PROMPTLOGPROBS']._serialized_start=2091
+  _globals['_PROMPTLOGPROBS']._serialized_end=2368
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=2371
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=2652
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=2654
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=2766
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=2768
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=2809
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=2811
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=2866
+  _globals['_SAMPLERSERVICE']._serialized_start=2958
+  _globals['_SAMPLERSERVICE']._serialized_end=3346
 # @@protoc_insertion_point(module_scope)

@@ -72,10 +72,15 @@ class SamplerServiceGetCapabilitiesResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     BASE_MODELS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
     """Version of the server."""
     engine: _types_pb2.Engine.ValueType
     """What samples."""
+    batch_invariant: _builtins.bool
+    """What a request gives depends on weights, prompt, parameters and seed alone, bit for bit: no number
+    depends on what else is computed at the same time, nor on what a cache had. False while loading.
+    """
     @_builtins.property
     def limits(self) -> Global___SamplerLimits:
         """Every limit that is enforced."""
@@ -91,10 +96,11 @@ class SamplerServiceGetCapabilitiesResponse(_message.Message):
         limits: Global___SamplerLimits | None = ...,
         base_models: _abc.Iterable[_types_pb2.BaseModel] | None = ...,
         engine: _types_pb2.Engine.ValueType = ...,
+        batch_invariant: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_models", b"base_models", "engine", b"engine", "limits", b"limits", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_models", b"base_models", "batch_invariant", b"batch_invariant", "engine", b"engine", "limits", b"limits", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -126,6 +132,7 @@ class SamplerLimits(_message.Message):
     WAITING_MAX_FIELD_NUMBER: _builtins.int
     ADAPTERS_MAX_FIELD_NUMBER: _builtins.int
     ADAPTER_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     message_items_max: _builtins.int
@@ -153,7 +160,9 @@ class SamplerLimits(_message.Message):
     stop_characters_max: _builtins.int
     """Most characters of one stop string."""
     topk_max: _builtins.int
-    """Most alternatives per position in `topk_prompt_logprobs`."""
+    """Most alternatives per position: in `topk_prompt_logprobs`, `prompt_alt_tokens_k` and
+    `topk_sample_logprobs`.
+    """
     running_max: _builtins.int
     """Calls that are worked on at once."""
     waiting_max: _builtins.int
@@ -162,6 +171,11 @@ class SamplerLimits(_message.Message):
     """Adapters held in memory at once."""
     adapter_bytes_max: _builtins.int
     """Largest checkpoint that is served, bytes."""
+    alternatives_max: _builtins.int
+    """Most alternatives of one call: prompt tokens times `topk_prompt_logprobs`, the columns of
+    `target_prompt_logprobs` and `prompt_alt_tokens_k` together, and `num_samples` times `max_tokens`
+    times `topk_sample_logprobs`.
+    """
     @_builtins.property
     def stream_stall(self) -> _duration_pb2.Duration:
         """Longest time in which a stream may stand still because of its peer."""
@@ -187,10 +201,11 @@ class SamplerLimits(_message.Message):
         waiting_max: _builtins.int = ...,
         adapters_max: _builtins.int = ...,
         adapter_bytes_max: _builtins.int = ...,
+        alternatives_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stream_stall", b"stream_stall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_max", b"adapters_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall", b"stream_stall", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_max", b"adapters_max", "alternatives_max", b"alternatives_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall", b"stream_stall", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -312,6 +327,10 @@ class SampleRequest(_message.Message):
     TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_LAST_N_FIELD_NUMBER: _builtins.int
+    TARGET_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_ALT_TOKENS_K_FIELD_NUMBER: _builtins.int
+    TOPK_SAMPLE_LOGPROBS_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model. May be empty when there is one, or with `checkpoint_path`."""
     checkpoint_path: _builtins.str
@@ -329,6 +348,14 @@ class SampleRequest(_message.Message):
     overwritten is served as it was while this server has it in memory, and is CHECKPOINT_REPLACED
     then; it never is what replaced it. Empty: whatever the name means when the call comes.
     """
+    prompt_logprobs_last_n: _builtins.int
+    """Only the last so many positions in `include_prompt_logprobs`, which it needs, and in
+    `topk_prompt_logprobs`: from 1 to the prompt's length less 1. Unset: all.
+    """
+    prompt_alt_tokens_k: _builtins.int
+    """Also draw this many tokens at each prompt position but the first (first message)."""
+    topk_sample_logprobs: _builtins.int
+    """Also return this many most likely tokens with each sampled one."""
     @_builtins.property
     def prompt(self) -> _types_pb2.ModelInput:
         """The prompt, at least one token."""
@@ -336,6 +363,12 @@ class SampleRequest(_message.Message):
     @_builtins.property
     def sampling_params(self) -> Global___SamplingParams:
         """How to draw them."""
+
+    @_builtins.property
+    def target_prompt_logprobs(self) -> _types_pb2.Tensor:
+        """Also return the logprobs of these tokens (first message): integer (P - 1, K) for a prompt of P
+        tokens. Row i is for prompt position i + 1; -1 asks for nothing.
+        """
 
     def __init__(
         self,
@@ -349,14 +382,23 @@ class SampleRequest(_message.Message):
         topk_prompt_logprobs: _builtins.int = ...,
         tensor_format: _types_pb2.TensorFormat.ValueType = ...,
         checkpoint_digest: _builtins.bytes = ...,
+        prompt_logprobs_last_n: _builtins.int | None = ...,
+        target_prompt_logprobs: _types_pb2.Tensor | None = ...,
+        prompt_alt_tokens_k: _builtins.int = ...,
+        topk_sample_logprobs: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "_prompt_logprobs_last_n", b"_prompt_logprobs_last_n", "num_samples", b"num_samples", "prompt", b"prompt", "prompt_logprobs_last_n", b"prompt_logprobs_last_n", "sampling_params", b"sampling_params", "target_prompt_logprobs", b"target_prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "base_model", b"base_model", "checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "include_prompt_logprobs", b"include_prompt_logprobs", "num_samples", b"num_samples", "prompt", b"prompt", "sampling_params", b"sampling_params", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "_prompt_logprobs_last_n", b"_prompt_logprobs_last_n", "base_model", b"base_model", "checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "include_prompt_logprobs", b"include_prompt_logprobs", "num_samples", b"num_samples", "prompt", b"prompt", "prompt_alt_tokens_k", b"prompt_alt_tokens_k", "prompt_logprobs_last_n", b"prompt_logprobs_last_n", "sampling_params", b"sampling_params", "target_prompt_logprobs", b"target_prompt_logprobs", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs", "topk_sample_logprobs", b"topk_sample_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_samples: _TypeAlias = _typing.Literal["num_samples"]  # noqa: Y015
     _WhichOneofArgType__num_samples: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs_last_n: _TypeAlias = _typing.Literal["prompt_logprobs_last_n"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs_last_n: _TypeAlias = _typing.Literal["_prompt_logprobs_last_n", b"_prompt_logprobs_last_n"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_samples) -> _WhichOneofReturnType__num_samples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs_last_n) -> _WhichOneofReturnType__prompt_logprobs_last_n | None: ...
 
 Global___SampleRequest: _TypeAlias = SampleRequest  # noqa: Y015
 
@@ -368,6 +410,11 @@ class SampleResponse(_message.Message):
 
     DELTAS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_CACHE_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_cache_hit_tokens: _builtins.int
+    """Of the prompt's tokens those that were in a cache and not computed again; only in the first
+    message.
+    """
     @_builtins.property
     def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]:
         """New tokens, grouped by sequence."""
@@ -381,10 +428,11 @@ class SampleResponse(_message.Message):
         *,
         deltas: _abc.Iterable[Global___SequenceDelta] | None = ...,
         prompt_logprobs: Global___PromptLogprobs | None = ...,
+        prompt_cache_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "prompt_cache_hit_tokens", b"prompt_cache_hit_tokens", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,6 +448,8 @@ class SequenceDelta(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     STOP_REASON_FIELD_NUMBER: _builtins.int
+    TOPK_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOPK_LOGPROBS_FIELD_NUMBER: _builtins.int
     sequence_index: _builtins.int
     """Which sequence, from 0 to num_samples - 1."""
     stop_reason: Global___StopReason.ValueType
@@ -414,6 +464,16 @@ class SequenceDelta(_message.Message):
         and top_p applied. At temperature 0 they are those at temperature 1.
         """
 
+    @_builtins.property
+    def topk_token_ids(self) -> _types_pb2.Tensor:
+        """Integer (n, k): the most likely tokens under the same distributions, best first. Where fewer than
+        k can be drawn, 0. Only with `topk_sample_logprobs`.
+        """
+
+    @_builtins.property
+    def topk_logprobs(self) -> _types_pb2.Tensor:
+        """Float (n, k): their logprobs; where fewer than k can be drawn, NaN."""
+
     def __init__(
         self,
         *,
@@ -421,10 +481,12 @@ class SequenceDelta(_message.Message):
         tokens: _types_pb2.Tensor | None = ...,
         logprobs: _types_pb2.Tensor | None = ...,
         stop_reason: Global___StopReason.ValueType = ...,
+        topk_token_ids: _types_pb2.Tensor | None = ...,
+        topk_logprobs: _types_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "tokens", b"tokens", "topk_logprobs", b"topk_logprobs", "topk_token_ids", b"topk_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "sequence_index", b"sequence_index", "stop_reason", b"stop_reason", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "sequence_index", b"sequence_index", "stop_reason", b"stop_reason", "tokens", b"tokens", "topk_logprobs", b"topk_logprobs", "topk_token_ids", b"topk_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -432,24 +494,46 @@ Global___SequenceDelta: _TypeAlias = SequenceDelta  # noqa: Y015
 
 @_typing.final
 class PromptLogprobs(_message.Message):
-    """Logprobs of a prompt of P tokens, at temperature 1."""
+    """Logprobs of a prompt of P tokens, at temperature 1. Each part is there only when asked for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOPK_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOPK_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TARGET_LOGPROBS_FIELD_NUMBER: _builtins.int
+    ALT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ALT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logprobs(self) -> _types_pb2.Tensor:
-        """Float (P,); position 0 is NaN, since nothing predicts it."""
+        """Float (P,); position 0 is NaN, since nothing predicts it, and so are those before
+        `prompt_logprobs_last_n`.
+        """
 
     @_builtins.property
     def topk_token_ids(self) -> _types_pb2.Tensor:
-        """Integer (P, k): the most likely tokens, best first. Row 0 is 0. Only with top-k."""
+        """Integer (P, k): the most likely tokens, best first. Rows without any are 0. Only with top-k."""
 
     @_builtins.property
     def topk_logprobs(self) -> _types_pb2.Tensor:
-        """Float (P, k): their logprobs. Row 0 is NaN. Only with top-k."""
+        """Float (P, k): their logprobs. Rows without any are NaN. Only with top-k."""
+
+    @_builtins.property
+    def target_logprobs(self) -> _types_pb2.Tensor:
+        """Float (P - 1, K): logprobs of `target_prompt_logprobs`; 0 where that is -1."""
+
+    @_builtins.property
+    def alt_token_ids(self) -> _types_pb2.Tensor:
+        """Integer (P - 1, k): tokens drawn at each position but the first, row i at position i + 1:
+        independently, with replacement, at the request's temperature, from all tokens (`top_k` and
+        `top_p` do not count). At temperature 0 the most likely one. Only with `prompt_alt_tokens_k`.
+        """
+
+    @_builtins.property
+    def alt_logprobs(self) -> _types_pb2.Tensor:
+        """Float (P - 1, k): their logprobs under the distribution that they were drawn from; at temperature
+        0 those at temperature 1.
+        """
 
     def __init__(
         self,
@@ -457,10 +541,13 @@ class PromptLogprobs(_message.Message):
         logprobs: _types_pb2.Tensor | None = ...,
         topk_token_ids: _types_pb2.Tensor | None = ...,
         topk_logprobs: _types_pb2.Tensor | None = ...,
+        target_logprobs: _types_pb2.Tensor | None = ...,
+        alt_token_ids: _types_pb2.Tensor | None = ...,
+        alt_logprobs: _types_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "topk_logprobs", b"topk_logprobs", "topk_token_ids", b"topk_token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alt_logprobs", b"alt_logprobs", "alt_token_ids", b"alt_token_ids", "logprobs", b"logprobs", "target_logprobs", b"target_logprobs", "topk_logprobs", b"topk_logprobs", "topk_token_ids", b"topk_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "topk_logprobs", b"topk_logprobs", "topk_token_ids", b"topk_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alt_logprobs", b"alt_logprobs", "alt_token_ids", b"alt_token_ids", "logprobs", b"logprobs", "target_logprobs", b"target_logprobs", "topk_logprobs", b"topk_logprobs", "topk_token_ids", b"topk_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,6 +565,7 @@ class ComputeLogprobsRequest(_message.Message):
     TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_LAST_N_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model. May be empty when there is one, or with `checkpoint_path`."""
     checkpoint_path: _builtins.str
@@ -491,6 +579,8 @@ class ComputeLogprobsRequest(_message.Message):
     overwritten is served as it was while this server has it in memory, and is CHECKPOINT_REPLACED
     then; it never is what replaced it. Empty: whatever the name means when the call comes.
     """
+    prompt_logprobs_last_n: _builtins.int
+    """Only the last so many positions: from 1 to the prompt's length less 1. Unset: all."""
     @_builtins.property
     def prompt(self) -> _types_pb2.ModelInput:
         """The prompt, at least one token."""
@@ -504,12 +594,15 @@ class ComputeLogprobsRequest(_message.Message):
         topk_prompt_logprobs: _builtins.int = ...,
         tensor_format: _types_pb2.TensorFormat.ValueType = ...,
         checkpoint_digest: _builtins.bytes = ...,
+        prompt_logprobs_last_n: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs_last_n", b"_prompt_logprobs_last_n", "prompt", b"prompt", "prompt_logprobs_last_n", b"prompt_logprobs_last_n"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "prompt", b"prompt", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs_last_n", b"_prompt_logprobs_last_n", "base_model", b"base_model", "checkpoint_digest", b"checkpoint_digest", "checkpoint_path", b"checkpoint_path", "prompt", b"prompt", "prompt_logprobs_last_n", b"prompt_logprobs_last_n", "tensor_format", b"tensor_format", "topk_prompt_logprobs", b"topk_prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__prompt_logprobs_last_n: _TypeAlias = _typing.Literal["prompt_logprobs_last_n"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs_last_n: _TypeAlias = _typing.Literal["_prompt_logprobs_last_n", b"_prompt_logprobs_last_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs_last_n) -> _WhichOneofReturnType__prompt_logprobs_last_n | None: ...
 
 Global___ComputeLogprobsRequest: _TypeAlias = ComputeLogprobsRequest  # noqa: Y015
 
@@ -520,6 +613,9 @@ class ComputeLogprobsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_CACHE_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_cache_hit_tokens: _builtins.int
+    """Of the prompt's tokens those that were in a cache and not computed again."""
     @_builtins.property
     def prompt_logprobs(self) -> Global___PromptLogprobs:
         """The prompt's logprobs."""
@@ -528,10 +624,11 @@ class ComputeLogprobsResponse(_message.Message):
         self,
         *,
         prompt_logprobs: Global___PromptLogprobs | None = ...,
+        prompt_cache_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_cache_hit_tokens", b"prompt_cache_hit_tokens", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,10 +76,12 @@ class SamplerServiceServicer:
 
     def Sample(self, request, context):
         """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
-        With a seed, the same request gives the same samples, whatever else is running.
+        With a seed, the same request gives the same samples, whatever else is running: bit for bit where
+        `batch_invariant` says so, else as far as rounding lets it.
         Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
         fewer and larger messages.
-        Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
+        Errors: INVALID_ARGUMENT naming the field; where prompt and `max_tokens` are more than the context
+        its metadata have both numbers, `value` and `allowed`; NOT_FOUND (CHECKPOINT_NOT_FOUND,
         BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
         CHECKPOINT_REPLACED);
         RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).

@@ -41,10 +41,12 @@ class SamplerServiceStub:
     """Says which base model is served and every limit. No method-specific errors."""
     Sample: _grpc.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]
     """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
-    With a seed, the same request gives the same samples, whatever else is running.
+    With a seed, the same request gives the same samples, whatever else is running: bit for bit where
+    `batch_invariant` says so, else as far as rounding lets it.
     Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
     fewer and larger messages.
-    Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
+    Errors: INVALID_ARGUMENT naming the field; where prompt and `max_tokens` are more than the context
+    its metadata have both numbers, `value` and `allowed`; NOT_FOUND (CHECKPOINT_NOT_FOUND,
     BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
     CHECKPOINT_REPLACED);
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).
@@ -70,10 +72,12 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     """Says which base model is served and every limit. No method-specific errors."""
     Sample: _aio.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]  # type: ignore[assignment]
     """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
-    With a seed, the same request gives the same samples, whatever else is running.
+    With a seed, the same request gives the same samples, whatever else is running: bit for bit where
+    `batch_invariant` says so, else as far as rounding lets it.
     Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
     fewer and larger messages.
-    Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
+    Errors: INVALID_ARGUMENT naming the field; where prompt and `max_tokens` are more than the context
+    its metadata have both numbers, `value` and `allowed`; NOT_FOUND (CHECKPOINT_NOT_FOUND,
     BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
     CHECKPOINT_REPLACED);
     RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).
@@ -108,10 +112,12 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sampler_service_pb2.SampleResponse], _abc.AsyncIterator[_sampler_service_pb2.SampleResponse]]:
         """Samples `num_samples` continuations of a prompt and streams tokens as they are made.
-        With a seed, the same request gives the same samples, whatever else is running.
+        With a seed, the same request gives the same samples, whatever else is running: bit for bit where
+        `batch_invariant` says so, else as far as rounding lets it.
         Cancelling the call stops the work. A slow reader does not: what is made waits for it, and comes in
         fewer and larger messages.
-        Errors: INVALID_ARGUMENT naming the field; NOT_FOUND (CHECKPOINT_NOT_FOUND,
+        Errors: INVALID_ARGUMENT naming the field; where prompt and `max_tokens` are more than the context
+        its metadata have both numbers, `value` and `allowed`; NOT_FOUND (CHECKPOINT_NOT_FOUND,
         BASE_MODEL_NOT_FOUND); FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT,
         CHECKPOINT_REPLACED);
         RESOURCE_EXHAUSTED (QUEUE_FULL); DATA_LOSS (CHECKPOINT_CORRUPT).

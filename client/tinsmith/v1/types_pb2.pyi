@@ -89,6 +89,8 @@ class _EngineEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Engine.ValueTy
     """Trains in one process, as a plain loop does: what others are compared with."""
     ENGINE_TRANSFORMERS: _Engine.ValueType  # 3
     """Samples, with transformers."""
+    ENGINE_VLLM: _Engine.ValueType  # 4
+    """Samples, with vLLM."""
 
 class Engine(_Engine, metaclass=_EngineEnumTypeWrapper):
     """What computes."""
@@ -101,6 +103,8 @@ ENGINE_REFERENCE: Engine.ValueType  # 2
 """Trains in one process, as a plain loop does: what others are compared with."""
 ENGINE_TRANSFORMERS: Engine.ValueType  # 3
 """Samples, with transformers."""
+ENGINE_VLLM: Engine.ValueType  # 4
+"""Samples, with vLLM."""
 Global___Engine: _TypeAlias = Engine  # noqa: Y015
 
 class _CheckpointKind:

@@ -55,7 +55,10 @@ class SamplerConfig(ServerConfig):
     stop_characters_max: Count = 1024
     """Characters of one stop string."""
     topk_max: Count = 64
-    """Likeliest tokens that a call may ask for at each position of a prompt."""
+    """Tokens that a call may ask for at each position: likeliest ones, and drawn ones."""
+    alternatives_max: Count = 2 * 1024 * 1024
+    """Alternatives of one call at all positions of its prompt and its samples together: bounds the
+    memory of its answer, 8 bytes each."""
     concurrent_calls_max: Positive = 4096
     """Calls under way at once, waiting ones included; more are RESOURCE_EXHAUSTED. Health's `Check`
     is not counted."""

@@ -4,17 +4,21 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tinsmith.v1 import sampler_service_pb2 as pb
-from tinsmithd.convert.tensors import array_to_pb, check_format
+from tinsmithd.convert.tensors import array_from_pb, check_format, write_array
 from tinsmithd.convert.types import check_count, tokens_from_pb
 from tinsmithd.domain import (
     RANGE,
+    AltTokens,
+    Output,
     PromptScores,
     SampledTokens,
     SampleRequest,
     SamplingParams,
     StopReason,
+    TopKLogprobs,
 )
 from tinsmithd.errors import InvalidArgument
 
@@ -24,6 +28,8 @@ _STOP_REASONS = {
     StopReason.LENGTH: pb.STOP_REASON_LENGTH,
 }
 UNSET_MAX_TOKENS = -1
+INLINE_NUMBERS = 16_384
+"""Writing so many as plain numbers takes a millisecond."""
 _RANGED: Any = [field.name for field in fields(SamplingParams) if RANGE in field.metadata]
 
 
@@ -38,6 +44,10 @@ def sample_request_from_pb(
         params=_params_from_pb(message.sampling_params, stops_max),
         include_prompt_logprobs=message.include_prompt_logprobs,
         topk_prompt_logprobs=message.topk_prompt_logprobs,
+        prompt_logprobs_last_n=_last_n(message),
+        target_prompt_logprobs=_targets(message),
+        prompt_alt_tokens_k=message.prompt_alt_tokens_k,
+        topk_sample_logprobs=message.topk_sample_logprobs,
     )
 
 
@@ -52,7 +62,19 @@ def compute_request_from_pb(
         params=SamplingParams(max_tokens=0),
         include_prompt_logprobs=True,
         topk_prompt_logprobs=message.topk_prompt_logprobs,
+        prompt_logprobs_last_n=_last_n(message),
     )
+
+
+def _last_n(message: pb.SampleRequest | pb.ComputeLogprobsRequest) -> int | None:
+    asked = message.HasField("prompt_logprobs_last_n")
+    return message.prompt_logprobs_last_n if asked else None
+
+
+def _targets(message: pb.SampleRequest) -> NDArray[np.int64] | None:
+    if not message.HasField("target_prompt_logprobs"):
+        return None
+    return array_from_pb(message.target_prompt_logprobs, "target_prompt_logprobs", "int")
 
 
 def _params_from_pb(message: pb.SamplingParams, stops_max: int) -> SamplingParams:
@@ -74,22 +96,54 @@ def _params_from_pb(message: pb.SamplingParams, stops_max: int) -> SamplingParam
     )
 
 
-def scores_to_pb(scores: PromptScores, tensor_format: int) -> pb.PromptLogprobs:
-    """Write a prompt's scores."""
-    message = pb.PromptLogprobs()
-    if scores.logprobs is not None:
-        message.logprobs.CopyFrom(array_to_pb(scores.logprobs, tensor_format))
-    if scores.topk is not None:
-        message.topk_token_ids.CopyFrom(array_to_pb(scores.topk.token_ids, tensor_format))
-        message.topk_logprobs.CopyFrom(array_to_pb(scores.topk.logprobs, tensor_format))
+def output_to_pb(output: Output, tensor_format: int) -> pb.SampleResponse:
+    """Write some of what a request made."""
+    message = pb.SampleResponse(prompt_cache_hit_tokens=output.prompt_cache_hit_tokens)
+    for tokens in output.tokens:
+        _write_delta(message.deltas.add(), tokens, tensor_format)
+    if output.prompt_scores is not None:
+        _write_scores(message.prompt_logprobs, output.prompt_scores, tensor_format)
     return message
 
 
-def delta_to_pb(tokens: SampledTokens, tensor_format: int) -> pb.SequenceDelta:
-    """Write new tokens of one sequence."""
-    return pb.SequenceDelta(
-        sequence_index=tokens.sequence_index,
-        tokens=array_to_pb(np.array(tokens.tokens, np.int64), tensor_format),
-        logprobs=array_to_pb(np.array(tokens.logprobs, np.float32), tensor_format),
-        stop_reason=_STOP_REASONS[tokens.stop_reason],
-    )
+def is_long(output: Output) -> bool:
+    """Whether writing it takes so long that nothing else should wait for it."""
+    if output.prompt_scores is not None:
+        return True
+    numbers = sum(2 * len(made.tokens) + _size(made.topk) for made in output.tokens)
+    return numbers > INLINE_NUMBERS
+
+
+def _size(topk: TopKLogprobs | None) -> int:
+    return 0 if topk is None else 2 * topk.logprobs.size
+
+
+def _write_scores(message: pb.PromptLogprobs, scores: PromptScores, tensor_format: int) -> None:
+    message.SetInParent()
+    for tensor, array in (("logprobs", scores.logprobs), ("target_logprobs", scores.targets)):
+        if array is not None:
+            write_array(getattr(message, tensor), array, tensor_format)
+    for prefix, table in (("topk", scores.topk), ("alt", scores.alt_tokens)):
+        if table is not None:
+            _write_table(message, prefix, table, tensor_format)
+
+
+def _write_delta(message: pb.SequenceDelta, made: SampledTokens, tensor_format: int) -> None:
+    message.sequence_index = made.sequence_index
+    message.stop_reason = _STOP_REASONS[made.stop_reason]
+    write_array(message.tokens, np.array(made.tokens, np.int64), tensor_format)
+    write_array(message.logprobs, np.array(made.logprobs, np.float32), tensor_format)
+    if made.topk is not None:
+        _write_table(message, "topk", made.topk, tensor_format)
+
+
+def _write_table(
+    message: pb.PromptLogprobs | pb.SequenceDelta,
+    prefix: str,
+    table: TopKLogprobs | AltTokens,
+    tensor_format: int,
+) -> None:
+    # Half the bytes: a vocabulary has fewer than 2^31 tokens, and such tables are large.
+    ids = table.token_ids.astype(np.int32)
+    write_array(getattr(message, f"{prefix}_token_ids"), ids, tensor_format)
+    write_array(getattr(message, f"{prefix}_logprobs"), table.logprobs, tensor_format)

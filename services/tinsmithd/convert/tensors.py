@@ -49,9 +49,9 @@ def array_from_pb(message: pb.Tensor, field: str, kind: Literal["float", "int"])
     return floats
 
 
-def array_to_pb(array: NDArray[Any], tensor_format: int) -> pb.Tensor:
-    """Write an array in the format that the caller asked for."""
-    return tensors.encode(array, plain=tensor_format == pb.TENSOR_FORMAT_PLAIN)
+def write_array(message: pb.Tensor, array: NDArray[Any], tensor_format: int) -> None:
+    """Write an array into an empty message, in the format that the caller asked for."""
+    tensors.write(message, array, plain=tensor_format == pb.TENSOR_FORMAT_PLAIN)
 
 
 def check_format(value: int, field: str) -> None:

@@ -48,6 +48,7 @@ _ENGINES: Mapping[str, pb.Engine.ValueType] = {
     "deepspeed": pb.ENGINE_DEEPSPEED,
     "reference": pb.ENGINE_REFERENCE,
     "transformers": pb.ENGINE_TRANSFORMERS,
+    "vllm": pb.ENGINE_VLLM,
 }
 
 

@@ -33,6 +33,7 @@ class SamplerServicer(SamplerServiceServicer):
             config.stop_characters_max,
             config.topk_max,
             config.sample_tokens_max,
+            config.alternatives_max,
         )
 
     def _ready(self, base_model: str) -> Admission:
@@ -71,13 +72,10 @@ class SamplerServicer(SamplerServiceServicer):
         wanted = self._check(admission, asked)
         async with self._run(admission, wanted, request) as outputs:
             async for output in outputs:
-                response = pb.SampleResponse(
-                    deltas=[convert.delta_to_pb(tokens, form) for tokens in output.tokens]
-                )
-                if output.prompt_scores is not None:
-                    scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
-                    response.prompt_logprobs.CopyFrom(scores)
-                yield response
+                if convert.is_long(output):
+                    yield await off_loop(convert.output_to_pb, output, form)
+                else:
+                    yield convert.output_to_pb(output, form)
 
     async def ComputeLogprobs(
         self, request: pb.ComputeLogprobsRequest, context: Any
@@ -90,9 +88,9 @@ class SamplerServicer(SamplerServiceServicer):
         response = pb.ComputeLogprobsResponse()
         async with self._run(admission, wanted, request) as outputs:
             async for output in outputs:
-                assert output.prompt_scores is not None
-                scores = await off_loop(convert.scores_to_pb, output.prompt_scores, form)
-                response.prompt_logprobs.CopyFrom(scores)
+                made = await off_loop(convert.output_to_pb, output, form)
+                response.prompt_cache_hit_tokens += made.prompt_cache_hit_tokens
+                response.prompt_logprobs.MergeFrom(made.prompt_logprobs)
         return response
 
     async def GetTokenizer(  # type: ignore[override]  # grpc.aio's form of the method

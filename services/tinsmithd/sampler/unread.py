@@ -1,8 +1,9 @@
 """What a request has made and its reader has not taken yet.
 
-The engine never waits for a reader: what it makes is put in at once. It is kept in two flat arrays
-per sequence, so that a call whose reader takes nothing costs 16 bytes per token, and
-`sample_tokens_max` bounds the number of tokens. A reader that comes late gets all of it at once.
+The engine never waits for a reader: what it makes is put in at once. It is kept in flat arrays per
+sequence, so that a call whose reader takes nothing costs 16 bytes per token, of which
+`sample_tokens_max` bounds the number, and 8 per alternative, which `alternatives_max` bounds. A
+reader that comes late gets all of it at once.
 """
 
 import asyncio
@@ -10,7 +11,9 @@ from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from tinsmithd.domain import Output, PromptScores, SampledTokens, StopReason
+import numpy as np
+
+from tinsmithd.domain import Output, PromptScores, SampledTokens, StopReason, TopKLogprobs
 
 
 @dataclass
@@ -19,7 +22,31 @@ class _Tokens:
 
     tokens: "array[int]" = field(default_factory=lambda: array("q"))
     logprobs: "array[float]" = field(default_factory=lambda: array("d"))
+    topk_k: int = 0
+    topk_token_ids: "array[int]" = field(default_factory=lambda: array("i"))
+    topk_logprobs: "array[float]" = field(default_factory=lambda: array("f"))
     stop_reason: StopReason | None = None
+
+    def add(self, made: SampledTokens) -> None:
+        """Take more of them."""
+        self.tokens.extend(made.tokens)
+        self.logprobs.extend(made.logprobs)
+        self.stop_reason = made.stop_reason
+        if made.topk is not None:
+            self.topk_k = made.topk.token_ids.shape[1]
+            self.topk_token_ids.frombytes(made.topk.token_ids.astype(np.int32).tobytes())
+            self.topk_logprobs.frombytes(made.topk.logprobs.astype(np.float32).tobytes())
+
+    def as_sampled(self, index: int) -> SampledTokens:
+        """All of them, as those of the sequence with this index."""
+        topk = None
+        if self.topk_k:
+            topk = TopKLogprobs(
+                np.array(self.topk_token_ids, np.int64).reshape(-1, self.topk_k),
+                np.array(self.topk_logprobs, np.float32).reshape(-1, self.topk_k),
+            )
+        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
+        return SampledTokens(index, tokens, logprobs, self.stop_reason, topk)
 
 
 class Unread:
@@ -27,6 +54,7 @@ class Unread:
 
     def __init__(self) -> None:
         self._scores: PromptScores | None = None
+        self._cache_hits = 0
         self._sequences: dict[int, _Tokens] = {}
         self._error: Exception | None = None
         self._ended = False
@@ -37,11 +65,9 @@ class Unread:
         """Add what was made."""
         if output.prompt_scores is not None:
             self._scores = output.prompt_scores
+        self._cache_hits += output.prompt_cache_hit_tokens
         for made in output.tokens:
-            unread = self._sequences.setdefault(made.sequence_index, _Tokens())
-            unread.tokens.extend(made.tokens)
-            unread.logprobs.extend(made.logprobs)
-            unread.stop_reason = made.stop_reason
+            self._sequences.setdefault(made.sequence_index, _Tokens()).add(made)
         self._changed.set()
 
     def end(self, error: Exception | None = None) -> None:
@@ -65,10 +91,11 @@ class Unread:
             self._changed.clear()
             if self._scores is not None:
                 scores, self._scores = self._scores, None
-                yield Output(prompt_scores=scores)
+                yield Output(prompt_scores=scores, prompt_cache_hit_tokens=self._hits())
             if self._sequences:
                 sequences, self._sequences = self._sequences, {}
-                yield Output(tokens=[_sampled(i, made) for i, made in sequences.items()])
+                tokens = [made.as_sampled(index) for index, made in sequences.items()]
+                yield Output(tokens=tokens, prompt_cache_hit_tokens=self._hits())
             if self._ended:
                 if self._scores or self._sequences:  # more came while the last was being read
                     self._changed.set()
@@ -77,6 +104,10 @@ class Unread:
                     raise self._error
                 return
             await self._gather(pause_s())
+
+    def _hits(self) -> int:
+        hits, self._cache_hits = self._cache_hits, 0
+        return hits
 
     async def _gather(self, pause_s: float) -> None:
         """Wait so long, or until the end."""
@@ -92,7 +123,3 @@ class Unread:
 def _end_pause(pause: "asyncio.Future[None]") -> None:
     if not pause.done():
         pause.set_result(None)
-
-
-def _sampled(index: int, made: _Tokens) -> SampledTokens:
-    return SampledTokens(index, made.tokens.tolist(), made.logprobs.tolist(), made.stop_reason)

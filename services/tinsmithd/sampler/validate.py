@@ -18,6 +18,7 @@ class RequestLimits:
     stop_characters_max: int
     topk_max: int
     sample_tokens_max: int
+    alternatives_max: int
 
 
 def check_request(
@@ -32,20 +33,10 @@ def check_request(
     """
     _check_prompt(request.prompt, info)
     _check_range("num_samples", request.num_samples, 1, limits.num_samples_max, "num_samples_max")
-    topk_max = min(limits.topk_max, info.vocab_size)
-    topk = request.topk_prompt_logprobs
-    _check_range("topk_prompt_logprobs", topk, 0, topk_max, "topk_max")
+    _check_last_n(request)
     _check_params(request.params, info, limits)
-    room = info.context_length - len(request.prompt)
-    max_tokens = request.params.max_tokens
-    if max_tokens != 0:
-        if room < 1:
-            message = f"{len(request.prompt)} tokens leave no room in {info.context_length}"
-            raise _too_long("prompt", message, len(request.prompt))
-        if max_tokens > room:
-            message = f"{max_tokens} tokens do not fit: the prompt leaves room for {room}"
-            raise _too_long("sampling_params.max_tokens", message, max_tokens)
-    length = len(request.prompt) + (room if max_tokens < 0 else max_tokens)
+    max_tokens = _length(request, info)
+    length = len(request.prompt) + max_tokens
     if request.num_samples * length > limits.sample_tokens_max:
         most = limits.sample_tokens_max
         raise InvalidArgument(
@@ -56,29 +47,92 @@ def check_request(
             metadata={
                 "limit": "sample_tokens_max",
                 "value": str(request.num_samples * length),
+                "allowed": str(most),
             },
         )
+    _check_alternatives(request, max_tokens, info, limits)
     seed = request.params.seed
     params = replace(
         request.params,
-        max_tokens=room if max_tokens < 0 else max_tokens,
+        max_tokens=max_tokens,
         seed=secrets.randbits(63) if seed is None else seed,
     )
     return replace(request, params=params)
 
 
+def _length(request: SampleRequest, info: BaseModelInfo) -> int:
+    """How many tokens a sequence may have; with the prompt they must fit into the context."""
+    asked, prompt, context = request.params.max_tokens, len(request.prompt), info.context_length
+    if asked == 0:
+        return 0
+    total = prompt + max(asked, 1)
+    if total > context:
+        field = "sampling_params.max_tokens" if prompt < context else "prompt"
+        text = f"prompt of {prompt} and max_tokens of {max(asked, 1)} are {total} tokens"
+        raise _too_long(field, f"{text}, context_length is {context}", total, context)
+    return context - prompt if asked < 0 else asked
+
+
 def _check_prompt(prompt: np.ndarray, info: BaseModelInfo) -> None:
     if len(prompt) > info.context_length:
         message = f"{len(prompt)} tokens, context_length is {info.context_length}"
-        raise _too_long("prompt", message, len(prompt))
-    outside = (prompt < 0) | (prompt >= info.vocab_size)
+        raise _too_long("prompt", message, len(prompt), info.context_length)
+    _check_tokens("prompt", prompt, 0, info)
+
+
+def _check_tokens(field: str, tokens: np.ndarray, low: int, info: BaseModelInfo) -> None:
+    outside = (tokens < low) | (tokens >= info.vocab_size)
     if outside.any():
-        at = int(np.argmax(outside))
+        at = np.unravel_index(np.argmax(outside), outside.shape)
+        place = ", ".join(str(int(index)) for index in at)
         raise InvalidArgument(
-            "prompt",
-            f"token {prompt[at]} at [{at}] is not in [0, {info.vocab_size})",
+            field,
+            f"token {tokens[at]} at [{place}] is not in [{low}, {info.vocab_size})",
             Reason.TOKEN_OUT_OF_RANGE,
         )
+
+
+def _check_last_n(request: SampleRequest) -> None:
+    last_n = request.prompt_logprobs_last_n
+    if last_n is None:
+        return
+    field, most = "prompt_logprobs_last_n", len(request.prompt) - 1
+    if not request.include_prompt_logprobs:
+        text = f"needed by {field}"
+        raise InvalidArgument("include_prompt_logprobs", text, Reason.MISSING_FIELD)
+    if not 1 <= last_n <= most:
+        text = f"{last_n} is not in 1..{most}, the prompt has {most + 1} tokens"
+        raise InvalidArgument(field, text)
+
+
+def _check_alternatives(
+    request: SampleRequest, max_tokens: int, info: BaseModelInfo, limits: RequestLimits
+) -> None:
+    """Refuse too many alternatives: at a position, or in all."""
+    topk_max = min(limits.topk_max, info.vocab_size)
+    length, made = len(request.prompt), request.num_samples * max_tokens
+    targets, total = request.target_prompt_logprobs, 0
+    if targets is not None:
+        _check_targets(targets, length, info)
+    for field, each, positions, most in (
+        ("topk_prompt_logprobs", request.topk_prompt_logprobs, length, topk_max),
+        ("prompt_alt_tokens_k", request.prompt_alt_tokens_k, length, limits.topk_max),
+        ("topk_sample_logprobs", request.topk_sample_logprobs, made, topk_max),
+        ("target_prompt_logprobs", 0 if targets is None else targets.shape[1], length, None),
+    ):
+        if most is not None:
+            _check_range(field, each, 0, most, "topk_max")
+        total += each * positions
+        if total > limits.alternatives_max:
+            raise over_limit(field, "alternatives_max", total, limits.alternatives_max)
+
+
+def _check_targets(targets: np.ndarray, length: int, info: BaseModelInfo) -> None:
+    field = "target_prompt_logprobs"
+    if targets.ndim != 2 or len(targets) != length - 1 or not targets.shape[1]:
+        text = f"shape {list(targets.shape)}, expected [{length - 1}, K] with K at least 1"
+        raise InvalidArgument(field, text, Reason.INVALID_SHAPE)
+    _check_tokens(field, targets, -1, info)
 
 
 def _check_params(params: SamplingParams, info: BaseModelInfo, limits: RequestLimits) -> None:
@@ -113,6 +167,6 @@ def _check_range(field: str, value: int, low: int, high: int, limit: str) -> Non
         raise InvalidArgument(field, f"{value} is not in {low}..{high}")
 
 
-def _too_long(field: str, message: str, value: int) -> InvalidArgument:
-    metadata = {"limit": "context_length", "value": str(value)}
+def _too_long(field: str, message: str, value: int, allowed: int) -> InvalidArgument:
+    metadata = {"limit": "context_length", "value": str(value), "allowed": str(allowed)}
     return InvalidArgument(field, message, Reason.LIMIT_EXCEEDED, metadata=metadata)

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
-from tinsmithd.convert.tensors import array_from_pb, array_to_pb
+from tinsmithd.convert.tensors import array_from_pb, write_array
 from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.rpc.intake import INLINE_BYTES, off_loop
 from tinsmithd.training.call import Answer, CallKind
@@ -114,5 +114,7 @@ def _read_output(output: pb.DatumOutput, packed: bytes, tensor_format: int) -> N
     output.MergeFromString(packed)
     if tensor_format == types_pb2.TENSOR_FORMAT_PLAIN:
         for name in output.loss_fn_outputs:
-            array = array_from_pb(output.loss_fn_outputs[name], name, "float")
-            output.loss_fn_outputs[name].CopyFrom(array_to_pb(array, tensor_format))
+            tensor = output.loss_fn_outputs[name]
+            array = array_from_pb(tensor, name, "float")
+            tensor.Clear()
+            write_array(tensor, array, tensor_format)

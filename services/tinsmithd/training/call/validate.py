@@ -20,7 +20,11 @@ def check_datum(
             f"{field}.model_input",
             f"{count} tokens, context_length is {info.context_length}",
             Reason.LIMIT_EXCEEDED,
-            metadata={"limit": "context_length", "value": str(count)},
+            metadata={
+                "limit": "context_length",
+                "value": str(count),
+                "allowed": str(info.context_length),
+            },
         )
     check_tokens(f"{field}.model_input", datum.tokens, info.vocab_size)
     for name in sorted(datum.loss_fn_inputs):
@@ -60,7 +64,11 @@ def _check_targets(
             field,
             f"{targets.shape[1]} targets per position, expected 1 to {targets_max}",
             Reason.LIMIT_EXCEEDED,
-            metadata={"limit": "targets_per_position_max", "value": str(targets.shape[1])},
+            metadata={
+                "limit": "targets_per_position_max",
+                "value": str(targets.shape[1]),
+                "allowed": str(targets_max),
+            },
         )
 
 
