@@ -40,9 +40,13 @@ def error_in(failed: Failed) -> TinsmithError:
 
 
 def limit_values(limits: Message) -> dict[str, float]:
-    """Every limit that a service names, spans of time in seconds; what is unsaid is 0."""
+    """Every limit that a service names, spans of time in seconds; what is unsaid is 0.
+
+    Those that are not enforced any more are left out.
+    """
     return {
         field.name: value if field.message_type is None else value.ToNanoseconds() / 1e9
         for field in limits.DESCRIPTOR.fields
+        if not field.GetOptions().deprecated
         for value in [getattr(limits, field.name)]
     }

@@ -19,6 +19,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _StopReason:
@@ -133,6 +138,8 @@ class SamplerLimits(_message.Message):
     ADAPTERS_MAX_FIELD_NUMBER: _builtins.int
     ADAPTER_BYTES_MAX_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_MAX_FIELD_NUMBER: _builtins.int
+    ADAPTERS_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     message_items_max: _builtins.int
@@ -167,14 +174,28 @@ class SamplerLimits(_message.Message):
     """Calls that are worked on at once."""
     waiting_max: _builtins.int
     """Calls that may wait behind those."""
-    adapters_max: _builtins.int
-    """Adapters held in memory at once."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def adapters_max(self) -> _builtins.int:
+        """Not enforced any more, and 0: `adapters_bytes_max` bounds adapters."""
+
+    @adapters_max.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def adapters_max(self, value: _builtins.int) -> None:
+        """Not enforced any more, and 0: `adapters_bytes_max` bounds adapters."""
+
     adapter_bytes_max: _builtins.int
     """Largest checkpoint that is served, bytes."""
     alternatives_max: _builtins.int
     """Most alternatives of one call: prompt tokens times `topk_prompt_logprobs`, the columns of
     `target_prompt_logprobs` and `prompt_alt_tokens_k` together, and `num_samples` times `max_tokens`
     times `topk_sample_logprobs`.
+    """
+    adapters_bytes_max: _builtins.int
+    """Bytes of the adapters that are held in memory at once; a larger one is refused."""
+    kv_cache_bytes_max: _builtins.int
+    """Bytes of keys and values that the sequences under way may have; a call that alone needs more is
+    refused.
     """
     @_builtins.property
     def stream_stall(self) -> _duration_pb2.Duration:
@@ -202,10 +223,12 @@ class SamplerLimits(_message.Message):
         adapters_max: _builtins.int = ...,
         adapter_bytes_max: _builtins.int = ...,
         alternatives_max: _builtins.int = ...,
+        adapters_bytes_max: _builtins.int = ...,
+        kv_cache_bytes_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stream_stall", b"stream_stall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_max", b"adapters_max", "alternatives_max", b"alternatives_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall", b"stream_stall", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_bytes_max", b"adapters_bytes_max", "adapters_max", b"adapters_max", "alternatives_max", b"alternatives_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "kv_cache_bytes_max", b"kv_cache_bytes_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall", b"stream_stall", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,6 +58,7 @@ class SamplerServicer(SamplerServiceServicer):
         )
         if self.admission is not None:
             response.base_models.append(base_model_to_pb(self.admission.info))
+            response.batch_invariant = self.admission.traits.batch_invariant
         return response
 
     async def Sample(  # type: ignore[override]  # grpc.aio's form of the method
