@@ -11,10 +11,8 @@ from tinsmith.types.inputs import Datum, ModelInput, SamplingParams, check_datum
 from tinsmith.types.outputs import (
     Checkpoint,
     ForwardBackwardOutput,
-    SampledTokens,
-    StopReason,
-    TopkLogprobs,
 )
+from tinsmith.types.samples import SampledTokens, StopReason
 from tinsmith.types.tensor import Like, as_like, from_any
 from tinsmith.v1 import (
     checkpoint_service_pb2,
@@ -34,7 +32,7 @@ servers limit the items of one message (`message_items_max`)."""
 
 ComputeRequest = training_service_pb2.ForwardRequest | training_service_pb2.ForwardBackwardRequest
 
-_STOP_REASONS: Mapping[int, StopReason] = {
+STOP_REASONS: Mapping[int, StopReason] = {
     sampler_service_pb2.STOP_REASON_STOP: "stop",
     sampler_service_pb2.STOP_REASON_LENGTH: "length",
 }
@@ -149,16 +147,7 @@ def delta_from_pb(delta: sampler_service_pb2.SequenceDelta) -> SampledTokens:
         delta.sequence_index,
         [int(token) for token in tensors.decode(delta.tokens)],
         [float(logprob) for logprob in tensors.decode(delta.logprobs)],
-        _STOP_REASONS.get(delta.stop_reason),
-    )
-
-
-def topk_from_pb(scores: sampler_service_pb2.PromptLogprobs) -> TopkLogprobs | None:
-    """Read the most likely tokens of a prompt's positions, where they were asked for."""
-    if not scores.HasField("topk_token_ids"):
-        return None
-    return TopkLogprobs(
-        tensors.decode(scores.topk_token_ids).astype("int32"), tensors.decode(scores.topk_logprobs)
+        STOP_REASONS.get(delta.stop_reason),
     )
 
 

@@ -8,31 +8,25 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from tinsmith import _check, _loop, tensors
 from tinsmith._connection import CHECKPOINT, SAMPLER, Connection
-from tinsmith._convert import (
-    delta_from_pb,
-    model_input_to_pb,
-    sampling_params_to_pb,
-    topk_from_pb,
-)
+from tinsmith._convert import delta_from_pb, model_input_to_pb, sampling_params_to_pb
 from tinsmith._leases import is_ephemeral, new_lease_id
 from tinsmith._replicas import Work
+from tinsmith._samples import Samples
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
-from tinsmith.errors import DataLossError, unsupported
+from tinsmith.errors import DataLossError
 from tinsmith.futures import APIFuture, ClientFuture
 from tinsmith.types import (
     ModelInput,
-    SampledSequence,
     SampledTokens,
     SampleResponse,
     SamplingParams,
-    StopReason,
+    TensorData,
 )
-from tinsmith.types.outputs import nan_to_none
+from tinsmith.types.samples import nan_to_none
+from tinsmith.types.tensor import target_tokens
 from tinsmith.v1 import checkpoint_service_pb2
 from tinsmith.v1 import sampler_service_pb2 as pb
 
@@ -126,7 +120,7 @@ class SamplingClient:
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         topk_sample_logprobs: int = 0,
-        target_prompt_logprobs: Any = None,
+        target_prompt_logprobs: TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:
@@ -138,32 +132,38 @@ class SamplingClient:
             sampling_params: How to draw; None: the defaults.
             include_prompt_logprobs: Also return the prompt's logprobs, at temperature 1.
             topk_prompt_logprobs: Number of most likely tokens to return at each position, too.
-            topk_sample_logprobs: Not supported.
-            target_prompt_logprobs: Not supported.
-            prompt_alt_tokens_k: Not supported.
-            prompt_logprobs_last_n: Not supported.
+            topk_sample_logprobs: Number of most likely tokens to return with each sampled one.
+            target_prompt_logprobs: Tokens whose logprobs to return: int64 `(P - 1, K)`, dense or
+                sparse, as a TensorData. Row i is for prompt position i + 1; -1 is no token.
+            prompt_alt_tokens_k: Number of tokens to draw at each prompt position but the first, at
+                the temperature of `sampling_params`, from all tokens.
+            prompt_logprobs_last_n: Only the last so many positions of `include_prompt_logprobs`,
+                which must be set, and `topk_prompt_logprobs`; 1 to P - 1. None: all.
 
         Raises:
             InvalidArgumentError: At once for what the client can see, else from the future.
         """
-        for name, value in (
-            ("topk_sample_logprobs", topk_sample_logprobs),
-            ("target_prompt_logprobs", target_prompt_logprobs),
-            ("prompt_alt_tokens_k", prompt_alt_tokens_k),
-            ("prompt_logprobs_last_n", prompt_logprobs_last_n),
-        ):
-            if value:
-                raise unsupported(name, "is not supported")
         request = self._request(prompt, num_samples, sampling_params)
         request.include_prompt_logprobs = _check.flag(
             include_prompt_logprobs, "include_prompt_logprobs"
         )
-        request.topk_prompt_logprobs = _check.whole(
-            topk_prompt_logprobs, "topk_prompt_logprobs", 0, INT32_MAX
-        )
+        for name, count in (
+            ("topk_prompt_logprobs", topk_prompt_logprobs),
+            ("topk_sample_logprobs", topk_sample_logprobs),
+            ("prompt_alt_tokens_k", prompt_alt_tokens_k),
+        ):
+            setattr(request, name, _check.whole(count, name, 0, INT32_MAX))
+        if prompt_logprobs_last_n is not None:
+            if not request.include_prompt_logprobs:
+                why = "needed by prompt_logprobs_last_n"
+                raise _check.refuse("include_prompt_logprobs", why, "MISSING_FIELD")
+            request.prompt_logprobs_last_n = _last_n(prompt_logprobs_last_n)
+        if target_prompt_logprobs is not None:
+            targets = target_tokens(target_prompt_logprobs, "target_prompt_logprobs")
+            tensors.write(request.target_prompt_logprobs, targets)
 
         async def make(sampler: "SamplerServiceAsyncStub") -> SampleResponse:
-            samples = _Samples(request.num_samples)
+            samples = Samples(request.num_samples)
             async for response in sampler.Sample(request):
                 samples.add(response)
             return samples.result()
@@ -251,15 +251,21 @@ class SamplingClient:
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> APIFuture[list[float | None]]:
-        """Logprob of each prompt token given those before it; None at position 0."""
-        if prompt_logprobs_last_n is not None:
-            raise unsupported("prompt_logprobs_last_n", "is not supported")
+        """Logprob of each prompt token given those before it; None at position 0.
+
+        Args:
+            prompt: P tokens.
+            prompt_logprobs_last_n: Only the last so many, 1 to P - 1; the others are None. None:
+                all.
+        """
         request = pb.ComputeLogprobsRequest(
             base_model=self._base_model,
             checkpoint_path=self.model_path or "",
             checkpoint_digest=self._digest,
             prompt=model_input_to_pb(prompt, "prompt"),
         )
+        if prompt_logprobs_last_n is not None:
+            request.prompt_logprobs_last_n = _last_n(prompt_logprobs_last_n)
 
         async def make(sampler: "SamplerServiceAsyncStub") -> list[float | None]:
             response = await sampler.ComputeLogprobs(request)
@@ -289,6 +295,10 @@ def _rebuild(
     return SamplingClient(Connection(**settings), base_model, model_path, digest)
 
 
+def _last_n(count: object) -> int:
+    return _check.whole(count, "prompt_logprobs_last_n", 1, INT32_MAX)
+
+
 class _Given:
     """What was given out of one sequence, over all attempts of its stream."""
 
@@ -314,36 +324,3 @@ class _Given:
         ends = part.stop_reason is not None and not self._ended
         self._ended = self._ended or ends
         return replace(part, tokens=tokens, logprobs=logprobs) if tokens or ends else None
-
-
-class _Samples:
-    """Puts the pieces of a stream together."""
-
-    def __init__(self, num_samples: int) -> None:
-        self._tokens: list[list[int]] = [[] for _ in range(num_samples)]
-        self._logprobs: list[list[float]] = [[] for _ in self._tokens]
-        self._reasons: list[StopReason] = ["length" for _ in self._tokens]
-        self._scores: pb.PromptLogprobs | None = None
-
-    def add(self, response: pb.SampleResponse) -> None:
-        """Take the next piece in."""
-        if response.HasField("prompt_logprobs"):
-            self._scores = response.prompt_logprobs
-        for part in map(delta_from_pb, response.deltas):
-            self._tokens[part.sequence_index].extend(part.tokens)
-            self._logprobs[part.sequence_index].extend(part.logprobs)
-            if part.stop_reason is not None:
-                self._reasons[part.sequence_index] = part.stop_reason
-
-    def result(self) -> SampleResponse:
-        """The whole answer."""
-        sequences = [
-            SampledSequence(reason, np.array(tokens, np.int32), np.array(logprobs, np.float32))
-            for reason, tokens, logprobs in zip(
-                self._reasons, self._tokens, self._logprobs, strict=True
-            )
-        ]
-        if self._scores is None:
-            return SampleResponse(sequences)
-        logprobs = tensors.decode(self._scores.logprobs)
-        return SampleResponse(sequences, logprobs, topk_from_pb(self._scores))

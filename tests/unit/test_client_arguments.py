@@ -50,6 +50,8 @@ GOOD: dict[str, Any] = {
     **{"optim_params": ADAM, "name": "name", "path": "tinsmith://m/weights/a", "ttl_seconds": 3600},
     **{"overwrite": True, "user_metadata": {"key": "value"}, "prompt": PROMPT, "num_samples": 2},
     **{"sampling_params": types.SamplingParams(max_tokens=3), "include_prompt_logprobs": True},
+    **{"topk_sample_logprobs": 2, "prompt_alt_tokens_k": 2, "prompt_logprobs_last_n": 1},
+    **{"target_prompt_logprobs": types.TensorData([[1, -1], [2, 3]])},
     **{"topk_prompt_logprobs": 2, "base_model": "base", "rank": 4, "seed": 1, "train_mlp": True},
     **{"train_attn": True, "train_unembed": True, "model_id": "m", "training_run_id": "m"},
     **{"checkpoint_id": "weights/a", "limit": 1, "offset": 0, "tinker_path": "tinsmith://m/weights/a"},
@@ -57,8 +59,7 @@ GOOD: dict[str, Any] = {
 }  # fmt: skip
 UNSUPPORTED = {
     *("retry_config", "record_stability_info", "kind", "weights_access_token", "adam_params"),
-    *("loss_type_input", "topk_sample_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k"),
-    *("prompt_logprobs_last_n", "optimizer", "destination_project_id", "project_id", "status"),
+    *("loss_type_input", "optimizer", "destination_project_id", "project_id", "status"),
     *("detail", "access_scope", "args", "kwargs", "keep"),
 }
 BAD = [

@@ -27,8 +27,7 @@ from tinsmith import types
 PLAIN = (str, int, float, bool, type(None), datetime.datetime, Path)
 TOKENS = [5, 6, 7]
 LEFT_OUT = (
-    *("topk_sample_logprobs", "target_prompt_logprobs", "prompt_alt_tokens_k"),
-    *("prompt_logprobs_last_n", "weights_access_token", "adam_params", "loss_type_input"),
+    *("weights_access_token", "adam_params", "loss_type_input"),
     *("num_samples", "optimizer"),
 )
 """Parameters that stay at their defaults: not supported, or another name of one that is given."""
@@ -48,6 +47,8 @@ def example(hint: Any, name: str, kind: Callable[[Any], Any] = list) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if name in ("tokens", "tokens_np", "logprobs", "logprobs_np", "token_ids"):
         return kind([float(t) for t in TOKENS] if "logprobs" in name else list(TOKENS))
+    if name == "target_prompt_logprobs":
+        return types.TensorData([[1, 2], [3, -1]])
     if name in ("prompt_logprobs_np",):
         return np.array(TOKENS, np.float32)
     if name == "loss_fn_inputs":
@@ -186,7 +187,7 @@ def test_values_that_differ_are_not_equal() -> None:
 
     def response(value: float) -> types.SampleResponse:
         logprobs = np.array([np.nan, value], np.float32)
-        sequence = types.SampledSequence("stop", np.array([1]), np.array([-0.5]))
+        sequence = types.SampledSequence("stop", "id", np.array([1]), np.array([-0.5]))
         return types.SampleResponse([sequence], logprobs)
 
     assert response(1.0) == response(1.0)

@@ -37,17 +37,6 @@ def test_what_is_not_supported_says_so_by_name(name: str) -> None:
     assert refusal.value.field == name
 
 
-def test_sampling_options_that_are_not_supported_say_so_by_name() -> None:
-    """At once, before anything is sent."""
-    service = tinsmith.ServiceClient(base_url="127.0.0.1:1")
-    sampler = service.create_sampling_client(base_model="base").result(10)
-    prompt = tinsmith.ModelInput.from_ints([1])
-    for name in ("topk_sample_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
-        with pytest.raises(tinsmith.UnimplementedError) as refusal:
-            sampler.sample(prompt, 1, None, **{name: 1})
-        assert refusal.value.field == name
-
-
 def test_errors_survive_pickling() -> None:
     """They cross process pools."""
     for kind in (tinsmith.InvalidArgumentError, tinsmith.UnavailableError, tinsmith.InternalError):

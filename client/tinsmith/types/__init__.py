@@ -26,17 +26,20 @@ from tinsmith.types.outputs import (
     ModelID,
     OptimStepResponse,
     ParsedCheckpointTinkerPath,
-    SampledSequence,
-    SampledTokens,
-    SampleResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
-    StopReason,
     SupportedModel,
-    TopkLogprobs,
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
+)
+from tinsmith.types.samples import (
+    PromptAltTokens,
+    SampledSequence,
+    SampledTokens,
+    SampleResponse,
+    StopReason,
+    TopkLogprobs,
 )
 from tinsmith.types.tensor import TensorData, TensorDtype
 from tinsmith.types.unsupported import (
@@ -75,6 +78,7 @@ __all__ = [
     "OptimStepResponse",
     "OptimizerConfig",
     "ParsedCheckpointTinkerPath",
+    "PromptAltTokens",
     "SampleResponse",
     "SampledSequence",
     "SampledTokens",

@@ -1,21 +1,17 @@
-"""What comes back from calls. Shapes: N tokens of one datum, K targets, P prompt tokens."""
+"""What comes back from calls but samples, which `samples` has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tinsmith._check import text
 from tinsmith.errors import InvalidArgumentError
 from tinsmith.types._values import Value
 from tinsmith.types.inputs import AdamOptimizerConfig
 
-StopReason = Literal["length", "stop"]
 CheckpointType = Literal["training", "sampler"]
 ModelID = str
 
@@ -50,88 +46,6 @@ class OptimStepResponse(Value):
     """`grad_norm:last` is the global L2 norm before clipping, `step:last` counts the steps."""
 
     metrics: dict[str, float] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class TopkLogprobs(Value):
-    """The k most likely tokens at each position, best first: int32 and float32 `(P, k)`."""
-
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class SampledSequence(Value):
-    """One sample.
-
-    Attributes:
-        stop_reason: "stop", or "length" after `max_tokens`.
-        tokens_np: int32; with the tokens that completed a stop.
-        logprobs_np: float32, of the distribution that was sampled from.
-    """
-
-    stop_reason: StopReason
-    tokens_np: NDArray[np.int32]
-    logprobs_np: NDArray[np.float32]
-
-    @property
-    def tokens(self) -> list[int]:
-        """Token ids."""
-        return [int(token) for token in self.tokens_np]
-
-    @property
-    def logprobs(self) -> list[float]:
-        """Logprob of each token."""
-        return [float(logprob) for logprob in self.logprobs_np]
-
-
-@dataclass(frozen=True, eq=False)
-class SampleResponse(Value):
-    """Result of sample.
-
-    Attributes:
-        sequences: `num_samples` of them.
-        prompt_logprobs_np: float32 `(P,)`, NaN at position 0; None unless asked for.
-        topk_prompt_logprobs_np: None unless asked for; row 0 is empty.
-    """
-
-    sequences: list[SampledSequence]
-    prompt_logprobs_np: NDArray[np.float32] | None = None
-    topk_prompt_logprobs_np: TopkLogprobs | None = None
-
-    @property
-    def prompt_logprobs(self) -> list[float | None] | None:
-        """Logprob of each prompt token; None at position 0."""
-        if self.prompt_logprobs_np is None:
-            return None
-        return nan_to_none(self.prompt_logprobs_np)
-
-    @property
-    def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
-        """(token, logprob) pairs at each prompt position, best first; None at position 0."""
-        found = self.topk_prompt_logprobs_np
-        if found is None:
-            return None
-        rows: list[list[tuple[int, float]] | None] = [
-            list(zip(ids.tolist(), values.tolist(), strict=True))
-            for ids, values in zip(found.token_ids, found.logprobs, strict=True)
-        ]
-        return [None, *rows[1:]]
-
-
-def nan_to_none(values: NDArray[np.float32]) -> list[float | None]:
-    """A list with None for NaN."""
-    return [None if np.isnan(value) else float(value) for value in values]
-
-
-@dataclass(frozen=True, eq=False)
-class SampledTokens(Value):
-    """New tokens of one sequence, from `sample_stream`; `stop_reason` comes with its last."""
-
-    sequence_index: int
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
-    stop_reason: StopReason | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tinsmith._check import INT64_MAX, refuse, shown
-from tinsmith.errors import UnknownInputError, unsupported
+from tinsmith._check import INT64_MAX, real, refuse, shown
+from tinsmith.errors import UnknownInputError
+from tinsmith.types._sparse import dense
 from tinsmith.types._values import equal, is_torch
 
 if TYPE_CHECKING:
@@ -31,22 +32,23 @@ _DTYPES: dict[str, TensorDtype] = {
 
 
 class TensorData:
-    """A dense array of float32 or int64 values, with memory of its own.
+    """An array of float32 or int64 values, with memory of its own; dense, whatever it is made of.
 
     Args:
         data: Values: an array, a tensor, or a flat or nested list. They are copied.
         dtype: "float32" or "int64"; None takes the kind of `data`. Integers and booleans convert
             exactly or are refused, floats are rounded to float32 as numpy does.
         shape: None takes the shape of `data`.
-        sparse_crow_indices: Not supported; pass a dense array.
-        sparse_col_indices: Not supported.
+        sparse_crow_indices: With these two, `data` are the values of a sparse array of this `shape`
+            (CSR): for each row where its values begin, and their number at the end.
+        sparse_col_indices: The column of each value.
 
     Raises:
-        InvalidArgumentError: The values are ragged, of another kind, do not fit the dtype, or do
-            not fill `shape`.
+        InvalidArgumentError: The values are ragged, of another kind, do not fit the dtype, do not
+            fill `shape`, or contradict the indices.
     """
 
-    __slots__ = ("_array", "like")
+    __slots__ = ("_array", "_empty", "like")
 
     def __init__(
         self,
@@ -56,10 +58,15 @@ class TensorData:
         sparse_crow_indices: Sequence[int] | None = None,
         sparse_col_indices: Sequence[int] | None = None,
     ) -> None:
-        if sparse_crow_indices is not None or sparse_col_indices is not None:
-            raise unsupported("sparse_crow_indices", "sparse arrays are not supported, dense are")
         self._array = _own(data, dtype, "data")
-        if shape is not None:
+        self._empty: NDArray[np.bool_] | None = None
+        """Cells that a sparse array had no value for; the array is 0 there."""
+        if sparse_crow_indices is not None or sparse_col_indices is not None:
+            self._array, self._empty = dense(
+                self._array, sparse_crow_indices, sparse_col_indices, shape
+            )
+            self._array.flags.writeable = False
+        elif shape is not None:
             try:
                 self._array = self._array.reshape(tuple(shape))
             except (TypeError, ValueError) as error:
@@ -83,9 +90,16 @@ class TensorData:
 
     @classmethod
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: float = 0) -> TensorData:
-        """As `from_torch`: what Tinker packs is sent dense here; `pad_value` must be 0."""
-        _check_pad_value(pad_value)
-        return cls.from_torch(tensor)
+        """As `from_torch`; the cells of a matrix that are `pad_value` are empty.
+
+        An empty cell is what `to_numpy` and `to_torch` say it is, else 0.
+        """
+        data = cls.from_torch(tensor)
+        if data._array.ndim == 2:
+            data._empty = data._array == _pad(pad_value, data.dtype)
+            data._array = np.where(data._empty, data._array.dtype.type(0), data._array)
+            data._array.flags.writeable = False
+        return data
 
     @property
     def dtype(self) -> TensorDtype:
@@ -104,16 +118,23 @@ class TensorData:
         return flat
 
     def to_numpy(self, pad_value: float = 0) -> NDArray[Any]:
-        """The values as float32 or int64 array; it may not be written to."""
-        _check_pad_value(pad_value)
-        return self._array
+        """The values as float32 or int64 array, which may not be written to.
+
+        Args:
+            pad_value: What stands in the empty cells of an array that was sparse.
+        """
+        pad = _pad(pad_value, self.dtype)
+        if self._empty is None or pad == 0:
+            return self._array
+        array = np.where(self._empty, self._array.dtype.type(pad), self._array)
+        array.flags.writeable = False
+        return array
 
     def to_torch(self, pad_value: float = 0) -> torch.Tensor:
-        """The values as a tensor of its own memory."""
+        """The values as a tensor of its own memory; `pad_value` as in `to_numpy`."""
         import torch
 
-        _check_pad_value(pad_value)
-        return torch.from_numpy(self._array.copy())
+        return torch.from_numpy(self.to_numpy(pad_value).copy())
 
     def tolist(self) -> list[Any]:
         """The values as nested lists."""
@@ -132,7 +153,8 @@ class TensorData:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorData):
             return NotImplemented
-        return self.dtype == other.dtype and equal(self._array, other._array)
+        same = self.dtype == other.dtype and equal(self._array, other._array)
+        return same and equal(self._empty, other._empty)
 
     __hash__ = None  # type: ignore[assignment]  # like a list's: it is compared by its content
 
@@ -140,18 +162,21 @@ class TensorData:
         return f"TensorData({self._array!r})"
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._array, self.like)
+        return _rebuild, (self._array, self._empty, self.like)
 
 
-def _rebuild(array: NDArray[Any], like: Like) -> TensorData:
+def _rebuild(array: NDArray[Any], empty: NDArray[np.bool_] | None, like: Like) -> TensorData:
     tensor = TensorData(array)
-    tensor.like = like
+    tensor._empty, tensor.like = empty, like
     return tensor
 
 
-def _check_pad_value(pad_value: float) -> None:
-    if pad_value != 0:
-        raise unsupported("pad_value", "only 0 is supported: arrays are dense here")
+def _pad(pad_value: float, dtype: TensorDtype) -> float:
+    """What stands in empty cells, as a value of that dtype."""
+    number = real(pad_value, "pad_value")
+    if dtype == "int64" and not number.is_integer():
+        raise refuse("pad_value", f"{number} is no int64")
+    return number
 
 
 # --- reading what callers have ----------------------------------------------------------------
@@ -258,7 +283,7 @@ def from_any(name: str, value: Any) -> TensorData:
     if not array.ndim:
         raise refuse(field, "expected an array, got one number", "INVALID_SHAPE")
     tensor = TensorData.__new__(TensorData)
-    tensor._array, tensor.like = array, like
+    tensor._array, tensor._empty, tensor.like = array, None, like
     return tensor
 
 
@@ -294,6 +319,28 @@ def token_ids(value: Any, field: str) -> NDArray[np.int64]:
     array = _exactly(array, "int64", field)
     array.flags.writeable = False
     return array
+
+
+def target_tokens(value: Any, field: str) -> NDArray[Any]:
+    """Token ids for each row, as they are sent: int32 or int64 `(rows, K)`, -1 where there is none.
+
+    Args:
+        value: TensorData of int64.
+        field: Names the argument in an error.
+
+    Raises:
+        InvalidArgumentError: It is something else, or has another number of dimensions.
+    """
+    if not isinstance(value, TensorData):
+        raise refuse(field, f"expected TensorData, got {shown(type(value).__name__)}")
+    if value.dtype != "int64":
+        raise refuse(field, f"expected int64, got {value.dtype}", "INVALID_DTYPE")
+    array = value.to_numpy(pad_value=-1)
+    if array.ndim != 2:
+        why = f"shape {list(array.shape)}, expected 2 dimensions"
+        raise refuse(field, why, "INVALID_SHAPE")
+    narrow = array.astype(np.int32)  # half the bytes
+    return narrow if (narrow == array).all() else array
 
 
 class NumpyTensor(np.ndarray[Any, Any]):

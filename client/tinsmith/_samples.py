@@ -1,0 +1,108 @@
+"""Puts the pieces of a `Sample` stream together."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinsmith import tensors
+from tinsmith._convert import STOP_REASONS
+from tinsmith.types.samples import (
+    EMPTY_LOGPROB,
+    PromptAltTokens,
+    SampledSequence,
+    SampleResponse,
+    StopReason,
+    TopkLogprobs,
+)
+from tinsmith.types.tensor import TensorData
+from tinsmith.v1 import sampler_service_pb2 as pb
+from tinsmith.v1 import types_pb2
+
+
+@dataclass
+class _Pieces:
+    """What came of one sequence."""
+
+    tokens: list[NDArray[Any]] = field(default_factory=list)
+    logprobs: list[NDArray[Any]] = field(default_factory=list)
+    topk: list[TopkLogprobs] = field(default_factory=list)
+    stop_reason: StopReason = "length"
+
+    def add(self, delta: pb.SequenceDelta) -> None:
+        self.tokens.append(tensors.decode(delta.tokens))
+        self.logprobs.append(tensors.decode(delta.logprobs))
+        if delta.HasField("topk_token_ids"):
+            self.topk.append(_topk(delta.topk_token_ids, delta.topk_logprobs))
+        self.stop_reason = STOP_REASONS.get(delta.stop_reason, self.stop_reason)
+
+    def sequence(self, sequence_id: str) -> SampledSequence:
+        topk = None
+        if self.topk:
+            topk = TopkLogprobs(
+                np.concatenate([piece.token_ids for piece in self.topk]),
+                np.concatenate([piece.logprobs for piece in self.topk]),
+            )
+        return SampledSequence(
+            self.stop_reason,
+            sequence_id,
+            _joined(self.tokens, np.int32),
+            _joined(self.logprobs, np.float32),
+            topk,
+        )
+
+
+class Samples:
+    """Collects the messages of one stream.
+
+    Args:
+        num_samples: How many sequences it has.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self._pieces = [_Pieces() for _ in range(num_samples)]
+        self._scores: pb.PromptLogprobs | None = None
+        self._cache_hit_tokens = 0
+
+    def add(self, response: pb.SampleResponse) -> None:
+        """Take the next piece in."""
+        if response.HasField("prompt_logprobs"):
+            self._scores = response.prompt_logprobs
+        self._cache_hit_tokens += response.prompt_cache_hit_tokens
+        for delta in response.deltas:
+            self._pieces[delta.sequence_index].add(delta)
+
+    def result(self) -> SampleResponse:
+        """The whole answer."""
+        call_id = secrets.token_hex(8)
+        sequences = [
+            pieces.sequence(f"{call_id}:{index}") for index, pieces in enumerate(self._pieces)
+        ]
+        scores = pb.PromptLogprobs() if self._scores is None else self._scores
+        logprobs = topk = targets = alternatives = None
+        if scores.HasField("logprobs"):
+            logprobs = tensors.decode(scores.logprobs)
+        if scores.HasField("topk_token_ids"):
+            topk = _topk(scores.topk_token_ids, scores.topk_logprobs)
+        if scores.HasField("target_logprobs"):
+            targets = TensorData(tensors.decode(scores.target_logprobs))
+        if scores.HasField("alt_token_ids"):
+            tokens = tensors.decode(scores.alt_token_ids).astype(np.int64)
+            alternatives = PromptAltTokens(tokens, tensors.decode(scores.alt_logprobs))
+        return SampleResponse(
+            sequences, logprobs, topk, targets, self._cache_hit_tokens, alternatives
+        )
+
+
+def _topk(token_ids: types_pb2.Tensor, logprobs: types_pb2.Tensor) -> TopkLogprobs:
+    """A table of the most likely tokens; what is NaN on the wire is an empty cell."""
+    values = tensors.decode(logprobs)
+    values = np.where(np.isnan(values), np.float32(EMPTY_LOGPROB), values)
+    return TopkLogprobs(tensors.decode(token_ids).astype(np.int32), values)
+
+
+def _joined(pieces: Sequence[NDArray[Any]], dtype: type[Any]) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *pieces]).astype(dtype)
