@@ -8,7 +8,13 @@ import torch
 
 from tinsmithd.domain import PromptScores, SampleRequest, SamplingParams
 from tinsmithd.sampler.engines.transformers.sampling import Workspace
-from tinsmithd.sampler.engines.transformers.scores import PromptScorer
+from tinsmithd.sampler.engines.transformers.scoring import (
+    PromptScorer,
+    ScoredRows,
+    chunks_of,
+    rows_index,
+)
+from tinsmithd.sampler.engines.transformers.scoring import score as score_chunk
 
 COUNT, VOCAB = 9, 300
 PROMPT = np.arange(10, 10 + COUNT)
@@ -26,14 +32,20 @@ def expected(temperature: float = 1.0) -> np.ndarray:
 
 
 def score(cuts: Sequence[int] = (), temperature: float = 1.0, **asked: object) -> PromptScores:
-    """Score the prompt, its rows cut into pieces."""
+    """Score the prompt, its rows cut into pieces, each beside a row of somebody else."""
     params = SamplingParams(max_tokens=1, temperature=temperature, seed=7)
     request = SampleRequest(PROMPT, 1, params, **asked)  # type: ignore[arg-type]
-    scorer = PromptScorer(request, Workspace())
-    first = scorer.next_row
-    for end in [*(cut for cut in cuts if cut > first), COUNT - 1]:
-        scorer.add(logits()[scorer.next_row : end])
-    return scorer.result()
+    other = PromptScorer(SampleRequest(PROMPT, 1, params, include_prompt_logprobs=True))
+    scorer, start = PromptScorer(request), request.logits_from
+    for end in [*(cut for cut in cuts if cut > start), COUNT - 1]:
+        rows = [
+            ScoredRows(other, 0, np.array([0])),
+            ScoredRows(scorer, start, np.arange(start, end)),
+        ]
+        for chunk in chunks_of(rows if cuts else rows[1:]):
+            score_chunk(logits()[rows_index(chunk)], chunk, Workspace())
+        start = end
+    return scorer.scores()
 
 
 def test_logprobs_topk_and_targets_are_those_of_float64() -> None:
@@ -80,17 +92,20 @@ def test_last_n_leaves_the_other_positions_empty(last_n: int) -> None:
             )
 
 
-def test_rows_that_last_n_leaves_out_are_not_wanted() -> None:
-    """A caller need make no logits for them."""
+def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
+    """Whatever is asked."""
     params = SamplingParams(max_tokens=1, seed=7)
-    request = SampleRequest(
-        PROMPT, 1, params, include_prompt_logprobs=True, prompt_logprobs_last_n=2
-    )
-    assert PromptScorer(request, Workspace()).next_row == COUNT - 3
-    alone = SampleRequest(PROMPT[:1], 1, params, include_prompt_logprobs=True)
-    logprobs = PromptScorer(alone, Workspace()).result().logprobs
-    assert logprobs is not None
-    assert np.isnan(logprobs).tolist() == [True]
+    targets = np.zeros((0, 3), np.int64)
+    asked = SampleRequest(PROMPT[:1], 1, params, True, 2, None, targets, prompt_alt_tokens_k=4)
+    scores = PromptScorer(asked).scores()
+    assert scores.logprobs is not None
+    assert np.isnan(scores.logprobs).tolist() == [True]
+    assert scores.topk is not None
+    assert np.isnan(scores.topk.logprobs).tolist() == [[True, True]]
+    assert scores.targets is not None
+    assert scores.targets.shape == (0, 3)
+    assert scores.alt_tokens is not None
+    assert scores.alt_tokens.token_ids.shape == (0, 4)
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3), (5,), (7,)])
