@@ -105,8 +105,20 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
         pb.GetModelRequest(model_id=model_id),
         pb.ListModelsRequest(page_size=2, page_token="7"),
         pb.DeleteModelRequest(model_id="absent"),
-        pb.SampleRequest(prompt=tokens_of([1, 2, 3]), sampling_params=params, num_samples=2),
-        pb.ComputeLogprobsRequest(prompt=tokens_of([1, 2, 3]), topk_prompt_logprobs=2),
+        pb.SampleRequest(
+            prompt=tokens_of([1, 2, 3]),
+            sampling_params=params,
+            num_samples=2,
+            include_prompt_logprobs=True,
+            topk_prompt_logprobs=2,
+            prompt_logprobs_last_n=1,
+            target_prompt_logprobs=tensors.encode(np.array([[4, -1], [-1, 5]])),
+            prompt_alt_tokens_k=2,
+            topk_sample_logprobs=2,
+        ),
+        pb.ComputeLogprobsRequest(
+            prompt=tokens_of([1, 2, 3]), topk_prompt_logprobs=2, prompt_logprobs_last_n=1
+        ),
         pb.GetTokenizerRequest(),
         pb.GetCheckpointRequest(checkpoint_path=path),
         pb.ListCheckpointsRequest(model_id=model_id, kind=1, page_size=2, page_token="7"),

@@ -74,7 +74,18 @@ TINKERS_PARAMETERS = {
         "from_torch": "tensor",
         "to_numpy": "pad_value",
         "to_torch": "pad_value",
+        "from_torch_sparse": "tensor pad_value",
     },
+    "SampleResponse": {
+        "__init__":
+            "sequences prompt_logprobs_np topk_prompt_logprobs_np target_prompt_logprobs "
+            "prompt_cache_hit_tokens prompt_alt_tokens",
+    },
+    "SampledSequence": {
+        "__init__": "stop_reason sequence_id tokens_np logprobs_np topk_logprobs_np",
+    },
+    "TopkLogprobs": {"__init__": "token_ids logprobs"},
+    "PromptAltTokens": {"__init__": "tokens logprobs"},
     "ModelInput": {"__init__": "chunks", "from_ints": "tokens", "append": "chunk",
                    "append_int": "token"},
     "EncodedTextChunk": {"__init__": "tokens type"},

@@ -56,9 +56,9 @@ class SamplerConfig(ServerConfig):
     """Characters of one stop string."""
     topk_max: Count = 64
     """Tokens that a call may ask for at each position: likeliest ones, and drawn ones."""
-    alternatives_max: Count = 2 * 1024 * 1024
-    """Alternatives of one call at all positions of its prompt and its samples together: bounds the
-    memory of its answer, 8 bytes each."""
+    alternatives_max: Count = 1024 * 1024
+    """Alternatives of one call at all positions of its prompt and its samples together: bounds its
+    answer, which has 8 bytes for each, and while it is made about 30."""
     concurrent_calls_max: Positive = 4096
     """Calls under way at once, waiting ones included; more are RESOURCE_EXHAUSTED. Health's `Check`
     is not counted."""
