@@ -40,13 +40,9 @@ def error_in(failed: Failed) -> TinsmithError:
 
 
 def limit_values(limits: Message) -> dict[str, float]:
-    """Every limit that a service names, spans of time in seconds; what is unsaid is 0.
-
-    Those that are not enforced any more are left out.
-    """
+    """Every limit that a service names, spans of time in seconds; what is unsaid is 0."""
     return {
         field.name: value if field.message_type is None else value.ToNanoseconds() / 1e9
         for field in limits.DESCRIPTOR.fields
-        if not field.GetOptions().deprecated
         for value in [getattr(limits, field.name)]
     }

@@ -19,11 +19,6 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
-if sys.version_info >= (3, 13):
-    from warnings import deprecated as _deprecated
-else:
-    from typing_extensions import deprecated as _deprecated
-
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _StopReason:
@@ -174,16 +169,8 @@ class SamplerLimits(_message.Message):
     """Calls that are worked on at once."""
     waiting_max: _builtins.int
     """Calls that may wait behind those."""
-    @_builtins.property
-    @_deprecated("""This field has been marked as deprecated using proto field options.""")
-    def adapters_max(self) -> _builtins.int:
-        """Not enforced any more, and 0: `adapters_bytes_max` bounds adapters."""
-
-    @adapters_max.setter
-    @_deprecated("""This field has been marked as deprecated using proto field options.""")
-    def adapters_max(self, value: _builtins.int) -> None:
-        """Not enforced any more, and 0: `adapters_bytes_max` bounds adapters."""
-
+    adapters_max: _builtins.int
+    """Adapters held in memory at once."""
     adapter_bytes_max: _builtins.int
     """Largest checkpoint that is served, bytes."""
     alternatives_max: _builtins.int
