@@ -5,11 +5,18 @@ import threading
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
+from data import make_data
 from tinsmithd.domain import (
+    AdamParams,
+    CrossEntropy,
+    LoraConfig,
     ModelState,
     PromptScores,
     SampledTokens,
@@ -17,9 +24,11 @@ from tinsmithd.domain import (
     SamplingParams,
     TopKLogprobs,
 )
-from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.base import BaseModel, load_base
 from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.engines.transformers.engine import EngineLimits, TransformersEngine
+from tinsmithd.trainer.engines.interface import Batch
+from tinsmithd.trainer.engines.reference import ReferenceEngine
 
 Value = TypeVar("Value")
 
@@ -132,3 +141,24 @@ def _joined(parts: list[SampledTokens]) -> SampledTokens:
 def embedded(base: BaseModel, limits: EngineLimits | None = None) -> Driven:
     """The embedded engine, driven."""
     return Driven(TransformersEngine(base, limits))
+
+
+def trained_state(folder: Path) -> ModelState:
+    """An adapter that was trained a little."""
+    trainer = ReferenceEngine(load_base(str(folder), dtype="float32", on_progress=lambda _: None))
+    trainer.create_model("m", LoraConfig(rank=4, seed=3))
+    for seed in range(3):
+        data = make_data(seed, 2)
+        trainer.forward(Batch("m", data, CrossEntropy(), backward=True), lambda *_: None)
+        trainer.optim_step("m", AdamParams(learning_rate=3e-2))
+    return trainer.export_state("m", optimizer=False)
+
+
+def full_logprobs(folder: Path, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    """Log-softmax after each position, by one plain forward of the base model in float64."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = model(torch.tensor([list(tokens)])).logits[0]
+    return (logits / temperature).log_softmax(-1).numpy()

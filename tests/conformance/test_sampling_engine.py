@@ -1,6 +1,6 @@
 """What a sampling engine must do."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import make_data
-from sampling_engines import Driven, embedded
+from sampling_engines import Driven, embedded, full_logprobs, trained_state
 from tinsmithd.domain import (
-    AdamParams,
-    CrossEntropy,
-    LoraConfig,
     ModelState,
     SampleRequest,
     SamplingParams,
@@ -22,8 +18,6 @@ from tinsmithd.domain import (
 )
 from tinsmithd.errors import FailedPrecondition
 from tinsmithd.modeling.base import load_base
-from tinsmithd.trainer.engines.interface import Batch
-from tinsmithd.trainer.engines.reference import ReferenceEngine
 from tiny_models import write_tiny_model
 
 torch.set_num_threads(1)
@@ -45,16 +39,6 @@ def engine(folder: Path) -> Iterator[Driven]:
     engine.close()
 
 
-def trained_state(folder: Path) -> ModelState:
-    trainer = ReferenceEngine(load_base(str(folder), dtype="float32", on_progress=lambda _: None))
-    trainer.create_model("m", LoraConfig(rank=4, seed=3))
-    for seed in range(3):
-        data = make_data(seed, 2)
-        trainer.forward(Batch("m", data, CrossEntropy(), backward=True), lambda *_: None)
-        trainer.optim_step("m", AdamParams(learning_rate=3e-2))
-    return trainer.export_state("m", optimizer=False)
-
-
 def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
@@ -62,14 +46,6 @@ def tokenizer(folder: Path) -> Any:
 def request(num_samples: int = 1, **kwargs: object) -> SampleRequest:
     params = {"max_tokens": 12, "seed": 5, "stop_at_eos": False, **kwargs}
     return SampleRequest(PROMPT, num_samples, SamplingParams(**params))  # type: ignore[arg-type]
-
-
-def full_logprobs(folder: Path, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-    """Log-softmax after each position, by one plain forward of the base model."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.tensor([list(tokens)])).logits[0].double()
-    return (logits / temperature).log_softmax(-1).numpy()
 
 
 def test_greedy_is_what_generate_makes(engine: Driven, folder: Path) -> None:
