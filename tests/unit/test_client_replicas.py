@@ -15,7 +15,7 @@ import tinsmith
 from faults.peer import Peer
 from tinsmith import _replicas
 from tinsmith._replicas import Replica, Replicas, Work
-from tinsmith.addresses import service_address
+from tinsmith.addresses import is_resolved_here, service_address
 from tinsmith.errors import ResourceExhaustedError, UnavailableError
 
 PROMPT = tinsmith.ModelInput.from_ints([1])
@@ -225,3 +225,25 @@ def test_addresses_may_be_lists_for_samplers_only(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TINSMITH_ADDRESS_CHECKPOINT", "a:1,b:2")
     with pytest.raises(ValueError, match="TINSMITH_ADDRESS_CHECKPOINT"):
         service_address("checkpoint", "host:1", ":2")
+
+
+@pytest.mark.parametrize(
+    ("address", "proxy", "here"),
+    [
+        ("samplers.test:1", "", True),
+        ("samplers.test:1", "http://proxy.test:3128", False),
+        ("10.0.0.1:1", "", False),
+        ("[2001:db8::1]:1", "", False),
+        ("localhost:1", "", False),
+        ("unix:/tmp/socket", "", False),
+        ("dns:///samplers.test:1", "", False),
+    ],
+)
+def test_only_names_that_no_proxy_looks_up_are_looked_up_here(
+    address: str, proxy: str, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if proxy:
+        monkeypatch.setenv("http_proxy", proxy)
+    assert is_resolved_here(address) is here
