@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,8 +29,6 @@ from tinsmithd.sampler.engines.transformers.stopping import CONTEXT_TOKENS, Stop
 
 CHUNK_TOKENS = 256
 """Prompts are read in pieces that begin at multiples of this, and are kept by these pieces."""
-STATS_EVERY_S = 0.2
-"""How old what `stats` says may be while steps are made."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +89,6 @@ class TransformersEngine:
             prefill_tokens_max=limits.prefill_tokens_per_step_max,
         )
         self._adapter_bytes: dict[str, int] = {}
-        self._stats = self._scheduler.stats()
-        self._stats_s = time.monotonic()
         # What the thread is to do first: a job, and whether it comes or goes.
         self._commands: deque[tuple[Job, bool]] = deque()
         self._streams: dict[Job, _Stream] = {}
@@ -115,8 +110,8 @@ class TransformersEngine:
         return self._traits
 
     def stats(self) -> EngineStats:
-        """What it has in hand, as of a moment ago, and what it did."""
-        return replace(self._stats, adapter_bytes=sum(self._adapter_bytes.values()))
+        """What it has in hand, and what it did; numbers of a step under way may be half there."""
+        return replace(self._scheduler.stats(), adapter_bytes=sum(self._adapter_bytes.values()))
 
     async def tokenizer_files(self) -> dict[str, bytes]:
         """The base model's own files of its tokenizer: file name to content."""
@@ -198,7 +193,6 @@ class TransformersEngine:
     def _run_once(self) -> None:
         scheduler = self._scheduler
         if scheduler.idle:
-            self._stats = scheduler.stats()
             self._wake.wait()
         self._wake.clear()
         while self._commands:
@@ -209,8 +203,6 @@ class TransformersEngine:
                 scheduler.drop(job)
         if not scheduler.idle:
             self._post(scheduler.step())
-            if time.monotonic() > self._stats_s + STATS_EVERY_S:
-                self._stats, self._stats_s = scheduler.stats(), time.monotonic()
 
     def _post(self, made: Sequence[Made]) -> None:
         """Hand what was made to the callers' event loops: mostly there is one, and one call."""

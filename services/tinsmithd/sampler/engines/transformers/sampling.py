@@ -18,8 +18,6 @@ from tinsmithd.domain import SamplingParams
 
 BLOCK_TOKENS = 128
 """Tokens of one block: 151,936 and 49,152 ids are whole numbers of them."""
-CANDIDATES = 1024
-"""Likeliest tokens that are tried first where only `top_p` cuts: sorting all takes far longer."""
 INVERSE_TEMPERATURE_RANGE = (1e-30, 1e38)
 """What float32 can multiply with: beyond it draws are uniform, or take the most likely."""
 ALT_TOKENS_INDEX = (1 << 64) - 1
@@ -106,6 +104,15 @@ class Distributions:
         places_M = _place(within_MW, share_M * within_MW[:, -1])
         tokens_M: np.ndarray = blocks_M * BLOCK_TOKENS + places_M
         return tokens_M
+
+    def weights(self, row: int) -> np.ndarray:
+        """exp(scaled) of a row's tokens, float32 `(V,)`."""
+        weights: np.ndarray = self._weights_NBW[row].view(-1).cpu().numpy()
+        return weights[: self.logits_NV.shape[1]]
+
+    def log_total(self, row: int) -> float:
+        """The logarithm of the sum of a row's weights."""
+        return float(np.log(self.totals_N[row]))
 
     def logprobs(self, rows_M: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
         """Logprobs float64 `(M,)` of tokens."""
@@ -212,73 +219,79 @@ def _cuts(params: SamplingParams, vocab: int) -> bool:
 
 
 def _draw_cut(every: Distributions, ask: Ask) -> Drawn:
-    """Draw where the likeliest tokens have to be in order."""
+    """Draw where not all tokens are possible, or the likeliest are to be returned as well."""
     params, row = ask.params, ask.row
     logits_V = every.logits_NV[row]
-    vocab = len(logits_V)
-    cut = _cuts(params, vocab)
-    top_k = params.top_k if cut and 0 < params.top_k < vocab else vocab
-    ids_K, scores_K, total = _kept(every, row, top_k, params.top_p if cut else 1.0, ask.topk)
-    if params.temperature == 0:
-        place = 0
-        token, score = int(ids_K[0]), float(scores_K[0])
-    elif cut:
-        cumulative_K = np.exp(scores_K).cumsum()
-        place = int(_place(cumulative_K[None], np.array([ask.number * cumulative_K[-1]]))[0])
-        token, score = int(ids_K[place]), float(scores_K[place])
-    else:
+    if not _cuts(params, len(logits_V)):
         rows_M = np.array([row])
-        tokens_M = every.draw(rows_M, np.array([ask.number]))
-        return _with_topk(
-            int(tokens_M[0]),
-            float(every.logprobs(rows_M, tokens_M)[0]),
-            ids_K,
-            scores_K,
-            total,
-            ask,
-        )
-    return _with_topk(token, score - float(np.log(total)), ids_K, scores_K, total, ask)
-
-
-def _kept(
-    every: Distributions, row: int, top_k: int, top_p: float, topk: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """The tokens that can be drawn, best first, or at least the first `topk` of them.
-
-    Returns:
-        Ids, scores (`Distributions.scaled`), and the sum of exp(score) of all that can be drawn.
-    """
-    logits_V = every.logits_NV[row]
-    vocab = len(logits_V)
-    count = top_k if top_k < vocab else max(topk, CANDIDATES if top_p < 1 else 1)
-    while True:
-        ids_K, values_K = best(logits_V, count)
-        scores_K = every.scaled(np.array([row]), values_K)
-        cumulative_K = np.exp(scores_K).cumsum()
-        total = float(cumulative_K[-1]) if top_k < vocab else float(every.totals_N[row])
-        if top_p >= 1:
-            return ids_K, scores_K, total
-        reached_K = cumulative_K >= top_p * total
-        if reached_K.any():
-            enough = int(reached_K.argmax()) + 1
-            return ids_K[:enough], scores_K[:enough], float(cumulative_K[enough - 1])
-        if len(ids_K) == min(top_k, vocab):  # rounding kept the sum just below
-            return ids_K, scores_K, float(cumulative_K[-1])
-        count = vocab
-
-
-def _with_topk(
-    token: int, logprob: float, ids_K: np.ndarray, scores_K: np.ndarray, total: float, ask: Ask
-) -> Drawn:
+        if params.temperature == 0:
+            tokens_M = best(logits_V, 1)[0]
+        else:
+            tokens_M = every.draw(rows_M, np.array([ask.number]))
+        ids_K, values_K = best(logits_V, ask.topk)
+        scores_K = every.scaled(rows_M, values_K)
+        token, logprob = int(tokens_M[0]), float(every.logprobs(rows_M, tokens_M)[0])
+        return _with_topk(Drawn(token, logprob), ids_K, scores_K - every.log_total(row), ask.topk)
+    if 0 < params.top_k < len(logits_V):
+        ids_K, scores_K = _first_k(every, row, params.top_k, params.top_p)
+    else:
+        ids_K, scores_K = _nucleus(every, row, params.top_p)
+    cumulative_K = np.exp(scores_K).cumsum()
+    place = int(_place(cumulative_K[None], np.array([ask.number * cumulative_K[-1]]))[0])
+    logprobs_K = scores_K - np.log(cumulative_K[-1])
+    drawn = Drawn(int(ids_K[place]), float(logprobs_K[place]))
     if not ask.topk:
-        return Drawn(token, logprob)
-    ids = np.zeros(ask.topk, np.int64)
-    logprobs = np.full(ask.topk, np.nan, np.float32)
-    possible = scores_K[: ask.topk] > -np.inf
-    count = int(possible.sum())
+        return drawn
+    order = np.lexsort((ids_K, -logprobs_K))[: ask.topk]
+    return _with_topk(drawn, ids_K[order], logprobs_K[order], ask.topk)
+
+
+def _first_k(
+    every: Distributions, row: int, top_k: int, top_p: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and scores (`Distributions.scaled`) of what `top_k` and then `top_p` leave."""
+    ids_K, values_K = best(every.logits_NV[row], top_k)
+    scores_K = every.scaled(np.array([row]), values_K)
+    cumulative_K = np.exp(scores_K).cumsum()
+    count = _enough(cumulative_K, top_p * cumulative_K[-1]) if top_p < 1 else len(ids_K)
+    return ids_K[:count], scores_K[:count]
+
+
+def _nucleus(every: Distributions, row: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ids in ascending order and scores of the fewest likeliest tokens that reach `top_p`.
+
+    Nothing is sorted but the tokens about as likely as the last of them: the first 16 bits of a
+    positive float32 order it among others to one part in 128, so the mass of all tokens is counted
+    by those.
+    """
+    weights_V, logits_V = every.weights(row), every.logits_NV[row].cpu().numpy()
+    keys_V = weights_V.view(np.int32) >> 16
+    from_top = np.bincount(keys_V, weights_V)[::-1].cumsum()
+    wanted = top_p * from_top[-1]
+    place = min(int(np.searchsorted(from_top, wanted)), len(from_top) - 1)
+    last = len(from_top) - 1 - place
+    (among,) = np.nonzero(keys_V == last)
+    order = among[np.lexsort((among, -logits_V[among]))]
+    above = from_top[place - 1] if place else 0.0
+    count = _enough(weights_V[order].astype(np.float64).cumsum(), wanted - above)
+    ids_K = np.sort(np.concatenate([np.nonzero(keys_V > last)[0], order[:count]]))
+    scores_K = every.scaled(np.full(1, row), logits_V[ids_K].astype(np.float64))
+    return ids_K, scores_K
+
+
+def _enough(cumulative: np.ndarray, wanted: float) -> int:
+    """How many of the first it takes to reach what is wanted; all where rounding is in the way."""
+    return min(int(np.searchsorted(cumulative, wanted)) + 1, len(cumulative))
+
+
+def _with_topk(drawn: Drawn, ids_K: np.ndarray, logprobs_K: np.ndarray, topk: int) -> Drawn:
+    """Add the likeliest tokens, best first; those that are impossible are left out."""
+    ids = np.zeros(topk, np.int64)
+    logprobs = np.full(topk, np.nan, np.float32)
+    count = int((logprobs_K > -np.inf).sum())
     ids[:count] = ids_K[:count]
-    logprobs[:count] = scores_K[:count] - np.log(total)
-    return Drawn(token, logprob, ids, logprobs)
+    logprobs[:count] = logprobs_K[:count]
+    return Drawn(drawn.token, drawn.logprob, ids, logprobs)
 
 
 def _place(cumulative_MC: np.ndarray, wanted_M: np.ndarray) -> np.ndarray:

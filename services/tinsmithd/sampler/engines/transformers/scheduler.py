@@ -9,6 +9,7 @@ What a request gives depends on none of this: pieces are cut by the prompt alone
 do not depend on each other, and draws are each row's own.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from tinsmithd.sampler.engines.transformers.scoring import (
     score,
 )
 
+LOOK_EVERY_S = 0.2
 BASE_WEIGHTS = ""
 """The cache's key of the base model's weights."""
 
@@ -89,6 +91,11 @@ class Scheduler:
         """The adapters of the last forward's rows."""
         self._made: list[Made] = []
         self._steps = self._step_rows = self._sampled_tokens = 0
+        self._look()
+
+    def _look(self) -> None:
+        """Take note of what the cache holds: counting that takes a while."""
+        self._kv, self._looked_s = self._cache.stats, time.monotonic()
 
     @property
     def idle(self) -> bool:
@@ -96,8 +103,8 @@ class Scheduler:
         return not (self._waiting or self._reading or self._sequences)
 
     def stats(self) -> EngineStats:
-        """What it has in hand, and what it did."""
-        kv = self._cache.stats
+        """What it has in hand, and what it did; any thread may ask. Of KV it hears a little late."""
+        kv = self._kv
         return EngineStats(
             sequences=len(self._sequences) + len(self._reading),
             waiting=len(self._waiting),
@@ -128,6 +135,8 @@ class Scheduler:
         for sequence in job.sequences:
             self._close(sequence)
         job.sequences = []
+        if self.idle:
+            self._look()
 
     def _close(self, sequence: Sequence) -> None:
         if self._sequences.pop(sequence.kv, None) is not None:
@@ -173,6 +182,8 @@ class Scheduler:
             self._score(forward)
         self._draw(forward, read)
         made, self._made = self._made, []
+        if self.idle or time.monotonic() > self._looked_s + LOOK_EVERY_S:
+            self._look()
         return made
 
     def _take_pieces(self) -> tuple[list[_Piece], list[Job]]:
@@ -293,14 +304,15 @@ class Scheduler:
     def _begin(self, job: Job, prompt: Prompt) -> list[Sequence]:
         """The sequences that continue a prompt; none where it is only scored."""
         if job.samples:
+            forks = self._cache.fork(prompt)
             try:
-                for index, kv in enumerate(self._cache.fork(prompt)):
-                    sequence = Sequence(job, index, kv)
-                    self._sequences[kv] = sequence
-                    job.sequences.append(sequence)
+                job.sequences = [Sequence(job, index, kv) for index, kv in enumerate(forks)]
             except Exception as error:  # a stop string may have a tokenizer stumble
+                for kv in forks:
+                    self._cache.close_sequence(kv)
                 self._fail(job, error)
                 return []
+            self._sequences.update((sequence.kv, sequence) for sequence in job.sequences)
         self._cache.close_prompt(prompt)
         job.prompt = None
         return list(job.sequences)

@@ -1,0 +1,243 @@
+"""What the embedded engine does beside its numbers: order, room, cancelling, failures, caches."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sampling_engines import drained
+from tinsmithd.domain import LoraConfig, ModelState, SampleRequest, SamplingParams
+from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason, Unavailable
+from tinsmithd.modeling.base import load_base
+from tinsmithd.sampler.engines.transformers.engine import EngineLimits, TransformersEngine
+from tinsmithd.sampler.engines.transformers.kv import KvCache
+from tinsmithd.trainer.engines.reference import ReferenceEngine
+
+torch.set_num_threads(1)
+PROMPT = np.arange(10, 18)
+
+
+@pytest.fixture(scope="module")
+def state(tiny_model: Path) -> ModelState:
+    """An adapter that changes nothing yet."""
+    trainer = ReferenceEngine(load_base(str(tiny_model), dtype="float32", on_progress=print))
+    trainer.create_model("m", LoraConfig(rank=4, seed=3))
+    return trainer.export_state("m", optimizer=False)
+
+
+def new_engine(folder: Path, **limits: int) -> TransformersEngine:
+    base = load_base(str(folder), dtype="float32", on_progress=lambda _: None)
+    return TransformersEngine(base, EngineLimits(**limits))
+
+
+@pytest.fixture
+async def engine(tiny_model: Path) -> AsyncIterator[TransformersEngine]:
+    """A fresh one."""
+    engine = new_engine(tiny_model)
+    yield engine
+    await engine.close()
+
+
+def request(
+    max_tokens: int = 8, samples: int = 1, prompt: np.ndarray = PROMPT, **how: object
+) -> SampleRequest:
+    params = SamplingParams(max_tokens, **{"seed": 5, "stop_at_eos": False, **how})  # type: ignore[arg-type]
+    return SampleRequest(prompt, samples, params)
+
+
+async def settled(engine: TransformersEngine) -> None:
+    """Wait until it has nothing to do."""
+    async with asyncio.timeout(30):
+        while engine._commands or not engine._scheduler.idle:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # it takes note of what the cache holds
+
+
+async def test_a_request_that_is_closed_computes_nothing_more(engine: TransformersEngine) -> None:
+    """At most the step under way; its room is free, also where it waited or was being read."""
+    outputs = engine.generate(request(400, samples=8), None)
+    async with aclosing(outputs) as reading:  # type: ignore[type-var]
+        for _ in range(3):
+            await anext(reading)
+    await settled(engine)
+    made = engine.stats().sampled_tokens
+    assert 0 < made < 8 * 400
+    await asyncio.sleep(0.3)
+    assert (engine.stats().sampled_tokens, engine.stats().kv_tokens) == (made, 0)
+    tasks = [asyncio.create_task(drained(engine, request(400), None)) for _ in range(20)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await settled(engine)
+    assert engine.stats().kv_tokens == 0
+    assert len((await drained(engine, request(), None)).sequences[0].tokens) == 8
+
+
+async def test_a_long_prompt_does_not_stop_the_others(tiny_model: Path) -> None:
+    """While it is read in pieces, a sequence under way gets a token with each of them."""
+    engine = new_engine(tiny_model, prefill_tokens_per_step_max=1)
+    long = np.random.default_rng(0).integers(0, 256, 500)
+    times: list[str] = []
+
+    async def follow(name: str, asked: SampleRequest) -> None:
+        async with aclosing(engine.generate(asked, None)) as outputs:  # type: ignore[type-var]
+            async for _ in outputs:
+                times.append(name)
+
+    short = asyncio.create_task(follow("short", request(200)))
+    while len(times) < 5:
+        await asyncio.sleep(0)
+    steps = engine._scheduler._steps
+    await follow("long", request(2, prompt=long))
+    pieces = -(-len(long) // 256)
+    first = times.index("long")
+    assert engine._scheduler._steps > steps + pieces
+    assert times[:first].count("short") >= 5 + pieces - 1
+    await short
+    await engine.close()
+
+
+async def test_a_prompt_is_read_once_for_a_group_and_kept_for_later_calls(
+    engine: TransformersEngine,
+) -> None:
+    """And the bits of what follows are those of a fresh engine's."""
+    prompt = np.random.default_rng(1).integers(0, 256, 400)
+    first = await drained(engine, request(4, samples=6, prompt=prompt), None)
+    await settled(engine)
+    assert engine.stats().prompt_tokens_computed == 400
+    assert first.cached == 0
+    again = await drained(engine, request(4, samples=6, prompt=prompt), None)
+    longer = await drained(engine, request(4, prompt=np.append(prompt, [1, 2])), None)
+    await settled(engine)
+    assert again.sequences == first.sequences
+    assert again.cached == 400
+    assert longer.cached >= 256
+    assert engine.stats().prompt_tokens_computed <= 400 + (402 - 256)
+
+
+@pytest.mark.parametrize("neighbours", [3, 31])
+async def test_neighbours_change_no_bit(engine: TransformersEngine, neighbours: int) -> None:
+    """Of tokens and logprobs, whenever they come and go, whatever they ask."""
+    rng = np.random.default_rng(neighbours)
+    asked = [request(40, samples=2), request(30, temperature=0.7, top_p=0.9), request(20, top_k=9)]
+    alone = [await drained(engine, each, None) for each in asked]
+
+    async def neighbour(seed: int) -> None:
+        prompt = rng.integers(0, 256, int(rng.integers(1, 300)))
+        await asyncio.sleep(rng.random() / 20)
+        samples = int(rng.integers(1, 4))
+        await drained(engine, request(int(rng.integers(1, 40)), samples, prompt, seed=seed), None)
+
+    beside = [asyncio.create_task(neighbour(seed)) for seed in range(neighbours)]
+    together = await asyncio.gather(*(drained(engine, each, None) for each in asked))
+    await asyncio.gather(*beside)
+    assert [each.sequences for each in together] == [each.sequences for each in alone]
+
+
+async def test_requests_wait_for_room_and_what_never_has_any_is_refused(tiny_model: Path) -> None:
+    """In their order; the refusal names the limit."""
+    engine = new_engine(tiny_model, kv_cache_bytes_max=1 << 18, prefix_cache_bytes_max=0)
+    room = engine.stats().kv_tokens_max
+    asked = request(64)
+    made = await asyncio.gather(*(drained(engine, asked, None) for _ in range(3 * room // 72)))
+    assert all(each.sequences == made[0].sequences for each in made)
+    with pytest.raises(InvalidArgument) as refused:
+        await drained(engine, request(200, samples=1 + room // 100), None)
+    assert refused.value.reason is Reason.LIMIT_EXCEEDED
+    assert refused.value.metadata["limit"] == "kv_cache_bytes_max"
+    assert (await drained(engine, asked, None)).sequences == made[0].sequences
+    await engine.close()
+
+
+async def test_what_fails_one_request_ends_that_alone(
+    engine: TransformersEngine, state: ModelState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter whose logits are not finite; a tokenizer that stumbles over a stop string."""
+    bad = {name: np.full_like(array, np.nan) for name, array in state.weights.items()}
+    await engine.load_adapter("bad", ModelState(state.tuning, bad, {}, 0, state.config))
+    others = [asyncio.create_task(drained(engine, request(60), None)) for _ in range(2)]
+    with pytest.raises(FailedPrecondition, match="not finite"):
+        await drained(engine, request(20, samples=3), "bad")
+
+    def stumble(_: object) -> str:
+        raise ValueError("no such token")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_decode", stumble)
+        with pytest.raises(ValueError, match="no such token"):
+            await drained(engine, request(20, samples=2, stop_strings=("x",)), None)
+    first, second = await asyncio.gather(*others)
+    assert first.sequences == second.sequences
+    await settled(engine)
+    assert engine.stats().kv_tokens == 0
+
+
+async def test_a_step_that_fails_ends_the_engine_and_tells_everybody(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those under way and those that come later; `failed` raises what it was."""
+    engine = new_engine(tiny_model)
+    watching = asyncio.create_task(engine.failed())
+    calls = [asyncio.create_task(drained(engine, request(400), None)) for _ in range(3)]
+    while not engine._scheduler._sampled_tokens:
+        await asyncio.sleep(0.001)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(KvCache, "batch", fail)
+    for call in calls:
+        with pytest.raises(Unavailable) as ended:
+            await call
+        assert ended.value.reason is Reason.SAMPLER_UNAVAILABLE
+        assert ended.value.retry_after_s
+    with pytest.raises(RuntimeError, match="out of order"):
+        await watching
+    with pytest.raises(Unavailable):
+        await drained(engine, request(), None)
+    await engine.close()
+
+
+async def test_closing_ends_what_is_under_way(tiny_model: Path) -> None:
+    """UNAVAILABLE, and `failed` returns; a second time does nothing."""
+    engine = new_engine(tiny_model)
+    call = asyncio.create_task(drained(engine, request(400), None))
+    while not engine._scheduler._sampled_tokens:
+        await asyncio.sleep(0.001)
+    await engine.close()
+    with pytest.raises(Unavailable):
+        await call
+    await engine.failed()
+    await engine.close()
+
+
+async def test_sampling_goes_on_while_an_adapter_is_loaded(
+    engine: TransformersEngine, state: ModelState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load that takes for ever delays nobody."""
+    may_end = threading.Event()
+    load = engine._pool.load
+
+    def slow(key: str, state: ModelState) -> int:
+        assert may_end.wait(30)
+        return load(key, state)
+
+    monkeypatch.setattr(engine._pool, "load", slow)
+    loading = asyncio.create_task(engine.load_adapter("a", state))
+    base = await drained(engine, request(50), None)
+    assert not loading.done()
+    with pytest.raises(KeyError):
+        await drained(engine, request(), "a")
+    may_end.set()
+    await loading
+    assert engine.stats().adapter_bytes > 0
+    same = await drained(engine, request(50), "a")  # its B is 0
+    assert [s.tokens for s in same.sequences] == [s.tokens for s in base.sequences]
+    await engine.unload_adapter("a")
+    assert engine.stats().adapter_bytes == 0
