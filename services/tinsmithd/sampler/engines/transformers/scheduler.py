@@ -103,7 +103,7 @@ class Scheduler:
         return not (self._waiting or self._reading or self._sequences)
 
     def stats(self) -> EngineStats:
-        """What it has in hand, and what it did; any thread may ask. Of KV it hears a little late."""
+        """What it has in hand, and what it did; any thread may ask. Of KV it knows a bit late."""
         kv = self._kv
         return EngineStats(
             sequences=len(self._sequences) + len(self._reading),
