@@ -33,7 +33,7 @@ TYPED = {
 """All that a request, whatever it says, may be answered with."""
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # 15,000 requests with N=5000
 async def test_no_mutation_of_a_request_is_more_than_refused(attacked: RunningCluster) -> None:
     """A typed answer before the deadline, never INTERNAL, no process dies, and a model beside it
     all gets the bytes that it gets alone."""
