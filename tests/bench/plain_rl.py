@@ -82,7 +82,7 @@ class PlainRl:
         with self._model.disable_adapter():
             for start in range(0, len(rows), MICRO_BATCH_ROWS):
                 tokens = torch.tensor(rows[start : start + MICRO_BATCH_ROWS])
-                found += self._logprobs(tokens).numpy()
+                found.extend(self._logprobs(tokens).numpy())
         return found
 
     def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
