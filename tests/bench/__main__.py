@@ -97,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows or ROWS:
         print(f"row {row} ...", file=sys.stderr, flush=True)
         try:
-            results += ROWS[row](settings)
+            found = ROWS[row](settings)
+            results += found
+            # A later row may take long, or never end.
+            print(f"{report.table(found)}\n{report.remarks(found)}", file=sys.stderr, flush=True)
         except Exception:
             # The other rows are still worth having.
             traceback.print_exc()
