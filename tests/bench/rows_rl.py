@@ -135,7 +135,7 @@ class Plain:
 
     def __init__(self, settings: Settings, dtype: str) -> None:
         arguments = (str(settings.base_model), settings.threads, dtype)
-        self.remote = Remote("bench.plain_rl:PlainRl", *arguments, env={"OMP_WAIT_POLICY": ""})
+        self.remote = Remote("bench.plain_rl:PlainRl", *arguments)
         self.dtype = dtype
 
     @classmethod

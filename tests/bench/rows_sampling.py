@@ -40,10 +40,9 @@ CALLS_OF_ROUND = Callable[[int], list[Call]]
 
 
 def plain_of(settings: Settings) -> Remote:
-    """Transformers alone. Its threads wait as libgomp has it by default, which is quicker for a
-    process that has the machine to itself."""
+    """Transformers alone."""
     arguments = (str(settings.base_model), settings.threads)
-    return Remote("bench.plain_generate:Plain", *arguments, env={"OMP_WAIT_POLICY": ""})
+    return Remote("bench.plain_generate:Plain", *arguments)
 
 
 def equal(settings: Settings) -> list[Result]:
