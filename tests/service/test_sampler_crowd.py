@@ -79,5 +79,5 @@ def test_two_thousand_calls_at_once_all_end(tiny_model: Path, tmp_path: Path) ->
         waits_s = asyncio.run(crowd())
     assert len(waits_s) > 10
     assert np.quantile(waits_s, 0.99) <= HEALTH_S_MAX
-    # The second crowd finds the room of the first one.
-    assert memory[2] - memory[1] <= 16 * 2**20
+    # The second crowd finds the room of the first one, but for what an allocator scatters.
+    assert memory[2] - memory[1] <= CALLS * 20_000
