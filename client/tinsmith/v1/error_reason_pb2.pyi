@@ -110,7 +110,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_RANK_GROUP_UNAVAILABLE: _ErrorReason.ValueType  # 27
     """No rank group is attached: it is loading or it was lost."""
     ERROR_REASON_SAMPLER_UNAVAILABLE: _ErrorReason.ValueType  # 28
-    """The Sampler is still loading its base model."""
+    """The Sampler is still loading its base model, is stopping, or has failed and starts again."""
     ERROR_REASON_CHECKPOINT_UNAVAILABLE: _ErrorReason.ValueType  # 29
     """The Checkpoint server cannot be reached."""
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 30
@@ -217,7 +217,7 @@ ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 26
 ERROR_REASON_RANK_GROUP_UNAVAILABLE: ErrorReason.ValueType  # 27
 """No rank group is attached: it is loading or it was lost."""
 ERROR_REASON_SAMPLER_UNAVAILABLE: ErrorReason.ValueType  # 28
-"""The Sampler is still loading its base model."""
+"""The Sampler is still loading its base model, is stopping, or has failed and starts again."""
 ERROR_REASON_CHECKPOINT_UNAVAILABLE: ErrorReason.ValueType  # 29
 """The Checkpoint server cannot be reached."""
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 30
