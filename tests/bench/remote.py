@@ -25,12 +25,19 @@ class Remote:
         target: Its class, as `module:name`.
         arguments: What it is made with.
         env: Variables of the process, beside this one's; "" takes one away.
+        python: Its interpreter; one of another environment needs a `PYTHONPATH` of its own.
     """
 
-    def __init__(self, target: str, *arguments: Any, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *arguments: Any,
+        env: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> None:
         every = {**programs.variables(), **(env or {})}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.remote"],
+            [python, "-P", "-m", "bench.remote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={name: value for name, value in every.items() if value},

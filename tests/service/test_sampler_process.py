@@ -39,6 +39,11 @@ def test_a_process_serves_and_ends_on_sigterm(tiny_model: Path, tmp_path: Path) 
     [
         ((), 78, "sampler.base_model: must be set"),
         (("--base-model", "/nowhere/at-all"), 78, "/nowhere/at-all"),
+        (
+            ("--base-model", "/nowhere/at-all", "--engine", "vllm"),
+            78,
+            "sampler.engine: vllm is not installed; pip install 'tinsmith[vllm]'",
+        ),
     ],
 )
 def test_a_process_that_cannot_start_says_why(args: tuple[str, ...], code: int, says: str) -> None:

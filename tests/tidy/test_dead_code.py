@@ -10,7 +10,14 @@ from tinsmith.internal.v1 import trainer_link_service_pb2
 from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, training_service_pb2
 
 KINDS = ("function", "class", "method", "property")
-CALLED_BY_LIBRARIES = {"intercept_service", "settings_customise_sources", "_load_env_vars"}
+CALLED_BY_LIBRARIES = {
+    "intercept_service",
+    "settings_customise_sources",
+    "_load_env_vars",
+    "add_lora_logits",  # these of vLLM
+    "log_engine_initialized",
+    "record",
+}
 """Names of methods that a library calls, besides RPCs."""
 CALLED_BY_DECORATORS = ["@model_validator", "@field_validator"]
 

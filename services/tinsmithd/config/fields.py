@@ -73,7 +73,7 @@ Dtype = Literal["float32", "bfloat16"]
 """Element type of frozen weights."""
 SamplerDtype = Literal["auto", "float32", "bfloat16"]
 """The same; `auto` leaves it to the Sampler."""
-SamplerEngine = Literal["transformers"]
+SamplerEngine = Literal["transformers", "vllm"]
 """What computes in a Sampler."""
 TrainerEngine = Literal["deepspeed", "reference"]
 """What computes on a rank."""

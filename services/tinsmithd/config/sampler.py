@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from tinsmithd.config.base import ServerConfig, broken_rule
 from tinsmithd.config.fields import (
@@ -30,10 +30,10 @@ class SamplerConfig(ServerConfig):
     base_model: Required
     """Hugging Face name or folder."""
     engine: SamplerEngine = "transformers"
-    """What computes; `transformers` runs everywhere."""
+    """What computes; `transformers` runs everywhere, `vllm` needs `tinsmith[vllm]`."""
     dtype: SamplerDtype = "auto"
     """Element type of the frozen weights; `auto` is bfloat16 where it is native to the machine and
-    a short test finds it faster, else float32."""
+    a short test finds it faster, else float32; with engine `vllm` that of the model's files."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server reaches the Checkpoint server."""
     checkpoint_answer_s_max: AboveZero = 30.0
@@ -94,7 +94,22 @@ class SamplerConfig(ServerConfig):
     sample_tokens_max: Count = 131_072
     """num_samples times prompt and max_tokens: bounds the KV cache of a call."""
     threads: Count = 0
-    """CPU threads; 0 leaves it to torch."""
+    """CPU threads of engine `transformers`; 0 leaves it to torch."""
+    vllm_tensor_parallel_size: Count = 0
+    """With engine `vllm`: GPUs that hold the model together; 0 leaves it to vLLM, as in all that
+    follow."""
+    vllm_memory_share: Number = Field(0.0, le=1)
+    """With engine `vllm`: share of each GPU's memory that it takes."""
+    vllm_kv_cache_bytes_max: Count = 0
+    """With engine `vllm`: keys and values, on a CPU above all."""
+    vllm_context_tokens_max: Count = 0
+    """With engine `vllm`: tokens of a prompt and its completion; 0 is what the model was made
+    for."""
+    vllm_rank_max: Positive = Field(32, le=512)
+    """With engine `vllm`: largest LoRA rank that is served. Room for it is taken at the start."""
+    vllm_batch_adapters_max: Positive = 8
+    """With engine `vllm`: adapters of which sequences are computed at once. Room for them is taken
+    at the start."""
 
     @model_validator(mode="after")
     def _what_is_fetched_has_room(self) -> Self:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tinsmith.v1.sampler_service_pb2 import DESCRIPTOR
 from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_server
 from tinsmithd.checkpoint_client import CheckpointClient, LocalFiles, Patience
-from tinsmithd.config import SamplerConfig
+from tinsmithd.config import ConfigError, SamplerConfig
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.sampler.adapters import Adapters
 from tinsmithd.sampler.admission import Admission
@@ -28,7 +28,32 @@ def load_engine(config: SamplerConfig) -> SamplingEngine:
 
     Raises:
         NotFound: There is no such model (BASE_MODEL_NOT_FOUND).
+        ConfigError: The engine that is asked for is not installed.
     """
+    return _load_vllm(config) if config.engine == "vllm" else _load_transformers(config)
+
+
+def _load_vllm(config: SamplerConfig) -> SamplingEngine:
+    from tinsmithd.sampler.engines.vllm.opening import VllmSettings, is_installed, open_engine
+
+    if not is_installed():
+        message = "sampler.engine: vllm is not installed; pip install 'tinsmith[vllm]'"
+        raise ConfigError(message)
+    settings = VllmSettings(
+        dtype=config.dtype,
+        batch_rows_max=config.batch_rows_max,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+        memory_share=config.vllm_memory_share,
+        context_tokens_max=config.vllm_context_tokens_max,
+        kv_cache_bytes_max=config.vllm_kv_cache_bytes_max,
+        rank_max=config.vllm_rank_max,
+        batch_adapters_max=config.vllm_batch_adapters_max,
+        adapters_max=config.adapters_max,
+    )
+    return open_engine(config.base_model, settings)
+
+
+def _load_transformers(config: SamplerConfig) -> SamplingEngine:
     import torch
 
     from tinsmithd.modeling.base import load_base
@@ -125,6 +150,7 @@ class SamplerServer:
 
         Raises:
             NotFound: There is no such base model.
+            ConfigError: The engine is not installed.
             Exception: What the engine failed of. It is not in a known state then, so the process
                 ends, and whoever keeps it running starts another one.
         """

@@ -1,0 +1,1 @@
+"""The engine for GPUs in production: vLLM with LoRA. Imported only where it is chosen."""
