@@ -158,7 +158,7 @@ class SamplerServer:
         working = asyncio.create_task(self._work())
         await asyncio.wait([serving, working], return_when=asyncio.FIRST_COMPLETED)
         await self.stop()
-        if working.done():
+        if working.done() and not working.cancelled():
             working.result()
 
     async def _work(self) -> None:

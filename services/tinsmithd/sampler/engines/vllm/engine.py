@@ -161,19 +161,20 @@ class VllmEngine:
         places = range(request.num_samples)
         wanted = [sequence_params(request, place, self._base.eos_ids) for place in places]
         checks = {place: self._stop_check(request) for place in places}
-        cached = 0
+        cached: int | None = None
         async with self._running(request, lora, wanted) as run:
             while checks:
                 made: list[SampledTokens] = []
                 for place, output in await run.next():
-                    cached = cached or output.num_cached_tokens or 0
+                    if cached is None:
+                        cached = output.num_cached_tokens or 0
                     if place in checks:
                         made.append(_until_stop(place, output, checks[place], request))
                         if made[-1].stop_reason is not None:
                             del checks[place]
                             run.stop(place)
                 if made:
-                    yield Output(tokens=made, prompt_cache_hit_tokens=cached)
+                    yield Output(tokens=made, prompt_cache_hit_tokens=cached or 0)
                     cached = 0
 
     @contextlib.asynccontextmanager
