@@ -33,7 +33,8 @@ class SamplerConfig(ServerConfig):
     """What computes; `transformers` runs everywhere, `vllm` needs `tinsmith[vllm]`."""
     dtype: SamplerDtype = "auto"
     """Element type of the frozen weights; `auto` is bfloat16 where it is native to the machine and
-    a short test finds it faster, else float32; with engine `vllm` that of the model's files."""
+    a short test finds it faster, else float32; with engine `vllm` that of the model's files. Set it
+    where several Samplers are to give the same tokens for a seed."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server reaches the Checkpoint server."""
     checkpoint_answer_s_max: AboveZero = 30.0
