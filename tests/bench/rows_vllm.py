@@ -7,14 +7,15 @@ bfloat16. Every round has prompts of its own.
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import tinsmith
 from bench import sampling_workloads as workloads
 from bench.harness import Result, Side, measure, middle, ratio
 from bench.remote import Remote
-from bench.rows_sampling import PROBE_ROUND, WARM_UP_ROUND, cut
+from bench.rows_sampling import WARM_UP_ROUND, cut
 from bench.sampling_workloads import Call
 from bench.served import Served, sample
 from bench.sides import Settings
@@ -22,6 +23,7 @@ from bench.sides import Settings
 PYTHON = Path(os.environ.get("VLLM_VENV", "build/vllm-venv")) / "bin" / "python"
 TESTS = Path(__file__).resolve().parent.parent
 WARM_UP_TOKENS = 4
+CallsOfRound = Callable[[int], list[Call]]
 
 
 def vllm_of(settings: Settings) -> Remote:
@@ -41,10 +43,8 @@ def vllm_of(settings: Settings) -> Remote:
 
 def alone(settings: Settings) -> list[Result]:
     """Row 17v: one prompt, and 16 at once."""
-    return [
-        *_rows(settings, "17v", "1 x 64 + 64 tokens", 1.3, partial(_equal, 1)),
-        *_rows(settings, "17v", "16 x 64 + 64 tokens", 1.5, partial(_equal, 16)),
-    ]
+    shapes = {f"{count} x 64 + 64 tokens": partial(_equal, count) for count in (1, 16)}
+    return _beside_vllm(settings, "17v", shapes, (1.3, 1.5))
 
 
 def _equal(count: int, seed: int) -> list[Call]:
@@ -53,54 +53,70 @@ def _equal(count: int, seed: int) -> list[Call]:
 
 def mixed(settings: Settings) -> list[Result]:
     """Row 18v: 32 requests of 8 to 256 new tokens."""
-    return _rows(settings, "18v", "32 requests of 8 to 256 new tokens", 1.3, workloads.mixed)
+    what = "32 requests of 8 to 256 new tokens"
+    return _beside_vllm(settings, "18v", {what: workloads.mixed}, (1.3,))
 
 
 def group(settings: Settings) -> list[Result]:
     """Row 19v: 16 samples of a prompt of 1,024 tokens."""
-    return _rows(settings, "19v", "16 samples of 1,024 + 64 tokens", 2.0, workloads.group)
+    return _beside_vllm(
+        settings, "19v", {"16 samples of 1,024 + 64 tokens": workloads.group}, (2.0,)
+    )
 
 
-def _rows(
-    settings: Settings, row: str, what: str, target: float, make: Callable[[int], list[Call]]
+def _beside_vllm(
+    settings: Settings,
+    row: str,
+    shapes: Mapping[str, CallsOfRound],
+    targets: Sequence[float],
 ) -> list[Result]:
+    with Served(settings, "bfloat16") as served, vllm_of(settings) as vllm:
+        base = served.base()
+        return [
+            _shape(settings, (row, what), target, make, (served, base, vllm))
+            for (what, make), target in zip(shapes.items(), targets, strict=True)
+        ]
+
+
+def _shape(
+    settings: Settings,
+    title: tuple[str, str],
+    target: float,
+    make: CallsOfRound,
+    sides: tuple[Served, tinsmith.SamplingClient, Remote],
+) -> Result:
+    served, base, vllm = sides
+    ours, theirs = itertools.count(), itertools.count()
+
     def calls_of(seed: int) -> list[Call]:
         return cut(make(seed), settings.new_tokens_max)
 
-    with Served(settings, "bfloat16") as served, vllm_of(settings) as vllm:
-        base = served.base()
-        ours, theirs = itertools.count(), itertools.count()
+    def run_vllm(calls: list[Call]) -> None:
+        asked = [(call.prompt, call.new_tokens, call.num_samples) for call in calls]
+        assert vllm.call("generate", asked) == workloads.made_tokens(calls)
 
-        def run_vllm(calls: list[Call]) -> None:
-            asked = [(call.prompt, call.new_tokens, call.num_samples) for call in calls]
-            assert vllm.call("generate", asked) == workloads.made_tokens(calls)
-
-        sample(base, cut(calls_of(WARM_UP_ROUND), WARM_UP_TOKENS))
-        for seed in (WARM_UP_ROUND, PROBE_ROUND):
-            run_vllm(cut(calls_of(seed), WARM_UP_TOKENS))
-        timings = measure(
-            [
-                Side(
-                    "ours", lambda: sample(base, calls_of(next(ours))), cpu_clock=served.cpu_clock
-                ),
-                Side("vLLM", lambda: run_vllm(calls_of(next(theirs)))),
-            ],
-            settings.pairs,
-            warm_ups=0,  # both are warm
-        )
+    sample(base, cut(calls_of(WARM_UP_ROUND), WARM_UP_TOKENS))
+    run_vllm(cut(calls_of(WARM_UP_ROUND), WARM_UP_TOKENS))
+    timings = measure(
+        [
+            Side("ours", lambda: sample(base, calls_of(next(ours))), cpu_clock=served.cpu_clock),
+            Side("vLLM", lambda: run_vllm(calls_of(next(theirs)))),
+        ],
+        settings.pairs,
+        warm_ups=0,  # both are warm
+    )
     made = workloads.made_tokens(calls_of(0))
     per_s = {name: made / middle(found).wall_s for name, found in timings.items()}
-    return [
-        Result(
-            row,
-            f"{what}: tokens per second / vLLM",
-            ratio(timings["vLLM"], timings["ours"]),
-            target=target,
-            higher_is_better=True,
-            sides={name: middle(found) for name, found in timings.items()},
-            notes=f"{per_s['ours']:.1f} beside {per_s['vLLM']:.1f} tok/s, both in bfloat16",
-        )
-    ]
+    row, what = title
+    return Result(
+        row,
+        f"{what}: tokens per second / vLLM",
+        ratio(timings["vLLM"], timings["ours"]),
+        target=target,
+        higher_is_better=True,
+        sides={name: middle(found) for name, found in timings.items()},
+        notes=f"{per_s['ours']:.1f} beside {per_s['vLLM']:.1f} tok/s, both in bfloat16",
+    )
 
 
 ROWS: dict[str, Callable[[Settings], list[Result]]] = {"17v": alone, "18v": mixed, "19v": group}
