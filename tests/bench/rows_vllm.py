@@ -7,6 +7,7 @@ bfloat16. Every round has prompts of its own.
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from bench.sides import Settings
 PYTHON = Path(os.environ.get("VLLM_VENV", "build/vllm-venv")) / "bin" / "python"
 TESTS = Path(__file__).resolve().parent.parent
 WARM_UP_TOKENS = 4
+VLLM_SLEEPS_AFTER_S = 1.5
+"""Its worker looks for work for a second before it sleeps, and takes a core for that."""
 CallsOfRound = Callable[[int], list[Call]]
 
 
@@ -99,7 +102,12 @@ def _shape(
     run_vllm(cut(calls_of(WARM_UP_ROUND), WARM_UP_TOKENS))
     timings = measure(
         [
-            Side("ours", lambda: sample(base, calls_of(next(ours))), cpu_clock=served.cpu_clock),
+            Side(
+                "ours",
+                lambda: sample(base, calls_of(next(ours))),
+                prepare=lambda: time.sleep(VLLM_SLEEPS_AFTER_S),
+                cpu_clock=served.cpu_clock,
+            ),
             Side("vLLM", lambda: run_vllm(calls_of(next(theirs)))),
         ],
         settings.pairs,

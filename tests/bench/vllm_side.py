@@ -18,8 +18,8 @@ CONTEXT_TOKENS = 2048
 class Vllm:
     """One base model in bfloat16, as vLLM starts it by itself but for `enforce_eager`.
 
-    Of the ways that were tried here that is the fastest: two threads instead of one and a core kept
-    free for vLLM's own work make a third to a half of its tokens.
+    Compiling takes minutes here. By itself vLLM keeps one of two cores free for its own work; with
+    both for products it made half of the tokens.
 
     Args:
         folder: The model.
