@@ -20,6 +20,7 @@ from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState
 from tinsmithd.modeling.base import load_base
+from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.sampler.server import SamplerServer
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
@@ -223,6 +224,24 @@ async def test_cancelling_stops_the_work(served: Served) -> None:
         await asyncio.sleep(0.3)
         assert admission.stats().sampled_tokens == made
         assert len(await asyncio.gather(*(served.sample() for _ in range(8)))) == 8
+
+
+async def test_a_step_that_fails_ends_the_server(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls under way hear UNAVAILABLE, and the process ends with what happened."""
+    running = asyncio.create_task(served.server.run())
+    await served.sample()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(KvCache, "batch", fail)
+    error = await refusal(served.stub.Sample(sample_request()))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason_and_field(error)[0] == "SAMPLER_UNAVAILABLE"
+    with pytest.raises(RuntimeError, match="out of order"):
+        await running
 
 
 async def test_the_tokenizer_arrives_whole(

@@ -69,8 +69,9 @@ class SamplerConfig(ServerConfig):
     """Sequences that are computed at once; a call that alone has more is computed alone."""
     waiting_max: Count = 4096
     """Calls that wait for their turn; more are RESOURCE_EXHAUSTED."""
-    kv_cache_bytes_max: Positive = 2048 * MIB
-    """Keys and values of the sequences that are computed; a call that needs more is refused."""
+    kv_cache_bytes_max: Positive = 8 * 1024 * MIB
+    """Keys and values of the sequences that are computed, which have room for the most that they
+    can come to; memory is taken as they grow. A call that alone needs more is refused."""
     prefix_cache_bytes_max: Count = 512 * MIB
     """Keys and values of prompts that are kept for later calls with the same beginning."""
     batch_invariance: bool = True
