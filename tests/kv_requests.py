@@ -37,9 +37,20 @@ def shape_of(
     )
 
 
-def cache_of(shape: ModelShape, *, bytes_max: int = 1 << 30, prefix_bytes_max: int = 0) -> KvCache:
+def cache_of(
+    shape: ModelShape,
+    *,
+    bytes_max: int = 1 << 30,
+    prefix_bytes_max: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
+    piece_tokens: int | None = None,
+) -> KvCache:
     return KvCache(
-        shape, bytes_max=bytes_max, prefix_bytes_max=prefix_bytes_max, chunk_tokens=CHUNK_TOKENS
+        shape,
+        bytes_max=bytes_max,
+        prefix_bytes_max=prefix_bytes_max,
+        chunk_tokens=chunk_tokens,
+        piece_tokens=piece_tokens,
     )
 
 

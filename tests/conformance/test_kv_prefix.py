@@ -107,3 +107,46 @@ def test_a_caller_says_from_where_it_wants_hidden_states() -> None:
         )
         assert prompt.cached == cached
         cache.close_prompt(prompt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pieces_of_many_chunks_change_no_bit_wherever_they_begin(dtype: torch.dtype) -> None:
+    """A prompt of which more and more is cached has the bits of one that was read in short pieces;
+    what is new is computed, to the chunk."""
+    shape = shape_of(dtype)
+    short, count = cache_of(shape, chunk_tokens=32), 900
+    expected = Request(short, shape, 1, count, 5)
+    run(short, shape, [expected])
+    whole = torch.cat(expected.prompt_found, dim=1)
+    cache = cache_of(shape, prefix_bytes_max=1 << 28, chunk_tokens=32, piece_tokens=256)
+    if not cache._kernel.same:
+        pytest.skip("here a row's bits may depend on the piece")
+    computed = cached = 0
+    for tokens in (100, 130, 400, 900):
+        one = Request(cache, shape, 1, tokens, 5)
+        one.prompt_stream = expected.prompt_stream[:, :tokens]
+        one.prompt.tokens_P[:] = expected.prompt.tokens_P[:tokens]
+        assert one.prompt.cached == cached
+        run(cache, shape, [one])
+        found = torch.cat(one.prompt_found, dim=1)
+        assert torch.equal(found, whole[:, cached:tokens])
+        computed, cached = computed + tokens - cached, tokens // 32 * 32
+        assert cache.stats.prompt_tokens_computed == computed
+    assert all(map(torch.equal, one.found[0], expected.found[0]))
+
+
+def test_who_reads_a_long_piece_leaves_to_others_what_they_read() -> None:
+    """A piece ends before a chunk that another prompt is about to read, and begins behind it."""
+    shape = shape_of()
+    cache = cache_of(shape, prefix_bytes_max=1 << 28, chunk_tokens=32, piece_tokens=256)
+    if not cache._kernel.same:
+        pytest.skip("here a row's bits may depend on the piece")
+    first, second = (Request(cache, shape, 1, 300, 2) for _request in range(2))
+    assert cache.next_piece(first.prompt) == (0, 256)
+    assert cache.next_piece(second.prompt) is None
+    first.close()
+    assert cache.next_piece(second.prompt) == (0, 256)
+    third = Request(cache, shape, 1, 300, 2)
+    run(cache, shape, [second, third])
+    assert cache.stats.prompt_tokens_computed == 300
+    assert_same(second, third)

@@ -27,8 +27,10 @@ from tinsmithd.sampler.engines.transformers.model.build import build
 from tinsmithd.sampler.engines.transformers.scheduler import Scheduler
 from tinsmithd.sampler.engines.transformers.stopping import CONTEXT_TOKENS, StopCheck
 
-CHUNK_TOKENS = 256
-"""Prompts are read in pieces that begin at multiples of this, and are kept by these pieces."""
+PIECE_TOKENS = 256
+"""Maximum tokens of a prompt that are read at once."""
+CHUNK_TOKENS = 64
+"""Prompts are kept in chunks that begin at multiples of this."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class TransformersEngine:
         limits = limits or EngineLimits()
         self._base = base
         self._eos_ids = _eos_ids(base)
-        rows_max = limits.batch_rows_max + limits.prefill_tokens_per_step_max + CHUNK_TOKENS
+        rows_max = limits.batch_rows_max + limits.prefill_tokens_per_step_max + PIECE_TOKENS
         built = build(
             base,
             rows_max=rows_max,
@@ -80,6 +82,7 @@ class TransformersEngine:
             bytes_max=limits.kv_cache_bytes_max,
             prefix_bytes_max=limits.prefix_cache_bytes_max,
             chunk_tokens=CHUNK_TOKENS,
+            piece_tokens=PIECE_TOKENS,
         )
         self._traits = EngineTraits("transformers", built.rows_apart and cache.invariant)
         self._scheduler = Scheduler(

@@ -48,16 +48,27 @@ class KvCache:
         shape: Of the model.
         bytes_max: Maximum bytes of prompts and sequences together.
         prefix_bytes_max: Maximum bytes of the prefix cache, beside them; 0 switches it off.
-        chunk_tokens: Prompts are read in pieces that begin at multiples of this.
+        chunk_tokens: The prefix cache keeps prompts in chunks that begin at multiples of this.
+        piece_tokens: Maximum tokens that are read at once, a multiple of that; None: a chunk. Where
+            a row's bits may depend on how many there are, all chunks are as long as pieces, so that
+            what is read depends on the prompt alone.
     """
 
     def __init__(
-        self, shape: ModelShape, *, bytes_max: int, prefix_bytes_max: int, chunk_tokens: int
+        self,
+        shape: ModelShape,
+        *,
+        bytes_max: int,
+        prefix_bytes_max: int,
+        chunk_tokens: int,
+        piece_tokens: int | None = None,
     ) -> None:
         self._shape = shape
-        self._chunk_tokens = chunk_tokens
+        self._piece_tokens = piece_tokens or chunk_tokens
+        assert self._piece_tokens % chunk_tokens == 0
         rows = -(-shape.group // ROWS) * ROWS
         counts, same = probe(shape.dtype, shape.device, shape.head_dim, rows, shape.scaling)
+        self._chunk_tokens = chunk_tokens if same else self._piece_tokens
         self._kernel = Kernel(shape, counts, same)
         self._rooms = Rooms(shape, counts, bytes_max)
         self._prefix = PrefixCache(prefix_bytes_max)
@@ -155,14 +166,18 @@ class KvCache:
             ask again next step. Who was given a piece must read it, or be closed.
         """
         self._take_cached(prompt)
-        start, end = prompt.read, self._chunk_end(prompt)
-        if start == end:
-            return None
-        if end <= prompt.cached_tokens_max and self._would_keep(end - start):
-            reader = self._readers.setdefault(self._digest(prompt), prompt)
-            if reader is not prompt:
-                return None
-        return start, end
+        start = end = prompt.read
+        last = min(len(prompt.tokens_P), start + self._piece_tokens)
+        while end < last and self._claims(prompt, end, self._chunk_end(prompt, end)):
+            end = self._chunk_end(prompt, end)
+        return (start, end) if end > start else None
+
+    def _claims(self, prompt: Prompt, start: int, end: int) -> bool:
+        """Whether a prompt reads a chunk itself; others that want it wait for it then."""
+        if end > prompt.cached_tokens_max or not self._would_keep(end - start):
+            return True
+        digest = prompt.digests[start // self._chunk_tokens]
+        return self._readers.setdefault(digest, prompt) is prompt
 
     def batch(
         self, decode: Sequence[SequenceKv], pieces: Sequence[tuple[Prompt, int, int]]
@@ -205,8 +220,11 @@ class KvCache:
     def _committed(self, step: StepAttention) -> None:
         for prompt, start, end in step.pieces:
             self._tokens_computed += end - start
+            while start < end and (chunk_end := self._chunk_end(prompt, start)) <= end:
+                if chunk_end < len(prompt.tokens_P):  # `finish` keeps the last one
+                    self._keep(prompt, start, chunk_end, None)
+                start = chunk_end
             if end < len(prompt.tokens_P):
-                self._keep(prompt, start, end, None)
                 self._forget_reader(prompt)
 
     def _keep(self, prompt: Prompt, start: int, end: int, last_hidden_d: Tensor | None) -> None:
@@ -222,8 +240,8 @@ class KvCache:
 
     def _take_cached(self, prompt: Prompt) -> None:
         """Copy from the prefix cache what comes next, as far as it goes."""
-        while (start := prompt.read) < (end := self._chunk_end(prompt)):
-            chunk = self._prefix.get(self._digest(prompt))
+        while (start := prompt.read) < (end := self._chunk_end(prompt, prompt.read)):
+            chunk = self._prefix.get(prompt.digests[start // self._chunk_tokens])
             whole = end == len(prompt.tokens_P)
             if chunk is None or end > prompt.cached_tokens_max:
                 return
@@ -237,15 +255,9 @@ class KvCache:
             prompt.cached += end - start
             self._tokens_cached += end - start
 
-    def _chunk_end(self, prompt: Prompt) -> int:
-        """Where the next chunk ends; where the prompt does, when all is read."""
-        return min(
-            len(prompt.tokens_P), (prompt.read // self._chunk_tokens + 1) * self._chunk_tokens
-        )
-
-    def _digest(self, prompt: Prompt) -> bytes:
-        """Name of the next chunk."""
-        return prompt.digests[prompt.read // self._chunk_tokens]
+    def _chunk_end(self, prompt: Prompt, start: int) -> int:
+        """Where the chunk ends that begins at `start`; where the prompt does, behind the last."""
+        return min(len(prompt.tokens_P), (start // self._chunk_tokens + 1) * self._chunk_tokens)
 
     def _would_keep(self, tokens: int) -> bool:
         """Whether the prefix cache is large enough for a chunk."""
