@@ -366,3 +366,22 @@ def test_numbers_that_are_none_stay_in_their_own_rows(folders: Callable[[str], P
     for own, all_rows in zip(expected, found, strict=True):
         assert torch.equal(own, all_rows[: len(keys)])
         assert not torch.isfinite(all_rows[len(keys) :]).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_was_made_faster_gives_the_same_bits(
+    folders: Callable[[str], Path], dtype: str
+) -> None:
+    """Also to rows that have its weights since before; a key that is not there is no error."""
+    built, keys = with_adapters(folders("llama"), dtype)
+    mixed = [key for key in keys for _ in range(3)]
+    before = apart(built, tokens(len(mixed)), mixed)
+    sites = [site for layer in built.pool._adapters["adapter 0"].sites for site in layer if site]
+    assert all(site._reordered is None for site in sites)
+    for key in (*keys[1:], "another"):
+        assert key is not None
+        built.pool.speed_up(key)
+    assert all(site._reordered is not None for site in sites) == (dtype == "bfloat16")
+    after = apart(built, tokens(len(mixed)), mixed)
+    for own, others in zip(before, after, strict=True):
+        assert torch.equal(own, others)

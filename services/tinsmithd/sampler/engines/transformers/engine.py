@@ -31,6 +31,8 @@ PIECE_TOKENS = 256
 """Maximum tokens of a prompt that are read at once."""
 CHUNK_TOKENS = 64
 """Prompts are kept in chunks that begin at multiples of this."""
+SPEED_UP_AFTER_S = 0.25
+"""How long an adapter waits to be made faster, so that this does not slow its first tokens down."""
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +127,11 @@ class TransformersEngine:
         loop = asyncio.get_running_loop()
         nbytes = await loop.run_in_executor(self._loader, self._pool.load, key, state)
         self._adapter_bytes[key] = nbytes
+        loop.call_later(SPEED_UP_AFTER_S, self._speed_up, key)
+
+    def _speed_up(self, key: str) -> None:
+        if not self._closing:
+            self._loader.submit(self._pool.speed_up, key)
 
     async def unload_adapter(self, key: str) -> None:
         """Drop an adapter; an unknown key is no error."""

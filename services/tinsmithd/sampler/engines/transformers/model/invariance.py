@@ -92,6 +92,10 @@ def forms_agree(first: SiteLora, second: SiteLora) -> bool:
     for count in LORA_COUNTS:
         if not torch.equal(first.added(fast, y[:count].clone(), x[:count]), expected[:count]):
             return False
+    first.reorder()
+    for count in LORA_COUNTS:
+        if not torch.equal(first.added(fast, y[:count].clone(), x[:count]), expected[:count]):
+            return False
         if count <= WHOLE_ROWS_MAX:
             both_x, both_y = x[:count].repeat(2, 1), y[:count].repeat(2, 1)
             stack.add(0, Site(0), both_x, both_y)

@@ -3,6 +3,7 @@
 Ranks are padded with zeros to a power of two, so that adapters of many ranks meet few kernels.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class LoraWeights:
     experts: Sequence[ExpertLora | None]
     head: SiteLora | None
     bytes: int
+
+    def reorder(self) -> None:
+        """See `SiteLora.reorder`."""
+        for site in itertools.chain.from_iterable(self.sites):
+            if site is not None:
+                site.reorder()
 
 
 def lora_weights(

@@ -6,7 +6,8 @@ the same bits on the CPUs that were measured; `invariance` checks that at start:
 
 - per part, with the parts' own B: least arithmetic, for many rows;
 - whole, with one B that is zero where a part meets another's A: fewest calls, for few rows;
-- whole in oneDNN's order: in bfloat16 half the time of the former;
+- whole in oneDNN's order: in bfloat16 half the time of the former. Bringing all weights of an
+  adapter into it takes longer than a first token, so it is there some time after the others;
 - in a stack beside other adapters, see `LoraStack`.
 """
 
@@ -56,16 +57,24 @@ class SiteLora:
         )
         self._whole, self._d_outs = whole, list(d_outs)
         self._reordered: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def _can_reorder(self) -> bool:
         # oneDNN takes no s, and only a power of two in B leaves the rounding of bfloat16 as it is.
-        if a.dtype == torch.bfloat16 and can_reorder(a) and math.frexp(scaling)[0] == 0.5:
-            b = (whole * scaling).t().contiguous()
-            self._reordered = (reorder(a.t().contiguous()), reorder(b))
+        is_power = math.frexp(self.scaling)[0] == 0.5
+        return self.a.dtype == torch.bfloat16 and can_reorder(self.a) and is_power
 
     @property
     def bytes(self) -> int:
-        """What the weights take."""
+        """What the weights take, once they are reordered."""
         size = self.a.nbytes + self._whole.nbytes
-        return size if self._reordered is None else 2 * size
+        return 2 * size if self._can_reorder else size
+
+    def reorder(self) -> None:
+        """Have the weights in oneDNN's order too, where it takes them; from any thread."""
+        if self._reordered is None and self._can_reorder:
+            b = (self._whole * self.scaling).t().contiguous()
+            self._reordered = (reorder(self.a.t().contiguous()), reorder(b))
 
     def added(self, rule: RowRule, y: Tensor, x: Tensor) -> Tensor:
         """Add to all rows.
@@ -78,10 +87,11 @@ class SiteLora:
         Returns:
             The sum, which may be y.
         """
-        if self._reordered is None or not self._is_fast(rule, y):
+        reordered = self._reordered
+        if reordered is None or not self._is_fast(rule, y):
             self.add(rule, y, x)
             return y
-        a, b = self._reordered
+        a, b = reordered
         total: Tensor = LINEAR_PLUS(LINEAR(x, a, None, "none", [], ""), y, b, None, "add")
         return total
 
