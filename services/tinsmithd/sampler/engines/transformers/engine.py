@@ -29,6 +29,9 @@ from tinsmithd.sampler.engines.transformers.stopping import CONTEXT_TOKENS, Stop
 
 PIECE_TOKENS = 256
 """Maximum tokens of a prompt that are read at once."""
+WOKEN_AT_ONCE = 8
+"""Callers that hear of a step at the same moment. What each of them does takes up to a millisecond,
+and whoever else needs the event loop waits for all of it."""
 CHUNK_TOKENS = 64
 """Prompts are kept in chunks that begin at multiples of this."""
 SPEED_UP_AFTER_S = 0.25
@@ -236,8 +239,11 @@ class TransformersEngine:
 
 
 def _deliver(pairs: Sequence[tuple[_Stream, Made]]) -> None:
-    for stream, made in pairs:
+    """Wake the first callers, and let the event loop look at all else before the next ones."""
+    for stream, made in pairs[:WOKEN_AT_ONCE]:
         stream.made.put_nowait(made)
+    if len(pairs) > WOKEN_AT_ONCE:
+        asyncio.get_running_loop().call_soon(_deliver, pairs[WOKEN_AT_ONCE:])
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:
