@@ -14,8 +14,16 @@ from sampling_engines import drained
 from tinsmithd.domain import LoraConfig, ModelState, SampleRequest, SamplingParams
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason, Unavailable
 from tinsmithd.modeling.base import load_base
-from tinsmithd.sampler.engines.transformers.engine import EngineLimits, TransformersEngine
+from tinsmithd.sampler.engines.transformers.engine import (
+    WOKEN_AT_ONCE,
+    EngineLimits,
+    TransformersEngine,
+    _Bell,
+    _Stream,
+)
+from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
+from tinsmithd.sampler.engines.transformers.stopping import StopCheck
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 
 torch.set_num_threads(1)
@@ -77,6 +85,18 @@ async def test_a_request_that_is_closed_computes_nothing_more(engine: Transforme
     await settled(engine)
     assert engine.stats().kv_tokens == 0
     assert len((await drained(engine, request(), None)).sequences[0].tokens) == 8
+
+
+async def test_what_steps_made_is_told_in_their_order() -> None:
+    """To more callers than are woken at once, while the next step's is there already."""
+    bell = _Bell(asyncio.get_running_loop())
+    streams = [_Stream(bell) for _ in range(3 * WOKEN_AT_ONCE + 1)]
+    steps = [[Made(Job(request(), None, StopCheck)) for _ in streams] for _ in range(3)]  # type: ignore[arg-type]
+    for made in steps:
+        bell.take(list(zip(streams, made, strict=True)))
+    for index, stream in enumerate(streams):
+        assert [await stream.made.get() for _ in steps] == [made[index] for made in steps]
+        assert stream.made.empty()
 
 
 async def test_a_long_prompt_does_not_stop_the_others(tiny_model: Path) -> None:

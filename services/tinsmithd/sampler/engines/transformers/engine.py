@@ -54,9 +54,41 @@ class EngineLimits:
 class _Stream:
     """Where one request's caller waits, on its event loop."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, bell: "_Bell") -> None:
+        self.bell = bell
         self.made: asyncio.Queue[Made] = asyncio.Queue()
+
+
+class _Bell:
+    """Tells callers on one event loop what was made, in order, a few at a time.
+
+    Args:
+        loop: Theirs.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pairs: deque[tuple[_Stream, Made]] = deque()
+        self._rings = False
+
+    def take(self, pairs: Sequence[tuple[_Stream, Made]]) -> None:
+        """Take what a step made; any thread may call it."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
+            self.loop.call_soon_threadsafe(self._add, pairs)
+
+    def _add(self, pairs: Sequence[tuple[_Stream, Made]]) -> None:
+        self._pairs.extend(pairs)
+        if not self._rings:
+            self._ring()
+
+    def _ring(self) -> None:
+        """Wake the first callers, and let the event loop look at all else before the next ones."""
+        for _ in range(min(WOKEN_AT_ONCE, len(self._pairs))):
+            stream, made = self._pairs.popleft()
+            stream.made.put_nowait(made)
+        self._rings = bool(self._pairs)
+        if self._rings:
+            self.loop.call_soon(self._ring)
 
 
 class TransformersEngine:
@@ -100,6 +132,7 @@ class TransformersEngine:
         # What the thread is to do first: a job, and whether it comes or goes.
         self._commands: deque[tuple[Job, bool]] = deque()
         self._streams: dict[Job, _Stream] = {}
+        self._bell: _Bell | None = None
         self._wake = threading.Event()
         self._closing = False
         self._ended: Future[None] = Future()
@@ -159,7 +192,7 @@ class TransformersEngine:
         if adapter is not None and adapter not in self._adapter_bytes:
             raise KeyError(adapter)
         job = Job(request, adapter, functools.partial(self._stop_check, request))
-        stream = self._streams[job] = _Stream()
+        stream = self._streams[job] = _Stream(self._here())
         self._tell(job, comes=True)
         try:
             while True:
@@ -173,6 +206,13 @@ class TransformersEngine:
         finally:
             if self._streams.pop(job, None) is not None:
                 self._tell(job, comes=False)
+
+    def _here(self) -> _Bell:
+        """The bell of the event loop that runs now; mostly it is the same one."""
+        loop = asyncio.get_running_loop()
+        if self._bell is None or self._bell.loop is not loop:
+            self._bell = _Bell(loop)
+        return self._bell
 
     def _tell(self, job: Job, *, comes: bool) -> None:
         self._commands.append((job, comes))
@@ -219,31 +259,21 @@ class TransformersEngine:
 
     def _post(self, made: Sequence[Made]) -> None:
         """Hand what was made to the callers' event loops: mostly there is one, and one call."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Made]]] = {}
+        by_bell: dict[_Bell, list[tuple[_Stream, Made]]] = {}
         for each in made:
             # Whoever ended is not told to go once more.
-            stream = (
-                self._streams.pop(each.job, None) if each.ended else self._streams.get(each.job)
-            )
+            find = self._streams.pop if each.ended else self._streams.get
+            stream = find(each.job, None)
             if stream is not None:
-                by_loop.setdefault(stream.loop, []).append((stream, each))
-        for loop, pairs in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
-                loop.call_soon_threadsafe(_deliver, pairs)
+                by_bell.setdefault(stream.bell, []).append((stream, each))
+        for bell, pairs in by_bell.items():
+            bell.take(pairs)
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         """Tell the callers of jobs that nothing comes of them any more."""
         text = "the Sampler is stopping" if self._closing else "the Sampler has failed"
         error = Unavailable(text, Reason.SAMPLER_UNAVAILABLE, retry_after_s=1.0)
         self._post([Made(job, ended=True, error=error) for job in jobs])
-
-
-def _deliver(pairs: Sequence[tuple[_Stream, Made]]) -> None:
-    """Wake the first callers, and let the event loop look at all else before the next ones."""
-    for stream, made in pairs[:WOKEN_AT_ONCE]:
-        stream.made.put_nowait(made)
-    if len(pairs) > WOKEN_AT_ONCE:
-        asyncio.get_running_loop().call_soon(_deliver, pairs[WOKEN_AT_ONCE:])
 
 
 def _eos_ids(base: BaseModel) -> frozenset[int]:
