@@ -31,7 +31,13 @@ INFO = BaseModelInfo("tiny", "LlamaForCausalLM", 300, 512, "float32", 2, 1)
 LIMITS = DataLimits(
     *(1024, 1 << 28, TrainingConfig().chunks_max, TrainingConfig().loss_fn_inputs_max, 64)
 )
-SAMPLING = RequestLimits(64, SamplerConfig(base_model="any").stop_characters_max, 64, 131_072)
+SAMPLING = RequestLimits(
+    num_samples_max=64,
+    stop_characters_max=SamplerConfig(base_model="any").stop_characters_max,
+    topk_max=64,
+    sample_tokens_max=131_072,
+    alternatives_max=1 << 20,
+)
 MODEL_ID, PATH = "a" * 32, "tinsmith://a/weights/b"
 MUTANTS = 400
 
