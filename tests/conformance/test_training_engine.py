@@ -20,12 +20,11 @@ from tinsmithd.domain import (
     AdamParams,
     CrossEntropy,
     Datum,
-    ImportanceSampling,
     LoraConfig,
     ModelState,
-    Ppo,
 )
 from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.loss_fns import ImportanceSampling, Ppo
 from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 from tiny_models import FAMILIES
 

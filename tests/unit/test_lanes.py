@@ -73,7 +73,7 @@ def test_folders_that_take_longer_than_their_budget_are_named(tmp_path: Path) ->
 
 
 def test_each_folder_of_tests_is_in_one_stage_and_has_a_budget() -> None:
-    """But those that need another machine, and those that only help."""
+    """But those that need another machine or environment, and those that only help."""
     folders = {path.parent.name for path in stages.TESTS_FOLDER.glob("*/test_*.py")}
     run = [
         Path(word).name
@@ -82,5 +82,5 @@ def test_each_folder_of_tests_is_in_one_stage_and_has_a_budget() -> None:
         for word in each.command
         if word.startswith("tests/")
     ]
-    assert sorted(run) == sorted(folders - {"gpu", "kube"})
+    assert sorted(run) == sorted(folders - {"gpu", "kube", "on_vllm"})
     assert set(run) == set(stages.BUDGETS_S)
