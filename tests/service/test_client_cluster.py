@@ -200,13 +200,16 @@ def test_a_sampling_client_never_changes_under_its_user(
     used = service.create_sampling_client(save()).result()
     first = scores(used)
     save()
+    second = trainer.forward(example(), "cross_entropy").result().loss_fn_outputs[0]["logprobs"]
     unused = service.create_sampling_client(used.model_path).result()
     newest = service.create_sampling_client(save()).result()
     assert scores(used) == scores(pickle.loads(pickle.dumps(used))) == first
     assert scores(newest) != first
-    with pytest.raises(tinsmith.FailedPreconditionError) as refusal:
-        scores(unused)  # nobody has what it was opened for
-    assert refusal.value.reason == "CHECKPOINT_REPLACED"
+    try:
+        found: object = scores(unused)[1:]  # the Sampler has them if it was told in time
+    except tinsmith.FailedPreconditionError as refusal:
+        found = refusal.reason
+    assert found in ("CHECKPOINT_REPLACED", pytest.approx(list(second), abs=1e-4))
     parts = list(used.sample_stream(PROMPT, 1, SamplingParams(max_tokens=3, seed=1)))
     again = used.sample(PROMPT, 1, SamplingParams(max_tokens=3, seed=1)).result()
     assert [t for part in parts for t in part.tokens] == list(again.sequences[0].tokens)
