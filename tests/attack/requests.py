@@ -49,6 +49,10 @@ class Method:
         return self.path.rpartition("/")[2]
 
 
+ENDLESS = {"WatchCheckpoints"}
+"""Names of methods whose answer has no end: its first message shows that a request is taken."""
+
+
 def every_method() -> list[Method]:
     """All of all servers."""
     return [

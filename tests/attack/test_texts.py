@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
+from attack.requests import ENDLESS
 from clusters import RunningCluster
 from tinsmith.v1 import checkpoint_service_pb2, sampler_service_pb2, training_service_pb2
 from wire import reason_and_field
@@ -75,7 +76,9 @@ def call(channel: grpc.Channel, method: MethodDescriptor, request: Any) -> grpc.
         response = make(argument, timeout=60)
         if method.server_streaming:
             for _ in response:
-                pass
+                if method.name in ENDLESS:
+                    response.cancel()
+                    return None
     except grpc.RpcError as error:
         return error
     return None
