@@ -14,7 +14,7 @@ def attacked(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
     """A cluster of its own: many of the calls will wait for numbers that never come."""
-    settings = {"TINSMITH_TRAINING_GAP_WAIT_S_MAX": "0.2", "TINSMITH_TRAINING_MODELS_MAX": "1000"}
+    settings = {"TINSMITH_TRAINING_GAP_WAIT_S_MAX": "2", "TINSMITH_TRAINING_MODELS_MAX": "1000"}
     folder = tmp_path_factory.mktemp("attacked")
     with environment(**settings), RunningCluster(tiny_model, folder) as running:
         yield running
