@@ -38,7 +38,8 @@ class SamplerConfig(ServerConfig):
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server reaches the Checkpoint server."""
     checkpoint_answer_s_max: AboveZero = 30.0
-    """A call to the Checkpoint server that moves no data is given up after this long."""
+    """A call to the Checkpoint server that moves no data is given up after this long, and so is a
+    read whose connection broke and that cannot go on."""
     checkpoint_stall_s_max: AboveZero = 60.0
     """A call to the Checkpoint server that moves data is given up when nothing moves for this long;
     a slow one is waited for."""
