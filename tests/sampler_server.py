@@ -1,8 +1,11 @@
 """A Sampler and a Checkpoint server beside it, for tests that ask the Sampler alone."""
 
+import contextlib
 import hashlib
 import zlib
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -14,6 +17,7 @@ from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.convert.types import lora_to_pb
 from tinsmithd.domain import ModelState
 from tinsmithd.sampler.server import SamplerServer
@@ -77,6 +81,38 @@ class Served:
         commit = checkpoint_pb.WriteCheckpointCommit(files=listed)
         requests.append(checkpoint_pb.WriteCheckpointRequest(commit=commit))
         return await self.checkpoints.WriteCheckpoint(iter(requests))
+
+
+@contextlib.asynccontextmanager
+async def serving(base_model: Path, folder: Path, **settings: Any) -> AsyncIterator[Served]:
+    """Both servers on free ports, the base model loaded.
+
+    Args:
+        base_model: Its folder.
+        folder: The Checkpoint server's data.
+        settings: More settings of the Sampler.
+    """
+    checkpoint = CheckpointServer(
+        CheckpointConfig(listen_address="127.0.0.1:0", data_folder=str(folder), stop_grace_s=1)
+    )
+    await checkpoint.start()
+    sampler = SamplerServer(
+        SamplerConfig(
+            listen_address="127.0.0.1:0",
+            base_model=str(base_model),
+            checkpoint_target=f"127.0.0.1:{checkpoint.port}",
+            stop_grace_s=1,
+            **settings,
+        )
+    )
+    await sampler.start()
+    await sampler.loaded()
+    running = Served(sampler, checkpoint, folder)
+    yield running
+    for channel in running.channels:
+        await channel.close()
+    await sampler.stop()
+    await checkpoint.stop()
 
 
 def prompt(tokens: list[int]) -> types_pb2.ModelInput:

@@ -14,6 +14,7 @@ from sampling_engines import drained
 from tinsmithd.domain import LoraConfig, ModelState, SampleRequest, SamplingParams
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason, Unavailable
 from tinsmithd.modeling.base import load_base
+from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.transformers.engine import (
     WOKEN_AT_ONCE,
     EngineLimits,
@@ -23,7 +24,6 @@ from tinsmithd.sampler.engines.transformers.engine import (
 )
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
-from tinsmithd.sampler.engines.transformers.stopping import StopCheck
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 
 torch.set_num_threads(1)

@@ -15,17 +15,15 @@ pytest.importorskip("vllm", reason="make test-vllm")
 
 import programs
 from data import make_data
-from sampler_server import PATH, PROMPT, Served, prompt, sample_request
+from sampler_server import PATH, PROMPT, Served, prompt, sample_request, serving
 from sampling_engines import HEAD_DIM, VLLM_START_S_MAX
 from tinsmith.tensors import decode
 from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
-from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState
 from tinsmithd.modeling.base import load_base
-from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
+from tinsmithd.sampler.server import SERVICE_NAME
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 from tiny_models import write_tiny_model
@@ -43,27 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def served(folder: Path, tmp_path: Path) -> AsyncIterator[Served]:
     """Both servers on free ports, the base model loaded."""
-    checkpoint = CheckpointServer(
-        CheckpointConfig(listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=1)
-    )
-    await checkpoint.start()
-    sampler = SamplerServer(
-        SamplerConfig(
-            listen_address="127.0.0.1:0",
-            base_model=str(folder),
-            checkpoint_target=f"127.0.0.1:{checkpoint.port}",
-            stop_grace_s=1,
-            **SETTINGS,
-        )
-    )
-    await sampler.start()
-    await sampler.loaded()
-    running = Served(sampler, checkpoint, tmp_path)
-    yield running
-    for channel in running.channels:
-        await channel.close()
-    await sampler.stop()
-    await checkpoint.stop()
+    async with serving(folder, tmp_path, **SETTINGS) as running:
+        yield running
 
 
 def trained_state(folder: Path) -> ModelState:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from data import make_data
-from sampler_server import CONTEXT, PATH, PROMPT, Served, prompt, sample_request
+from sampler_server import CONTEXT, PATH, PROMPT, Served, prompt, sample_request, serving
 from tinsmith.tensors import decode
 from tinsmith.v1 import checkpoint_service_pb2 as checkpoint_pb
 from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
-from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.config import CheckpointConfig, SamplerConfig
+from tinsmithd.config import SamplerConfig
 from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.transformers.kv import KvCache
@@ -30,28 +29,8 @@ from wire import limit_values, reason_and_field
 @pytest.fixture
 async def served(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Served]:
     """Both servers on free ports, the base model loaded."""
-    checkpoint = CheckpointServer(
-        CheckpointConfig(listen_address="127.0.0.1:0", data_folder=str(tmp_path), stop_grace_s=1)
-    )
-    await checkpoint.start()
-    sampler = SamplerServer(
-        SamplerConfig(
-            listen_address="127.0.0.1:0",
-            base_model=str(tiny_model),
-            checkpoint_target=f"127.0.0.1:{checkpoint.port}",
-            checkpoint_recheck_s=0,
-            stop_grace_s=1,
-            threads=1,
-        )
-    )
-    await sampler.start()
-    await sampler.loaded()
-    running = Served(sampler, checkpoint, tmp_path)
-    yield running
-    for channel in running.channels:
-        await channel.close()
-    await sampler.stop()
-    await checkpoint.stop()
+    async with serving(tiny_model, tmp_path, checkpoint_recheck_s=0, threads=1) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

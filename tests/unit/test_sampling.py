@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tinsmithd.domain import SamplingParams, StopReason
+from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.transformers import sampling
 from tinsmithd.sampler.engines.transformers.sampling import Ask, Drawn, Draws, Workspace
-from tinsmithd.sampler.engines.transformers.stopping import StopCheck
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, 2.5])
 

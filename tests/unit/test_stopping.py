@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tinsmithd.domain import SamplingParams, StopReason
-from tinsmithd.sampler.engines.transformers.stopping import StopCheck
+from tinsmithd.sampler.engines.stopping import StopCheck
 from tokenizers_for_tests import llama2_tokenizer
 
 LLAMA2 = llama2_tokenizer()

@@ -21,11 +21,11 @@ from tinsmithd.domain import BaseModelInfo, ModelState, Output, SampleRequest
 from tinsmithd.errors import Reason, Unavailable
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits
+from tinsmithd.sampler.engines.stopping import CONTEXT_TOKENS, StopCheck
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.sampler.engines.transformers.model.build import build
 from tinsmithd.sampler.engines.transformers.scheduler import Scheduler
-from tinsmithd.sampler.engines.transformers.stopping import CONTEXT_TOKENS, StopCheck
 
 PIECE_TOKENS = 256
 """Maximum tokens of a prompt that are read at once."""

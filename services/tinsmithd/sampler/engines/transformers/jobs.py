@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tinsmithd.domain import Output, SampleRequest
+from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.transformers.kv import Prompt, Reservation, SequenceKv
 from tinsmithd.sampler.engines.transformers.sampling import Draws
 from tinsmithd.sampler.engines.transformers.scoring import PromptScorer
-from tinsmithd.sampler.engines.transformers.stopping import StopCheck
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from tinsmithd.domain import (
     SampleRequest,
 )
 from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits
-from tinsmithd.sampler.engines.transformers.stopping import CONTEXT_TOKENS, StopCheck
+from tinsmithd.sampler.engines.stopping import CONTEXT_TOKENS, StopCheck
 from tinsmithd.sampler.engines.vllm.adapters import AdapterFolder, AdapterFolders
 from tinsmithd.sampler.engines.vllm.base import misfit, read_base
 from tinsmithd.sampler.engines.vllm.counts import Counts
