@@ -159,6 +159,34 @@ def test_a_script_is_counted(cluster: RunningCluster) -> None:
     assert not [word for word in (CANARY, model_id) for text in texts if word in text]
 
 
+def test_logprobs_that_are_not_the_samplers_are_seen(cluster: RunningCluster) -> None:
+    """Of tokens with an advantage, however the call computes; what else is in `logprobs` is not."""
+    service = tinsmith.ServiceClient(base_url=cluster.address)
+    model = service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result(60)
+    prompt, targets = types.ModelInput.from_ints([1] * TOKENS), np.ones(TOKENS, np.int64)
+    weights = np.ones(TOKENS, np.float32)
+    scored = types.Datum(prompt, {"target_tokens": targets, "weights": weights})
+    found = model.forward([scored], "cross_entropy").result(60).loss_fn_outputs[0]["logprobs"]
+    apart = np.array([9.0, 9.0, 2e-5, -0.02, 0.02, 2.0], np.float32)  # two are of the prompt
+    inputs = {
+        "target_tokens": targets,
+        "logprobs": np.asarray(found, np.float32) + apart,
+        "advantages": np.array([0, 0, 1, -1, 1, 1], np.float32),
+    }
+    before = values(cluster)
+    data = [types.Datum(prompt, inputs)] * 2
+    model.forward_backward(data, "importance_sampling").result(60)
+    model.forward(data, "ppo").result(60)
+    model.forward([scored], "cross_entropy").result(60)
+    grew = partial(growth, values(cluster), before)
+    name, calls = "tinsmith_training_mismatch", 4
+    counts = {le: grew(f"{name}_nats_bucket", le=le) for le in ("1e-05", "0.01", "0.1", "+Inf")}
+    assert counts == {"1e-05": 0, "0.01": calls, "0.1": 3 * calls, "+Inf": 4 * calls}
+    assert grew(f"{name}_nats_count") == 4 * calls
+    assert grew(f"{name}_nats_sum") == pytest.approx(2.04002 * calls, rel=1e-4)
+    assert grew(f"{name}_kl_nats_total") == pytest.approx(2.0004 * calls, rel=1e-4)
+
+
 def create(stubs: Cluster) -> str:
     lora = pb.LoraConfig(rank=2, seed=1)
     return stubs.training.CreateModel(pb.CreateModelRequest(lora_config=lora)).model.model_id

@@ -16,13 +16,13 @@ from tinsmithd import failpoints
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
+from tinsmithd.mismatch import Mismatch
 from tinsmithd.state import files as state_files
-from tinsmithd.trainer.answers import done_with, failed
+from tinsmithd.trainer.answers import computed, done_with, failed
 from tinsmithd.trainer.engines.interface import (
     Batch,
     CompositionMismatch,
     DatumOutput,
-    ForwardResult,
     ModelBroken,
 )
 from tinsmithd.trainer.engines.registry import Engines
@@ -129,26 +129,20 @@ class Commands:
     def _compute(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         with self._whole_call(command.model_id, command.compute.place):
             try:
-                result, engine_s = self._forward(command, replies)
+                return self._forward(command, replies)
             except CompositionMismatch as error:
                 raise InvalidArgument("composition", str(error)) from error
-        return pb.Done(
-            metrics=result.metrics,
-            composition=result.composition,
-            non_finite=result.non_finite,
-            engine_s=engine_s,
-        )
 
-    def _forward(
-        self, command: pb.AttachResponse, replies: _Replies
-    ) -> tuple[ForwardResult, float]:
-        """Compute a batch; returns its result and the seconds that the engine took."""
+    def _forward(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
+        """Compute a batch; outputs go out as they come."""
         compute = command.compute
 
         def on_output(index: int, arrays: DatumOutput) -> None:
             output = training_service_pb2.DatumOutput()
             for name, array in arrays.items():
                 tensors.write(output.loss_fn_outputs[name], array)
+            if mismatch is not None:
+                mismatch.add(arrays["logprobs"], data[index].loss_fn_inputs)
             message = pb.AttachRequest(command_id=command.command_id)
             message.outputs.outputs.append(output.SerializeToString(deterministic=True))
             replies.now(message)
@@ -159,10 +153,11 @@ class Commands:
                 for i, datum in enumerate(compute.data)
             ]
             loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
+        mismatch = Mismatch() if "logprobs" in loss_fn.inputs else None
         batch = Batch(command.model_id, data, loss_fn, compute.backward, compute.composition)
         start_s = time.perf_counter()
         result = self._engines.of(batch.model_id).forward(batch, on_output)
-        return result, time.perf_counter() - start_s
+        return computed(result, time.perf_counter() - start_s, mismatch)
 
     @contextlib.contextmanager
     def _whole_call(self, model_id: str, place: pb.BatchPlace.ValueType) -> Iterator[None]:

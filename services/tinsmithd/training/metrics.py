@@ -1,15 +1,18 @@
 """What Prometheus reads of the Training server beside its calls."""
 
+import itertools
 from collections.abc import Iterable
 
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     Metric,
     SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
 
+from tinsmithd.mismatch import BOUNDS_NATS
 from tinsmithd.training.journal import Journal
 from tinsmithd.training.models import Models
 from tinsmithd.training.ranks import WorkKind
@@ -28,6 +31,7 @@ class TrainingCollector(Collector):
         """Read everything as it is now."""
         yield from self._gauges()
         yield from self._work()
+        yield from self._mismatch()
         yield SummaryMetricFamily(
             _PREFIX + "journal_commit_seconds",
             "How long commits of the journal took, until they were durable.",
@@ -86,3 +90,18 @@ class TrainingCollector(Collector):
             ("rank_groups_attached", "Rank groups that attached.", counts.rank_groups),
         ):
             yield CounterMetricFamily(_PREFIX + name, text, value)
+
+    def _mismatch(self) -> Iterable[Metric]:
+        found = self._models.place.counts.mismatch
+        bounds = [*map(str, BOUNDS_NATS), "+Inf"]
+        yield HistogramMetricFamily(
+            _PREFIX + "mismatch_nats",
+            "Sampled tokens, by how far their logprobs are from those that they were sampled with.",
+            buckets=list(zip(bounds, itertools.accumulate(found.tokens), strict=True)),
+            sum_value=found.apart_nats,
+        )
+        yield CounterMetricFamily(
+            _PREFIX + "mismatch_kl_nats",
+            "Sum of half the squares of that: over the number of tokens it estimates a divergence.",
+            found.kl_nats,
+        )

@@ -355,6 +355,7 @@ class Done(_message.Message):
     NON_FINITE_FIELD_NUMBER: _builtins.int
     ENGINE_S_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    MISMATCH_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Optimizer steps that an exported or imported state has."""
     composition: _builtins.bytes
@@ -381,6 +382,10 @@ class Done(_message.Message):
     def outputs(self) -> Global___DatumOutputs:
         """Of a compute: the last outputs, where they come together with this."""
 
+    @_builtins.property
+    def mismatch(self) -> Global___Mismatch:
+        """Of a compute whose loss is given sampling logprobs."""
+
     def __init__(
         self,
         *,
@@ -392,16 +397,49 @@ class Done(_message.Message):
         non_finite: _builtins.bool = ...,
         engine_s: _builtins.float = ...,
         outputs: Global___DatumOutputs | None = ...,
+        mismatch: Global___Mismatch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "outputs", b"outputs", "tuning", b"tuning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "mismatch", b"mismatch", "outputs", b"outputs", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["composition", b"composition", "engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "non_finite", b"non_finite", "outputs", b"outputs", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["composition", b"composition", "engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "mismatch", b"mismatch", "non_finite", b"non_finite", "outputs", b"outputs", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_tuning) -> _WhichOneofReturnType_tuning | None: ...
 
 Global___Done: _TypeAlias = Done  # noqa: Y015
+
+@_typing.final
+class Mismatch(_message.Message):
+    """How far the logprobs of sampled tokens are from those that they were sampled with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    APART_NATS_FIELD_NUMBER: _builtins.int
+    KL_NATS_FIELD_NUMBER: _builtins.int
+    apart_nats: _builtins.float
+    """Sum of the absolute differences, nats."""
+    kl_nats: _builtins.float
+    """Sum of the halves of their squares."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens, by how far: up to 1e-6 nats, up to each further power of ten as far as 1, and beyond."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        apart_nats: _builtins.float = ...,
+        kl_nats: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apart_nats", b"apart_nats", "kl_nats", b"kl_nats", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mismatch: _TypeAlias = Mismatch  # noqa: Y015
 
 @_typing.final
 class Failed(_message.Message):

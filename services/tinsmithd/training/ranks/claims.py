@@ -1,5 +1,6 @@
 """What a rank group says of itself, checked and bounded before it is kept, logged or shown."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import BaseModelInfo
 from tinsmithd.errors import InvalidArgument, over_limit
+from tinsmithd.mismatch import BOUNDS_NATS, Mismatch
 from tinsmithd.text import bounded
 
 WORLD_SIZE_MAX = 65_536
@@ -57,6 +59,23 @@ class GroupClaim:
             _check_name("hello.identity", key)
             _check_name(f'hello.identity["{key}"]', value, VALUE_BYTES_MAX)
         return cls(info, hello.world_size, hello.engine, dict(hello.identity), hello.launch_token)
+
+
+def mismatch_of(done: pb.Done, tokens_max: int) -> Mismatch | None:
+    """What rank 0 says of sampled tokens among those of a batch; None where it says nothing.
+
+    Raises:
+        InvalidArgument: It is impossible.
+    """
+    if not done.HasField("mismatch"):
+        return None
+    said = done.mismatch
+    found = Mismatch(list(said.tokens), said.apart_nats, said.kl_nats)
+    counts = len(found.tokens) == len(BOUNDS_NATS) + 1 and min(found.tokens) >= 0
+    sums = 0 <= found.apart_nats < math.inf and 0 <= found.kl_nats < math.inf
+    if not (counts and sums and sum(found.tokens) <= tokens_max):
+        raise InvalidArgument("mismatch", f"is not one of {tokens_max} tokens")
+    return found
 
 
 def progress(loading: pb.Loading) -> str:

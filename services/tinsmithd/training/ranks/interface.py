@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
+from tinsmithd.mismatch import Mismatch
 from tinsmithd.training.call import BatchPlace, ComputeWork
 
 OnOutput = Callable[[bytes], None]
@@ -34,12 +35,14 @@ class Computed:
         composition: The engine's; the same composition gives the same bits again.
         non_finite: Whether some of the pending gradients are not finite.
         engine_s: Seconds that the engine took.
+        mismatch: Of a loss that is given sampling logprobs; else None.
     """
 
     metrics: Mapping[str, float]
     composition: bytes = b""
     non_finite: bool = False
     engine_s: float = 0.0
+    mismatch: Mismatch | None = None
 
 
 class RankGroup(Protocol):

@@ -17,12 +17,12 @@ from google.rpc.status_pb2 import Status
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
-from tinsmithd.errors import TinsmithError
+from tinsmithd.errors import InvalidArgument, TinsmithError
 from tinsmithd.files import is_plain_name
 from tinsmithd.rpc.status import from_status
 from tinsmithd.text import bounded
 from tinsmithd.training.call import BatchPlace, ComputeWork
-from tinsmithd.training.ranks.claims import GroupClaim
+from tinsmithd.training.ranks.claims import GroupClaim, mismatch_of
 from tinsmithd.training.ranks.interface import (
     Computed,
     ModelBroken,
@@ -174,7 +174,13 @@ class AttachedRankGroup:
             raise self._nonsense(f"{expected} outputs are missing")
         if not 0 <= done.engine_s < math.inf:
             raise self._nonsense(f"{done.engine_s} seconds of work")
-        return Computed(dict(done.metrics), done.composition, done.non_finite, done.engine_s)
+        try:
+            mismatch = mismatch_of(done, sum(batch.lengths))
+        except InvalidArgument as error:
+            raise self._nonsense(error.message) from error
+        return Computed(
+            dict(done.metrics), done.composition, done.non_finite, done.engine_s, mismatch
+        )
 
     async def optim_step(self, model_id: str, adam: AdamParams) -> Mapping[str, float]:
         """Apply the pending gradients; returns the metrics."""
