@@ -1,7 +1,7 @@
-"""`python -m lanes`: all stages in two lanes at once; the status is 0 where all pass.
+"""`python -m lanes`: all stages, two at once; the status is 0 where all pass.
 
-The first lane is shown while it runs, the other one when it ends. A stage that fails ends its lane
-and the other one; what it said comes last.
+A lane that is free takes the next stage from the queue. The first lane is shown while it runs, the
+other one when all have ended. A stage that fails ends both lanes; what it said comes last.
 """
 
 import contextlib
@@ -12,13 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from lanes.report import lines_of, timings_of
-from lanes.stages import BUDGETS_S, LANES, OUT, Stage
+from lanes.stages import BUDGETS_S, OUT, QUEUE, Stage
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 """Of the stages: this program's own path is not theirs."""
+LANES = 2
 STOP_S_MAX = 20.0
 """How long a stage may take to end when the other lane has failed."""
 
@@ -27,19 +29,21 @@ class Lane:
     """Runs stages, one after the other, in a thread.
 
     Args:
-        stages: What to run.
+        queue: What no lane has taken yet; the first is next.
         shown: Whether to show what they say while they run.
         failed: Set when a stage of any lane fails: then no stage starts any more.
 
     Attributes:
+        stages: Those that it took.
         took_s: Of each stage that ended, by name.
         failure: The stage that failed by itself.
     """
 
-    def __init__(self, stages: Sequence[Stage], failed: threading.Event, *, shown: bool) -> None:
+    def __init__(self, queue: deque[Stage], failed: threading.Event, *, shown: bool) -> None:
+        self.stages: list[Stage] = []
         self.took_s: dict[str, float] = {}
         self.failure: Stage | None = None
-        self.stages = stages
+        self._queue = queue
         self._shown = shown
         self._failed = failed
         self._process: subprocess.Popen[bytes] | None = None
@@ -64,9 +68,12 @@ class Lane:
             self._thread.join(STOP_S_MAX)
 
     def _run(self) -> None:
-        for stage in self.stages:
-            if self._failed.is_set():
+        while not self._failed.is_set():
+            try:
+                stage = self._queue.popleft()
+            except IndexError:
                 return
+            self.stages.append(stage)
             started_s = time.monotonic()
             status = self._stage(stage)
             self.took_s[stage.name] = time.monotonic() - started_s
@@ -111,10 +118,13 @@ def show(stage: Stage) -> None:
 
 def main() -> int:
     """Run them all; returns the exit status."""
+    # What a shell starts in the background ignores it, and so would the stages.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     failed = threading.Event()
-    lanes = [Lane(stages, failed, shown=not index) for index, stages in enumerate(LANES)]
+    queue = deque(QUEUE)
+    lanes = [Lane(queue, failed, shown=not index) for index in range(LANES)]
     started_s = time.monotonic()
     for lane in lanes:
         lane.start()

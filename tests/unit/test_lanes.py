@@ -1,4 +1,4 @@
-"""Two lanes of stages: a failure ends both and is shown last, and folders have budgets."""
+"""Two lanes take stages from a queue: a failure ends both, is shown last; folders have budgets."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_a_failure_ends_both_lanes_and_comes_last(
     slow = stage("slow", "import time; print('begun', flush=True); time.sleep(600)")
     failing = stage("failing", "import time; time.sleep(0.5); print('why'); raise SystemExit(3)")
     never = stage("never", "open('ran', 'w')")
-    monkeypatch.setattr(lanes, "LANES", ((slow, never), (failing, never)))
+    monkeypatch.setattr(lanes, "QUEUE", (slow, failing, never))
     assert lanes.main() == 1
     out = capfdbinary.readouterr().out.decode()
     assert not Path("ran").exists()
@@ -45,15 +45,23 @@ def test_a_failure_ends_both_lanes_and_comes_last(
 def test_all_that_passes_is_shown_once(
     monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    """The first lane at once, the other one whole at the end, then how long each took."""
-    shown = stage("shown", "print('of the first lane')")
-    other = stage("other", "print('of the other lane')")
-    monkeypatch.setattr(lanes, "LANES", ((shown,), (other, other)))
+    """By whichever lane it was run, with how long each took."""
+    queue = [stage(f"number-{n}", f"print('said by {n}')") for n in range(3)]
+    monkeypatch.setattr(lanes, "QUEUE", queue)
     assert lanes.main() == 0
     out = capfdbinary.readouterr().out.decode()
-    assert out.count("of the first lane\n") == 1
-    assert out.count("of the other lane\n") == 2
-    assert " s  shown\n" in out
+    for number in range(3):
+        assert out.count(f"said by {number}\n") == 1
+        assert out.count(f" s  number-{number}\n") == 1
+
+
+def test_a_lane_that_is_free_takes_the_next_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others are run beside the one that waits for the last of them."""
+    wait = "import os, time\nwhile not os.path.exists('last'): time.sleep(0.01)"
+    others = [stage(f"other-{n}", "") for n in range(2)]
+    last = stage("last", "open('last', 'w')")
+    monkeypatch.setattr(lanes, "QUEUE", [stage("waits", wait), *others, last])
+    assert lanes.main() == 0
 
 
 def test_folders_that_take_longer_than_their_budget_are_named(tmp_path: Path) -> None:
@@ -77,8 +85,7 @@ def test_each_folder_of_tests_is_in_one_stage_and_has_a_budget() -> None:
     folders = {path.parent.name for path in stages.TESTS_FOLDER.glob("*/test_*.py")}
     run = [
         Path(word).name
-        for lane in stages.LANES
-        for each in lane
+        for each in stages.QUEUE
         for word in each.command
         if word.startswith("tests/")
     ]
