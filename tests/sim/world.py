@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -336,9 +337,12 @@ def simulate(seed: int, *, tracing: bool = False) -> Result:
         world.run()
         result = world.result()
         sys.unraisablehook = lambda unraisable: None
-        del world
         failpoints.hit = hit
-        gc.collect()
+        with warnings.catch_warnings():
+            # Killed processes leave coroutines that never began.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            del world
+            gc.collect()
         return result
     finally:
         failpoints.hit, sys.unraisablehook = hit, hook
