@@ -1,6 +1,6 @@
 """The other side of the sampling rows: transformers alone, as its manual says. See `remote`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,26 @@ NO_PADDING = 0
 """Given so that nothing is said of it: prompts of one call have one length."""
 
 
+def plain_model(folder: str, dtype: str) -> Any:
+    """A model whose sequences end by nothing but their length."""
+    transformers_logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def sampling(new_tokens: int, num_samples: int) -> Mapping[str, Any]:
+    """Arguments of `generate` that draw from the whole distribution, at temperature 1."""
+    return {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": new_tokens,
+        "num_return_sequences": num_samples,
+    }
+
+
 class Plain:
     """One base model in each element type that is asked for.
 
@@ -23,7 +43,6 @@ class Plain:
     """
 
     def __init__(self, folder: str, threads: int) -> None:
-        transformers_logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self._folder = folder
         self._models: dict[str, Any] = {}
@@ -34,9 +53,7 @@ class Plain:
 
     def _model(self, dtype: str) -> Any:
         if dtype not in self._models:
-            model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=DTYPES[dtype])
-            model.generation_config.eos_token_id = None  # nothing but the length ends a sequence
-            self._models[dtype] = model.eval()
+            self._models[dtype] = plain_model(self._folder, dtype).eval()
         return self._models[dtype]
 
     @torch.inference_mode()
@@ -48,13 +65,8 @@ class Plain:
         made = self._model(dtype).generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=new_tokens,
-            num_return_sequences=num_samples,
             pad_token_id=NO_PADDING,
+            **sampling(new_tokens, num_samples),
         )[:, tokens.shape[1] :]
         assert made.shape == (len(prompts) * num_samples, new_tokens)
         found: list[list[int]] = made.tolist()

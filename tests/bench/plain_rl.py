@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
+from bench.plain_generate import plain_model, sampling
 from bench.served import LEARNING_RATE, RANK
-from tinsmithd.modeling.base import DTYPES
 
 PADDING = 0
 MICRO_BATCH_ROWS = 8
@@ -27,10 +25,8 @@ class PlainRl:
     """
 
     def __init__(self, folder: str, threads: int, dtype: str) -> None:
-        transformers_logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-        base.generation_config.eos_token_id = None  # nothing but the length ends a sequence
+        base = plain_model(folder, dtype)
         config = peft.LoraConfig(
             r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"
         )
@@ -58,13 +54,8 @@ class PlainRl:
         made = self._model.generate(
             input_ids=tokens,
             attention_mask=mask,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=new_tokens,
-            num_return_sequences=num_samples,
             pad_token_id=PADDING,
+            **sampling(new_tokens, num_samples),
             output_logits=True,
             return_dict_in_generate=True,
         )

@@ -32,6 +32,13 @@ class Timed(TimedKeeper):
             self.keeper.sweep()
             seconds -= step
 
+    def lives_for(self, seconds: float) -> bool:
+        """Whether the checkpoint is there until so much later, and then not; time passes."""
+        self.passes(seconds - 1)
+        before = self.found()
+        self.passes(1)
+        return before and not self.found()
+
     def found(self, path: str = PATH) -> bool:
         try:
             return kept(self.keeper, path) == files(0)
@@ -49,10 +56,7 @@ def timed(tmp_path: Path) -> Iterator[Timed]:
 def test_a_checkpoint_lives_as_long_as_it_was_given(timed: Timed) -> None:
     """Row 36: found until its time, not after, and its bytes go a bounded time later."""
     keep(timed.keeper, files(0), ttl_seconds=7200)
-    timed.passes(7199)
-    assert timed.found()
-    timed.passes(1)
-    assert not timed.found()
+    assert timed.lives_for(7200)
     timed.passes(EXPIRY_GRACE_S - 60)
     assert blobs(timed.folder)
     timed.passes(120)
@@ -78,10 +82,7 @@ def test_a_clock_that_jumps_ahead_expires_nothing_earlier_than_by_its_jump(timed
     """Row 36: an hour ahead for good costs an hour, as the policy says, and not more."""
     keep(timed.keeper, files(0), ttl_seconds=7200)
     timed.wall.now_s += HOUR_S
-    timed.passes(3599)
-    assert timed.found()
-    timed.passes(1)
-    assert not timed.found()
+    assert timed.lives_for(3600)
 
 
 def test_a_clock_that_jumps_back_deletes_nothing_early(timed: Timed) -> None:
@@ -91,10 +92,7 @@ def test_a_clock_that_jumps_back_deletes_nothing_early(timed: Timed) -> None:
     keep(timed.keeper, files(0), PATH + "-later")
     page, _ = timed.keeper.catalogue.page(model_id="", kind=None, before=None, size=9)
     assert [checkpoint.path.name for checkpoint in page] == ["one-later", "one"]
-    timed.passes(10_799)
-    assert timed.found()
-    timed.passes(1)
-    assert not timed.found()
+    assert timed.lives_for(10_800)
 
 
 def test_a_start_with_a_wrong_clock_deletes_nothing_at_once(timed: Timed) -> None:

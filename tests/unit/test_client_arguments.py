@@ -16,21 +16,11 @@ import pytest
 
 import tinsmith
 from faults.peer import Peer
-from tinsmith import _calls, _retry, types
+from tinsmith import _calls, types
 
 ADAM = tinsmith.AdamParams()
 PROMPT = tinsmith.ModelInput.from_ints([1, 2, 3])
 TIMEOUT_S = 20
-
-
-@pytest.fixture
-def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    monkeypatch.setattr(_retry, "DELAY_S_FIRST", 0.01)
-    monkeypatch.setattr(_retry, "DELAY_S_MAX", 0.05)
-    running = Peer()
-    running.servicer.sample_breaks = 0
-    yield running
-    running.stop()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The adapters that a Sampler has in memory: loads, budgets, waits. The engine is a recorder."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
@@ -11,20 +10,6 @@ from tinsmithd.domain import LoraConfig, ModelState
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason
 from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.loaded_adapters import Adapter
-
-
-@pytest.fixture
-async def engine() -> Recorder:
-    """A fresh engine."""
-    return Recorder()
-
-
-@pytest.fixture
-async def admission(engine: Recorder) -> AsyncIterator[Admission]:
-    """Two run, one waits, two adapters."""
-    admission = new_admission(engine, 2, 1, 2)
-    yield admission
-    await admission.close()
 
 
 async def test_one_load_serves_all_who_want_an_adapter(

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
@@ -11,20 +10,6 @@ from sampler_recorder import Recorder, adapter, drain, new_admission, request, u
 from tinsmithd.domain import StopReason
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.sampler.admission import Admission
-
-
-@pytest.fixture
-async def engine() -> Recorder:
-    """A fresh engine."""
-    return Recorder()
-
-
-@pytest.fixture
-async def admission(engine: Recorder) -> AsyncIterator[Admission]:
-    """Two run, one waits, two adapters."""
-    admission = new_admission(engine, 2, 1, 2)
-    yield admission
-    await admission.close()
 
 
 async def test_too_many_waiting_are_refused_and_nothing_is_lost(
