@@ -1,8 +1,10 @@
 """Checkpoints for tests: their files, the messages that write them, and servers in processes."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import secrets
 import signal
 import time
 import zlib
@@ -122,6 +124,20 @@ def commit(content: Mapping[str, bytes]) -> pb.WriteCheckpointRequest:
         for n, d in content.items()
     ]
     return pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=listed))
+
+
+def leave(folder: Path, content: Mapping[str, bytes], *, held: bool = True) -> str:
+    """Leave files in a deposit of a server's data folder; returns its name.
+
+    It is held by this process for as long as that runs, or by nobody.
+    """
+    deposit = folder / "deposits" / secrets.token_hex(16)
+    deposit.mkdir(mode=0o700)
+    if held:
+        fcntl.flock(os.open(deposit, os.O_RDONLY), fcntl.LOCK_SH)
+    for file, data in content.items():
+        (deposit / file).write_bytes(data)
+    return deposit.name
 
 
 def joined(responses: Iterator[pb.ReadCheckpointResponse]) -> dict[str, bytes]:

@@ -30,11 +30,13 @@ NAMES = (
     "restore_mid",  # Training: a model is half replayed
     "mid_forward",  # rank: between two micro-batches without backward
     "mid_backward",  # rank: between two micro-batches with backward
+    "mid_deposit",  # rank: a file of a state is left for the Checkpoint server
     "pre_optim",  # rank: before an optimizer step
     "mid_optim",  # rank: gradients are summed, values are half changed
     "post_optim_pre_ack",  # rank: the step is made, nobody knows
     "import_mid",  # rank: a state was read, and is about to be taken in
     "ckpt_mid_write",  # Checkpoint: a piece is written
+    "ckpt_mid_take",  # Checkpoint: a file of a deposit is moved
     "ckpt_pre_fsync",  # Checkpoint: all pieces are written, none is synced
     "ckpt_pre_rename",  # Checkpoint: files are synced and in staging
     "ckpt_mid_rename",  # Checkpoint: some files are in their places

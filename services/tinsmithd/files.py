@@ -7,12 +7,20 @@ from pathlib import Path
 
 BLOBS_FOLDER = "blobs"
 """Where in its data folder a Checkpoint server keeps the files of checkpoints."""
+DEPOSITS_FOLDER = "deposits"
+"""Where in its data folder writers on the same machine leave files, each in a folder of its own."""
+_DEPOSIT = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
 def is_plain_name(name: str) -> bool:
     """Whether a name that another process gave is a file's, and leads into no other folder."""
     return _PLAIN_NAME.fullmatch(name) is not None
+
+
+def is_deposit(name: str) -> bool:
+    """Whether a name that another process gave may be that of a deposit."""
+    return _DEPOSIT.fullmatch(name) is not None
 
 
 def blob_file(blobs: Path, sha256: str) -> Path:

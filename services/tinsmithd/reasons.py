@@ -69,6 +69,7 @@ class Reason(StrEnum):
     SERVER_BUSY = "SERVER_BUSY"
     STREAM_STALLED = "STREAM_STALLED"
     CALL_NOT_FOUND = "CALL_NOT_FOUND"
+    DEPOSIT_NOT_FOUND = "DEPOSIT_NOT_FOUND"
 
 
 RULES: Mapping[Reason, Rule] = {
@@ -118,4 +119,5 @@ RULES: Mapping[Reason, Rule] = {
     Reason.SERVER_BUSY: Rule("RESOURCE_EXHAUSTED", frozenset({"limit", "value"}), "always"),
     Reason.STREAM_STALLED: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.CALL_NOT_FOUND: Rule("NOT_FOUND", frozenset({"next_seq_id", "seq_id"}), "never"),
+    Reason.DEPOSIT_NOT_FOUND: Rule("NOT_FOUND", frozenset(), "never"),
 }

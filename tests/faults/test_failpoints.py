@@ -20,7 +20,7 @@ from tinsmithd import failpoints
 STEPS = 8
 SNAPSHOT_STEPS = 3
 ROWS = {
-    **dict.fromkeys(("mid_forward", "mid_backward"), 2),
+    **dict.fromkeys(("mid_forward", "mid_backward", "mid_deposit"), 2),
     **dict.fromkeys(("pre_optim", "mid_optim"), 3),
     **dict.fromkeys(("post_optim_pre_ack", "pre_result", "post_result_pre_ack"), 4),
     **dict.fromkeys(("recv", "wal_append", "wal_fsync", "enqueue"), 5),

@@ -26,15 +26,19 @@ from tinsmith import v1 as pb
 
 CRASHES = amount(1, full=10)
 ROUNDS_MAX = 3 * CRASHES
-POINTS = (*TRAINING_POINTS, *RANK_POINTS, *CHECKPOINT_POINTS)
-ALWAYS = ("wal_fsync", "ckpt_pre_rename")
+POINTS = tuple(
+    point
+    for point in (*TRAINING_POINTS, *RANK_POINTS, *CHECKPOINT_POINTS)
+    if point != "ckpt_mid_write"  # here states are left and not sent
+)
+ALWAYS = ("wal_fsync", "mid_deposit", "ckpt_mid_take", "ckpt_pre_rename")
 ROUND_S_MAX = 400.0
 """One call may meet all crashes, and the ranks start anew each time."""
 ROLLING = "weights/rolling"
 LATEST: Mapping[str, int] = {
     **dict.fromkeys(("recv", "enqueue", "pre_result", "post_result_pre_ack"), 9),
     **dict.fromkeys(("wal_append", "wal_fsync"), 6),
-    **dict.fromkeys(("mid_backward", "ckpt_mid_write"), 4),
+    **dict.fromkeys(("mid_backward", "mid_deposit", "ckpt_mid_take"), 4),
     **dict.fromkeys(("pre_optim", "mid_optim", "post_optim_pre_ack"), 3),
     **dict.fromkeys(
         ("ckpt_pre_fsync", "ckpt_pre_rename", "ckpt_mid_rename", "ckpt_post_rename"), 3

@@ -293,7 +293,7 @@ class SimRankGroup:
         return done
 
     async def copy_state(
-        self, model_id: str, *, optimizer: bool, on_piece: OnPiece
+        self, model_id: str, *, optimizer: bool, on_piece: OnPiece, deposit: str = ""
     ) -> Awaitable[StateInfo]:
         """Copy the model's state; what is returned sends the copy."""
         pieces: asyncio.Queue[Any] = asyncio.Queue()

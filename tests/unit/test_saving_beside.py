@@ -79,7 +79,7 @@ async def save(server: Recorder, folder: Path, *, breaks: bool = False) -> None:
 async def _save(
     server: Recorder, checkpoints: Checkpoints, staged: Staged, before_commit: object, breaks: bool
 ) -> None:
-    async with checkpoints.saving(NEW, staged, before_commit) as saved:  # type: ignore[arg-type]
+    async with checkpoints.saving(NEW, staged, None, before_commit) as saved:  # type: ignore[arg-type]
         await staged.write("a", b"1")
         await asyncio.sleep(0.01)
         if breaks:

@@ -862,6 +862,7 @@ class WriteCheckpointHeader(_message.Message):
     WRITER_EPOCH_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
+    DEPOSIT_FIELD_NUMBER: _builtins.int
     checkpoint_path: _builtins.str
     """Where it will be found."""
     base_model: _builtins.str
@@ -886,6 +887,12 @@ class WriteCheckpointHeader(_message.Message):
     lease_id: _builtins.str
     """The first lease on an ephemeral one, as in GetCheckpointRequest. It is no part of what a repeat must
     have in common with the first request.
+    """
+    deposit: _builtins.str
+    """A deposit: the folder `deposits/DEPOSIT` in the server's `data_folder`, of 32 random lower-case hex
+    digits, which a writer on the same machine made and left files in instead of sending them. Files of the
+    commit of which no piece came are moved out of it. Empty: there is none. It is no part of what a repeat
+    must have in common with the first request.
     """
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
@@ -919,10 +926,11 @@ class WriteCheckpointHeader(_message.Message):
         writer_epoch: _builtins.int = ...,
         request_id: _builtins.str = ...,
         lease_id: _builtins.str = ...,
+        deposit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "ttl", b"ttl", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "ephemeral", b"ephemeral", "full_config", b"full_config", "lease_id", b"lease_id", "lora_config", b"lora_config", "overwrite", b"overwrite", "request_id", b"request_id", "step_count", b"step_count", "ttl", b"ttl", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "deposit", b"deposit", "ephemeral", b"ephemeral", "full_config", b"full_config", "lease_id", b"lease_id", "lora_config", b"lora_config", "overwrite", b"overwrite", "request_id", b"request_id", "step_count", b"step_count", "ttl", b"ttl", "tuning", b"tuning", "user_metadata", b"user_metadata", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -939,7 +947,9 @@ class WriteCheckpointCommit(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointFile]:
-        """Every file with length and digest, at most `files_max`."""
+        """Every file with length and digest, at most `files_max`. A file of a deposit may have no digest: what
+        lies there is the content then.
+        """
 
     def __init__(
         self,

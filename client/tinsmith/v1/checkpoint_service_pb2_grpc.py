@@ -234,6 +234,7 @@ class CheckpointServiceServicer:
         Errors: INVALID_ARGUMENT (MALFORMED_STREAM, INVALID_NAME, and what the checks find); ALREADY_EXISTS unless `overwrite`, when
         the name is taken, by the same bytes too (CHECKPOINT_EXISTS), or by a write with this `request_id`
         and another header or other files (REQUEST_ID_CONFLICT); RESOURCE_EXHAUSTED (STORAGE_FULL, LIMIT_EXCEEDED);
+        NOT_FOUND (DEPOSIT_NOT_FOUND) where a file of the commit does not lie in the deposit;
         DATA_LOSS (CHECKPOINT_CORRUPT) when a checksum or digest does not match; FAILED_PRECONDITION
         (STALE_EPOCH) for a writer that was replaced.
         """

@@ -154,6 +154,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """GetAnswer: no call of this `seq_id` was taken in. It did not arrive, or was refused without using its
     number; the call itself can be sent.
     """
+    ERROR_REASON_DEPOSIT_NOT_FOUND: _ErrorReason.ValueType  # 43
+    """WriteCheckpoint: the deposit is not in this server's folder, or lacks a file, or has something there
+    that is no file of this server's user alone. What was left there can be sent instead.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed; see `ErrorRule` for how it is sent."""
@@ -260,6 +264,10 @@ from its start).
 ERROR_REASON_CALL_NOT_FOUND: ErrorReason.ValueType  # 42
 """GetAnswer: no call of this `seq_id` was taken in. It did not arrive, or was refused without using its
 number; the call itself can be sent.
+"""
+ERROR_REASON_DEPOSIT_NOT_FOUND: ErrorReason.ValueType  # 43
+"""WriteCheckpoint: the deposit is not in this server's folder, or lacks a file, or has something there
+that is no file of this server's user alone. What was left there can be sent instead.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

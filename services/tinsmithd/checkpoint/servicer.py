@@ -21,6 +21,7 @@ from tinsmithd.convert.limits import limits_to_pb, server_version
 from tinsmithd.convert.times import duration_to_pb, ttl_from_pb
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import DataLoss, FailedPrecondition, InvalidArgument, Reason
+from tinsmithd.files import is_deposit
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.budget import Budget, Lease
 from tinsmithd.rpc.intake import off_loop
@@ -172,6 +173,7 @@ class CheckpointServicer(CheckpointServiceServicer):
             write = await asyncio.to_thread(self._keeper.begin, header)
             try:
                 promised = await _pieces(request_iterator, write, staged, self._files_max)
+                staged.take(await asyncio.to_thread(write.take, promised))
                 committed = await asyncio.to_thread(write.commit, promised)
             finally:
                 await asyncio.shield(asyncio.to_thread(write.discard))
@@ -308,7 +310,14 @@ async def _header(requests: AsyncIterator[pb.WriteCheckpointRequest], rank_max: 
         request_id=convert.request_id_from_pb(header.request_id, "header.request_id"),
         ephemeral=header.ephemeral,
         lease_id=convert.lease_id_from_pb(header.lease_id, "header.lease_id"),
+        deposit=_deposit(header),
     )
+
+
+def _deposit(header: pb.WriteCheckpointHeader) -> str:
+    if header.deposit and not is_deposit(header.deposit):
+        raise InvalidArgument("header.deposit", "no 32 lower-case hex digits", Reason.INVALID_NAME)
+    return header.deposit
 
 
 def _leases_from_pb(leases: Sequence[pb.Lease], field: str) -> list[tuple[CheckpointPath, str]]:

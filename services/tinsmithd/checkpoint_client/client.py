@@ -44,7 +44,10 @@ RANK_MAX = 1 << 30
 
 
 class CheckpointWriter:
-    """One checkpoint on its way: `write` pieces, then `commit`; `cancel` leaves nothing."""
+    """One checkpoint on its way: `write` pieces, or name what is in a deposit, then `commit`.
+
+    `cancel` leaves nothing.
+    """
 
     def __init__(
         self,
@@ -72,13 +75,26 @@ class CheckpointWriter:
             self._sizes[file_name] = offset + len(part)
             self._digests.setdefault(file_name, hashlib.sha256()).update(part)
 
+    def deposited(self, deposit: str, files: Mapping[str, int]) -> None:
+        """Say that the files, with their bytes, are in a deposit; nothing may have been written.
+
+        The server makes their digests, of what it keeps.
+        """
+        if self._call is not None:
+            raise RuntimeError("the files of a write come in one way")
+        self._header.deposit = deposit
+        self._sizes = dict(files)
+
     async def commit(self) -> CheckpointInfo:
         """Make it durable and visible; returns what it is now."""
         await self._open()
         files = [
-            pb.CheckpointFile(name=n, size_bytes=self._sizes[n], sha256=self._digests[n].digest())
-            for n in sorted(self._sizes)
+            pb.CheckpointFile(name=name, size_bytes=size_bytes)
+            for name, size_bytes in sorted(self._sizes.items())
         ]
+        for file in files:
+            if file.name in self._digests:
+                file.sha256 = self._digests[file.name].digest()
         await self._send(pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=files)))
         try:
             async with progress_within(self._commit_s):

@@ -35,6 +35,9 @@ class TrainingConfig(ServerConfig):
     """What clients are told, as `sampler_address`, but only one."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server itself reaches the Checkpoint server."""
+    checkpoint_folder: str = ""
+    """The Checkpoint server's `data_folder`, where this server and rank 0 run on its machine as its
+    user: what is saved is left there, and not sent. Empty, or where that is not so: it is sent."""
     checkpoint_answer_s_max: AboveZero = 30.0
     """A call to the Checkpoint server that moves no data is given up after this long, and so is a
     read whose connection broke and that cannot go on."""

@@ -54,21 +54,30 @@ _HEADER_ALIGNMENT = 8
 
 
 def to_pieces(state: ModelState, bytes_max: int) -> Iterator[tuple[str, bytes]]:
-    """Write a state as (file name, next bytes); the optimizer file only where there is state.
-
-    The bytes are those that safetensors writes. But no file is ever held whole, and no call takes
-    long: safetensors writes a file in one call, during which no other Python thread runs.
+    """Write a state as (file name, next bytes), see `to_buffers`.
 
     Args:
         state: The state, which must not change before the last piece was taken.
         bytes_max: Bytes of a piece; only the last piece of a file has fewer.
     """
+    for name, buffers in to_buffers(state):
+        for data in _cut(buffers, bytes_max):
+            yield name, data
+
+
+def to_buffers(state: ModelState) -> Iterator[tuple[str, Iterator[memoryview]]]:
+    """Write a state as (file name, all its bytes); the optimizer file only where there is state.
+
+    The bytes are those that safetensors writes. But no file is ever held whole, and no call takes
+    long: safetensors writes a file in one call, during which no other Python thread runs.
+
+    Args:
+        state: The state, which must not change before the last buffer was read.
+    """
     for name, content in _plain_files(state).items():
-        for data in _cut([memoryview(content)], bytes_max):
-            yield name, data
+        yield name, iter((memoryview(content),))
     for name, (arrays, metadata) in _tensor_files(state).items():
-        for data in _cut(_safetensors(_contiguous(arrays), metadata), bytes_max):
-            yield name, data
+        yield name, _safetensors(_contiguous(arrays), metadata)
 
 
 def _plain_files(state: ModelState) -> dict[str, bytes]:

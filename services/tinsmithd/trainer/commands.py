@@ -193,7 +193,10 @@ class Commands:
         if self._state_sender is None:
             copy()  # the ranks do it together
         else:
-            self._state_sender.take(command.command_id, copy, replies.now, replies.later)
+            self._state_sender.take(
+                *(command.command_id, copy, replies.now, replies.later),
+                command.copy_state.deposit,
+            )
 
     def _import_state(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         files = {name: b"".join(pieces) for name, pieces in self._pieces.items()}

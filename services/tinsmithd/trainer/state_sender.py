@@ -1,12 +1,18 @@
-"""Sends copies of models' states to the Training server while the ranks go on with other work."""
+"""Sends copies of models' states to the Training server while the ranks go on with other work.
 
+Where a copy has a deposit, its files are left there instead, for the Checkpoint server to take.
+"""
+
+import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmithd import failpoints
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal
 from tinsmithd.state import files as state_files
@@ -29,6 +35,7 @@ class _Copy:
     command_id: int
     state: ModelState
     later: Later
+    deposit: str
 
 
 class StateSender:
@@ -45,6 +52,7 @@ class StateSender:
         copy: Callable[[], ModelState],
         reply: Callable[[pb.AttachRequest], None],
         later: Later,
+        deposit: str = "",
     ) -> None:
         """Copy a state, say so, and let the thread send it.
 
@@ -55,6 +63,7 @@ class StateSender:
             copy: Copies the state.
             reply: Sends a message at once.
             later: Takes the pieces, and `done` or `failed` at last.
+            deposit: The folder to leave the files in, where it is there; empty: none is.
 
         Raises:
             Exception: The state could not be copied.
@@ -66,7 +75,7 @@ class StateSender:
             self._room.release()
             raise
         reply(pb.AttachRequest(command_id=command_id, copied=pb.Copied()))
-        self._copies.put(_Copy(command_id, state, later))
+        self._copies.put(_Copy(command_id, state, later, deposit))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="state-sender", daemon=True)
             self._thread.start()
@@ -79,7 +88,13 @@ class StateSender:
     def _send_next(self) -> None:
         copy = self._copies.get()
         try:
-            send_state(copy.command_id, copy.state, copy.later)
+            deposited = leave_state(copy.state, copy.deposit) if copy.deposit else None
+            if deposited is None:
+                send_state(copy.command_id, copy.state, copy.later)
+            else:
+                done = done_with(copy.state)
+                done.deposited.extend(deposited)
+                copy.later(pb.AttachRequest(command_id=copy.command_id, done=done))
         except Exception:
             _log.exception("a state could not be written")
             copy.later(pb.AttachRequest(command_id=copy.command_id, failed=failed(Internal())))
@@ -98,3 +113,40 @@ def send_state(command_id: int, state: ModelState, later: Later) -> None:
         if not later(pb.AttachRequest(command_id=command_id, piece=piece)):
             return
     later(pb.AttachRequest(command_id=command_id, done=done_with(state)))
+
+
+def leave_state(state: ModelState, deposit: str) -> list[pb.DepositedFile] | None:
+    """Leave a state's files in a deposit.
+
+    Args:
+        state: The state, which must not change meanwhile.
+        deposit: Its folder.
+
+    Returns:
+        The files; None where the folder is not there, as on another machine, or does not take them.
+    """
+    left: list[pb.DepositedFile] = []
+    try:
+        holder = os.open(deposit, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        for name, buffers in state_files.to_buffers(state):
+            left.append(pb.DepositedFile(file_name=name))
+            # It must be a new file: nothing is written through a name that leads elsewhere.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with open(os.open(name, flags, 0o600, dir_fd=holder), "wb", buffering=0) as file:
+                for buffer in buffers:
+                    while buffer:
+                        buffer = buffer[file.write(buffer) :]
+                left[-1].size_bytes = file.tell()
+            failpoints.hit("mid_deposit")
+    except OSError as error:
+        _log.warning("a state is sent, since it cannot be left on the disk: %s", error)
+        for part in left:  # the disk may be full
+            with contextlib.suppress(OSError):
+                os.unlink(part.file_name, dir_fd=holder)
+        return None
+    finally:
+        os.close(holder)
+    return left

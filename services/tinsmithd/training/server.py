@@ -23,6 +23,7 @@ from tinsmithd.training.models import (
     CallLimits,
     Checkpoints,
     Copies,
+    Deposits,
     DiskSnapshotStore,
     DiskStaging,
     ModelLimits,
@@ -78,7 +79,10 @@ class TrainingServer:
         patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
         self._client = CheckpointClient(config.checkpoint_target, patience)
         staging = DiskStaging(Path(config.data_folder) / "staged", config.staged_bytes_max)
-        checkpoints = Checkpoints(self._client, staging, Copies(config.state_copies_max))
+        folder = config.checkpoint_folder
+        deposits = Deposits(Path(folder) if folder else None)
+        copies = Copies(config.state_copies_max)
+        checkpoints = Checkpoints(self._client, staging, copies, deposits)
         self._journal, snapshots = _storage(config)
         self._models = Models(_limits(config), checkpoints, self._journal, snapshots)
         self._releases = Releases(self._client, self._models.exists)

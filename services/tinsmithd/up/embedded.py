@@ -127,6 +127,7 @@ class EmbeddedCluster:
             "sampler_address": f":{self._children['sampler'].port}",
             "checkpoint_address": f":{self._children['checkpoint'].port}",
             "checkpoint_target": addresses["checkpoint"],
+            "checkpoint_folder": options.data.resolve() / "checkpoints",
             **({"durability": options.durability} if options.durability else {}),
             "spawn_ranks": options.ranks,
             "spawn_spare_groups": options.spare_groups,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tinsmith.v1 import types_pb2 as tinsmith_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/tinsmith/internal/v1/trainer_link_service.proto\x12\x14tinsmith.internal.v1\x1a\x17tinsmith/v1/types.proto\"\xe4\x03\n\rAttachRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12,\n\x05hello\x18\x02 \x01(\x0b\x32\x1b.tinsmith.internal.v1.HelloH\x00\x12\x30\n\x07loading\x18\x03 \x01(\x0b\x32\x1d.tinsmith.internal.v1.LoadingH\x00\x12\x35\n\x07outputs\x18\x04 \x01(\x0b\x32\".tinsmith.internal.v1.DatumOutputsH\x00\x12\x31\n\x05piece\x18\x05 \x01(\x0b\x32 .tinsmith.internal.v1.StatePieceH\x00\x12*\n\x04\x64one\x18\x06 \x01(\x0b\x32\x1a.tinsmith.internal.v1.DoneH\x00\x12.\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x1c.tinsmith.internal.v1.FailedH\x00\x12,\n\x05\x61live\x18\x08 \x01(\x0b\x32\x1b.tinsmith.internal.v1.AliveH\x00\x12.\n\x06\x63opied\x18\t \x01(\x0b\x32\x1c.tinsmith.internal.v1.CopiedH\x00\x12\x30\n\x07leaving\x18\n \x01(\x0b\x32\x1d.tinsmith.internal.v1.LeavingH\x00\x42\t\n\x07\x63ontent\"\t\n\x07Leaving\"\x07\n\x05\x41live\"\x08\n\x06\x43opied\"\xe6\x01\n\x05Hello\x12*\n\nbase_model\x18\x01 \x01(\x0b\x32\x16.tinsmith.v1.BaseModel\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12;\n\x08identity\x18\x04 \x03(\x0b\x32).tinsmith.internal.v1.Hello.IdentityEntry\x12\x14\n\x0claunch_token\x18\x06 \x01(\t\x1a/\n\rIdentityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x05\x10\x06R\x03pid\"\x1a\n\x07Loading\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1f\n\x0c\x44\x61tumOutputs\x12\x0f\n\x07outputs\x18\x01 \x03(\x0c\"-\n\nStatePiece\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x90\x03\n\x04\x44one\x12\x38\n\x07metrics\x18\x01 \x03(\x0b\x32\'.tinsmith.internal.v1.Done.MetricsEntry\x12\x12\n\nstep_count\x18\x02 \x01(\x03\x12.\n\x0blora_config\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.LoraConfigH\x00\x12.\n\x0b\x66ull_config\x18\x04 \x01(\x0b\x32\x17.tinsmith.v1.FullConfigH\x00\x12\x13\n\x0b\x63omposition\x18\x05 \x01(\x0c\x12\x12\n\nnon_finite\x18\x06 \x01(\x08\x12\x10\n\x08\x65ngine_s\x18\x07 \x01(\x01\x12\x33\n\x07outputs\x18\x08 \x01(\x0b\x32\".tinsmith.internal.v1.DatumOutputs\x12\x30\n\x08mismatch\x18\t \x01(\x0b\x32\x1e.tinsmith.internal.v1.Mismatch\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06tuning\"?\n\x08Mismatch\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\x12\x12\n\napart_nats\x18\x02 \x01(\x01\x12\x0f\n\x07kl_nats\x18\x03 \x01(\x01\".\n\x06\x46\x61iled\x12\x0e\n\x06status\x18\x01 \x01(\x0c\x12\x14\n\x0cmodel_broken\x18\x02 \x01(\t\"\xfd\x03\n\x0e\x41ttachResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x39\n\x0c\x63reate_model\x18\x03 \x01(\x0b\x32!.tinsmith.internal.v1.CreateModelH\x00\x12\x39\n\x0c\x64\x65lete_model\x18\x04 \x01(\x0b\x32!.tinsmith.internal.v1.DeleteModelH\x00\x12\x30\n\x07\x63ompute\x18\x05 \x01(\x0b\x32\x1d.tinsmith.internal.v1.ComputeH\x00\x12\x35\n\noptim_step\x18\x06 \x01(\x0b\x32\x1f.tinsmith.internal.v1.OptimStepH\x00\x12\x31\n\x05piece\x18\x08 \x01(\x0b\x32 .tinsmith.internal.v1.StatePieceH\x00\x12\x39\n\x0cimport_state\x18\t \x01(\x0b\x32!.tinsmith.internal.v1.ImportStateH\x00\x12\x30\n\x07welcome\x18\n \x01(\x0b\x32\x1d.tinsmith.internal.v1.WelcomeH\x00\x12\x35\n\ncopy_state\x18\x0b \x01(\x0b\x32\x1f.tinsmith.internal.v1.CopyStateH\x00\x42\t\n\x07\x63ommandJ\x04\x08\x07\x10\x08\"\x18\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"\x1e\n\tCopyState\x12\x11\n\toptimizer\x18\x01 \x01(\x08\"w\n\x0b\x43reateModel\x12.\n\x0blora_config\x18\x01 \x01(\x0b\x32\x17.tinsmith.v1.LoraConfigH\x00\x12.\n\x0b\x66ull_config\x18\x02 \x01(\x0b\x32\x17.tinsmith.v1.FullConfigH\x00\x42\x08\n\x06tuning\"\r\n\x0b\x44\x65leteModel\"\x95\x01\n\x07\x43ompute\x12$\n\x07loss_fn\x18\x01 \x01(\x0b\x32\x13.tinsmith.v1.LossFn\x12\x0c\n\x04\x64\x61ta\x18\x02 \x03(\x0c\x12\x10\n\x08\x62\x61\x63kward\x18\x03 \x01(\x08\x12/\n\x05place\x18\x04 \x01(\x0e\x32 .tinsmith.internal.v1.BatchPlace\x12\x13\n\x0b\x63omposition\x18\x05 \x01(\x0c\"9\n\tOptimStep\x12,\n\x0b\x61\x64\x61m_params\x18\x01 \x01(\x0b\x32\x17.tinsmith.v1.AdamParams\"\xae\x01\n\x0bImportState\x12\x11\n\toptimizer\x18\x01 \x01(\x08\x12\x0e\n\x06\x63reate\x18\x02 \x01(\x08\x12.\n\x0blora_config\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.LoraConfigH\x00\x12.\n\x0b\x66ull_config\x18\x04 \x01(\x0b\x32\x17.tinsmith.v1.FullConfigH\x00\x12\x12\n\nstep_count\x18\x05 \x01(\x03\x42\x08\n\x06tuning*W\n\nBatchPlace\x12\x1b\n\x17\x42\x41TCH_PLACE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42\x41TCH_PLACE_FIRST\x10\x01\x12\x15\n\x11\x42\x41TCH_PLACE_LATER\x10\x02\x32m\n\x12TrainerLinkService\x12W\n\x06\x41ttach\x12#.tinsmith.internal.v1.AttachRequest\x1a$.tinsmith.internal.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/tinsmith/internal/v1/trainer_link_service.proto\x12\x14tinsmith.internal.v1\x1a\x17tinsmith/v1/types.proto\"\xe4\x03\n\rAttachRequest\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12,\n\x05hello\x18\x02 \x01(\x0b\x32\x1b.tinsmith.internal.v1.HelloH\x00\x12\x30\n\x07loading\x18\x03 \x01(\x0b\x32\x1d.tinsmith.internal.v1.LoadingH\x00\x12\x35\n\x07outputs\x18\x04 \x01(\x0b\x32\".tinsmith.internal.v1.DatumOutputsH\x00\x12\x31\n\x05piece\x18\x05 \x01(\x0b\x32 .tinsmith.internal.v1.StatePieceH\x00\x12*\n\x04\x64one\x18\x06 \x01(\x0b\x32\x1a.tinsmith.internal.v1.DoneH\x00\x12.\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x1c.tinsmith.internal.v1.FailedH\x00\x12,\n\x05\x61live\x18\x08 \x01(\x0b\x32\x1b.tinsmith.internal.v1.AliveH\x00\x12.\n\x06\x63opied\x18\t \x01(\x0b\x32\x1c.tinsmith.internal.v1.CopiedH\x00\x12\x30\n\x07leaving\x18\n \x01(\x0b\x32\x1d.tinsmith.internal.v1.LeavingH\x00\x42\t\n\x07\x63ontent\"\t\n\x07Leaving\"\x07\n\x05\x41live\"\x08\n\x06\x43opied\"\xe6\x01\n\x05Hello\x12*\n\nbase_model\x18\x01 \x01(\x0b\x32\x16.tinsmith.v1.BaseModel\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12;\n\x08identity\x18\x04 \x03(\x0b\x32).tinsmith.internal.v1.Hello.IdentityEntry\x12\x14\n\x0claunch_token\x18\x06 \x01(\t\x1a/\n\rIdentityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x05\x10\x06R\x03pid\"\x1a\n\x07Loading\x12\x0f\n\x07message\x18\x01 \x01(\t\"\x1f\n\x0c\x44\x61tumOutputs\x12\x0f\n\x07outputs\x18\x01 \x03(\x0c\"-\n\nStatePiece\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xc8\x03\n\x04\x44one\x12\x38\n\x07metrics\x18\x01 \x03(\x0b\x32\'.tinsmith.internal.v1.Done.MetricsEntry\x12\x12\n\nstep_count\x18\x02 \x01(\x03\x12.\n\x0blora_config\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.LoraConfigH\x00\x12.\n\x0b\x66ull_config\x18\x04 \x01(\x0b\x32\x17.tinsmith.v1.FullConfigH\x00\x12\x13\n\x0b\x63omposition\x18\x05 \x01(\x0c\x12\x12\n\nnon_finite\x18\x06 \x01(\x08\x12\x10\n\x08\x65ngine_s\x18\x07 \x01(\x01\x12\x33\n\x07outputs\x18\x08 \x01(\x0b\x32\".tinsmith.internal.v1.DatumOutputs\x12\x30\n\x08mismatch\x18\t \x01(\x0b\x32\x1e.tinsmith.internal.v1.Mismatch\x12\x36\n\tdeposited\x18\n \x03(\x0b\x32#.tinsmith.internal.v1.DepositedFile\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06tuning\"?\n\x08Mismatch\x12\x0e\n\x06tokens\x18\x01 \x03(\x03\x12\x12\n\napart_nats\x18\x02 \x01(\x01\x12\x0f\n\x07kl_nats\x18\x03 \x01(\x01\"6\n\rDepositedFile\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\".\n\x06\x46\x61iled\x12\x0e\n\x06status\x18\x01 \x01(\x0c\x12\x14\n\x0cmodel_broken\x18\x02 \x01(\t\"\xfd\x03\n\x0e\x41ttachResponse\x12\x12\n\ncommand_id\x18\x01 \x01(\x04\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x39\n\x0c\x63reate_model\x18\x03 \x01(\x0b\x32!.tinsmith.internal.v1.CreateModelH\x00\x12\x39\n\x0c\x64\x65lete_model\x18\x04 \x01(\x0b\x32!.tinsmith.internal.v1.DeleteModelH\x00\x12\x30\n\x07\x63ompute\x18\x05 \x01(\x0b\x32\x1d.tinsmith.internal.v1.ComputeH\x00\x12\x35\n\noptim_step\x18\x06 \x01(\x0b\x32\x1f.tinsmith.internal.v1.OptimStepH\x00\x12\x31\n\x05piece\x18\x08 \x01(\x0b\x32 .tinsmith.internal.v1.StatePieceH\x00\x12\x39\n\x0cimport_state\x18\t \x01(\x0b\x32!.tinsmith.internal.v1.ImportStateH\x00\x12\x30\n\x07welcome\x18\n \x01(\x0b\x32\x1d.tinsmith.internal.v1.WelcomeH\x00\x12\x35\n\ncopy_state\x18\x0b \x01(\x0b\x32\x1f.tinsmith.internal.v1.CopyStateH\x00\x42\t\n\x07\x63ommandJ\x04\x08\x07\x10\x08\"\x18\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"/\n\tCopyState\x12\x11\n\toptimizer\x18\x01 \x01(\x08\x12\x0f\n\x07\x64\x65posit\x18\x02 \x01(\t\"w\n\x0b\x43reateModel\x12.\n\x0blora_config\x18\x01 \x01(\x0b\x32\x17.tinsmith.v1.LoraConfigH\x00\x12.\n\x0b\x66ull_config\x18\x02 \x01(\x0b\x32\x17.tinsmith.v1.FullConfigH\x00\x42\x08\n\x06tuning\"\r\n\x0b\x44\x65leteModel\"\x95\x01\n\x07\x43ompute\x12$\n\x07loss_fn\x18\x01 \x01(\x0b\x32\x13.tinsmith.v1.LossFn\x12\x0c\n\x04\x64\x61ta\x18\x02 \x03(\x0c\x12\x10\n\x08\x62\x61\x63kward\x18\x03 \x01(\x08\x12/\n\x05place\x18\x04 \x01(\x0e\x32 .tinsmith.internal.v1.BatchPlace\x12\x13\n\x0b\x63omposition\x18\x05 \x01(\x0c\"9\n\tOptimStep\x12,\n\x0b\x61\x64\x61m_params\x18\x01 \x01(\x0b\x32\x17.tinsmith.v1.AdamParams\"\xae\x01\n\x0bImportState\x12\x11\n\toptimizer\x18\x01 \x01(\x08\x12\x0e\n\x06\x63reate\x18\x02 \x01(\x08\x12.\n\x0blora_config\x18\x03 \x01(\x0b\x32\x17.tinsmith.v1.LoraConfigH\x00\x12.\n\x0b\x66ull_config\x18\x04 \x01(\x0b\x32\x17.tinsmith.v1.FullConfigH\x00\x12\x12\n\nstep_count\x18\x05 \x01(\x03\x42\x08\n\x06tuning*W\n\nBatchPlace\x12\x1b\n\x17\x42\x41TCH_PLACE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42\x41TCH_PLACE_FIRST\x10\x01\x12\x15\n\x11\x42\x41TCH_PLACE_LATER\x10\x02\x32m\n\x12TrainerLinkService\x12W\n\x06\x41ttach\x12#.tinsmith.internal.v1.AttachRequest\x1a$.tinsmith.internal.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO_IDENTITYENTRY']._serialized_options = b'8\001'
   _globals['_DONE_METRICSENTRY']._loaded_options = None
   _globals['_DONE_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_BATCHPLACE']._serialized_start=2566
-  _globals['_BATCHPLACE']._serialized_end=2653
+  _globals['_BATCHPLACE']._serialized_start=2695
+  _globals['_BATCHPLACE']._serialized_end=2782
   _globals['_ATTACHREQUEST']._serialized_start=99
   _globals['_ATTACHREQUEST']._serialized_end=583
   _globals['_LEAVING']._serialized_start=585
@@ -57,29 +57,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATEPIECE']._serialized_start=909
   _globals['_STATEPIECE']._serialized_end=954
   _globals['_DONE']._serialized_start=957
-  _globals['_DONE']._serialized_end=1357
-  _globals['_DONE_METRICSENTRY']._serialized_start=1301
-  _globals['_DONE_METRICSENTRY']._serialized_end=1347
-  _globals['_MISMATCH']._serialized_start=1359
-  _globals['_MISMATCH']._serialized_end=1422
-  _globals['_FAILED']._serialized_start=1424
-  _globals['_FAILED']._serialized_end=1470
-  _globals['_ATTACHRESPONSE']._serialized_start=1473
-  _globals['_ATTACHRESPONSE']._serialized_end=1982
-  _globals['_WELCOME']._serialized_start=1984
-  _globals['_WELCOME']._serialized_end=2008
-  _globals['_COPYSTATE']._serialized_start=2010
-  _globals['_COPYSTATE']._serialized_end=2040
-  _globals['_CREATEMODEL']._serialized_start=2042
-  _globals['_CREATEMODEL']._serialized_end=2161
-  _globals['_DELETEMODEL']._serialized_start=2163
-  _globals['_DELETEMODEL']._serialized_end=2176
-  _globals['_COMPUTE']._serialized_start=2179
-  _globals['_COMPUTE']._serialized_end=2328
-  _globals['_OPTIMSTEP']._serialized_start=2330
-  _globals['_OPTIMSTEP']._serialized_end=2387
-  _globals['_IMPORTSTATE']._serialized_start=2390
-  _globals['_IMPORTSTATE']._serialized_end=2564
-  _globals['_TRAINERLINKSERVICE']._serialized_start=2655
-  _globals['_TRAINERLINKSERVICE']._serialized_end=2764
+  _globals['_DONE']._serialized_end=1413
+  _globals['_DONE_METRICSENTRY']._serialized_start=1357
+  _globals['_DONE_METRICSENTRY']._serialized_end=1403
+  _globals['_MISMATCH']._serialized_start=1415
+  _globals['_MISMATCH']._serialized_end=1478
+  _globals['_DEPOSITEDFILE']._serialized_start=1480
+  _globals['_DEPOSITEDFILE']._serialized_end=1534
+  _globals['_FAILED']._serialized_start=1536
+  _globals['_FAILED']._serialized_end=1582
+  _globals['_ATTACHRESPONSE']._serialized_start=1585
+  _globals['_ATTACHRESPONSE']._serialized_end=2094
+  _globals['_WELCOME']._serialized_start=2096
+  _globals['_WELCOME']._serialized_end=2120
+  _globals['_COPYSTATE']._serialized_start=2122
+  _globals['_COPYSTATE']._serialized_end=2169
+  _globals['_CREATEMODEL']._serialized_start=2171
+  _globals['_CREATEMODEL']._serialized_end=2290
+  _globals['_DELETEMODEL']._serialized_start=2292
+  _globals['_DELETEMODEL']._serialized_end=2305
+  _globals['_COMPUTE']._serialized_start=2308
+  _globals['_COMPUTE']._serialized_end=2457
+  _globals['_OPTIMSTEP']._serialized_start=2459
+  _globals['_OPTIMSTEP']._serialized_end=2516
+  _globals['_IMPORTSTATE']._serialized_start=2519
+  _globals['_IMPORTSTATE']._serialized_end=2693
+  _globals['_TRAINERLINKSERVICE']._serialized_start=2784
+  _globals['_TRAINERLINKSERVICE']._serialized_end=2893
 # @@protoc_insertion_point(module_scope)

@@ -356,6 +356,7 @@ class Done(_message.Message):
     ENGINE_S_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     MISMATCH_FIELD_NUMBER: _builtins.int
+    DEPOSITED_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Optimizer steps that an exported or imported state has."""
     composition: _builtins.bytes
@@ -386,6 +387,10 @@ class Done(_message.Message):
     def mismatch(self) -> Global___Mismatch:
         """Of a compute whose loss is given sampling logprobs."""
 
+    @_builtins.property
+    def deposited(self) -> _containers.RepeatedCompositeFieldContainer[Global___DepositedFile]:
+        """Of a copied state: the files that were left in the deposit. Either all were, or all came as pieces."""
+
     def __init__(
         self,
         *,
@@ -398,10 +403,11 @@ class Done(_message.Message):
         engine_s: _builtins.float = ...,
         outputs: Global___DatumOutputs | None = ...,
         mismatch: Global___Mismatch | None = ...,
+        deposited: _abc.Iterable[Global___DepositedFile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "mismatch", b"mismatch", "outputs", b"outputs", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["composition", b"composition", "engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "mismatch", b"mismatch", "non_finite", b"non_finite", "outputs", b"outputs", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["composition", b"composition", "deposited", b"deposited", "engine_s", b"engine_s", "full_config", b"full_config", "lora_config", b"lora_config", "metrics", b"metrics", "mismatch", b"mismatch", "non_finite", b"non_finite", "outputs", b"outputs", "step_count", b"step_count", "tuning", b"tuning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015
@@ -440,6 +446,32 @@ class Mismatch(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Mismatch: _TypeAlias = Mismatch  # noqa: Y015
+
+@_typing.final
+class DepositedFile(_message.Message):
+    """A file in a deposit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    file_name: _builtins.str
+    """File name, as in `StatePiece`."""
+    size_bytes: _builtins.int
+    """Its length in bytes."""
+    def __init__(
+        self,
+        *,
+        file_name: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_name", b"file_name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DepositedFile: _TypeAlias = DepositedFile  # noqa: Y015
 
 @_typing.final
 class Failed(_message.Message):
@@ -569,21 +601,27 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class CopyState(_message.Message):
-    """Copy the model's state, then send the copy as pieces, then done."""
+    """Copy the model's state, then send the copy as pieces or leave it in the deposit, then done."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OPTIMIZER_FIELD_NUMBER: _builtins.int
+    DEPOSIT_FIELD_NUMBER: _builtins.int
     optimizer: _builtins.bool
     """With the optimizer state."""
+    deposit: _builtins.str
+    """A deposit: a folder to leave the files in, instead of sending them, where rank 0 finds it and it takes
+    them. Empty: there is none.
+    """
     def __init__(
         self,
         *,
         optimizer: _builtins.bool = ...,
+        deposit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deposit", b"deposit", "optimizer", b"optimizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -281,6 +281,7 @@ class Keeper:
         due = [n for n, since_s in self._expired_since.items() if now_s - since_s >= EXPIRY_GRACE_S]
         removed = self.catalogue.delete_expired(due) if due else 0
         self.leases.forget_deleted()
+        self._store.forget_deposits()
         with self._publishing:
             blobs = self._remove_unused() if self._swept != self.catalogue.removals else 0
         if removed or blobs:

@@ -2,15 +2,21 @@
 
 from collections.abc import Collection
 
-from tinsmithd.checkpoint.store import Blob, Staging
+from tinsmithd.checkpoint.store import Staging
 from tinsmithd.domain import CheckpointKind, Tuning
 from tinsmithd.errors import InvalidArgument, Reason
 from tinsmithd.state import files as state_files
 from tinsmithd.state.checks import StateInvalid
 
 
-def check_file_name(name: str, kind: CheckpointKind, tuning: Tuning) -> None:
+def check_file_name(field: str, name: str, kind: CheckpointKind, tuning: Tuning) -> None:
     """Refuse a file that a checkpoint of this kind does not have.
+
+    Args:
+        field: Where the name came.
+        name: That of the file.
+        kind: As the header says.
+        tuning: As the header says.
 
     Raises:
         InvalidArgument: See above (INVALID_NAME).
@@ -21,11 +27,16 @@ def check_file_name(name: str, kind: CheckpointKind, tuning: Tuning) -> None:
         allowed.append(state_files.OPTIMIZER_FILE)
     if name not in allowed:
         message = f"a {kind} checkpoint has {', '.join(allowed)}, not {name[:100]!r}"
-        raise InvalidArgument("piece.file_name", message, Reason.INVALID_NAME)
+        raise InvalidArgument(field, message, Reason.INVALID_NAME)
 
 
-def check_length(name: str, size_bytes: int) -> None:
+def check_length(field: str, name: str, size_bytes: int) -> None:
     """Refuse bytes that make a file longer than one of its name may be.
+
+    Args:
+        field: Where they came.
+        name: That of the file.
+        size_bytes: Its length.
 
     Raises:
         InvalidArgument: See above (LIMIT_EXCEEDED).
@@ -34,12 +45,12 @@ def check_length(name: str, size_bytes: int) -> None:
     if most is not None and size_bytes > most:
         message = f"{name} has more than {most} bytes"
         metadata = {"limit": "bytes", "value": str(size_bytes)}
-        raise InvalidArgument("piece.data", message, Reason.LIMIT_EXCEEDED, metadata=metadata)
+        raise InvalidArgument(field, message, Reason.LIMIT_EXCEEDED, metadata=metadata)
 
 
 def check_files(
     staging: Staging,
-    blobs: Collection[Blob],
+    names: Collection[str],
     kind: CheckpointKind,
     tuning: Tuning,
     step_count: int,
@@ -48,7 +59,7 @@ def check_files(
 
     Args:
         staging: Has them.
-        blobs: All of them.
+        names: Those of all of them.
         kind: As the header says.
         tuning: As the header says.
         step_count: As the header says.
@@ -57,7 +68,7 @@ def check_files(
         InvalidArgument: A file is wrong; `field` says which, and where in it.
     """
     try:
-        about = state_files.parse({blob.name for blob in blobs}, staging.open, tuning).about
+        about = state_files.parse(names, staging.open, tuning).about
         if about.step_count != step_count:
             message = f"{about.step_count}, but the header says {step_count}"
             raise StateInvalid(state_files.STATE_FILE, "step_count", message)

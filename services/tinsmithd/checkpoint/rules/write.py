@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer, digest_of
@@ -29,6 +30,8 @@ class Header:
     """Tells a repeat of this request from another request; empty where none is a repeat."""
     lease_id: str = ""
     """The first lease on an ephemeral checkpoint."""
+    deposit: str = ""
+    """Where files lie that are not sent; empty where all are."""
 
     @property
     def durable(self) -> bool:
@@ -36,7 +39,8 @@ class Header:
         return not self.ephemeral
 
     def digest(self, files: Sequence[Blob]) -> str:
-        """Digest of the request, except for who makes it and who holds the checkpoint."""
+        """Digest of the request, except for who makes it, how its files come, and who holds the
+        checkpoint."""
         return digest_of(
             *(str(self.path), self.base_model, str(self.tuning), self.step_count),
             *(self.ttl_seconds, self.overwrite, self.ephemeral, sorted(self.user_metadata.items())),
@@ -67,6 +71,8 @@ class Write:
         self._publish = publish
         self._lock = threading.Lock()
         self._staging: Staging | None = None
+        self._sent: set[str] = set()
+        self._taken: set[str] = set()
         self._ended = False
 
     def append(self, name: str, offset: int, data: bytes) -> None:
@@ -76,10 +82,35 @@ class Write:
             InvalidArgument, ResourceExhausted: See `Staging.append`, `check_file_name` and
                 `check_length`.
         """
-        check_file_name(name, self._header.path.kind, self._header.tuning)
-        check_length(name, offset + len(data))
+        check_file_name("piece.file_name", name, self._header.path.kind, self._header.tuning)
+        check_length("piece.data", name, offset + len(data))
         with self._lock:
             self._staged().append(name, offset, data)
+            self._sent.add(name)
+
+    def take(self, promised: Sequence[Blob]) -> int:
+        """Take the files that were not sent out of the deposit, if there is one.
+
+        Args:
+            promised: All files.
+
+        Returns:
+            The bytes that were taken.
+
+        Raises:
+            NotFound, InvalidArgument, ResourceExhausted, Unavailable: See `Staging.take`,
+                `check_file_name` and `check_length`.
+        """
+        header, nbytes = self._header, 0
+        with self._lock:
+            for blob in promised if header.deposit else ():
+                if blob.name not in self._sent | self._taken:
+                    check_file_name("commit.files", blob.name, header.path.kind, header.tuning)
+                    size = self._staged().take(header.deposit, blob.name)
+                    check_length("commit.files", blob.name, size)
+                    self._taken.add(blob.name)
+                    nbytes += size
+        return nbytes
 
     def commit(self, promised: Sequence[Blob]) -> Checkpoint:
         """Make the checkpoint visible, durably unless it is ephemeral, if its files are those that
@@ -94,11 +125,37 @@ class Write:
         """
         with self._lock:
             staging, header = self._staged(), self._header
-            found = staging.finish(durable=header.durable)
-            _check_promised(found, promised)
-            with storage_errors():
-                check_files(staging, found, header.path.kind, header.tuning, header.step_count)
+            staging.flush()
+            with ThreadPoolExecutor(1) as beside:
+                finishing = beside.submit(staging.finish, durable=header.durable)
+                refusal = self._refusal(staging)
+                found = finishing.result()
+            # Damage on the way may make of a file what no file may be: that is no fault of it.
+            self._check_promised(found, promised)
+            if refusal is not None:
+                raise refusal
             return self._publish(header, staging, found)
+
+    def _refusal(self, staging: Staging) -> InvalidArgument | None:
+        """Why the files are not what a checkpoint is, if they are not."""
+        header, names = self._header, self._sent | self._taken
+        try:
+            with storage_errors():
+                check_files(staging, names, header.path.kind, header.tuning, header.step_count)
+        except InvalidArgument as error:
+            return error
+        return None
+
+    def _check_promised(self, found: Sequence[Blob], promised: Sequence[Blob]) -> None:
+        ordered = sorted(promised, key=lambda blob: blob.name)
+        if [(b.name, b.size_bytes) for b in found] != [(b.name, b.size_bytes) for b in ordered]:
+            message = "names and sizes are not those of the files that arrived"
+            raise InvalidArgument("commit.files", message, Reason.MALFORMED_STREAM)
+        for ours, theirs in zip(found, ordered, strict=True):
+            unsaid = not theirs.sha256 and ours.name in self._taken
+            if not unsaid and ours.sha256 != theirs.sha256:
+                message = f"{ours.name} does not have the digest that the commit names"
+                raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
 
     def discard(self) -> None:
         """Leave nothing behind; harmless after a commit."""
@@ -114,14 +171,3 @@ class Write:
         if self._staging is None:
             self._staging = self._stage()
         return self._staging
-
-
-def _check_promised(found: Sequence[Blob], promised: Sequence[Blob]) -> None:
-    ordered = sorted(promised, key=lambda blob: blob.name)
-    if [(b.name, b.size_bytes) for b in found] != [(b.name, b.size_bytes) for b in ordered]:
-        message = "names and sizes are not those of the files that arrived"
-        raise InvalidArgument("commit.files", message, Reason.MALFORMED_STREAM)
-    for ours, theirs in zip(found, ordered, strict=True):
-        if ours.sha256 != theirs.sha256:
-            message = f"{ours.name} does not have the digest that the commit names"
-            raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)

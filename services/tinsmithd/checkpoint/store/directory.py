@@ -2,6 +2,7 @@
 
     <folder>/blobs/ab/abcd...      one file per content, named by its SHA-256
     <folder>/staging/<random>/     what is being written; emptied when the server starts
+    <folder>/deposits/<random>/    what others on this machine left to be taken; see `deposits`
     <folder>/lock                  held by the one server that may write here
 
 A durable blob is synced before it is renamed into place, then its folder, then the folder of
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tinsmithd import failpoints
+from tinsmithd.checkpoint.store.deposits import Deposits
 from tinsmithd.checkpoint.store.failures import of_disk, storage_errors
 from tinsmithd.checkpoint.store.interface import Blob, Staging, StoreBusy
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason, TinsmithError, over_limit
-from tinsmithd.files import BLOBS_FOLDER, blob_file, sync_file
+from tinsmithd.files import BLOBS_FOLDER, DEPOSITS_FOLDER, blob_file, sync_file
 
 READ_BYTES = 1024 * 1024
 
@@ -35,12 +37,14 @@ class DirectoryStaging:
     Args:
         folder: That folder; it is made here.
         blobs: The folder that published files go to.
+        deposits: What is there to be taken.
         bytes_max: Maximum number of bytes in all files.
     """
 
-    def __init__(self, folder: Path, blobs: Path, bytes_max: int) -> None:
+    def __init__(self, folder: Path, blobs: Path, deposits: Deposits, bytes_max: int) -> None:
         self._folder = folder
         self._blobs = blobs
+        self._deposits = deposits
         self._bytes_max = bytes_max
         self._bytes = 0
         self._sizes: dict[str, int] = {}
@@ -57,9 +61,7 @@ class DirectoryStaging:
         if offset != expected or (name in self._sizes and name != self._last_name):
             message = f"offset {offset} of {name!r} does not follow what was sent before"
             raise InvalidArgument("piece.offset", message, Reason.MALFORMED_STREAM)
-        self._bytes += len(data)
-        if self._bytes > self._bytes_max:
-            raise over_limit("piece.data", "checkpoint_bytes_max", self._bytes, self._bytes_max)
+        self._count("piece.data", len(data))
         with storage_errors():
             if name not in self._sizes:
                 self._last_name = name
@@ -70,11 +72,34 @@ class DirectoryStaging:
         self._sizes[name] = expected + len(data)
         self._digests[name].update(data)
 
-    def finish(self, *, durable: bool = True) -> list[Blob]:
+    def take(self, deposit: str, name: str) -> int:
         """See `Staging`."""
         with storage_errors():
-            for file in self._files.values():
-                file.flush()
+            file = self._files[name] = self._deposits.move(deposit, name, self._path(name))
+            size = os.fstat(file.fileno()).st_size
+        self._count("commit.files", size)
+        self._sizes[name] = size
+        failpoints.hit("ckpt_mid_take")
+        return size
+
+    def _count(self, field: str, nbytes: int) -> None:
+        self._bytes += nbytes
+        if self._bytes > self._bytes_max:
+            raise over_limit(field, "checkpoint_bytes_max", self._bytes, self._bytes_max)
+
+    def flush(self) -> None:
+        """See `Staging`."""
+        with storage_errors():
+            for name in self._digests:
+                self._files[name].flush()
+
+    def finish(self, *, durable: bool = True) -> list[Blob]:
+        """See `Staging`."""
+        self.flush()
+        with storage_errors():
+            for name in self._files.keys() - self._digests.keys():
+                # Of what was taken: so far nobody here has read it.
+                self._digests[name] = hashlib.file_digest(self._files[name], "sha256")
             failpoints.hit("ckpt_pre_fsync")
             # Through the descriptor that wrote: it hears of a write-back that failed.
             for file in self._files.values():
@@ -139,6 +164,7 @@ class DirectoryStore:
         except BlockingIOError as error:
             self._lock.close()
             raise StoreBusy(f"{folder} is used by another Checkpoint server") from error
+        self._deposits = Deposits(folder / DEPOSITS_FOLDER)
         self._staging.mkdir(exist_ok=True)
         for left in self._staging.iterdir():
             shutil.rmtree(left, ignore_errors=True)
@@ -157,7 +183,13 @@ class DirectoryStore:
 
     def stage(self, bytes_max: int) -> Staging:
         """See `Store`."""
-        return DirectoryStaging(self._staging / secrets.token_hex(16), self._blobs, bytes_max)
+        folder = self._staging / secrets.token_hex(16)
+        return DirectoryStaging(folder, self._blobs, self._deposits, bytes_max)
+
+    def forget_deposits(self) -> None:
+        """See `Store`."""
+        with storage_errors():
+            self._deposits.sweep()
 
     def read(self, blob: Blob) -> Iterator[bytes]:
         """See `Store`."""

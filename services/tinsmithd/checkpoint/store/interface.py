@@ -39,12 +39,24 @@ class Staging(Protocol):
             InvalidArgument: They are too many (LIMIT_EXCEEDED).
         """
 
+    def take(self, deposit: str, name: str) -> int:
+        """Take a file that a writer on this machine left in a deposit; returns its bytes.
+
+        Raises:
+            NotFound: It is not there (DEPOSIT_NOT_FOUND).
+            InvalidArgument: They are too many (LIMIT_EXCEEDED).
+        """
+        ...
+
+    def flush(self) -> None:
+        """Let `open` read all that came; nothing comes any more."""
+
     def finish(self, *, durable: bool = True) -> list[Blob]:
-        """End what was sent, durably or not; returns it, sorted by name."""
+        """End what came, durably or not; returns it, sorted by name."""
         ...
 
     def open(self, name: str) -> BinaryIO:
-        """Read a finished file, seekable, before it is published."""
+        """Read a file that is flushed or finished, seekable, before it is published."""
         ...
 
     def publish(self, *, durable: bool = True) -> None:
@@ -89,6 +101,9 @@ class Store(Protocol):
         Raises:
             DataLoss, Unavailable, ResourceExhausted: They cannot be.
         """
+
+    def forget_deposits(self) -> None:
+        """Remove the deposits whose writers are gone."""
 
     def probe(self) -> None:
         """Do nothing, as long as blobs can be found.

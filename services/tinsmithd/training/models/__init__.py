@@ -1,6 +1,7 @@
 """What exists: models, how they come and go, and how their calls are carried out and replayed."""
 
 from tinsmithd.training.models.checkpoints import Checkpoints
+from tinsmithd.training.models.deposits import Deposits
 from tinsmithd.training.models.model import Model, NewModel
 from tinsmithd.training.models.model_snapshots import SnapshotRule
 from tinsmithd.training.models.models import Models
@@ -14,6 +15,7 @@ __all__ = [
     "CallLimits",
     "Checkpoints",
     "Copies",
+    "Deposits",
     "DiskSnapshotStore",
     "DiskStaging",
     "Model",

@@ -2,14 +2,15 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from tinsmithd.domain import BaseModelInfo, CheckpointInfo, CheckpointPath
-from tinsmithd.errors import AlreadyExists, FailedPrecondition, Reason, Unavailable
+from tinsmithd.errors import AlreadyExists, FailedPrecondition, NotFound, Reason, Unavailable
 from tinsmithd.saves import NewCheckpoint
 from tinsmithd.state import files as state_files
+from tinsmithd.training.models.deposits import Deposit, Deposits
 from tinsmithd.training.models.staging import Copies, Staged, Staging
 
 
@@ -25,10 +26,16 @@ class CheckpointReader(Protocol):
 
 
 class CheckpointWriter(Protocol):
-    """One checkpoint on its way: `write` pieces, then `commit`; `cancel` leaves nothing."""
+    """One checkpoint on its way: `write` pieces, or name what is in a deposit, then `commit`.
+
+    `cancel` leaves nothing.
+    """
 
     async def write(self, file_name: str, data: bytes) -> None:
         """Append bytes to a file; files come one after the other."""
+
+    def deposited(self, deposit: str, files: Mapping[str, int]) -> None:
+        """Say that the files, with their bytes, are in a deposit; nothing may have been written."""
 
     async def commit(self) -> CheckpointInfo:
         """Make it durable and visible; returns what it is now."""
@@ -69,10 +76,18 @@ class Checkpoints:
         server: The Checkpoint server.
         staging: Where states are put down on their way.
         copies: How many states are in memory.
+        deposits: Where states may be left for the server; None: nowhere.
     """
 
-    def __init__(self, server: CheckpointServer, staging: Staging, copies: Copies) -> None:
+    def __init__(
+        self,
+        server: CheckpointServer,
+        staging: Staging,
+        copies: Copies,
+        deposits: Deposits | None = None,
+    ) -> None:
         self._server = server
+        self.deposits = deposits or Deposits(None)
         self.staging = staging
         self.copies = copies
 
@@ -97,7 +112,11 @@ class Checkpoints:
 
     @contextlib.asynccontextmanager
     async def saving(
-        self, new: NewCheckpoint, staged: Staged, before_commit: Callable[[], Awaitable[None]]
+        self,
+        new: NewCheckpoint,
+        staged: Staged,
+        deposit: Deposit | None,
+        before_commit: Callable[[], Awaitable[None]],
     ) -> AsyncIterator[Callable[[], Awaitable[CheckpointInfo]]]:
         """Save a state while it is put down, in the body of the `async with`.
 
@@ -106,13 +125,14 @@ class Checkpoints:
         Args:
             new: What it is to be.
             staged: Where it comes in.
+            deposit: Where it is instead, if that has files.
             before_commit: Begins with the save, and is awaited before others can see it.
 
         Yields:
             Says that the state is complete and waits until it is saved; returns what it is now. It
             raises TinsmithError where the Checkpoint server refuses it, or does not answer.
         """
-        begun = asyncio.create_task(self._save(new, staged, before_commit))
+        begun = asyncio.create_task(self._save(new, staged.pieces(), deposit, before_commit))
 
         async def saved() -> CheckpointInfo:
             came_first = begun.done()
@@ -123,7 +143,12 @@ class Checkpoints:
                 if not came_first:
                     raise
                 # That server was away, or the ranks slow to send: now all of it is here.
-                return await self._save(new, staged, before_commit)
+                return await self._save(new, staged.pieces(), deposit, before_commit)
+            except NotFound as error:
+                if deposit is None or error.reason is not Reason.DEPOSIT_NOT_FOUND:
+                    raise
+                self.deposits.are_not_found()
+                return await self._save(new, deposit.pieces(), None, before_commit)
 
         try:
             yield saved
@@ -132,13 +157,19 @@ class Checkpoints:
             await asyncio.gather(begun, return_exceptions=True)
 
     async def _save(
-        self, new: NewCheckpoint, staged: Staged, before_commit: Callable[[], Awaitable[None]]
+        self,
+        new: NewCheckpoint,
+        pieces: AsyncIterator[tuple[str, bytes]],
+        deposit: Deposit | None,
+        before_commit: Callable[[], Awaitable[None]],
     ) -> CheckpointInfo:
         writer = self._server.writer(new)
         ready = asyncio.ensure_future(before_commit())
         try:
-            async for name, data in staged.pieces():
+            async for name, data in pieces:
                 await writer.write(name, data)
+            if deposit is not None and deposit.files:
+                writer.deposited(deposit.name, deposit.files)
             await ready
             return await writer.commit()
         except AlreadyExists as error:

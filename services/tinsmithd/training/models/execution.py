@@ -151,14 +151,20 @@ class ModelExecutor:
         before_commit = self._journal.flush
         async with (
             self._checkpoints.staging.open() as staged,
-            self._checkpoints.saving(new, staged, before_commit) as saving,
+            self._checkpoints.deposits.open() as deposit,
+            self._checkpoints.saving(new, staged, deposit, before_commit) as saving,
         ):
             async with self._checkpoints.copies.leaving:
                 async with turn(NOMINAL_TOKENS):
                     sending = await group.copy_state(
-                        model.model_id, optimizer=optimizer, on_piece=staged.write
+                        model.model_id,
+                        optimizer=optimizer,
+                        on_piece=staged.write,
+                        deposit="" if deposit is None else deposit.folder,
                     )
-                await sending
+                sent = await sending
+            if deposit is not None:
+                deposit.files = sent.deposited
             saved = await saving()
         value = {"path": str(options.path), "size_bytes": saved.size_bytes}
         return Effect({**value, "digest": saved.digest.hex()})

@@ -1,7 +1,7 @@
 """What the Training server asks of a rank group; `rank_group` speaks it over gRPC."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
@@ -20,10 +20,15 @@ Pieces = Sequence[tuple[str, bytes]]
 
 @dataclass(frozen=True)
 class StateInfo:
-    """What a state is that leaves the ranks or comes to them."""
+    """What a state is that leaves the ranks or comes to them.
+
+    Attributes:
+        deposited: Bytes of each file that was left in the deposit; empty where all were sent.
+    """
 
     tuning: Tuning
     step_count: int
+    deposited: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,18 @@ class RankGroup(Protocol):
         """Apply the pending gradients; returns the metrics."""
 
     async def copy_state(
-        self, model_id: str, *, optimizer: bool, on_piece: OnPiece
+        self, model_id: str, *, optimizer: bool, on_piece: OnPiece, deposit: str = ""
     ) -> Awaitable[StateInfo]:
         """Copy the model's state; other calls may follow at once.
 
+        Args:
+            model_id: Which model.
+            optimizer: Whether with its optimizer state.
+            on_piece: Takes the files.
+            deposit: The folder in which they may be left instead; empty: there is none.
+
         Returns:
-            What sends the copy's files to `on_piece`. It may fail as any other method, but is to
+            What sends the copy's files, or leaves them. It may fail as any other method, but is to
             blame for no loss of the group.
         """
 

@@ -188,10 +188,10 @@ class AttachedRankGroup:
         return dict((await self._execute(model_id, optim_step=command)).metrics)
 
     async def copy_state(
-        self, model_id: str, *, optimizer: bool, on_piece: OnPiece
+        self, model_id: str, *, optimizer: bool, on_piece: OnPiece, deposit: str = ""
     ) -> Awaitable[StateInfo]:
-        """Copy the model's state; what is returned sends it to `on_piece`."""
-        copying = pb.CopyState(optimizer=optimizer)
+        """Copy the model's state; what is returned sends it to `on_piece`, or leaves it."""
+        copying = pb.CopyState(optimizer=optimizer, deposit=deposit)
         command = pb.AttachResponse(model_id=model_id, copy_state=copying)
         replies = await self._begin(command)
         first = await self._next(replies)
@@ -318,7 +318,11 @@ class AttachedRankGroup:
             raise self._nonsense(error.message) from error
         if not 0 <= done.step_count <= STEP_COUNT_MAX:
             raise self._nonsense(f"{done.step_count} steps")
-        return StateInfo(tuning, done.step_count)
+        for file in done.deposited:
+            if not is_plain_name(file.file_name) or file.size_bytes < 0:
+                raise self._nonsense(f"a file {file.file_name!r} of {file.size_bytes} bytes")
+        deposited = {file.file_name: file.size_bytes for file in done.deposited}
+        return StateInfo(tuning, done.step_count, deposited)
 
     def _pieces_to(self, on_piece: OnPiece) -> OnReply:
         """Passes the pieces that rank 0 sends on."""
