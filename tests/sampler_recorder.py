@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import numpy as np
@@ -19,7 +18,7 @@ from tinsmithd.domain import (
     StopReason,
 )
 from tinsmithd.sampler.admission import Admission
-from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits
+from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOutput
 from tinsmithd.sampler.loaded_adapters import Adapter
 from tinsmithd.sampler.places import PlaceLimits
 
@@ -60,7 +59,9 @@ class Recorder:
         await asyncio.sleep(0)
         self.held.discard(key)
 
-    async def generate(self, request: SampleRequest, adapter: str | None) -> AsyncIterator[Output]:
+    async def generate(
+        self, request: SampleRequest, adapter: str | None, on_output: OnOutput
+    ) -> None:
         """One token per step until `max_tokens`."""
         name = request.params.seed
         assert name is not None
@@ -74,7 +75,7 @@ class Recorder:
                 assert adapter is None or adapter in self.held
                 self.steps.append(name)
                 reason = None if left else StopReason.LENGTH
-                yield Output(tokens=[SampledTokens(0, [1], [0.0], reason)])
+                on_output(Output(tokens=[SampledTokens(0, [1], [0.0], reason)]))
         finally:
             if adapter is not None:
                 self.used[adapter] -= 1

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from tinsmithd.domain import (
     CrossEntropy,
     LoraConfig,
     ModelState,
+    Output,
     PromptScores,
     SampledTokens,
     SampleRequest,
@@ -103,11 +104,27 @@ class Driven:
         return scores.logprobs
 
 
+async def outputs_of(
+    engine: SamplingEngine, request: SampleRequest, adapter: str | None = None
+) -> AsyncGenerator[Output, None]:
+    """What a request makes, as it comes; to close it gives the request up."""
+    made: asyncio.Queue[Output | None] = asyncio.Queue()
+    making = asyncio.create_task(engine.generate(request, adapter, made.put_nowait))
+    making.add_done_callback(lambda _: made.put_nowait(None))
+    try:
+        while (output := await made.get()) is not None:
+            yield output
+        await making
+    finally:
+        making.cancel()
+        await asyncio.wait([making])
+
+
 async def drained(engine: SamplingEngine, request: SampleRequest, adapter: str | None) -> Drained:
     """All that a request gives; each output is checked against the interface."""
     found = Drained()
     parts: dict[int, list[SampledTokens]] = {}
-    async with aclosing(engine.generate(request, adapter)) as outputs:  # type: ignore[type-var]
+    async with aclosing(outputs_of(engine, request, adapter)) as outputs:
         async for output in outputs:
             if output.prompt_scores is not None:
                 assert found.scores is None

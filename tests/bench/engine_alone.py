@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.sampling_workloads import Call
 from tinsmithd.config import SamplerConfig
-from tinsmithd.domain import SampleRequest, SamplingParams
+from tinsmithd.domain import Output, SampleRequest, SamplingParams
 from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.server import load_engine
 
@@ -43,8 +43,12 @@ class EngineAlone:
         params = SamplingParams(call.new_tokens, seed=call.seed, stop_at_eos=False)
         request = SampleRequest(np.array(call.prompt), call.num_samples, params)
         first_s, made = 0.0, 0
-        async for output in self._engine.generate(request, None):
+
+        def take(output: Output) -> None:
+            nonlocal first_s, made
             first_s = first_s or time.perf_counter()
             made += sum(len(tokens.tokens) for tokens in output.tokens)
+
+        await self._engine.generate(request, None, take)
         assert made == call.num_samples * call.new_tokens
         return first_s

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from sampling_engines import drained
-from tinsmithd.domain import LoraConfig, ModelState, SampleRequest, SamplingParams
+from sampling_engines import drained, outputs_of
+from tinsmithd.domain import LoraConfig, ModelState, Output, SampleRequest, SamplingParams
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason, Unavailable
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.transformers.engine import (
+    TOLD_AT_ONCE,
     WOKEN_AT_ONCE,
     EngineLimits,
     TransformersEngine,
@@ -68,8 +69,7 @@ async def settled(engine: TransformersEngine) -> None:
 
 async def test_a_request_that_is_closed_computes_nothing_more(engine: TransformersEngine) -> None:
     """At most the step under way; its room is free, also where it waited or was being read."""
-    outputs = engine.generate(request(400, samples=8), None)
-    async with aclosing(outputs) as reading:  # type: ignore[type-var]
+    async with aclosing(outputs_of(engine, request(400, samples=8))) as reading:
         for _ in range(3):
             await anext(reading)
     await settled(engine)
@@ -88,15 +88,41 @@ async def test_a_request_that_is_closed_computes_nothing_more(engine: Transforme
 
 
 async def test_what_steps_made_is_told_in_their_order() -> None:
-    """To more callers than are woken at once, while the next step's is there already."""
+    """To more callers than are told at once, while the next step's is there already."""
     bell = _Bell(asyncio.get_running_loop())
-    streams = [_Stream(bell) for _ in range(3 * WOKEN_AT_ONCE + 1)]
-    steps = [[Made(Job(request(), None, StopCheck)) for _ in streams] for _ in range(3)]  # type: ignore[arg-type]
+    job = Job(request(), None, StopCheck)  # type: ignore[arg-type]
+    told: list[list[Output]] = [[] for _ in range(2 * TOLD_AT_ONCE + 1)]
+    streams = [_Stream(bell, each.append) for each in told]
+    steps = [Made(job, Output(), ended=step == 2) for step in range(3)]
     for made in steps:
-        bell.take(list(zip(streams, made, strict=True)))
-    for index, stream in enumerate(streams):
-        assert [await stream.made.get() for _ in steps] == [made[index] for made in steps]
-        assert stream.made.empty()
+        bell.take([(stream, made) for stream in streams])
+    await asyncio.gather(*(stream.ended for stream in streams))
+    for each in told:
+        assert [id(output) for output in each] == [id(made.output) for made in steps]
+
+
+async def test_few_callers_are_woken_at_once() -> None:
+    """Whoever else needs the event loop has it in between."""
+    bell = _Bell(asyncio.get_running_loop())
+    job = Job(request(), None, StopCheck)  # type: ignore[arg-type]
+    streams = [_Stream(bell, lambda _: None) for _ in range(3 * WOKEN_AT_ONCE)]
+    bell.take([(stream, Made(job, Output(), ended=True)) for stream in streams])
+    ended = [0]
+    while ended[-1] < len(streams):
+        await asyncio.sleep(0)
+        ended.append(sum(stream.ended.done() for stream in streams))
+    assert max(np.diff(ended)) == WOKEN_AT_ONCE
+
+
+async def test_nothing_is_given_out_to_whom_has_given_up() -> None:
+    """What the step under way made of it comes to nobody."""
+    bell = _Bell(asyncio.get_running_loop())
+    told: list[Output] = []
+    stream = _Stream(bell, told.append)
+    stream.ended.cancel()
+    bell.take([(stream, Made(Job(request(), None, StopCheck), Output(), ended=True))])  # type: ignore[arg-type]
+    await asyncio.sleep(0.01)
+    assert not told
 
 
 async def test_a_long_prompt_does_not_stop_the_others(tiny_model: Path) -> None:
@@ -106,7 +132,7 @@ async def test_a_long_prompt_does_not_stop_the_others(tiny_model: Path) -> None:
     times: list[str] = []
 
     async def follow(name: str, asked: SampleRequest) -> None:
-        async with aclosing(engine.generate(asked, None)) as outputs:  # type: ignore[type-var]
+        async with aclosing(outputs_of(engine, asked)) as outputs:
             async for _ in outputs:
                 times.append(name)
 

@@ -69,6 +69,7 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         self.created: list[str] = []
         self.create_faults: list[Fault] = []
         self.sample_seeds: list[int] = []
+        self.sample_metadata: list[dict[str, str]] = []
         self.sample_breaks = 1
         self.sample_cuts = [[1, 2], [3, 4], [5]]
         self.pieces: list[bytes | Fault] = []
@@ -161,6 +162,7 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
     async def Sample(self, request: Any, context: Any) -> AsyncIterator[spb.SampleResponse]:
         self._record(request)
         self.sample_seeds.append(request.sampling_params.seed)
+        self.sample_metadata.append(dict(context.invocation_metadata()))
         breaks = len(self.sample_seeds) <= self.sample_breaks
         # Later attempts cut the same tokens elsewhere.
         for tokens in [[1, 2, 3], [4, 5]] if breaks else self.sample_cuts:

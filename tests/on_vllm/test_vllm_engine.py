@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="make test-vllm")
 
-from sampling_engines import HEAD_DIM, VLLM_START_S_MAX, Driven, opened
+from sampling_engines import HEAD_DIM, VLLM_START_S_MAX, Driven, opened, outputs_of
 from tinsmithd.domain import LoraConfig, SampleRequest, SamplingParams
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from tinsmithd.modeling.base import load_base
@@ -136,7 +136,7 @@ def test_a_closed_iterator_stops_the_work(engine: Driven) -> None:
     """No token is made any more once the abort is through."""
 
     async def begin() -> None:
-        async with aclosing(engine.engine.generate(request(4, max_tokens=500), None)) as outputs:
+        async with aclosing(outputs_of(engine.engine, request(4, max_tokens=500))) as outputs:
             async for _ in outputs:
                 break
 
@@ -161,7 +161,7 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
     root = Path(vllm._folders._root.name)
 
     async def begin_and_close() -> None:
-        outputs = vllm.generate(request(2, max_tokens=500), None)
+        outputs = outputs_of(vllm, request(2, max_tokens=500))
         async with aclosing(outputs):
             await anext(outputs)
             await vllm.close()

@@ -65,6 +65,28 @@ async def test_tokens_stream_and_every_sequence_ends(served: Served) -> None:
     assert computed.prompt_logprobs == scores
 
 
+async def test_tokens_gather_for_whom_it_is_all_the_same(served: Served) -> None:
+    """One message for each part of the whole answer, the same as what streams."""
+    request = sample_request(num_samples=2, include_prompt_logprobs=True, params={"max_tokens": 40})
+    call = served.stub.Sample(request, metadata=(("tinsmith-gather-s", "60"),))
+    gathered = [response async for response in call]
+    assert [len(response.deltas) for response in gathered] == [0, 2]
+    streamed: dict[int, list[int]] = {}
+    async for response in served.stub.Sample(request):
+        for delta in response.deltas:
+            streamed.setdefault(delta.sequence_index, []).extend(decode(delta.tokens).tolist())
+    assert streamed == {d.sequence_index: decode(d.tokens).tolist() for d in gathered[1].deltas}
+
+
+@pytest.mark.parametrize("said", ["", "-1", "61", "nan", "soon"])
+async def test_what_is_no_time_to_gather_is_refused(served: Served, said: str) -> None:
+    error = await refusal(
+        served.stub.Sample(sample_request(), metadata=(("tinsmith-gather-s", said),))
+    )
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_and_field(error) == ("INVALID_FIELD", "metadata['tinsmith-gather-s']")
+
+
 async def test_a_seed_gives_the_same_samples_whatever_else_runs(served: Served) -> None:
     """Bit for bit, alone and in a crowd; without a seed they differ."""
     alone = await served.sample(num_samples=2)

@@ -68,6 +68,17 @@ def test_what_the_sdk_checks_is_refused_at_once(
     assert len(peer.servicer.recorded) == before
 
 
+def test_who_wants_whole_answers_lets_tokens_gather(
+    peer: Peer, sampler: tinsmith.SamplingClient
+) -> None:
+    """`sample` does, `sample_stream` does not."""
+    sampler.sample(PROMPT).result(10)
+    assert {said.get("tinsmith-gather-s") for said in peer.servicer.sample_metadata} == {"10"}
+    peer.servicer.sample_metadata.clear()
+    list(sampler.sample_stream(PROMPT))
+    assert {said.get("tinsmith-gather-s") for said in peer.servicer.sample_metadata} == {None}
+
+
 def test_last_n_of_compute_logprobs_is_at_least_1(sampler: tinsmith.SamplingClient) -> None:
     """It needs no other argument."""
     with pytest.raises(tinsmith.InvalidArgumentError, match="prompt_logprobs_last_n"):

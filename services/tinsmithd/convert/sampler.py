@@ -1,5 +1,7 @@
 """Messages of `sampler_service.proto` to domain values and back."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -28,6 +30,8 @@ _STOP_REASONS = {
     StopReason.LENGTH: pb.STOP_REASON_LENGTH,
 }
 UNSET_MAX_TOKENS = -1
+GATHER_KEY = "tinsmith-gather-s"
+GATHER_S_MAX = 60.0
 INLINE_NUMBERS = 16_384
 """Writing so many as plain numbers takes a millisecond."""
 _RANGED: Any = [field.name for field in fields(SamplingParams) if RANGE in field.metadata]
@@ -64,6 +68,25 @@ def compute_request_from_pb(
         topk_prompt_logprobs=message.topk_prompt_logprobs,
         prompt_logprobs_last_n=_last_n(message),
     )
+
+
+def gather_s_from_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> float | None:
+    """How long the caller of `Sample` lets tokens wait for the next message; None: it says nothing.
+
+    Raises:
+        InvalidArgument: It says what is no such time.
+    """
+    said = dict(metadata or ()).get(GATHER_KEY)
+    if said is None:
+        return None
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= GATHER_S_MAX:
+        text = f"is no number of seconds from 0 to {GATHER_S_MAX:g}"
+        raise InvalidArgument(f"metadata[{GATHER_KEY!r}]", text)
+    return seconds
 
 
 def _last_n(message: pb.SampleRequest | pb.ComputeLogprobsRequest) -> int | None:

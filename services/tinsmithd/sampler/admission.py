@@ -65,6 +65,11 @@ class Admission:
         return self._places.waiting
 
     @property
+    def idle(self) -> bool:
+        """True while nobody's call is computed or waits to be."""
+        return not (self.running or self.waiting or self.fetching)
+
+    @property
     def adapters(self) -> int:
         """Number of adapters in memory, or on their way to it."""
         return len(self.loaded)
@@ -105,21 +110,34 @@ class Admission:
         await self._engine.close()
 
     async def run(
-        self, request: SampleRequest, adapter: Adapter | None, owner: str = DEFAULT_OWNER
+        self,
+        request: SampleRequest,
+        adapter: Adapter | None,
+        owner: str = DEFAULT_OWNER,
+        *,
+        gather_s: float | None = None,
     ) -> AsyncIterator[Output]:
         """Run a request; closing the iterator early stops it.
+
+        Args:
+            request: Checked.
+            adapter: None for the base model.
+            owner: Whose share it is taken from.
+            gather_s: How long tokens may wait for the next output; None: see `_pause_s`.
 
         Raises:
             ResourceExhausted: Too many wait already (QUEUE_FULL).
         """
         unread = Unread()
         making = asyncio.create_task(self._make(request, adapter, owner, unread))
-        self._streams += 1
+        streams = gather_s is None
+        self._streams += streams
         try:
-            async for output in unread.read(self._pause_s):
+            pause_s = self._pause_s if gather_s is None else lambda: gather_s
+            async for output in unread.read(pause_s, first_pause_s=gather_s or 0.0):
                 yield output
         finally:
-            self._streams -= 1
+            self._streams -= streams
             making.cancel()
             await asyncio.wait([making])
 
@@ -135,14 +153,15 @@ class Admission:
         self, request: SampleRequest, adapter: Adapter | None, owner: str, unread: Unread
     ) -> None:
         key = None if adapter is None else adapter.key
+
+        def take(output: Output) -> None:
+            self.sampled_tokens += sum(len(some.tokens) for some in output.tokens)
+            unread.put(output)
+
         try:
             async with self._place(request, adapter, owner):
                 self.prompt_tokens += len(request.prompt)
-                outputs = self._engine.generate(request, key)
-                async with contextlib.aclosing(outputs):  # type: ignore[type-var]
-                    async for output in outputs:
-                        self.sampled_tokens += sum(len(some.tokens) for some in output.tokens)
-                        unread.put(output)
+                await self._engine.generate(request, key, take)
         except Exception as error:
             unread.end(error)
         else:

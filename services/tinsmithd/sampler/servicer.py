@@ -71,7 +71,8 @@ class SamplerServicer(SamplerServiceServicer):
             request, chunks_max=limits.chunks_max, stops_max=limits.stops_max
         )
         wanted = self._check(admission, asked)
-        async with self._run(admission, wanted, request) as outputs:
+        gather_s = convert.gather_s_from_metadata(context.invocation_metadata())
+        async with self._run(admission, wanted, request, gather_s) as outputs:
             async for output in outputs:
                 if convert.is_long(output):
                     yield await off_loop(convert.output_to_pb, output, form)
@@ -113,6 +114,7 @@ class SamplerServicer(SamplerServiceServicer):
         admission: Admission,
         wanted: SampleRequest,
         request: pb.SampleRequest | pb.ComputeLogprobsRequest,
+        gather_s: float | None = None,
     ) -> AsyncIterator[AsyncIterator[Output]]:
         """Outputs of a request, whose checkpoint is held until it ends."""
         adapter: Adapter | None = None
@@ -123,7 +125,7 @@ class SamplerServicer(SamplerServiceServicer):
                 name = admission.info.name
                 lease = await stack.enter_async_context(self._adapters.leases.held(path))
                 adapter = await self._adapters.find(path, name, digest, admission.has, lease)
-            outputs = admission.run(wanted, adapter)
+            outputs = admission.run(wanted, adapter, gather_s=gather_s)
             await stack.enter_async_context(contextlib.aclosing(outputs))  # type: ignore[type-var]
             yield outputs
 

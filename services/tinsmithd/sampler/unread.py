@@ -77,15 +77,20 @@ class Unread:
             _end_pause(self._pause)
         self._changed.set()
 
-    async def read(self, pause_s: Callable[[], float]) -> AsyncIterator[Output]:
-        """All that comes, until its end.
+    async def read(
+        self, pause_s: Callable[[], float], *, first_pause_s: float = 0.0
+    ) -> AsyncIterator[Output]:
+        """All that comes, until its end, which is given out at once.
 
         Args:
-            pause_s: How long to gather more after each output; the end is given out at once.
+            pause_s: How long to gather more after each output.
+            first_pause_s: How long before the first one.
 
         Raises:
             Exception: What it ended with.
         """
+        if first_pause_s:
+            await self._gather(first_pause_s)
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -111,6 +116,8 @@ class Unread:
 
     async def _gather(self, pause_s: float) -> None:
         """Wait so long, or until the end."""
+        if self._ended:
+            return
         self._pause = asyncio.get_running_loop().create_future()
         timer = self._pause.get_loop().call_later(pause_s, _end_pause, self._pause)
         try:

@@ -1,4 +1,4 @@
-"""What a sampling engine is: it is given requests, and yields what each of them makes.
+"""What a sampling engine is: it is given requests, and gives out what each of them makes.
 
 An engine holds one base model and the adapters it was given. Batching, caches and prefill are its
 own affair; bounds, fairness and deadlines are admission's. What a request gives depends on the
@@ -8,11 +8,15 @@ weights, the prompt, the parameters, the seed and the index of a sequence alone,
 All methods are called on one event loop, which an engine never blocks.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from tinsmithd.domain import BaseModelInfo, ModelState, Output, SampleRequest
+
+OnOutput = Callable[[Output], None]
+"""Takes what a request made since the last time, on the event loop: it puts it somewhere, which is
+a matter of microseconds. Whoever wants to work with it does so elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +84,22 @@ class SamplingEngine(Protocol):
     async def unload_adapter(self, key: str) -> None:
         """Drop an adapter that no request under way uses; an unknown key is no error."""
 
-    def generate(self, request: SampleRequest, adapter: str | None) -> AsyncIterator[Output]:
+    async def generate(
+        self, request: SampleRequest, adapter: str | None, on_output: OnOutput
+    ) -> None:
         """Compute a request; `max_tokens` 0 only scores the prompt.
 
-        It yields the prompt's scores first, where they are asked for, then new tokens as they are
-        made, and ends once every sequence has its stop reason. It holds no tokens back while a stop
-        string may be under way: the tokens of a stop string are among those that it yields.
+        It gives out the prompt's scores first, where they are asked for, then new tokens as they
+        are made, and returns once every sequence has its stop reason. It holds no tokens back while
+        a stop string may be under way: the tokens of a stop string are among those given out.
 
-        Closing the iterator (it is an async generator) stops the request: at most the step under
-        way is still computed. A reader should take what comes at once.
+        To cancel it stops the request: at most the step under way is still computed, and nothing is
+        given out any more.
 
         Args:
             request: Checked, with its seed.
             adapter: Key of an adapter that was loaded; None for the base model.
+            on_output: Takes what it makes.
 
         Raises:
             KeyError: There is no such adapter.

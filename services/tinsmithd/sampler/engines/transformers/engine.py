@@ -11,16 +11,16 @@ import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 
-from tinsmithd.domain import BaseModelInfo, ModelState, Output, SampleRequest
+from tinsmithd.domain import BaseModelInfo, ModelState, SampleRequest
 from tinsmithd.errors import Reason, Unavailable
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits
+from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOutput
 from tinsmithd.sampler.engines.stopping import CONTEXT_TOKENS, StopCheck
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
@@ -29,9 +29,11 @@ from tinsmithd.sampler.engines.transformers.scheduler import Scheduler
 
 PIECE_TOKENS = 256
 """Maximum tokens of a prompt that are read at once."""
-WOKEN_AT_ONCE = 8
-"""Callers that hear of a step at the same moment. What each of them does takes up to a millisecond,
-and whoever else needs the event loop waits for all of it."""
+WOKEN_AT_ONCE = 4
+"""Callers that hear of their first tokens or their end at the same moment. What each of them does
+then takes up to a millisecond, and whoever else needs the event loop waits for all of it."""
+TOLD_AT_ONCE = 64
+"""Callers whose tokens are put aside at the same moment, which takes microseconds."""
 CHUNK_TOKENS = 64
 """Prompts are kept in chunks that begin at multiples of this."""
 SPEED_UP_AFTER_S = 0.25
@@ -52,15 +54,39 @@ class EngineLimits:
 
 
 class _Stream:
-    """Where one request's caller waits, on its event loop."""
+    """Where one request's caller waits, on the event loop that runs now.
 
-    def __init__(self, bell: "_Bell") -> None:
+    Attributes:
+        bell: That of the event loop.
+        ended: Done once nothing more comes; cancelled where the caller gave up.
+    """
+
+    def __init__(self, bell: "_Bell", on_output: OnOutput) -> None:
         self.bell = bell
-        self.made: asyncio.Queue[Made] = asyncio.Queue()
+        self.ended: asyncio.Future[None] = bell.loop.create_future()
+        self._on_output = on_output
+        self._begun = False
+
+    def take(self, made: Made) -> bool:
+        """Give out what was made; returns whether somebody is woken by it."""
+        if self.ended.done():
+            return False
+        wakes, self._begun = made.ended or not self._begun, True
+        try:
+            if made.output is not None:
+                self._on_output(made.output)
+        except Exception as error:
+            self.ended.set_exception(error)
+            return True
+        if made.error is not None:
+            self.ended.set_exception(made.error)
+        elif made.ended:
+            self.ended.set_result(None)
+        return wakes
 
 
 class _Bell:
-    """Tells callers on one event loop what was made, in order, a few at a time.
+    """Tells callers on one event loop what was made, in order, some at a time.
 
     Args:
         loop: Theirs.
@@ -82,10 +108,13 @@ class _Bell:
             self._ring()
 
     def _ring(self) -> None:
-        """Wake the first callers, and let the event loop look at all else before the next ones."""
-        for _ in range(min(WOKEN_AT_ONCE, len(self._pairs))):
+        """Tell the first callers, and let the event loop look at all else before the next ones."""
+        woken = 0
+        for _ in range(min(TOLD_AT_ONCE, len(self._pairs))):
             stream, made = self._pairs.popleft()
-            stream.made.put_nowait(made)
+            woken += stream.take(made)
+            if woken == WOKEN_AT_ONCE:
+                break
         self._rings = bool(self._pairs)
         if self._rings:
             self.loop.call_soon(self._ring)
@@ -187,22 +216,17 @@ class TransformersEngine:
 
     # --- requests -----------------------------------------------------------------------------
 
-    async def generate(self, request: SampleRequest, adapter: str | None) -> AsyncIterator[Output]:
+    async def generate(
+        self, request: SampleRequest, adapter: str | None, on_output: OnOutput
+    ) -> None:
         """Compute a request; see `SamplingEngine`."""
         if adapter is not None and adapter not in self._adapter_bytes:
             raise KeyError(adapter)
         job = Job(request, adapter, functools.partial(self._stop_check, request))
-        stream = self._streams[job] = _Stream(self._here())
+        stream = self._streams[job] = _Stream(self._here(), on_output)
         self._tell(job, comes=True)
         try:
-            while True:
-                made = await stream.made.get()
-                if made.output is not None:
-                    yield made.output
-                if made.error is not None:
-                    raise made.error
-                if made.ended:
-                    return
+            await stream.ended
         finally:
             if self._streams.pop(job, None) is not None:
                 self._tell(job, comes=False)

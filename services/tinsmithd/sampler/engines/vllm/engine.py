@@ -7,7 +7,7 @@ strings are looked for here, token by token, as in the other engine; vLLM is tol
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -20,7 +20,7 @@ from tinsmithd.domain import (
     SampledTokens,
     SampleRequest,
 )
-from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits
+from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOutput
 from tinsmithd.sampler.engines.stopping import CONTEXT_TOKENS, StopCheck
 from tinsmithd.sampler.engines.vllm.adapters import AdapterFolder, AdapterFolders
 from tinsmithd.sampler.engines.vllm.base import misfit, read_base
@@ -125,7 +125,9 @@ class VllmEngine:
 
     # --- requests -----------------------------------------------------------------------------
 
-    async def generate(self, request: SampleRequest, adapter: str | None) -> AsyncIterator[Output]:
+    async def generate(
+        self, request: SampleRequest, adapter: str | None, on_output: OnOutput
+    ) -> None:
         """Compute a request; see `SamplingEngine`.
 
         Raises:
@@ -135,11 +137,9 @@ class VllmEngine:
         check_request(request)
         await self._mend_scoring()
         if request.include_prompt_logprobs or request.topk_prompt_logprobs:
-            yield Output(prompt_scores=await self._score(request, lora))
+            on_output(Output(prompt_scores=await self._score(request, lora)))
         if request.params.max_tokens:
-            async with contextlib.aclosing(self._sample(request, lora)) as outputs:
-                async for output in outputs:
-                    yield output
+            await self._sample(request, lora, on_output)
 
     async def _mend_scoring(self) -> None:
         """Do so before the first request; there was no event loop to do so on construction."""
@@ -156,8 +156,8 @@ class VllmEngine:
             return prompt_scores(output.prompt_logprobs, request)
 
     async def _sample(
-        self, request: SampleRequest, lora: LoRARequest | None
-    ) -> AsyncGenerator[Output, None]:
+        self, request: SampleRequest, lora: LoRARequest | None, on_output: OnOutput
+    ) -> None:
         places = range(request.num_samples)
         wanted = [sequence_params(request, place, self._base.eos_ids) for place in places]
         checks = {place: self._stop_check(request) for place in places}
@@ -174,7 +174,7 @@ class VllmEngine:
                             del checks[place]
                             run.stop(place)
                 if made:
-                    yield Output(tokens=made, prompt_cache_hit_tokens=cached or 0)
+                    on_output(Output(tokens=made, prompt_cache_hit_tokens=cached or 0))
                     cached = 0
 
     @contextlib.asynccontextmanager
