@@ -2,6 +2,7 @@
 
 from tinsmithd.processes.allocator import give_back_freed_memory, keep_freed_memory
 from tinsmithd.processes.child import Child, Ended, Log, describe_exit, environment
+from tinsmithd.processes.collector import collect_between_calls
 from tinsmithd.processes.logs import StderrWriter, log_to_stderr
 from tinsmithd.processes.process import (
     EXIT_HOPELESS,
@@ -17,6 +18,7 @@ __all__ = [
     "Ended",
     "Log",
     "StderrWriter",
+    "collect_between_calls",
     "describe_exit",
     "die_with_parent",
     "environment",

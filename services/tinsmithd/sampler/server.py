@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tinsmith.v1.sampler_service_pb2 import DESCRIPTOR
 from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_server
 from tinsmithd.checkpoint_client import CheckpointClient, LocalFiles, Patience
 from tinsmithd.config import ConfigError, SamplerConfig
+from tinsmithd.processes import collect_between_calls
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.sampler.adapters import Adapters
 from tinsmithd.sampler.admission import Admission
@@ -95,6 +95,7 @@ class SamplerServer:
         add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
         self._loading: asyncio.Task[None] | None = None
         self._failing: asyncio.Task[None] | None = None
+        self._collecting: asyncio.Task[None] | None = None
 
     @property
     def port(self) -> int:
@@ -117,9 +118,6 @@ class SamplerServer:
 
     async def _load(self) -> None:
         engine = await asyncio.to_thread(load_engine, self._config)
-        # All objects of now stay. Python's collector would walk through them again and again, for
-        # half a second each time with torch, and nothing is answered meanwhile.
-        gc.freeze()
         config = self._config
         limits = PlaceLimits(
             config.running_max,
@@ -127,7 +125,7 @@ class SamplerServer:
             config.batch_rows_max,
             tokens_max=engine.stats().kv_tokens_max,
         )
-        self._servicer.admission = Admission(
+        admission = self._servicer.admission = Admission(
             engine,
             limits,
             adapters_max=config.adapters_max,
@@ -136,13 +134,15 @@ class SamplerServer:
         )
         self._ahead = Ahead(
             self._adapters,
-            self._servicer.admission.loaded,
+            admission.loaded,
             engine.info.name,
             config.ahead_bytes_max,
         )
         self._ahead.start()
         self._failing = asyncio.create_task(engine.failed())
-        self._rpc.metrics.registry.register(SamplerCollector(self._servicer.admission))
+        # After half a million objects of torch, which stay.
+        self._collecting = asyncio.create_task(collect_between_calls(lambda: admission.idle))
+        self._rpc.metrics.registry.register(SamplerCollector(admission))
         await self._rpc.set_serving(True)
 
     async def run(self) -> None:
@@ -170,7 +170,7 @@ class SamplerServer:
     async def stop(self) -> None:
         """Stop gracefully."""
         await self._rpc.stop()
-        for task in (self._loading, self._failing):
+        for task in (self._loading, self._failing, self._collecting):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, Exception):
