@@ -22,6 +22,7 @@ import torch
 from bench import (
     report,
     rows_compute,
+    rows_crowd,
     rows_durable,
     rows_memory,
     rows_neighbour,
@@ -60,6 +61,7 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "30m": rows_rl.recipe,
     "gap": rows_weights.gap,
     "wire": rows_wire.wire,
+    "crowd": rows_crowd.crowd,
     "25": rows_compute.growth,
     "26": rows_step.idle_models,
     "28": rows_durable.back_again,

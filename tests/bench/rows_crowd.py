@@ -1,0 +1,94 @@
+"""Two thousand calls at once: when all have their answers, and who else has one meanwhile."""
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import programs
+from bench.harness import Result, Timing, estimate
+from bench.remote import Remote
+from bench.sides import Settings
+from sampler_server import sample_request
+from tinsmith.tensors import decode
+from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
+from tinsmithd.sampler.server import SERVICE_NAME
+from tiny_models import write_tiny_model
+
+CALLS, NEW_TOKENS = 2000, 8
+TARGETS_MS = {50: None, 99: 10.0}
+
+
+async def _sampled(stub: SamplerServiceStub, seed: int) -> int:
+    """The tokens that a call gave."""
+    request = sample_request(params={"seed": seed, "max_tokens": NEW_TOKENS})
+    return sum(
+        [len(decode(d.tokens)) async for response in stub.Sample(request) for d in response.deltas]
+    )
+
+
+async def _all_of_them(address: str, calls: int) -> float:
+    """Make calls at once and wait for all; returns how long it took."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = SamplerServiceStub(channel)
+        await asyncio.gather(*(_sampled(stub, seed) for seed in range(8)))  # connected
+        start_s = time.perf_counter()
+        made = await asyncio.gather(*(_sampled(stub, seed) for seed in range(calls)))
+        assert made == [NEW_TOKENS] * calls
+        return time.perf_counter() - start_s
+
+
+def crowd(settings: Settings) -> list[Result]:
+    """A Sampler as `tinsmith up` starts it, on a tiny model; a neighbour asks for its health."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model, port_file = write_tiny_model(folder / "tiny-llama"), folder / "port"
+        with programs.Logged(
+            folder / "log",
+            *("tinsmithd.sampler", "--listen-address", "127.0.0.1:0", "--threads", "1"),
+            *("--base-model", str(model), "--port-file", str(port_file)),
+        ) as running:
+            address = f"127.0.0.1:{running.port_in(port_file)}"
+            with grpc.insecure_channel(address) as channel:
+                watch = health_pb2_grpc.HealthStub(channel).Watch(
+                    health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
+                )
+                next(s for s in watch if s.status == health_pb2.HealthCheckResponse.SERVING)
+            return _measured(address, psutil.Process(running.pid), settings.pairs)
+
+
+def _measured(address: str, server: psutil.Process, rounds: int) -> list[Result]:
+    waits, late, ended_s, memory = [], [], [], []
+    with Remote("bench.health_probe:HealthProbe", address, SERVICE_NAME) as probe:
+        for index in range(-1, rounds):
+            probe.call("start")
+            took_s = asyncio.run(_all_of_them(address, CALLS if index >= 0 else CALLS // 10))
+            found = np.array(probe.call("stop"))  # (checks, 2)
+            memory.append(server.memory_info().rss / 2**20)
+            if index >= 0:
+                waits.append(found[:, 0])
+                late.append(found[:, 1])
+                ended_s.append(took_s)
+    every, machine = np.concatenate(waits) * 1e3, np.concatenate(late) * 1e3
+    notes = (
+        f"{len(every)} checks beside {len(waits)} x {CALLS} calls; the neighbour itself woke up to"
+        f" {np.percentile(machine, 99):.1f} ms late (p99); memory after each"
+        f" {', '.join(f'{each:.0f}' for each in memory)} MiB"
+    )
+    return [
+        Result(
+            "crowd",
+            f"health beside {CALLS} Sample calls at once, p{percent}",
+            estimate(every, lambda s, p=percent: float(np.percentile(s, p))),
+            "ms",
+            target=target,
+            sides={"all calls": Timing(float(np.median(ended_s)), 0.0)},
+            notes=notes,
+        )
+        for percent, target in TARGETS_MS.items()
+    ]
