@@ -145,6 +145,7 @@ class KvCache:
         shape = self._shape
         tokens = self._kernel.counts.padded(len(tokens_P))
         kv = (shape.layers, 2 * shape.kv_heads, tokens, shape.head_dim)
+        self._rooms.free(reservation.prompt_bytes)
         prompt = Prompt(
             reservation,
             tokens_P,

@@ -75,6 +75,13 @@ class Rooms:
         self.reserved_bytes -= count_bytes
         assert self.reserved_bytes >= 0
 
+    def free(self, count_bytes: int) -> None:
+        """Have so much that nobody holds: arenas lose the slots that are not in use, if need be."""
+        if self.held_bytes + count_bytes > self.bytes_max:
+            for arena in self._arenas.values():
+                arena.compact()
+                arena.resize(len(arena.sequences))
+
     def fork(self, prompt: Prompt) -> list[SequenceKv]:
         """Slots for all samples of a prompt, with its KV in them unless they share it."""
         shared, samples = prompt.reservation.shared, prompt.reservation.samples
@@ -98,11 +105,13 @@ class Rooms:
 
     def arrange(self, decode: Sequence[SequenceKv]) -> list[SequenceKv]:
         """Room for one more token of each sequence; these, in the order of arenas and slots."""
-        for sequence in decode:
-            if sequence.own == sequence.arena.capacity:
-                self._move_up(sequence)
+        full = [sequence for sequence in decode if sequence.own == sequence.arena.capacity]
+        for sequence in full:
+            self._move_up(sequence)
         for arena in self._arenas.values():
             arena.compact()
+        if full:
+            self.free(0)  # the slots that those sequences left
         return sorted(decode, key=lambda one: (one.arena.shared, one.arena.capacity, one.slot))
 
     def close_prompt(self, prompt: Prompt) -> None:
@@ -155,10 +164,7 @@ class Rooms:
         generous = max(needed, arena.slots + arena.slots // 2)
         if (generous - arena.slots) * slot_bytes > self.bytes_max - self.held_bytes:
             generous = needed
-        if (generous - arena.slots) * slot_bytes > self.bytes_max - self.held_bytes:
-            for other in self._arenas.values():
-                other.compact()
-                other.resize(len(other.sequences))
+        self.free((generous - arena.slots) * slot_bytes)
         arena.resize(generous)
 
     def _arena(self, prompt: Prompt, tokens: int) -> Arena:
