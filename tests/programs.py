@@ -27,7 +27,7 @@ FORKED = ("tinsmithd.trainer", "tinsmithd.sampler", "torch.distributed.run")
 START_S_MAX = 60.0
 sharing = False
 """Whether there is a template; `conftest.py` says so. `make kills` and `make bench` have none."""
-_folder: str | None = None
+_shared = False
 
 
 def variables(**more: str) -> dict[str, str]:
@@ -54,12 +54,15 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def share_template() -> None:
-    """Start the template of this run, once; whatever starts from then on finds it."""
-    global _folder
-    if _folder is not None or not sharing or not client.possible():
+    """Start the template of this run, once, unless whoever started it has one to share; whatever
+    starts from then on finds it."""
+    global _shared
+    if _shared or not sharing or not client.possible():
         return
-    _folder = tempfile.mkdtemp(prefix="tinsmith-")
-    path = f"{_folder}/template"
+    _shared = True
+    if client.SOCKET_VARIABLE in os.environ:
+        return
+    path = f"{tempfile.mkdtemp(prefix='tinsmith-')}/template"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(socket.SOMAXCONN)

@@ -1,31 +1,18 @@
-"""Tiny random Hugging Face models with a byte-level tokenizer: real code paths, no download."""
+"""Tiny random Hugging Face models with a byte-level tokenizer: real code paths, no download.
+
+Whoever writes one needs torch and transformers. A process of tests that does without them lets a
+fork of the template write it, which has imported them: that takes seconds of every run.
+"""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+import programs
 
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
-}
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+"""What the names of its classes in transformers begin with."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -55,7 +42,29 @@ def write_tiny_model(
         seed: Of the random weights.
         settings: More entries of `config.json`.
     """
-    config_class, model_class = FAMILIES[family]
+    choices = {"family": family, "vocab_size": vocab_size, "context_length": context_length}
+    choices |= {"tie": tie, "seed": seed, **settings}
+    if "torch" in sys.modules:
+        _write(folder, **choices)
+    else:
+        done = programs.run("tiny_models", str(folder), json.dumps(choices), forked=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _write(
+    folder: Path,
+    *,
+    family: str,
+    vocab_size: int,
+    context_length: int,
+    tie: bool,
+    seed: int,
+    **settings: Any,
+) -> None:
+    import torch
+    import transformers
+
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -76,13 +85,15 @@ def write_tiny_model(
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     sizes |= settings
     torch.manual_seed(seed)
-    model = model_class(config_class(**sizes))
-    model.save_pretrained(folder)
+    config = getattr(transformers, f"{FAMILIES[family]}Config")(**sizes)
+    getattr(transformers, f"{FAMILIES[family]}ForCausalLM")(config).save_pretrained(folder)
     _write_tokenizer(folder)
-    return folder
 
 
 def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     # Byte-level BPE without merges: each byte is a token, so every text has one exact encoding.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(letters)}
@@ -94,3 +105,7 @@ def _write_tokenizer(folder: Path) -> None:
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 256}))
+
+
+if __name__ == "__main__":
+    _write(Path(sys.argv[1]), **json.loads(sys.argv[2]))

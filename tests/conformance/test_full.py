@@ -84,10 +84,11 @@ def plain_loop(
 @pytest.mark.parametrize(
     ("family", "tied"), [(family, False) for family in FAMILIES] + [("llama", True)]
 )
-def test_a_full_model_equals_the_plain_loop(
-    folders: Callable[..., Path], kind: str, family: str, tied: bool
+def test_a_full_model_equals_the_plain_loop_and_transformers_loads_it(
+    folders: Callable[..., Path], kind: str, family: str, tied: bool, tmp_path: Path
 ) -> None:
-    """Weights to 1e-6 after three clipped steps, losses to 1e-5; the head is tied or not."""
+    """Weights to 1e-6 after three clipped steps, losses to 1e-5; the head is tied or not. Exported,
+    it gives the engine's logprobs in transformers, with its tokenizer."""
     folder = folders(family, tied=tied)
     engine = new_engine(kind, folder)
     engine.create_model("m", FULL)
@@ -95,38 +96,29 @@ def test_a_full_model_equals_the_plain_loop(
     losses = train(engine, batches)
     expected_losses, expected = plain_loop(folder, batches)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, atol=1e-5)
-    found = weights_of(engine)
-    assert found.keys() == expected.keys()
-    assert ("lm_head.weight" in found) is not tied
+    state = engine.export_state("m", optimizer=False)
+    assert state.weights.keys() == expected.keys()
+    assert ("lm_head.weight" in state.weights) is not tied
     for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, atol=1e-6, rtol=0, err_msg=name)
-
-
-@pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize(
-    ("family", "tied"), [(family, False) for family in FAMILIES] + [("llama", True)]
-)
-def test_transformers_loads_what_was_exported(
-    folders: Callable[..., Path], kind: str, family: str, tied: bool, tmp_path: Path
-) -> None:
-    """The exported folder gives the engine's logprobs in transformers, with its tokenizer."""
-    folder = folders(family, tied=tied)
-    engine = new_engine(kind, folder)
-    engine.create_model("m", FULL)
-    train(engine, [make_data(seed, 2) for seed in range(2)])
-    data = make_data(9, 2)
-    _, expected = collect(engine, "m", data, backward=False)
-    for name, content in to_files(engine.export_state("m", optimizer=False)).items():
+        np.testing.assert_allclose(state.weights[name], array, atol=1e-6, rtol=0, err_msg=name)
+    for name, content in to_files(state).items():
         (tmp_path / name).write_bytes(content)
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    data = make_data(9, 2)
+    _, logprobs = collect(engine, "m", data, backward=False)
+    assert_loads(tmp_path, data, logprobs)
+    ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (tmp_path, folder))
+    assert ours("one two three").input_ids == theirs("one two three").input_ids
+
+
+def assert_loads(folder: Path, data: Sequence[Datum], expected: Sequence[np.ndarray]) -> None:
+    """A folder is all of a model of transformers, which gives these logprobs."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert model.config.use_cache
     for datum, logprobs in zip(data, expected, strict=True):
         with torch.no_grad():
             found = logprobs_of(model, datum).numpy()
         np.testing.assert_allclose(found, logprobs, atol=1e-5)
-    ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (tmp_path, folder))
-    assert ours("one two three").input_ids == theirs("one two three").input_ids
 
 
 def test_a_saved_full_model_continues_bit_identically(engine: TrainingEngine) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 import programs
 import tinsmith
-from clusters import RunningCluster, children, free_ports, until_gone
+from clusters import RunningCluster, children, free_ports, rank_groups, until_gone
+from faults.processes import Training
 from tinsmith import types
 from tinsmithd.processes.template.client import SOCKET_VARIABLE
 
@@ -92,32 +93,29 @@ def test_a_killed_rank_comes_back_with_its_models(tiny_model: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_template_of_its_own_is_a_help_and_no_more(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+    tiny_model: Path, tmp_path: Path, there: bool
 ) -> None:
     """As in production: what ranks are forked from dies, and they with it, or was never there; the
     user sees no error and gets the numbers of an undisturbed run."""
-    programs.share_template()
-    if there:
-        monkeypatch.delenv(SOCKET_VARIABLE)
-    else:
-        monkeypatch.setenv(SOCKET_VARIABLE, str(tmp_path / "absent"))
-    with RunningCluster(tiny_model, tmp_path) as cluster:
-        service = tinsmith.ServiceClient(base_url=cluster.address)
-        made = [
-            service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
-            for _ in range(2)
-        ]
+    template = "" if there else str(tmp_path / "absent")
+    ranks = {"spawn_ranks": 1, "spawn_base_model": tiny_model, "spawn_threads": 1}
+    with (
+        programs.environment(**{SOCKET_VARIABLE: template}),
+        Training(tiny_model, tmp_path, **ranks) as training,
+    ):
+        service = tinsmith.ServiceClient(base_url=training.address)
+        made = two_models(service, tiny_model.name)
         undisturbed = train(made[0], 0, 2 * STEPS)
         seen = train(made[1], 0, STEPS)
-        (parent,) = children(cluster.pid("training"))
-        old = cluster.rank_pids()
+        pid = training.server.pid
+        (parent,) = children(pid)
+        old = rank_groups(pid)
         assert (list(old) == [parent]) is not there
         os.kill(parent, signal.SIGKILL)
         seen += train(made[1], STEPS, 2 * STEPS)
         assert seen == undisturbed
         until_gone([parent, *old])
-        log = (cluster.logs / "training.log").read_text()
-        assert ("a program is not forked" in log) is not there
+        assert training.server.says("a program is not forked") is not there
 
 
 def test_a_cluster_that_is_killed_whole_goes_on_under_its_users(

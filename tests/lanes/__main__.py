@@ -15,11 +15,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+import programs
 from lanes.report import lines_of, timings_of
 from lanes.stages import BUDGETS_S, OUT, QUEUE, Stage
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-"""Of the stages: this program's own path is not theirs."""
 LANES = 2
 STOP_S_MAX = 20.0
 """How long a stage may take to end when the other lane has failed."""
@@ -89,7 +88,8 @@ class Lane:
         with stage.log.open("wb") as log:
             self._process = process = subprocess.Popen(
                 stage.command,
-                env=ENVIRONMENT,
+                # This program's own path is not theirs.
+                env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -165,4 +165,8 @@ def report(lanes: Sequence[Lane], took_s: float) -> None:
 
 
 if __name__ == "__main__":
+    # One template for all stages: each would take seconds to start its own.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    programs.sharing = True
+    programs.share_template()
     sys.exit(main())
