@@ -3,6 +3,7 @@
 import asyncio
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,7 @@ from bench.harness import Result, Timing, estimate
 from bench.remote import Remote
 from bench.sides import Settings
 from sampler_server import sample_request
+from tinsmith.sampling_client import WHOLE
 from tinsmith.tensors import decode
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmithd.sampler.server import SERVICE_NAME
@@ -22,23 +24,25 @@ from tiny_models import write_tiny_model
 
 CALLS, NEW_TOKENS = 2000, 8
 TARGETS_MS = {50: None, 99: 10.0}
+KINDS = {"whole answers": WHOLE, "streams": ()}
+"""What calls want, as metadata."""
+Metadata = Sequence[tuple[str, str]]
 
 
-async def _sampled(stub: SamplerServiceStub, seed: int) -> int:
+async def _sampled(stub: SamplerServiceStub, seed: int, metadata: Metadata) -> int:
     """The tokens that a call gave."""
     request = sample_request(params={"seed": seed, "max_tokens": NEW_TOKENS})
-    return sum(
-        [len(decode(d.tokens)) async for response in stub.Sample(request) for d in response.deltas]
-    )
+    call = stub.Sample(request, metadata=metadata)
+    return sum([len(decode(d.tokens)) async for response in call for d in response.deltas])
 
 
-async def _all_of_them(address: str, calls: int) -> float:
+async def _all_of_them(address: str, calls: int, metadata: Metadata) -> float:
     """Make calls at once and wait for all; returns how long it took."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = SamplerServiceStub(channel)
-        await asyncio.gather(*(_sampled(stub, seed) for seed in range(8)))  # connected
+        await asyncio.gather(*(_sampled(stub, seed, metadata) for seed in range(8)))  # connected
         start_s = time.perf_counter()
-        made = await asyncio.gather(*(_sampled(stub, seed) for seed in range(calls)))
+        made = await asyncio.gather(*(_sampled(stub, seed, metadata) for seed in range(calls)))
         assert made == [NEW_TOKENS] * calls
         return time.perf_counter() - start_s
 
@@ -59,15 +63,21 @@ def crowd(settings: Settings) -> list[Result]:
                     health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
                 )
                 next(s for s in watch if s.status == health_pb2.HealthCheckResponse.SERVING)
-            return _measured(address, psutil.Process(running.pid), settings.pairs)
+            server = psutil.Process(running.pid)
+            return [
+                result
+                for kind in KINDS
+                for result in _measured(address, server, kind, settings.pairs)
+            ]
 
 
-def _measured(address: str, server: psutil.Process, rounds: int) -> list[Result]:
+def _measured(address: str, server: psutil.Process, kind: str, rounds: int) -> list[Result]:
     waits, late, ended_s, memory = [], [], [], []
     with Remote("bench.health_probe:HealthProbe", address, SERVICE_NAME) as probe:
         for index in range(-1, rounds):
             probe.call("start")
-            took_s = asyncio.run(_all_of_them(address, CALLS if index >= 0 else CALLS // 10))
+            calls = CALLS if index >= 0 else CALLS // 10
+            took_s = asyncio.run(_all_of_them(address, calls, KINDS[kind]))
             found = np.array(probe.call("stop"))  # (checks, 2)
             memory.append(server.memory_info().rss / 2**20)
             if index >= 0:
@@ -83,7 +93,7 @@ def _measured(address: str, server: psutil.Process, rounds: int) -> list[Result]
     return [
         Result(
             "crowd",
-            f"health beside {CALLS} Sample calls at once, p{percent}",
+            f"health beside {CALLS} {kind} at once, p{percent}",
             estimate(every, lambda s, p=percent: float(np.percentile(s, p))),
             "ms",
             target=target,
