@@ -22,6 +22,8 @@ from tinsmithd.sampler.engines.transformers.sampling import (
 
 CHUNK_ROWS = 128
 """Maximum rows whose logits are there at once."""
+CACHED_ROWS = 16
+"""Maximum rows that are worked on at once: those whose probabilities a CPU's cache holds."""
 
 
 class PromptScorer:
@@ -156,8 +158,8 @@ class ScoredRows:
     positions: np.ndarray
 
 
-def chunks_of(rows: Sequence[ScoredRows]) -> list[list[ScoredRows]]:
-    """Cut rows into chunks of at most `CHUNK_ROWS`, so that small prompts share one."""
+def chunks_of(rows: Sequence[ScoredRows], rows_max: int = CHUNK_ROWS) -> list[list[ScoredRows]]:
+    """Cut rows into chunks of at most so many, so that small prompts share one."""
     chunks: list[list[ScoredRows]] = []
     room = 0
     for some in rows:
@@ -165,7 +167,7 @@ def chunks_of(rows: Sequence[ScoredRows]) -> list[list[ScoredRows]]:
         while done < len(some.positions):
             if not room:
                 chunks.append([])
-                room = CHUNK_ROWS
+                room = rows_max
             count = min(room, len(some.positions) - done)
             chunks[-1].append(
                 ScoredRows(some.scorer, some.first + done, some.positions[done : done + count])
@@ -177,6 +179,14 @@ def chunks_of(rows: Sequence[ScoredRows]) -> list[list[ScoredRows]]:
 
 def score(logits_CV: Tensor, chunk: Sequence[ScoredRows], workspace: Workspace) -> None:
     """Give the logits of a chunk's rows to those that asked for them."""
+    start = 0
+    for few in chunks_of(chunk, CACHED_ROWS):
+        count = sum(len(some.positions) for some in few)
+        _score(logits_CV[start : start + count], few, workspace)
+        start += count
+
+
+def _score(logits_CV: Tensor, chunk: Sequence[ScoredRows], workspace: Workspace) -> None:
     every = Distributions(logits_CV, [1.0] * len(logits_CV), workspace)
     temperatures: list[float] = []
     for start, some in _starts(chunk):
