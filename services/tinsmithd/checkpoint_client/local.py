@@ -5,10 +5,15 @@ is not there, or is not what it should be, is as if it were on another machine.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+from tinsmithd.errors import DataLoss
 from tinsmithd.files import BLOBS_FOLDER, blob_file
+
+T = TypeVar("T")
 
 
 class LocalFiles:
@@ -21,13 +26,38 @@ class LocalFiles:
     def __init__(self, data_folder: Path) -> None:
         self._blobs = data_folder / BLOBS_FOLDER
 
-    def read(self, files: Mapping[str, bytes], bytes_max: int) -> dict[str, bytes] | None:
-        """The content of files; None where one of them cannot be had here.
+    def read(
+        self,
+        files: Mapping[str, bytes],
+        bytes_max: int,
+        parse: Callable[[Mapping[str, bytes]], T],
+    ) -> T | None:
+        """What files hold; None where one of them cannot be had here.
 
         Args:
             files: SHA-256 of each, by name.
             bytes_max: Maximum bytes of all of them.
+            parse: Makes it of their content, which is verified meanwhile: it takes any bytes, and
+                raises DataLoss for those that it cannot use.
+
+        Raises:
+            DataLoss: What `parse` raised of the right content.
         """
+        found = self._read(files, bytes_max)
+        if found is None:
+            return None
+        # Either takes long, and hashing leaves the interpreter to others.
+        with ThreadPoolExecutor(1) as beside:
+            verifying = beside.submit(_match, found, files)
+            try:
+                parsed = parse(found)
+            except DataLoss:
+                if verifying.result():
+                    raise
+                return None
+            return parsed if verifying.result() else None
+
+    def _read(self, files: Mapping[str, bytes], bytes_max: int) -> dict[str, bytes] | None:
         found: dict[str, bytes] = {}
         left = bytes_max
         for name, sha256 in files.items():
@@ -37,6 +67,10 @@ class LocalFiles:
             except OSError:
                 return None
             left -= len(found[name])
-            if left < 0 or hashlib.sha256(found[name]).digest() != sha256:
+            if left < 0:
                 return None
         return found if found else None
+
+
+def _match(found: Mapping[str, bytes], files: Mapping[str, bytes]) -> bool:
+    return all(hashlib.sha256(found[name]).digest() == sha256 for name, sha256 in files.items())

@@ -174,8 +174,8 @@ class Adapters:
 
 
 def _read_here(local: LocalFiles, found: CheckpointInfo) -> ModelState | None:
-    files = local.read(found.files, found.size_bytes)
-    return None if files is None else state_files.from_files(files, found.tuning)
+    parse = functools.partial(state_files.from_files, tuning=found.tuning)
+    return local.read(found.files, found.size_bytes, parse)
 
 
 def _key(path: CheckpointPath, digest: bytes) -> str:

@@ -4,6 +4,7 @@ Only headers are held in memory; values are read piece by piece.
 """
 
 import io
+import itertools
 import json
 import math
 import re
@@ -180,22 +181,42 @@ def check_values(file: str, tensors: Mapping[str, Tensor], content: BinaryIO) ->
     Raises:
         StateInvalid: There is such a value.
     """
-    for name, tensor in tensors.items():
-        low = 0.0 if name.startswith(f"{MOMENTS[1]}.") else -math.inf
-        for values in _pieces(file, tensor, content):
-            if not np.isfinite(values).all():
-                message = "a value is not finite"
-                raise StateInvalid(file, _of(name), message, Reason.NON_FINITE)
-            if low == 0.0 and values.min() < low:
-                raise StateInvalid(file, _of(name), "a second moment is below 0")
+    for run in _runs(tensors):
+        # At once, since a file may have thousands of small tensors.
+        if _problem(file, run[0][1], run[-1][1], run[0][0], content) is None:
+            continue
+        for name, tensor in run:
+            problem = _problem(file, tensor, tensor, name, content)
+            if problem is not None:
+                raise StateInvalid(file, _of(name), *problem)
 
 
-def _pieces(file: str, tensor: Tensor, content: BinaryIO) -> Iterator[np.ndarray]:
-    content.seek(tensor.start)
-    left = tensor.end - tensor.start
+def _runs(tensors: Mapping[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Tensors of which the same is asked, in the order in which they follow each other."""
+    ordered = sorted(tensors.items(), key=lambda item: item[1].start)
+    for _, run in itertools.groupby(ordered, lambda item: (item[1].dtype, _is_square(item[0]))):
+        yield list(run)
+
+
+def _is_square(name: str) -> bool:
+    """Whether a tensor is a second moment."""
+    return name.startswith(f"{MOMENTS[1]}.")
+
+
+def _problem(
+    file: str, first: Tensor, last: Tensor, name: str, content: BinaryIO
+) -> tuple[str, Reason] | None:
+    """What is wrong with the values from one tensor to another that is alike, if anything."""
+    content.seek(first.start)
+    left = last.end - first.start
     while left:
         data = content.read(min(left, PIECE_BYTES))
         if not data:
             raise StateInvalid(file, "", "it is cut off")
         left -= len(data)
-        yield np.frombuffer(data, tensor.dtype)
+        values = np.frombuffer(data, first.dtype)
+        if not np.isfinite(values).all():
+            return "a value is not finite", Reason.NON_FINITE
+        if _is_square(name) and values.min() < 0:
+            return "a second moment is below 0", Reason.INVALID_FIELD
+    return None
