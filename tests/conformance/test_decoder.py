@@ -380,8 +380,10 @@ def test_an_adapter_that_was_made_faster_gives_the_same_bits(
     assert all(site._reordered is None for site in sites)
     for key in (*keys[1:], "another"):
         assert key is not None
-        built.pool.speed_up(key)
-    assert all(site._reordered is not None for site in sites) == (dtype == "bfloat16")
+        while built.pool.speed_up(key):
+            pass
+    reorders = dtype == "bfloat16" and not built.pool._rule.in_blocks
+    assert all(site._reordered is not None for site in sites) == reorders
     after = apart(built, tokens(len(mixed)), mixed)
     for own, others in zip(before, after, strict=True):
         assert torch.equal(own, others)

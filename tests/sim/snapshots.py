@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,14 @@ class SimDraft:
         self._disk = disk
         self._name = name
         self._files: dict[str, bytearray] = {}
+
+    async def deposit(self) -> str:
+        """These ranks have another disk."""
+        return ""
+
+    def left(self, files: Mapping[str, int]) -> None:
+        """Nothing is."""
+        assert not files
 
     async def write(self, name: str, data: bytes) -> None:
         """Append bytes to a file."""

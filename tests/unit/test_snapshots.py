@@ -31,6 +31,30 @@ async def written(snapshots: DiskSnapshotStore, position: int = 7) -> str:
     return folder
 
 
+async def test_files_that_were_left_are_a_snapshot_as_if_they_were_written(tmp_path: Path) -> None:
+    """Unless they are not all there, or not as long as was said: then there is none."""
+    snapshots = DiskSnapshotStore(tmp_path)
+    wanted = (await snapshots.read(await written(snapshots))).pieces
+    said = {name: len(data) for name, data in FILES.items()}
+    for cut in (0, 1, None):
+        draft = snapshots.begin("a", 8)
+        folder = Path(await draft.deposit())
+        assert folder.is_absolute()
+        for name, data in FILES.items():
+            if cut is None and name == "weights":
+                continue
+            (folder / name).write_bytes(data[cut:] if name == "weights" else data)
+        draft.left(said)
+        if cut == 0:
+            found = await snapshots.read(await draft.finish(optimizer=True, step_count=3))
+            assert sorted(found.pieces) == sorted(wanted)
+        else:
+            with pytest.raises(OSError, match="weights"):
+                await draft.finish(optimizer=True, step_count=3)
+        await draft.discard()
+        assert list((tmp_path / "staging").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", ".", "..", ".hidden", "x" * 129])
 async def test_no_name_leads_out_of_a_snapshots_folder(tmp_path: Path, name: str) -> None:
     """Whoever gave it: nothing is written, and the draft can be discarded."""

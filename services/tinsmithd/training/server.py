@@ -80,7 +80,7 @@ class TrainingServer:
         self._client = CheckpointClient(config.checkpoint_target, patience)
         staging = DiskStaging(Path(config.data_folder) / "staged", config.staged_bytes_max)
         folder = config.checkpoint_folder
-        deposits = Deposits(Path(folder) if folder else None)
+        deposits = Deposits(Path(folder).absolute() if folder else None)
         copies = Copies(config.state_copies_max)
         checkpoints = Checkpoints(self._client, staging, copies, deposits)
         self._journal, snapshots = _storage(config)

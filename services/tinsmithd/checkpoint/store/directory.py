@@ -26,7 +26,7 @@ from tinsmithd.checkpoint.store.deposits import Deposits
 from tinsmithd.checkpoint.store.failures import of_disk, storage_errors
 from tinsmithd.checkpoint.store.interface import Blob, Staging, StoreBusy
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason, TinsmithError, over_limit
-from tinsmithd.files import BLOBS_FOLDER, DEPOSITS_FOLDER, blob_file, sync_file
+from tinsmithd.files import BLOBS_FOLDER, DEPOSITS_FOLDER, blob_file, file_digest, sync_file
 
 READ_BYTES = 1024 * 1024
 
@@ -99,7 +99,7 @@ class DirectoryStaging:
         with storage_errors():
             for name in self._files.keys() - self._digests.keys():
                 # Of what was taken: so far nobody here has read it.
-                self._digests[name] = hashlib.file_digest(self._files[name], "sha256")
+                self._digests[name] = file_digest(self._files[name])
             failpoints.hit("ckpt_pre_fsync")
             # Through the descriptor that wrote: it hears of a write-back that failed.
             for file in self._files.values():

@@ -10,6 +10,7 @@ after. A snapshot counts only once the journal says so: a start removes all othe
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 
 from tinsmithd import failpoints
 from tinsmithd.errors import DataLoss, Reason
-from tinsmithd.files import is_plain_name, sync_file
+from tinsmithd.files import file_digest, is_plain_name, sync_file
 from tinsmithd.training.journal import StoreDamaged
 from tinsmithd.training.ranks import Pieces
 
@@ -46,7 +47,17 @@ class Snapshot:
 
 
 class SnapshotDraft(Protocol):
-    """A snapshot on its way in."""
+    """A snapshot on its way in: `write` its files, or have them `left` in its folder."""
+
+    async def deposit(self) -> str:
+        """Make the folder in which the ranks may leave all files, unsent; empty: there is none.
+
+        Raises:
+            OSError: The disk does not take it.
+        """
+
+    def left(self, files: Mapping[str, int]) -> None:
+        """Say which files are there, with their bytes; nothing may have been written."""
 
     async def write(self, name: str, data: bytes) -> None:
         """Append bytes to a file; files come one after the other.
@@ -109,7 +120,15 @@ class DiskSnapshotDraft:
         self._sizes: dict[str, int] = {}
         self._digests: dict[str, Any] = {}
         self._file: Any = None
-        self._finished = False
+
+    async def deposit(self) -> str:
+        """Make the folder in which the ranks may leave all files."""
+        await asyncio.to_thread(self._staging.mkdir, mode=0o700, parents=True, exist_ok=True)
+        return str(self._staging.absolute())
+
+    def left(self, files: Mapping[str, int]) -> None:
+        """Say which files are there."""
+        self._sizes = dict(files)
 
     async def write(self, name: str, data: bytes) -> None:
         """Append bytes to a file."""
@@ -148,8 +167,19 @@ class DiskSnapshotDraft:
             self._file.close()
             self._file = None
 
+    def _check_left(self, name: str, size: int) -> None:
+        """Take a file that was left as if it had been written."""
+        with (self._staging / name).open("rb") as file:
+            self._digests[name] = file_digest(file)
+            if file.tell() != size:
+                raise OSError(errno.EIO, f"{name} has {file.tell()} bytes, not {size}")
+            os.fsync(file.fileno())
+        failpoints.hit("snapshot_mid_write")
+
     def _finish(self, about: Mapping[str, Any]) -> None:
         self._close()
+        for name in self._sizes.keys() - self._digests.keys():
+            self._check_left(name, self._sizes[name])
         files = [
             {"name": name, "size_bytes": size, "sha256": self._digests[name].hexdigest()}
             for name, size in self._sizes.items()

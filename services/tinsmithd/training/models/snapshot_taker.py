@@ -92,13 +92,15 @@ class SnapshotTaker:
         draft = self._snapshots.begin(position)
         await self._copies.leaving.acquire()
         try:
+            deposit = await draft.deposit()
             async with turn(NOMINAL_TOKENS):
                 sending = await group.copy_state(
-                    model.model_id, optimizer=True, on_piece=draft.write
+                    model.model_id, optimizer=True, on_piece=draft.write, deposit=deposit
                 )
         except BaseException as error:
             self._copies.leaving.release()
-            if not isinstance(error, TinsmithError):
+            await draft.discard()
+            if not isinstance(error, TinsmithError | OSError):
                 raise
             _log.warning("no snapshot of model %s: %s", model.model_id, error)
             return False
@@ -112,6 +114,8 @@ class SnapshotTaker:
         try:
             try:
                 state = await sending
+                if state.deposited:
+                    draft.left(state.deposited)
             finally:
                 self._copies.leaving.release()
             await self._snapshots.add(draft, position, state.step_count)

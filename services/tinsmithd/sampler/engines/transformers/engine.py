@@ -195,8 +195,15 @@ class TransformersEngine:
         loop.call_later(SPEED_UP_AFTER_S, self._speed_up, key)
 
     def _speed_up(self, key: str) -> None:
+        """Make an adapter a little faster, and then go on: one that is to be loaded comes first."""
         if not self._closing:
-            self._loader.submit(self._pool.speed_up, key)
+            loop = asyncio.get_running_loop()
+            step = loop.run_in_executor(self._loader, self._pool.speed_up, key)
+            step.add_done_callback(functools.partial(self._go_on, key))
+
+    def _go_on(self, key: str, step: asyncio.Future[bool]) -> None:
+        if not step.cancelled() and step.exception() is None and step.result():
+            self._speed_up(key)
 
     async def unload_adapter(self, key: str) -> None:
         """Drop an adapter; an unknown key is no error."""

@@ -45,15 +45,20 @@ class LoraPool:
             self._adapters[key] = adapter
         return adapter.bytes
 
-    def speed_up(self, key: str) -> None:
-        """Let an adapter be computed faster from now on, with the same bits; it takes a while.
+    def speed_up(self, key: str) -> bool:
+        """Let a part of an adapter be computed faster from now on, with the same bits.
 
         An unknown key is no error.
+
+        Returns:
+            Whether there may be more of it to do.
         """
         with self._lock:
             adapter = self._adapters.get(key)
-        if adapter is not None and adapter.rank in self._rule.ranks_fast:
-            adapter.reorder()
+        # In blocks, no form is taken that has few calls.
+        if adapter is None or self._rule.in_blocks or adapter.rank not in self._rule.ranks_fast:
+            return False
+        return adapter.reorder_some()
 
     def unload(self, key: str) -> None:
         """Drop an adapter; an unknown key is no error. `LoraRows` that have it keep it."""

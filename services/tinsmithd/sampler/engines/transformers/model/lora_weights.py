@@ -3,7 +3,6 @@
 Ranks are padded with zeros to a power of two, so that adapters of many ranks meet few kernels.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,11 +47,15 @@ class LoraWeights:
     head: SiteLora | None
     bytes: int
 
-    def reorder(self) -> None:
-        """See `SiteLora.reorder`."""
-        for site in itertools.chain.from_iterable(self.sites):
-            if site is not None:
-                site.reorder()
+    def reorder_some(self) -> bool:
+        """Reorder the sites of the next layer, see `SiteLora.reorder`; False once all are."""
+        for layer in self.sites:
+            slow = [site for site in layer if site is not None and site.is_slow]
+            if slow:
+                for site in slow:
+                    site.reorder()
+                return True
+        return False
 
 
 def lora_weights(

@@ -70,9 +70,14 @@ class SiteLora:
         size = self.a.nbytes + self._whole.nbytes
         return 2 * size if self._can_reorder else size
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether `reorder` makes it faster."""
+        return self._reordered is None and self._can_reorder
+
     def reorder(self) -> None:
         """Have the weights in oneDNN's order too, where it takes them; from any thread."""
-        if self._reordered is None and self._can_reorder:
+        if self.is_slow:
             b = (self._whole * self.scaling).t().contiguous()
             self._reordered = (reorder(self.a.t().contiguous()), reorder(b))
 
