@@ -12,10 +12,16 @@ import grpc
 import pytest
 
 from checkpoint_server import Served
-from checkpoints import PATH, commit, files, leave, messages, piece
+from checkpoints import LORA, PATH, commit, files, leave, messages, piece
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint.server import CheckpointServer
+from tinsmithd.checkpoint_client import CheckpointClient
 from tinsmithd.config import CheckpointConfig
+from tinsmithd.domain import CheckpointPath
+from tinsmithd.saves import NewCheckpoint, SaveOptions
+from tinsmithd.state import files as state_files
+from tinsmithd.trainer.state_sender import leave_state
+from tinsmithd.training.models import Checkpoints, Copies, Deposits, DiskStaging
 from wire import reason_and_field
 
 WEIGHTS = "adapter_model.safetensors"
@@ -199,3 +205,44 @@ async def test_what_nobody_holds_is_removed(served: Served) -> None:
     )
     await served.start()
     assert not held.exists()
+
+
+@pytest.mark.parametrize("where", ["no setting", "another server's folder", "this server's folder"])
+@pytest.mark.parametrize("ephemeral", [True, False])
+async def test_a_save_ends_in_the_same_checkpoint_wherever_the_ranks_can_leave_it(
+    served: Served, tmp_path: Path, where: str, ephemeral: bool
+) -> None:
+    """As the Training server makes it: what cannot be left, or is not found, is sent."""
+    another = tmp_path / "another"
+    (another / "deposits").mkdir(parents=True)
+    folder = {"no setting": None, "another server's folder": another}.get(where, served.folder)
+    content = files(columns=100_000)
+    state = state_files.from_files(content, LORA)
+    options = SaveOptions(CheckpointPath.parse(PATH), None, False, {}, "r", ephemeral=ephemeral)
+    new = NewCheckpoint(options, "tiny", LORA, 3)
+    client = CheckpointClient(served.address)
+    staging = DiskStaging(tmp_path / "staged", 1 << 30)
+    checkpoints = Checkpoints(client, staging, Copies(1), Deposits(folder))
+    async with (
+        checkpoints.staging.open() as staged,
+        checkpoints.deposits.open() as deposit,
+        checkpoints.saving(new, staged, deposit, _at_once) as saved,
+    ):
+        left = None if deposit is None else leave_state(state, deposit.folder)
+        if deposit is not None and left is not None:
+            deposit.files = {file.file_name: file.size_bytes for file in left}
+        else:
+            for name, data in content.items():
+                await staged.write(name, data)
+        info = await saved()
+    assert info.size_bytes == sum(map(len, content.values()))
+    assert await served.read() == content
+    async with client.reader(options.path) as reader:
+        found: dict[str, bytes] = {}
+        async for name, data in reader.pieces():
+            found[name] = found.get(name, b"") + data
+    assert found == content
+    await client.close()
+
+
+async def _at_once() -> None: ...

@@ -7,7 +7,6 @@ read counts only once all of it is verified.
 
 import asyncio
 import contextlib
-import hashlib
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import grpc
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
+from tinsmithd.checkpoint_client.digests import Digests
 from tinsmithd.checkpoint_client.patience import ORDINARY, Patience, progress_within
 from tinsmithd.checkpoint_client.reader import CheckpointReader, ReadStream
 from tinsmithd.convert import types as convert
@@ -60,7 +60,7 @@ class CheckpointWriter:
         self._header = header
         self._patience = patience
         self._sizes: dict[str, int] = {}
-        self._digests: dict[str, hashlib._Hash] = {}
+        self._digests = Digests()
 
     async def write(self, file_name: str, data: bytes) -> None:
         """Append bytes to a file; files come one after the other."""
@@ -71,9 +71,9 @@ class CheckpointWriter:
             piece = pb.CheckpointPiece(
                 file_name=file_name, offset=offset, data=part, crc32=zlib.crc32(part)
             )
+            await self._digests.add(file_name, part)
             await self._send(pb.WriteCheckpointRequest(piece=piece))
             self._sizes[file_name] = offset + len(part)
-            self._digests.setdefault(file_name, hashlib.sha256()).update(part)
 
     def deposited(self, deposit: str, files: Mapping[str, int]) -> None:
         """Say that the files, with their bytes, are in a deposit; nothing may have been written.
@@ -88,13 +88,11 @@ class CheckpointWriter:
     async def commit(self) -> CheckpointInfo:
         """Make it durable and visible; returns what it is now."""
         await self._open()
+        digests = await self._digests.all()
         files = [
-            pb.CheckpointFile(name=name, size_bytes=size_bytes)
+            pb.CheckpointFile(name=name, size_bytes=size_bytes, sha256=digests.get(name, b""))
             for name, size_bytes in sorted(self._sizes.items())
         ]
-        for file in files:
-            if file.name in self._digests:
-                file.sha256 = self._digests[file.name].digest()
         await self._send(pb.WriteCheckpointRequest(commit=pb.WriteCheckpointCommit(files=files)))
         try:
             async with progress_within(self._commit_s):

@@ -1,7 +1,6 @@
 """Reads a checkpoint, over as many connections as it takes."""
 
 import asyncio
-import hashlib
 import zlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import grpc
 
 from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmithd.checkpoint_client.digests import Digests
 from tinsmithd.checkpoint_client.patience import Patience, progress_within
 from tinsmithd.domain import CheckpointInfo
 from tinsmithd.errors import DataLoss, Reason, TinsmithError
@@ -39,21 +39,21 @@ class CheckpointReader:
             DataLoss: Something is not what was saved (CHECKPOINT_CORRUPT).
             Unavailable: The server is gone, or made no progress (CHECKPOINT_UNAVAILABLE).
         """
-        digests = {name: hashlib.sha256() for name in self.info.files}
+        digests = Digests(self.info.files)
         sizes = dict.fromkeys(self.info.files, 0)
         while (piece := await self._stream.piece()) is not None:
             name = piece.file_name
-            if name not in digests:
+            if name not in sizes:
                 raise self._corrupt(f"{name[:100]!r} is not one of its files")
             if zlib.crc32(piece.data) != piece.crc32:
                 raise self._corrupt(f"{name} was damaged on its way")
             if piece.offset != sizes[name]:
                 raise self._corrupt(f"{name} goes on at {piece.offset}, not at {sizes[name]}")
             sizes[name] += len(piece.data)
-            digests[name].update(piece.data)
+            await digests.add(name, piece.data)
             yield name, piece.data
-        for name, digest in digests.items():
-            if digest.digest() != self.info.files[name]:
+        for name, digest in (await digests.all()).items():
+            if digest != self.info.files[name]:
                 raise self._corrupt(f"{name} does not match its digest")
 
     def _corrupt(self, what: str) -> DataLoss:
