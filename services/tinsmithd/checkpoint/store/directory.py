@@ -76,10 +76,9 @@ class DirectoryStaging:
         """See `Staging`."""
         with storage_errors():
             file = self._files[name] = self._deposits.move(deposit, name, self._path(name))
-            size = os.fstat(file.fileno()).st_size
+            size = self._sizes[name] = os.fstat(file.fileno()).st_size
+            failpoints.hit("ckpt_mid_take")
         self._count("commit.files", size)
-        self._sizes[name] = size
-        failpoints.hit("ckpt_mid_take")
         return size
 
     def _count(self, field: str, nbytes: int) -> None:
