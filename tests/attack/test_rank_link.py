@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 import tinsmith
+from attack.hostile_states import STATES
 from clusters import RunningCluster
 from faults.processes import Training
 from tinsmith import types
@@ -372,9 +373,12 @@ def test_an_answer_that_no_command_has_costs_the_group_its_place(
     following.close()
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "", ".", "a/b", "a\0b", "x" * 300])
-def test_no_name_that_a_rank_gives_leads_out_of_a_folder(waiting: Training, name: str) -> None:
-    """The files of a state are named by rank 0: a name that is none costs it its place."""
+@pytest.mark.parametrize("content", STATES.values(), ids=STATES)
+def test_no_file_that_a_rank_names_leads_out_of_a_folder(
+    waiting: Training, content: dict[str, Any]
+) -> None:
+    """The files of a state are named by rank 0: a name that is none costs it its place, and so does
+    a deposit that it was not given."""
     stream = knowing(waiting, hello())
     assert stream.next().HasField("welcome")
     call = create(waiting)
@@ -388,7 +392,7 @@ def test_no_name_that_a_rank_gives_leads_out_of_a_folder(waiting: Training, name
     command = stream.next()
     assert command.HasField("copy_state")
     stream.say(command_id=command.command_id, copied=link_pb.Copied())
-    stream.say(command_id=command.command_id, piece=link_pb.StatePiece(file_name=name, data=b"x"))
+    stream.say(command_id=command.command_id, **content)
     assert stream.end() is None
     stream.close()
     assert save.exception().code() is grpc.StatusCode.DATA_LOSS  # nothing of it was written down

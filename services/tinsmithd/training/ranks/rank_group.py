@@ -203,11 +203,20 @@ class AttachedRankGroup:
             raise self._nonsense(f"{case} before copied")
 
         async def send() -> StateInfo:
+            pieces_count = 0
+
+            async def take(name: str, data: bytes) -> None:
+                nonlocal pieces_count
+                pieces_count += 1
+                await on_piece(name, data)
+
             try:
-                done = await self._finish(replies, "piece", self._pieces_to(on_piece))
+                done = await self._finish(replies, "piece", self._pieces_to(take))
             except RankGroupLost as error:
                 # The ranks made the copy: another call ended them since then.
                 raise RankGroupLost(str(error)) from error
+            if done.deposited and (pieces_count or not deposit):
+                raise self._nonsense("a file in a deposit that it was not given, or did not need")
             return self._state_info(done)
 
         return send()
@@ -318,10 +327,12 @@ class AttachedRankGroup:
             raise self._nonsense(error.message) from error
         if not 0 <= done.step_count <= STEP_COUNT_MAX:
             raise self._nonsense(f"{done.step_count} steps")
+        deposited: dict[str, int] = {}
         for file in done.deposited:
-            if not is_plain_name(file.file_name) or file.size_bytes < 0:
-                raise self._nonsense(f"a file {file.file_name!r} of {file.size_bytes} bytes")
-        deposited = {file.file_name: file.size_bytes for file in done.deposited}
+            name, size_bytes = file.file_name, file.size_bytes
+            if not is_plain_name(name) or size_bytes < 0 or name in deposited:
+                raise self._nonsense(f"a file {name!r} of {size_bytes} bytes")
+            deposited[name] = size_bytes
         return StateInfo(tuning, done.step_count, deposited)
 
     def _pieces_to(self, on_piece: OnPiece) -> OnReply:
