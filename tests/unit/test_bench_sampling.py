@@ -13,19 +13,6 @@ from bench.rows_sampling import cut
 from bench.sampling_workloads import Call
 
 
-class Counter:
-    """Something to have in another process."""
-
-    def __init__(self, start: int) -> None:
-        self._value = start
-
-    def add(self, value: int) -> tuple[int, int]:
-        """The sum so far, and the process that keeps it."""
-        print("what libraries print is no answer")
-        self._value += value
-        return self._value, os.getpid()
-
-
 def test_sampling_asks_for_what_the_rows_say() -> None:
     """Lengths and counts of the table, and no prompt that two rounds share."""
     lengths = sorted(call.new_tokens for call in workloads.mixed())
@@ -52,7 +39,7 @@ def test_calls_are_cut_only_where_somebody_asks_for_it() -> None:
 
 def test_an_object_in_another_process_keeps_its_state_and_its_cpu_time() -> None:
     """Answers are told from what it prints; an error there ends the call here."""
-    with Remote("unit.test_bench_sampling:Counter", 40) as remote:
+    with Remote("unit.remote_counter:Counter", 40) as remote:
         before_s = remote.cpu_clock()
         assert remote.call("add", 1)[0] == 41
         value, pid = remote.call("add", 1)
