@@ -8,7 +8,7 @@ import secrets
 import signal
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +23,7 @@ from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
 from tinsmithd.checkpoint.opening import open_keeper
 from tinsmithd.checkpoint.rules import Clocks, Header, Keeper
 from tinsmithd.checkpoint.store import Blob
-from tinsmithd.domain import CheckpointPath, LoraConfig, ModelState
+from tinsmithd.domain import CheckpointInfo, CheckpointPath, LoraConfig, ModelState
 from tinsmithd.state import files as state_files
 from tinsmithd.state import tensors as state_tensors
 
@@ -74,6 +74,18 @@ class TimedKeeper:
         """Close it and open it again."""
         self.keeper.close()
         self.start()
+
+
+class NeverRead:
+    """Of a Checkpoint server that a test only writes to, what reads."""
+
+    @contextlib.asynccontextmanager
+    async def reader(self, path: CheckpointPath) -> AsyncIterator[Self]:
+        raise NotImplementedError
+        yield self
+
+    async def get(self, path: CheckpointPath) -> CheckpointInfo:
+        raise NotImplementedError
 
 
 def files(seed: int = 0, *, optimizer: bool = True, columns: int = 900) -> dict[str, bytes]:

@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import programs
 from checkpoints import to_files
 from tinsmith.tensors import decode
 from tinsmith.v1 import checkpoint_service_pb2 as checkpoint_pb
@@ -20,7 +22,7 @@ from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.convert.types import lora_to_pb
 from tinsmithd.domain import ModelState
-from tinsmithd.sampler.server import SamplerServer
+from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
 
 PROMPT = [10, 20, 30, 40]
 PATH = "tinsmith://run/sampler_weights/one"
@@ -113,6 +115,29 @@ async def serving(base_model: Path, folder: Path, **settings: Any) -> AsyncItera
         await channel.close()
     await sampler.stop()
     await checkpoint.stop()
+
+
+@contextlib.contextmanager
+def sampler_process(base_model: Path, folder: Path) -> Iterator[tuple[int, str]]:
+    """A Sampler as `tinsmith up` starts it, when it serves: its process id, and `host:port`.
+
+    Args:
+        base_model: Its folder.
+        folder: For its log and what it says of its port.
+    """
+    port_file = folder / "port"
+    with programs.Logged(
+        folder / "log",
+        *("tinsmithd.sampler", "--listen-address", "127.0.0.1:0", "--threads", "1"),
+        *("--base-model", str(base_model), "--port-file", str(port_file)),
+    ) as running:
+        address = f"127.0.0.1:{running.port_in(port_file)}"
+        with grpc.insecure_channel(address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
+            )
+            next(s for s in watch if s.status == health_pb2.HealthCheckResponse.SERVING)
+        yield running.pid, address
 
 
 def prompt(tokens: list[int]) -> types_pb2.ModelInput:

@@ -9,13 +9,11 @@ from pathlib import Path
 import grpc
 import numpy as np
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import programs
 from bench.harness import Result, Timing, estimate
 from bench.remote import Remote
 from bench.sides import Settings
-from sampler_server import sample_request
+from sampler_server import sample_request, sampler_process
 from tinsmith.sampling_client import WHOLE
 from tinsmith.tensors import decode
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
@@ -51,19 +49,9 @@ def crowd(settings: Settings) -> list[Result]:
     """A Sampler as `tinsmith up` starts it, on a tiny model; a neighbour asks for its health."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model, port_file = write_tiny_model(folder / "tiny-llama"), folder / "port"
-        with programs.Logged(
-            folder / "log",
-            *("tinsmithd.sampler", "--listen-address", "127.0.0.1:0", "--threads", "1"),
-            *("--base-model", str(model), "--port-file", str(port_file)),
-        ) as running:
-            address = f"127.0.0.1:{running.port_in(port_file)}"
-            with grpc.insecure_channel(address) as channel:
-                watch = health_pb2_grpc.HealthStub(channel).Watch(
-                    health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
-                )
-                next(s for s in watch if s.status == health_pb2.HealthCheckResponse.SERVING)
-            server = psutil.Process(running.pid)
+        model = write_tiny_model(folder / "tiny-llama")
+        with sampler_process(model, folder) as (pid, address):
+            server = psutil.Process(pid)
             return [
                 result
                 for kind in KINDS

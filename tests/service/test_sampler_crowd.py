@@ -8,8 +8,7 @@ import numpy as np
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import programs
-from sampler_server import sample_request
+from sampler_server import sample_request, sampler_process
 from tinsmith.tensors import decode
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmithd.sampler.server import SERVICE_NAME
@@ -44,19 +43,8 @@ async def asked(stub: health_pb2_grpc.HealthStub, ended: list[int], meanwhile: l
 
 def test_two_thousand_calls_at_once_all_end(tiny_model: Path, tmp_path: Path) -> None:
     """Health answers the whole time; what they took is free again."""
-    port_file = tmp_path / "port"
-    with programs.Logged(
-        tmp_path / "log",
-        *("tinsmithd.sampler", "--listen-address", "127.0.0.1:0", "--threads", "1"),
-        *("--base-model", str(tiny_model), "--port-file", str(port_file)),
-    ) as running:
-        address = f"127.0.0.1:{running.port_in(port_file)}"
-        with grpc.insecure_channel(address) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(
-                health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=120
-            )
-            next(s for s in watch if s.status == health_pb2.HealthCheckResponse.SERVING)
-        process = psutil.Process(running.pid)
+    with sampler_process(tiny_model, tmp_path) as (pid, address):
+        process = psutil.Process(pid)
 
         async def crowd() -> list[int]:
             ended, meanwhile = list[int](), list[int]()

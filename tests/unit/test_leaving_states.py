@@ -4,14 +4,14 @@ import asyncio
 import fcntl
 import os
 import resource
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from checkpoints import PEFT_CONFIG, to_files
+from checkpoints import PEFT_CONFIG, NeverRead, to_files
 from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, LoraConfig, ModelState
 from tinsmithd.errors import NotFound, Reason, Unavailable
 from tinsmithd.saves import NewCheckpoint, SaveOptions
@@ -151,7 +151,7 @@ async def test_a_caller_that_goes_away_leaves_nothing(data_folder: Path) -> None
             await asyncio.sleep(0.01)
 
 
-class Server:
+class Server(NeverRead):
     """A Checkpoint server that finds deposits, or does not."""
 
     def __init__(self, *, finds: bool) -> None:
@@ -178,14 +178,6 @@ class Server:
         return CheckpointInfo(PATH, CheckpointKind.TRAINING, "tiny", LoraConfig(), 1)
 
     def cancel(self) -> None: ...
-
-    @asynccontextmanager
-    async def reader(self, path: CheckpointPath) -> AsyncIterator["Server"]:
-        raise NotImplementedError
-        yield self
-
-    async def get(self, path: CheckpointPath) -> CheckpointInfo:
-        raise NotImplementedError
 
 
 async def save(checkpoints: Checkpoints, state: ModelState, *, loses: bool = False) -> None:

@@ -1,12 +1,11 @@
 """A state goes on to the Checkpoint server while it still comes from the ranks."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from checkpoints import NeverRead
 from tinsmithd.domain import (
     CheckpointInfo,
     CheckpointKind,
@@ -23,7 +22,7 @@ WHOLE = ["begin", "1", "2", "commit", "end"]
 NEW = NewCheckpoint(SaveOptions(PATH, None, False, {}, "r"), "tiny", LoraConfig(), 1)
 
 
-class Recorder:
+class Recorder(NeverRead):
     """A Checkpoint server that writes down what reaches it, and is away for some writes."""
 
     def __init__(self) -> None:
@@ -50,14 +49,6 @@ class Recorder:
 
     def cancel(self) -> None:
         self.events.append("end")
-
-    @asynccontextmanager
-    async def reader(self, path: CheckpointPath) -> AsyncIterator["Recorder"]:
-        raise NotImplementedError
-        yield self
-
-    async def get(self, path: CheckpointPath) -> CheckpointInfo:
-        raise NotImplementedError
 
 
 @pytest.fixture
