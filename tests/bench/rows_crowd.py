@@ -1,48 +1,23 @@
 """Two thousand calls at once: when all have their answers, and who else has one meanwhile."""
 
-import asyncio
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 
 from bench.harness import Result, Timing, estimate
 from bench.remote import Remote
 from bench.sides import Settings
-from sampler_server import sample_request, sampler_process
+from sampler_server import sampler_process
 from tinsmith.sampling_client import WHOLE
-from tinsmith.tensors import decode
-from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmithd.sampler.server import SERVICE_NAME
 from tiny_models import write_tiny_model
 
-CALLS, NEW_TOKENS = 2000, 8
+CALLS = 2000
 TARGETS_MS = {50: None, 99: 10.0}
 KINDS = {"whole answers": WHOLE, "streams": ()}
 """What calls want, as metadata."""
-Metadata = Sequence[tuple[str, str]]
-
-
-async def _sampled(stub: SamplerServiceStub, seed: int, metadata: Metadata) -> int:
-    """The tokens that a call gave."""
-    request = sample_request(params={"seed": seed, "max_tokens": NEW_TOKENS})
-    call = stub.Sample(request, metadata=metadata)
-    return sum([len(decode(d.tokens)) async for response in call for d in response.deltas])
-
-
-async def _all_of_them(address: str, calls: int, metadata: Metadata) -> float:
-    """Make calls at once and wait for all; returns how long it took."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = SamplerServiceStub(channel)
-        await asyncio.gather(*(_sampled(stub, seed, metadata) for seed in range(8)))  # connected
-        start_s = time.perf_counter()
-        made = await asyncio.gather(*(_sampled(stub, seed, metadata) for seed in range(calls)))
-        assert made == [NEW_TOKENS] * calls
-        return time.perf_counter() - start_s
 
 
 def crowd(settings: Settings) -> list[Result]:
@@ -61,11 +36,14 @@ def crowd(settings: Settings) -> list[Result]:
 
 def _measured(address: str, server: psutil.Process, kind: str, rounds: int) -> list[Result]:
     waits, late, ended_s, memory = [], [], [], []
-    with Remote("bench.health_probe:HealthProbe", address, SERVICE_NAME) as probe:
+    with (
+        Remote("bench.health_probe:HealthProbe", address, SERVICE_NAME) as probe,
+        Remote("bench.crowd_client:CrowdClient", address) as callers,
+    ):
         for index in range(-1, rounds):
             probe.call("start")
             calls = CALLS if index >= 0 else CALLS // 10
-            took_s = asyncio.run(_all_of_them(address, calls, KINDS[kind]))
+            took_s = callers.call("run", calls, KINDS[kind])
             found = np.array(probe.call("stop"))  # (checks, 2)
             memory.append(server.memory_info().rss / 2**20)
             if index >= 0:
