@@ -10,11 +10,11 @@ nothing. A deposit that no living writer holds is removed.
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import shutil
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from tinsmithd.errors import NotFound, Reason
 from tinsmithd.files import is_deposit, private_folder
@@ -35,7 +35,7 @@ class Deposits:
         private_folder(folder)
         self.sweep()
 
-    def move(self, deposit: str, name: str, place: Path) -> BinaryIO:
+    def move(self, deposit: str, name: str, place: Path) -> io.BufferedReader:
         """Move a file out of a deposit.
 
         Args:
