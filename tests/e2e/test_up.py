@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+import programs
 from clusters import children
 from tinsmith import v1 as pb
 from tinsmithd.processes.template.client import SOCKET_VARIABLE
@@ -28,12 +29,16 @@ HOSTILE_MODULES = ("queue", "resource", "tinsmithd", "grpc", "torch")
 
 
 def up(
-    base_model: Path, data: Path, *arguments: str, folder: Path | None = None
+    base_model: Path,
+    data: Path,
+    *arguments: str,
+    folder: Path | None = None,
+    forked: bool = False,
 ) -> subprocess.Popen[str]:
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != SOCKET_VARIABLE},
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    """Start the command; its programs start as for a person, unless they are to be forked."""
+    environment = programs.variables()
+    if not forked:
+        environment.pop(SOCKET_VARIABLE, None)
     fixed = ("up", "--base-model", str(base_model), "--data", str(data), "--port", "0")
     # As the installed command does it: its own folder is on its path, the current one is not.
     command = [sys.executable, "-P", "-m", "tinsmithd.up", *fixed, "--threads", "1", *arguments]
@@ -189,7 +194,7 @@ def _answers(answer: object) -> Iterable[object]:
 def test_only_a_server_that_says_hopeless_ends_up(tmp_path: Path) -> None:
     """A folder without a model: one line says so, and no server is left."""
     (tmp_path / "nothing").mkdir()
-    process = up(tmp_path / "nothing", tmp_path / "data")
+    process = up(tmp_path / "nothing", tmp_path / "data", forked=True)
     _, error = process.communicate(timeout=START_S_MAX)
     assert process.returncode == 1
     assert re.search(r"^tinsmith: the (sampler|training) server cannot start; ", error, re.M), error
