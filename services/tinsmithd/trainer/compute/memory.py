@@ -63,17 +63,22 @@ def activation_bytes_per_token(run: Callable[[int], Any]) -> int:
 
 
 def _kept_bytes(run: Callable[[int], Any], count: int) -> int:
-    storages: dict[int, int] = {}
+    # They are held until all are counted: an address that is given out again would count once.
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # Nobody goes back through this graph. A node that got its own output back would hold
+        # itself, and with it all that is below, for ever: no collector sees that circle.
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        storages[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(_: object) -> Tensor:
+        raise AssertionError("a graph that measures has no way back")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         graph = run(count)
     del graph
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
