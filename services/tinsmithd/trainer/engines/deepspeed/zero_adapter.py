@@ -65,6 +65,8 @@ class ZeroAdapter(ZeroSlice):
             self._own = module.flat
         else:
             zero = self._engine.optimizer
+            if config.offload:
+                _drop_backward_buffers(zero)
             self._whole = zero.bit16_groups_flat[0]
             self._slices = zero.parallel_partitioned_bit16_groups[0]
             self._own = zero.single_partition_of_fp32_groups[0]
@@ -162,3 +164,14 @@ def _initialize(module: torch.nn.Module, optimizer: Any, config: ZeroConfig) -> 
         model=module, optimizer=optimizer, config=settings, dist_init_required=False
     )
     return engine
+
+
+def _drop_backward_buffers(zero: Any) -> None:
+    """Free what DeepSpeed's own backward pass over offloaded states would need: nobody runs it.
+
+    Beside slices in host memory, it is a buffer of all values on the device and another here.
+    """
+    zero.temp_grad_buffer_for_gpu_offload = zero.temp_grad_buffer_for_cpu_offload = None
+    zero.param_buffer_of_bit16_for_cpu_offload_groups.clear()
+    for gradients in zero.offload_gradient_dict.values():
+        gradients.clear()
