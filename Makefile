@@ -23,7 +23,7 @@ PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check settings unit conformance service e2e faults-short \
-  attack-short attack map tidy sim faults kills images kube bench bench-gpu bench-vllm test-vllm gpu clean
+  attack-short attack map tidy sizes sim faults kills images kube bench bench-gpu bench-vllm test-vllm gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -135,6 +135,9 @@ protos: setup ## Regenerate what is made of protos/: stubs, reasons, docs/errors
 
 settings: setup ## Write docs/settings.md from the settings
 	$(BIN)/python -m tinsmithd.config.page docs/settings.md
+
+sizes: setup ## Write the tables of docs/sizes.md from the formulas
+	PYTHONPATH=tests $(BIN)/python -m size_tables
 
 protos-check: setup ## Fail when what is committed is not what protos/ generates
 	rm -rf build/protos && mkdir -p build/protos/client

@@ -6,8 +6,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-EXTRAS = {"up": "server", "config": "control"}
-"""What a command needs beside the client. These commands know their own arguments."""
+EXTRAS = {"up": "server", "config": "control", "plan": ""}
+"""What a command needs beside the client, or nothing. These commands know their own arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,13 +22,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_parser(
         "config", help="print the settings of the servers, and where they come from"
     )
+    commands.add_parser("plan", help="say what a base model takes of GPUs, before it is loaded")
     commands.add_parser("version", help="print the version")
     parser.parse_args(given)
     print(f"tinsmith {_version()}")
 
 
 def _run(command: str, argv: Sequence[str]) -> None:
-    missing = missing_for(EXTRAS[command])
+    missing = missing_for(EXTRAS[command]) if EXTRAS[command] else []
     if missing:
         sys.exit(_how_to_get(command, ", ".join(missing)))
     try:
@@ -36,6 +37,10 @@ def _run(command: str, argv: Sequence[str]) -> None:
             from tinsmithd.up import main as up
 
             up(argv)
+        elif command == "plan":
+            from tinsmithd.sizes.command import main as plan
+
+            plan(argv[1:])
         else:
             from tinsmithd.config.command import main as config
 

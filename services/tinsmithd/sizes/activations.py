@@ -1,0 +1,166 @@
+"""Bytes that a token keeps for the backward pass.
+
+`d` is the residual stream's width, `q` and `kv` those of all heads, `f` the MLP's, `b` the bytes of
+an element. Norms compute in float32. What is kept is what the operations of transformers' layers,
+packed attention and `modeling.fused_lora` save for their gradients; weights are not among it.
+"""
+
+from dataclasses import dataclass
+
+from tinsmithd.sizes.architecture import BYTES_OF_DTYPE, Architecture
+from tinsmithd.sizes.weights import expert_count_of_weights
+from tinsmithd.tunings import LoraConfig, Tuning
+
+_WIDE = 4
+"""Bytes of a float32."""
+_INDEX = 8
+"""Bytes of an int64."""
+
+CHUNK_BYTES, CHUNK_TOKENS_MAX = 96 * 1024 * 1024, 512
+"""As `trainer.compute.head` has them."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Memory of a micro-batch.
+
+    Attributes:
+        plain_bytes: Of a token, where nothing is recomputed.
+        recomputed_bytes: Of a token, where the backward pass computes each layer again.
+        layer_bytes: Of a token in the layer that keeps most: while a layer is recomputed it is
+            there besides.
+        merged_bytes: Of a micro-batch however small: weights with an adapter's update, one copy of
+            each weight that PEFT reaches as a parameter, kept until the backward pass.
+        head_bytes: Of the buffers in which the head's logits are made, some positions at a time.
+    """
+
+    plain_bytes: int
+    recomputed_bytes: int
+    layer_bytes: int
+    merged_bytes: int
+    head_bytes: int
+
+
+def activations(
+    model: Architecture, tuning: Tuning, *, dtype: str, partitioned: bool
+) -> Activations:
+    """What a token keeps.
+
+    Args:
+        model: The base model.
+        tuning: What is trained.
+        dtype: "float32" or "bfloat16", of the weights.
+        partitioned: Whether the base is partitioned (stage 3), where PEFT's own layers compute.
+    """
+    b = BYTES_OF_DTYPE[dtype]
+    layer = _Layer(model, tuning, b, partitioned)
+    with_experts = set(model.expert_layers)
+    each = [layer.kept(i, i in with_experts) for i in range(model.layer_count)]
+    # Beside the layers: the angles of a position, the last norm, for the embedding the token.
+    rest = 2 * model.head_size * b + layer.norm() if any(each) else 0
+    rest += _INDEX if layer.full else 0
+    return Activations(
+        plain_bytes=sum(each) + rest,
+        # Each layer keeps its input alone.
+        recomputed_bytes=model.layer_count * model.hidden_size * b + rest,
+        layer_bytes=max(each),
+        merged_bytes=_merged(model, tuning) * b,
+        head_bytes=_head_bytes(model, b),
+    )
+
+
+def _head_bytes(model: Architecture, b: int) -> int:
+    rows = max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // (_WIDE * model.vocab_size)))
+    return rows * model.vocab_size * (2 * _WIDE + b)
+
+
+def _merged(model: Architecture, tuning: Tuning) -> int:
+    """Elements of the weights that PEFT adapts as parameters."""
+    if not isinstance(tuning, LoraConfig) or not tuning.train_mlp or not model.expert_count:
+        return 0
+    dense = 3 * model.hidden_size * model.ffn_size * len(model.dense_layers)
+    return expert_count_of_weights(model) + dense
+
+
+class _Layer:
+    def __init__(self, model: Architecture, tuning: Tuning, b: int, partitioned: bool) -> None:
+        self._model, self._b = model, b
+        self.full = not tuning.is_adapter
+        self._lora = tuning if isinstance(tuning, LoraConfig) else None
+        self._partitioned = partitioned
+
+    def kept(self, index: int, with_experts: bool) -> int:
+        """Bytes of one layer."""
+        model, b = self._model, self._b
+        begins = self._lora is not None and not self._lora.train_attn and not index
+        mlp = self._experts(begins) if with_experts else self._mlp()
+        # Below the first adapter there is nothing to go back to.
+        lora = self._lora
+        if lora is not None and not (lora.train_attn or lora.train_mlp):
+            return 0
+        if begins:
+            return mlp
+        first = self.norm() if index or self.full else 0
+        if not model.qk_norm:
+            heads = 0
+        else:
+            heads = _WIDE * (model.query_size + model.kv_size)
+            heads += _WIDE * (model.head_count + model.kv_head_count)
+            if self.full:
+                heads += b * (model.query_size + model.kv_size)
+        # queries, keys, values, what came of them, and the logarithm of the sum of each row
+        attention = b * (2 * model.query_size + 2 * model.kv_size) + _WIDE * model.head_count
+        return first + self._attention_layers() + heads + attention + self.norm() + mlp
+
+    def norm(self) -> int:
+        """Its input in float32, the root, and for the gradient of its weight what it made."""
+        d = self._model.hidden_size
+        return _WIDE * d + _WIDE + (self._b * d if self.full else 0)
+
+    def _linear(self, size: int, count: int, trained: bool) -> int:
+        """`count` linear layers that read the same input."""
+        if self.full:
+            return self._b * size
+        if not trained or self._lora is None:
+            return 0
+        if self._partitioned and self._b != _WIDE:
+            return count * _WIDE * (size + self._lora.rank)  # PEFT makes a float32 input for each
+        return self._b * (size + count * self._lora.rank)
+
+    def _attention_layers(self) -> int:
+        model = self._model
+        trained = self._lora is not None and self._lora.train_attn
+        return self._linear(model.hidden_size, 3, trained) + self._linear(
+            model.query_size, 1, trained
+        )
+
+    def _mlp(self) -> int:
+        model, b = self._model, self._b
+        trained = self._lora is not None and self._lora.train_mlp
+        between = 3 * b * model.ffn_size  # gate, its activation, up
+        if trained and model.model_type == "qwen3_moe":
+            # PEFT adapts the weights themselves: plain layers with trained weights.
+            return b * (model.hidden_size + model.ffn_size) + between
+        return (
+            self._linear(model.hidden_size, 2, trained)
+            + between
+            + self._linear(model.ffn_size, 1, trained)
+        )
+
+    def _experts(self, begins: bool) -> int:
+        """Of the experts; where adapters begin with them, nothing goes back to the router."""
+        model, b, k = self._model, self._b, self._model.active_expert_count
+        trained = self.full or (self._lora is not None and self._lora.train_mlp)
+        router = _WIDE * model.expert_count + _INDEX * k
+        if model.normalises_experts:
+            router += _WIDE * (k + 1)
+        if self.full:
+            router += b * model.hidden_size
+        # Places of each expert's tokens, there and back, and the experts' shares.
+        sorted_by_expert = k * (3 * _INDEX + b)
+        one = model.hidden_size + 3 * model.expert_ffn_size
+        if trained:
+            one += model.hidden_size + model.expert_ffn_size
+        if begins:
+            return k * (_INDEX + b) + k * b * (one - model.hidden_size)
+        return router + sorted_by_expert + k * b * one
