@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from busy_share import CALLS, DATA_PER_RANK, busy_share
+from busy_share import RANKS as RANK_NUMBERS
 from tinsmithd.sizes import Architecture, Machine, Plan, Wanted, make_plan, read_architecture
 from tinsmithd.sizes.plan import GB
 from tinsmithd.tunings import FullConfig, LoraConfig
@@ -84,6 +86,13 @@ def _verdict(plan: Plan) -> str:
     return f"stage {layout.stage}{offload}: {kept}, {tokens}"
 
 
+def _busy() -> Iterator[Sequence[str]]:
+    for in_step, stage in ((False, "0 to 2"), (True, "3")):
+        for ranks in RANK_NUMBERS:
+            shares = (busy_share(call[ranks], ranks, in_step=in_step) for call in CALLS.values())
+            yield (stage, str(ranks), *(f"{100 * share:.0f} %" for share in shares))
+
+
 def tables() -> str:
     """All of them, as Markdown."""
     return "\n\n".join(
@@ -114,6 +123,8 @@ def tables() -> str:
             ),
             f"What fits on {RANKS} GPUs today, with data of 2,048 tokens:",
             _table(("Model", "Tuning", *(f"GPUs of {gb} GB" for gb in GPUS)), _layouts()),
+            f"How busy ranks are with {DATA_PER_RANK} data each, by tokens of a datum:",
+            _table(("ZeRO stage", "ranks", *CALLS), _busy()),
         )
     )
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tinsmithd.config import ConfigError, TrainingConfig
 from tinsmithd.training.call import BatchPlace, ComputeWork, add_metrics, batch_sizes, batches_of
+from tinsmithd.training.call.batches import LONGEST_DATA
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120), st.booleans())
@@ -32,6 +33,25 @@ def test_batches_are_the_call_in_order_and_none_is_too_large(
         assert places == [BatchPlace.FIRST, *[BatchPlace.LATER] * (len(found) - 1)]
     else:
         assert set(places) == {BatchPlace.WHOLE}
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 60), st.integers(2, 9))
+def test_batches_of_several_ranks_are_alike_and_hold_work_for_each(
+    lengths: list[int], quantum_tokens: int, ranks: int
+) -> None:
+    """As many as quanta for all ranks allow; none is off the mean by more than the longest datum,
+    and the mean of several is twice the longest for each rank, or more."""
+    sizes = batch_sizes(lengths, quantum_tokens, ranks)
+    assert sum(sizes) == len(lengths)
+    assert min(sizes) > 0
+    starts = itertools.accumulate(sizes, initial=0)
+    sums = [sum(lengths[a:b]) for a, b in itertools.pairwise(starts)]
+    quantum, longest = ranks * max(quantum_tokens, LONGEST_DATA * max(lengths)), max(lengths)
+    mean = sum(lengths) / -(-sum(lengths) // quantum)
+    assert mean <= quantum
+    assert all(abs(found - mean) <= longest for found in sums)
+    if len(sizes) > 1:
+        assert mean >= quantum / 2 >= 2 * longest * ranks
 
 
 def test_sums_add_up_over_batches() -> None:

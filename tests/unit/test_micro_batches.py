@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from tinsmithd.trainer.composition.micro_batches import cut
+from busy_share import CALLS, RANKS, busy_share
+from tinsmithd.trainer.composition.compose import compose, cost
+from tinsmithd.trainer.composition.micro_batches import cut, cut_in_step
+from tinsmithd.trainer.composition.rounds import indices_of
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -34,3 +37,56 @@ def test_the_budget_shrinks_so_that_every_rank_has_work() -> None:
 def test_fewer_data_than_ranks_are_one_each() -> None:
     """The ranks without work have none in the list."""
     assert cut([7], tokens_max=100, world_size=4) == [[0]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_in_step_no_micro_batch_is_larger_than_its_round_needs(seed: int, ranks: int) -> None:
+    """The budget, or the longest datum of the round, which comes first; no datum is lost."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 250, int(rng.integers(1, 60))).tolist()
+    rounds = cut_in_step(lengths, tokens_max=100, world_size=ranks)
+    assert sorted(i for r in rounds for m in r for i in m) == list(range(len(lengths)))
+    for of_ranks in rounds:
+        sums = [sum(lengths[i] for i in indices) for indices in of_ranks]
+        assert max(sums) <= max(100, max(lengths[i] for m in of_ranks for i in m))
+    longest = [max(lengths[i] for m in of_ranks for i in m) for of_ranks in rounds]
+    assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_on_their_own_share_outputs_once_and_cost_about_the_same(
+    seed: int, ranks: int
+) -> None:
+    """One round; the dearest rank costs no more than the mean and one micro-batch; each recomputes
+    for itself."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 250, int(rng.integers(ranks, 90))).tolist()
+    (round_,) = compose(
+        lengths, tokens_max=100, plain_tokens_max=120, world_size=ranks, in_step=False
+    )
+    assert sorted(i for of_rank in round_ for i in indices_of(of_rank)) == list(range(len(lengths)))
+    costs = [[sum(cost(lengths[i]) for i in m.indices) for m in of_rank] for of_rank in round_]
+    dearest = max(map(sum, costs))
+    assert dearest <= sum(map(sum, costs)) / ranks + max(map(max, filter(None, costs)))
+    for of_rank in round_:
+        for m in of_rank:
+            assert m.recompute == (sum(lengths[i] for i in m.indices) > 120)
+
+
+def test_one_rank_computes_as_it_always_did() -> None:
+    """A round for each micro-batch, the longest first: recorded compositions and their bits."""
+    rounds = compose(
+        [3, 9, 3, 9, 1], tokens_max=12, plain_tokens_max=8, world_size=1, in_step=False
+    )
+    found = [[(m.indices, m.recompute) for m in of_rank] for (of_rank,) in rounds]
+    assert found == [[((1,), True)], [((3,), True)], [((0, 2, 4), False)]]
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("call", CALLS)
+def test_ranks_are_busy_nine_tenths_of_a_call(call: str, ranks: int, in_step: bool) -> None:
+    """32 data for each rank, of 512 to 32,768 tokens (`docs/sizes.md` has the table)."""
+    assert busy_share(CALLS[call][ranks], ranks, in_step=in_step) >= 0.9

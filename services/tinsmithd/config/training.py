@@ -113,7 +113,8 @@ class TrainingConfig(ServerConfig):
     model_idle_ttl_s: Number = 7 * 86_400.0
     """A model without a call for this long is deleted; its checkpoints stay."""
     quantum_tokens: Positive = 16384
-    """A larger call is computed in batches of this many tokens; others have turns in between."""
+    """A larger call is computed in batches of this many tokens; others have turns in between.
+    Several ranks have a batch of so many for each of them, or of four times its longest datum."""
     spawn_ranks: Count = 0
     """Start this many ranks on this machine; 0 waits for a rank group to attach."""
     spawn_spare_groups: Count = 0

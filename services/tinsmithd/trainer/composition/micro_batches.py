@@ -1,5 +1,6 @@
 """Cuts data into micro-batches of a token budget."""
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -35,3 +36,41 @@ def cut(lengths: Sequence[int], *, tokens_max: int, world_size: int) -> list[lis
             rooms.append(budget - length)
     order = sorted(range(len(rooms)), key=lambda place: (rooms[place], place))
     return [micro_batches[place] for place in order]
+
+
+def cut_in_step(
+    lengths: Sequence[int], *, tokens_max: int, world_size: int
+) -> list[list[list[int]]]:
+    """Cut some data into rounds in which each rank has one micro-batch, of like size in a round.
+
+    In each round the longest datum that is left says how many tokens a micro-batch may have: the
+    ranks wait for it anyway, and each must have the memory for it. The others go, the longest
+    first, where there is most room. The result depends on the arguments only.
+
+    Args:
+        lengths: Number of tokens of each datum.
+        tokens_max: Maximum tokens of a micro-batch, unless a datum of its round is longer.
+        world_size: Number of ranks.
+
+    Returns:
+        For each round and rank, the indices of the data of its micro-batch, of which there may be
+        none.
+    """
+    rest = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rounds: list[list[list[int]]] = []
+    while rest:
+        share = -(-sum(lengths[i] for i in rest) // world_size)
+        budget = max(lengths[rest[0]], min(tokens_max, share))
+        of_ranks: list[list[int]] = [[] for _ in range(world_size)]
+        rooms = [(-budget, rank) for rank in range(world_size)]  # the largest first
+        later: list[int] = []
+        for index in rest:
+            room, rank = -rooms[0][0], rooms[0][1]
+            if lengths[index] <= room:
+                of_ranks[rank].append(index)
+                heapq.heapreplace(rooms, (lengths[index] - room, rank))
+            else:
+                later.append(index)
+        rounds.append(of_ranks)
+        rest = later
+    return rounds

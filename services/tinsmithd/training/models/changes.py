@@ -21,7 +21,7 @@ class Changes:
     Args:
         model: Which one.
         counts: Told what the ranks computed.
-        quantum_tokens: Maximum tokens of a batch that has more than one datum.
+        quantum_tokens: Maximum tokens of a batch that has more than one datum, on one rank.
 
     Attributes:
         has_gradients: Whether the model has pending gradients.
@@ -77,7 +77,7 @@ class Changes:
             kind, sizes = WorkKind.REPLAY, composition.batch_sizes
         else:
             kind = WorkKind.FORWARD_BACKWARD if work.backward else WorkKind.FORWARD
-            sizes = batch_sizes(work.lengths, self._quantum_tokens)
+            sizes = batch_sizes(work.lengths, self._quantum_tokens, group.world_size)
         metrics: dict[str, float] = {}
         made: list[bytes] = []
         engine_s = 0.0

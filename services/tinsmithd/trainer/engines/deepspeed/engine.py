@@ -179,6 +179,7 @@ class DeepSpeedEngine:
             tokens_max=self._micro_batch_tokens_max,
             plain_tokens_max=self._plain_tokens_max(slot) if batch.backward else None,
             world_size=self._context.world_size,
+            in_step=self._context.in_step,
         )
 
     def _plain_tokens_max(self, slot: Slot) -> int:
