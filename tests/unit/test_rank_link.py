@@ -159,6 +159,7 @@ def commands() -> Pretender:
 def broadcasts(server: Server, commands: Pretender) -> Iterator[list[bytes]]:
     """Runs rank 0; what it told the other ranks."""
     told: list[bytes] = []
+    links: list[link.Link] = []
     over = threading.Event()
 
     def broadcast(data: bytes | None) -> bytes:
@@ -170,15 +171,18 @@ def broadcasts(server: Server, commands: Pretender) -> Iterator[list[bytes]]:
 
     def run() -> None:
         with contextlib.suppress(End):
-            link.lead(commands, server.target, HELLO, broadcast)  # type: ignore[arg-type]
+            link.lead(commands, server.target, HELLO, broadcast, links.append)  # type: ignore[arg-type]
 
     thread = threading.Thread(target=run)
     thread.start()
     yield told
     over.set()
     server.grpc.stop(0).wait()
-    thread.join(WAIT_S)
-    assert not thread.is_alive()
+    # Some 1 in 1,000 times grpc's synchronous server does not end a stream that comes as it stops;
+    # of a process that ends nothing is left to wait for.
+    while thread.is_alive():
+        links[-1].close()
+        thread.join(0.1)
 
 
 def test_it_stands_by_until_it_is_welcomed(
