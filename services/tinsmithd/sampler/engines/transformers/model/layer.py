@@ -24,7 +24,8 @@ since they share memory with what the layer writes to next.
 class Norm:
     """Scales each row to a mean square of 1, and each of its elements by a weight.
 
-    It rounds where transformers does: to the rows' dtype before the weight.
+    It rounds where transformers does: to the rows' dtype before the weight. On a CPU
+    `rms_norm` is a dozen operations, which take twice the time of these at few rows.
 
     Args:
         weight: Of the last dimension, or of the last two where their rows are scaled each.
@@ -34,10 +35,15 @@ class Norm:
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._weight, self._eps = weight, eps
         self._sizes = (weight.shape[-1],)
+        self._eps_1 = torch.tensor([eps]) if weight.device.type == "cpu" else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `(T, d)` to a new `(T, d)`."""
-        return F.rms_norm(x, self._sizes, None, self._eps).mul_(self._weight)
+        if self._eps_1 is None:
+            return F.rms_norm(x, self._sizes, None, self._eps).mul_(self._weight)
+        length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        scale = torch.addcmul(self._eps_1, length, length, value=1 / self._sizes[0]).rsqrt_()
+        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(self._weight)
 
 
 class Layer:
