@@ -15,9 +15,8 @@ from tinsmithd.modeling.base import BaseModel, load_base
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.sampler.engines.transformers.model.build import Built, build
 from tinsmithd.sampler.engines.transformers.model.check import CausalAttend, Expected
-from tinsmithd.sampler.engines.transformers.model.invariance import forms_agree, is_invariant
+from tinsmithd.sampler.engines.transformers.model.linear import Window
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
-from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 from tiny_models import write_tiny_model
 
 torch.set_num_threads(1)
@@ -155,11 +154,14 @@ class ApartAttend:
         return torch.stack(found)
 
 
-def apart(built: Built, tokens_T: Tensor, keys: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits of rows that are sequences of their own."""
+def apart(
+    built: Built, tokens_T: Tensor, keys: Sequence[str | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, logits, and logits for draws, of rows that are sequences of their own."""
     rows = built.pool.rows(keys)
     hidden = built.decoder.forward(tokens_T, tokens_T % 50, ApartAttend(built), rows)
-    return hidden, built.decoder.logits(hidden, rows)
+    logits = built.decoder.logits(hidden, rows), built.decoder.draw_logits(hidden, rows)
+    return hidden, *logits
 
 
 def with_adapters(folder: Path, dtype: str) -> tuple[Built, list[str | None]]:
@@ -171,7 +173,7 @@ def with_adapters(folder: Path, dtype: str) -> tuple[Built, list[str | None]]:
     return built, [None, *found]
 
 
-@pytest.mark.parametrize("rule", ["any number", "by parts", "in blocks"])
+@pytest.mark.parametrize("rule", ["any number", "each alone", "8 at most", "in blocks"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe with dense layers"])
 def test_a_row_has_the_same_bits_beside_any_others(
@@ -180,11 +182,17 @@ def test_a_row_has_the_same_bits_beside_any_others(
     """First or last among 0, 3 or 31 others, which have all adapters or its own."""
     built, keys = with_adapters(folders(kind), dtype)
     assert built.rows_apart
-    assert not built.decoder.rule.in_blocks
-    assert built.decoder.rule.ranks_fast >= {8, 16}
-    built.decoder.rule.in_blocks = rule == "in blocks"
-    if rule == "by parts":
-        built.decoder.rule.ranks_fast = frozenset()
+    decided = built.decoder.rule
+    assert decided.most is None
+    assert decided.beside_rows[16].most >= len(keys)
+    if rule == "each alone":
+        decided.beside_rows = {}
+    if rule == "8 at most":
+        decided.most = 8
+        decided.lora_rows = decided.beside_rows = {16: Window(4, 8)}
+    if rule == "in blocks":
+        decided.use_blocks()
+        decided.lora_rows = {}
     for key in keys:
         mine = torch.tensor([65])
         alone = apart(built, mine, [key])
@@ -206,22 +214,24 @@ def test_many_rows_of_one_adapter_stand_beside_single_ones_of_others(
     prompt = ["adapter 0"] * TOKENS
     mixed = [*keys, *prompt, None, "adapter 2", *keys]
     all_tokens = tokens(len(mixed))
-    hidden, logits = apart(built, all_tokens, mixed)
+    every = apart(built, all_tokens, mixed)
     for key in keys:
         places = [place for place, other in enumerate(mixed) if other == key]
         own = apart(built, all_tokens[places], [key] * len(places))
-        assert torch.equal(own[0], hidden[places])
-        assert torch.equal(own[1], logits[places])
+        for alone, found in zip(own, every, strict=True):
+            assert torch.equal(alone, found[places])
 
 
 def test_logits_of_some_of_the_rows(folders: Callable[[str], Path]) -> None:
     built, keys = with_adapters(folders("llama"), "float32")
     rows = built.pool.rows(keys)
     assert rows is not None
-    hidden, logits = apart(built, tokens(len(keys)), keys)
+    hidden, logits, draws = apart(built, tokens(len(keys)), keys)
     for chosen in ([3], [2, 1], [0, 1, 3], [0]):
         found = built.decoder.logits(hidden[chosen], rows.select(chosen))
         assert torch.equal(found, logits[chosen])
+        found = built.decoder.draw_logits(hidden[chosen], rows.select(chosen))
+        assert torch.equal(found, draws[chosen])
     assert rows.select([0]) is None
     assert built.pool.rows([None, None]) is None
 
@@ -236,40 +246,6 @@ def test_an_adapter_can_go_while_rows_have_it(folders: Callable[[str], Path]) ->
     assert torch.equal(found, expected)
     with pytest.raises(KeyError):
         built.pool.rows(["adapter 0"])
-
-
-def test_numbers_of_rows_that_change_bits_are_noticed() -> None:
-    def steady(x: Tensor) -> Tensor:
-        return x * 3
-
-    def by_count(x: Tensor) -> Tensor:
-        return x * (3 if len(x) < 16 else 3 + 1e-6)
-
-    def by_place(x: Tensor) -> Tensor:
-        return x * torch.cat((torch.full((4,), 3.0), torch.full((len(x) - 4,), 3 + 1e-6)))[:, None]
-
-    like = torch.empty(0)
-    assert is_invariant(steady, 8, ROWS_MAX, like)
-    assert not is_invariant(by_count, 8, ROWS_MAX, like)
-    assert not is_invariant(by_place, 8, ROWS_MAX, like)
-
-
-@pytest.mark.parametrize("form", ["whole", "stack"])
-def test_forms_that_change_bits_are_noticed(form: str) -> None:
-    def site() -> SiteLora:
-        generator = torch.Generator().manual_seed(0)
-        a = torch.randn(32, 16, generator=generator)
-        b = torch.block_diag(*(torch.randn(8, n, generator=generator) for n in (32, 16)))
-        return SiteLora(a, b, (32, 16), 4 / 3)
-
-    assert forms_agree(site(), site())
-    other = site()
-    if form == "whole":
-        other._whole[0, 40] += 1e-3
-        assert not forms_agree(other, site())
-    else:
-        other.scaling = 1.0  # the stack has one for all that are in it
-        assert not forms_agree(site(), other)
 
 
 def test_a_model_that_is_computed_otherwise_is_refused(folders: Callable[[str], Path]) -> None:
@@ -377,13 +353,12 @@ def test_an_adapter_that_was_made_faster_gives_the_same_bits(
     mixed = [key for key in keys for _ in range(3)]
     before = apart(built, tokens(len(mixed)), mixed)
     sites = [site for layer in built.pool._adapters["adapter 0"].sites for site in layer if site]
-    assert all(site._reordered is None for site in sites)
+    assert all(site.is_slow for site in sites) == (dtype == "bfloat16")
     for key in (*keys[1:], "another"):
         assert key is not None
         while built.pool.speed_up(key):
             pass
-    reorders = dtype == "bfloat16" and not built.pool._rule.in_blocks
-    assert all(site._reordered is not None for site in sites) == reorders
+    assert not any(site.is_slow for site in sites)
     after = apart(built, tokens(len(mixed)), mixed)
     for own, others in zip(before, after, strict=True):
         assert torch.equal(own, others)

@@ -275,7 +275,7 @@ class Scheduler:
         tokens: dict[Job, list[SampledTokens]] = {}
         if drawing:
             hidden_ND = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-            logits_NV = self._decoder.logits(hidden_ND, self._adapters_of(keys))
+            logits_NV = self._decoder.draw_logits(hidden_ND, self._adapters_of(keys))
             asks = [_ask(sequence, row) for sequence, row in drawing]
             for (sequence, _), drawn in zip(
                 drawing, draw(logits_NV, asks, self._workspace), strict=True

@@ -48,10 +48,10 @@ def build(
     layout, expected = LoraLayout.of(base.model), Expected(base.model)
     rule = RowRule()
     decoder = Decoder(base.model, rule)
-    apart = decide_rule(decoder, layout, rows_max)
+    apart = decide_rule(decoder, layout, rows_max, keep_rows_apart)
     if not apart:
-        rule.in_blocks = keep_rows_apart
-        blocks = "; computing in blocks of rows" if keep_rows_apart else ""
-        on_progress(f"the bits of a row depend on how many rows there are{blocks}")
+        on_progress("the bits of a row depend on how many rows there are")
+    elif rule.most is not None:
+        on_progress(f"computing in blocks of {rule.most} rows, so that their bits are their own")
     expected.check(base.info.name, decoder)
-    return Built(decoder, LoraPool(layout, decoder.shape, rule), apart or keep_rows_apart)
+    return Built(decoder, LoraPool(layout, decoder.shape, rule), apart)

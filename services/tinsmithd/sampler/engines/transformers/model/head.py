@@ -4,37 +4,60 @@ import torch
 from torch import Tensor
 
 from tinsmithd.modeling.logits import float_product
-from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, blocks
+from tinsmithd.sampler.engines.transformers.model.linear import Compute, Product, RowRule, in_blocks
 
 
 class Head:
     """`h W^T` with sums that are never rounded below float32.
 
-    A CPU has no kernel for narrow factors and a wide sum, so there the weight is kept in float32,
-    which changes none of its values. It takes twice the memory of one in bfloat16, and a third of
-    the time of widening it anew in each call.
+    It has two forms, whose last bits differ, so each has rows of its own: those that a token is
+    drawn from, and those of prompts that are scored.
+
+    - _Scores_ have many rows, and multiplying costs most. A CPU has no kernel for factors in
+      bfloat16 and a wide sum, so there the weight is kept in float32, which changes none of its
+      values and takes a third of the time of widening it anew in each call.
+    - _Draws_ have few, and reading the weight costs most. Where float16 holds every value of a
+      bfloat16 weight, FBGEMM reads it in that, half of float32, and sums in float32.
 
     Args:
         weight: `(V, d)`.
-        rule: How many rows are given.
+        rule: How many rows are given, where that matters.
+
+    Attributes:
+        d_out, d_in: The weight's sizes.
+        compute: The form of scores, whatever the rule says.
+        compute_few: The form of draws, where it has any number of rows; None: as scores.
     """
 
     def __init__(self, weight: Tensor, rule: RowRule) -> None:
         self.d_out, self.d_in = weight.shape
         self._rule = rule
-        on_cpu = weight.device.type == "cpu"
-        self._wide = Product(weight.float(), None, rule) if on_cpu else None
-        self._weight = None if on_cpu else weight
-
-    def compute(self, hidden: Tensor) -> Tensor:
-        """As a call, whatever the rule says."""
-        if self._wide is not None:
-            return self._wide.compute(hidden.float())
-        assert self._weight is not None
-        return float_product(hidden, self._weight)
+        self.compute: Compute
+        if weight.device.type == "cpu":
+            wide = Product(weight.float(), None, rule)
+            self.compute = lambda hidden: wide.compute(hidden.float())
+        else:
+            self.compute = lambda hidden: float_product(hidden, weight)
+        self.compute_few = _of_few(weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Map `(N, d)` to float32 `(N, V)`."""
-        if not self._rule.in_blocks:
-            return self.compute(hidden)
-        return torch.cat([self.compute(rows) for rows in blocks(hidden)])
+        """Map `(N, d)` to the scores' float32 `(N, V)`, N as the rule gives it."""
+        return in_blocks(self.compute, hidden, self._rule.most)
+
+
+def _of_few(weight: Tensor) -> Compute | None:
+    """The product with a weight in float16, where that has the same values and FBGEMM is there."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return None
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return None
+    if not torch.equal(weight.half().to(weight.dtype), weight):
+        return None
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    product = torch.ops.quantized.linear_dynamic_fp16
+
+    def compute(hidden: Tensor) -> Tensor:
+        found: Tensor = product(hidden.float(), packed)
+        return found
+
+    return compute

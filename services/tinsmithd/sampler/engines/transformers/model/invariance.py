@@ -1,141 +1,238 @@
-"""Finds out whether the bits of a row depend on how many rows are computed together, and how.
+"""Finds out how many rows may be computed together so that the bits of a row are its own.
 
 Which kernel a library takes, and in which order that sums, is nowhere promised, so it is tried: on
-the shapes in use, in the form in use, at many numbers of rows.
+weights of the shapes in use, in the form in use, at many numbers of rows. Two orders of a sum
+mostly round to the same bfloat16, so the sums are made to cancel: what they leave is all rounding.
 """
 
-from collections.abc import Iterator
+import itertools
+import math
+import sys
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
-from tinsmithd.sampler.engines.transformers.model.linear import ROWS_STEP, Compute, RowRule
-from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout, Site
-from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStack
-from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights
-from tinsmithd.sampler.engines.transformers.model.site_lora import WHOLE_ROWS_MAX, SiteLora
+from tinsmithd.sampler.engines.transformers.model.linear import (
+    BLOCK_ROWS,
+    ROWS_STEP,
+    Compute,
+    Product,
+    RowRule,
+    Window,
+)
+from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
+from tinsmithd.sampler.engines.transformers.model.lora_stack import STACK_ADAPTERS_MAX
+from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
-COUNTS = (4, 8, 12, 16, 20, 24, 28, 32, 36, 48, 60, 64, 96, 128, 200, 256)
+COUNTS = (4, 8, 12, 16, 20, 24, 28, 32, 36, 48, 64, 96, 128, 200, 256, 512)
 """Numbers of rows that are tried, besides the largest in use."""
 
-HEAD_ROWS_MAX = 64
-"""Rows that are tried on the head, which is the largest product."""
+HEAD_COUNTS = (4, 8, 12, 16, 32, 64, 128)
+"""Numbers that are tried on the head, which is the largest product."""
 
-LORA_COUNTS = (4, 8, 16, WHOLE_ROWS_MAX, WHOLE_ROWS_MAX + ROWS_STEP, 256)
-"""Numbers of rows that are tried with adapters."""
+FEW_COUNTS = (1, 2, 3, 5, 7, 13, 14, 15, 16, 23, 28, 29, 64)
+"""Numbers that are tried on the head's form of few rows, which has any number."""
 
-LORA_RANKS = (8, 16, 32, 64)
-"""Ranks of adapters that are tried."""
+LORA_RANKS = (16, 32, 64)
+"""Ranks of adapters that are tried; others are computed `ROWS_STEP` rows at a time."""
+
+BESIDE_RANK_MAX = 32
+"""Largest padded rank that is computed side by side: each row is multiplied by all adapters."""
+
+SCALING = 2.0
+"""Of adapters that are tried; a power of two, see `SiteLora`."""
+
+BESIDE_COUNTS = (4, 8, 12, 16, 20, 24, 28, 32, 48, 64)
+"""Numbers of rows that are tried with several adapters side by side."""
 
 
 @torch.inference_mode()
-def decide_rule(decoder: Decoder, layout: LoraLayout, rows_max: int) -> bool:
+def decide_rule(decoder: Decoder, layout: LoraLayout, rows_max: int, keep: bool) -> bool:
     """Set how a decoder computes, so that the bits of a row depend on no other row.
 
     Args:
         decoder: Nothing that counts was computed with it yet.
         layout: Where adapters can stand.
         rows_max: Maximum rows of one forward.
+        keep: Make products of fewer rows where that takes it.
 
     Returns:
-        Whether products may have any multiple of `ROWS_STEP` rows.
+        Whether they depend on no other row.
     """
-    shape, rule = decoder.shape, decoder.rule
+    shape, rule, head = decoder.shape, decoder.rule, decoder.head
     like = torch.empty(0, dtype=shape.dtype, device=shape.device)
-    distinct = {(product.d_out, product.d_in): product for product in decoder.products()}
-    for (d_out, d_in), product in distinct.items():
-        count = min(rows_max, HEAD_ROWS_MAX) if d_out == shape.vocab else rows_max
-        if not is_invariant(product.compute, d_in, count, like):
-            rule.in_blocks = True
-    for rank in LORA_RANKS:
-        pairs = list(_loras(layout, rank, like))
-        if all(forms_agree(*pair) for pair in pairs):
-            rule.ranks_fast |= {rank}
-        elif not all(_is_parts_invariant(first) for first, _second in pairs):
-            rule.in_blocks = True
-    return not rule.in_blocks
+    largest = rule.padded(rows_max)
+    counts = [count for count in COUNTS if count < largest] + [largest]
+    window = Window(ROWS_STEP, largest)
+    shapes = {(each.d_out, each.d_in) for each in decoder.products() if each is not head}
+    for d_out, d_in in sorted(shapes):
+        weight, row = _cancelling(d_out, d_in, like)
+        window = window.within(alike(Product(weight, None, rule).compute, row, counts))
+    row = _random((1, shape.hidden), like)  # float32 shows all bits
+    window = window.within(_unless_all(alike(head.compute, row, HEAD_COUNTS), HEAD_COUNTS))
+    few = head.compute_few
+    if few is not None and alike(few, row, FEW_COUNTS) != Window(FEW_COUNTS[0], FEW_COUNTS[-1]):
+        head.compute_few = None
+    _decide_loras(rule, layout, counts, like)
+    apart = {window, *rule.lora_rows.values()} == {Window(ROWS_STEP, largest)}
+    if not keep:
+        rule.lora_rows = dict.fromkeys(rule.lora_rows, Window(ROWS_STEP, largest))
+        return apart
+    if window.least > ROWS_STEP or window.most < BLOCK_ROWS:
+        rule.use_blocks()
+    elif window.most < largest:
+        rule.most = window.most
+    return True
 
 
-def is_invariant(compute: Compute, d_in: int, rows_max: int, like: Tensor) -> bool:
-    """Whether a product's rows have the same bits at all numbers of rows and at every place.
+def alike(
+    compute: Compute, row_1D: Tensor, counts: Sequence[int], expected_1D: Tensor | None = None
+) -> Window:
+    """Around which numbers of rows a product gives a row the same bits.
 
     Args:
         compute: The product.
-        d_in: Size of its rows.
-        rows_max: Maximum number of rows in use.
-        like: Of the dtype and on the device in use.
+        row_1D: What to try it on: all rows are equal.
+        counts: Numbers to try, ascending, `BLOCK_ROWS` among them.
+        expected_1D: The result; None: what `BLOCK_ROWS` rows give.
+
+    Returns:
+        The widest window of counts; `BLOCK_ROWS` alone where there is none.
     """
-    largest = -(-rows_max // ROWS_STEP) * ROWS_STEP
-    rows = _random((largest, d_in), like, seed=0)
-    whole = compute(rows)
-    for count in COUNTS:
-        for start in (0, largest - count) if count < largest else ():
-            here = slice(start, start + count)
-            if not torch.equal(compute(rows[here].contiguous()), whole[here]):
-                return False
-    return True
+    if expected_1D is None:
+        expected_1D = compute(row_1D.repeat(BLOCK_ROWS, 1))[:1].clone()
+    least = most = BLOCK_ROWS
+    middle = counts.index(BLOCK_ROWS)
+
+    def same(count: int) -> bool:
+        found = compute(row_1D.repeat(count, 1))
+        return torch.equal(found, expected_1D.expand_as(found))
+
+    for count in itertools.takewhile(same, reversed(counts[: middle + 1])):
+        least = count
+    for count in itertools.takewhile(same, counts[middle + 1 :]):
+        most = count
+    return Window(least, most)
 
 
-def forms_agree(first: SiteLora, second: SiteLora) -> bool:
-    """Whether all forms of `SiteLora` give the same bits at all numbers of rows.
-
-    Args:
-        first: An adapter.
-        second: Another one of the same site, rank and scaling, to stand beside it in a stack.
-    """
-    fast, stack = RowRule(), LoraStack()
-    fast.ranks_fast = frozenset({first.rank})
-    adapters = [LoraWeights(0, s.scaling, [[s]], [None], None, 0) for s in (first, second)]
-    held = stack.hold(adapters)
-    x, y, expected = _parts(first)
-    for count in LORA_COUNTS:
-        if not torch.equal(first.added(fast, y[:count].clone(), x[:count]), expected[:count]):
-            return False
-    first.reorder()
-    for count in LORA_COUNTS:
-        if not torch.equal(first.added(fast, y[:count].clone(), x[:count]), expected[:count]):
-            return False
-        if count <= WHOLE_ROWS_MAX:
-            both_x, both_y = x[:count].repeat(2, 1), y[:count].repeat(2, 1)
-            stack.add(0, Site(0), both_x, both_y)
-            own = both_y[:count] if held[0].sites[0][0] is first else both_y[count:]
-            if not torch.equal(own, expected[:count]):
-                return False
-    return True
+def _unless_all(window: Window, counts: Sequence[int]) -> Window:
+    """A window, without bounds where all that was tried is within it."""
+    least = ROWS_STEP if window.least == counts[0] else window.least
+    return Window(least, sys.maxsize if window.most == counts[-1] else window.most)
 
 
-def _is_parts_invariant(site: SiteLora) -> bool:
-    """Whether the form by parts gives the same bits at all numbers of rows."""
-    x, y, expected = _parts(site)
-    for count in LORA_COUNTS:
-        if not torch.equal(site.added(RowRule(), y[:count].clone(), x[:count]), expected[:count]):
-            return False
-    return True
+def _decide_loras(rule: RowRule, layout: LoraLayout, counts: Sequence[int], like: Tensor) -> None:
+    """Set how adapters are computed."""
+    for rank in LORA_RANKS:
+        alone = Window(ROWS_STEP, counts[-1])
+        beside = Window(ROWS_STEP, BESIDE_COUNTS[-1])
+        for d_in, *d_outs in _shapes(layout):
+            site, rows = cancelling_site(d_in, d_outs, rank, like)
+            alone = alone.within(rows_alone(site, rows, counts))
+            if rank <= BESIDE_RANK_MAX:
+                beside = beside.within(rows_beside(site, rows))
+        head = cancelling_site(layout.head.d_in, [layout.head.d_out], rank, like.float())
+        alone = alone.within(_unless_all(rows_alone(*head, HEAD_COUNTS), HEAD_COUNTS))
+        rule.lora_rows[rank] = alone
+        if rank <= BESIDE_RANK_MAX and beside.most >= BLOCK_ROWS:
+            rule.beside_rows[rank] = beside
 
 
-def _parts(site: SiteLora) -> tuple[Tensor, Tensor, Tensor]:
-    """Random x and y for a site, and what the form by parts makes of them."""
-    d_out = sum(part.shape[1] for part in site.parts)
-    x = _random((LORA_COUNTS[-1], len(site.a)), site.a, seed=1)
-    y = _random((LORA_COUNTS[-1], d_out), site.a, seed=2)
-    return x, y, site.added(RowRule(), y.clone(), x)
+def rows_alone(site: SiteLora, rows: tuple[Tensor, Tensor], counts: Sequence[int]) -> Window:
+    """How many rows an adapter may have together; see `alike`. It is reordered meanwhile."""
+    forms = (site.down, _up_of(site))
+    expected = [
+        form(row.repeat(BLOCK_ROWS, 1))[:1].clone() for form, row in zip(forms, rows, strict=True)
+    ]
+    window = Window(counts[0], counts[-1])
+    for _ in range(2):
+        for form, row, own in zip(forms, rows, expected, strict=True):
+            window = window.within(alike(form, row, counts, own))
+        site.reorder()
+    return window
 
 
-def _loras(layout: LoraLayout, rank: int, like: Tensor) -> Iterator[tuple[SiteLora, SiteLora]]:
-    """Two adapters of each shape of a site."""
+def rows_beside(site: SiteLora, rows: tuple[Tensor, Tensor]) -> Window:
+    """How many rows an adapter may have together, side by side with others."""
+    parts, rank = len(site.d_outs), site.rank
+    row_a, row_b = rows
+    own = [row.repeat(BLOCK_ROWS, 1) for row in rows]
+    expected = site.down(own[0])[:1].clone(), site.up(own[1], _zeros(own[1], site))[:1].clone()
+    a, b = (_random(weight.shape, weight, seed=9) for weight in (site.a, site.b))
+    other = SiteLora(a, b, site.d_outs, site.rank, SCALING)
+    window = Window(BESIDE_COUNTS[0], BESIDE_COUNTS[-1])
+    for count in (2, STACK_ADAPTERS_MAX):
+        place = count // 2
+        both = SiteLora.beside([site if i == place else other for i in range(count)])
+        assert both is not None
+        wide_row = row_b.new_zeros((1, parts, count, rank))
+        wide_row[:, :, place] = row_b[:, : parts * rank].view(1, parts, rank)
+        forms = _down_of(both, site, count), _up_of(both)
+        inputs = row_a, _padded(wide_row.flatten(1), both)
+        for form, row, result in zip(forms, inputs, expected, strict=True):
+            if not torch.equal(form(row.repeat(BLOCK_ROWS, 1))[:1], result):
+                return Window(BLOCK_ROWS, 0)
+            window = window.within(alike(form, row, BESIDE_COUNTS, result))
+    return window
+
+
+def _down_of(both: SiteLora, site: SiteLora, count: int) -> Compute:
+    """What the adapter in the middle of so many makes, as it does alone."""
+    shape = len(site.d_outs), count, site.rank
+
+    def down(x: Tensor) -> Tensor:
+        made = both.down(x)[:, : math.prod(shape)].unflatten(1, shape)
+        return _padded(made[:, :, count // 2].flatten(1), site)
+
+    return down
+
+
+def _up_of(site: SiteLora) -> Compute:
+    """The second product, onto nothing."""
+    return lambda update: site.up(update, _zeros(update, site))
+
+
+def _padded(update: Tensor, site: SiteLora) -> Tensor:
+    """A row of as many columns as `SiteLora.down` gives."""
+    return F.pad(update, (0, site.columns - update.shape[1]))
+
+
+def _zeros(update: Tensor, site: SiteLora) -> Tensor:
+    """What nothing was added to yet."""
+    return update.new_zeros((len(update), sum(site.d_outs)))
+
+
+def _shapes(layout: LoraLayout) -> list[tuple[int, ...]]:
+    """The size of the rows, and those of the parts, of each shape of a site."""
     sites = [site for layer in layout.layers for site in layer.sites if site]
-    for d_in, *d_outs in sorted({(site[0].d_in, *(p.d_out for p in site)) for site in sites}):
-        a, other = (_random((d_in, rank * len(d_outs)), like, seed=s) for s in (3, 4))
-        b = torch.zeros((len(d_outs), rank, sum(d_outs))).to(like)
-        place = 0
-        for number, d_out in enumerate(d_outs):
-            b[number, :, place : place + d_out] = _random((rank, d_out), like, seed=5)
-            place += d_out
-        b = b.flatten(0, 1)
-        yield SiteLora(a, b, d_outs, 2.0), SiteLora(other, b, d_outs, 2.0)
+    return sorted({(site[0].d_in, *(part.d_out for part in site)) for site in sites})
 
 
-def _random(shape: tuple[int, ...], like: Tensor, *, seed: int) -> Tensor:
+def cancelling_site(
+    d_in: int, d_outs: Sequence[int], rank: int, like: Tensor
+) -> tuple[SiteLora, tuple[Tensor, Tensor]]:
+    """An adapter of a site, and rows for its A and for its B whose sums cancel."""
+    a, row_a = _cancelling(len(d_outs) * rank, d_in, like)
+    parts = [_cancelling(d_out, rank, like, seed=number) for number, d_out in enumerate(d_outs)]
+    b = torch.block_diag(*(weight for weight, _ in parts))
+    row_b = torch.cat([row for _, row in parts], 1)
+    site = SiteLora(a, b, d_outs, rank, SCALING)
+    return site, (row_a, _padded(row_b, site))
+
+
+def _cancelling(d_out: int, d_in: int, like: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight `(d_out, d_in)` and a row `(1, d_in)`, the halves of whose product cancel."""
+    weight, row = (_random((n, d_in // 2), like, seed=seed + n) for n in (d_out, 1))
+    # Of many magnitudes, so that nearly every addition rounds.
+    row = row * _random(row.shape, like.float(), seed=seed).mul_(4).exp2().to(like)
+    both = torch.cat((weight, -weight), 1), torch.cat((row, row), 1)
+    weight, row = (F.pad(half, (0, d_in % 2)) for half in both)
+    return weight, row
+
+
+def _random(shape: Sequence[int], like: Tensor, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(like)
+    return torch.randn(tuple(shape), generator=generator).to(like)

@@ -1,13 +1,14 @@
 """Products with fixed weights: fast at few rows, and the same for a row whatever stands beside it.
 
 A row of `x W^T` is a sum that a library may order otherwise for other numbers of rows. On the CPUs
-that were measured it does so at a single row (oneDNN), or at what a number of rows leaves when
-divided by 4 (MKL), so products have a multiple of `ROWS_STEP`. `invariance` checks that at start.
-Where that is not enough, every product is made of blocks of `BLOCK_ROWS` rows.
+that were measured it does so at a single row (oneDNN), at what a number of rows leaves when divided
+by 4 (MKL), or above 32 rows (oneDNN with AMX), so products have a multiple of `ROWS_STEP`, and no
+more than were found to be alike. `invariance` finds that out at start. Where not even few numbers
+are alike, every product is made of blocks of `BLOCK_ROWS` rows.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,26 +30,42 @@ LINEAR_PLUS: Any = torch.ops.mkldnn._linear_pointwise.binary
 Compute = Callable[[Tensor], Tensor]
 
 
+class Window(NamedTuple):
+    """How many rows a product may have: from `least` to `most`."""
+
+    least: int
+    most: int
+
+    def within(self, other: "Window") -> "Window":
+        """What both allow."""
+        return Window(max(self.least, other.least), min(self.most, other.most))
+
+
 class RowRule:
     """How many rows the products of a decoder have.
 
     Attributes:
-        in_blocks: Products are made of blocks of `BLOCK_ROWS` rows, instead of any multiple of
-            `ROWS_STEP`.
-        ranks_fast: Padded ranks of adapters for which all forms of adding one give the same bits,
-            so that the fastest is taken; see `SiteLora`.
+        step: A multiple of this.
+        most: Not more than this, a multiple of `step`; None: any number.
+        lora_rows: Those of an adapter, by its padded rank.
+        beside_rows: Those of adapters side by side; ranks that are not here are not computed so.
 
-    Both are decided before anything that counts is computed.
+    All are decided before anything that counts is computed.
     """
 
     def __init__(self) -> None:
-        self.in_blocks = False
-        self.ranks_fast: frozenset[int] = frozenset()
+        self.step = ROWS_STEP
+        self.most: int | None = None
+        self.lora_rows: dict[int, Window] = {}
+        self.beside_rows: dict[int, Window] = {}
 
     def padded(self, count: int) -> int:
         """The rows of a product of which `count` are wanted."""
-        step = BLOCK_ROWS if self.in_blocks else ROWS_STEP
-        return -(-count // step) * step
+        return -(-count // self.step) * self.step
+
+    def use_blocks(self) -> None:
+        """Let every product be made of blocks of `BLOCK_ROWS` rows."""
+        self.step = self.most = BLOCK_ROWS
 
 
 class Product:
@@ -74,9 +91,7 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `(T, d_in)` to a new `(T, d_out)`, T as the rule gives it."""
-        if not self._rule.in_blocks:
-            return self.compute(x)
-        return torch.cat([self.compute(rows) for rows in blocks(x)])
+        return in_blocks(self.compute, x, self._rule.most)
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Compute:
@@ -88,9 +103,11 @@ def _reordered(weight: Tensor, bias: Tensor | None) -> Compute:
     return lambda x: LINEAR(x, packed, bias, "none", [], "")
 
 
-def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Rows `(T, ...)` in blocks of `BLOCK_ROWS`, of which T is a multiple."""
-    return x.split_with_sizes([BLOCK_ROWS] * (len(x) // BLOCK_ROWS))
+def in_blocks(compute: Compute, x: Tensor, most: int | None) -> Tensor:
+    """A product of rows, made of products of at most so many of them."""
+    if most is None or len(x) <= most:
+        return compute(x)
+    return torch.cat([compute(rows) for rows in x.split(most)])
 
 
 def can_reorder(weight: Tensor) -> bool:

@@ -55,10 +55,7 @@ class LoraPool:
         """
         with self._lock:
             adapter = self._adapters.get(key)
-        # In blocks, no form is taken that has few calls.
-        if adapter is None or self._rule.in_blocks or adapter.rank not in self._rule.ranks_fast:
-            return False
-        return adapter.reorder_some()
+        return adapter is not None and adapter.reorder_some()
 
     def unload(self, key: str) -> None:
         """Drop an adapter; an unknown key is no error. `LoraRows` that have it keep it."""

@@ -2,10 +2,11 @@
 
 What an adapter adds to a row is the same sum of the same products whichever adapters other rows
 have: the rows of an adapter are brought together, and products are those of `RowRule`. Adapters
-with few rows each are computed side by side, by one product over a stack of their weights.
+with few rows each are computed side by side, by one product over a stack of their weights, of which
+each row keeps what its own adapter made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -24,6 +25,9 @@ from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
 STACKED_ROWS_MAX = 16
 """Maximum rows of an adapter that is computed side by side with others."""
+
+WHOLE_SHARE = 4
+"""Rows of which at least one in so many has an adapter of a stack are not gathered for it."""
 
 
 class _Run(Protocol):
@@ -45,8 +49,7 @@ class LoraRows:
 
     Args:
         adapters: Per row; None where it has none. One row at least has one.
-        stacks: Of adapters that are computed side by side. They are changed when the first product
-            is made, so another `LoraRows` must not be at work then.
+        stacks: Of adapters that are computed side by side.
         rule: How many rows products have.
         device: Where the rows are.
     """
@@ -127,20 +130,20 @@ class LoraRows:
     def _made_runs(self) -> list[_Run]:
         found: list[_Run] = []
         small: dict[StackKey, list[tuple[LoraWeights, list[int]]]] = {}
-        ranks = frozenset() if self._rule.in_blocks else self._rule.ranks_fast
         for adapter, rows in self._groups.values():
-            whole = len(rows) == len(self)
-            if whole or len(rows) > STACKED_ROWS_MAX or adapter.rank not in ranks:
-                found.append(_Alone(adapter, self._place(rows)))
-            else:
+            few = len(rows) <= STACKED_ROWS_MAX and len(rows) < len(self)
+            if few and adapter.can_stand_beside and adapter.rank in self._rule.beside_rows:
                 small.setdefault((adapter.rank, adapter.scaling), []).append((adapter, rows))
-        for kind, group in small.items():
+            else:
+                found.append(_Alone(adapter, self._place(rows)))
+        for group in small.values():
             if len(group) == 1:
                 ((adapter, rows),) = group
                 found.append(_Alone(adapter, self._place(rows)))
             else:
-                stack = self._stacks.of(kind)
-                found.append(_SideBySide(stack, group, len(self), self._rule, self._device))
+                rows_of = {id(adapter): rows for adapter, rows in group}
+                for stack in self._stacks.of([adapter for adapter, _ in group]):
+                    found.append(_SideBySide(stack, rows_of, len(self), self._rule, self._device))
         return found
 
     def _place(self, rows: list[int]) -> "_Place":
@@ -173,7 +176,7 @@ class _Slice:
 
     def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
-        lora.add(self._rule, y[self._rows], x[self._rows])
+        y[self._rows] = lora.added(self._rule, y[self._rows], x[self._rows])
         return y
 
 
@@ -190,10 +193,9 @@ class _Gathered:
 
     def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
-        own = y.index_select(0, self._index)
-        lora.add(self._rule, own, x.index_select(0, self._index))
+        own, own_x = (rows.index_select(0, self._index) for rows in (y, x))
         # A row that stands there twice has the same bits twice.
-        return y.index_copy_(0, self._index, own)
+        return y.index_copy_(0, self._index, lora.added(self._rule, own, own_x))
 
 
 class _Alone:
@@ -212,8 +214,8 @@ class _SideBySide:
     """Several adapters of one rank with few rows each.
 
     Args:
-        stack: Takes their weights.
-        group: The adapters, with their rows.
+        stack: Their weights.
+        rows_of: The rows of adapters, by `id`; others have none here.
         rows_all: Number of rows, others included.
         rule: How many rows products have.
         device: Where the rows are.
@@ -222,29 +224,36 @@ class _SideBySide:
     def __init__(
         self,
         stack: LoraStack,
-        group: Sequence[tuple[LoraWeights, list[int]]],
+        rows_of: Mapping[int, list[int]],
         rows_all: int,
         rule: RowRule,
         device: torch.device,
     ) -> None:
-        self._stack = stack
-        count = rule.padded(max(len(rows) for _, rows in group))
-        by_adapter = {id(adapter): rows for adapter, rows in group}
-        index = []
-        for adapter in stack.hold([adapter for adapter, _ in group]):
-            rows = by_adapter[id(adapter)]
-            index += rows + rows[-1:] * (count - len(rows))
-        self._index = torch.tensor(index, device=device)
-        # Where all rows are here, giving each its own back is faster than copying into y.
-        places = {row: place for place, row in enumerate(index)}
-        back = [places.get(row, 0) for row in range(rule.padded(rows_all))]
-        self._back = torch.tensor(back, device=device) if len(places) == rows_all else None
+        self._stack, self._rule = stack, rule
+        places = {
+            row: place
+            for place, adapter in enumerate(stack.adapters)
+            for row in rows_of.get(id(adapter), ())
+        }
+        rows = list(range(rule.padded(rows_all)))
+        self._index: Tensor | None = None
+        if rule.padded(len(places)) * WHOLE_SHARE < len(rows):
+            rows = sorted(places)
+            rows += rows[-1:] * (rule.padded(len(rows)) - len(rows))
+            self._index = torch.tensor(rows, device=device)
+        # To rows without an adapter here zeros are added.
+        others = torch.ones((len(rows), 1, len(stack.adapters), 1), dtype=torch.bool)
+        for at, row in enumerate(rows):
+            if row in places:
+                others[at, 0, places[row]] = False
+        self._others = others.to(device)
 
     def added(self, layer: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """See `LoraRows.added`."""
-        own = y.index_select(0, self._index)
-        if not self._stack.add(layer, site, x.index_select(0, self._index), own):
+        lora = self._stack.site(layer, site)
+        if lora is None:
             return y
-        if self._back is not None:
-            return own.index_select(0, self._back)
-        return y.index_copy_(0, self._index, own)
+        if self._index is None:
+            return lora.added(self._rule, y, x, self._others)
+        own, own_x = (rows.index_select(0, self._index) for rows in (y, x))
+        return y.index_copy_(0, self._index, lora.added(self._rule, own, own_x, self._others))

@@ -5,6 +5,7 @@ Ranks are padded with zeros to a power of two, so that adapters of many ranks me
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from tinsmithd.sampler.engines.transformers.model.lora_layout import (
     expert_factors,
     names,
 )
-from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
+from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora, columns_of
 
-RANK_MIN = 8
+RANK_MIN = 16
 """Smaller ranks are padded to it."""
 
 
@@ -46,6 +47,11 @@ class LoraWeights:
     experts: Sequence[ExpertLora | None]
     head: SiteLora | None
     bytes: int
+
+    @cached_property
+    def can_stand_beside(self) -> bool:
+        """See `SiteLora`; of all sites."""
+        return all(site.can_stand_beside for layer in self.sites for site in layer if site)
 
     def reorder_some(self) -> bool:
         """Reorder the sites of the next layer, see `SiteLora.reorder`; False once all are."""
@@ -107,21 +113,20 @@ class _Maker:
         if not any(map(self._places.has, parts)):
             return None
         d_outs = [part.d_out for part in parts]
-        # numpy turns a matrix round in half the time that torch needs where it has to narrow it.
-        a = np.zeros((parts[0].d_in, len(parts) * self.rank), np.float32)
-        whole = np.zeros((len(parts) * self.rank, sum(d_outs)), np.float32)
+        count, d_in = len(parts) * self.rank, parts[0].d_in
+        columns, rows = columns_of(count) if dtype == torch.bfloat16 else (count, count)
+        a = np.zeros((rows, d_in), np.float32)
+        b = np.zeros((sum(d_outs), columns), np.float32)
         place = 0
         for number, part in enumerate(parts):
             if self._places.has(part):
                 name_a, name_b = names(part.name)
                 own = slice(number * self.rank, number * self.rank + self._own_rank)
-                a[:, own] = self._weights[name_a].T
-                whole[own, place : place + part.d_out] = self._weights[name_b].T
+                a[own] = self._weights[name_a]
+                b[place : place + part.d_out, own] = self._weights[name_b]
             place += part.d_out
-        a_there, whole_there = (
-            torch.from_numpy(made).to(self._device, dtype) for made in (a, whole)
-        )
-        return SiteLora(a_there, whole_there, d_outs, self.scaling)
+        a_there, b_there = (torch.from_numpy(made).to(self._device, dtype) for made in (a, b))
+        return SiteLora(a_there, b_there, d_outs, self.rank, self.scaling)
 
     def experts(self, layer: LayerLayout, dtype: torch.dtype) -> ExpertLora | None:
         """Of the experts of a layer."""

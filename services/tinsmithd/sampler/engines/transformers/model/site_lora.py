@@ -1,20 +1,21 @@
-"""What one adapter adds to one product: `y + s B A x`.
+"""What adapters add to one product: `y + s B A x`.
 
 A product holds several linear layers side by side, and an adapter has an A and a B for each of
-these parts. All A stand side by side in one weight. There are several forms of the rest, which give
-the same bits on the CPUs that were measured; `invariance` checks that at start:
+these parts. Several adapters of one rank may be computed together, each for rows of its own: their
+A stand side by side, a row keeps of `A x` what its own adapter made, zeros meet the B of others.
 
-- per part, with the parts' own B: least arithmetic, for many rows;
-- whole, with one B that is zero where a part meets another's A: fewest calls, for few rows;
-- whole in oneDNN's order: in bfloat16 half the time of the former. Bringing all weights of an
-  adapter into it takes longer than a first token, so it is there some time after the others;
-- in a stack beside other adapters, see `LoraStack`.
+There are two forms, of which a site has one:
+
+- in bfloat16 on a CPU, two calls of oneDNN: one for all A, and one for all B, with zeros where a
+  part meets another's A. A call costs more than the arithmetic of few rows;
+- else a product for all A and one for each part's B.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.linear import (
@@ -22,100 +23,202 @@ from tinsmithd.sampler.engines.transformers.model.linear import (
     LINEAR,
     LINEAR_PLUS,
     RowRule,
-    blocks,
+    Window,
     can_reorder,
     reorder,
 )
 
-WHOLE_ROWS_MAX = 64
-"""Maximum rows for which calls cost more than arithmetic."""
+SUM_MAX = 768
+"""Longest sum of one product of A in the second form: MKL shares longer ones between threads, and
+how depends on the number of rows."""
+
+COLUMNS_STEP = 32
+"""`A x` has a multiple of it as columns in the first form. AMX multiplies so many at once, and how
+it sums what is left over depends on how much that is."""
+
+COLUMNS_MIN = 64
+"""Least columns of A there: oneDNN shares the sums of fewer ones between threads, and how depends
+on the number of rows."""
+
+ALONE = Window(BLOCK_ROWS, BLOCK_ROWS)
+"""Rows of an adapter whose rank or form was not tried: always the same."""
 
 
 class SiteLora:
-    """An adapter's weights for one product.
+    """The weights of one adapter, or of several, for one product.
 
     Args:
-        a: The A of all parts side by side, `(d_in, parts * rank)`.
-        whole: The B of all parts, each below and beside the one before, zero elsewhere:
-            `(parts * rank, d_out)`.
+        a: All A, `(count, d_in)`, by part, then adapter, then rank; more rows are zero. It and b
+            are taken over.
+        b: All B, those of a part beside each other, each part below the one before and zero
+            elsewhere: `(d_out, count)`; more columns are zero.
         d_outs: The parts' share of d_out.
+        rank: Of each part of each adapter.
         scaling: s, alpha / rank.
+        adapters: How many.
 
     Attributes:
-        a, scaling: As given.
-        rank: Of each part.
-        parts: The B of each part, `(rank, d_out of the part)`, which lie in `whole`.
+        a, b, d_outs, rank: As given; s may be in b.
+        columns: Of what `down` gives: count, and zeros.
     """
 
-    def __init__(self, a: Tensor, whole: Tensor, d_outs: Sequence[int], scaling: float) -> None:
-        self.a, self.scaling = a, scaling
-        self.rank = len(whole) // len(d_outs)
-        beside = whole.split_with_sizes(list(d_outs), 1)
-        self.parts = tuple(
-            part[number * self.rank : (number + 1) * self.rank]
-            for number, part in enumerate(beside)
-        )
-        self._whole, self._d_outs = whole, list(d_outs)
-        self._reordered: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def _can_reorder(self) -> bool:
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        d_outs: Sequence[int],
+        rank: int,
+        scaling: float,
+        adapters: int = 1,
+    ) -> None:
+        self._count = rank * adapters * len(d_outs)
+        self.d_outs, self.rank, self._adapters = list(d_outs), rank, adapters
+        takes_narrow = a.dtype == torch.bfloat16 and can_reorder(a)
         # oneDNN takes no s, and only a power of two in B leaves the rounding of bfloat16 as it is.
-        is_power = math.frexp(self.scaling)[0] == 0.5
-        return self.a.dtype == torch.bfloat16 and can_reorder(self.a) and is_power
+        self._is_narrow = takes_narrow and math.frexp(scaling)[0] == 0.5
+        self._is_tried = self._is_narrow or not takes_narrow
+        self._reordered: tuple[Tensor, Tensor] | None = None
+        if self._is_narrow:
+            self.columns, rows = columns_of(self._count)
+            self.a = a if len(a) == rows else F.pad(a, (0, 0, 0, rows - len(a)))
+            missing = self.columns - b.shape[1]
+            self.b = (F.pad(b, (0, missing)) if missing else b).mul_(scaling)
+            self._scaling = 1.0
+            return
+        self.columns, self._scaling = self._count, scaling
+        # In this order MKL has the same bits at more numbers of rows.
+        self._a_turned = a[: self._count].t().contiguous()
+        b_turned = b[:, : self._count].t().contiguous()
+        if b.dtype == torch.float32:
+            # MKL multiplies with s sooner or later; how many rows there are decides.
+            b_turned.mul_(scaling)
+            self._scaling = 1.0
+        self.a, self.b = self._a_turned.t(), b_turned.t()
+        self._parts = [
+            part.chunk(len(d_outs))[number]
+            for number, part in enumerate(b_turned.split_with_sizes(self.d_outs, 1))
+        ]
+
+    @classmethod
+    def beside(cls, sites: Sequence["SiteLora | None"]) -> "SiteLora | None":
+        """Several adapters' weights for one product; None where none has any.
+
+        Args:
+            sites: Theirs, of one rank and scaling; None for one that does not stand here.
+        """
+        like = next((site for site in sites if site is not None), None)
+        if like is None:
+            return None
+        adapters, parts, rank = len(sites), len(like.d_outs), like.rank
+        columns, rows = columns_of(parts * adapters * rank)
+        count = parts * adapters * rank
+        a = like.a.new_zeros((rows, like.a.shape[1]))
+        b = like.b.new_zeros((len(like.b), columns))
+        all_a = a[:count].unflatten(0, (parts, adapters, rank))
+        all_b = b[:, :count].unflatten(1, (parts, adapters, rank))
+        for place, site in enumerate(sites):
+            if site is not None:
+                all_a[:, place] = site.a[: site._count].unflatten(0, (parts, rank))
+                all_b[:, :, place] = site.b[:, : site._count].unflatten(1, (parts, rank))
+        made = cls(a, b, like.d_outs, rank, like._scaling, adapters)
+        if made._is_narrow:
+            made.reorder()
+            made.a = made.b = a.new_empty(0)  # not needed any more
+        return made
 
     @property
     def bytes(self) -> int:
         """What the weights take, once they are reordered."""
-        size = self.a.nbytes + self._whole.nbytes
-        return 2 * size if self._can_reorder else size
+        size = self.a.nbytes + self.b.nbytes
+        return 2 * size if self._is_narrow else size
+
+    @property
+    def can_stand_beside(self) -> bool:
+        """Whether zeros silence all weights, and their form is one that was tried beside others."""
+        return self._is_tried and bool(self.a.isfinite().all() and self.b.isfinite().all())
 
     @property
     def is_slow(self) -> bool:
         """Whether `reorder` makes it faster."""
-        return self._reordered is None and self._can_reorder
+        return self._is_narrow and self._reordered is None
 
     def reorder(self) -> None:
-        """Have the weights in oneDNN's order too, where it takes them; from any thread."""
-        if self.is_slow:
-            b = (self._whole * self.scaling).t().contiguous()
-            self._reordered = (reorder(self.a.t().contiguous()), reorder(b))
+        """Have the weights in oneDNN's order too, where it computes with them; from any thread.
 
-    def added(self, rule: RowRule, y: Tensor, x: Tensor) -> Tensor:
+        It takes them in any order, with the same bits, but else reorders them in each call.
+        """
+        if self.is_slow:
+            self._reordered = reorder(self.a), reorder(self.b)
+
+    def added(self, rule: RowRule, y: Tensor, x: Tensor, others: Tensor | None = None) -> Tensor:
         """Add to all rows.
 
         Args:
             rule: How many rows products have.
             y: `(T, d_out)`, T as the rule says; it may be changed.
             x: `(T, d_in)`.
+            others: Where there are several adapters, bool `(T, 1, adapters, 1)`: which are not the
+                row's.
 
         Returns:
             The sum, which may be y.
         """
-        reordered = self._reordered
-        if reordered is None or not self._is_fast(rule, y):
-            self.add(rule, y, x)
-            return y
-        a, b = reordered
-        total: Tensor = LINEAR_PLUS(LINEAR(x, a, None, "none", [], ""), y, b, None, "add")
-        return total
+        rows = rule.lora_rows if others is None else rule.beside_rows
+        least, most = rows.get(self.rank, ALONE) if self._is_tried else ALONE
+        if least <= len(y) <= most:
+            return self._added(y, x, others)
+        found = []
+        for start in range(0, len(y), most):
+            here = slice(start, min(start + most, len(y)))
+            count = max(least, here.stop - start)
+            mask = None if others is None else _filled(others[here], count)
+            block = self._added(_filled(y[here], count), _filled(x[here], count), mask)
+            found.append(block[: here.stop - start])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def add(self, rule: RowRule, y: Tensor, x: Tensor) -> None:
-        """As `added`, into y."""
-        if rule.in_blocks and len(y) > BLOCK_ROWS:
-            for rows_y, rows_x in zip(blocks(y), blocks(x), strict=True):
-                self.add(rule, rows_y, rows_x)
-            return
-        update = torch.mm(x, self.a)
-        if len(self.parts) == 1 or self._is_fast(rule, y):
-            y.addmm_(update, self._whole, alpha=self.scaling)
-            return
-        updates = update.split_with_sizes([self.rank] * len(self.parts), 1)
-        own_y = y.split_with_sizes(self._d_outs, 1)
-        for part, own, b in zip(own_y, updates, self.parts, strict=True):
-            part.addmm_(own, b, alpha=self.scaling)
+    def _added(self, y: Tensor, x: Tensor, others: Tensor | None) -> Tensor:
+        update = self.down(x)
+        if others is not None:
+            own = update[:, : self._count].unflatten(1, (-1, self._adapters, self.rank))
+            own.masked_fill_(others, 0)
+        return self.up(update, y)
 
-    def _is_fast(self, rule: RowRule, y: Tensor) -> bool:
-        """Whether a form is taken that has few calls."""
-        few = len(y) <= WHOLE_ROWS_MAX and not rule.in_blocks
-        return few and self.rank in rule.ranks_fast
+    def down(self, x: Tensor) -> Tensor:
+        """`A x` of all adapters and zeros behind it, `(T, columns)`."""
+        if self._is_narrow:
+            a = self.a if self._reordered is None else self._reordered[0]
+            made: Tensor = LINEAR(x, a, None, "none", [], "")
+            return made if made.shape[1] == self.columns else made[:, : self.columns].contiguous()
+        a = self._a_turned
+        update = torch.mm(x[:, :SUM_MAX], a[:SUM_MAX])
+        for start in range(SUM_MAX, len(a), SUM_MAX):
+            update.addmm_(x[:, start : start + SUM_MAX], a[start : start + SUM_MAX])
+        return update
+
+    def up(self, update: Tensor, y: Tensor) -> Tensor:
+        """`y + s B A x`, of what `down` gives; y may be changed."""
+        if self._is_narrow:
+            b = self.b if self._reordered is None else self._reordered[1]
+            total: Tensor = LINEAR_PLUS(update, y, b, None, "add")
+            return total
+        if len(self._parts) == 1:
+            return y.addmm_(update, self._parts[0], alpha=self._scaling)
+        updates = update.chunk(len(self._parts), 1)
+        own_y = y.split_with_sizes(self.d_outs, 1)
+        for part, own, b in zip(own_y, updates, self._parts, strict=True):
+            part.addmm_(own, b, alpha=self._scaling)
+        return y
+
+
+def columns_of(count: int) -> tuple[int, int]:
+    """So many columns of `A x` in the first form, zeros included: of B, and of A."""
+    columns = -(-count // COLUMNS_STEP) * COLUMNS_STEP
+    return columns, max(columns, COLUMNS_MIN)
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """Rows filled up to so many; nobody looks at the rest."""
+    missing = count - len(rows)
+    if missing == 0:
+        return rows
+    return torch.cat((rows, rows[:1].expand(missing, *rows.shape[1:])))
