@@ -8,6 +8,7 @@ from tinsmithd.domain import LoraConfig
 from tinsmithd.trainer.engines.factory import engine_makers
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, OnOutput, TrainingEngine
 from tinsmithd.trainer.engines.registry import Engines
+from tinsmithd.trainer.process_group import distributed
 
 
 class AllTunings(Engines):
@@ -38,6 +39,13 @@ def make_engine(
     """Engines of all tunings, as one; settings are those of a rank."""
     config = TrainerConfig(engine=name, base_model=base_model, **settings)
     return AllTunings(engine_makers(config, on_progress), LoraConfig)
+
+
+def leave_together(rank: int) -> None:
+    """What a rank does at its end: it hears of it, and leaves the process group."""
+    assert distributed.broadcast_bytes(b"end" if rank == 0 else None) == b"end"
+    assert distributed.broadcast_bytes(b"" if rank == 0 else None) == b""
+    distributed.close()
 
 
 def only(engine: TrainingEngine) -> Engines:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data import collect, make_data, make_rl_data
-from engines import make_engine
+from engines import leave_together, make_engine
 from tinsmithd.domain import AdamParams, Datum, FullConfig, LoraConfig
 from tinsmithd.loss_fns import Gspo, Ppo
 from tinsmithd.trainer.engines.interface import TrainingEngine
@@ -187,10 +187,7 @@ def main() -> None:
         Path(out, f"{case}.{rank}.json").write_text(json.dumps(found))
         if rank == 0:
             np.savez(Path(out, f"{case}.npz"), **results)
-    command = distributed.broadcast_bytes(b"end" if rank == 0 else None)
-    assert command == b"end"
-    assert distributed.broadcast_bytes(b"" if rank == 0 else None) == b""
-    distributed.close()
+    leave_together(rank)
 
 
 if __name__ == "__main__":

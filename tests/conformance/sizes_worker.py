@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from data import collect, make_data
-from engines import make_engine
+from engines import leave_together, make_engine
 from tinsmithd.domain import AdamParams, FullConfig, LoraConfig
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
@@ -129,10 +129,7 @@ def main() -> None:
     for case in cases:
         found = measure(folder, **CASES[case])
         Path(out, f"{case}.{rank}.json").write_text(json.dumps(found))
-    command = distributed.broadcast_bytes(b"end" if rank == 0 else None)
-    assert command == b"end"
-    assert distributed.broadcast_bytes(b"" if rank == 0 else None) == b""
-    distributed.close()
+    leave_together(rank)
 
 
 if __name__ == "__main__":
