@@ -44,6 +44,7 @@ class World:
         self.samplers_way = stack.enter_context(SlowWay(self.checkpoint.port))
         patience = {"checkpoint_stall_s_max": STALL_S, "checkpoint_answer_s_max": STALL_S}
         every = {"base_model": base_model, "threads": 1, "running_max": 1, "adapters_max": 2}
+        every["ahead_bytes_max"] = 0  # nothing is there before somebody asks for it
         target = {"checkpoint_target": self.samplers_way.address}
         self.sampler = stack.enter_context(
             Process("sampler", folder, {**every, **target, **patience})
