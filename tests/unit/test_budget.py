@@ -166,7 +166,7 @@ def test_half_messages_are_ended_only_while_the_process_grows(
     for reader in (old, new):
         reads.ended(reader)
     rss[0] = 200
-    for _ in range(2000):  # as long as the window
+    for _ in range(round(100.0 / reads_module.INTERVAL_S)):  # as long as the window
         reads.look(10.0)
     later = reads_at(monkeypatch, reads, 5.0)
     reads.look(10.0)
