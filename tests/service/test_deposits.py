@@ -13,6 +13,7 @@ import pytest
 
 from checkpoint_server import Served
 from checkpoints import LORA, PATH, commit, files, leave, messages, piece
+from deposits import hand_over
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint_client import CheckpointClient
@@ -20,7 +21,6 @@ from tinsmithd.config import CheckpointConfig
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.saves import NewCheckpoint, SaveOptions
 from tinsmithd.state import files as state_files
-from tinsmithd.trainer.state_sender import leave_state
 from tinsmithd.training.models import Checkpoints, Copies, Deposits, DiskStaging
 from wire import reason_and_field
 
@@ -228,12 +228,7 @@ async def test_a_save_ends_in_the_same_checkpoint_wherever_the_ranks_can_leave_i
         checkpoints.deposits.open() as deposit,
         checkpoints.saving(new, staged, deposit, _at_once) as saved,
     ):
-        left = None if deposit is None else leave_state(state, deposit.folder)
-        if deposit is not None and left is not None:
-            deposit.files = {file.file_name: file.size_bytes for file in left}
-        else:
-            for name, data in content.items():
-                await staged.write(name, data)
+        await hand_over(state, deposit, staged)
         info = await saved()
     assert info.size_bytes == sum(map(len, content.values()))
     assert await served.read() == content

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from checkpoints import PEFT_CONFIG, NeverRead, to_files
+from deposits import hand_over
 from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, LoraConfig, ModelState
 from tinsmithd.errors import NotFound, Reason, Unavailable
 from tinsmithd.saves import NewCheckpoint, SaveOptions
@@ -190,13 +191,8 @@ async def save(checkpoints: Checkpoints, state: ModelState, *, loses: bool = Fal
         checkpoints.deposits.open() as deposit,
         checkpoints.saving(NEW, staged, deposit, before_commit) as saved,
     ):
-        left = None if deposit is None else leave_state(state, deposit.folder)
-        if deposit is not None and left is not None:
-            deposit.files = {file.file_name: file.size_bytes for file in left}
+        if await hand_over(state, deposit, staged):
             _lose(deposit, loses)
-        else:
-            for name, data in to_files(state).items():
-                await staged.write(name, data)
         await saved()
 
 
