@@ -130,13 +130,6 @@ async def drain(
         return sum([len(made.tokens) async for output in outputs for made in output.tokens])
 
 
-async def until(condition: object) -> None:
-    """Let everything else run until a condition holds."""
-    async with asyncio.timeout(30):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.001)
-
-
 def adapter(
     key: str, fetched: list[str] | None = None, gate: asyncio.Event | None = None
 ) -> Adapter:

@@ -1,6 +1,5 @@
 """What the Checkpoint server refuses of names and streams: nothing is left behind."""
 
-import asyncio
 from collections.abc import Callable
 
 import grpc
@@ -9,6 +8,7 @@ import pytest
 from checkpoint_server import Served
 from checkpoints import PATH, files, messages, piece
 from tinsmith.v1 import checkpoint_service_pb2 as pb
+from waiting import until
 from wire import reason_and_field
 
 BAD_PATHS = [
@@ -120,10 +120,7 @@ async def test_a_broken_stream_leaves_nothing(served: Served) -> None:
     call = served.stub.WriteCheckpoint()
     for message in list(messages(PATH, files()))[:3]:
         await call.write(message)
+    await until(served.leftovers)
     call.cancel()
-    for _ in range(200):
-        if not served.leftovers():
-            break
-        await asyncio.sleep(0.02)
-    assert served.leftovers() == []
+    await until(lambda: not served.leftovers())
     assert served.blobs() == []

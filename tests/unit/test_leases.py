@@ -13,6 +13,7 @@ from tinsmithd.checkpoint.rules import EXPIRY_GRACE_S, Keeper
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
 from tinsmithd.training.models import Releases
+from waiting import until
 
 TTL_S = 86_400
 MINUTE_S = 60.0
@@ -250,9 +251,3 @@ async def test_deleted_models_are_released_whoever_was_away_when(
     task.cancel()
     timed.passes(2 * MINUTE_S)
     assert timed.there(*paths) == paths[2:]
-
-
-async def until(true: object) -> None:
-    async with asyncio.timeout(30):
-        while not true():  # type: ignore[operator]
-            await asyncio.sleep(0.005)

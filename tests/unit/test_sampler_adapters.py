@@ -5,11 +5,12 @@ import asyncio
 import numpy as np
 import pytest
 
-from sampler_recorder import ADAPTER_BYTES, Recorder, adapter, drain, new_admission, until
+from sampler_recorder import ADAPTER_BYTES, Recorder, adapter, drain, new_admission
 from tinsmithd.domain import LoraConfig, ModelState
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason
 from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.loaded_adapters import Adapter
+from waiting import until
 
 
 async def test_one_load_serves_all_who_want_an_adapter(

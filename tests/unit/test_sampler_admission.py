@@ -6,10 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sampler_recorder import Recorder, adapter, drain, new_admission, request, until
+from sampler_recorder import Recorder, adapter, drain, new_admission, request
 from tinsmithd.domain import StopReason
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.sampler.admission import Admission
+from waiting import until
 
 
 async def test_too_many_waiting_are_refused_and_nothing_is_lost(

@@ -1,7 +1,6 @@
 """Who has a seat at the ranks, who has to leave, and what is said where nobody can."""
 
 import asyncio
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,12 +54,6 @@ class Room:
     async def enter(self, model: Model) -> None:
         await asyncio.wait_for(self.seats.enter(model), 30)
         self.seats.is_back(model)
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
-        while not true():
-            await asyncio.sleep(0.001)
 
 
 def used(model: Model) -> None:
