@@ -105,11 +105,16 @@ def token_count(data: Sequence[bytes]) -> int:
 
 
 class RecordedCluster:
-    """A Training server in this process with one rank, and a stub of its service."""
+    """A Training server in this process with one rank, and a stub of its service.
 
-    def __init__(self, stub: Any, rank: RankZero) -> None:
+    Attributes:
+        folder: Its `data_folder`.
+    """
+
+    def __init__(self, stub: Any, rank: RankZero, folder: Path) -> None:
         self.stub = stub
         self.rank = rank
+        self.folder = folder
 
     async def create(self, seed: int = 1) -> str:
         """Make a model; returns its id."""
@@ -160,18 +165,20 @@ class RecordedCluster:
 
 @asynccontextmanager
 async def recorded_cluster(
-    engine: TrainingEngine, quantum_tokens: int, *, models_max: int = 64
+    engine: TrainingEngine, quantum_tokens: int, **settings: Any
 ) -> AsyncIterator[RecordedCluster]:
-    """Run one on free ports; it keeps nothing."""
+    """Run one on free ports; it keeps nothing, unless `durability` says so."""
     stack = contextlib.ExitStack()
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     config = TrainingConfig(
-        listen_address="127.0.0.1:0",
-        link_address="127.0.0.1:0",
-        data_folder=str(folder),
-        quantum_tokens=quantum_tokens,
-        models_max=models_max,
-        durability="none",
+        **{
+            "listen_address": "127.0.0.1:0",
+            "link_address": "127.0.0.1:0",
+            "data_folder": str(folder),
+            "quantum_tokens": quantum_tokens,
+            "durability": "none",
+            **settings,
+        }
     )
     server = TrainingServer(config)
     await server.start()
@@ -182,7 +189,7 @@ async def recorded_cluster(
             stub: Any = pb.TrainingServiceStub(channel)
             while not (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).base_models:
                 await asyncio.sleep(0.02)
-            yield RecordedCluster(stub, rank)
+            yield RecordedCluster(stub, rank, folder)
     finally:
         rank.go.set()
         await server.stop()

@@ -26,6 +26,7 @@ from bench import (
     rows_durable,
     rows_memory,
     rows_neighbour,
+    rows_recovery,
     rows_rl,
     rows_rpc,
     rows_sampling,
@@ -66,6 +67,7 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "26": rows_step.idle_models,
     "28": rows_durable.back_again,
     "29": rows_neighbour.neighbour,
+    "31": rows_recovery.recovery,
 }
 
 

@@ -38,10 +38,12 @@ def test_row_1_ranks_killed_while_idle_come_back_with_the_same_bits(
     training: Training, undisturbed: Seen
 ) -> None:
     """I2, I3: the next call waits for the next group and goes on bit for bit; pending gradients,
-    too; health says when recovery ended."""
+    too; health says when recovery ended. A model that nobody calls stays on disk until then."""
     training.start_rank()
-    client = model_of(tinsmith.ServiceClient(base_url=training.address))
+    service = tinsmith.ServiceClient(base_url=training.address)
+    client, idle = model_of(service), model_of(service)
     seen = train(client, 0, STEPS)
+    assert train(idle, 0, 1) == seen[:2]
     seen.append(values(client.forward_backward(data(STEPS), "cross_entropy").result(60)))
     training.ranks[0].kill()
     until_health(training.address, serving=False)
@@ -51,6 +53,8 @@ def test_row_1_ranks_killed_while_idle_come_back_with_the_same_bits(
     assert seen + train(client, STEPS + 1, 2 * STEPS) == undisturbed
     until_health(training.address, serving=True, service=RECOVERY)
     assert state(training, client.model_id).state == pb.ModelState.MODEL_STATE_READY
+    assert state(training, idle.model_id).state == pb.ModelState.MODEL_STATE_SUSPENDED
+    assert train(idle, 1, 2) == undisturbed[2:4]
 
 
 def test_row_11_a_stopped_group_is_replaced_and_cannot_come_back(
@@ -210,6 +214,7 @@ def test_row_39_other_ranks_than_those_that_computed_are_refused_and_nothing_is_
     seen = train(client, 0, 2)
     training.ranks[0].kill()
     wrong = training.start_rank(threads=2)
+    waiting = client.forward_backward(data(2), "cross_entropy")
     wrong.until(lambda: training.server.says("threads was 1 and is 2"))
     with grpc.insecure_channel(training.address) as channel:
         stub = pb.TrainingServiceStub(channel)
@@ -222,7 +227,10 @@ def test_row_39_other_ranks_than_those_that_computed_are_refused_and_nothing_is_
     assert "was 1" not in found.state_message  # how they differ is for the log
     wrong.kill()
     training.start_rank()
-    assert seen + train(client, 2, 2 * STEPS) == undisturbed
+    seen.append(values(waiting.result(60)))
+    step = client.optim_step(types.AdamParams(learning_rate=1e-2))
+    seen.append(values(step.result(60)))
+    assert seen + train(client, 3, 2 * STEPS) == undisturbed
 
 
 def test_row_25_a_call_that_kills_the_ranks_twice_is_refused_and_consumed(

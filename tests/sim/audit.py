@@ -128,7 +128,10 @@ async def _all_back(world: "World") -> bool:
         server = world.server
         if server is None or not server.up or server.link is None:
             continue
-        if not server.models.recovering:
+        lanes = [model.lane for model in server.models.list()]
+        if any(lane.suspended for lane in lanes):
+            server.wake_suspended()
+        elif not any(lane.recovering for lane in lanes):
             return True
         if world.nemesis.mismatches:
             return True  # no group fits all of them
@@ -154,7 +157,7 @@ def _check_ranks(world: "World", oracles: dict[str, Oracle]) -> None:
         if model.lane.lost:
             if not world.may_be_lost(model_id):
                 world.fail(f"{model_id} is lost")
-        elif not model.lane.recovering:
+        elif not (model.lane.recovering or model.lane.suspended):
             try:
                 check_state(oracle, world.group.models.get(model_id))
             except Wrong as error:

@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sim import engine
 from sim.checkpoints import SimCheckpointClient, SimStaging
 from sim.disk import SimStore, Unclaimable
 from sim.loop import Process
 from sim.ranks import SimRankGroup
 from sim.snapshots import SimSnapshotStore
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
-from tinsmithd.training.call import Call, RefusedWork, Work
+from tinsmithd.training.call import Call, ComputeWork, RefusedWork, Work
 from tinsmithd.training.journal import Fenced, Journal, StoreDamaged
 from tinsmithd.training.lane import LaneLimits
 from tinsmithd.training.models import (
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sim.network import Connection
     from sim.world import World
 
-DRAIN_S = 2.0
+GRACE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def limits(rng: "random.Random", seats_rng: "random.Random") -> ModelLimits:
         answers_kept_max=rng.choice([8, 12]),
         answer_bytes_kept_max=100_000,
         call_attempts_max=rng.choice([2, 2, 3]),
+        snapshot_idle_s=seats_rng.choice([0.1, 1.0, 30.0]),
     )
     rule = SnapshotRule(rng.choice([1, 1, 2, 3, 100]), rng.choice([3.0, 30.0, 600.0]))
     calls = CallLimits(rng.choice([6, 12, 1000]), 1_000_000, rule)
@@ -141,10 +143,21 @@ class Server:
         self.process.start(self._stop(), f"{self.name} stops")
 
     async def _stop(self) -> None:
-        await self.models.drained(DRAIN_S)
+        await self.models.stop(GRACE_S)
         self.world.detach(self, "the Training server stops")
         await self.journal.close()
         self.world.server_exits(self)
+
+    def wake_suspended(self) -> None:
+        """Call each model that is on disk, which changes nothing but brings it back."""
+        self.process.start(self._wake_suspended(), f"{self.name} wakes models")
+
+    async def _wake_suspended(self) -> None:
+        data = [engine.datum(engine.NORMAL, 0, 0)]
+        for model in self.models.list():
+            if model.lane.suspended:
+                work = ComputeWork(b"loss", data, [1], backward=False)
+                self.models.submit(model, Call(0, b"", work))
 
     # --- requests -----------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class Recorder:
 
     def __init__(self, limits: LaneLimits = LIMITS) -> None:
         self.applied: list[str] = []
+        self.moves: list[str] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.errors: dict[str, Exception] = {}
@@ -60,7 +61,14 @@ class Recorder:
         return Effect({"name": name})
 
     async def restore(self, turn: TakeTurn) -> None:
-        raise AssertionError("nothing is kept to restore from")
+        self.moves.append("back")
+
+    def left(self) -> None:
+        self.moves.append("on disk")
+
+    async def rest(self, turn: TakeTurn) -> None:
+        async with turn(1):
+            self.moves.append("rest")
 
     async def settled(self, position: int, work: Work, turn: TakeTurn) -> None:
         pass
@@ -250,6 +258,37 @@ async def test_deleting_fails_what_waits() -> None:
         await waiting.value()
     assert refusal.value.reason is Reason.MODEL_NOT_FOUND
     await asyncio.wait_for(asyncio.gather(running.value(), return_exceptions=True), 5)
+
+
+async def test_a_model_that_nobody_waits_for_stays_on_disk_when_its_ranks_are_gone() -> None:
+    """Others come back first; it does with its next call, and one that is called at once."""
+    idle, called = Recorder(), Recorder()
+    for recorder in (idle, called):
+        await recorder.submit(1, "a").value()
+    waiting = called.submit(2, "b")
+    for recorder in (idle, called):
+        recorder.lane.lose_ranks()
+    assert await name_of(waiting) == "b"
+    await idle.lane.ended()
+    assert (idle.moves, called.moves) == (["on disk"], ["back"])
+    assert idle.lane.suspended
+    assert not idle.lane.recovering
+    idle.lane.lose_ranks()  # the next ones, too
+    assert await name_of(idle.submit(2, "b")) == "b"
+    assert idle.moves == ["on disk", "back"]
+
+
+async def test_a_model_without_calls_rests_once() -> None:
+    """`snapshot_idle_s` after its last call, unless it is not at the ranks then."""
+    limits = LaneLimits(8, 1000, 30, 4, 1000, snapshot_idle_s=0.05)
+    there, gone = Recorder(limits), Recorder(limits)
+    for seq_id in (1, 2):
+        for recorder in (there, gone):
+            await recorder.submit(seq_id, str(seq_id)).value()
+    gone.lane.lose_ranks()
+    await asyncio.sleep(0.2)
+    assert (there.moves, gone.moves) == (["rest"], ["on disk"])
+    assert there.lane.idle
 
 
 class _Shared(Recorder):

@@ -28,6 +28,9 @@ class TrainingConfig(ServerConfig):
 
     listen_address: Address = "127.0.0.1:50051"
     """Where to listen; port 0 takes a free one and logs it."""
+    stop_grace_s: Number = 3.0
+    """How long SIGTERM lets the calls under way finish. Those that wait are told at once; they and
+    what does not finish are made after the next start, where `durability` keeps them."""
     sampler_address: str = ":50052"
     """What clients are told: `host:port`, `:port` (this host), a list of those with commas, or
     empty (same address). A name may stand for many Samplers."""
@@ -56,6 +59,8 @@ class TrainingConfig(ServerConfig):
     """A snapshot of a model is taken after this many optimizer steps."""
     snapshot_interval_s: Number = 600.0
     """A snapshot of a model is also taken with the next step after this long."""
+    snapshot_idle_s: Number = 30.0
+    """A snapshot of a model is also taken when no call of it came for this long."""
     replay_check: Literal["exact", "close"] = "exact"
     """What calls that are made again after a crash must give: exact (the same bits, on ranks of the
     same kind) or close (the same metrics but for rounding). On GPUs it is always close."""

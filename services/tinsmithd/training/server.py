@@ -40,6 +40,9 @@ from tinsmithd.training.servicer import TrainingServicer
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["TrainingService"].full_name
 WATCH_INTERVAL_S = 0.2
 IDLE_SWEEP_INTERVAL_S = 60.0
+CALLS_SHARE_OF_GRACE = 0.8
+"""Share of `stop_grace_s` for calls under way. In the rest, who still waits is told: after it gRPC
+cuts what is open."""
 RECOVERY_NAME = f"{SERVICE_NAME}/recovery"
 """A name in health: SERVING while the ranks have all models, NOT_SERVING while some come back."""
 
@@ -178,7 +181,8 @@ class TrainingServer:
     async def stop(self) -> None:
         """Stop gracefully; returns when all calls and the ranks ended."""
         stopping = asyncio.create_task(self._rpc.stop())
-        await self._models.drained(0.0 if self._journal.fenced.is_set() else self._drain_s)
+        grace_s = 0.0 if self._journal.fenced.is_set() else self._config.stop_grace_s
+        await self._models.stop(CALLS_SHARE_OF_GRACE * grace_s)
         # Only now: calls under way need the ranks, and the ranks' stream is a call that never ends.
         self._link.close()
         for task in self._tasks:
@@ -189,10 +193,6 @@ class TrainingServer:
             await self._link_server.stop()
         await self._journal.close()
         await self._client.close()
-
-    @property
-    def _drain_s(self) -> float:
-        return self._config.stop_grace_s
 
     async def _watch(self) -> None:
         """Let health say what is true."""

@@ -79,6 +79,13 @@ class CallExecutor(Protocol):
             TinsmithError, RankGroupLost, ModelBroken: The ranks may still hold it.
         """
 
+    async def rest(self, turn: TakeTurn) -> None:
+        """No call came for `snapshot_idle_s`: make the model's return short.
+
+        Raises:
+            RankGroupLost: The ranks died.
+        """
+
     def left(self) -> None:
         """The model is not at the ranks any more, and another may have its seat."""
 

@@ -7,8 +7,10 @@ call takes one turn, or one for each of its batches, so that a lane with a long 
 delays another by one batch at most.
 
 When the ranks die the lane brings its model back (`CallExecutor.restore`) and goes on with the call
-that was under way; its callers just wait. A suspended model leaves the ranks between two calls and
-comes back in the same way, with its next call.
+that was under way; its callers just wait. A model without calls stays on disk then, so that those
+with calls need not share the ranks with it: it comes back in the same way, with its next call. So
+does a suspended model, which leaves the ranks between two calls. A lane at `Rest` has a snapshot
+taken, so that the way back is short.
 """
 
 import asyncio
@@ -36,6 +38,7 @@ from tinsmithd.training.lane.admission import Admission, QueuedCall
 from tinsmithd.training.lane.answer_recorder import AnswerRecorder, ReadAnswer
 from tinsmithd.training.lane.context import LaneContext
 from tinsmithd.training.lane.presence import Presence
+from tinsmithd.training.lane.rest import Rest
 from tinsmithd.training.lane.turns import Turns
 from tinsmithd.training.ranks import ModelBroken, RankGroupLost
 
@@ -62,13 +65,13 @@ class Lane:
         self._admission = Admission(context, self._refuse)
         self._answers = AnswerRecorder(context)
         self._presence = Presence(context, lambda: self._closed is None)
-        self.idle_since_s = 0.0
-        """When its last call ended, by the loop's clock."""
+        self._rest = Rest(context.limits.snapshot_idle_s, self._start)
         self._runner: asyncio.Task[None] | None = None
         self._under_way: QueuedCall | None = None
         self._ended = asyncio.Event()
         self._ended.set()
         self._closed: TinsmithError | None = None
+        self._stopping = False
 
     @property
     def next_seq_id(self) -> int:
@@ -98,7 +101,8 @@ class Lane:
     @property
     def _has_work(self) -> bool:
         wanted = self._admission.ready or self.recovering or self._presence.leaving
-        return self._closed is None and wanted
+        rests = self._rest.due and not self._presence.absent
+        return self._closed is None and not self._stopping and (wanted or rests)
 
     @property
     def blocked(self) -> bool:
@@ -111,9 +115,19 @@ class Lane:
         return self._admission.count + (self._under_way is not None) + self._answers.recording
 
     @property
+    def under_way(self) -> bool:
+        """True while a call is carried out, or its answer recorded."""
+        return self._under_way is not None or self._answers.recording > 0
+
+    @property
     def idle(self) -> bool:
         """True when nothing waits and nothing runs."""
         return self._runner is None and not self._admission.parked and not self._answers.recording
+
+    @property
+    def idle_since_s(self) -> float:
+        """When its last call ended, by the loop's clock."""
+        return self._rest.since_s
 
     # --- calls come in ------------------------------------------------------------------------
 
@@ -129,7 +143,8 @@ class Lane:
             answer = self._answers.find(call.seq_id, call.digest, self.next_seq_id)
             if answer is not None:
                 return answer
-        refusal = self._closed or self._presence.blocked
+        stopping = shutting_down() if self._stopping else None
+        refusal = self._closed or stopping or self._presence.blocked
         if refusal is not None:
             raise refusal
         queued = self._admission.add(call)
@@ -163,8 +178,8 @@ class Lane:
     # --- calls are carried out ----------------------------------------------------------------
 
     def lose_ranks(self) -> None:
-        """The ranks do not have the model's state any more."""
-        self._presence.lose()
+        """The ranks are gone: bring the model to the next ones, unless nobody waits for it."""
+        self._presence.lose(went_with_ranks=True)
         self._start()
 
     def suspend(self) -> None:
@@ -190,13 +205,14 @@ class Lane:
                 if self._presence.leaving and not (came_back and self._admission.ready):
                     await self._presence.leave(self._turn)
                 elif self._presence.absent:
-                    await self._come_back()
-                    came_back = not self._presence.absent
-                else:
+                    came_back = await self._come_back()
+                elif self._admission.ready:
                     came_back = False
-                    self._under_way = self._admission.take()
-                    await self._apply(self._under_way)
-                    self._under_way = None
+                    await self._apply_next()
+                else:
+                    self._rest.due = False
+                    with contextlib.suppress(RankGroupLost):
+                        await self.executor.rest(self._turn)
         except Fenced:
             # This process ends: the journal and the model belong to another one.
             self._give_up(shutting_down())
@@ -205,10 +221,20 @@ class Lane:
             self._give_up(Internal())
         finally:
             self._runner = None
-            self.idle_since_s = asyncio.get_running_loop().time()
             self._ended.set()
 
-    async def _come_back(self) -> None:
+    async def _apply_next(self) -> None:
+        self._rest.call_begins()
+        self._under_way = self._admission.take()
+        await self._apply(self._under_way)
+        self._under_way = None
+        self._rest.call_ended()
+
+    async def _come_back(self) -> bool:
+        """Try to bring the model back, where somebody waits for it; returns whether it is."""
+        if self._presence.went_with_ranks and not self._admission.ready:
+            self._presence.stay_on_disk()
+            return False
         try:
             await self._presence.come_back(self._turn)
         except DataLoss as error:
@@ -216,6 +242,7 @@ class Lane:
             # Written first: a process that was replaced finds things gone, too.
             await self._journal.commit(LoseModel(self._model_id, error.message), must=True)
             self.close(error)
+        return not self._presence.absent
 
     @contextlib.asynccontextmanager
     async def _turn(self, tokens: int) -> AsyncIterator[None]:
@@ -333,6 +360,22 @@ class Lane:
         self._admission.put_back(queued)
 
     # --- the end ------------------------------------------------------------------------------
+
+    def stop(self, *, under_way: bool = False) -> None:
+        """This process ends: who waits hears it now, and what comes is refused.
+
+        What was taken in stays in the journal. The next process makes those calls, and who sends
+        one again gets its answer.
+
+        Args:
+            under_way: Whether the caller of the call under way hears it, too.
+        """
+        self._stopping = True
+        told = self._admission.clear()
+        if under_way and self._under_way is not None and not self._under_way.answer.done:
+            told.append(self._under_way)
+        for queued in told:
+            queued.answer.fail(shutting_down())
 
     def _give_up(self, error: TinsmithError) -> None:
         """The lane fails itself: the call under way must hear of it, too."""

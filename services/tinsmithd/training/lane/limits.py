@@ -13,3 +13,4 @@ class LaneLimits:
     answers_kept_max: int
     answer_bytes_kept_max: int
     call_attempts_max: int = 2
+    snapshot_idle_s: float = 30.0

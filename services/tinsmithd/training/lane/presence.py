@@ -27,13 +27,14 @@ class Presence:
         suspended: It left them, and its next call brings it back.
         resuming: It is being brought back because of a call, not because the ranks were lost.
         blocked: Why the ranks that there are cannot take it; None where they can.
+        went_with_ranks: It is absent because its ranks are gone, so that they hold nothing of it.
     """
 
     def __init__(self, context: LaneContext, is_open: Callable[[], bool]) -> None:
         self._context = context
         self._model_id = context.model_id
         self._is_open = is_open
-        self.leaving = self.suspended = self.resuming = False
+        self.leaving = self.suspended = self.resuming = self.went_with_ranks = False
         self.blocked: TinsmithError | None = None
         self._losses = self._restored_losses = 0
 
@@ -42,15 +43,20 @@ class Presence:
         """True while the ranks do not have it."""
         return self._losses != self._restored_losses
 
-    def lose(self) -> None:
+    def lose(self, *, went_with_ranks: bool = False) -> None:
         """The ranks do not have it any more, or not as it should be."""
         self._losses += 1
-        self.resuming = False
+        self.resuming, self.went_with_ranks = False, went_with_ranks
 
     def suspend(self) -> None:
         """It left the ranks."""
         self.lose()
         self.leaving, self.suspended = False, True
+
+    def stay_on_disk(self) -> None:
+        """It went with its ranks, and nobody waits for it: others come first."""
+        self.suspend()
+        self._context.executor.left()
 
     async def leave(self, turn: TakeTurn) -> None:
         """Take it off the ranks."""
@@ -61,9 +67,8 @@ class Presence:
             # Whatever the ranks still hold of it, they drop it before they get it again.
             if self._is_open():
                 _log.warning("model %s left the ranks with an error: %s", self._model_id, error)
-        self.suspend()
         self.blocked = None
-        self._context.executor.left()
+        self.stay_on_disk()
 
     async def come_back(self, turn: TakeTurn) -> None:
         """Try to bring it back to the ranks; it is `absent` until that succeeds.

@@ -107,12 +107,16 @@ class ModelExecutor:
         """Take the model off the ranks, with a snapshot where one makes its return quicker."""
         await self._taker.quiet()
         # No snapshot has gradients: those that are pending are computed again.
-        await self._taker.leaving(self._changes.stepped_at, turn)
+        await self._taker.resting(self._changes.stepped_at, turn)
         group = self._place.current
         if group is not None:
             async with turn(NOMINAL_TOKENS):
                 await group.delete_model(self._model.model_id)
         self._place.counts.suspended += 1
+
+    async def rest(self, turn: TakeTurn) -> None:
+        """Take a snapshot of a model that fell idle, if it made steps since the last one."""
+        await self._taker.resting(self._changes.stepped_at, turn)
 
     def left(self) -> None:
         """Let another model have the seat."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from tinsmithd.errors import InvalidArgument
-from tinsmithd.training.call import Answer, Call, model_lost
+from tinsmithd.training.call import Answer, Call, model_lost, shutting_down
 from tinsmithd.training.journal import DeletedModel, Journal, StoredModel
 from tinsmithd.training.lane import Turns
 from tinsmithd.training.models.checkpoints import Checkpoints
@@ -57,14 +57,15 @@ class Models:
         self.place.on_attached = self._attached
         self.place.on_detached = self._detached
         self._registry = Registry(limits.models_kept_max, forget_lost=not journal.keeps)
-        seats = Seats(
+        self._seats = Seats(
             limits.seats,
             suspends=journal.keeps,
             free=lambda model: self._deletion.evict(model),
         )
         starts = Starts(journal, limits.lane.call_attempts_max)
         shared = Shared(
-            *(limits, checkpoints, journal, snapshot_store, self.place, Turns(), seats, starts)
+            *(limits, checkpoints, journal, snapshot_store, self.place, Turns()),
+            *(self._seats, starts),
         )
         self._creation = Creation(shared, self._registry, new_id, self._lose_ranks)
         self._deletion = Deletion(shared, self._registry)
@@ -107,12 +108,22 @@ class Models:
         """Take up what the journal has, see `Recall.recall`."""
         await self._recall.recall(stored, deleted, starts)
 
-    async def drained(self, timeout_s: float) -> None:
-        """Return once no call is under way, or after `timeout_s`."""
+    async def stop(self, grace_s: float) -> None:
+        """Tell all who wait that the server stops; returns when nothing is under way any more.
+
+        Args:
+            grace_s: How long calls under way may take; then their callers are told, too.
+        """
+        self._seats.give_up_creations(shutting_down())
+        lanes = [model.lane for model in self._registry.oldest_first]
+        for lane in lanes:
+            lane.stop()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while not all(model.lane.idle for model in self._registry.oldest_first):
+            async with asyncio.timeout(grace_s):
+                while any(lane.under_way for lane in lanes):
                     await asyncio.sleep(DRAIN_POLL_S)
+        for lane in lanes:
+            lane.stop(under_way=True)
 
     # --- models -------------------------------------------------------------------------------
 

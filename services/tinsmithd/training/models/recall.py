@@ -87,10 +87,10 @@ class Recall:
         await _recall_calls(self._shared.journal, model, found)
 
     def _bring_back(self) -> None:
-        """Those with calls first, then those used last; the others stay on disk."""
+        """Those with calls, of them those used last first; the others stay on disk."""
         models = [model for model in self._registry.oldest_first if not model.lane.lost]
-        models.sort(key=_urgency, reverse=True)
-        self._shared.seats.seat_at_once(models)
+        models.sort(key=lambda model: model.last_request_time_s, reverse=True)
+        self._shared.seats.seat_at_once(model for model in models if model.lane.pending)
         for model in models:
             if model in self._shared.seats:
                 model.lane.lose_ranks()
@@ -120,7 +120,3 @@ async def _recall_calls(journal: Journal, model: Model, found: StoredModel) -> N
         return answer
 
     model.lane.recall(found.calls, works, read)
-
-
-def _urgency(model: Model) -> tuple[bool, float]:
-    return model.lane.pending > 0, model.last_request_time_s

@@ -121,6 +121,12 @@ class Seats:
             if waiter.model is model and not waiter.given.done():
                 waiter.given.set_exception(error)
 
+    def give_up_creations(self, error: TinsmithError) -> None:
+        """The process ends: whoever creates a model and waits for its seat hears it."""
+        for waiter in self._waiting:
+            if not waiter.model.created:
+                self.give_up(waiter.model, error)
+
     def seat_at_once(self, models: Iterable[Model]) -> None:
         """After a start: give seats to the first of these models, as far as there are any."""
         for model in models:

@@ -72,8 +72,8 @@ class SnapshotTaker:
         if await self._take(position, turn):
             self._taken_s = now_s
 
-    async def leaving(self, position: int, turn: TakeTurn) -> None:
-        """Before the model leaves the ranks: take a snapshot if it made steps since the last one.
+    async def resting(self, position: int, turn: TakeTurn) -> None:
+        """The model is idle, or leaves the ranks: take a snapshot if it made steps since the last.
 
         Args:
             position: No later call changed more than the pending gradients.
@@ -81,7 +81,8 @@ class SnapshotTaker:
         """
         newest = self._snapshots.newest
         newest_position = 0 if newest is None else newest.position
-        if position > newest_position and self._model.step_count > self._taken_step:
+        changed = position > newest_position and self._model.step_count > self._taken_step
+        if changed and self._taking is None:
             await self._take(position, turn)
 
     async def _take(self, position: int, turn: TakeTurn) -> bool:
