@@ -1,6 +1,7 @@
 """A decoder computes what transformers and PEFT do, and each row apart from the rows beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tinsmithd.modeling.base import BaseModel, load_base
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.sampler.engines.transformers.model.build import Built, build
 from tinsmithd.sampler.engines.transformers.model.check import CausalAttend, Expected
-from tinsmithd.sampler.engines.transformers.model.linear import Window
+from tinsmithd.sampler.engines.transformers.model.linear import BLOCK_ROWS, Compute, Window
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
 from tiny_models import write_tiny_model
 
@@ -91,7 +92,7 @@ def states(adapters: Adapters) -> dict[str, ModelState]:
 
 def logprobs(built: Built, tokens_T: Tensor, keys: Sequence[str | None]) -> Tensor:
     """Of one sequence whose rows are all of its tokens."""
-    rows = built.pool.rows(keys)
+    rows = built.pool.rows(keys, 0)
     attend = CausalAttend(built.decoder.shape)
     hidden = built.decoder.forward(tokens_T, torch.arange(len(tokens_T)), attend, rows)
     return built.decoder.logits(hidden, rows).log_softmax(-1)
@@ -155,11 +156,17 @@ class ApartAttend:
 
 
 def apart(
-    built: Built, tokens_T: Tensor, keys: Sequence[str | None]
+    built: Built, tokens_T: Tensor, keys: Sequence[str | None], sequences: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, logits, and logits for draws, of rows that are sequences of their own."""
-    rows = built.pool.rows(keys)
-    hidden = built.decoder.forward(tokens_T, tokens_T % 50, ApartAttend(built), rows)
+    """Hidden states, logits, and logits for draws, of rows that are sequences of their own.
+
+    Those behind the first `sequences` are computed as prompts are.
+    """
+    count = len(keys) if sequences is None else sequences
+    rows = built.pool.rows(keys, count)
+    hidden = built.decoder.forward(
+        tokens_T, tokens_T % 50, ApartAttend(built), rows, sequences=count
+    )
     logits = built.decoder.logits(hidden, rows), built.decoder.draw_logits(hidden, rows)
     return hidden, *logits
 
@@ -183,16 +190,16 @@ def test_a_row_has_the_same_bits_beside_any_others(
     built, keys = with_adapters(folders(kind), dtype)
     assert built.rows_apart
     decided = built.decoder.rule
-    assert decided.most is None
-    assert decided.beside_rows[16].most >= len(keys)
+    assert decided.few[-1] >= max(NEIGHBOURS)
+    assert decided.beside[16][-1] >= len(keys)
     if rule == "each alone":
-        decided.beside_rows = {}
+        decided.beside = {}
     if rule == "8 at most":
-        decided.most = 8
-        decided.lora_rows = decided.beside_rows = {16: Window(4, 8)}
+        decided.few = Window(4, 8).sizes
+        decided.lora_few = decided.beside = {16: decided.few}
     if rule == "in blocks":
-        decided.use_blocks()
-        decided.lora_rows = {}
+        decided.few = (BLOCK_ROWS,)
+        decided.lora_few = {}
     for key in keys:
         mine = torch.tensor([65])
         alone = apart(built, mine, [key])
@@ -222,9 +229,37 @@ def test_many_rows_of_one_adapter_stand_beside_single_ones_of_others(
             assert torch.equal(alone, found[places])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe with dense layers"])
+def test_rows_of_prompts_may_be_computed_otherwise_than_those_of_sequences(
+    folders: Callable[[str], Path], kind: str, dtype: str
+) -> None:
+    """Each kind has the bits that it has alone, whatever the other one computes."""
+    built, keys = with_adapters(folders(kind), dtype)
+    decided = built.decoder.rule
+    decided.few, decided.many, decided.lora_many = (4,), (8, 16), {16: (8, 16)}
+    for product in built.decoder.products():
+        # As with AMX, products of many rows have other bits.
+        product.compute = partial(otherwise, product.compute)
+    for sequences, prompts in ((1, 1), (5, 3), (3, 30), (12, 8), (0, 9)):
+        all_keys = [keys[i % len(keys)] for i in range(sequences + prompts)]
+        all_tokens = tokens(len(all_keys), seed=sequences)
+        every = apart(built, all_tokens, all_keys, sequences)[0]
+        alone = apart(built, all_tokens[:sequences], all_keys[:sequences])[0] if sequences else []
+        for row, own in enumerate(alone):
+            assert torch.equal(own, every[row])
+        for row in range(sequences, len(all_keys)):
+            own = apart(built, all_tokens[row : row + 1], [all_keys[row]], 0)[0][0]
+            assert torch.equal(own, every[row])
+
+
+def otherwise(compute: Compute, x: Tensor) -> Tensor:
+    return compute(x) if len(x) <= 4 else compute(x) * (1 + 2**-6)
+
+
 def test_logits_of_some_of_the_rows(folders: Callable[[str], Path]) -> None:
     built, keys = with_adapters(folders("llama"), "float32")
-    rows = built.pool.rows(keys)
+    rows = built.pool.rows(keys, len(keys))
     assert rows is not None
     hidden, logits, draws = apart(built, tokens(len(keys)), keys)
     for chosen in ([3], [2, 1], [0, 1, 3], [0]):
@@ -233,19 +268,19 @@ def test_logits_of_some_of_the_rows(folders: Callable[[str], Path]) -> None:
         found = built.decoder.draw_logits(hidden[chosen], rows.select(chosen))
         assert torch.equal(found, draws[chosen])
     assert rows.select([0]) is None
-    assert built.pool.rows([None, None]) is None
+    assert built.pool.rows([None, None], 2) is None
 
 
 def test_an_adapter_can_go_while_rows_have_it(folders: Callable[[str], Path]) -> None:
     built, _keys = with_adapters(folders("llama"), "float32")
     expected = apart(built, tokens(2), ["adapter 0", None])[0]
-    rows = built.pool.rows(["adapter 0", None])
+    rows = built.pool.rows(["adapter 0", None], 2)
     built.pool.unload("adapter 0")
     built.pool.unload("adapter 0")
-    found = built.decoder.forward(tokens(2), tokens(2) % 50, ApartAttend(built), rows)
+    found = built.decoder.forward(tokens(2), tokens(2) % 50, ApartAttend(built), rows, sequences=2)
     assert torch.equal(found, expected)
     with pytest.raises(KeyError):
-        built.pool.rows(["adapter 0"])
+        built.pool.rows(["adapter 0"], 1)
 
 
 def test_a_model_that_is_computed_otherwise_is_refused(folders: Callable[[str], Path]) -> None:
@@ -309,7 +344,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
         built.pool.load("a", ModelState(state.tuning, weights, {}, 0, {}))
     assert refusal.value.reason is Reason.INCOMPATIBLE_CHECKPOINT
     with pytest.raises(KeyError):
-        built.pool.rows(["a"])
+        built.pool.rows(["a"], 1)
 
 
 @pytest.mark.parametrize(

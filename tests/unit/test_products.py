@@ -10,10 +10,12 @@ from tinsmithd.sampler.engines.transformers.model.head import Head
 from tinsmithd.sampler.engines.transformers.model.invariance import (
     alike,
     cancelling_site,
+    equal_sizes,
     rows_alone,
     rows_beside,
+    sizes_alone,
 )
-from tinsmithd.sampler.engines.transformers.model.linear import BLOCK_ROWS, RowRule, Window
+from tinsmithd.sampler.engines.transformers.model.linear import BLOCK_ROWS, Window
 from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
 torch.set_num_threads(1)
@@ -36,6 +38,10 @@ def test_numbers_of_rows_that_change_bits_are_noticed() -> None:
     assert alike(steady, row, COUNTS) == Window(4, 64)
     assert alike(by_count, row, COUNTS) == Window(8, 20)
     assert alike(by_place, row, COUNTS) == Window(4, 16)
+    assert equal_sizes(steady, row, (16, 20, 64)) == (16, 20, 64)
+    assert equal_sizes(by_count, row, (16, 20, 64)) == (16, 20)
+    assert equal_sizes(by_count, row, (4, 8, 24)) == (4, 24)
+    assert equal_sizes(by_place, row, (24, 32)) == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,6 +65,8 @@ def test_adapters_whose_bits_depend_on_rows_are_noticed(
             patch.setattr(SiteLora, name, other)
             assert rows_alone(site, rows, COUNTS) == Window(4, 24)
             assert rows_beside(site, rows) == Window(4, 24)
+            assert sizes_alone(site, rows, (8, 24, 64)) == (8, 24)
+            assert sizes_alone(site, rows, (64, 128)) == (64, 128)
 
 
 def test_an_adapter_that_has_other_bits_beside_others_stays_alone(
@@ -82,10 +90,10 @@ def test_draws_and_scores_have_the_same_logits_up_to_the_order_of_sums() -> None
     dice = torch.Generator().manual_seed(0)
     weight = torch.randn((300, 64), generator=dice).bfloat16()
     hidden = torch.randn((20, 64), generator=dice).bfloat16()
-    head = Head(weight, RowRule())
+    head = Head(weight)
     assert head.compute_few is not None
     expected = hidden.double() @ weight.double().t()
-    for compute in (head, head.compute_few):
+    for compute in (head.compute, head.compute_few):
         torch.testing.assert_close(compute(hidden).double(), expected, atol=1e-5, rtol=0)
 
 
@@ -93,7 +101,7 @@ def test_draws_and_scores_have_the_same_logits_up_to_the_order_of_sums() -> None
 def test_a_head_that_float16_cannot_hold_has_one_form(value: float) -> None:
     """Too small, too large, or with more digits than are left where numbers are that small."""
     weight = torch.ones((32, 8), dtype=torch.bfloat16)
-    assert Head(weight, RowRule()).compute_few is not None
+    assert Head(weight).compute_few is not None
     weight[3, 4] = value
     assert float(weight[3, 4]) != float(weight[3, 4].half())
-    assert Head(weight, RowRule()).compute_few is None
+    assert Head(weight).compute_few is None

@@ -22,7 +22,7 @@ from tinsmithd.domain import Output, SampledTokens, TopKLogprobs
 from tinsmithd.errors import FailedPrecondition, Internal, InvalidArgument, Reason
 from tinsmithd.sampler.engines.interface import EngineStats
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made, Sequence
-from tinsmithd.sampler.engines.transformers.kv import KvCache, Prompt, SequenceKv, StepAttention
+from tinsmithd.sampler.engines.transformers.kv import KvCache, Prompt, SequenceKv
 from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
 from tinsmithd.sampler.engines.transformers.model.lora_pool import LoraPool
 from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
@@ -87,8 +87,8 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
         self._sequences: dict[SequenceKv, Sequence] = {}
-        self._rows: tuple[list[str | None], LoraRows | None] = ([], None)
-        """The adapters of the last forward's rows."""
+        self._rows: tuple[list[str | None], int, LoraRows | None] = ([], 0, None)
+        """The adapters of the last forward's rows, of which so many were of sequences."""
         self._made: list[Made] = []
         self._steps = self._step_rows = self._sampled_tokens = 0
         self._look()
@@ -217,24 +217,21 @@ class Scheduler:
             firsts.append((len(tokens), piece))
             tokens += piece.prompt.tokens_P[piece.start : piece.end].tolist()
             keys += [piece.job.adapter] * (piece.end - piece.start)
-        hidden_TD, loras = self._compute(tokens, keys, attend)
+        loras = self._adapters_of(keys, len(sequences))
+        tokens_T = torch.tensor(tokens, device=self._decoder.shape.device)
+        hidden_TD = self._decoder.forward(
+            tokens_T, attend.positions_T, attend, loras, sequences=len(sequences)
+        )
         attend.commit()
         self._steps += 1
         self._step_rows += len(tokens)
         return _Forward(hidden_TD, loras, sequences, firsts)
 
-    def _compute(
-        self, tokens: list[int], keys: list[str | None], attend: StepAttention
-    ) -> tuple[Tensor, LoraRows | None]:
-        loras = self._adapters_of(keys)
-        tokens_T = torch.tensor(tokens, device=self._decoder.shape.device)
-        return self._decoder.forward(tokens_T, attend.positions_T, attend, loras), loras
-
-    def _adapters_of(self, keys: list[str | None]) -> LoraRows | None:
+    def _adapters_of(self, keys: list[str | None], sequences: int) -> LoraRows | None:
         """The adapters of rows; mostly they are those of the last rows."""
-        if keys != self._rows[0]:
-            self._rows = keys, self._loras.rows(keys)
-        return self._rows[1]
+        if self._rows[:2] != (keys, sequences):
+            self._rows = keys, sequences, self._loras.rows(keys, sequences)
+        return self._rows[2]
 
     def _score(self, forward: _Forward) -> None:
         rows: list[ScoredRows] = []
@@ -275,7 +272,7 @@ class Scheduler:
         tokens: dict[Job, list[SampledTokens]] = {}
         if drawing:
             hidden_ND = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-            logits_NV = self._decoder.draw_logits(hidden_ND, self._adapters_of(keys))
+            logits_NV = self._decoder.draw_logits(hidden_ND, self._adapters_of(keys, len(keys)))
             asks = [_ask(sequence, row) for sequence, row in drawing]
             for (sequence, _), drawn in zip(
                 drawing, draw(logits_NV, asks, self._workspace), strict=True

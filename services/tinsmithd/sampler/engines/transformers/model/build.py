@@ -51,7 +51,7 @@ def build(
     apart = decide_rule(decoder, layout, rows_max, keep_rows_apart)
     if not apart:
         on_progress("the bits of a row depend on how many rows there are")
-    elif rule.most is not None:
-        on_progress(f"computing in blocks of {rule.most} rows, so that their bits are their own")
+    elif rule.few[-1] < rows_max:
+        on_progress(f"computing in blocks of {rule.few[-1]} rows, so that their bits are their own")
     expected.check(base.info.name, decoder)
     return Built(decoder, LoraPool(layout, decoder.shape, rule), apart)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.head import Head
 from tinsmithd.sampler.engines.transformers.model.layer import Attend, Layer, Norm, Turn
-from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule
+from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, Rows
 from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
 from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
 
@@ -38,7 +38,7 @@ class Decoder:
         inner, head = model.model, model.get_output_embeddings()
         self._embedding = inner.embed_tokens.weight.detach()
         self._rotary = inner.rotary_emb
-        self.head = Head(head.weight.detach(), rule)
+        self.head = Head(head.weight.detach())
         self._norm = Norm(inner.norm.weight.detach(), inner.norm.variance_epsilon)
         self._layers = [Layer(module, i, rule) for i, module in enumerate(inner.layers)]
         nothing = torch.nn.Parameter(self._embedding.new_empty(0), requires_grad=False)
@@ -52,7 +52,13 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, loras: LoraRows | None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        loras: LoraRows | None,
+        *,
+        sequences: int = 0,
     ) -> Tensor:
         """Compute the hidden states of rows.
 
@@ -61,20 +67,19 @@ class Decoder:
             positions_T: int64 `(T,)`, of each token in its sequence.
             attend: Attention; see `Attend`.
             loras: The adapters of the T rows; None: no row has any.
+            sequences: How many rows, the first, are next tokens of sequences. The others are of
+                prompts: their last bits may be others.
 
         Returns:
             `(T, hidden)` after the last norm, of the shape's dtype.
         """
         count = len(tokens_T)
-        missing = self.rule.padded(count) - count
-        if missing:
-            tokens_T = F.pad(tokens_T, (0, missing))
-            positions_T = F.pad(positions_T, (0, missing))
-        h = F.embedding(tokens_T, self._embedding)
-        cos, sin = self._rotary(h, positions_T[None])
+        rows = Rows(self.rule, count, sequences)
+        h = F.embedding(rows.filled(tokens_T), self._embedding)
+        cos, sin = self._rotary(h, rows.filled(positions_T)[None])
         turn = Turn(cos[0], sin[0])
         for layer in self._layers:
-            layer.add(h, turn, count, attend, loras)
+            layer.add(h, turn, rows, attend, loras)
         return self._norm(h)[:count]
 
     @torch.inference_mode()
@@ -88,14 +93,12 @@ class Decoder:
         Returns:
             float32 `(N, vocab)`.
         """
-        count = len(hidden_N)
-        missing = self.rule.padded(count) - count
-        if missing:
-            hidden_N = F.pad(hidden_N, (0, 0, 0, missing))
-        logits = self.head(hidden_N)
+        rows = Rows(self.rule, len(hidden_N), 0)
+        hidden = rows.filled(hidden_N)
+        logits = self.head(hidden, rows)
         if loras is not None:
-            logits = loras.added_to_logits(hidden_N, logits)
-        return logits[:count]
+            logits = loras.added_to_logits(hidden, logits)
+        return logits[: rows.count]
 
     @torch.inference_mode()
     def draw_logits(self, hidden_N: Tensor, loras: LoraRows | None) -> Tensor:
@@ -107,4 +110,5 @@ class Decoder:
             return compute(hidden_N)
         count = len(hidden_N)
         hidden_N = F.pad(hidden_N, (0, 0, 0, self.rule.padded(count) - count))
-        return loras.added_to_logits(hidden_N, compute(hidden_N))[:count]
+        logits = compute(hidden_N)
+        return loras.added_to_logits(hidden_N, logits)[:count]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule
+from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, Rows
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Experts:
         self._top_k: int = router.top_k
         self._normed: bool = router.norm_topk_prob
         self._rule = rule
-        self._route = Product(router.weight.detach(), None, rule)
+        self._route = Product(router.weight.detach(), None)
         self._gate_up, self._down = (
-            [Product(weight, None, rule) for weight in weights.detach()]
+            [Product(weight, None) for weight in weights.detach()]
             for weights in (experts.gate_up_proj, experts.down_proj)
         )
 
@@ -69,37 +69,37 @@ class Experts:
         yield from self._gate_up
         yield from self._down
 
-    def __call__(self, x: Tensor, count: int, runs: ExpertRuns = ()) -> Tensor:
-        """Map `(T, d)` to `(T, d)`; only the first `count` rows are computed, others are zero."""
-        scores = self._route(x)[:count]
+    def __call__(self, x: Tensor, rows: Rows, runs: ExpertRuns = ()) -> Tensor:
+        """Map all rows, `(T, d)`, to `(T, d)`; rows that fill up are zero."""
+        scores = self._route(x, rows)[: rows.count]
         chances, chosen = scores.softmax(-1, dtype=torch.float32).topk(self._top_k, dim=-1)
         if self._normed:
             chances /= chances.sum(-1, keepdim=True)
         chances = chances.to(x.dtype)
         out = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
-            rows, places = (chosen == expert).nonzero(as_tuple=True)
-            made = self._one(expert, x, rows, runs)
-            made.mul_(chances[rows, places, None])
-            out.index_add_(0, rows, made)
+            own, places = (chosen == expert).nonzero(as_tuple=True)
+            made = self._one(expert, x, own, runs)
+            made.mul_(chances[own, places, None])
+            out.index_add_(0, own, made)
         return out
 
-    def _one(self, expert: int, x: Tensor, rows: Tensor, runs: ExpertRuns) -> Tensor:
-        """What an expert makes of its rows, `(len(rows), d)`."""
-        count = len(rows)
-        index = F.pad(rows, (0, self._rule.padded(count) - count))
-        own = x[index]
-        both = self._gate_up[expert](own)
+    def _one(self, expert: int, x: Tensor, own: Tensor, runs: ExpertRuns) -> Tensor:
+        """What an expert makes of its own rows, of sequences and of prompts: `(len(own), d)`."""
+        rows = Rows(self._rule, len(own), len(own))
+        index = rows.filled(own)
+        x = x[index]
+        both = self._gate_up[expert](x, rows)
         here = [(mask[index].nonzero()[:, 0], lora) for mask, lora in runs]
         for at, lora in here:
             factors = (lora.gate_up_a[expert], lora.gate_up_b[expert])
-            self._add(both, own, at, *factors, lora.scaling)
+            self._add(both, x, at, *factors, lora.scaling)
         gate, up = both.chunk(2, 1)
         inner = F.silu(gate).mul_(up)
-        made = self._down[expert](inner)
+        made = self._down[expert](inner, rows)
         for at, lora in here:
             self._add(made, inner, at, lora.down_a[expert], lora.down_b[expert], lora.scaling)
-        return made[:count]
+        return made[: rows.count]
 
     def _add(self, y: Tensor, x: Tensor, at: Tensor, a: Tensor, b: Tensor, s: float) -> None:
         """Add `s x A B` to the rows `at` of y."""

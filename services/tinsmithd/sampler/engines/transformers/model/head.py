@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tinsmithd.modeling.logits import float_product
-from tinsmithd.sampler.engines.transformers.model.linear import Compute, Product, RowRule, in_blocks
+from tinsmithd.sampler.engines.transformers.model.linear import Compute, Product, Rows
 
 
 class Head:
@@ -24,29 +24,27 @@ class Head:
 
     Args:
         weight: `(V, d)`.
-        rule: How many rows are given, where that matters.
 
     Attributes:
         d_out, d_in: The weight's sizes.
-        compute: The form of scores, whatever the rule says.
+        compute: The form of scores, of any number of rows, whose bits depend on it.
         compute_few: The form of draws, where it has any number of rows; None: as scores.
     """
 
-    def __init__(self, weight: Tensor, rule: RowRule) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.d_out, self.d_in = weight.shape
-        self._rule = rule
         self.compute: Compute
         if weight.device.type == "cpu":
-            wide = Product(weight.float(), None, rule)
+            wide = Product(weight.float(), None)
             narrow = weight.dtype == torch.bfloat16
             self.compute = lambda hidden: _of_many(wide, hidden, narrow=narrow)
         else:
             self.compute = lambda hidden: float_product(hidden, weight)
         self.compute_few = _of_few(weight)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Map `(N, d)` to the scores' float32 `(N, V)`, N as the rule gives it."""
-        return in_blocks(self.compute, hidden, self._rule.most)
+    def __call__(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """Map all rows, `(N, d)`, to the scores' float32 `(N, V)`."""
+        return rows.product(self.compute, hidden)
 
 
 def _of_many(wide: Product, hidden: Tensor, *, narrow: bool) -> Tensor:

@@ -8,7 +8,8 @@ mostly round to the same bfloat16, so the sums are made to cancel: what they lea
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,10 @@ from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora
 
 COUNTS = (4, 8, 12, 16, 20, 24, 28, 32, 36, 48, 64, 96, 128, 200, 256, 512)
 """Numbers of rows that are tried, besides the largest in use."""
+
+MANY_ROWS: tuple[int, ...] = (64, 128)
+"""Numbers of rows that are tried for products of prompts, where not all numbers are alike. A short
+prompt pays for as many as the first; beyond the last there is little to gain."""
 
 HEAD_COUNTS = (4, 8, 12, 16, 32, 64, 128)
 """Numbers that are tried on the head, which is the largest product."""
@@ -62,30 +67,75 @@ def decide_rule(decoder: Decoder, layout: LoraLayout, rows_max: int, keep: bool)
     Returns:
         Whether they depend on no other row.
     """
-    shape, rule, head = decoder.shape, decoder.rule, decoder.head
-    like = torch.empty(0, dtype=shape.dtype, device=shape.device)
+    rule, head = decoder.rule, decoder.head
     largest = rule.padded(rows_max)
+    every = Window(ROWS_STEP, largest)
     counts = [count for count in COUNTS if count < largest] + [largest]
-    window = Window(ROWS_STEP, largest)
-    shapes = {(each.d_out, each.d_in) for each in decoder.products() if each is not head}
-    for d_out, d_in in sorted(shapes):
-        weight, row = _cancelling(d_out, d_in, like)
-        window = window.within(alike(Product(weight, None, rule).compute, row, counts))
-    row = _random((1, shape.hidden), like)  # float32 shows all bits
+    window = every
+    for compute, row in _layer_products(decoder):
+        window = window.within(alike(compute, row, counts))
+    row = _head_row(decoder)
     window = window.within(_unless_all(alike(head.compute, row, HEAD_COUNTS), HEAD_COUNTS))
     few = head.compute_few
     if few is not None and alike(few, row, FEW_COUNTS) != Window(FEW_COUNTS[0], FEW_COUNTS[-1]):
         head.compute_few = None
-    _decide_loras(rule, layout, counts, like)
-    apart = {window, *rule.lora_rows.values()} == {Window(ROWS_STEP, largest)}
+    alone = _decide_loras(rule, layout, counts, row[:0])
+    apart = {window, *alone.values()} == {every}
     if not keep:
-        rule.lora_rows = dict.fromkeys(rule.lora_rows, Window(ROWS_STEP, largest))
-        return apart
-    if window.least > ROWS_STEP or window.most < BLOCK_ROWS:
-        rule.use_blocks()
-    elif window.most < largest:
-        rule.most = window.most
-    return True
+        alone = dict.fromkeys(alone, every)
+    rule.lora_few = {rank: each.sizes for rank, each in alone.items()}
+    if keep and window != every:
+        has_few = window.least == ROWS_STEP and window.most >= BLOCK_ROWS
+        rule.few = window.sizes if has_few else (BLOCK_ROWS,)
+        _decide_many(decoder, layout)
+    return apart or keep
+
+
+def _layer_products(decoder: Decoder) -> Iterator[tuple[Compute, Tensor]]:
+    """A product of each shape that a decoder's layers have, and a row for it whose sums cancel."""
+    like = _head_row(decoder)[:0]
+    shapes = {(each.d_out, each.d_in) for each in decoder.products() if each is not decoder.head}
+    for d_out, d_in in sorted(shapes):
+        weight, row = _cancelling(d_out, d_in, like)
+        yield Product(weight, None).compute, row
+
+
+def _head_row(decoder: Decoder) -> Tensor:
+    """A row for the head, `(1, hidden)`: float32 logits show all bits of a sum."""
+    shape = decoder.shape
+    like = torch.empty(0, dtype=shape.dtype, device=shape.device)
+    return _random((1, shape.hidden), like)
+
+
+def _decide_many(decoder: Decoder, layout: LoraLayout) -> None:
+    """Set the numbers of rows of prompts' products, where there are some that are alike."""
+    rule = decoder.rule
+    rule.many = _first_alike(partial(_sizes_of_base, decoder))
+    for rank in LORA_RANKS if rule.many else ():
+        sizes = _first_alike(partial(_sizes_of_loras, layout, rank, _head_row(decoder)[:0]))
+        if sizes:
+            rule.lora_many[rank] = sizes
+
+
+def _first_alike(find: Callable[[tuple[int, ...]], tuple[int, ...]]) -> tuple[int, ...]:
+    """Those of `MANY_ROWS` that are as the least that can be had; none where all vary."""
+    tried = (find(MANY_ROWS[first:]) for first in range(len(MANY_ROWS)))
+    return next(filter(None, tried), ())
+
+
+def _sizes_of_base(decoder: Decoder, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    products = (*_layer_products(decoder), (decoder.head.compute, _head_row(decoder)))
+    for compute, row in products:
+        sizes = equal_sizes(compute, row, sizes)
+    return sizes
+
+
+def _sizes_of_loras(
+    layout: LoraLayout, rank: int, like: Tensor, sizes: tuple[int, ...]
+) -> tuple[int, ...]:
+    for site, rows in _tried_sites(layout, rank, like):
+        sizes = sizes_alone(site, rows, sizes)
+    return sizes
 
 
 def alike(
@@ -124,35 +174,77 @@ def _unless_all(window: Window, counts: Sequence[int]) -> Window:
     return Window(least, sys.maxsize if window.most == counts[-1] else window.most)
 
 
-def _decide_loras(rule: RowRule, layout: LoraLayout, counts: Sequence[int], like: Tensor) -> None:
-    """Set how adapters are computed."""
+def equal_sizes(
+    compute: Compute, row_1D: Tensor, sizes: Sequence[int], expected_1D: Tensor | None = None
+) -> tuple[int, ...]:
+    """Which numbers of rows give a row the same bits as the first of them does; see `alike`."""
+    found: list[int] = []
+    for size in sizes:
+        made = compute(row_1D.repeat(size, 1))
+        if expected_1D is None:
+            expected_1D = made[:1].clone()
+        if torch.equal(made, expected_1D.expand_as(made)):
+            found.append(size)
+    return tuple(found) if found and found[0] == sizes[0] else ()
+
+
+def _decide_loras(
+    rule: RowRule, layout: LoraLayout, counts: Sequence[int], like: Tensor
+) -> dict[int, Window]:
+    """Set how adapters are computed side by side; how many rows they may have alone, by rank."""
+    found = {}
     for rank in LORA_RANKS:
         alone = Window(ROWS_STEP, counts[-1])
         beside = Window(ROWS_STEP, BESIDE_COUNTS[-1])
-        for d_in, *d_outs in _shapes(layout):
-            site, rows = cancelling_site(d_in, d_outs, rank, like)
+        *layers, head = _tried_sites(layout, rank, like)
+        for site, rows in layers:
             alone = alone.within(rows_alone(site, rows, counts))
             if rank <= BESIDE_RANK_MAX:
                 beside = beside.within(rows_beside(site, rows))
-        head = cancelling_site(layout.head.d_in, [layout.head.d_out], rank, like.float())
-        alone = alone.within(_unless_all(rows_alone(*head, HEAD_COUNTS), HEAD_COUNTS))
-        rule.lora_rows[rank] = alone
+        found[rank] = alone.within(_unless_all(rows_alone(*head, HEAD_COUNTS), HEAD_COUNTS))
         if rank <= BESIDE_RANK_MAX and beside.most >= BLOCK_ROWS:
-            rule.beside_rows[rank] = beside
+            rule.beside[rank] = beside.sizes
+    return found
+
+
+def _tried_sites(
+    layout: LoraLayout, rank: int, like: Tensor
+) -> Iterator[tuple[SiteLora, tuple[Tensor, Tensor]]]:
+    """An adapter of each shape of a site, the head's last; see `cancelling_site`."""
+    for d_in, *d_outs in _shapes(layout):
+        yield cancelling_site(d_in, d_outs, rank, like)
+    yield cancelling_site(layout.head.d_in, [layout.head.d_out], rank, like.float())
 
 
 def rows_alone(site: SiteLora, rows: tuple[Tensor, Tensor], counts: Sequence[int]) -> Window:
     """How many rows an adapter may have together; see `alike`. It is reordered meanwhile."""
-    forms = (site.down, _up_of(site))
-    expected = [
-        form(row.repeat(BLOCK_ROWS, 1))[:1].clone() for form, row in zip(forms, rows, strict=True)
-    ]
+    expected: dict[int, Tensor] = {}
     window = Window(counts[0], counts[-1])
-    for _ in range(2):
-        for form, row, own in zip(forms, rows, expected, strict=True):
-            window = window.within(alike(form, row, counts, own))
-        site.reorder()
+    for number, form, row in _forms(site, rows):
+        if number not in expected:
+            expected[number] = form(row.repeat(BLOCK_ROWS, 1))[:1].clone()
+        window = window.within(alike(form, row, counts, expected[number]))
     return window
+
+
+def sizes_alone(
+    site: SiteLora, rows: tuple[Tensor, Tensor], sizes: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Which numbers of rows are alike of an adapter, which is reordered; see `equal_sizes`."""
+    expected: dict[int, Tensor] = {}
+    for number, form, row in _forms(site, rows):
+        if number not in expected and sizes:
+            expected[number] = form(row.repeat(sizes[0], 1))[:1].clone()
+        sizes = equal_sizes(form, row, sizes, expected.get(number))
+    return sizes
+
+
+def _forms(site: SiteLora, rows: tuple[Tensor, Tensor]) -> Iterator[tuple[int, Compute, Tensor]]:
+    """Both products of an adapter, 0 and 1, and a row for each; again in the other order."""
+    for _ in range(2):
+        yield 0, site.down, rows[0]
+        yield 1, _up_of(site), rows[1]
+        site.reorder()
 
 
 def rows_beside(site: SiteLora, rows: tuple[Tensor, Tensor]) -> Window:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinsmithd.sampler.engines.transformers.model.experts import Experts
-from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule
+from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, Rows
 from tinsmithd.sampler.engines.transformers.model.lora_layout import Site
 from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
 
@@ -52,7 +52,7 @@ class Layer:
     Args:
         module: The layer of transformers; its large weights are taken from it.
         index: Its number.
-        rule: How many rows products have.
+        rule: How many rows products of experts have.
     """
 
     def __init__(self, module: Any, index: int, rule: RowRule) -> None:
@@ -64,14 +64,14 @@ class Layer:
         self._norm_1 = _norm(module.input_layernorm)
         self._norm_2 = _norm(module.post_attention_layernorm)
         self._norm_qk = _norm_qk(attention, heads, kv_heads)
-        self._qkv = _take(rule, attention.q_proj, attention.k_proj, attention.v_proj)
-        self._o = _take(rule, attention.o_proj)
+        self._qkv = _take(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._o = _take(attention.o_proj)
         self._experts: Experts | None = None
         if hasattr(mlp, "experts"):
             self._experts = Experts(mlp, rule)
             return
-        self._gate_up = _take(rule, mlp.gate_proj, mlp.up_proj)
-        self._down = _take(rule, mlp.down_proj)
+        self._gate_up = _take(mlp.gate_proj, mlp.up_proj)
+        self._down = _take(mlp.down_proj)
         self._act = F.silu if isinstance(mlp.act_fn, torch.nn.SiLU) else mlp.act_fn
 
     def products(self) -> Iterator[Product]:
@@ -83,11 +83,11 @@ class Layer:
             yield from (self._gate_up, self._down)
 
     def add(
-        self, h: Tensor, turn: "Turn", count: int, attend: Attend, loras: LoraRows | None
+        self, h: Tensor, turn: "Turn", rows: Rows, attend: Attend, loras: LoraRows | None
     ) -> None:
-        """Add the layer's result to the rows `(T, d)` of h, of which attention sees `count`."""
+        """Add the layer's result to all rows of h, `(T, d)`; attention sees those that count."""
         x = self._norm_1(h)
-        y = self._qkv(x)
+        y = self._qkv(x, rows)
         if loras is not None:
             y = loras.added(self._index, Site.QKV, x, y)
         heads = y.view(len(y), -1, self._head_dim)
@@ -95,26 +95,24 @@ class Layer:
         if self._norm_qk is not None:
             turned.copy_(self._norm_qk(turned))
         turn(turned)
-        q, k, v = heads[:count].split_with_sizes(self._sizes, 1)
-        x = attend(self._index, q, k, v)
-        if count < len(h):
-            x = F.pad(x, (0, 0, 0, len(h) - count))
-        y = self._o(x)
+        q, k, v = heads[: rows.count].split_with_sizes(self._sizes, 1)
+        x = rows.filled(attend(self._index, q, k, v))
+        y = self._o(x, rows)
         if loras is not None:
             y = loras.added(self._index, Site.O, x, y)
         h.add_(y)
-        h.add_(self._mlp(self._norm_2(h), count, loras))
+        h.add_(self._mlp(self._norm_2(h), rows, loras))
 
-    def _mlp(self, x: Tensor, count: int, loras: LoraRows | None) -> Tensor:
+    def _mlp(self, x: Tensor, rows: Rows, loras: LoraRows | None) -> Tensor:
         if self._experts is not None:
             runs = loras.experts(self._index) if loras is not None else ()
-            return self._experts(x, count, runs)
-        both = self._gate_up(x)
+            return self._experts(x, rows, runs)
+        both = self._gate_up(x, rows)
         if loras is not None:
             both = loras.added(self._index, Site.GATE_UP, x, both)
         gate, up = both.chunk(2, 1)
         inner = self._act(gate).mul_(up)
-        y = self._down(inner)
+        y = self._down(inner, rows)
         if loras is not None:
             y = loras.added(self._index, Site.DOWN, inner, y)
         return y
@@ -153,11 +151,11 @@ def _norm_qk(attention: Any, heads: int, kv_heads: int) -> Norm | None:
     return Norm(weight, attention.q_norm.variance_epsilon)
 
 
-def _take(rule: RowRule, *modules: Any) -> Product:
+def _take(*modules: Any) -> Product:
     """One product of the weights of linear layers, which lose them."""
     weight = torch.cat([module.weight.detach() for module in modules])
     biases = [module.bias for module in modules]
     bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
     for module in modules:
         module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
-    return Product(weight, bias, rule)
+    return Product(weight, bias)

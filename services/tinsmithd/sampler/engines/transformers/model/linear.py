@@ -2,12 +2,15 @@
 
 A row of `x W^T` is a sum that a library may order otherwise for other numbers of rows. On the CPUs
 that were measured it does so at a single row (oneDNN), at what a number of rows leaves when divided
-by 4 (MKL), or above 32 rows (oneDNN with AMX), so products have a multiple of `ROWS_STEP`, and no
-more than were found to be alike. `invariance` finds that out at start. Where not even few numbers
-are alike, every product is made of blocks of `BLOCK_ROWS` rows.
+by 4 (MKL), or above 32 rows (oneDNN with AMX). So a product has a number of rows that was found to
+be alike, and more rows are products of their own. `invariance` finds out at start which these are:
+for the next tokens of sequences, of which there may be one, and for prompts, which have many rows
+and are twice as fast in larger products.
 """
 
-from collections.abc import Callable
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,36 +39,96 @@ class Window(NamedTuple):
     least: int
     most: int
 
+    @property
+    def sizes(self) -> Sequence[int]:
+        """All of them, ascending."""
+        return range(self.least, self.most + 1, ROWS_STEP)
+
     def within(self, other: "Window") -> "Window":
         """What both allow."""
         return Window(max(self.least, other.least), min(self.most, other.most))
 
 
 class RowRule:
-    """How many rows the products of a decoder have.
+    """How many rows the products of a decoder have: sizes in ascending order.
 
     Attributes:
-        step: A multiple of this.
-        most: Not more than this, a multiple of `step`; None: any number.
-        lora_rows: Those of an adapter, by its padded rank.
-        beside_rows: Those of adapters side by side; ranks that are not here are not computed so.
+        few: Those of sequences, multiples of the first.
+        many: Those of prompts; empty: as those of sequences.
+        lora_few: Those of an adapter, by its padded rank.
+        lora_many: Those of an adapter over prompts; ranks that are not here: as `lora_few`.
+        beside: Those of adapters side by side; ranks that are not here are not computed so.
 
     All are decided before anything that counts is computed.
     """
 
     def __init__(self) -> None:
-        self.step = ROWS_STEP
-        self.most: int | None = None
-        self.lora_rows: dict[int, Window] = {}
-        self.beside_rows: dict[int, Window] = {}
+        self.few: Sequence[int] = range(ROWS_STEP, sys.maxsize, ROWS_STEP)
+        self.many: Sequence[int] = ()
+        self.lora_few: dict[int, Sequence[int]] = {}
+        self.lora_many: dict[int, Sequence[int]] = {}
+        self.beside: dict[int, Sequence[int]] = {}
 
     def padded(self, count: int) -> int:
-        """The rows of a product of which `count` are wanted."""
-        return -(-count // self.step) * self.step
+        """So many rows, filled up to those of whole products of sequences."""
+        return -(-count // self.few[0]) * self.few[0]
 
-    def use_blocks(self) -> None:
-        """Let every product be made of blocks of `BLOCK_ROWS` rows."""
-        self.step = self.most = BLOCK_ROWS
+
+class Cut(NamedTuple):
+    """Rows of one product: `read` of them from `start` on, of which the first `kept` count."""
+
+    start: int
+    read: int
+    kept: int
+
+
+def cuts_of(count: int, sizes: Sequence[int]) -> Iterator[Cut]:
+    """Products of the given sizes that have `count` rows, each row in one; the last may read on."""
+    start = 0
+    while start < count:
+        left = count - start
+        read = sizes[-1] if left > sizes[-1] else sizes[bisect_left(sizes, left)]
+        kept = min(left, read)
+        yield Cut(start, read, kept)
+        start += kept
+
+
+class Rows:
+    """The rows of one forward, and the products that they are in.
+
+    Args:
+        rule: How many rows products have.
+        count: Rows that are wanted, at least one.
+        sequences: How many of them, the first, are next tokens of sequences, not of prompts.
+
+    Attributes:
+        count: As given.
+        total: All rows, those that fill up included.
+    """
+
+    def __init__(self, rule: RowRule, count: int, sequences: int) -> None:
+        if not rule.many:
+            sequences = count
+        cuts = list(cuts_of(sequences, rule.few))
+        prompts = cuts_of(count - sequences, rule.many)
+        # A product of sequences that reads on reads rows of prompts, which it does not keep.
+        cuts += [Cut(sequences + start, read, kept) for start, read, kept in prompts]
+        self.count = count
+        self.total = max(cut.start + cut.read for cut in cuts)
+        cuts[-1] = cuts[-1]._replace(kept=self.total - cuts[-1].start)
+        self._cuts = cuts
+
+    def filled(self, x: Tensor) -> Tensor:
+        """`(count, ...)` filled up with zeros to `(total, ...)`."""
+        missing = self.total - self.count
+        return F.pad(x, (0,) * (2 * x.dim() - 1) + (missing,)) if missing else x
+
+    def product(self, compute: Compute, x: Tensor) -> Tensor:
+        """Map `(total, d_in)` to a new `(total, d_out)`."""
+        if len(self._cuts) == 1:
+            return compute(x)
+        found = (compute(x[start : start + read])[:kept] for start, read, kept in self._cuts)
+        return torch.cat(list(found))
 
 
 class Product:
@@ -76,22 +139,20 @@ class Product:
     Args:
         weight: `(d_out, d_in)`.
         bias: `(d_out,)`.
-        rule: How many rows are given.
 
     Attributes:
         d_out, d_in: The weight's sizes.
-        compute: The product whatever the rule says.
+        compute: The product of any number of rows, whose bits depend on it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rule: RowRule) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.d_out, self.d_in = weight.shape
-        self._rule = rule
         make = _reordered if can_reorder(weight) else _plain
         self.compute: Compute = make(weight, bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map `(T, d_in)` to a new `(T, d_out)`, T as the rule gives it."""
-        return in_blocks(self.compute, x, self._rule.most)
+    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+        """Map all rows of a forward, `(T, d_in)`, to a new `(T, d_out)`."""
+        return rows.product(self.compute, x)
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Compute:
@@ -101,13 +162,6 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Compute:
 def _reordered(weight: Tensor, bias: Tensor | None) -> Compute:
     packed = reorder(weight)
     return lambda x: LINEAR(x, packed, bias, "none", [], "")
-
-
-def in_blocks(compute: Compute, x: Tensor, most: int | None) -> Tensor:
-    """A product of rows, made of products of at most so many of them."""
-    if most is None or len(x) <= most:
-        return compute(x)
-    return torch.cat([compute(rows) for rows in x.split(most)])
 
 
 def can_reorder(weight: Tensor) -> bool:

@@ -62,8 +62,12 @@ class LoraPool:
         with self._lock:
             self._adapters.pop(key, None)
 
-    def rows(self, keys: Sequence[str | None]) -> LoraRows | None:
-        """The adapters of the rows of a forward, one key per row; None where no row has any.
+    def rows(self, keys: Sequence[str | None], sequences: int) -> LoraRows | None:
+        """The adapters of the rows of a forward; None where no row has any.
+
+        Args:
+            keys: One per row.
+            sequences: How many rows, the first, are next tokens of sequences, not of prompts.
 
         Raises:
             KeyError: There is no such adapter.
@@ -72,4 +76,4 @@ class LoraPool:
             return None
         with self._lock:
             adapters = [None if key is None else self._adapters[key] for key in keys]
-        return LoraRows(adapters, self._stacks, self._rule, self._shape.device)
+        return LoraRows(adapters, sequences, self._stacks, self._rule, self._shape.device)

@@ -6,8 +6,9 @@ with few rows each are computed side by side, by one product over a stack of the
 each row keeps what its own adapter made.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ WHOLE_SHARE = 4
 """Rows of which at least one in so many has an adapter of a stack are not gathered for it."""
 
 
+Add = Callable[..., Tensor]
+"""`SiteLora.added` of some kind of rows."""
+
+
 class _Run(Protocol):
     """Some rows and their adapters."""
 
@@ -44,11 +49,20 @@ class _Place(Protocol):
         """Add what an adapter makes of its rows of `(T, d_in)` to those of `(T, d_out)`."""
 
 
+class _Group(NamedTuple):
+    """Rows of one adapter that are all of prompts, or all of sequences."""
+
+    adapter: LoraWeights
+    of_prompts: bool
+    rows: list[int]
+
+
 class LoraRows:
     """The adapters of rows.
 
     Args:
         adapters: Per row; None where it has none. One row at least has one.
+        sequences: How many rows, the first, are next tokens of sequences, not of prompts.
         stacks: Of adapters that are computed side by side.
         rule: How many rows products have.
         device: Where the rows are.
@@ -57,28 +71,36 @@ class LoraRows:
     def __init__(
         self,
         adapters: Sequence[LoraWeights | None],
+        sequences: int,
         stacks: LoraStacks,
         rule: RowRule,
         device: torch.device,
     ) -> None:
         self._adapters, self._stacks = tuple(adapters), stacks
+        self._sequences = sequences if rule.many else len(self._adapters)
         self._rule, self._device = rule, device
         self._runs: list[_Run] | None = None
-        self._masks: dict[int, Tensor] = {}
-        self._groups: dict[int, tuple[LoraWeights, list[int]]] = {}
+        self._masks: dict[tuple[int, bool], Tensor] = {}
+        self._groups: dict[tuple[int, bool], _Group] = {}
         for row, adapter in enumerate(self._adapters):
             if adapter is not None:
-                self._groups.setdefault(id(adapter), (adapter, []))[1].append(row)
+                of_prompts = row >= self._sequences
+                group = _Group(adapter, of_prompts, [])
+                self._groups.setdefault((id(adapter), of_prompts), group).rows.append(row)
 
     def __len__(self) -> int:
         return len(self._adapters)
 
     def select(self, rows: Sequence[int]) -> "LoraRows | None":
-        """The adapters of some of the rows, in this order; None where they have none."""
+        """The adapters of some of the rows, in this order, those of sequences first.
+
+        None where they have none.
+        """
         chosen = [self._adapters[row] for row in rows]
         if not any(chosen):
             return None
-        return LoraRows(chosen, self._stacks, self._rule, self._device)
+        sequences = sum(row < self._sequences for row in rows)
+        return LoraRows(chosen, sequences, self._stacks, self._rule, self._device)
 
     def added(self, layer: int, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Add to a product what its adapters make of its rows.
@@ -86,7 +108,7 @@ class LoraRows:
         Args:
             layer: Number of the layer.
             site: The product.
-            x: What it is made of, `(T, d_in)`, T as `RowRule` says, of which the first are ours.
+            x: What it is made of, `(T, d_in)`; the first of the T rows are ours.
             y: The product, `(T, d_out)`; it may be changed.
 
         Returns:
@@ -101,7 +123,7 @@ class LoraRows:
     def experts(self, layer: int) -> ExpertRuns:
         """What is added to the experts of a layer; see `Experts`."""
         found = []
-        for key, (adapter, rows) in self._groups.items():
+        for key, (adapter, _of_prompts, rows) in self._groups.items():
             lora = adapter.experts[layer]
             if lora is not None:
                 if key not in self._masks:
@@ -115,68 +137,77 @@ class LoraRows:
         """Add what the adapters of the head make of the rows.
 
         Args:
-            hidden: `(N, d)`, N as `RowRule` says, of which the first are ours.
+            hidden: `(N, d)`; the first of the N rows are ours.
             logits: float32 `(N, V)`; it may be changed.
 
         Returns:
             The sum, which may be `logits`.
         """
         hidden = hidden.float()
-        for adapter, rows in self._groups.values():
-            if adapter.head is not None:
-                logits = self._place(rows).added(adapter.head, hidden, logits)
+        for group in self._groups.values():
+            if group.adapter.head is not None:
+                logits = self._place(group).added(group.adapter.head, hidden, logits)
         return logits
 
     def _made_runs(self) -> list[_Run]:
         found: list[_Run] = []
-        small: dict[StackKey, list[tuple[LoraWeights, list[int]]]] = {}
-        for adapter, rows in self._groups.values():
-            few = len(rows) <= STACKED_ROWS_MAX and len(rows) < len(self)
-            if few and adapter.can_stand_beside and adapter.rank in self._rule.beside_rows:
-                small.setdefault((adapter.rank, adapter.scaling), []).append((adapter, rows))
+        small: dict[StackKey, list[_Group]] = {}
+        for group in self._groups.values():
+            if self._is_small(group):
+                key = group.adapter.rank, group.adapter.scaling
+                small.setdefault(key, []).append(group)
             else:
-                found.append(_Alone(adapter, self._place(rows)))
-        for group in small.values():
-            if len(group) == 1:
-                ((adapter, rows),) = group
-                found.append(_Alone(adapter, self._place(rows)))
-            else:
-                rows_of = {id(adapter): rows for adapter, rows in group}
-                for stack in self._stacks.of([adapter for adapter, _ in group]):
-                    found.append(_SideBySide(stack, rows_of, len(self), self._rule, self._device))
+                found.append(_Alone(group.adapter, self._place(group)))
+        for groups in small.values():
+            if len(groups) == 1:
+                found.append(_Alone(groups[0].adapter, self._place(groups[0])))
+                continue
+            rows_of = {id(adapter): rows for adapter, _, rows in groups}
+            for stack in self._stacks.of([group.adapter for group in groups]):
+                beside = _SideBySide(stack, rows_of, self._sequences, self._rule, self._device)
+                found.append(beside)
         return found
 
-    def _place(self, rows: list[int]) -> "_Place":
+    def _is_small(self, group: _Group) -> bool:
+        """Whether rows are few enough to be computed beside others, and may be."""
+        adapter, of_prompts, rows = group
+        if of_prompts or len(rows) > STACKED_ROWS_MAX or len(rows) == len(self):
+            return False
+        return adapter.can_stand_beside and adapter.rank in self._rule.beside
+
+    def _place(self, group: _Group) -> "_Place":
         """How rows are brought together."""
-        count = self._rule.padded(len(rows))
+        _adapter, of_prompts, rows = group
+        add = functools.partial(SiteLora.added, rule=self._rule, of_prompts=of_prompts)
         if len(rows) == len(self):
-            return _Everywhere(self._rule)
-        if count == len(rows) and rows[-1] - rows[0] + 1 == count:
-            return _Slice(self._rule, rows[0], rows[-1] + 1)
-        index = torch.tensor(rows + rows[-1:] * (count - len(rows)), device=self._device)
-        return _Gathered(self._rule, index)
+            return _Everywhere(add)
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return _Slice(add, rows[0], rows[-1] + 1)
+        missing = self._rule.padded(len(rows)) - len(rows)
+        index = torch.tensor(rows + rows[-1:] * missing, device=self._device)
+        return _Gathered(add, index)
 
 
 class _Everywhere:
     """All rows have the adapter."""
 
-    def __init__(self, rule: RowRule) -> None:
-        self._rule = rule
+    def __init__(self, add: Add) -> None:
+        self._add = add
 
     def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
-        return lora.added(self._rule, y, x)
+        return self._add(lora, y=y, x=x)
 
 
 class _Slice:
     """Rows that stand one after the other have the adapter."""
 
-    def __init__(self, rule: RowRule, start: int, end: int) -> None:
-        self._rule, self._rows = rule, slice(start, end)
+    def __init__(self, add: Add, start: int, end: int) -> None:
+        self._add, self._rows = add, slice(start, end)
 
     def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
-        y[self._rows] = lora.added(self._rule, y[self._rows], x[self._rows])
+        y[self._rows] = self._add(lora, y=y[self._rows], x=x[self._rows])
         return y
 
 
@@ -184,18 +215,18 @@ class _Gathered:
     """Rows here and there have the adapter.
 
     Args:
-        rule: How many rows products have.
-        index: The rows, int64, the last again until there are as many as the rule says.
+        add: As in `_Everywhere`.
+        index: The rows, int64, the last again until there are as many as a product has.
     """
 
-    def __init__(self, rule: RowRule, index: Tensor) -> None:
-        self._rule, self._index = rule, index
+    def __init__(self, add: Add, index: Tensor) -> None:
+        self._add, self._index = add, index
 
     def added(self, lora: SiteLora, x: Tensor, y: Tensor) -> Tensor:
         """See `_Place`."""
         own, own_x = (rows.index_select(0, self._index) for rows in (y, x))
         # A row that stands there twice has the same bits twice.
-        return y.index_copy_(0, self._index, lora.added(self._rule, own, own_x))
+        return y.index_copy_(0, self._index, self._add(lora, y=own, x=own_x))
 
 
 class _Alone:
@@ -216,7 +247,7 @@ class _SideBySide:
     Args:
         stack: Their weights.
         rows_of: The rows of adapters, by `id`; others have none here.
-        rows_all: Number of rows, others included.
+        sequences: Number of rows, others included, which are the first of the forward.
         rule: How many rows products have.
         device: Where the rows are.
     """
@@ -225,7 +256,7 @@ class _SideBySide:
         self,
         stack: LoraStack,
         rows_of: Mapping[int, list[int]],
-        rows_all: int,
+        sequences: int,
         rule: RowRule,
         device: torch.device,
     ) -> None:
@@ -235,7 +266,7 @@ class _SideBySide:
             for place, adapter in enumerate(stack.adapters)
             for row in rows_of.get(id(adapter), ())
         }
-        rows = list(range(rule.padded(rows_all)))
+        rows = list(range(rule.padded(sequences)))
         self._index: Tensor | None = None
         if rule.padded(len(places)) * WHOLE_SHARE < len(rows):
             rows = sorted(places)
@@ -254,6 +285,11 @@ class _SideBySide:
         if lora is None:
             return y
         if self._index is None:
-            return lora.added(self._rule, y, x, self._others)
+            count = len(self._others)
+            total = lora.added(self._rule, y[:count], x[:count], self._others)
+            if count == len(y):
+                return total
+            y[:count] = total
+            return y
         own, own_x = (rows.index_select(0, self._index) for rows in (y, x))
         return y.index_copy_(0, self._index, lora.added(self._rule, own, own_x, self._others))

@@ -23,8 +23,8 @@ from tinsmithd.sampler.engines.transformers.model.linear import (
     LINEAR,
     LINEAR_PLUS,
     RowRule,
-    Window,
     can_reorder,
+    cuts_of,
     reorder,
 )
 
@@ -40,7 +40,7 @@ COLUMNS_MIN = 64
 """Least columns of A there: oneDNN shares the sums of fewer ones between threads, and how depends
 on the number of rows."""
 
-ALONE = Window(BLOCK_ROWS, BLOCK_ROWS)
+ALONE = (BLOCK_ROWS,)
 """Rows of an adapter whose rank or form was not tried: always the same."""
 
 
@@ -150,30 +150,40 @@ class SiteLora:
         if self.is_slow:
             self._reordered = reorder(self.a), reorder(self.b)
 
-    def added(self, rule: RowRule, y: Tensor, x: Tensor, others: Tensor | None = None) -> Tensor:
+    def added(
+        self,
+        rule: RowRule,
+        y: Tensor,
+        x: Tensor,
+        others: Tensor | None = None,
+        *,
+        of_prompts: bool = False,
+    ) -> Tensor:
         """Add to all rows.
 
         Args:
             rule: How many rows products have.
-            y: `(T, d_out)`, T as the rule says; it may be changed.
+            y: `(T, d_out)`; it may be changed.
             x: `(T, d_in)`.
             others: Where there are several adapters, bool `(T, 1, adapters, 1)`: which are not the
                 row's.
+            of_prompts: The rows are of prompts, not of sequences.
 
         Returns:
             The sum, which may be y.
         """
-        rows = rule.lora_rows if others is None else rule.beside_rows
-        least, most = rows.get(self.rank, ALONE) if self._is_tried else ALONE
-        if least <= len(y) <= most:
-            return self._added(y, x, others)
+        sizes = rule.lora_few if others is None else rule.beside
+        if of_prompts and self.rank in rule.lora_many:
+            sizes = rule.lora_many
+        cuts = cuts_of(len(y), sizes.get(self.rank, ALONE) if self._is_tried else ALONE)
         found = []
-        for start in range(0, len(y), most):
-            here = slice(start, min(start + most, len(y)))
-            count = max(least, here.stop - start)
-            mask = None if others is None else _filled(others[here], count)
-            block = self._added(_filled(y[here], count), _filled(x[here], count), mask)
-            found.append(block[: here.stop - start])
+        for start, read, kept in cuts:
+            if read == len(y):
+                return self._added(y, x, others)
+            here = slice(start, start + kept)
+            mask = None if others is None else _filled(others[here], read)
+            block = self._added(_filled(y[here], read), _filled(x[here], read), mask)
+            found.append(block[:kept])
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _added(self, y: Tensor, x: Tensor, others: Tensor | None) -> Tensor:
