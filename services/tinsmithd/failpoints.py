@@ -5,8 +5,8 @@
 Each is `name:action`, with `@n` only at the n-th time that the place is reached in this process.
 Actions: `kill` (SIGKILL to this process), `abort` (SIGABRT, as after a fault of its own), `raise`
 (a RuntimeError), `full` (an OSError that says that the disk is full), `io` (one that says that the
-disk failed), `sleep=SECONDS`. Names that no place has stop nothing; the fault tests know all of
-them as `NAMES`.
+disk failed), `sleep=SECONDS`, `spin` (compute without end). Names that no place has stop nothing;
+the fault tests know all of them as `NAMES`.
 """
 
 import errno
@@ -94,6 +94,9 @@ def _act(name: str, armed: _Armed) -> None:
         raise OSError(errno.ENOSPC, f"failpoint {name}")
     elif armed.action == "io":
         raise OSError(errno.EIO, f"failpoint {name}")
+    elif armed.action == "spin":
+        while True:
+            pass
     elif armed.action.startswith("sleep="):
         time.sleep(float(armed.action.removeprefix("sleep=")))
     else:

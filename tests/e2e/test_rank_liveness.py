@@ -133,6 +133,28 @@ def test_computing_for_long_is_no_silence_and_an_orderly_end_is_quiet(tmp_path: 
     assert "Traceback" not in log
 
 
+def test_a_rank_that_computes_without_end_ends_its_group_and_the_call_is_made_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heart beats on, and the other one waits in a collective: both say so, and where they are.
+    The next group answers, and the caller waited."""
+    monkeypatch.setenv("TINSMITH_TRAINER_PROGRESS_TIMEOUT_S", "1")
+    monkeypatch.setenv("TINSMITH_FAILPOINTS", "mid_forward:spin@2")
+    with RunningCluster(tiny_model, tmp_path, ranks=2) as cluster:
+        service = tinsmith.ServiceClient(base_url=cluster.address)
+        model = service.create_lora_training_client(cluster.base_model, rank=2).result(90)
+        ranks, data = cluster.rank_pids(), make_data(1, 8)
+        losses = [model.forward(data, "cross_entropy").result(60).loss for _ in range(2)]
+        assert losses[0] == losses[1]
+        until_gone(ranks)
+    log = (cluster.logs / "training.log").read_text()
+    for rank in range(2):
+        assert f"rank {rank} ends: nothing was done for" in log
+        assert f"rank {rank}, its last collectives: " in log
+    assert "rank 0: compute" in log
+    assert "_act < failpoints.py" in log
+
+
 def test_the_end_of_a_cluster_leaves_no_stopped_rank_behind(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

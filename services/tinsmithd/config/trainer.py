@@ -52,3 +52,6 @@ class TrainerConfig(Config):
     """CPU threads per rank; 0 leaves it to torch."""
     collective_timeout_s: Number = Field(30.0, ge=1)
     """A rank that shows no life for this long ends the group; to compute for long is no silence."""
+    progress_timeout_s: Number = Field(300.0, ge=1)
+    """A group that gets nothing done with a command for this long, no layer, micro-batch or
+    collective on any rank, and for ten times as long as that ever took, ends."""

@@ -51,6 +51,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         on_progress(f"waiting for {world_size} ranks")
         distributed.init(config.collective_timeout_s)
         farewells.append(distributed.leave)
+    distributed.watch(config.progress_timeout_s)
     engines = Engines(engine_makers(config, on_progress), LoraConfig)
     commands = Commands(engines, world_size=world_size, rank=rank)
     if loading is None:

@@ -18,6 +18,7 @@ from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
 from tinsmithd.mismatch import Mismatch
 from tinsmithd.state import files as state_files
+from tinsmithd.trainer import progress
 from tinsmithd.trainer.answers import computed, done_with, failed
 from tinsmithd.trainer.engines.interface import (
     Batch,
@@ -84,10 +85,14 @@ class Commands:
         if case == "piece":
             self._pieces.setdefault(command.piece.file_name, []).append(command.piece.data)
             return
+        with progress.under_way(str(case)):
+            self._apply(command, _Replies(reply, later or _at_once(reply)))
+
+    def _apply(self, command: pb.AttachResponse, replies: _Replies) -> None:
+        case = command.WhichOneof("command")
         answer = pb.AttachRequest(command_id=command.command_id)
         try:
-            carry_out = self._handlers[str(case)]
-            done = carry_out(command, _Replies(reply, later or _at_once(reply)))
+            done = self._handlers[str(case)](command, replies)
             if done is None:
                 return
             answer.done.CopyFrom(done)
@@ -104,7 +109,7 @@ class Commands:
                 raise
             _log.exception("%s of model %s failed", case, command.model_id)
             answer.failed.CopyFrom(failed(Internal()))
-        reply(answer)
+        replies.now(answer)
 
     def forget_models(self) -> None:
         """Drop every model: the Training server that knew them is gone."""

@@ -16,6 +16,7 @@ from tinsmithd import failpoints
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal
 from tinsmithd.state import files as state_files
+from tinsmithd.trainer import progress
 from tinsmithd.trainer.answers import done_with, failed
 
 PIECE_BYTES_MAX = 256 * 1024
@@ -112,6 +113,7 @@ def send_state(command_id: int, state: ModelState, later: Later) -> None:
         piece = pb.StatePiece(file_name=file_name, data=data)
         if not later(pb.AttachRequest(command_id=command_id, piece=piece)):
             return
+        progress.made()  # the next copy may have to wait for this one
     later(pb.AttachRequest(command_id=command_id, done=done_with(state)))
 
 

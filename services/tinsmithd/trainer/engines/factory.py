@@ -7,6 +7,7 @@ from tinsmithd.config import TrainerConfig
 from tinsmithd.domain import Tuning
 from tinsmithd.modeling.base import BaseModel, load_base
 from tinsmithd.modeling.weights import FUSED_WEIGHTS, WEIGHTS, MakeWeights
+from tinsmithd.trainer import progress
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.engines.registry import EngineMakers
 
@@ -28,7 +29,9 @@ def engine_makers(config: TrainerConfig, on_progress: Callable[[str], None]) -> 
 
     def load(tuning: type[Tuning]) -> BaseModel:
         held_in = config.dtype if tuning.is_adapter else TRAINED_DTYPE
-        return load_base(config.base_model, dtype=held_in, on_progress=on_progress)
+        base = load_base(config.base_model, dtype=held_in, on_progress=on_progress)
+        progress.count_layers(base.model.model.layers)
+        return base
 
     if config.engine == "reference":
         from tinsmithd.trainer.engines.reference import ReferenceEngine

@@ -20,6 +20,7 @@ from tinsmithd.domain import (
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.trained import TrainedWeights
+from tinsmithd.trainer import progress
 from tinsmithd.trainer.compute.adamw import clip_scale, eps_of
 from tinsmithd.trainer.compute.plain import compute_datum
 from tinsmithd.trainer.engines import identity
@@ -124,6 +125,7 @@ class ReferenceEngine:
                         self._device,
                     )
                     loss += result.loss
+                    progress.made()
                     if len(batch.data) == 1:
                         failpoints.hit(failpoint)
                     on_output(index, {"logprobs": result.logprobs})

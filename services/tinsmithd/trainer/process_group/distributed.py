@@ -1,15 +1,21 @@
 """The process group of the ranks, which `starter` or torchrun started; or one process alone."""
 
 import datetime
+import json
 import logging
 import os
 import signal
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from tinsmithd.trainer import progress
 from tinsmithd.trainer.process_group.heartbeat import (
     EXIT_GROUP_LOST,
     EXIT_RANK_SILENT,
@@ -18,14 +24,25 @@ from tinsmithd.trainer.process_group.heartbeat import (
     Member,
     meet,
 )
+from tinsmithd.trainer.process_group.stall import Report, Reports, StallWatch
 from tinsmithd.trainer.process_group.starter import STORE_FD, loopback_alone
 
 COLLECTIVE_TIMEOUT_S = 30.0
 """Maximum seconds of a rank's silence; see `TrainerConfig.collective_timeout_s`."""
 
-PROCESS_GROUP_TIMEOUT_S = 24 * 3600
-"""Maximum seconds of a collective: more than any computation that other ranks wait for. The
-heartbeat finds lost ranks long before."""
+PROCESS_GROUP_TIMEOUT_S = {"gloo": 24 * 3600, "nccl": 1800}
+"""Maximum seconds of a collective, by backend: more than any computation that other ranks wait for.
+The heartbeat finds lost ranks, and `watch` ranks that hang, long before."""
+
+PROGRESS_TIMEOUT_S = 300.0
+"""Seconds without progress that are always allowed; see `TrainerConfig.progress_timeout_s`."""
+
+FLIGHT_RECORDERS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
+"""Functions of torch that tell what its flight recorder has, by backend."""
+COLLECTIVES_SHOWN = 8
+STACK_DEPTH_MAX = 12
+LAST_LOOK_S_MAX = 5.0
+"""Maximum seconds for a last look at what torch knows, which may hang, too."""
 
 MEET_TIMEOUT_S = 600.0
 """Maximum seconds between the start of the first and the last rank."""
@@ -36,6 +53,7 @@ IDLE_S_MAX = 365 * 86_400
 _log = logging.getLogger(__name__)
 _control: dist.ProcessGroup | None = None
 _heartbeat: Heartbeat | None = None
+_stalled = False
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -78,6 +96,7 @@ def _join(backend: str, collective_timeout_s: float) -> None:
     # collective that merely takes long only after the process group's timeout, and a watchdog
     # thread that itself hangs in the driver after TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (8 minutes).
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # torch logs where
     rank, world_size = rank_and_world_size()
     ours = STORE_FD in os.environ
     store = _store(rank, world_size)
@@ -101,6 +120,7 @@ def _join(backend: str, collective_timeout_s: float) -> None:
         rank,
         timeout_s=collective_timeout_s,
         on_loss=on_loss,
+        report=lambda: _report().encode(),
         store_rank=0 if ours else None,
     )
     # Before the process group connects: that waits for the others as well.
@@ -108,7 +128,7 @@ def _join(backend: str, collective_timeout_s: float) -> None:
     # torchrun may keep the store between restarts. Under the name of this group nobody finds the
     # addresses of ranks that are gone.
     own_store = dist.PrefixStore(group.id, store)  # type: ignore[attr-defined]
-    timeout = datetime.timedelta(seconds=PROCESS_GROUP_TIMEOUT_S)
+    timeout = datetime.timedelta(seconds=PROCESS_GROUP_TIMEOUT_S[backend])
     dist.init_process_group(
         backend, store=own_store, rank=rank, world_size=world_size, timeout=timeout
     )
@@ -147,6 +167,68 @@ def _end_sibling(me: Member, other: Member) -> None:
             os.kill(other.pid, signal.SIGKILL)
     except (OSError, ValueError, IndexError):
         return  # it is gone, or this system has no /proc: then it takes torchrun's 30 s
+
+
+# --- ranks that live and get nothing done ----------------------------------------------------
+
+
+def watch(progress_timeout_s: float = PROGRESS_TIMEOUT_S) -> None:
+    """From now on, end this process (`EXIT_RANK_SILENT`) when its group gets nothing done.
+
+    Args:
+        progress_timeout_s: For longer, and for ten times as long as it ever took so far.
+    """
+    rank, _ = rank_and_world_size()
+
+    def on_stall(message: str) -> None:
+        global _stalled
+        _stalled = True
+        _log.error("rank %d ends: %s", rank, message)
+        _log.error("rank %d is at %s", rank, _stack())
+        if dist.is_initialized():
+            look = threading.Thread(target=_log_collectives, args=(rank,), daemon=True)
+            look.start()
+            look.join(LAST_LOOK_S_MAX)
+        # Who started the ranks ends them with the first. The others hear of it with the next beat,
+        # and are to say where they are, too.
+        beat_s = 0.0 if _heartbeat is None else _heartbeat.interval_s
+        time.sleep(2 * (beat_s + watching.interval_s))
+        os._exit(EXIT_RANK_SILENT)
+
+    watching = StallWatch(_reports, timeout_s=progress_timeout_s, on_stall=on_stall)
+    watching.start()
+
+
+def _report() -> Report:
+    collectives = 0
+    if dist.is_initialized():
+        assert dist.group.WORLD is not None
+        collectives = dist.group.WORLD._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return Report(progress.current.count, collectives, progress.current.doing, _stalled)
+
+
+def _reports() -> Reports:
+    rank, _ = rank_and_world_size()
+    others = {} if _heartbeat is None else _heartbeat.reports()
+    return {rank: _report(), **{other: Report.decode(text) for other, text in others.items()}}
+
+
+def _stack() -> str:
+    """Where the main thread is, innermost first, in one line."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls = reversed(traceback.extract_stack(frame)[-STACK_DEPTH_MAX:])
+    return " < ".join(f"{Path(call.filename).name}:{call.lineno} {call.name}" for call in calls)
+
+
+def _log_collectives(rank: int) -> None:
+    """Log the last collectives of torch's flight recorder."""
+    dump = getattr(torch._C._distributed_c10d, FLIGHT_RECORDERS[dist.get_backend()])
+    entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", ())
+    shown = [
+        f"{entry['profiling_name']} {entry['collective_seq_id']} {entry['state']}"
+        for entry in entries[-COLLECTIVES_SHOWN:]
+    ]
+    _log.error("rank %d, its last collectives: %s", rank, ", ".join(shown) or "none")
 
 
 def leave() -> None:

@@ -15,9 +15,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from tinsmithd.trainer.process_group.stall import AwakeClock
 
 INTERVAL_S_MAX = 2.0
 """Maximum seconds between two beats of a rank; a short timeout makes them come faster."""
@@ -169,6 +171,9 @@ class Heartbeat:
     One thread talks with the store. Another, which never waits for the store, judges by what the
     first one heard. Time counts only while this process runs: one that was itself suspended (a
     laptop, a debugger) hears the others before it calls them silent.
+
+    Attributes:
+        interval_s: Seconds between two beats.
     """
 
     def __init__(
@@ -179,6 +184,7 @@ class Heartbeat:
         *,
         timeout_s: float,
         on_loss: Callable[[Loss], None],
+        report: Callable[[], str] = str,
         store_rank: int | None = None,
     ) -> None:
         """Prepare.
@@ -189,17 +195,19 @@ class Heartbeat:
             rank: Number of this rank.
             timeout_s: Maximum seconds of a rank's silence.
             on_loss: Ends the process; called once, from a thread, unless this rank left first.
+            report: What else this rank's beats tell the others; see `reports`.
             store_rank: The rank whose process serves the store, so that a store which does not
                 answer means a silent rank; None where no rank of the group serves it.
         """
         self._store_rank = store_rank
         self._store = store
         self._timeout_s = timeout_s
-        self._interval_s = min(INTERVAL_S_MAX, timeout_s / BEATS_PER_TIMEOUT)
+        self.interval_s = min(INTERVAL_S_MAX, timeout_s / BEATS_PER_TIMEOUT)
         self._own_key = _beat_key(group, rank)
         self._others = [r for r in range(len(group.members)) if r != rank]
         self._keys = [_beat_key(group, r) for r in self._others]
         self._on_loss = on_loss
+        self._report = report
         self._lock = threading.Lock()
         self._lost = False
         self._awake_s = 0.0
@@ -235,9 +243,14 @@ class Heartbeat:
             if thread is not threading.current_thread():
                 thread.join(FAREWELL_S_MAX)
 
+    def reports(self) -> Mapping[int, str]:
+        """What the others' last beats told; empty of a rank that says goodbye."""
+        with self._lock:
+            return {rank: value.decode().partition(" ")[2] for rank, value in self._values.items()}
+
     def rank_that_left(self) -> int | None:
         """A rank that said goodbye; waits as long as such news may take, None where none comes."""
-        deadline_s = time.monotonic() + 2 * self._interval_s
+        deadline_s = time.monotonic() + 2 * self.interval_s
         while True:
             self._talk_now.set()
             with self._lock:
@@ -253,13 +266,14 @@ class Heartbeat:
                 self._talk_now.clear()
                 count += 1
                 leaving = self._leaving
-                self._store.set(self._own_key, _LEFT.decode() if leaving else str(count))
+                beat = _LEFT.decode() if leaving else f"{count} {self._report()}"
+                self._store.set(self._own_key, beat)
                 if leaving:
                     self._said_goodbye.set()
                 self._hear(self._store.multi_get(self._keys))
                 if leaving and all(value == _LEFT for value in self._values.values()):
                     return  # nothing more to say: the store may go now
-                self._talk_now.wait(self._interval_s)
+                self._talk_now.wait(self.interval_s)
         except Exception as error:
             if not self._leaving:
                 reason = str(error).partition("\n")[0]
@@ -274,13 +288,11 @@ class Heartbeat:
                     self._heard_s[rank] = self._awake_s
 
     def _watch(self) -> None:
-        last_s = time.monotonic()
-        while not self._closed.wait(self._interval_s / 2):
-            now_s = time.monotonic()
+        clock = AwakeClock(self.interval_s)
+        while not self._closed.wait(self.interval_s / 2):
             with self._lock:
-                self._awake_s += min(now_s - last_s, self._interval_s)
+                self._awake_s = clock.read()
                 loss = self._judge()
-            last_s = now_s
             if loss is not None:
                 self._lose(loss)
                 return

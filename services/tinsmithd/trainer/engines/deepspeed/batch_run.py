@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tinsmithd import failpoints
 from tinsmithd.domain import CrossEntropy, Datum, LossFn
 from tinsmithd.errors import Reason, ResourceExhausted
+from tinsmithd.trainer import progress
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.rounds import MicroBatch, Round
 from tinsmithd.trainer.compute import memory
@@ -117,6 +118,7 @@ class BatchRun:
                 model.pending.add(result.gradients, slot.zero.layout, slot.zero.padded_count)
             self.loss += result.loss
             self._computed_count += 1
+            progress.made()
             logprobs.update(zip(indices, result.logprobs, strict=True))
             executed.append(MicroBatch(tuple(indices), recompute))
 
