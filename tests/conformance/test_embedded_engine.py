@@ -12,7 +12,13 @@ import torch
 
 from sampling_engines import drained, outputs_of
 from tinsmithd.domain import LoraConfig, ModelState, Output, SampleRequest, SamplingParams
-from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason, Unavailable
+from tinsmithd.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+)
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.transformers.engine import (
@@ -247,6 +253,55 @@ async def test_a_step_that_fails_ends_the_engine_and_tells_everybody(
         await watching
     with pytest.raises(Unavailable):
         await drained(engine, request(), None)
+    await engine.close()
+
+
+async def test_a_step_that_lacks_memory_ends_the_largest_request_and_the_engine_goes_on(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those beside it are told to ask again, and get what they would have got."""
+    alone = (await drained(engine, request(400), None)).sequences
+    small = [asyncio.create_task(drained(engine, request(400), None)) for _ in range(2)]
+    large = asyncio.create_task(drained(engine, request(300, samples=2), None))
+    while engine.stats().sequences < 4:
+        await asyncio.sleep(0.001)
+
+    def fail(*_: object) -> None:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(KvCache, "batch", fail)
+    with pytest.raises(ResourceExhausted, match="a request of 608 tokens") as refused:
+        await large
+    assert refused.value.reason is Reason.OUT_OF_MEMORY
+    for call in small:
+        with pytest.raises(Unavailable) as ended:
+            await call
+        assert ended.value.retry_after_s
+    assert (await drained(engine, request(400), None)).sequences == alone
+    await settled(engine)
+    assert engine.stats().kv_tokens == 0
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_an_adapter_that_does_not_fit_is_refused_and_a_lost_device_ends_the_engine(
+    tiny_model: Path, state: ModelState, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Whatever else is asked of it later."""
+    engine = new_engine(tiny_model)
+    text = "unspecified launch failure" if lost else "out of memory"
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {text}")
+
+    monkeypatch.setattr(engine._pool, "load", fail)
+    with pytest.raises(Unavailable if lost else ResourceExhausted):
+        await engine.load_adapter("a", state)
+    if lost:
+        with pytest.raises(torch.AcceleratorError):
+            await engine.failed()
+    else:
+        assert len((await drained(engine, request(), None)).sequences[0].tokens) == 8
     await engine.close()
 
 

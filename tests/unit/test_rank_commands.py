@@ -1,11 +1,13 @@
 """What a rank does with a command, on an engine that only pretends."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from checkpoints import to_files
 from data import datum_to_pb
@@ -159,6 +161,24 @@ def test_a_model_that_breaks_on_one_of_several_ranks_ends_the_group(engine: Pret
     with pytest.raises(ModelBroken):
         commands_on(engine, world_size=2).apply(BREAKING_STEP, answers.append)
     assert answers == []
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_rank_whose_device_is_lost_ends_although_it_is_alone(
+    engine: Pretender, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """No later call could succeed; after any other error one could."""
+    text = "an illegal memory access was encountered" if lost else "invalid configuration argument"
+
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {text}")
+
+    monkeypatch.setattr(engine, "optim_step", fail)
+    answers: list[pb.AttachRequest] = []
+    ends = pytest.raises(torch.AcceleratorError) if lost else contextlib.nullcontext()
+    with ends:
+        commands_on(engine, world_size=1).apply(BREAKING_STEP, answers.append)
+    assert [type(error_in(answer.failed)) for answer in answers] == ([] if lost else [Internal])
 
 
 class Later:

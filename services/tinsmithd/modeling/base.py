@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tinsmithd.domain import BaseModelInfo
+from tinsmithd.modeling.device_errors import is_out_of_memory, is_sticky
 from tinsmithd.modeling.supported import check_config, check_positions
 from tinsmithd.modeling.tokenizer_files import read_tokenizer_files
 from tinsmithd.modeling.weight_files import check_fetched, check_loaded, check_weights, refused
@@ -123,7 +124,7 @@ def _load(name_or_folder: str, dtype: str) -> tuple[Any, Any]:
         check_loaded(name_or_folder, found)
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error) or is_sticky(error):
             raise  # the model is not to blame
         raise refused(repr(name_or_folder), _line(error)) from error
     return model, tokenizer

@@ -20,6 +20,8 @@ from tinsmithd.rpc import link_secret
 from tinsmithd.trainer.process_group import starter
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, MeetError
 
+EXIT_DEVICE_LOST = 1
+
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +33,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
     # Wrong settings must be found before heavy imports take their seconds.
     import torch
 
-    from tinsmithd.trainer import link
+    from tinsmithd.trainer import link, progress
     from tinsmithd.trainer.commands import Commands
     from tinsmithd.trainer.engines.factory import engine_makers
     from tinsmithd.trainer.engines.registry import Engines
@@ -44,6 +46,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
     loading = link.LoadingLink(server) if rank == 0 else None
 
     def on_progress(message: str) -> None:
+        progress.made()
         if loading is not None:
             loading.say(message)
 
@@ -129,12 +132,22 @@ def main() -> None:
         _log.error("%s", error)
         sys.exit(EXIT_GROUP_LOST)
     except Exception as error:
-        if not farewells:
-            raise
-        _end_among_others(error)
+        if farewells:
+            _end_among_others(error)
+        _end_if_sticky(error)
+        raise
 
 
-def _end_among_others(error: Exception) -> None:
+def _end_if_sticky(error: Exception) -> None:
+    """End a rank whose device is lost; the interpreter's own end might wait for that device."""
+    from tinsmithd.modeling.device_errors import is_sticky
+
+    if is_sticky(error):
+        _log.error("the rank cannot use its device any more", exc_info=error)
+        os._exit(EXIT_DEVICE_LOST)
+
+
+def _end_among_others(error: Exception) -> NoReturn:
     """End a rank of several at once, since the state of the others is unknown."""
     from tinsmithd.trainer.process_group import distributed
 

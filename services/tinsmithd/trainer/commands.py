@@ -17,6 +17,7 @@ from tinsmithd.convert import types as convert
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
 from tinsmithd.mismatch import Mismatch
+from tinsmithd.modeling.device_errors import is_sticky
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer import progress
 from tinsmithd.trainer.answers import computed, done_with, failed
@@ -79,7 +80,8 @@ class Commands:
 
         Raises:
             Exception: Something unexpected happened, or a model broke, and there are several ranks.
-                They may no longer be in step, so the group must end and start again.
+                They may no longer be in step, so the group must end and start again. Or the device
+                is lost to this process.
         """
         case = command.WhichOneof("command")
         if case == "piece":
@@ -99,13 +101,13 @@ class Commands:
         except TinsmithError as error:
             answer.failed.CopyFrom(failed(error))
         except ModelBroken as error:
-            if self._world_size > 1:
+            if self._world_size > 1 or is_sticky(error):
                 raise
             self._engines.delete_model(command.model_id)
             self._model_ids.discard(command.model_id)
             answer.failed.CopyFrom(pb.Failed(model_broken=str(error) or type(error).__name__))
-        except Exception:
-            if self._world_size > 1:
+        except Exception as error:
+            if self._world_size > 1 or is_sticky(error):
                 raise
             _log.exception("%s of model %s failed", case, command.model_id)
             answer.failed.CopyFrom(failed(Internal()))

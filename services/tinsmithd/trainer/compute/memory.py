@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinsmithd.errors import Reason, ResourceExhausted
+from tinsmithd.modeling.device_errors import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -79,13 +80,6 @@ def _kept_bytes(run: Callable[[int], Any], count: int) -> int:
         graph = run(count)
     del graph
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def compute_within_memory(

@@ -3,6 +3,7 @@
 That thread takes what came and what was cancelled, has the scheduler make a step, and hands what
 came of it to the event loop, once per step. Adapters are loaded on another thread. What fails one
 request ends that alone; what fails a step ends the engine, since nobody knows in what state it is.
+After one that ran out of memory it begins anew, without the requests that were under way.
 """
 
 import asyncio
@@ -18,13 +19,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from tinsmithd.domain import BaseModelInfo, ModelState, SampleRequest
-from tinsmithd.errors import Reason, Unavailable
 from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.device_errors import is_out_of_memory, is_sticky
 from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOutput
 from tinsmithd.sampler.engines.stopping import CONTEXT_TOKENS, StopCheck
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.sampler.engines.transformers.model.build import build
+from tinsmithd.sampler.engines.transformers.refusals import adapter_does_not_fit, unavailable
 from tinsmithd.sampler.engines.transformers.scheduler import Scheduler
 
 PIECE_TOKENS = 256
@@ -38,6 +40,8 @@ CHUNK_TOKENS = 64
 """Prompts are kept in chunks that begin at multiples of this."""
 SPEED_UP_AFTER_S = 0.25
 """How long an adapter waits to be made faster, so that this does not slow its first tokens down."""
+
+_FAILED = "the Sampler has failed"
 
 _log = logging.getLogger(__name__)
 
@@ -164,6 +168,7 @@ class TransformersEngine:
         self._bell: _Bell | None = None
         self._wake = threading.Event()
         self._closing = False
+        self._broken: Exception | None = None
         self._ended: Future[None] = Future()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
@@ -190,9 +195,20 @@ class TransformersEngine:
     async def load_adapter(self, key: str, state: ModelState) -> None:
         """Add an adapter under an immutable key."""
         loop = asyncio.get_running_loop()
-        nbytes = await loop.run_in_executor(self._loader, self._pool.load, key, state)
+        try:
+            nbytes = await loop.run_in_executor(self._loader, self._pool.load, key, state)
+        except (RuntimeError, MemoryError) as error:
+            raise self._no_load(error) from error
         self._adapter_bytes[key] = nbytes
         loop.call_later(SPEED_UP_AFTER_S, self._speed_up, key)
+
+    def _no_load(self, error: RuntimeError | MemoryError) -> Exception:
+        """What to tell whose adapter was not loaded; with the device gone the engine ends."""
+        if is_sticky(error):
+            self._broken = error
+            self._wake.set()
+            return unavailable(_FAILED)
+        return adapter_does_not_fit() if is_out_of_memory(error) else error
 
     def _speed_up(self, key: str) -> None:
         """Make an adapter a little faster, and then go on: one that is to be loaded comes first."""
@@ -279,6 +295,8 @@ class TransformersEngine:
         if scheduler.idle:
             self._wake.wait()
         self._wake.clear()
+        if self._broken is not None:
+            raise self._broken
         while self._commands:
             job, comes = self._commands.popleft()
             if comes:
@@ -286,7 +304,21 @@ class TransformersEngine:
             else:
                 scheduler.drop(job)
         if not scheduler.idle:
-            self._post(scheduler.step())
+            self._post(self._step())
+
+    def _step(self) -> Sequence[Made]:
+        try:
+            return self._scheduler.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = str(error).partition("\n")[0]
+        # Inside the handler this would free little: the error holds frames, which hold tensors.
+        _log.error("a step ran out of memory, and all requests that were under way end: %s", why)
+        made = self._scheduler.begin_anew(why)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return made
 
     def _post(self, made: Sequence[Made]) -> None:
         """Hand what was made to the callers' event loops: mostly there is one, and one call."""
@@ -302,8 +334,7 @@ class TransformersEngine:
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         """Tell the callers of jobs that nothing comes of them any more."""
-        text = "the Sampler is stopping" if self._closing else "the Sampler has failed"
-        error = Unavailable(text, Reason.SAMPLER_UNAVAILABLE, retry_after_s=1.0)
+        error = unavailable("the Sampler is stopping" if self._closing else _FAILED)
         self._post([Made(job, ended=True, error=error) for job in jobs])
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tinsmithd.domain import Output, SampledTokens, TopKLogprobs
-from tinsmithd.errors import FailedPrecondition, Internal, InvalidArgument, Reason
 from tinsmithd.sampler.engines.interface import EngineStats
+from tinsmithd.sampler.engines.transformers import refusals
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made, Sequence
 from tinsmithd.sampler.engines.transformers.kv import KvCache, Prompt, SequenceKv
 from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
@@ -87,6 +87,8 @@ class Scheduler:
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
         self._sequences: dict[SequenceKv, Sequence] = {}
+        self._begun: dict[Job, None] = {}
+        """Those that have room, wherever they are."""
         self._rows: tuple[list[str | None], int, LoraRows | None] = ([], 0, None)
         """The adapters of the last forward's rows, of which so many were of sequences."""
         self._made: list[Made] = []
@@ -129,6 +131,7 @@ class Scheduler:
             self._waiting.remove(job)
         if job in self._reading:
             self._reading.remove(job)
+        self._begun.pop(job, None)
         if job.prompt is not None:
             self._cache.close_prompt(job.prompt)
             job.prompt = None
@@ -153,12 +156,12 @@ class Scheduler:
             job = self._waiting[0]
             tokens, new = job.request.prompt, job.request.params.max_tokens
             if not self._cache.fits_ever(len(tokens), new, job.samples):
-                self._fail(job, _too_large(job))
+                self._fail(job, refusals.too_large(job))
                 continue
             reservation = self._cache.reserve(len(tokens), new, job.samples)
             if reservation is None:
                 return
-            self._waiting.popleft()
+            self._begun[self._waiting.popleft()] = None
             scored = PromptScorer.wanted(job.request)
             job.prompt = self._cache.open_prompt(
                 reservation,
@@ -168,6 +171,28 @@ class Scheduler:
             )
             job.scorer = PromptScorer(job.request) if scored else None
             self._reading.append(job)
+
+    def begin_anew(self, why: str) -> list[Made]:
+        """After a step that ran out of memory: end the jobs that it may have left half done.
+
+        The largest is refused. The others may be asked for again, and mostly fit then.
+
+        Args:
+            why: What the device said.
+        """
+        jobs, self._begun = list(self._begun), {}
+        self._reading.clear()
+        self._sequences.clear()
+        self._rows, self._workspace = ([], 0, None), Workspace()
+        for job in jobs:
+            job.prompt, job.sequences = None, []
+        self._cache.forget_all()
+        self._look()
+        largest = max(jobs, key=refusals.tokens_of)
+        errors: dict[Job, Exception] = {job: refusals.unavailable(_LATER) for job in jobs}
+        errors[largest] = refusals.does_not_fit(largest, why)
+        made, self._made = self._made, []  # other jobs had ended in that step
+        return made + [Made(job, ended=True, error=error) for job, error in errors.items()]
 
     # --- a step -------------------------------------------------------------------------------
 
@@ -322,7 +347,7 @@ class Scheduler:
         if sequence.kv not in self._sequences:
             return  # another sequence of its job failed just now
         if drawn is None:
-            self._fail(job, _not_finite(job))
+            self._fail(job, refusals.not_finite(job))
             return
         self._sampled_tokens += 1
         sequence.last_token = drawn.token
@@ -347,29 +372,15 @@ class Scheduler:
             if job in tokens:
                 output = replace(output, tokens=tokens[job])
             self._made.append(Made(job, output, ended=not job.sequences))
+            if not job.sequences:
+                del self._begun[job]
 
 
 _NOTHING = Output()
+_LATER = "the Sampler ran out of memory with a larger request beside this one"
 
 
 def _ask(sequence: Sequence, row: int) -> Ask:
     request = sequence.job.request
     number = sequence.draws.next() if request.params.temperature else 0.0
     return Ask(row, request.params, number, request.topk_sample_logprobs)
-
-
-def _too_large(job: Job) -> InvalidArgument:
-    count = len(job.request.prompt) + job.samples * job.request.params.max_tokens
-    return InvalidArgument(
-        "num_samples",
-        f"{count} tokens of keys and values are more than kv_cache_bytes_max allows",
-        Reason.LIMIT_EXCEEDED,
-        metadata={"limit": "kv_cache_bytes_max", "value": str(count)},
-    )
-
-
-def _not_finite(job: Job) -> Exception:
-    if job.adapter is None:
-        return Internal("the base model's logits are not finite")
-    text = "with this checkpoint the model's logits are not finite"
-    return FailedPrecondition(text, Reason.INCOMPATIBLE_CHECKPOINT)

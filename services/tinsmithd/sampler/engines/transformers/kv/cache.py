@@ -76,6 +76,12 @@ class KvCache:
         """Who is about to read a chunk that others may want, too."""
         self._tokens_cached = self._tokens_computed = 0
 
+    def forget_all(self) -> None:
+        """Drop all that it holds, in whatever state; nobody uses what it gave out any more."""
+        self._rooms = Rooms(self._shape, self._kernel.counts, self._rooms.bytes_max)
+        self._prefix = PrefixCache(self._prefix.bytes_max)
+        self._readers = {}
+
     @property
     def invariant(self) -> bool:
         """Whether a sequence's bits are known not to depend on its neighbours."""
