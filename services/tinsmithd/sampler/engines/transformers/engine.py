@@ -44,6 +44,8 @@ SPEED_UP_AFTER_S = 0.25
 _FAILED = "the Sampler has failed"
 
 _log = logging.getLogger(__name__)
+_computes = threading.Lock()
+"""Whose turn it is to compute, of several engines in one process: they share what `Head` sets."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,13 @@ class TransformersEngine:
         self._base = base
         self._eos_ids = _eos_ids(base)
         rows_max = limits.batch_rows_max + limits.prefill_tokens_per_step_max + PIECE_TOKENS
-        built = build(
-            base,
-            rows_max=rows_max,
-            keep_rows_apart=limits.keep_rows_apart,
-            on_progress=_log.info,
-        )
+        with _computes:
+            built = build(
+                base,
+                rows_max=rows_max,
+                keep_rows_apart=limits.keep_rows_apart,
+                on_progress=_log.info,
+            )
         self._pool = built.pool
         cache = KvCache(
             built.decoder.shape,
@@ -308,7 +311,8 @@ class TransformersEngine:
 
     def _step(self) -> Sequence[Made]:
         try:
-            return self._scheduler.step()
+            with _computes:
+                return self._scheduler.step()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

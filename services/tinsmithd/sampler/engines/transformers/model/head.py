@@ -51,7 +51,7 @@ def _of_many(wide: Product, hidden: Tensor, *, narrow: bool) -> Tensor:
     """The product with a weight in float32, whose values are those of bfloat16 where `narrow`."""
     if not narrow:
         return wide.compute(hidden.float())
-    # One for all threads, but none beside this one multiplies in float32 with oneDNN.
+    # It holds for all threads of the process, of which one computes at a time.
     onednn: Any = torch.backends.mkldnn
     before = onednn.matmul.fp32_precision
     onednn.matmul.fp32_precision = "bf16"
