@@ -1,5 +1,6 @@
 """Fixtures that every layer shares."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ from tiny_models import write_tiny_model
 
 programs.sharing = True
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's collector pass over what was imported, hundreds of thousands of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
