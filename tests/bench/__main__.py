@@ -64,6 +64,7 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "wire": rows_wire.wire,
     "crowd": rows_crowd.crowd,
     "25": rows_compute.growth,
+    "27": rows_compute.experts,
     "26": rows_step.idle_models,
     "28": rows_durable.back_again,
     "29": rows_neighbour.neighbour,

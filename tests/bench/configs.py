@@ -5,11 +5,19 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.qwen3 import Qwen3ForCausalLM
+from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
 SEED = 0
+ACTIVE_EXPERTS = 8
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,8 @@ class Shape:
     Attributes:
         name: Also the name of its folder.
         tied: The head shares the embedding's weight.
-        family: "llama" or "qwen3".
+        family: "llama", "qwen3", or "qwen3_moe", whose experts are as wide as `ffn`.
+        experts: Experts of each layer; a token passes through 8 of them.
     """
 
     name: str
@@ -33,6 +42,7 @@ class Shape:
     tied: bool = True
     context: int = 4096
     family: str = "llama"
+    experts: int = 0
 
     @property
     def head_parameters(self) -> int:
@@ -43,7 +53,8 @@ class Shape:
     def matmul_parameters(self) -> int:
         """Parameters that each token is multiplied with, head included."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.ffn) + self.head_parameters
+        mlp = 3 * self.hidden * self.ffn * (ACTIVE_EXPERTS if self.experts else 1)
+        return self.layers * (attention + mlp) + self.head_parameters
 
     @property
     def head_share(self) -> float:
@@ -58,10 +69,12 @@ S = Shape("S", 384, 8, 6, 2, 64, 1024, 12_288)
 H = Shape("H", 256, 4, 4, 2, 64, 768, 151_936)
 """The vocabulary of Qwen on a small body: for memory."""
 SMOLLM2_135M = Shape("smollm2-135m", 576, 30, 9, 3, 64, 1536, 49_152, context=8192)
+E = Shape("E", 256, 2, 4, 2, 64, 128, 1024, family="qwen3_moe", experts=128)
+"""Qwen3-30B-A3B scaled down: 128 experts, of which a token passes through 8; 100 MB of them."""
 QWEN3_0_6B = Shape("qwen3-0.6b", 1024, 28, 16, 8, 128, 3072, 151_936, family="qwen3")
 QWEN3_4B = Shape("qwen3-4b", 2560, 36, 32, 8, 128, 9728, 151_936, family="qwen3")
 
-SHAPES = {shape.name: shape for shape in (T, S, H, SMOLLM2_135M, QWEN3_0_6B, QWEN3_4B)}
+SHAPES = {shape.name: shape for shape in (T, S, H, E, SMOLLM2_135M, QWEN3_0_6B, QWEN3_4B)}
 
 
 def write_model(shape: Shape, root: Path, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -101,6 +114,10 @@ def _model(shape: Shape, dtype: torch.dtype) -> torch.nn.Module:
     try:
         if shape.family == "qwen3":
             return Qwen3ForCausalLM(Qwen3Config(**sizes))
+        if shape.family == "qwen3_moe":
+            experts = {"num_experts": shape.experts, "num_experts_per_tok": ACTIVE_EXPERTS}
+            config = Qwen3MoeConfig(**sizes, **experts, moe_intermediate_size=shape.ffn)
+            return Qwen3MoeForCausalLM(config)
         return LlamaForCausalLM(LlamaConfig(**sizes))
     finally:
         torch.set_default_dtype(before)

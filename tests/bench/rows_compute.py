@@ -1,6 +1,7 @@
-"""Rows 1 to 5 and 25: what `forward_backward` costs."""
+"""Rows 1 to 5, 25 and 27: what `forward_backward` costs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ SHORT_TARGET = 0.80
 BETTER_TARGET = 1.00
 RAGGED_TARGET = 0.80
 GROWTH_TARGET = 1.05
+EXPERTS_TARGET = 0.50
 ZERO_WEIGHT_MARGIN = 0.04
 
 
@@ -105,6 +107,18 @@ def growth(settings: Settings) -> list[Result]:
                 agreement=agreement,
             )
         )
+    return results
+
+
+def experts(settings: Settings) -> list[Result]:
+    """Row 27: experts with adapters, of which PEFT merges copies of all weights in each forward."""
+    shape, ours, bare = _sides(replace(settings, shape=settings.shape or "E"))
+    results = []
+    for tokens in (ROW_TOKENS // 16, ROW_TOKENS // 4):
+        batch = workloads.make_batch([tokens] * ROWS_PER_BATCH, shape.vocab)
+        what = f"{shape.experts} experts adapted, {ROWS_PER_BATCH}x{tokens} / bare loop"
+        target = EXPERTS_TARGET
+        results.append(_against_batch("27", what, ours, bare, batch, settings, target))
     return results
 
 

@@ -1,7 +1,7 @@
 """One rank of `test_ranks`: runs a fixed script on the DeepSpeed engine once per case.
 
-Arguments: model folder, folder for the results (`<case>.npz` of rank 0, `<case>.<rank>.json` with
-what a rank holds), names of cases.
+Arguments: model folder, folder of a model with experts, folder for the results (`<case>.npz` of
+rank 0, `<case>.<rank>.json` with what a rank holds), names of cases.
 """
 
 import json
@@ -39,6 +39,10 @@ FULL_CASES: Mapping[str, Mapping[str, Any]] = {
     **{f"full-{stage}": STAGES[stage] for stage in STAGES},
 }
 """One model that trains all weights."""
+EXPERT_CASES: Mapping[str, Mapping[str, Any]] = {
+    f"experts-{name}": CASES[name] for name in (*STAGES, "recomputed", "stage-3-recomputed")
+}
+"""On a model with experts, adapters among them."""
 MODELS = {"m": LoraConfig(rank=4, seed=7), "n": LoraConfig(rank=2, seed=8, train_mlp=False)}
 COUNTS = (3, 1, 2, 5)
 EPS = (0.1, 1e-12)
@@ -48,7 +52,7 @@ RL_LOSSES = {0.1: (Ppo(), Gspo(clip_low_threshold=0.5, clip_high_threshold=2.0))
 
 
 def eps_of(case: str) -> Sequence[float]:
-    """The stages have both; what a case adds to its stage is the same to Adam."""
+    """The stages have both; what a case adds to its stage, or to its model, is the same to Adam."""
     return EPS if case.removeprefix("full-") in STAGES else EPS[:1]
 
 
@@ -165,11 +169,12 @@ def held_by_full(engine: Any) -> dict[str, int]:
 
 
 def main() -> None:
-    folder, out, *cases = sys.argv[1:]
+    dense, with_experts, out, *cases = sys.argv[1:]
     torch.set_num_threads(1)
     rank, _ = distributed.rank_and_world_size()
     for case in cases:
-        settings = {**CASES, **FULL_CASES}[case]
+        settings = {**CASES, **FULL_CASES, **EXPERT_CASES}[case]
+        folder = with_experts if case in EXPERT_CASES else dense
         engine = make_engine(
             "deepspeed", folder, dtype="float32", on_progress=lambda _: None, **settings
         )

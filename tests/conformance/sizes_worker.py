@@ -20,13 +20,13 @@ from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
 from tinsmithd.trainer.process_group import distributed
 
-LORA, ATTENTION = LoraConfig(rank=8), LoraConfig(rank=8, train_mlp=False)
+LORA = LoraConfig(rank=8)
 CASES: Mapping[str, Mapping[str, Any]] = {
     "lora-0": {"tuning": LORA, "zero_stage": 0, "dtype": "bfloat16"},
     "lora-1": {"tuning": LORA, "zero_stage": 1, "dtype": "bfloat16"},
     "lora-2-offload": {"tuning": LORA, "zero_stage": 2, "offload": True, "dtype": "bfloat16"},
-    "lora-3": {"tuning": ATTENTION, "zero_stage": 3, "dtype": "bfloat16"},
-    "lora-3-offload": {"tuning": ATTENTION, "zero_stage": 3, "offload": True, "dtype": "bfloat16"},
+    "lora-3": {"tuning": LORA, "zero_stage": 3, "dtype": "bfloat16"},
+    "lora-3-offload": {"tuning": LORA, "zero_stage": 3, "offload": True, "dtype": "bfloat16"},
     **{f"full-{stage}": {"tuning": FullConfig(), "zero_stage": stage} for stage in range(4)},
 }
 

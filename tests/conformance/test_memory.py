@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import programs
+from data import collect, make_data
+from engines import make_engine
+from tinsmithd.domain import LoraConfig
 from tiny_models import write_tiny_model
 
 
@@ -53,3 +57,25 @@ def test_ranks_stay_in_step_when_one_runs_out_of_memory(folder: Path) -> None:
     assert messages[0].startswith("a datum of 20000 tokens")
     assert messages[1].startswith("a datum of this call does not fit into the memory of another")
     assert all(norms[0] == norms[1] > 0 for _, _, norms in both)
+
+
+def test_a_probe_without_memory_lets_layers_be_recomputed(folder: Path) -> None:
+    """Finding out what a token keeps takes memory itself; the call is computed all the same."""
+    logprobs = []
+    for settings in ({"activation_bytes_max": 1}, {"activation_bytes_max": 1 << 30}):
+        engine = make_engine("deepspeed", str(folder), dtype="float32", zero_stage=1, **settings)
+        probed: list[int] = []
+
+        def refuse(_: Any, arguments: Any, named: Any, probed: list[int] = probed) -> None:
+            if "segment_lengths" not in named:  # those of data have them
+                probed.append(named["input_ids"].shape[1])
+                torch.empty(1 << 60)
+
+        engine.engine._base.model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+        engine.create_model("m", LoraConfig(rank=2, seed=7))
+        for _ in range(2):
+            logprobs.append(collect(engine, "m", make_data(0, 3), backward=True))
+        assert len(probed) == 2  # and it is tried again
+    for _, found in logprobs:
+        for ours, first in zip(found, logprobs[0][1], strict=True):
+            np.testing.assert_array_equal(ours, first)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_worker import CASES, FULL_CASES, eps_of, full_script, script
+from rank_worker import CASES, EPS, EXPERT_CASES, FULL_CASES, eps_of, full_script, script
 
 import programs
 from engines import make_engine
 from tinsmithd.trainer.engines.interface import TrainingEngine
+from tiny_models import write_tiny_model
 
 
 def reference(folder: Path) -> TrainingEngine:
@@ -31,13 +32,31 @@ def expected_of_full(tiny_model: Path) -> Mapping[str, np.ndarray]:
     return full_script(reference(tiny_model))
 
 
+@pytest.fixture(scope="module")
+def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with many experts in one layer, of which some get no token, and none in the other."""
+    folder = tmp_path_factory.mktemp("experts") / "model"
+    return write_tiny_model(
+        *(folder, "qwen3_moe"), num_experts=128, moe_intermediate_size=8, mlp_only_layers=[0]
+    )
+
+
+@pytest.fixture(scope="module")
+def expected_of_experts(with_experts: Path) -> Mapping[str, np.ndarray]:
+    """What the reference engine computes, with PEFT's own layers."""
+    return script(reference(with_experts), EPS[:1])
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def results(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    with_experts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[int, Path]:
     """Number of ranks, and the folder where they left what they computed in every case."""
     out = tmp_path_factory.mktemp("ranks")
-    arguments = (str(tiny_model), str(out), *CASES, *FULL_CASES)
+    arguments = (str(tiny_model), str(with_experts), str(out), *CASES, *FULL_CASES, *EXPERT_CASES)
     done = programs.run("rank_worker", *arguments, ranks=request.param, timeout_s=300, forked=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, out
@@ -57,6 +76,15 @@ def test_ranks_agree_with_the_reference(
     begins = tuple(f"eps {eps:g} " for eps in eps_of(case))
     wanted = {name: array for name, array in every.items() if name.startswith(begins)}
     compare(results[1] / f"{case}.npz", wanted)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_experts_agree_with_peft(
+    expected_of_experts: Mapping[str, np.ndarray], results: tuple[int, Path], case: str
+) -> None:
+    """The same of adapters on experts, which PEFT merges into copies of all of them."""
+    compare(results[1] / f"{case}.npz", expected_of_experts)
 
 
 def compare(file: Path, expected: Mapping[str, np.ndarray]) -> None:

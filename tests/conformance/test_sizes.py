@@ -14,6 +14,7 @@ import programs
 from tinsmithd.config import TrainerConfig
 from tinsmithd.modeling import base, supported
 from tinsmithd.modeling.base import load_base
+from tinsmithd.modeling.grouped_experts import use_grouped_experts
 from tinsmithd.modeling.lora import Adapters
 from tinsmithd.modeling.packing import use_packed_attention
 from tinsmithd.modeling.weights import FUSED_WEIGHTS
@@ -128,6 +129,7 @@ def test_a_token_keeps_what_autograd_saves(
         pytest.skip("trained weights are float32")
     loaded = load_base(str(shaped(name)), dtype=dtype, on_progress=_nothing)
     use_packed_attention(loaded)
+    use_grouped_experts(loaded)
     weights = FUSED_WEIGHTS[type(tuning)](loaded)
     weights.add("m", tuning)
 

@@ -77,12 +77,12 @@ def test_the_quickest_layout_that_fits_is_recommended() -> None:
 
 
 def test_room_is_what_nobody_else_takes() -> None:
-    """Kept, gathered, a call's own, merged weights, logits and room are what can be used."""
+    """Kept, gathered, a call's own, logits and room are what can be used."""
     found = planned("Qwen3-30B-A3B", 8, tuning=ATTENTION)
     layout = found.layout
     assert layout is not None
     rank, kept = layout.rank, found.activations
-    others = rank.gathered + rank.call + kept.merged_bytes + kept.head_bytes
+    others = rank.gathered + rank.call + kept.head_bytes
     assert layout.kept_bytes + others + layout.room_bytes == found.machine.usable_bytes
     assert layout.plain_tokens * kept.plain_bytes <= layout.room_bytes
     assert layout.datum_tokens_max * kept.recomputed_bytes <= layout.room_bytes
@@ -100,13 +100,7 @@ def test_more_models_take_more_of_a_device_and_then_of_the_host() -> None:
     ("name", "machine", "wanted", "said"),
     [
         ("Qwen3-235B-A22B", Machine(8), Wanted(ATTENTION), "470.2 GB of the whole model while it"),
-        (
-            "Qwen3-235B-A22B",
-            Machine(64),
-            Wanted(),
-            "stage 3 with offload cannot adapt experts",
-        ),
-        ("Qwen3-30B-A3B", Machine(8), Wanted(), "145.1 GB before any activations"),
+        ("Qwen3-30B-A3B", Machine(8), Wanted(stage=1), "GB before any activations"),
         ("Qwen3-8B", Machine(8), Wanted(FullConfig(), stage=1), "before any activations"),
         ("Qwen3-8B", Machine(1, 24 * plan.GB), Wanted(tokens=40_960), "room for a datum of"),
         ("Qwen3-8B", Machine(8, host_bytes=64 * plan.GB), Wanted(), "of host memory with 8 rank"),
@@ -151,7 +145,7 @@ def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     assert fits["layout"]["stage"] == 1
     assert set(fits["stages"]) == {"lora", "full"}
     assert all(set(stages) == {"0", "1", "2", "3"} for stages in fits["stages"].values())
-    status, out, _ = run(capsys, path, "--gpus", "8", "--json")
+    status, out, _ = run(capsys, path, "--gpus", "1", "--gpu-memory", "24", "--json")
     assert status
     assert json.loads(out)["refusal"] in str(status)
 

@@ -53,6 +53,11 @@ class BaseModel:
     info: BaseModelInfo
     fingerprint: str
 
+    @property
+    def active_expert_count(self) -> int:
+        """Experts that a token passes through in a layer that has some; 0 in a dense model."""
+        return getattr(self.model.config, "num_experts_per_tok", 0)
+
 
 def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], None]) -> BaseModel:
     """Load a base model and its tokenizer.

@@ -26,7 +26,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from tinsmithd.domain import LoraConfig, Tuning
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
-from tinsmithd.modeling.fused_lora import fused_or_wrapped
+from tinsmithd.modeling.fused_lora import adapter_layer
 from tinsmithd.modeling.trained import HeadLayer, TrainedWeights
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -104,7 +104,8 @@ class Adapters(TrainedWeights):
 
     Args:
         base: The base model.
-        fused: Compute linear layers with `FusedLoraLinear` instead of PEFT's own forward.
+        fused: Compute linear layers and experts as `modeling.fused_lora` does instead of with
+            PEFT's own forward; the base computes its experts with `use_grouped_experts`.
     """
 
     def __init__(self, base: BaseModel, *, fused: bool = False) -> None:
@@ -134,7 +135,7 @@ class Adapters(TrainedWeights):
             raise ValueError("an adapter has a LoraConfig")
         config, name = self._peft_config(tuning), _module_name(key)
         if self._fused:
-            config._register_custom_module({torch.nn.Linear: fused_or_wrapped})
+            config._register_custom_module({torch.nn.Module: adapter_layer})
         self._active = None
         with warnings.catch_warnings():
             # PEFT warns of a head that shares the embedding's weight, but only the head is to be
@@ -222,10 +223,6 @@ class Adapters(TrainedWeights):
             name: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for name, value in config.items()
         }
-
-    def adapts_parameters(self, tuning: Tuning) -> bool:
-        """Whether an adapter would stand on parameters instead of layers; see `Targets`."""
-        return isinstance(tuning, LoraConfig) and bool(self._targets.chosen(tuning)[1])
 
     def _peft_config(self, lora: LoraConfig) -> peft.LoraConfig:
         modules, parameters = self._targets.chosen(lora)

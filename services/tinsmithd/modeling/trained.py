@@ -94,10 +94,6 @@ class TrainedWeights(ABC):
         """The files that a checkpoint holds besides, by name."""
         return {}
 
-    def adapts_parameters(self, tuning: Tuning) -> bool:
-        """Whether adapters would stand on parameters instead of layers."""
-        return False
-
     def export_weights(self, key: str) -> dict[str, np.ndarray]:
         """Copy the weights out, float32, by their names in checkpoints."""
         return {

@@ -2,13 +2,13 @@
 
 `d` is the residual stream's width, `q` and `kv` those of all heads, `f` the MLP's, `b` the bytes of
 an element. Norms compute in float32. What is kept is what the operations of transformers' layers,
-packed attention and `modeling.fused_lora` save for their gradients; weights are not among it.
+packed attention, `modeling.fused_lora` and `modeling.grouped_experts` save for their gradients;
+weights are not among it.
 """
 
 from dataclasses import dataclass
 
 from tinsmithd.sizes.architecture import BYTES_OF_DTYPE, Architecture
-from tinsmithd.sizes.weights import expert_count_of_weights
 from tinsmithd.tunings import LoraConfig, Tuning
 
 _WIDE = 4
@@ -29,15 +29,12 @@ class Activations:
         recomputed_bytes: Of a token, where the backward pass computes each layer again.
         layer_bytes: Of a token in the layer that keeps most: while a layer is recomputed it is
             there besides.
-        merged_bytes: Of a micro-batch however small: weights with an adapter's update, one copy of
-            each weight that PEFT reaches as a parameter, kept until the backward pass.
         head_bytes: Of the buffers in which the head's logits are made, some positions at a time.
     """
 
     plain_bytes: int
     recomputed_bytes: int
     layer_bytes: int
-    merged_bytes: int
     head_bytes: int
 
 
@@ -64,7 +61,6 @@ def activations(
         # Each layer keeps its input alone.
         recomputed_bytes=model.layer_count * model.hidden_size * b + rest,
         layer_bytes=max(each),
-        merged_bytes=_merged(model, tuning) * b,
         head_bytes=_head_bytes(model, b),
     )
 
@@ -72,14 +68,6 @@ def activations(
 def _head_bytes(model: Architecture, b: int) -> int:
     rows = max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // (_WIDE * model.vocab_size)))
     return rows * model.vocab_size * (2 * _WIDE + b)
-
-
-def _merged(model: Architecture, tuning: Tuning) -> int:
-    """Elements of the weights that PEFT adapts as parameters."""
-    if not isinstance(tuning, LoraConfig) or not tuning.train_mlp or not model.expert_count:
-        return 0
-    dense = 3 * model.hidden_size * model.ffn_size * len(model.dense_layers)
-    return expert_count_of_weights(model) + dense
 
 
 class _Layer:
@@ -138,9 +126,6 @@ class _Layer:
         model, b = self._model, self._b
         trained = self._lora is not None and self._lora.train_mlp
         between = 3 * b * model.ffn_size  # gate, its activation, up
-        if trained and model.model_type == "qwen3_moe":
-            # PEFT adapts the weights themselves: plain layers with trained weights.
-            return b * (model.hidden_size + model.ffn_size) + between
         return (
             self._linear(model.hidden_size, 2, trained)
             + between
@@ -154,13 +139,7 @@ class _Layer:
         router = _WIDE * model.expert_count + _INDEX * k
         if model.normalises_experts:
             router += _WIDE * (k + 1)
-        if self.full:
-            router += b * model.hidden_size
-        # Places of each expert's tokens, there and back, and the experts' shares.
-        sorted_by_expert = k * (3 * _INDEX + b)
-        one = model.hidden_size + 3 * model.expert_ffn_size
-        if trained:
-            one += model.hidden_size + model.expert_ffn_size
-        if begins:
-            return k * (_INDEX + b) + k * b * (one - model.hidden_size)
-        return router + sorted_by_expert + k * b * one
+        # Where each row goes, its share, gate and up; for trained weights the input of all.
+        kept = k * (_INDEX + b) + k * b * 2 * model.expert_ffn_size
+        kept += b * model.hidden_size if trained else 0
+        return kept + (0 if begins else router)

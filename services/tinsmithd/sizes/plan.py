@@ -243,7 +243,7 @@ def _layout(
     resident = min(wanted.models, RESIDENT_MODELS_MAX)
     base = rank.base - (rank.base if offload and stage == 3 else 0)
     kept = base + resident * (rank.on_device - base)
-    needed = rank.gathered + rank.call + kept_by.merged_bytes + kept_by.head_bytes
+    needed = rank.gathered + rank.call + kept_by.head_bytes
     room = machine.usable_bytes - kept - needed
     # The engine takes half of what is free when only the base is there.
     at_start = base if tuning.is_adapter else rank.values - (rank.values if offload else 0)
@@ -268,7 +268,7 @@ def _layout(
         shm_bytes=here * SHM_BYTES,
         problem="",
     )
-    return replace(layout, problem=_problem(model, machine, wanted, layout, needed))
+    return replace(layout, problem=_problem(machine, wanted, layout, needed))
 
 
 def _host_bytes(
@@ -286,15 +286,10 @@ def _host_bytes(
     return here * (PROCESS_BYTES + max(rank.loading, later + state))
 
 
-def _problem(
-    model: Architecture, machine: Machine, wanted: Wanted, layout: Layout, needed: int
-) -> str:
+def _problem(machine: Machine, wanted: Wanted, layout: Layout, needed: int) -> str:
     rank, usable, stage = layout.rank, machine.usable_bytes, f"ZeRO stage {layout.stage}"
     if layout.offload:
         stage += " with offload"
-    lora = wanted.tuning
-    if layout.stage == 3 and model.expert_count and isinstance(lora, LoraConfig) and lora.train_mlp:
-        return f"{stage} cannot adapt experts (train_mlp)"
     if rank.loading > usable:
         whole = f"{gb(rank.loading)} of the whole model while it loads"
         return f"{stage} needs {whole}, and then keeps {gb(layout.kept_bytes)}"

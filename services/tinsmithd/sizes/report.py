@@ -69,8 +69,6 @@ def _about(plan: Plan) -> Iterator[str]:
         f"  a token keeps    {_kb(kept.plain_bytes)} for the backward pass, "
         f"{_kb(kept.recomputed_bytes)} with recomputation"
     )
-    if kept.merged_bytes:
-        yield f"  a micro-batch    keeps {gb(kept.merged_bytes)} of merged weights besides"
 
 
 def _stages(plan: Plan) -> Iterator[str]:

@@ -51,12 +51,6 @@ def active_count(model: Architecture) -> int:
     return element_count(base_weights(model)) - idle
 
 
-def expert_count_of_weights(model: Architecture) -> int:
-    """Elements of the weights of all experts."""
-    shapes = base_weights(model)
-    return element_count({name: s for name, s in shapes.items() if ".mlp.experts." in name})
-
-
 def adapter_weights(model: Architecture, lora: LoraConfig) -> Shapes:
     """The weights of an adapter, by their names in PEFT's files."""
     found: dict[str, tuple[int, ...]] = {}

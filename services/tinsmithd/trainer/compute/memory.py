@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def compute_within_memory(
     Raises:
         ResourceExhausted: They do not fit, or one datum alone, with recomputation (OUT_OF_MEMORY).
     """
-    reason = _shortage(compute, indices, recompute)
+    reason = shortage(partial(compute, indices, recompute))
     if reason is None:
         return
     if together:
@@ -130,10 +131,10 @@ def compute_within_memory(
         )
 
 
-def _shortage(compute: Compute, indices: Sequence[int], recompute: bool) -> str | None:
+def shortage(compute: Callable[[], Any]) -> str | None:
     """Compute; returns why memory does not suffice, or None where it does."""
     try:
-        compute(indices, recompute)
+        compute()
         return None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -10,7 +10,7 @@ it.
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from tinsmithd import failpoints
 from tinsmithd.domain import AdamParams, BaseModelInfo, ModelState, Tuning
-from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
+from tinsmithd.modeling.grouped_experts import use_grouped_experts
 from tinsmithd.modeling.packing import use_packed_attention
 from tinsmithd.modeling.weights import MakeWeights
 from tinsmithd.trainer.composition import rounds
@@ -38,6 +38,7 @@ from tinsmithd.trainer.engines.interface import Batch, ForwardResult, ModelBroke
 from tinsmithd.trainer.process_group import distributed
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+_log = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine:
@@ -71,6 +72,7 @@ class DeepSpeedEngine:
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
         use_packed_attention(base)
+        use_grouped_experts(base)
         self._zero = zero
         # Gathered copies of trained weights get stale, so none may be kept.
         if changes_base:
@@ -117,15 +119,8 @@ class DeepSpeedEngine:
         """Add a model with its first values and no optimizer state.
 
         Raises:
-            InvalidArgument: An adapter would stand on experts of a partitioned base, or on layers
-                that the base has none of.
+            InvalidArgument: An adapter would stand on layers that the base has none of.
         """
-        if self._context.partitioned and self._weights.adapts_parameters(tuning):
-            message = (
-                "experts, and the layers of a model that can have them, cannot be adapted under "
-                "ZeRO stage 3; set it to false"
-            )
-            raise InvalidArgument("lora_config.train_mlp", message)
         self._models.add(model_id, tuning)
 
     def delete_model(self, model_id: str) -> None:
@@ -191,8 +186,21 @@ class DeepSpeedEngine:
                 with torch.enable_grad(), self._weights.active(slot.key) as causal_lm:
                     return causal_lm.model(input_ids=tokens, use_cache=False)
 
-            self._bytes_per_token[slot.shape] = memory.activation_bytes_per_token(run)
+            found = self._measure(run)
+            if found is None:
+                return 0
+            self._bytes_per_token[slot.shape] = found
         return self._activation_bytes_max // self._bytes_per_token[slot.shape]
+
+    def _measure(self, run: Callable[[int], Any]) -> int | None:
+        """Bytes that a token keeps; None, on all ranks, where one has no memory to find out now."""
+        if self._context.in_step:  # running out of memory ends the group
+            return memory.activation_bytes_per_token(run)
+        found = [0]
+        reason = memory.shortage(lambda: found.append(memory.activation_bytes_per_token(run)))
+        if reason is not None:
+            _log.warning("out of memory with a few tokens: recomputing all layers: %s", reason)
+        return _smallest(found[-1], self._device) or None
 
     # --- the rest -----------------------------------------------------------------------------
 

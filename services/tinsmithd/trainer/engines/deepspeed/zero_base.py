@@ -20,7 +20,14 @@ def partition(model: Any, zero: ZeroConfig) -> Any:
     Returns:
         DeepSpeed's engine.
     """
-    settings: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        # DeepSpeed would gather a router with its experts as one, and look for shares of whatever
+        # is inside. It does so for experts that are modules, of which ranks pass through different
+        # ones; here they are one module, which every forward passes through.
+        "leaf_module": {"classes": []},
+    }
     if zero.offload:
         settings["offload_param"] = {"device": "cpu"}
     config = {
