@@ -74,6 +74,8 @@ class BaseModelInfo:
     dtype: str
     layer_count: int
     parameter_count: int
+    active_expert_count: int = 0
+    """Experts that a token passes through in a layer that has some; 0 in a dense model."""
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

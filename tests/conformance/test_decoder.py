@@ -313,7 +313,7 @@ def test_places_of_adapters_are_those_of_peft(folders: Callable[[str], Path], ki
             continue  # PEFT wraps parameters for all adapters of a model or for none
         adapters.add(str(number), lora)
         expected = {name: tuple(p.shape) for name, p in adapters.parameters(str(number)).items()}
-        assert layout.places(lora).shapes(3) == expected
+        assert layout.places(lora).shapes(lora) == expected
 
 
 MISFITS: Mapping[str, tuple[Callable[[dict[str, Any]], Any], str]] = {

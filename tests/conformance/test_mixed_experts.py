@@ -37,6 +37,11 @@ DENSE: Mapping[str, tuple[int, ...]] = {
 """Layers with a dense MLP."""
 ENGINES = ("reference", "deepspeed")
 LORA = LoraConfig(rank=4, seed=7)
+LORAS: Mapping[str, LoraConfig] = {
+    "mixed": LORA,
+    "dense": LORA,
+    "experts": LoraConfig(rank=4, seed=7, expert_rank=1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +55,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-def trained(name: str, folder: Path) -> TrainingEngine:
+def trained(name: str, folder: Path, lora: LoraConfig = LORA) -> TrainingEngine:
     engine = make_engine(
         name, str(folder), dtype="float32", zero_stage=1, on_progress=lambda _: None
     )
-    engine.create_model("m", LORA)
+    engine.create_model("m", lora)
     for seed in range(2):  # the first step moves B only, the second A
         collect(engine, "m", make_data(seed, 3), backward=True)
         engine.optim_step("m", AdamParams(learning_rate=1e-2, eps=0.1))
@@ -82,16 +87,16 @@ def test_train_mlp_trains_every_mlp_that_is_there(
             np.testing.assert_allclose(array, expected[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "dense"])
-def test_the_adapter_of_a_mixed_model_goes_out_and_comes_back(
+@pytest.mark.parametrize("kind", LORAS)
+def test_the_adapter_of_such_a_model_goes_out_and_comes_back(
     folders: Callable[[str], Path], kind: str, tmp_path: Path
 ) -> None:
     """Into the Sampler, into another model, and into plain PEFT: the same logprobs to 1e-5."""
-    engine = trained("deepspeed", folders(kind))
+    engine = trained("deepspeed", folders(kind), LORAS[kind])
     state = engine.export_state("m", optimizer=False)
     (datum,) = make_data(5, 1)
     _, (expected,) = collect(engine, "m", [datum], backward=False)
-    engine.create_model("n", LORA)
+    engine.create_model("n", LORAS[kind])
     engine.import_state("n", state, optimizer=False)
     _, (again,) = collect(engine, "n", [datum], backward=False)
     np.testing.assert_array_equal(again, expected)
@@ -164,3 +169,19 @@ def test_targets_are_those_of_the_model(folders: Callable[[str], Path]) -> None:
     config = adapters.config("a")
     assert config["target_modules"] == ["k_proj", "lm_head", "o_proj", "q_proj", "v_proj"]
     assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert config["rank_pattern"] == {}
+
+
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_a_rank_for_experts_needs_experts(folders: Callable[[str], Path], engine_name: str) -> None:
+    """It is refused by its field where none would be adapted."""
+    engine = make_engine(engine_name, str(folders("dense")), dtype="float32", zero_stage=1)
+    with pytest.raises(InvalidArgument) as refusal:
+        engine.create_model("m", LoraConfig(rank=4, expert_rank=2))
+    assert refusal.value.field == "lora_config.expert_rank"
+    assert engine.info.active_expert_count == 0
+    engine = make_engine(engine_name, str(folders("experts")), dtype="float32", zero_stage=1)
+    assert engine.info.active_expert_count == 2
+    with pytest.raises(InvalidArgument) as refusal:
+        engine.create_model("m", LoraConfig(rank=4, expert_rank=2, train_mlp=False))
+    assert refusal.value.field == "lora_config.expert_rank"

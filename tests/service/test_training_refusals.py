@@ -272,6 +272,16 @@ def _bad_creations(stubs: Cluster) -> Refusals:
     no_targets = lora(train_attn=False, train_mlp=False, train_unembed=False)
     return {
         "rank negative": (create(lora_config=lora(rank=-1)), "INVALID_FIELD", "lora_config.rank"),
+        "rank of experts": (
+            create(lora_config=lora(rank=4, expert_rank=5)),
+            "INVALID_FIELD",
+            "lora_config.expert_rank",
+        ),
+        "no experts": (
+            create(lora_config=lora(rank=4, expert_rank=2)),
+            "INVALID_FIELD",
+            "lora_config.expert_rank",
+        ),
         "rank too large": (
             create(lora_config=lora(rank=257)),
             "LIMIT_EXCEEDED",

@@ -66,5 +66,5 @@ def test_a_change_that_breaks_a_program_fails(
 
 def test_a_field_may_be_added(tmp_path: Path) -> None:
     """v1 grows."""
-    new = "  double alpha = 2;\n  // New.\n  double dropout = 7;"
+    new = "  double alpha = 2;\n  // New.\n  double dropout = 70;"
     assert not breaking(changed(tmp_path, "types.proto", "  double alpha = 2;", new))

@@ -100,7 +100,6 @@ def test_more_models_take_more_of_a_device_and_then_of_the_host() -> None:
     ("name", "machine", "wanted", "said"),
     [
         ("Qwen3-235B-A22B", Machine(8), Wanted(ATTENTION), "470.2 GB of the whole model while it"),
-        ("Qwen3-30B-A3B", Machine(8), Wanted(stage=1), "GB before any activations"),
         ("Qwen3-8B", Machine(8), Wanted(FullConfig(), stage=1), "before any activations"),
         ("Qwen3-8B", Machine(1, 24 * plan.GB), Wanted(tokens=40_960), "room for a datum of"),
         ("Qwen3-8B", Machine(8, host_bytes=64 * plan.GB), Wanted(), "of host memory with 8 rank"),

@@ -17,6 +17,7 @@ from tinsmithd.convert.types import tuning_from_pb, tuning_to_pb
 from tinsmithd.domain import BaseModelInfo, FullConfig, LoraConfig, ModelState, Tuning
 from tinsmithd.errors import DataLoss
 from tinsmithd.modeling.weights import FUSED_WEIGHTS, WEIGHTS
+from tinsmithd.state import checks as state_checks
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.registry import Engines
 
@@ -165,3 +166,53 @@ def test_one_engine_is_loaded_at_a_time(third: Third) -> None:
         *("load third", "create d", "close third"),
         *("load lora", "create f"),
     ]
+
+
+def test_a_new_model_shares_its_rank_out_among_experts() -> None:
+    """Unless it says a rank of its own, or has nothing on experts, or there are none."""
+    assert LoraConfig(rank=32).on_base(8) == LoraConfig(rank=32, expert_rank=4)
+    assert LoraConfig(rank=9).on_base(2).expert_adapter_rank == 4
+    assert LoraConfig(rank=4).on_base(8).expert_adapter_rank == 1
+    assert LoraConfig(rank=32, expert_rank=32).on_base(8).expert_adapter_rank == 32
+    for tuning, experts in (
+        (LoraConfig(rank=32), 0),
+        (LoraConfig(rank=32, train_mlp=False), 8),
+        (FullConfig(), 8),
+    ):
+        assert tuning.on_base(experts) == tuning
+
+
+def test_an_adapter_of_before_keeps_its_rank_on_experts() -> None:
+    """Records and files without the setting mean the rank, and fit only models that have it."""
+    document = LoraConfig(rank=8).to_document()
+    del document["lora"]["expert_rank"]
+    before = tunings.from_document(document)
+    assert before.expert_adapter_rank == 8
+    assert not before.mismatch(LoraConfig(rank=8, expert_rank=8))
+    assert "expert adapter rank 8, this model 1" in LoraConfig(rank=8, expert_rank=1).mismatch(
+        before
+    )
+    name = "base_model.model.mlp.experts.lora_{}.weight"  # of two experts
+    weights = {name.format("A"): np.ones((16, 3), "f4"), name.format("B"): np.ones((3, 16), "f4")}
+    config = {"peft_type": "LORA", **before.config_entries}
+    files = to_files(ModelState(before, weights, {}, 0, config))
+    about = json.loads(files[state_files.STATE_FILE])
+    del about["lora"]["expert_rank"]
+    files[state_files.STATE_FILE] = json.dumps(about).encode()
+    assert state_files.from_files(files, before).tuning == before
+
+
+@pytest.mark.parametrize("said", [None, {}, {"mlp.experts.gate_up_proj": 2}, 2, True])
+def test_the_rank_of_experts_is_in_the_configuration(said: object) -> None:
+    """PEFT computes by it, so it is what the tuning says, and nothing else."""
+    lora = LoraConfig(rank=8, expert_rank=2)
+    entries = {"peft_type": "LORA", **lora.config_entries}
+    state_checks.check_peft_config("file", entries, lora)
+    assert entries["rank_pattern"] == {
+        "mlp.experts.gate_up_proj": 2,
+        "mlp.experts.down_proj": 2,
+    }
+    with pytest.raises(state_checks.StateInvalid, match="rank_pattern"):
+        state_checks.check_peft_config("file", {**entries, "rank_pattern": said}, lora)
+    with pytest.raises(state_checks.StateInvalid, match="rank_pattern"):
+        state_checks.check_peft_config("file", entries, LoraConfig(rank=8))

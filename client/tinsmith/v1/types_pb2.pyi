@@ -509,7 +509,9 @@ Global___GspoLoss: _TypeAlias = GspoLoss  # noqa: Y015
 
 @_typing.final
 class LoraConfig(_message.Message):
-    """Shape of a LoRA adapter; it adds (alpha / rank) * B A to each chosen matrix."""
+    """Shape of a LoRA adapter; it adds (alpha / rank) * B A to each chosen matrix, and to each of an
+    expert (alpha / expert_rank) * B A.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -519,6 +521,7 @@ class LoraConfig(_message.Message):
     TRAIN_ATTN_FIELD_NUMBER: _builtins.int
     TRAIN_MLP_FIELD_NUMBER: _builtins.int
     TRAIN_UNEMBED_FIELD_NUMBER: _builtins.int
+    EXPERT_RANK_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank, 1 to the server's `rank_max`. 0 means 32."""
     alpha: _builtins.float
@@ -536,6 +539,12 @@ class LoraConfig(_message.Message):
     """
     train_unembed: _builtins.bool
     """Adapt the output head. Default true. At least one of the three must be true."""
+    expert_rank: _builtins.int
+    """Rank of the adapter on each expert, 1 to `rank`. 0 in a request means `rank` divided by the number of
+    experts that a token passes through, rounded down, and at least 1. 0 in an answer means that no
+    experts are adapted, or that they have `rank`, as in models of releases that did not know this field.
+    Refused with INVALID_ARGUMENT where no experts would be adapted.
+    """
     def __init__(
         self,
         *,
@@ -545,10 +554,11 @@ class LoraConfig(_message.Message):
         train_attn: _builtins.bool | None = ...,
         train_mlp: _builtins.bool | None = ...,
         train_unembed: _builtins.bool | None = ...,
+        expert_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_train_attn", b"_train_attn", "_train_mlp", b"_train_mlp", "_train_unembed", b"_train_unembed", "seed", b"seed", "train_attn", b"train_attn", "train_mlp", b"train_mlp", "train_unembed", b"train_unembed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_train_attn", b"_train_attn", "_train_mlp", b"_train_mlp", "_train_unembed", b"_train_unembed", "alpha", b"alpha", "rank", b"rank", "seed", b"seed", "train_attn", b"train_attn", "train_mlp", b"train_mlp", "train_unembed", b"train_unembed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_train_attn", b"_train_attn", "_train_mlp", b"_train_mlp", "_train_unembed", b"_train_unembed", "alpha", b"alpha", "expert_rank", b"expert_rank", "rank", b"rank", "seed", b"seed", "train_attn", b"train_attn", "train_mlp", b"train_mlp", "train_unembed", b"train_unembed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -666,6 +676,7 @@ class BaseModel(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     LAYER_COUNT_FIELD_NUMBER: _builtins.int
     PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
+    ACTIVE_EXPERT_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: what `base_model` fields take."""
     architecture: _builtins.str
@@ -680,6 +691,8 @@ class BaseModel(_message.Message):
     """Number of transformer layers."""
     parameter_count: _builtins.int
     """Number of frozen parameters."""
+    active_expert_count: _builtins.int
+    """Experts that a token passes through in a layer that has some; 0 in a dense model."""
     def __init__(
         self,
         *,
@@ -690,10 +703,11 @@ class BaseModel(_message.Message):
         dtype: Global___Dtype.ValueType = ...,
         layer_count: _builtins.int = ...,
         parameter_count: _builtins.int = ...,
+        active_expert_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "layer_count", b"layer_count", "name", b"name", "parameter_count", b"parameter_count", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_expert_count", b"active_expert_count", "architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "layer_count", b"layer_count", "name", b"name", "parameter_count", b"parameter_count", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

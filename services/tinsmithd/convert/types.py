@@ -134,14 +134,19 @@ def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfi
         raise InvalidArgument(f"{field}.rank", f"{message.rank} is below 0")
     if message.rank > rank_max:
         raise over_limit(f"{field}.rank", "rank_max", message.rank, rank_max)
+    rank = message.rank or 32
+    if not 0 <= message.expert_rank <= rank:
+        text = f"{message.expert_rank} is not between 0 and the rank, {rank}"
+        raise InvalidArgument(f"{field}.expert_rank", text)
     alpha = finite(message.alpha, f"{field}.alpha", low=0.0)
     lora = LoraConfig(
-        rank=message.rank or 32,
+        rank=rank,
         alpha=alpha or 32.0,
         seed=message.seed if message.HasField("seed") else secrets.randbits(31),
         train_attn=message.train_attn if message.HasField("train_attn") else True,
         train_mlp=message.train_mlp if message.HasField("train_mlp") else True,
         train_unembed=message.train_unembed if message.HasField("train_unembed") else True,
+        expert_rank=message.expert_rank,
     )
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
         raise InvalidArgument(field, "one of train_attn, train_mlp and train_unembed must be true")

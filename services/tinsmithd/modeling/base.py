@@ -25,6 +25,7 @@ from tinsmithd.modeling.device_errors import is_out_of_memory, is_sticky
 from tinsmithd.modeling.supported import check_config, check_positions
 from tinsmithd.modeling.tokenizer_files import read_tokenizer_files
 from tinsmithd.modeling.weight_files import check_fetched, check_loaded, check_weights, refused
+from tinsmithd.tunings import EXPERT_PARAMETERS
 
 FINGERPRINT_ELEMENTS = 256
 """Elements of each parameter that a fingerprint reads; it may read up to twice as many."""
@@ -52,11 +53,6 @@ class BaseModel:
     tokenizer_files: Mapping[str, bytes]
     info: BaseModelInfo
     fingerprint: str
-
-    @property
-    def active_expert_count(self) -> int:
-        """Experts that a token passes through in a layer that has some; 0 in a dense model."""
-        return getattr(self.model.config, "num_experts_per_tok", 0)
 
 
 def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], None]) -> BaseModel:
@@ -107,9 +103,17 @@ def load_base(name_or_folder: str, *, dtype: str, on_progress: Callable[[str], N
         dtype=dtype,
         layer_count=config.num_hidden_layers,
         parameter_count=count,
+        active_expert_count=active_expert_count(model),
     )
     files = read_tokenizer_files(name_or_folder, tokenizer)
     return BaseModel(model, tokenizer, files, info, fingerprint)
+
+
+def active_expert_count(model: Any) -> int:
+    """Experts that a token passes through in a layer that has some; 0 in a dense model."""
+    names = (name for name, _ in model.named_parameters())
+    has_experts = any(name.endswith(EXPERT_PARAMETERS) for name in names)
+    return int(model.config.num_experts_per_tok) if has_experts else 0
 
 
 def _load(name_or_folder: str, dtype: str) -> tuple[Any, Any]:

@@ -78,7 +78,7 @@ class _Routing:
 def use_grouped_experts(base: BaseModel) -> None:
     """Make a model compute its experts, where it has some, as this module does."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_experts)
-    if base.active_expert_count:
+    if base.info.active_expert_count:
         base.model.set_experts_implementation(EXPERTS)
 
 

@@ -28,11 +28,10 @@ from tinsmithd.errors import InvalidArgument
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.fused_lora import adapter_layer
 from tinsmithd.modeling.trained import HeadLayer, TrainedWeights
+from tinsmithd.tunings import EXPERT_PARAMETERS
 
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Parameters that hold the weights of all experts, as transformers stores them."""
 UNEMBED_MODULE = "lm_head"
 
 
@@ -94,6 +93,9 @@ class Targets:
             if wanted:
                 modules += layers
                 parameters += weights
+        if lora.expert_rank and not set(EXPERT_PARAMETERS) <= set(parameters):
+            message = "no experts would be adapted; leave it unset"
+            raise InvalidArgument("lora_config.expert_rank", message)
         return modules, parameters
 
 
@@ -235,6 +237,7 @@ class Adapters(TrainedWeights):
             bias="none",
             target_modules=modules,
             target_parameters=parameters or None,
+            rank_pattern=lora.config_entries.get("rank_pattern", {}),
         )
 
 

@@ -85,10 +85,9 @@ class Architecture:
         return self.kv_head_count * self.head_size
 
     @property
-    def dense_layers(self) -> tuple[int, ...]:
-        """Which layers have no experts."""
-        with_experts = set(self.expert_layers)
-        return tuple(i for i in range(self.layer_count) if i not in with_experts)
+    def experts_of_token(self) -> int:
+        """Experts that a token passes through in a layer that has some; 0 where none has."""
+        return self.active_expert_count if self.expert_layers else 0
 
 
 def read_architecture(path: Path) -> Architecture:

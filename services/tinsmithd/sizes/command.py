@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--host-memory", type=_gigabytes, metavar="GB", help="memory of a host, to check it too")
     add("--full", action="store_true", help="train all weights instead of an adapter")
     add("--rank", type=_whole, default=lora.rank, help=f"LoRA rank; {lora.rank}")
+    add(
+        "--expert-rank",
+        type=_whole,
+        metavar="RANK",
+        default=lora.expert_rank,
+        help="LoRA rank on each expert; the rank / experts that a token passes through",
+    )
     for part in ("attn", "mlp", "unembed"):
         add(
             f"--train-{part}",
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tuning: Tuning = FullConfig()
     if not options.full:
         parts = {f"train_{p}": getattr(options, f"train_{p}") for p in ("attn", "mlp", "unembed")}
-        tuning = LoraConfig(rank=options.rank, **parts)
+        tuning = LoraConfig(rank=options.rank, expert_rank=options.expert_rank, **parts)
         if problem := tuning.problem():
             parser.error(problem)
     if options.offload and options.zero_stage == 0:
@@ -112,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--tokens: {model.name} was made for {model.context_length:,} tokens")
     if options.full and options.models > 1:
         parser.error("--full: a model that trains all weights has the ranks for itself")
+    if options.expert_rank and not model.experts_of_token:
+        parser.error(f"--expert-rank: {model.name} has no experts")
     plan = make_plan(model, machine, wanted)
     print(json.dumps(document(plan), indent=2) if options.json else text(plan))
     if plan.refusal:

@@ -184,8 +184,10 @@ class Plan:
 
 def make_plan(model: Architecture, machine: Machine, wanted: Wanted) -> Plan:
     """Plan a model."""
-    tuning = wanted.tuning
-    lora = tuning if isinstance(tuning, LoraConfig) else LoraConfig()
+    tuning = wanted.tuning.on_base(model.experts_of_token)
+    wanted = replace(wanted, tuning=tuning)
+    default = LoraConfig().on_base(model.experts_of_token)
+    lora = tuning if isinstance(tuning, LoraConfig) else default
     tried = [machine.gpus] if machine.gpus is not None else list(RANKS_TRIED)
     layout, refused = None, list[Layout]()
     for ranks in tried:

@@ -59,7 +59,10 @@ def _about(plan: Plan) -> Iterator[str]:
     if isinstance(tuning, LoraConfig):
         kinds = ("attn", "mlp", "unembed")
         on = "+".join(kind for kind in kinds if getattr(tuning, f"train_{kind}"))
-        yield f"LoRA of rank {tuning.rank} on {on}: {_count(plan.trained_count)} parameters"
+        rank = str(tuning.rank)
+        if tuning.expert_adapter_rank != tuning.rank:
+            rank += f" ({tuning.expert_rank} on each expert)"
+        yield f"LoRA of rank {rank} on {on}: {_count(plan.trained_count)} parameters"
     else:
         yield "Full fine-tuning, float32"
     training = f"{gb(plan.state_bytes)} with the optimizer's state"

@@ -59,7 +59,7 @@ def adapter_weights(model: Architecture, lora: LoraConfig) -> Shapes:
     for name, shape in base_weights(model).items():
         layer = name.removesuffix(".weight")
         if ".mlp.experts." in name:
-            found |= _on_experts(layer, shape, lora.rank) if lora.train_mlp else {}
+            found |= _on_experts(layer, shape, lora.expert_adapter_rank) if lora.train_mlp else {}
         elif layer.rpartition(".")[2] in targets and layer != name:  # not a bias
             found |= _on_layer(layer, shape, lora.rank)
     if lora.train_unembed:

@@ -159,6 +159,8 @@ def _check_same(file: str, which: str, said: Tuning, tuning: Tuning) -> None:
 def _tuning(file: str, kind: str, config: Mapping[str, Any]) -> Tuning:
     """Read the settings of a tuning; each must have the type and range of its field."""
     cls = TUNINGS[kind]
+    new = {each.name: each.default for each in fields(cls) if each.metadata.get("is_new")}
+    config = {**new, **config}
     _check_names(file, kind, config, [field.name for field in fields(cls)])
     values = {}
     for field in fields(cls):
@@ -221,14 +223,14 @@ def check_peft_config(file: str, found: Mapping[str, Any], tuning: Tuning) -> No
     Raises:
         StateInvalid: It describes another adapter, or more than that.
     """
-    for name in ("peft_type", "r"):
+    wanted = tuning.config_entries
+    for name in ("peft_type", *wanted):
         if name not in found:
             raise StateInvalid(file, name, "is missing", Reason.MISSING_FIELD)
-    wanted = tuning.config_entries
     for name, value in found.items():
         if name in wanted:
-            if type(value) not in (int, float) or value != wanted[name]:
-                message = f"{short(value)}, expected {wanted[name]:g}"
+            if isinstance(value, bool) or value != wanted[name]:
+                message = f"{short(value)}, expected {short(wanted[name])}"
                 raise StateInvalid(file, name, message)
         elif not (is_off(value) or (name in PEFT_VALUES and PEFT_VALUES[name](value))):
             where = name if _NAME.fullmatch(name) and len(name) <= 80 else ""

@@ -129,14 +129,14 @@ def _tensor(file: str, name: str, about: object, begin: int) -> Tensor:
 def check_weights(file: str, tensors: Mapping[str, Tensor], tuning: Tuning) -> None:
     """Check names and shapes of the weights against the tuning.
 
-    Each module of an adapter has A `(r, in)` and B `(out, r)`; experts have a multiple of r.
+    Each module of an adapter has A `(r, in)` and B `(out, r)`; all experts together have a multiple
+    of their rank.
 
     Raises:
         StateInvalid: No model of this tuning has such weights.
     """
     if not tuning.is_adapter:
         return
-    rank = tuning.adapter_rank
     for name, tensor in tensors.items():
         if not _LORA_NAME.fullmatch(name):
             message = "not the name of a LoRA weight"
@@ -146,7 +146,9 @@ def check_weights(file: str, tensors: Mapping[str, Tensor], tuning: Tuning) -> N
         if other not in tensors:
             raise StateInvalid(file, _of(other), "is missing", Reason.MISSING_FIELD)
         inner = tensor.shape[0 if is_a else -1]
-        fits = inner % rank == 0 if _EXPERTS in name else inner == rank
+        of_experts = _EXPERTS in name
+        rank = tuning.expert_adapter_rank if of_experts else tuning.adapter_rank
+        fits = inner % rank == 0 if of_experts else inner == rank
         if len(tensor.shape) != 2 or not fits:
             message = f"shape {list(tensor.shape)} is not one of rank {rank}"
             raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)

@@ -65,6 +65,8 @@ def describe(
         found["logits"] = "float32"
     if has_windows(base.model.config):
         found["attention"] = "windows"
+    if base.info.active_expert_count and engine == "deepspeed":
+        found["experts"] = "grouped"
     return {name: str(value) for name, value in found.items()}
 
 

@@ -58,7 +58,8 @@ class Creation:
         if request.path is None:
             assert request.tuning is not None  # the servicer sets one of the two
             self._check_held(request.base_model)
-            return await self._begin(request, request.tuning)
+            experts = self._shared.place.need().info.active_expert_count
+            return await self._begin(request, request.tuning.on_base(experts))
         if request.with_optimizer and request.path.kind is not CheckpointKind.TRAINING:
             raise wrong_kind(request.path)
 

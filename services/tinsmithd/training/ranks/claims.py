@@ -49,6 +49,9 @@ class GroupClaim:
             _check_name(f"hello.base_model.{key}", getattr(info, key))
         for key in ("vocab_size", "context_length", "layer_count", "parameter_count"):
             _check_count(f"hello.base_model.{key}", getattr(info, key), COUNT_MAX)
+        if info.active_expert_count:
+            field, count = "hello.base_model.active_expert_count", info.active_expert_count
+            _check_count(field, count, COUNT_MAX)
         _check_count("hello.world_size", hello.world_size, WORLD_SIZE_MAX)
         _check_name("hello.engine", hello.engine)
         _check_name("hello.launch_token", hello.launch_token)

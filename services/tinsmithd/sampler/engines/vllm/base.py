@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from tinsmithd.domain import BaseModelInfo, LoraConfig, ModelState
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason
+from tinsmithd.modeling.base import active_expert_count
 from tinsmithd.modeling.lora import Targets
 from tinsmithd.modeling.supported import check_config
 from tinsmithd.modeling.tokenizer_files import read_tokenizer_files
@@ -147,6 +148,7 @@ def read_base(name_or_folder: str) -> KnownBase:
         dtype="auto",
         layer_count=config.num_hidden_layers,
         parameter_count=sum(parameter.numel() for parameter in model.parameters()),
+        active_expert_count=active_expert_count(model),
     )
     return KnownBase(
         name_or_folder,

@@ -20,11 +20,11 @@ class ExpertLora:
     """What one adapter adds to the experts of a layer; for row x of expert e, `s B_e A_e x`.
 
     Attributes:
-        gate_up_a: `(experts, d, rank)`.
+        gate_up_a: `(experts, d, rank)`; the rank is that on experts.
         gate_up_b: `(experts, rank, 2 * ffn)`.
         down_a: `(experts, ffn, rank)`.
         down_b: `(experts, rank, d)`.
-        scaling: alpha / rank.
+        scaling: alpha / rank, of that rank.
     """
 
     gate_up_a: Tensor

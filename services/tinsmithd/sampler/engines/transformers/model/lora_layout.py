@@ -14,8 +14,9 @@ import numpy as np
 
 from tinsmithd.domain import LoraConfig, ModelState
 from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason
-from tinsmithd.modeling.lora import EXPERT_PARAMETERS, UNEMBED_MODULE, Targets
+from tinsmithd.modeling.lora import UNEMBED_MODULE, Targets
 from tinsmithd.modeling.trained import check_same_shape
+from tinsmithd.tunings import EXPERT_PARAMETERS
 
 PREFIX = "base_model.model."
 """PEFT's files put it before the names of a model's modules."""
@@ -113,7 +114,7 @@ class LoraLayout:
         except InvalidArgument as error:
             message = f"the checkpoint does not fit this base model: {error.message}"
             raise misfit(message) from error
-        check_same_shape(places.shapes(lora.rank), state.weights)
+        check_same_shape(places.shapes(lora), state.weights)
         for name, array in sorted(state.weights.items()):
             if array.dtype.kind != "f":
                 raise misfit(f"the checkpoint has {name} of dtype {array.dtype}, not of floats")
@@ -143,8 +144,9 @@ class WantedPlaces:
         everywhere = [part for layer in self.layout.layers for site in layer.sites for part in site]
         return [part for part in (*everywhere, self.layout.head) if self.has(part)]
 
-    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
         """The shape of each weight, by its name in PEFT's files."""
+        rank = lora.rank
         found: dict[str, tuple[int, ...]] = {}
         for part in self.parts():
             name_a, name_b = names(part.name)
@@ -152,7 +154,7 @@ class WantedPlaces:
         for layer in self.layout.layers if self.has_experts else ():
             for expert in layer.experts:
                 name_a, name_b = names(expert.name)
-                ranks = rank * expert.experts
+                ranks = lora.expert_adapter_rank * expert.experts
                 found[name_a], found[name_b] = (ranks, expert.d_in), (expert.d_out, ranks)
         return found
 

@@ -24,8 +24,8 @@ from tinsmithd.sampler.engines.transformers.model.lora_layout import (
 )
 from tinsmithd.sampler.engines.transformers.model.site_lora import SiteLora, columns_of
 
-RANK_MIN = 16
-"""Smaller ranks are padded to it."""
+RANK_MIN, EXPERT_RANK_MIN = 16, 4
+"""Smaller ranks are padded to them; those on experts are small, and many."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class LoraWeights:
     """One adapter.
 
     Attributes:
-        rank: Padded.
-        scaling: alpha / rank as they were.
+        rank: Padded; that on experts apart.
+        scaling: alpha / rank as they were; that on experts apart.
         sites: Per layer and site; None where the adapter stands on none of its parts.
         experts: Per layer; None where it has no experts, or the adapter leaves them alone.
         head: Of the head, float32; None where it has no adapter.
@@ -100,9 +100,9 @@ class _Maker:
         device: torch.device,
     ) -> None:
         self._places, self._weights, self._device = places, weights, device
-        self._own_rank = lora.rank
+        self._lora, self._own_rank = lora, lora.rank
         self.scaling = lora.alpha / lora.rank
-        self.rank = max(RANK_MIN, 1 << (lora.rank - 1).bit_length())
+        self.rank = _padded(lora.rank, RANK_MIN)
 
     def sites(self, layer: LayerLayout, dtype: torch.dtype) -> list[SiteLora | None]:
         """Per site of a layer."""
@@ -133,14 +133,16 @@ class _Maker:
         if not layer.experts or not self._places.has_experts:
             return None
         gate_up, down = (self._expert(part, dtype) for part in layer.experts)
-        return ExpertLora(*gate_up, *down, self.scaling)
+        return ExpertLora(*gate_up, *down, self._lora.alpha / self._lora.expert_adapter_rank)
 
     def _expert(self, part: ExpertPart, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        a, b = expert_factors(part, self._own_rank, self._weights)
-        all_a = self._zeros((part.experts, part.d_in, self.rank), dtype)
-        all_b = self._zeros((part.experts, self.rank, part.d_out), dtype)
-        all_a[:, :, : self._own_rank] = self._tensor(a).transpose(1, 2)
-        all_b[:, : self._own_rank] = self._tensor(b).transpose(1, 2)
+        own = self._lora.expert_adapter_rank
+        a, b = expert_factors(part, own, self._weights)
+        rank = _padded(own, EXPERT_RANK_MIN)
+        all_a = self._zeros((part.experts, part.d_in, rank), dtype)
+        all_b = self._zeros((part.experts, rank, part.d_out), dtype)
+        all_a[:, :, :own] = self._tensor(a).transpose(1, 2)
+        all_b[:, :own] = self._tensor(b).transpose(1, 2)
         return all_a, all_b
 
     def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -151,3 +153,7 @@ class _Maker:
         # torch warns of memory that it may not write to.
         own = floats if floats.flags.writeable else floats.copy()
         return torch.from_numpy(own).to(self._device)
+
+
+def _padded(rank: int, least: int) -> int:
+    return max(least, 1 << (rank - 1).bit_length())
