@@ -74,6 +74,8 @@ class ServiceClient:
         train_unembed: bool = True,
         user_metadata: Mapping[str, str] | None = None,
         optimizer: AdamOptimizerConfig | None = None,
+        *,
+        expert_rank: int | None = None,
     ) -> ClientFuture[TrainingClient]:
         """Create a model with a fresh adapter.
 
@@ -86,15 +88,19 @@ class ServiceClient:
             train_unembed: Adapt the output head.
             user_metadata: Kept with the model.
             optimizer: Only AdamW.
+            expert_rank: Of the adapter on each expert, at most `rank`; None shares `rank` out among
+                the experts that a token passes through.
         """
         _check_optimizer(optimizer)
         checked = LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        of_experts = _check.optional_whole(expert_rank, "expert_rank", 1, checked.rank)
         lora = types_pb2.LoraConfig(
             rank=checked.rank,
             seed=_check.seed(checked.seed, "seed"),
             train_mlp=checked.train_mlp,
             train_attn=checked.train_attn,
             train_unembed=checked.train_unembed,
+            expert_rank=of_experts or 0,
         )
         return self._create(user_metadata, base_model=base_model, lora_config=lora)
 

@@ -351,6 +351,15 @@ def test_seeds_of_64_bits_are_sent(peer: Peer, seed: int) -> None:
         assert refusal.value.field == "seed"
 
 
+@pytest.mark.parametrize("rank", [0, 9, 2.0, "4"])
+def test_a_rank_for_experts_is_at_most_the_rank(peer: Peer, rank: Any) -> None:
+    service = tinsmith.ServiceClient(base_url=peer.address)
+    service.create_lora_training_client("base", rank=8, expert_rank=8).result(10)
+    with pytest.raises(tinsmith.InvalidArgumentError) as refusal:
+        service.create_lora_training_client("base", rank=8, expert_rank=rank)
+    assert refusal.value.field == "expert_rank"
+
+
 @pytest.mark.parametrize("count", [0, -1, 2**31, 1.0, None])
 def test_a_number_of_samples_that_is_none_is_refused(peer: Peer, count: Any) -> None:
     service = tinsmith.ServiceClient(base_url=peer.address)
