@@ -133,8 +133,8 @@ class BareLoop:
         base = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], attn_implementation="sdpa"
         )
-        given = ("r", "lora_alpha", "target_modules", "target_parameters", "task_type")
-        config = peft.LoraConfig(**{key: start.config[key] for key in given})
+        given = ("r", "lora_alpha", "rank_pattern", "target_modules", "target_parameters")
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **{key: start.config[key] for key in given})
         with warnings.catch_warnings():
             # Of an attribute's old name, and that a head which is adapted shares its weight.
             warnings.simplefilter("ignore")
