@@ -20,6 +20,7 @@ from tinsmithd.training.journal import NoJournal
 from tinsmithd.training.lane import Effect, Lane, LaneContext, LaneLimits, TakeTurn, Turns
 from tinsmithd.training.lane.kept_answers import KeptAnswers
 from tinsmithd.training.ranks import OnOutput, RankGroupLost
+from waiting import until
 
 LIMITS = LaneLimits(8, 1000, gap_wait_s_max=30, answers_kept_max=4, answer_bytes_kept_max=1000)
 
@@ -286,7 +287,9 @@ async def test_a_model_without_calls_rests_once() -> None:
         for recorder in (there, gone):
             await recorder.submit(seq_id, str(seq_id)).value()
     gone.lane.lose_ranks()
-    await asyncio.sleep(0.2)
+    await until(lambda: there.moves)
+    for recorder in (there, gone):
+        await recorder.lane.ended()
     assert (there.moves, gone.moves) == (["rest"], ["on disk"])
     assert there.lane.idle
 
