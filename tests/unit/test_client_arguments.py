@@ -46,6 +46,7 @@ GOOD: dict[str, Any] = {
     **{"train_attn": True, "train_unembed": True, "model_id": "m", "training_run_id": "m"},
     **{"checkpoint_id": "weights/a", "limit": 1, "offset": 0, "tinker_path": "tinsmith://m/weights/a"},
     **{"destination_path": "tinsmith://m/weights/b", "folder": "folder", "model_path": None},
+    **{"expert_rank": 2},
 }  # fmt: skip
 UNSUPPORTED = {
     *("retry_config", "record_stability_info", "kind", "weights_access_token", "adam_params"),
