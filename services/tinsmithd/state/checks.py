@@ -224,8 +224,8 @@ def check_peft_config(file: str, found: Mapping[str, Any], tuning: Tuning) -> No
         StateInvalid: It describes another adapter, or more than that.
     """
     wanted = tuning.config_entries
-    for name in ("peft_type", *wanted):
-        if name not in found:
+    for name in ("peft_type", "r", "rank_pattern"):
+        if name not in found and (name in wanted or name == "peft_type"):
             raise StateInvalid(file, name, "is missing", Reason.MISSING_FIELD)
     for name, value in found.items():
         if name in wanted:
