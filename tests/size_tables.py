@@ -59,7 +59,6 @@ def _kept() -> Iterator[Sequence[str]]:
             name,
             *(f"{rank.kept / GB:,.1f}" for rank in lora),
             *(f"{rank.kept / GB:,.1f}" for rank in full),
-            f"{lora[0].loading / GB:,.1f} / {full[0].loading / GB:,.1f}",
         )
 
 
@@ -76,9 +75,6 @@ def _layouts() -> Iterator[Sequence[str]]:
 def _verdict(plan: Plan) -> str:
     layout = plan.layout
     if layout is None:
-        kind = "lora" if plan.wanted.tuning.is_adapter else "full"
-        if (whole := plan.stages[kind][0].loading) > plan.machine.usable_bytes:
-            return f"no: {whole / GB:,.0f} GB while it loads"
         return "no: " + plan.refusal.rpartition(" can be used: ")[2]
     offload = " with offload" if layout.offload else ""
     kept = f"{layout.kept_bytes / GB:,.0f} GB kept"
@@ -117,7 +113,6 @@ def tables() -> str:
                     "Model",
                     *(f"LoRA, stage {s}" for s in (0, 1, 3)),
                     *(f"full, stage {s}" for s in (0, 1, 3)),
-                    "while it loads, LoRA / full",
                 ),
                 _kept(),
             ),

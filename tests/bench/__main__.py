@@ -47,6 +47,7 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "5": rows_compute.zero_weights,
     "9": rows_step.optim_step,
     "10": rows_memory.peak_memory,
+    "loading": rows_memory.loading,
     "11": rows_rpc.rpc,
     "16": rows_durable.durable_step,
     "17": rows_sampling.equal,

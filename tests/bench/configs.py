@@ -18,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 SEED = 0
 ACTIVE_EXPERTS = 8
+SHARD_SIZE = "300MB"
+"""Maximum size of a weight file."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ E = Shape("E", 256, 2, 4, 2, 64, 128, 1024, family="qwen3_moe", experts=128)
 QWEN3_0_6B = Shape("qwen3-0.6b", 1024, 28, 16, 8, 128, 3072, 151_936, family="qwen3")
 QWEN3_4B = Shape("qwen3-4b", 2560, 36, 32, 8, 128, 9728, 151_936, family="qwen3")
 
-SHAPES = {shape.name: shape for shape in (T, S, H, E, SMOLLM2_135M, QWEN3_0_6B, QWEN3_4B)}
+L = Shape("L", 2048, 16, 16, 4, 128, 5632, 32_000, tied=False, family="qwen3")
+"""852 M parameters, 1.7 GB in bfloat16: for what loading takes."""
+
+SHAPES = {shape.name: shape for shape in (T, S, H, E, SMOLLM2_135M, QWEN3_0_6B, QWEN3_4B, L)}
 
 
 def write_model(shape: Shape, root: Path, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -85,7 +90,7 @@ def write_model(shape: Shape, root: Path, *, dtype: torch.dtype = torch.float32)
         transformers_logging.disable_progress_bar()
         torch.manual_seed(SEED)
         model = _model(shape, dtype)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         vocabulary = {"<eos>": 0} | {f"t{index}": index for index in range(1, 16)}
         words = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<eos>"))
         PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder)

@@ -1,6 +1,7 @@
 """A base model has exactly the weights that its configuration asks for, or is refused by name."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,11 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 26906
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
+
+
+def never(*_: object) -> None:
+    """What a rank keeps of a model that it refuses."""
+    raise AssertionError("weights are read")
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -141,13 +147,15 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 def test_what_a_checkpoint_lacks_or_has_too_much_is_refused_by_name(
     case: str, tmp_path: Path
 ) -> None:
-    """One typed error, with the names of files or weights, in one line."""
+    """One typed error, with the names of files or weights, in one line; whatever a rank keeps."""
     damage, texts = DAMAGE[case]
     folder = write_tiny_model(tmp_path / "tiny")
     damage(folder)
     with pytest.raises(NotFound) as refusal:
         load_base(str(folder), dtype="float32", on_progress=lambda _: None)
     assert refusal.value.reason is Reason.BASE_MODEL_NOT_FOUND
+    with pytest.raises(NotFound, match=f"^{re.escape(refusal.value.message)}$"):
+        load_base(str(folder), dtype="float32", on_progress=lambda _: None, keep=never)
     for text in texts:
         assert text in refusal.value.message
     assert "\n" not in refusal.value.message
@@ -165,8 +173,9 @@ def test_an_expert_that_lacks_is_refused(lost: str, tmp_path: Path) -> None:
             del weights[name]
 
     rewrite(folder, lose)
-    with pytest.raises(NotFound, match=r"expert|conver"):
-        load_base(str(folder), dtype="float32", on_progress=lambda _: None)
+    for keep in (None, never):
+        with pytest.raises(NotFound, match=r"expert|conver"):
+            load_base(str(folder), dtype="float32", on_progress=lambda _: None, keep=keep)
 
 
 def test_many_names_are_cut(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ CALLED_BY_LIBRARIES = {
     "intercept_service",
     "settings_customise_sources",
     "_load_env_vars",
+    "_convert_to_zero_parameters",
     "add_lora_logits",  # these of vLLM
     "log_engine_initialized",
     "record",

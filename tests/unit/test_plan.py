@@ -99,10 +99,10 @@ def test_more_models_take_more_of_a_device_and_then_of_the_host() -> None:
 @pytest.mark.parametrize(
     ("name", "machine", "wanted", "said"),
     [
-        ("Qwen3-235B-A22B", Machine(8), Wanted(ATTENTION), "470.2 GB of the whole model while it"),
+        ("Llama-3.1-70B", Machine(8), Wanted(FullConfig()), "stage 3 with offload needs 123.5 GB"),
         ("Qwen3-8B", Machine(8), Wanted(FullConfig(), stage=1), "before any activations"),
         ("Qwen3-8B", Machine(1, 24 * plan.GB), Wanted(tokens=40_960), "room for a datum of"),
-        ("Qwen3-8B", Machine(8, host_bytes=64 * plan.GB), Wanted(), "of host memory with 8 rank"),
+        ("Qwen3-8B", Machine(8, host_bytes=40 * plan.GB), Wanted(), "of host memory with 8 rank"),
         ("Qwen3-8B", Machine(1, plan.GB), Wanted(), "0.0 GB of each GPU can be used"),
     ],
 )
@@ -130,8 +130,9 @@ def test_the_command_refuses_with_status_1_and_a_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The figures are printed all the same."""
-    status, out, _ = run(capsys, str(ARCHITECTURES / "Qwen3-235B-A22B.json"), "--gpus", "8")
-    assert str(status).startswith("tinsmith: Qwen3-235B-A22B: a LoRA adapter with data of 2,048")
+    path = str(ARCHITECTURES / "Qwen3-235B-A22B.json")
+    status, out, _ = run(capsys, path, "--gpus", "8", "--full")
+    assert str(status).startswith("tinsmith: Qwen3-235B-A22B: all weights with data of 2,048")
     assert "235.09 billion parameters, 22.19 billion of them active" in out
 
 
@@ -144,7 +145,7 @@ def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     assert fits["layout"]["stage"] == 1
     assert set(fits["stages"]) == {"lora", "full"}
     assert all(set(stages) == {"0", "1", "2", "3"} for stages in fits["stages"].values())
-    status, out, _ = run(capsys, path, "--gpus", "1", "--gpu-memory", "24", "--json")
+    status, out, _ = run(capsys, path, "--gpus", "1", "--full", "--json")
     assert status
     assert json.loads(out)["refusal"] in str(status)
 

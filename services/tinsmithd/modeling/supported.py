@@ -54,7 +54,7 @@ def check_positions(name: str, model: Any) -> None:
 
     Args:
         name: Of the model.
-        model: The loaded model.
+        model: The model; its weights may be on the meta device.
 
     Raises:
         NotFound: See above (BASE_MODEL_NOT_FOUND).
@@ -62,7 +62,7 @@ def check_positions(name: str, model: Any) -> None:
     rotary = getattr(model.model, "rotary_emb", None)
     if rotary is None:
         return
-    device = next(model.parameters()).device
+    device = rotary.inv_freq.device
     near = torch.arange(_NEAR, device=device)
     farthest = torch.tensor([model.config.max_position_embeddings - 1], device=device)
     values = torch.zeros(1, dtype=torch.float32, device=device)

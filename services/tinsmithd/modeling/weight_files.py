@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ NAMES_SHOWN_MAX = 8
 _HEADER_LENGTH_BYTES = 8
 _HEADER_BYTES_MAX = 100_000_000  # safetensors takes no longer one
 _READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's elements are, one after the other in row-major order.
+
+    Attributes:
+        path: A safetensors file.
+        offset: Of the first byte in it.
+        dtype: As the file says it: "BF16".
+        shape: Its shape.
+    """
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def check_fetched(folder: Path) -> None:
@@ -52,6 +70,25 @@ def check_weights(folder: Path) -> None:
         raise refused(
             folder, f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors are read"
         )
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors in the weight files of a folder, by name.
+
+    Raises:
+        NotFound: As `check_weights` (BASE_MODEL_NOT_FOUND).
+    """
+    check_weights(folder)
+    file_names = {WEIGHTS_FILE}
+    if not (folder / WEIGHTS_FILE).is_file():
+        file_names = set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values())
+    found = {}
+    for file_name in sorted(file_names):
+        header, begin = _header(folder, file_name)
+        for name, entry in header.items():
+            offset, shape = begin + entry["data_offsets"][0], tuple(entry["shape"])
+            found[name] = StoredTensor(folder / file_name, offset, entry["dtype"], shape)
+    return found
 
 
 def check_loaded(name: object, found: Mapping[str, Any]) -> None:
@@ -124,7 +161,12 @@ def _check_index(folder: Path) -> None:
 
 
 def _names(folder: Path, file_name: str) -> set[str]:
-    """Names of the tensors in a safetensors file, whose length fits its header."""
+    """Names of the tensors in a safetensors file."""
+    return set(_header(folder, file_name)[0])
+
+
+def _header(folder: Path, file_name: str) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, which has their length, and where they begin."""
     path = folder / file_name
     size = path.stat().st_size
     try:
@@ -138,8 +180,9 @@ def _names(folder: Path, file_name: str) -> set[str]:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         message = f"{file_name} ({size:,} bytes) is cut or no safetensors file"
         raise refused(folder, message) from error
-    whole = _HEADER_LENGTH_BYTES + length + content
+    begin = _HEADER_LENGTH_BYTES + length
+    whole = begin + content
     if size != whole:
         what = "cut" if size < whole else "longer than its header says"
         raise refused(folder, f"{file_name} is {what}: {size:,} bytes, not {whole:,}")
-    return set(header)
+    return header, begin

@@ -90,7 +90,7 @@ class Layout:
         activation_bytes_max: The setting that keeps within it; 0 where its default does.
         plain_tokens: Tokens of a micro-batch without recomputation, as far as memory goes.
         datum_tokens_max: Tokens of the longest datum, with recomputation.
-        host_bytes: Host memory of one host, while loading or later, whichever is more.
+        host_bytes: Host memory of one host.
         shm_bytes: `/dev/shm` of one host.
         problem: Why it cannot be; empty where it can.
     """
@@ -285,16 +285,13 @@ def _host_bytes(
     else:
         state = 12 * element_count(base_weights(model))
     # A save or a snapshot copies the state whole on each rank of a group.
-    return here * (PROCESS_BYTES + max(rank.loading, later + state))
+    return here * (PROCESS_BYTES + later + state)
 
 
 def _problem(machine: Machine, wanted: Wanted, layout: Layout, needed: int) -> str:
-    rank, usable, stage = layout.rank, machine.usable_bytes, f"ZeRO stage {layout.stage}"
+    stage = f"ZeRO stage {layout.stage}"
     if layout.offload:
         stage += " with offload"
-    if rank.loading > usable:
-        whole = f"{gb(rank.loading)} of the whole model while it loads"
-        return f"{stage} needs {whole}, and then keeps {gb(layout.kept_bytes)}"
     if layout.room_bytes <= 0:
         return f"{stage} needs {gb(layout.kept_bytes + needed)} before any activations"
     if layout.datum_tokens_max < wanted.tokens:

@@ -32,8 +32,8 @@ class RankBytes:
         gathered: Most of a partitioned base that is whole at once, for the module that computes.
         call: What a call adds: its gradients before they are added, and the copies with which it
             can be taken back, the one of a call of several batches included.
-        loading: The whole model, which each rank reads into host memory and moves to its device
-            before anything is partitioned.
+
+    While a base is loaded, a rank has no more than what it keeps: it reads nothing else.
     """
 
     base: int
@@ -43,7 +43,6 @@ class RankBytes:
     offloaded: int
     gathered: int
     call: int
-    loading: int
 
     @property
     def kept(self) -> int:
@@ -72,10 +71,9 @@ def rank_bytes(
     base = base_weights(model)
     element = BYTES_OF_DTYPE[dtype if tuning.is_adapter else TRAINED_DTYPE]
     gathered = _largest_module(base) * element if stage == 3 else 0
-    loading = element_count(base) * element
     if isinstance(tuning, LoraConfig):
         adapter = _flat(adapter_weights(model, tuning), stage, ranks, offload)
-        of_base = _share(base, ranks) * element if stage == 3 else loading
+        of_base = (_share(base, ranks) if stage == 3 else element_count(base)) * element
         offloaded = adapter.offloaded + (of_base if offload and stage == 3 else 0)
         return RankBytes(
             of_base,
@@ -85,14 +83,11 @@ def rank_bytes(
             offloaded,
             gathered,
             adapter.call,
-            loading,
         )
     if stage == 3:
-        return _partitioned(base, ranks, offload, gathered, loading)
+        return _partitioned(base, ranks, offload, gathered)
     flat = _flat(base, stage, ranks, offload)
-    return RankBytes(
-        0, flat.values, flat.optimizer, flat.gradients, flat.offloaded, 0, flat.call, loading
-    )
+    return RankBytes(0, flat.values, flat.optimizer, flat.gradients, flat.offloaded, 0, flat.call)
 
 
 def away_bytes(model: Architecture, lora: LoraConfig, ranks: int, stage: int) -> int:
@@ -130,7 +125,7 @@ def _flat(shapes: Shapes, stage: int, ranks: int, offload: bool) -> _Flat:
     )
 
 
-def _partitioned(base: Shapes, ranks: int, offload: bool, gathered: int, loading: int) -> RankBytes:
+def _partitioned(base: Shapes, ranks: int, offload: bool, gathered: int) -> RankBytes:
     """All weights in shares (`zero_partitioned`), of which DeepSpeed keeps a copy."""
     share = _share(base, ranks) * _FLOAT
     # While the largest gradient is handed over there are also a padded copy, this rank's share of
@@ -147,7 +142,6 @@ def _partitioned(base: Shapes, ranks: int, offload: bool, gathered: int, loading
         offloaded=4 * share if offload else 0,
         gathered=gathered,
         call=3 * largest + largest // ranks + of_experts * _FLOAT + 2 * share,
-        loading=loading,
     )
 
 

@@ -87,11 +87,6 @@ def _stages(plan: Plan) -> Iterator[str]:
             parts = (rank.base, rank.values, rank.optimizer, rank.gradients, rank.kept)
             cells += "".join(f"{part / GB:>10,.2f}" for part in parts) + "|"
         yield f"  {stage:>5} |{cells}"
-    whole = {kind: stages[0].loading for kind, stages in plan.stages.items()}
-    yield (
-        "  While it loads, each rank has the whole model in host memory and then on its GPU, in "
-        f"every stage: {gb(whole['lora'])} for LoRA, {gb(whole['full'])} for full fine-tuning."
-    )
 
 
 def _layout(plan: Plan) -> Iterator[str]:

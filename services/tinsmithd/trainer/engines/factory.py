@@ -5,7 +5,7 @@ from functools import partial
 
 from tinsmithd.config import TrainerConfig
 from tinsmithd.domain import Tuning
-from tinsmithd.modeling.base import BaseModel, load_base
+from tinsmithd.modeling.base import BaseModel, Keep, load_base
 from tinsmithd.modeling.weights import FUSED_WEIGHTS, WEIGHTS, MakeWeights
 from tinsmithd.trainer import progress
 from tinsmithd.trainer.engines.interface import TrainingEngine
@@ -27,9 +27,13 @@ def engine_makers(config: TrainerConfig, on_progress: Callable[[str], None]) -> 
     """
     on_progress("loading torch and transformers")
 
-    def load(tuning: type[Tuning]) -> BaseModel:
+    def say(message: str) -> None:
+        progress.made()
+        on_progress(message)
+
+    def load(tuning: type[Tuning], keep: Keep | None = None) -> BaseModel:
         held_in = config.dtype if tuning.is_adapter else TRAINED_DTYPE
-        base = load_base(config.base_model, dtype=held_in, on_progress=on_progress)
+        base = load_base(config.base_model, dtype=held_in, on_progress=say, keep=keep)
         progress.count_layers(base.model.model.layers)
         return base
 
@@ -47,13 +51,17 @@ def engine_makers(config: TrainerConfig, on_progress: Callable[[str], None]) -> 
     distributed.init()  # before loading: it chooses this rank's device
     from tinsmithd.trainer.engines.deepspeed.engine import DeepSpeedEngine
     from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
+    from tinsmithd.trainer.engines.deepspeed.zero_base import share
+
+    zero = ZeroConfig(config.zero_stage, config.offload, config.gathered_bytes_max)
+    keep = share(zero) if zero.stage == 3 else None
 
     def make_deepspeed(tuning: type[Tuning], make_weights: MakeWeights) -> TrainingEngine:
         return DeepSpeedEngine(
-            load(tuning),
+            load(tuning, keep),
             make_weights,
             changes_base=not tuning.is_adapter,
-            zero=ZeroConfig(config.zero_stage, config.offload, config.gathered_bytes_max),
+            zero=zero,
             micro_batch_tokens_max=config.micro_batch_tokens_max,
             resident_models_max=config.resident_models_max,
             activation_bytes_max=config.activation_bytes_max,

@@ -3,8 +3,7 @@
 The engine cuts data into micro-batches by tokens, deals them out to the ranks and computes each in
 one forward without padding. Each rank holds its pending gradients in a buffer. A step sums them
 over the ranks, once, and hands each rank's slice to a DeepSpeed engine that holds this one adapter
-(`zero_adapter`). With stage 3 it partitions the frozen base over the ranks, too, before PEFT wraps
-it.
+(`zero_adapter`). With stage 3 the ranks share the frozen base, too (`zero_base`).
 """
 
 import logging
@@ -14,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -23,6 +21,7 @@ from tinsmithd.domain import AdamParams, BaseModelInfo, ModelState, Tuning
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.grouped_experts import use_grouped_experts
 from tinsmithd.modeling.packing import use_packed_attention
+from tinsmithd.modeling.weight_files import refused
 from tinsmithd.modeling.weights import MakeWeights
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.compose import compose
@@ -33,7 +32,7 @@ from tinsmithd.trainer.engines.checks import check_state, non_finite_gradient
 from tinsmithd.trainer.engines.deepspeed.batch_run import BatchRun
 from tinsmithd.trainer.engines.deepspeed.residency import RankContext, ResidentModels, Slot
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
-from tinsmithd.trainer.engines.deepspeed.zero_base import partition
+from tinsmithd.trainer.engines.deepspeed.zero_base import init_deepspeed, start, without_weights
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, ModelBroken, OnOutput
 from tinsmithd.trainer.process_group import distributed
 
@@ -45,7 +44,7 @@ class DeepSpeedEngine:
     """See `TrainingEngine`.
 
     Args:
-        base: The base model; it is changed in place.
+        base: The base model; it is changed in place. In stage 3 it was loaded by `zero_base.share`.
         make_weights: Makes what is trained of the base.
         changes_base: Whether the weights of the base are trained.
         zero: How models are spread over the ranks.
@@ -68,16 +67,21 @@ class DeepSpeedEngine:
         activation_bytes_max: int,
     ) -> None:
         self._device = distributed.init()
-        _init_deepspeed()
+        init_deepspeed()
+        _check_alike(base, self._device)
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._base = base
-        use_packed_attention(base)
-        use_grouped_experts(base)
         self._zero = zero
         # Gathered copies of trained weights get stale, so none may be kept.
         if changes_base:
             zero = replace(zero, gathered_bytes_max=0)
-        self._partition = partition(base.model, zero) if zero.stage == 3 else None
+        if zero.stage == 3:
+            with without_weights(base.model):
+                use_packed_attention(base)
+        else:
+            use_packed_attention(base)
+        use_grouped_experts(base)
+        self._partition = start(base.model, zero) if zero.stage == 3 else None
         self._weights = make_weights(base)
         self._context = RankContext(
             self._weights,
@@ -251,13 +255,17 @@ class DeepSpeedEngine:
             raise ModelBroken(f"the import failed half-way: {error}") from error
 
 
-def _init_deepspeed() -> None:
-    """Let DeepSpeed use the process group that there is."""
-    backend = dist.get_backend()
-    if backend == "gloo":
-        # DeepSpeed would compile an op for this; plain gloo does as well, without a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+def _check_alike(base: BaseModel, device: torch.device) -> None:
+    """Refuse a base model of which rank 0 has read another one: their weights would be mixed.
+
+    Raises:
+        NotFound: See above, on all ranks (BASE_MODEL_NOT_FOUND).
+    """
+    own = torch.tensor(list(bytes.fromhex(base.fingerprint)), dtype=torch.uint8, device=device)
+    first = own.clone()
+    dist.broadcast(first, src=0)
+    if not _smallest(torch.equal(own, first), device):
+        raise refused(base.info.name, "its files are not the same on all hosts of the rank group")
 
 
 def _smallest(number: int, device: torch.device) -> int:
