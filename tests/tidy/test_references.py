@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tidy.house import ROOT, Source, below, files, sources
@@ -20,6 +20,9 @@ FILE = re.compile(
     r"`((?:[a-z0-9_]+/)*[a-z0-9_]+\.(?:py|proto|md|toml|yaml))`|\b((?:[a-z0-9_]+/)+[a-z0-9_]+\.py)\b"
 )
 OWN = re.compile(r"\btinsmithd(?:\.[a-z_][a-z0-9_]*)+(?:\.[A-Z][A-Za-z0-9]*)?")
+
+
+DECISION = re.compile(r"\[ADR ([0-9]+)\]\((?:[a-z./]*/)?([0-9]{4}-[a-z0-9-]+\.md)\)")
 
 
 NOT_OURS = {"queue.py", "rl/train.py"}
@@ -119,6 +122,33 @@ def test_references_are_not_stale() -> None:
         stale += stale_paths(text, paths) if path.suffix == ".md" else []
         found += [f"{path}: {name}" for name in stale]
     assert not found, "\n".join(found)
+
+
+def wrong_decisions(pages: Mapping[str, str], texts: Iterable[str]) -> Iterator[str]:
+    """Pages of decisions whose number another one or the title has otherwise; links that do.
+
+    Args:
+        pages: Name of a page, its text.
+        texts: What refers to pages.
+    """
+    numbers = [name[:4] for name in pages]
+    for name, text in pages.items():
+        if numbers.count(name[:4]) > 1 or not text.startswith(f"# {int(name[:4])}. "):
+            yield name
+    for number, name in (match.groups() for text in texts for match in DECISION.finditer(text)):
+        if int(name[:4]) != int(number):
+            yield f"ADR {number}: {name}"
+
+
+def test_a_decision_has_a_number_of_its_own() -> None:
+    pages = {path.name: (ROOT / path).read_text() for path in files(".md") if "adr" in path.parts}
+    assert not list(wrong_decisions(pages, ((ROOT / path).read_text() for path in files(".md"))))
+
+
+def test_planted_decisions_of_one_number_are_found() -> None:
+    pages = {"0001-a.md": "# 1. A", "0002-b.md": "# 2. B", "0002-c.md": "# 3. C"}
+    texts = ["[ADR 1](docs/adr/0001-a.md) and [ADR 2](0001-a.md)"]
+    assert list(wrong_decisions(pages, texts)) == ["0002-b.md", "0002-c.md", "ADR 2: 0001-a.md"]
 
 
 def test_planted_stale_references_are_found() -> None:
