@@ -43,6 +43,7 @@ EXPERT_CASES: Mapping[str, Mapping[str, Any]] = {
     f"experts-{name}": CASES[name] for name in (*STAGES, "recomputed", "stage-3-recomputed")
 }
 """On a model with experts, adapters among them."""
+EVERY_CASE = {**CASES, **FULL_CASES, **EXPERT_CASES}
 MODELS = {"m": LoraConfig(rank=4, seed=7), "n": LoraConfig(rank=2, seed=8, train_mlp=False)}
 COUNTS = (3, 1, 2, 5)
 EPS = (0.1, 1e-12)
@@ -173,7 +174,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, _ = distributed.rank_and_world_size()
     for case in cases:
-        settings = {**CASES, **FULL_CASES, **EXPERT_CASES}[case]
+        settings = EVERY_CASE[case]
         folder = with_experts if case in EXPERT_CASES else dense
         engine = make_engine(
             "deepspeed", folder, dtype="float32", on_progress=lambda _: None, **settings
