@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinsmithd.sampler.engines.transformers.model.linear import Product, RowRule, Rows
+from tinsmithd.sampler.engines.transformers.model.linear import (
+    BLOCK_ROWS,
+    Product,
+    RowRule,
+    Rows,
+    cuts_of,
+)
 
 
 @dataclass(frozen=True)
@@ -93,19 +99,22 @@ class Experts:
         here = [(mask[index].nonzero()[:, 0], lora) for mask, lora in runs]
         for at, lora in here:
             factors = (lora.gate_up_a[expert], lora.gate_up_b[expert])
-            self._add(both, x, at, *factors, lora.scaling)
+            add_lora(both, x, at, *factors, lora.scaling)
         gate, up = both.chunk(2, 1)
         inner = F.silu(gate).mul_(up)
         made = self._down[expert](inner, rows)
         for at, lora in here:
-            self._add(made, inner, at, lora.down_a[expert], lora.down_b[expert], lora.scaling)
+            add_lora(made, inner, at, lora.down_a[expert], lora.down_b[expert], lora.scaling)
         return made[: rows.count]
 
-    def _add(self, y: Tensor, x: Tensor, at: Tensor, a: Tensor, b: Tensor, s: float) -> None:
-        """Add `s x A B` to the rows `at` of y."""
-        count = len(at)
-        if not count:
-            return
-        index = F.pad(at, (0, self._rule.padded(count) - count), value=int(at[-1]))
+
+def add_lora(y: Tensor, x: Tensor, at: Tensor, a: Tensor, b: Tensor, s: float) -> None:
+    """Add `s x A B` to the rows `at` of y.
+
+    Products of weights of any shape may depend on how many rows they have, so all have as many.
+    """
+    for start, read, kept in cuts_of(len(at), (BLOCK_ROWS,)):
+        own = at[start : start + kept]
+        index = F.pad(own, (0, read - kept), value=int(own[-1]))
         update = y[index].addmm_(torch.mm(x[index], a), b, alpha=s)
-        y.index_copy_(0, at, update[:count])
+        y.index_copy_(0, own, update[:kept])
