@@ -216,3 +216,15 @@ def test_the_rank_of_experts_is_in_the_configuration(said: object) -> None:
         state_checks.check_peft_config("file", {**entries, "rank_pattern": said}, lora)
     with pytest.raises(state_checks.StateInvalid, match="rank_pattern"):
         state_checks.check_peft_config("file", entries, LoraConfig(rank=8))
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "rank_pattern"])
+def test_true_is_no_number_in_a_configuration(name: str) -> None:
+    """To Python it is 1; to who reads the file it may be anything."""
+    lora = LoraConfig(rank=2, alpha=1.0, expert_rank=1) if name != "r" else LoraConfig(rank=1)
+    entries: dict[str, Any] = {"peft_type": "LORA", **lora.config_entries}
+    state_checks.check_peft_config("file", entries, lora)
+    value = entries[name]
+    entries[name] = dict.fromkeys(value, True) if isinstance(value, dict) else True
+    with pytest.raises(state_checks.StateInvalid, match=name):
+        state_checks.check_peft_config("file", entries, lora)

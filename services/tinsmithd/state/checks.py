@@ -229,13 +229,24 @@ def check_peft_config(file: str, found: Mapping[str, Any], tuning: Tuning) -> No
             raise StateInvalid(file, name, "is missing", Reason.MISSING_FIELD)
     for name, value in found.items():
         if name in wanted:
-            if isinstance(value, bool) or value != wanted[name]:
+            if not _is_same(value, wanted[name]):
                 message = f"{short(value)}, expected {short(wanted[name])}"
                 raise StateInvalid(file, name, message)
         elif not (is_off(value) or (name in PEFT_VALUES and PEFT_VALUES[name](value))):
             where = name if _NAME.fullmatch(name) and len(name) <= 80 else ""
             shown = f"{short(value)}" if where else f"{short(name)}"
             raise StateInvalid(file, where, f"{shown} is not allowed here")
+
+
+def _is_same(value: Any, wanted: Any) -> bool:
+    """Whether a file has a number, or numbers by name; to Python `true` is 1, but not here."""
+    if isinstance(wanted, Mapping):
+        return (
+            isinstance(value, dict)
+            and value.keys() == wanted.keys()
+            and all(_is_same(value[name], wanted[name]) for name in wanted)
+        )
+    return type(value) in (int, float) and value == wanted
 
 
 def is_off(value: object) -> bool:
