@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tinsmithd.completion_text import CONTEXT_TOKENS
 from tinsmithd.domain import BaseModelInfo, ModelState, SampleRequest
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.device_errors import is_out_of_memory, is_sticky
 from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOutput
-from tinsmithd.sampler.engines.stopping import CONTEXT_TOKENS, StopCheck
+from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.sampler.engines.transformers.model.build import build

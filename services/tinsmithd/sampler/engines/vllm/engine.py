@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from tinsmithd.completion_text import CONTEXT_TOKENS
 from tinsmithd.domain import (
     BaseModelInfo,
     ModelState,
@@ -21,7 +22,7 @@ from tinsmithd.domain import (
     SampleRequest,
 )
 from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOutput
-from tinsmithd.sampler.engines.stopping import CONTEXT_TOKENS, StopCheck
+from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.vllm.adapters import AdapterFolder, AdapterFolders
 from tinsmithd.sampler.engines.vllm.base import misfit, read_base
 from tinsmithd.sampler.engines.vllm.counts import Counts
