@@ -23,7 +23,22 @@ from tinsmithd.tunings import LoraConfig as LoraConfig
 from tinsmithd.tunings import Tuning as Tuning
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""A checkpoint or model name; matched whole. Names are data and never become paths."""
+"""A checkpoint's name; matched whole. Names are data and never become paths."""
+
+MODEL_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+"""A model's id; matched whole."""
+
+_GIVEN_ID_PATTERN = re.compile("[0-9A-Fa-f]{32}")
+
+
+def new_model_id() -> str:
+    """An id for a model whose creator chose none; nobody can guess it."""
+    return secrets.token_hex(16)
+
+
+def may_be_given_id(model_id: str) -> bool:
+    """Whether an id is, but for upper and lower case, one that `new_model_id` may give."""
+    return _GIVEN_ID_PATTERN.fullmatch(model_id) is not None
 
 
 DEFAULT_OWNER = "default"
@@ -336,9 +351,12 @@ class CheckpointPath:
         kinds = {segment: kind for kind, segment in _SEGMENT.items()}
         if len(parts) != 3 or parts[1] not in kinds:
             raise ValueError("expected tinsmith://<model>/<weights|sampler_weights>/<name>")
-        for part in (parts[0], parts[2]):
-            if not NAME_PATTERN.fullmatch(part):
-                raise ValueError(f"model and name must match {NAME_PATTERN.pattern}")
+        for what, part, pattern in (
+            ("model", parts[0], MODEL_ID_PATTERN),
+            ("name", parts[2], NAME_PATTERN),
+        ):
+            if not pattern.fullmatch(part):
+                raise ValueError(f"{what} must match {pattern.pattern}")
         return cls(parts[0], kinds[parts[1]], parts[2])
 
 

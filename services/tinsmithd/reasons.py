@@ -70,6 +70,7 @@ class Reason(StrEnum):
     STREAM_STALLED = "STREAM_STALLED"
     CALL_NOT_FOUND = "CALL_NOT_FOUND"
     DEPOSIT_NOT_FOUND = "DEPOSIT_NOT_FOUND"
+    MODEL_EXISTS = "MODEL_EXISTS"
 
 
 RULES: Mapping[Reason, Rule] = {
@@ -120,4 +121,5 @@ RULES: Mapping[Reason, Rule] = {
     Reason.STREAM_STALLED: Rule("UNAVAILABLE", frozenset(), "always"),
     Reason.CALL_NOT_FOUND: Rule("NOT_FOUND", frozenset({"next_seq_id", "seq_id"}), "never"),
     Reason.DEPOSIT_NOT_FOUND: Rule("NOT_FOUND", frozenset(), "never"),
+    Reason.MODEL_EXISTS: Rule("ALREADY_EXISTS", frozenset({"model_id"}), "never"),
 }

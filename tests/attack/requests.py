@@ -105,7 +105,9 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
             model_id=model_id, seq_id=1, checkpoint_path=path, with_optimizer=True
         ),
         pb.GetAnswerRequest(model_id=model_id, seq_id=1, call_digest=bytes(32)),
-        pb.CreateModelRequest(lora_config=lora, user_metadata={"a": "b"}),
+        pb.CreateModelRequest(
+            lora_config=lora, user_metadata={"a": "b"}, model_id="a:train:1", request_id="r"
+        ),
         pb.GetModelRequest(model_id=model_id),
         pb.ListModelsRequest(page_size=2, page_token="7"),
         pb.DeleteModelRequest(model_id="absent"),

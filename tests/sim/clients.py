@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sim import engine
@@ -129,6 +130,8 @@ class ModelUser:
         self.deleting = self.deleted = False
         self._call_count = call_count
         self._window = self.rng.choice([1, 2, 4, 7])
+        chooses = world.stream(f"id {name}").random() < 0.5
+        self._chosen = f"{name}:chosen" if chooses else ""
         self._delete_at = self.rng.randint(1, 2 * call_count) if self.rng.random() < 0.4 else 0
         self._odd = 0.0 if world.tight else self.rng.choice([0.0, 0.03, 0.15])
 
@@ -179,7 +182,9 @@ class ModelUser:
             optimizer = path.kind is CheckpointKind.TRAINING and self.rng.random() < 0.5
         request_id = f"create {self.name} {attempt}"
         digest = hashlib.sha256(repr((tuning, str(path), optimizer)).encode()).digest()
-        self.new = NewModel("base", tuning, path, optimizer, {}, request_id, digest)
+        self.new = NewModel(
+            *("base", tuning, path, optimizer, {}, request_id, digest), model_id=self._chosen
+        )
         answer = await self._ask(CreateRequest(self.new), "create")
         if answer.error is None:
             self.model_id = answer.value["model_id"]
@@ -238,6 +243,12 @@ class ModelUser:
         if again.error is not None or again.value["model_id"] != self.model_id:
             self.world.fail(f"{self.name} was deleted and is created again: {again}")
         self.world.checked("deleted stays deleted")
+        if self._chosen and self.new is not None:
+            other = replace(self.new, request_id=f"{self.new.request_id} again")
+            answer = await self._ask(CreateRequest(other), "create another of that id")
+            if answer.error is None or answer.error.reason is not Reason.MODEL_EXISTS:
+                self.world.fail(f"{self.name}: the id of a deleted model is given again: {answer}")
+            self.world.checked("an id is given once")
 
     # --- one call -----------------------------------------------------------------------------
 

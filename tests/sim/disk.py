@@ -190,7 +190,8 @@ class SimStore:
         await disk.pause()
         disk.world.log("claim", self._epoch)
         models, deleted = disk.tables.stored_models(), disk.tables.deleted_models()
-        return Contents("cluster", self._epoch, models, deleted, dict(disk.tables.starts))
+        starts, used_ids = dict(disk.tables.starts), disk.tables.stored_ids()
+        return Contents("cluster", self._epoch, models, deleted, starts, used_ids)
 
     async def _commit(self, writes: Sequence[Write]) -> None:
         disk = self._disk

@@ -108,8 +108,9 @@ MUTATIONS = {
         ModelExecutor, "suspend", "self._changes.stepped_at", "self._changes.stepped_at + 1"
     ),
     "deleted-forgotten": Mutation(
-        Deletion, "delete", "remember=bool(model.request_id)", "remember=False"
+        Deletion, "delete", "remember = bool(model.request_id)", "remember = False"
     ),
+    "id-given-twice": Mutation(Deletion, "delete", "keep_id=model.chose_id", "keep_id=False"),
     "orphans-kept": Mutation(
         Admission, "recall", "elif call.seq_id not in (0, self.next_seq_id):", "elif False:"
     ),

@@ -123,7 +123,9 @@ class Server:
             contents = await self.journal.open()
             self.client.writer_name = contents.cluster_id
             self.client.writer_epoch = contents.epoch
-            await self.models.recall(contents.models, contents.deleted, contents.starts)
+            await self.models.recall(
+                *(contents.models, contents.deleted, contents.starts, contents.used_ids)
+            )
             self.up = True
             self.world.server_is_up(self)
             await self.journal.failed()

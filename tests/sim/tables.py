@@ -34,7 +34,7 @@ from tinsmithd.training.journal import (
     Trim,
     Write,
 )
-from tinsmithd.training.journal.records import DELETED_KEPT_MAX
+from tinsmithd.training.journal.records import DELETED_KEPT_MAX, USED_IDS_KEPT_MAX
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Tables:
         self.models: dict[str, ModelTable] = {}
         self.deleted: dict[str, ModelTable] = {}
         self.starts: dict[str, int] = {}
+        self.used_ids: dict[str, int] = {}
 
     def commit(self, writes: Sequence[Write]) -> None:
         """Make all of these."""
@@ -105,6 +106,10 @@ class Tables:
             DeletedModel(model_id, table.number, json.loads(table.about))
             for model_id, table in found
         ]
+
+    def stored_ids(self) -> list[str]:
+        """What `claim` reads of ids that are not to be given again."""
+        return sorted(self.used_ids, key=self.used_ids.__getitem__)[-USED_IDS_KEPT_MAX:]
 
     def stored_calls(self, model_id: str, after: int) -> list[StoredCall]:
         """Calls after a position."""
@@ -144,6 +149,8 @@ class Tables:
                 del self.models[write.model_id]
                 if write.remember:
                     self.deleted[write.model_id] = table
+                if write.keep_id:
+                    self.used_ids[write.model_id] = table.number
             case LoseModel():
                 table.lost = write.why
             case AddCall():

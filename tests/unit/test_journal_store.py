@@ -209,6 +209,15 @@ async def test_a_model_that_is_to_be_remembered_is(disk: Any) -> None:
     assert found == {"a": (1, {"base": "ü"}), "b": (2, {"r": 4})}
 
 
+async def test_a_chosen_id_outlives_its_model(disk: Any) -> None:
+    """In the order of creation, for whoever claims the store; one that was not chosen does not."""
+    store = await begun(disk, j.AddModel("c", 3, {}))
+    await store.commit([j.DeleteModel("b", keep_id=True), j.DeleteModel("c")])
+    await store.commit([j.DeleteModel("b", keep_id=True), j.DeleteModel("a", keep_id=True)])
+    contents = await disk.store().claim()
+    assert (list(contents.used_ids), contents.deleted) == (["a", "b"], [])
+
+
 # --- SQLite -----------------------------------------------------------------------------------
 
 
@@ -225,6 +234,19 @@ async def test_the_newest_deleted_models_are_remembered(
     sqlite_disk.tamper("UPDATE deleted SET number=9 WHERE model_id='c'")
     contents = await sqlite_disk.store().claim()
     assert [gone.model_id for gone in contents.deleted] == ["d"]
+
+
+async def test_the_newest_chosen_ids_are_remembered(
+    sqlite_disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many of them, by when their models came; a damaged one is passed over."""
+    monkeypatch.setattr(sqlite_tables, "USED_IDS_KEPT_MAX", 2)
+    store = await begun(sqlite_disk, j.AddModel("c", 3, {}), j.AddModel("d", 4, {}))
+    for model_id in "dcba":
+        await store.commit([j.DeleteModel(model_id, keep_id=True)])
+    assert (await sqlite_disk.store().claim()).used_ids == ["c", "d"]
+    sqlite_disk.tamper("UPDATE used_ids SET model_id='x' WHERE model_id='c'")
+    assert (await sqlite_disk.store().claim()).used_ids == ["d"]
 
 
 async def test_a_commit_that_fails_midway_is_absent(

@@ -158,6 +158,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """WriteCheckpoint: the deposit is not in this server's folder, or lacks a file, or has something there
     that is no file of this server's user alone. What was left there can be sent instead.
     """
+    ERROR_REASON_MODEL_EXISTS: _ErrorReason.ValueType  # 44
+    """CreateModel: a model has, or had, the id that was asked for. An id that was chosen is not given twice."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed; see `ErrorRule` for how it is sent."""
@@ -269,6 +271,8 @@ ERROR_REASON_DEPOSIT_NOT_FOUND: ErrorReason.ValueType  # 43
 """WriteCheckpoint: the deposit is not in this server's folder, or lacks a file, or has something there
 that is no file of this server's user alone. What was left there can be sent instead.
 """
+ERROR_REASON_MODEL_EXISTS: ErrorReason.ValueType  # 44
+"""CreateModel: a model has, or had, the id that was asked for. An id that was chosen is not given twice."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

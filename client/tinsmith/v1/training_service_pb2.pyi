@@ -344,7 +344,7 @@ class Model(_message.Message):
     LAST_REQUEST_TIME_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """Server-given id, random."""
+    """Its id: what CreateModel chose, else 32 random hex digits."""
     owner: _builtins.str
     """Who made it: `default` where keys are off."""
     base_model: _builtins.str
@@ -441,6 +441,7 @@ class CreateModelRequest(_message.Message):
     WITH_OPTIMIZER_FIELD_NUMBER: _builtins.int
     USER_METADATA_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model. May be empty when `checkpoint_path` says it, or when there is one."""
     checkpoint_path: _builtins.str
@@ -449,6 +450,11 @@ class CreateModelRequest(_message.Message):
     """Take the optimizer state of `checkpoint_path` too; needs a TRAINING checkpoint."""
     request_id: _builtins.str
     """De-duplication key. Empty means not retry-safe."""
+    model_id: _builtins.str
+    """The id that the model shall have: `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`, of which `A` and `a` are two, and
+    not 32 hex digits, which are the server's to give. Anything else is INVALID_ARGUMENT / INVALID_NAME.
+    Empty: the server gives one that nobody can guess.
+    """
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:
         """An adapter of this shape."""
@@ -471,10 +477,11 @@ class CreateModelRequest(_message.Message):
         with_optimizer: _builtins.bool = ...,
         user_metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         request_id: _builtins.str = ...,
+        model_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["full_config", b"full_config", "lora_config", b"lora_config", "tuning", b"tuning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "full_config", b"full_config", "lora_config", b"lora_config", "request_id", b"request_id", "tuning", b"tuning", "user_metadata", b"user_metadata", "with_optimizer", b"with_optimizer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "checkpoint_path", b"checkpoint_path", "full_config", b"full_config", "lora_config", b"lora_config", "model_id", b"model_id", "request_id", b"request_id", "tuning", b"tuning", "user_metadata", b"user_metadata", "with_optimizer", b"with_optimizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_tuning: _TypeAlias = _typing.Literal["lora_config", "full_config"]  # noqa: Y015
     _WhichOneofArgType_tuning: _TypeAlias = _typing.Literal["tuning", b"tuning"]  # noqa: Y015

@@ -100,7 +100,12 @@ class TrainingServiceStub:
     A repeat with the same `request_id` and content returns the first model, even if it was deleted
     since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
     REQUEST_ID_CONFLICT.
+    A `model_id` that the caller chose belongs to one model for ever: while a model is being created under
+    it, while that model is there, and after it was deleted (the newest 100,000 of those are remembered),
+    another create is ALREADY_EXISTS / MODEL_EXISTS. So no late call, answer, checkpoint or snapshot of one
+    model can be taken for another's. A create that failed leaves its id free.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
+    ALREADY_EXISTS (REQUEST_ID_CONFLICT, MODEL_EXISTS);
     FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN; CALL_POISONED:
     the ranks died by themselves `call_attempts_max` times during this request, or while the same
     content was put onto them);
@@ -240,7 +245,12 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     A repeat with the same `request_id` and content returns the first model, even if it was deleted
     since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
     REQUEST_ID_CONFLICT.
+    A `model_id` that the caller chose belongs to one model for ever: while a model is being created under
+    it, while that model is there, and after it was deleted (the newest 100,000 of those are remembered),
+    another create is ALREADY_EXISTS / MODEL_EXISTS. So no late call, answer, checkpoint or snapshot of one
+    model can be taken for another's. A create that failed leaves its id free.
     Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
+    ALREADY_EXISTS (REQUEST_ID_CONFLICT, MODEL_EXISTS);
     FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN; CALL_POISONED:
     the ranks died by themselves `call_attempts_max` times during this request, or while the same
     content was put onto them);
@@ -389,7 +399,12 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         A repeat with the same `request_id` and content returns the first model, even if it was deleted
         since (1,000 of those are remembered); with other content it is ALREADY_EXISTS /
         REQUEST_ID_CONFLICT.
+        A `model_id` that the caller chose belongs to one model for ever: while a model is being created under
+        it, while that model is there, and after it was deleted (the newest 100,000 of those are remembered),
+        another create is ALREADY_EXISTS / MODEL_EXISTS. So no late call, answer, checkpoint or snapshot of one
+        model can be taken for another's. A create that failed leaves its id free.
         Errors: NOT_FOUND (BASE_MODEL_NOT_FOUND, CHECKPOINT_NOT_FOUND); INVALID_ARGUMENT;
+        ALREADY_EXISTS (REQUEST_ID_CONFLICT, MODEL_EXISTS);
         FAILED_PRECONDITION (WRONG_CHECKPOINT_KIND, INCOMPATIBLE_CHECKPOINT, RANK_GROUP_TAKEN; CALL_POISONED:
         the ranks died by themselves `call_attempts_max` times during this request, or while the same
         content was put onto them);

@@ -13,6 +13,7 @@ from tinsmith.v1 import types_pb2 as pb
 from tinsmithd import domain
 from tinsmithd.convert.tensors import array_from_pb
 from tinsmithd.domain import (
+    MODEL_ID_PATTERN,
     NAME_PATTERN,
     AdamParams,
     BaseModelInfo,
@@ -23,6 +24,7 @@ from tinsmithd.domain import (
     LoraConfig,
     LossFn,
     Tuning,
+    may_be_given_id,
 )
 from tinsmithd.errors import InvalidArgument, Reason, over_limit
 
@@ -251,6 +253,17 @@ def name_from_pb(text: str, field: str) -> str:
     """Read a name that is data and never a path."""
     if not NAME_PATTERN.fullmatch(text):
         raise InvalidArgument(field, f"must match {NAME_PATTERN.pattern}", Reason.INVALID_NAME)
+    return text
+
+
+def model_id_from_pb(text: str, field: str) -> str:
+    """Read the id that a new model shall have; empty where the server is to give one."""
+    if text and not MODEL_ID_PATTERN.fullmatch(text):
+        message = f"must match {MODEL_ID_PATTERN.pattern}"
+        raise InvalidArgument(field, message, Reason.INVALID_NAME)
+    if may_be_given_id(text):
+        message = "32 hex digits are the server's to give"
+        raise InvalidArgument(field, message, Reason.INVALID_NAME)
     return text
 
 

@@ -129,7 +129,9 @@ class TrainingServer:
         # nor checkpoints any more.
         self._client.writer_name = contents.cluster_id
         self._client.writer_epoch = contents.epoch
-        await self._models.recall(contents.models, contents.deleted, contents.starts)
+        await self._models.recall(
+            *(contents.models, contents.deleted, contents.starts, contents.used_ids)
+        )
         # If this process was stopped meanwhile, another one may own what it read.
         with contextlib.suppress(TinsmithError):  # reading works on a full disk, too
             await self._journal.commit()

@@ -119,6 +119,7 @@ class TrainingServicer(TrainingServiceServicer):
             user_metadata=dict(convert.metadata_from_pb(request.user_metadata, "user_metadata")),
             request_id=convert.request_id_from_pb(request.request_id, "request_id"),
             digest=digest_of(content),
+            model_id=convert.model_id_from_pb(request.model_id, "model_id"),
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:

@@ -2,6 +2,7 @@
 
 from tinsmithd.training.journal.journal import Journal, NoJournal
 from tinsmithd.training.journal.records import (
+    USED_IDS_KEPT_MAX,
     AddAnswer,
     AddCall,
     AddModel,
@@ -24,6 +25,7 @@ from tinsmithd.training.journal.records import (
 from tinsmithd.training.journal.sqlite_store import SqliteStore
 
 __all__ = [
+    "USED_IDS_KEPT_MAX",
     "AddAnswer",
     "AddCall",
     "AddModel",

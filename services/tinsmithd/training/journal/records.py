@@ -11,6 +11,8 @@ from tinsmithd.training.call import StoredAnswer, Work
 
 DELETED_KEPT_MAX = 1_000
 """Number of deleted models that the journal remembers."""
+USED_IDS_KEPT_MAX = 100_000
+"""Number of ids that were chosen for models since deleted; the journal remembers the newest."""
 STARTS_KEPT_MAX = 1_000
 """Number of creations and checkpoints remembered because ranks died of them."""
 
@@ -55,11 +57,13 @@ class DeleteModel:
     """A model is gone, with everything of it.
 
     With `remember`, what `AddModel` said of it stays, among the `DELETED_KEPT_MAX` newest of this
-    kind: a late repeat of the request that created it must not create another.
+    kind: a late repeat of the request that created it must not create another. With `keep_id` its
+    id stays, among the `USED_IDS_KEPT_MAX` newest: it was chosen, and must not be again.
     """
 
     model_id: str
     remember: bool = False
+    keep_id: bool = False
 
 
 @dataclass(frozen=True)
@@ -234,13 +238,14 @@ class DeletedModel:
 
 @dataclass
 class Contents:
-    """All that a store has when a process claims it; models in the order in which they came."""
+    """All that a store has when a process claims it; models and ids in the order of creation."""
 
     cluster_id: str
     epoch: int
     models: Sequence[StoredModel] = field(default_factory=list)
     deleted: Sequence[DeletedModel] = field(default_factory=list)
     starts: Mapping[str, int] = field(default_factory=dict)
+    used_ids: Sequence[str] = field(default_factory=list)
 
 
 class JournalStore(Protocol):

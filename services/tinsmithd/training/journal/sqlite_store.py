@@ -40,6 +40,7 @@ from tinsmithd.training.journal.sqlite_tables import (
     SCHEMA,
     SNAPSHOT,
     SNAPSHOT_SEAL,
+    USED_ID,
     apply,
     nbytes_of,
     seal,
@@ -147,7 +148,10 @@ class SqliteStore:
                     db.execute(statement)
                 self._epoch = self._claim_epoch(db)
             cluster_id = db.execute("SELECT value FROM meta WHERE name='cluster_id'").fetchone()[0]
-            return Contents(cluster_id, self._epoch, self._models(db), _deleted(db), _starts(db))
+            return Contents(
+                *(cluster_id, self._epoch, self._models(db), _deleted(db), _starts(db)),
+                used_ids=_used_ids(db),
+            )
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             raise StoreDamaged(f"the journal in {self._folder} cannot be used: {error}") from error
 
@@ -274,6 +278,14 @@ def _deleted(db: sqlite3.Connection) -> list[DeletedModel]:
         for model_id, number, about, good in rows
         if good
     ]
+
+
+def _used_ids(db: sqlite3.Connection) -> list[str]:
+    rows = db.execute(f"SELECT model_id, crc32 IS seal({USED_ID}) FROM used_ids ORDER BY number")
+    found = rows.fetchall()
+    if not all(good for _, good in found):
+        _log.error("some of what the journal remembers of chosen ids is damaged")
+    return [model_id for model_id, good in found if good]
 
 
 def _starts(db: sqlite3.Connection) -> dict[str, int]:

@@ -13,6 +13,7 @@ from tinsmithd.training.call import ComputeWork, answer_digest, encode_answer, e
 from tinsmithd.training.journal.records import (
     DELETED_KEPT_MAX,
     STARTS_KEPT_MAX,
+    USED_IDS_KEPT_MAX,
     AddAnswer,
     AddCall,
     AddModel,
@@ -54,6 +55,9 @@ CREATE TABLE IF NOT EXISTS snapshots (
 CREATE TABLE IF NOT EXISTS deleted (
     model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, crc32 INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS used_ids (
+    number INTEGER PRIMARY KEY, model_id TEXT NOT NULL, crc32 INTEGER NOT NULL
+);
 CREATE TABLE IF NOT EXISTS requests (model_id TEXT PRIMARY KEY, time_s REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS starts (
     number INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, attempts INTEGER NOT NULL,
@@ -64,6 +68,7 @@ CALL = "position, seq_id, digest, payload_bytes, attempts, result_digest, answer
 CALL_SEAL = f"seal(model_id, {CALL})"
 MODEL = "model_id, number, about, lost, trimmed_to"
 DELETED = "model_id, number, about"
+USED_ID = "number, model_id"
 SNAPSHOT = "position, step_count, folder"
 SNAPSHOT_SEAL = f"seal(model_id, {SNAPSHOT})"
 _TABLES = ("calls", "payloads", "answers", "snapshots", "requests", "models")
@@ -96,6 +101,8 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
         case DeleteModel():
             if write.remember:
                 _remember(db, write.model_id)
+            if write.keep_id:
+                _keep_id(db, write.model_id)
             for table in _TABLES:
                 db.execute(f"DELETE FROM {table} WHERE model_id=?", (write.model_id,))
         case LoseModel():
@@ -160,6 +167,18 @@ def _remember(db: sqlite3.Connection, model_id: str) -> None:
         "DELETE FROM deleted WHERE model_id IN "
         "(SELECT model_id FROM deleted ORDER BY number DESC LIMIT -1 OFFSET ?)",
         (DELETED_KEPT_MAX,),
+    )
+
+
+def _keep_id(db: sqlite3.Connection, model_id: str) -> None:
+    db.execute(
+        f"INSERT INTO used_ids SELECT {USED_ID}, seal({USED_ID}) FROM models WHERE model_id=?",
+        (model_id,),
+    )
+    db.execute(
+        "DELETE FROM used_ids WHERE number <= "
+        "(SELECT number FROM used_ids ORDER BY number DESC LIMIT 1 OFFSET ?)",
+        (USED_IDS_KEPT_MAX,),
     )
 
 

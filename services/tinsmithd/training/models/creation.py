@@ -54,6 +54,10 @@ class Creation:
         )
 
     async def _create(self, request: NewModel) -> Model:
+        with self._registry.reserved(request.model_id):
+            return await self._create_reserved(request)
+
+    async def _create_reserved(self, request: NewModel) -> Model:
         self._shared.place.need()
         if request.path is None:
             assert request.tuning is not None  # the servicer sets one of the two
@@ -92,7 +96,7 @@ class Creation:
         key = key_of_checkpoint(found.digest) if found else key_of_request(request.request_id)
         number = self._registry.next_number()
         model = Model(
-            self._new_id(),
+            request.model_id or self._new_id(),
             group.info,
             tuning,
             request.user_metadata,
@@ -101,6 +105,7 @@ class Creation:
             from_checkpoint=request.path is not None,
             request_id=request.request_id,
             request_digest=request.digest,
+            chose_id=bool(request.model_id),
             step_count=step_count,
         )
         self._registry.check_room()

@@ -39,7 +39,8 @@ class Deletion:
         model = self._registry.get(model_id)
         journal, seats = self._shared.journal, self._shared.seats
         try:
-            await journal.commit(DeleteModel(model_id, remember=bool(model.request_id)))
+            remember = bool(model.request_id)
+            await journal.commit(DeleteModel(model_id, remember, keep_id=model.chose_id))
         except Fenced as error:
             raise shutting_down() from error
         if not self._registry.remove(model_id):

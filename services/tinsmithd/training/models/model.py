@@ -13,7 +13,7 @@ from tinsmithd.training.lane import Lane
 
 @dataclass(frozen=True)
 class NewModel:
-    """A checked request for a model; `tuning` or `path`, never both."""
+    """A checked request for a model; `tuning` or `path`, never both; empty `model_id` for any."""
 
     base_model: str
     tuning: Tuning | None
@@ -22,6 +22,7 @@ class NewModel:
     user_metadata: dict[str, str]
     request_id: str
     digest: bytes
+    model_id: str = ""
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Model:
         identity: That of the ranks on which it was created.
         from_checkpoint: Whether it began as a checkpoint.
         request_id, request_digest: Those of the call that created it.
+        chose_id: Whether that call chose its id.
         last_request_time_s, last_used_s: When a call last came: by the wall clock, for people, and
             by a clock that nobody sets.
         step_count: Optimizer steps made.
@@ -51,6 +53,7 @@ class Model:
     from_checkpoint: bool = False
     request_id: str = ""
     request_digest: bytes = b""
+    chose_id: bool = False
     create_time_s: float = field(default_factory=time.time)
     last_request_time_s: float = field(default_factory=time.time)
     last_used_s: float = field(default_factory=time.monotonic)
@@ -107,6 +110,7 @@ class Model:
             "from_checkpoint": self.from_checkpoint,
             "request_id": self.request_id,
             "request_digest": self.request_digest.hex(),
+            "chose_id": self.chose_id,
             "create_time_s": self.create_time_s,
         }
 
@@ -136,6 +140,7 @@ class Model:
             from_checkpoint=about["from_checkpoint"],
             request_id=about["request_id"],
             request_digest=bytes.fromhex(about["request_digest"]),
+            chose_id=about.get("chose_id", False),  # not in journals of before it could be chosen
             create_time_s=about["create_time_s"],
             last_request_time_s=last_request_time_s or about["create_time_s"],
         )

@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from tinsmithd.domain import new_model_id
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.training.call import Answer, Call, model_lost, shutting_down
 from tinsmithd.training.journal import DeletedModel, Journal, StoredModel
@@ -50,7 +50,7 @@ class Models:
         checkpoints: Checkpoints,
         journal: Journal,
         snapshot_store: SnapshotStore | None,
-        new_id: Callable[[], str] = lambda: secrets.token_hex(16),
+        new_id: Callable[[], str] = new_model_id,
     ) -> None:
         self._journal = journal
         self.place = RankGroupPlace()
@@ -104,9 +104,10 @@ class Models:
         stored: Sequence[StoredModel],
         deleted: Sequence[DeletedModel] = (),
         starts: Mapping[str, int] = MappingProxyType({}),
+        used_ids: Sequence[str] = (),
     ) -> None:
         """Take up what the journal has, see `Recall.recall`."""
-        await self._recall.recall(stored, deleted, starts)
+        await self._recall.recall(stored, deleted, starts, used_ids)
 
     async def stop(self, grace_s: float) -> None:
         """Tell all who wait that the server stops; returns when nothing is under way any more.

@@ -41,6 +41,7 @@ class Recall:
         stored: Sequence[StoredModel],
         deleted: Sequence[DeletedModel],
         starts: Mapping[str, int],
+        used_ids: Sequence[str],
     ) -> None:
         """Take up the models that the journal has.
 
@@ -48,8 +49,11 @@ class Recall:
             stored: These models.
             deleted: Those that were deleted and are remembered.
             starts: What ended ranks, see `Starts`.
+            used_ids: Chosen ids of models that were deleted, oldest first.
         """
         shared = self._shared
+        for model_id in used_ids:
+            self._registry.used_id(model_id)
         shared.starts.recall(starts)
         if shared.snapshot_store is not None:
             shared.snapshot_store.epoch = shared.journal.epoch

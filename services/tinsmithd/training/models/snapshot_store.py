@@ -210,7 +210,8 @@ class DiskSnapshotStore:
 
     def name(self, model_id: str, position: int, unique: str) -> str:
         """A folder's name; it says which process made it."""
-        return f"{self.epoch:08d}-{model_id}-{position:010d}-{unique}"
+        model = model_id.replace(":", "_")  # which not every disk takes
+        return f"{self.epoch:08d}-{model}-{position:010d}-{unique}"
 
     def may_remove(self, name: str) -> bool:
         """Whether no process made it that took over from this one."""
