@@ -14,6 +14,7 @@ os.environ["TINSMITH_CACHE"] = os.environ.get("TINSMITH_CACHE", "build/test-cach
 
 import programs
 from clusters import RunningCluster
+from gateways import RunningGateway, running_gateway
 from tinsmith.cluster import Cluster, connect
 from tiny_models import write_tiny_model
 
@@ -37,6 +38,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """One cluster on a tiny model, shared by the session: tests make models of their own."""
     with RunningCluster(tiny_model, tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningGateway]:
+    """A gateway in front of `cluster`, shared by the session."""
+    with running_gateway(cluster.address, tmp_path_factory.mktemp("gateway")) as running:
         yield running
 
 

@@ -18,6 +18,19 @@ CALLED_BY_LIBRARIES = {
     "add_lora_logits",  # these of vLLM
     "log_engine_initialized",
     "record",
+    "capture_signals",  # of uvicorn
+    # What the rest of the gateway stands on; it comes next.
+    "protobuf",
+    "model_id_of",
+    "session_of_model",
+    "sampling_session_id_of",
+    "read_sampling_session_id",
+    "promise_id",
+    "add_kind",
+    "is_known",
+    "int_of",
+    "number_of",
+    "bool_of",
 }
 """Names of methods that a library calls, besides RPCs."""
 CALLED_BY_DECORATORS = ["@model_validator", "@field_validator"]

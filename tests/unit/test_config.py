@@ -234,7 +234,8 @@ def test_limits_are_filled_in_from_settings_of_their_names() -> None:
 
 def test_every_section_has_its_class() -> None:
     """The names of sections are the names of the processes."""
-    assert tuple(SECTIONS) == SECTION_NAMES == ("training", "trainer", "sampler", "checkpoint")
+    assert tuple(SECTIONS) == SECTION_NAMES
+    assert SECTION_NAMES == ("training", "trainer", "sampler", "checkpoint", "gateway")
 
 
 @pytest.mark.parametrize("section", SECTIONS)

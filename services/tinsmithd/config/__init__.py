@@ -1,7 +1,7 @@
-"""Settings of the four kinds of process: what there is, and where a process takes it from.
+"""Settings of the five kinds of process: what there is, and where a process takes it from.
 
 A setting comes from, later ones winning: its default, a TOML file with one section per process
-(`[training]`, `[trainer]`, `[sampler]`, `[checkpoint]`), the environment
+(`[training]`, `[trainer]`, `[sampler]`, `[checkpoint]`, `[gateway]`), the environment
 (`TINSMITH_TRAINING_LISTEN_ADDRESS`), the command line (`--listen-address`). A key that no class
 knows stops the process: a typo must not run with a default.
 
@@ -15,13 +15,15 @@ from tinsmithd.config.base import Config, ServerConfig
 from tinsmithd.config.checkpoint import CheckpointConfig
 from tinsmithd.config.errors import ConfigError
 from tinsmithd.config.fields import LINK_ADDRESS
+from tinsmithd.config.gateway import GatewaySettings
 from tinsmithd.config.named import limits_from
 from tinsmithd.config.sampler import SamplerConfig
 from tinsmithd.config.trainer import TrainerConfig
 from tinsmithd.config.training import TrainingConfig
 
 SECTIONS: Mapping[str, type[Config]] = {
-    cls.section: cls for cls in (TrainingConfig, TrainerConfig, SamplerConfig, CheckpointConfig)
+    cls.section: cls
+    for cls in (TrainingConfig, TrainerConfig, SamplerConfig, CheckpointConfig, GatewaySettings)
 }
 """The settings of each kind of process, by the name of its section."""
 
@@ -31,6 +33,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "GatewaySettings",
     "SamplerConfig",
     "ServerConfig",
     "TrainerConfig",

@@ -20,7 +20,7 @@ A process takes each setting from, later ones winning:
 
 1. its default, as below;
 2. a TOML file, which `TINSMITH_CONFIG` or `--config FILE` names, with a section for each process:
-   `[training]`, `[trainer]`, `[sampler]`, `[checkpoint]`;
+   `[training]`, `[trainer]`, `[sampler]`, `[checkpoint]`, `[gateway]`;
 3. the environment: `TINSMITH_<SECTION>_<SETTING>`, such as `TINSMITH_TRAINING_MODELS_MAX=16`;
 4. the command line: `python -m tinsmithd.training --models-max 16`.
 

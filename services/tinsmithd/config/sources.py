@@ -17,7 +17,7 @@ from pydantic_settings import (
 
 from tinsmithd.config.errors import ConfigError, is_near, nearest
 
-SECTION_NAMES = ("training", "trainer", "sampler", "checkpoint")
+SECTION_NAMES = ("training", "trainer", "sampler", "checkpoint", "gateway")
 FILE_VARIABLE = "TINSMITH_CONFIG"
 _NO_TEXT = "\0"
 """No argument can hold it: `null` is a text as any other."""

@@ -1,0 +1,64 @@
+"""Settings of the gateway."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from tinsmithd.config.base import Config
+from tinsmithd.config.fields import (
+    MIB,
+    AboveZero,
+    Address,
+    Count,
+    Number,
+    OptionalAddress,
+    Positive,
+    is_loopback,
+)
+
+
+class GatewaySettings(Config):
+    """The gateway: HTTP for stock Tinker SDKs and OpenAI clients. It holds nothing that a restart
+    may lose, and any number of them may stand behind one address."""
+
+    section: ClassVar[str] = "gateway"
+
+    listen_address: Address = "127.0.0.1:8080"
+    """Where to listen; port 0 takes a free one and logs it."""
+    training_address: Address = "127.0.0.1:50051"
+    """Where the Training server is; it says where the others are."""
+    body_bytes_max: Positive = 64 * MIB
+    """Largest body of one request, before and after it is unpacked; more is 413."""
+    received_bytes_max: Positive = 512 * MIB
+    """Bytes of all bodies that are held at once; a request that would have more is 429."""
+    requests_max: Positive = 8192
+    """Requests under way at once, those that wait for a result included; more are 503."""
+    body_stall_s: AboveZero = 30.0
+    """A caller that sends nothing of a body that is not complete for this long is answered 408."""
+    request_s_max: AboveZero = 45.0
+    """Longest time that a request which is no long poll waits for the cluster; then it is 503, and
+    the SDK sends it again."""
+    poll_s_max: AboveZero = Field(30.0, le=40)
+    """How long `retrieve_future` waits for a result before it says that there is none yet; SDKs
+    give up after 45 seconds."""
+    results_bytes_max: Count = 256 * MIB
+    """Bytes of results that are kept in case they are asked for again; what is not kept is asked of
+    the cluster again."""
+    session_idle_s: AboveZero = 120.0
+    """A session whose heartbeats have stopped for this long has ended: the samplers that were made
+    for it without a name are given back."""
+    stop_grace_s: Number = 5.0
+    """How long SIGTERM lets requests finish; waiting ones are told at once to ask again."""
+    port_file: str = ""
+    """File to write the port into once it is bound; empty writes none."""
+    metrics_address: OptionalAddress = ""
+    """Where Prometheus reads `/metrics`; empty serves and counts none."""
+
+    def warnings(self) -> list[str]:
+        """Say which addresses are reachable from other machines."""
+        addresses = [each for each in (self.listen_address, self.metrics_address) if each]
+        return [
+            f"listening on {each} without keys or TLS: keep the network private"
+            for each in addresses
+            if not is_loopback(each)
+        ]

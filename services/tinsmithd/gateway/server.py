@@ -1,0 +1,215 @@
+"""Puts the gateway together: the rooms' routes in one application, and a server for it."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import secrets
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from prometheus_client import start_http_server
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from tinsmith.errors import TinsmithError
+from tinsmithd.config import GatewaySettings
+from tinsmithd.gateway import tinker
+from tinsmithd.gateway.cluster import Cluster
+from tinsmithd.gateway.metrics import HttpMetrics
+from tinsmithd.gateway.middleware import Watched
+from tinsmithd.gateway.problems import Problem, detail_response, headers_of, problem_of
+
+KEEP_ALIVE_S = 75
+"""How long a connection may be idle; SDKs beat every 10 seconds."""
+BACKLOG = 2048
+_log = logging.getLogger(__name__)
+
+
+def build_app(
+    cluster: Cluster, settings: GatewaySettings, metrics: HttpMetrics, stopping: asyncio.Event
+) -> Starlette:
+    """The whole application. A room adds itself by its `routes(cluster, settings, stopping)`.
+
+    Args:
+        cluster: What stands behind it.
+        settings: Its limits.
+        metrics: Where requests are counted.
+        stopping: Set when the process is about to end: whoever waits is told to ask again.
+    """
+    routes: list[BaseRoute] = [
+        Route("/healthz", _healthz),
+        *tinker.routes(cluster, settings, stopping),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={
+            HTTPException: _http_exception,
+            Problem: _problem,
+            TinsmithError: _problem,
+            TimeoutError: _problem,
+            Exception: _fault,
+        },
+    )
+    app.state.cluster = cluster
+    app.add_middleware(Watched, metrics=metrics, settings=settings)
+    return app
+
+
+async def _healthz(request: Request) -> Response:
+    """Readiness: 200 while the Training server answers."""
+    cluster: Cluster = request.app.state.cluster
+    try:
+        found = await cluster.capabilities()
+    except (TinsmithError, TimeoutError) as error:
+        return JSONResponse({"status": "unavailable", "detail": str(error)[:500]}, 503)
+    loading = not found.base_models
+    return JSONResponse({"status": "loading" if loading else "ok"}, 503 if loading else 200)
+
+
+async def _http_exception(_: Request, error: Exception) -> Response:
+    # Such as no such path, or another method: always with a body.
+    assert isinstance(error, HTTPException)
+    said = {404: "there is no such path here", 405: "this path does not take that method"}
+    message = said.get(error.status_code, str(error.detail))
+    response = detail_response(Problem(error.status_code, message))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _problem(_: Request, error: Exception) -> Response:
+    problem = problem_of(error)
+    assert problem is not None
+    return detail_response(problem)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    fault = secrets.token_hex(8)
+    _log.error("fault %s at %s: %r", fault, request.scope.get("path", ""), error)
+    problem = Problem(500, f"a fault of the gateway; its log has {fault}", "INTERNAL")
+    return JSONResponse({"detail": problem.message}, 500, headers_of(problem))
+
+
+class _Quiet(uvicorn.Server):
+    """Signals are the gateway's own affair."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take none."""
+        yield
+
+
+class Gateway:
+    """The gateway: construct, `await start()`, `await run()` or `await stop()`.
+
+    Args:
+        settings: Its settings.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        self._metrics = HttpMetrics()
+        self._cluster = Cluster(settings.training_address, settings.request_s_max)
+        self._serving: asyncio.Task[None] | None = None
+        self._http: tuple[Any, Any] | None = None
+        self.port = self.metrics_port = 0
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            OSError: The address cannot be bound.
+        """
+        settings = self._settings
+        listener = _bind(settings.listen_address)
+        self.port = listener.getsockname()[1]
+        if settings.metrics_address:
+            host, _, port = settings.metrics_address.rpartition(":")
+            self._http = start_http_server(
+                int(port), host.strip("[]"), registry=self._metrics.registry
+            )
+            self.metrics_port = int(self._http[0].server_port)
+        app = build_app(self._cluster, settings, self._metrics, self._stopping)
+        self._server = _Quiet(_uvicorn_config(app, settings))
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started:
+            await asyncio.sleep(0.005)
+            if self._serving.done():
+                await self._serving
+        if settings.port_file:
+            # Whoever waits for the file must not read half of it.
+            part = Path(settings.port_file).with_suffix(".part")
+            part.write_text(f"{self.port}\n")
+            part.replace(settings.port_file)
+        host = settings.listen_address.rpartition(":")[0]
+        _log.info("the gateway of %s listens on %s:%d", settings.training_address, host, self.port)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
+        assert self._serving is not None
+        waiting = asyncio.create_task(asked.wait())
+        await asyncio.wait([waiting, self._serving], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Stop gracefully: no new requests, waiting ones are told to ask again."""
+        self._stopping.set()
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+        await self._cluster.close()
+        if self._http is not None:
+            server, thread = self._http
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            thread.join()
+
+
+def _uvicorn_config(app: Starlette, settings: GatewaySettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=round(settings.stop_grace_s) or None,
+        http="httptools",
+        loop="asyncio",
+    )
+
+
+def _bind(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, int(port)))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen on {address}: {error.strerror}"
+        raise OSError(error.errno or errno.EADDRINUSE, message) from error
+    listener.setblocking(False)
+    return listener
+
+
+__all__: Sequence[str] = ["Gateway", "build_app"]

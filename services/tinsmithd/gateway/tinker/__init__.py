@@ -1,0 +1,24 @@
+"""What the stock Tinker SDK asks for, from 0.18 to 0.38.
+
+Each module has a `routes(room)` of its own; `routes` here puts them together. Paths are the SDK's,
+below `/api/v1`.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from starlette.routing import BaseRoute, Mount
+
+from tinsmithd.config import GatewaySettings
+from tinsmithd.gateway.cluster import Cluster
+from tinsmithd.gateway.tinker import config, futures, sessions
+from tinsmithd.gateway.tinker.room import Room
+
+
+def routes(
+    cluster: Cluster, settings: GatewaySettings, stopping: asyncio.Event
+) -> Sequence[BaseRoute]:
+    """All routes of the SDK."""
+    room = Room(cluster, settings, stopping)
+    parts = (config, sessions, futures)
+    return [Mount("/api/v1", routes=[route for part in parts for route in part.routes(room)])]
