@@ -21,6 +21,8 @@ CALLED_BY_LIBRARIES = {
     "capture_signals",  # of uvicorn
     # What the rest of the gateway stands on; it comes next.
     "protobuf",
+    "public",
+    "tokenizer_id",
     "model_id_of",
     "session_of_model",
     "sampling_session_id_of",

@@ -9,6 +9,7 @@ from tinsmithd.config import (
     SECTIONS,
     CheckpointConfig,
     ConfigError,
+    GatewaySettings,
     SamplerConfig,
     TrainerConfig,
     TrainingConfig,
@@ -222,6 +223,32 @@ class SomeLimits:
     models_max: int
     gap_wait_s_max: float
     exact: bool = False
+
+
+def test_a_table_is_read_from_each_source(tmp_path: Path) -> None:
+    """A section of a section in a file, JSON in a variable, pairs or JSON on the command line."""
+    file = tmp_path / "c.toml"
+    file.write_text('[gateway]\n[gateway.base_models]\n"a/b" = "c"\n')
+    variable, pairs = "TINSMITH_GATEWAY_BASE_MODELS", ["--base-models", "a/b=c"]
+    for argv, env in [
+        ([], {"TINSMITH_CONFIG": str(file)}),
+        ([], {variable: '{"a/b": "c"}'}),
+        (pairs, {}),
+        (["--base-models", '{"a/b": "c"}'], {variable: '{"x": "y"}'}),
+    ]:
+        assert GatewaySettings.load(argv, env).base_models == {"a/b": "c"}
+    assert GatewaySettings.load([*pairs, "--base-models", "d=e"], {}).base_models == {
+        "a/b": "c",
+        "d": "e",
+    }
+    for argv, env in [
+        ([], {variable: '{"a'}),
+        ([], {variable: '{"a": 1}'}),
+        (["--base-models", "a"], {}),
+        (["--base-models", '{"a'], {}),
+    ]:
+        with pytest.raises(ConfigError, match="base_models"):
+            GatewaySettings.load(argv, env)
 
 
 def test_limits_are_filled_in_from_settings_of_their_names() -> None:

@@ -78,8 +78,16 @@ SamplerEngine = Literal["transformers", "vllm"]
 TrainerEngine = Literal["deepspeed", "reference"]
 """What computes on a rank."""
 
+Names = dict[str, str]
+"""A table from names to names."""
+
 NUMBERS = ("a whole number", "a number")
-_KINDS: dict[object, str] = {int: NUMBERS[0], float: NUMBERS[1], bool: "true or false"}
+_KINDS: dict[object, str] = {
+    int: NUMBERS[0],
+    float: NUMBERS[1],
+    bool: "true or false",
+    Names: "a table of texts",
+}
 
 
 def bounds_of(field: FieldInfo) -> str:

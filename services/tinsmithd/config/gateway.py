@@ -10,6 +10,7 @@ from tinsmithd.config.fields import (
     AboveZero,
     Address,
     Count,
+    Names,
     Number,
     OptionalAddress,
     Positive,
@@ -27,6 +28,13 @@ class GatewaySettings(Config):
     """Where to listen; port 0 takes a free one and logs it."""
     training_address: Address = "127.0.0.1:50051"
     """Where the Training server is; it says where the others are."""
+    base_models: Names = Field({})
+    """Further names of base models, each with the servers' name or the folder of that name:
+    `{"Qwen/Qwen3-4B-Instruct-2507" = "Qwen3-4B"}`. Clients may use both; they are told the first
+    one here."""
+    tokenizer_ids: Names = Field({})
+    """Names of base models, each with what SDKs load its tokenizer from: a name of a model hub, or
+    a folder where the client runs. Others are loaded by a name that the model has."""
     body_bytes_max: Positive = 64 * MIB
     """Largest body of one request, before and after it is unpacked; more is 413."""
     received_bytes_max: Positive = 512 * MIB

@@ -79,7 +79,7 @@ def _takes(field: FieldInfo) -> str:
 
 def _default(key: str, field: FieldInfo) -> str:
     value = default_of(field)
-    if value == "":
+    if value in ("", {}):
         return "empty"
     if "_bytes" in key and isinstance(value, int) and value and not value % MIB:
         mib = value // MIB

@@ -12,6 +12,7 @@ from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     EnvSettingsSource,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -58,7 +59,11 @@ def read(
         for key, value in values.items():
             given[key] = Given(value, functools.partial(_place, Path(file), section, key))
     prefix = _prefix(section)
-    for key, value in _Environment(kind, section, env)().items():
+    try:
+        values = _Environment(kind, section, env)()
+    except SettingsError as error:
+        raise ConfigError(f"{prefix}...: a table is written as JSON; {error}") from None
+    for key, value in values.items():
         given[key] = Given(value, functools.partial(str, prefix + key.upper()))
     for key, value in flags.items():
         given[key] = Given(value, functools.partial(str, _flag(key)))
@@ -102,8 +107,11 @@ def _flags(
             f"{flag}: unknown flag; {nearest(key, ['config', *kind.model_fields], _flag)}"
         )
     file: str | None = vars(args).pop("config")
-    source(parsed_args=args)
-    return source(), file
+    try:
+        source(parsed_args=args)
+        return source(), file
+    except SettingsError as error:
+        raise ConfigError(f"a table is given as --key NAME=VALUE; {error}") from None
 
 
 # --- the environment ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.bodies import Bodies
 from tinsmithd.gateway.cluster import Cluster
+from tinsmithd.gateway.names import BaseModelNames
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker.promises import Promises
 
@@ -23,6 +24,7 @@ class Room:
 
     Attributes:
         bodies: Reads bodies.
+        names: Those of base models.
         promises: Results that are waited for.
     """
 
@@ -33,6 +35,7 @@ class Room:
         self.settings = settings
         self.stopping = stopping
         self.bodies = Bodies(settings)
+        self.names = BaseModelNames(settings.base_models, settings.tokenizer_ids)
         self.promises = Promises(settings, stopping)
 
 
