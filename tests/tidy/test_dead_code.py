@@ -24,15 +24,7 @@ CALLED_BY_LIBRARIES = {
     "public",
     "tokenizer_id",
     "model_id_of",
-    "session_of_model",
-    "sampling_session_id_of",
-    "read_sampling_session_id",
-    "promise_id",
-    "add_kind",
-    "is_known",
-    "int_of",
     "number_of",
-    "bool_of",
 }
 """Names of methods that a library calls, besides RPCs."""
 CALLED_BY_DECORATORS = ["@model_validator", "@field_validator"]

@@ -1,10 +1,10 @@
 """Settings of the gateway."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, SecretStr, model_validator
 
-from tinsmithd.config.base import Config
+from tinsmithd.config.base import Config, broken_rule
 from tinsmithd.config.fields import (
     MIB,
     AboveZero,
@@ -16,6 +16,8 @@ from tinsmithd.config.fields import (
     Positive,
     is_loopback,
 )
+
+SIGNING_KEY_CHARACTERS_MIN = 32
 
 
 class GatewaySettings(Config):
@@ -55,12 +57,30 @@ class GatewaySettings(Config):
     session_idle_s: AboveZero = 120.0
     """A session whose heartbeats have stopped for this long has ended: the samplers that were made
     for it without a name are given back."""
+    sampler_idle_s: AboveZero = 3600.0
+    """A sampler that was made without a name is held while its session lives and it was used within
+    this time; the newest one of a model stays in any case."""
+    public_url: str = ""
+    """What callers reach this gateway by, such as `https://host/prefix`: what signed URLs begin
+    with. Empty: what the request for them came by."""
+    signing_key: SecretStr = SecretStr("")
+    """Signs the URLs of downloads: 32 or more characters, the same for all gateways behind one
+    address. Empty: one is drawn, and URLs end with this process."""
+    download_url_s: AboveZero = 3600.0
+    """How long such a URL is good for."""
     stop_grace_s: Number = 5.0
     """How long SIGTERM lets requests finish; waiting ones are told at once to ask again."""
     port_file: str = ""
     """File to write the port into once it is bound; empty writes none."""
     metrics_address: OptionalAddress = ""
     """Where Prometheus reads `/metrics`; empty serves and counts none."""
+
+    @model_validator(mode="after")
+    def _key_is_long(self) -> Self:
+        if 0 < len(self.signing_key.get_secret_value()) < SIGNING_KEY_CHARACTERS_MIN:
+            message = f"must have at least {SIGNING_KEY_CHARACTERS_MIN} characters"
+            raise broken_rule("signing_key", message)
+        return self
 
     def warnings(self) -> list[str]:
         """Say which addresses are reachable from other machines."""

@@ -111,20 +111,31 @@ class Promises:
         self._stopping = stopping
         self._stopped: asyncio.Task[Any] | None = None
         self._kinds: dict[str, Make] = {}
+        self._as_json: dict[str, Callable[[bytes], Mapping[str, Any]]] = {}
         self._under_way: dict[str, asyncio.Task[Answer]] = {}
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         self._answers_bytes = 0
+        self._pauses: dict[str, str] = {}
 
-    def add_kind(self, kind: str, make: Make) -> None:
+    def add_kind(
+        self,
+        kind: str,
+        make: Make,
+        as_json: "Callable[[bytes], Mapping[str, Any]] | None" = None,
+    ) -> None:
         """Say how results of a kind are found.
 
         Args:
             kind: Letters.
             make: Finds the result of a content, for as long as that takes. It may be called several
-                times, here and elsewhere, and has the same result each time. What it raises as a
-                Problem, an error of the wire or of the client's is the result, a failure.
+                times, here and elsewhere, and has the same result each time. What its coroutine
+                raises as a Problem, an error of the wire or of the client's is the result, a
+                failure. What it raises at once is no result: the caller hears it as a status.
+            as_json: Reads the bytes of a result that is a message as what is sent as JSON.
         """
         self._kinds[kind] = make
+        if as_json is not None:
+            self._as_json[kind] = as_json
 
     def start(
         self, request_id: str, result: "Awaitable[Message | Mapping[str, Any]] | None" = None
@@ -153,17 +164,42 @@ class Promises:
             raise Problem(503, "too many results are waited for", retry_after_s=RETRY_S)
         task = asyncio.create_task(self._find(request_id, result))
         self._under_way[request_id] = task
-        task.add_done_callback(lambda _: self._under_way.pop(request_id, None))
+        task.add_done_callback(lambda _: self._gone(request_id))
 
     def is_known(self, request_id: str) -> bool:
         """Whether a result is under way or here."""
         return request_id in self._under_way or request_id in self._answers
 
+    def plain(self, request_id: str, answer: Answer) -> Answer:
+        """A result for a caller that takes no protobuf: as JSON, where its kind has that form."""
+        read = self._as_json.get(request_id.partition("-")[0])
+        if answer.media_type != PROTOBUF or read is None:
+            return answer
+        return Answer.of(read(answer.body))
+
+    def pauses(self, request_id: str, why: str) -> None:
+        """Say that a result under way waits for the cluster; `queue_state` of its polls has it."""
+        if request_id in self._under_way:
+            self._pauses[request_id] = why
+
+    def queue_state(self, request_id: str) -> Mapping[str, str]:
+        """What a poll that has to come again says of the queue."""
+        why = self._pauses.get(request_id)
+        if why is None:
+            return {"queue_state": "active"}
+        return {"queue_state": "paused_capacity", "queue_state_reason": why}
+
+    def cancel(self, request_id: str) -> None:
+        """Stop to find a result, if that is under way; whoever waits for it is told to ask anew."""
+        task = self._under_way.get(request_id)
+        if task is not None:
+            task.cancel()
+
     async def wait(self, request_id: str, within_s: float) -> Answer | None:
         """A promise's result; None where it is not there in time, or the process is about to end.
 
         Raises:
-            Problem: As `start`.
+            Problem: As `start`; 410, somebody cancelled it.
         """
         self.start(request_id)
         if (answer := self._answers.get(request_id)) is not None:
@@ -175,7 +211,15 @@ class Promises:
         done, _ = await asyncio.wait(
             [task, self._stopped], timeout=within_s, return_when=asyncio.FIRST_COMPLETED
         )
-        return task.result() if task in done else None
+        if task not in done:
+            return None
+        if task.cancelled():
+            raise Problem(410, "the request was cancelled; send it again")
+        return task.result()
+
+    def _gone(self, request_id: str) -> None:
+        self._under_way.pop(request_id, None)
+        self._pauses.pop(request_id, None)
 
     async def _find(
         self, request_id: str, result: "Awaitable[Message | Mapping[str, Any]]"

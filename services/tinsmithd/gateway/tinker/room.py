@@ -9,6 +9,7 @@ from tinsmithd.gateway.bodies import Bodies
 from tinsmithd.gateway.cluster import Cluster
 from tinsmithd.gateway.names import BaseModelNames
 from tinsmithd.gateway.problems import Problem
+from tinsmithd.gateway.tinker.held import HeldSamplers
 from tinsmithd.gateway.tinker.promises import Promises
 
 INT64_MAX = 2**63 - 1
@@ -26,6 +27,7 @@ class Room:
         bodies: Reads bodies.
         names: Those of base models.
         promises: Results that are waited for.
+        held: Samplers without a name that are held for sessions.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Room:
         self.bodies = Bodies(settings)
         self.names = BaseModelNames(settings.base_models, settings.tokenizer_ids)
         self.promises = Promises(settings, stopping)
+        self.held = HeldSamplers(cluster, settings)
 
 
 def text_of(body: Mapping[str, Any], key: str, default: str | None = None) -> str:

@@ -20,16 +20,18 @@ def routes(room: Room) -> Sequence[BaseRoute]:
     async def create_session(request: Request) -> Response:
         body = await room.bodies.json(request)
         texts_of(body, "user_metadata")
-        return JSONResponse({"session_id": new_session_id(), "type": "create_session"})
+        session_id = new_session_id()
+        room.held.heard(session_id)
+        return JSONResponse({"session_id": session_id, "type": "create_session"})
 
     async def session_heartbeat(request: Request) -> Response:
         body = await room.bodies.json(request)
-        check_session_id(text_of(body, "session_id"))
+        room.held.heard(check_session_id(text_of(body, "session_id")))
         return JSONResponse({"type": "session_heartbeat"})
 
     async def finish(request: Request) -> Response:
         await room.bodies.json(request)
-        check_session_id(request.path_params["session_id"])
+        room.held.end(check_session_id(request.path_params["session_id"]))
         return JSONResponse({})
 
     return [
