@@ -98,7 +98,7 @@ class KubeCluster:
         self("cp", str(base_model), f"{name}:/models/{base_model.name}")
         self("delete", "pod", name)
         # As in the text: those that started before the files were there may have given up.
-        self("rollout", "restart", "deployment/trainer", "deployment/sampler")
+        self("rollout", "restart", "statefulset/trainer", "deployment/sampler")
         container["name"], writer["metadata"]["name"] = CLIENT, CLIENT
         container["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
         container["env"] = [{"name": "TINSMITH_ADDRESS", "value": "training:50051"}]

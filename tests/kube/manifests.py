@@ -79,8 +79,9 @@ def ports_of(manifests: Sequence[Manifest], name: str) -> dict[str, int]:
 
 
 def environment_of(container: Manifest) -> dict[str, str]:
-    """Its environment."""
-    return {entry["name"]: entry["value"] for entry in container.get("env", [])}
+    """Its environment; a pod of this name would have it, the first of its StatefulSet."""
+    first = f"{container['name']}-0"
+    return {entry["name"]: entry.get("value", first) for entry in container.get("env", [])}
 
 
 def load(cls: type[Config], env: Mapping[str, str]) -> Config:

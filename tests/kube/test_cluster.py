@@ -66,7 +66,7 @@ def test_pods_are_killed_while_a_script_trains(
 
 def test_a_rollout_loses_nothing(cluster: KubeCluster, undisturbed: list[dict[str, Any]]) -> None:
     """Both are stopped in the ordinary way and start again."""
-    at = {10: lambda: cluster("rollout", "restart", "statefulset/training", "deployment/trainer")}
+    at = {10: lambda: cluster("rollout", "restart", "statefulset/training", "statefulset/trainer")}
     assert without_names(cluster.run_script(STEPS, at)) == undisturbed
 
 

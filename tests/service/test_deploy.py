@@ -36,9 +36,10 @@ from tinsmithd.config import (
     TrainerConfig,
     TrainingConfig,
 )
+from tinsmithd.trainer.process_group import nodes
 
 
-@pytest.fixture(params=["base", "cpu", "gpu"])
+@pytest.fixture(params=["base", "cpu", "gpu", "gpu-nodes"])
 def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
     """base as it stands in its files, and the overlays for users as rendered."""
     return manifests_of_base() if request.param == "base" else render(request.param)
@@ -225,15 +226,43 @@ def test_pod_has_no_rights(manifests: list[Manifest], name: str) -> None:
 
 
 def test_there_is_never_a_second_one(manifests: list[Manifest]) -> None:
-    """The rank group is replaced, not rolled; so is the pod of a StatefulSet."""
-    spec = find(manifests, "Deployment", "trainer")["spec"]
-    assert (spec["replicas"], spec["strategy"]["type"]) == (1, "Recreate")
+    """The pod of a StatefulSet is replaced, not rolled; there are no more ranks than one group."""
     assert find(manifests, "StatefulSet", "training")["spec"]["replicas"] == 1
+    ranks = load(TrainerConfig, environment_of(container_of(manifests, "trainer")))
+    assert isinstance(ranks, TrainerConfig)
+    assert find(manifests, "StatefulSet", "trainer")["spec"]["replicas"] == ranks.nodes
+
+
+def test_machines_of_a_rank_group_meet(manifests: list[Manifest]) -> None:
+    """The pods know the first of them by the name that the headless Service gives it, before it is
+    ready, and start together."""
+    spec = find(manifests, "StatefulSet", "trainer")["spec"]
+    container = container_of(manifests, "trainer")
+    config = load(TrainerConfig, environment_of(container))
+    assert isinstance(config, TrainerConfig)
+    assert (config.node, config.restart) == ("trainer-0", True)
+    place = nodes.place(2, "trainer-3", 1, config.meet_address)
+    assert (
+        place.address == f"trainer-2.{spec['serviceName']}:{ports_of(manifests, 'trainer')['meet']}"
+    )
+    assert spec["podManagementPolicy"] == "Parallel"
+    service = find(manifests, "Service", spec["serviceName"])["spec"]
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"]
+
+
+def test_the_number_of_gpus_stands_in_one_place() -> None:
+    """A pod has as many ranks as it has GPUs."""
+    container = container_of(render("gpu"), "trainer")
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) > 0
+    config = load(TrainerConfig, environment_of(container))
+    assert isinstance(config, TrainerConfig)
+    assert config.ranks == 0
 
 
 def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
-    """Only this namespace reaches the servers, every pod their metrics, only ranks the rank link,
-    and nobody the ranks."""
+    """Only this namespace reaches the servers, every pod their metrics, and only ranks the rank
+    link and each other."""
     servers = find(manifests, "NetworkPolicy", "tinsmith-servers")["spec"]
     by_key = {e["key"]: e["values"] for e in servers["podSelector"]["matchExpressions"]}
     assert sorted(by_key["app.kubernetes.io/name"]) == sorted(SERVERS)
@@ -251,8 +280,9 @@ def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
     assert [port["port"] for port in rule["ports"]] == [ports_of(manifests, "training")["link"]]
     ranks = find(manifests, "NetworkPolicy", "tinsmith-trainer")["spec"]
     assert "Ingress" in ranks["policyTypes"]
-    assert not ranks.get("ingress")
-    labels = find(manifests, "Deployment", "trainer")["spec"]["template"]["metadata"]["labels"]
+    (rule,) = ranks["ingress"]
+    assert rule == {"from": [{"podSelector": ranks["podSelector"]}]}
+    labels = find(manifests, "StatefulSet", "trainer")["spec"]["template"]["metadata"]["labels"]
     assert ranks["podSelector"]["matchLabels"].items() <= labels.items()
 
 
@@ -286,7 +316,7 @@ def test_ci_overlay_has_nothing_that_1_20_lacks() -> None:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_images_exist_and_are_pinned(name: str) -> None:
     """Every image in the overlays has a Dockerfile and a tag, which is not `latest`."""
-    for overlay in ("cpu", "gpu", "ci"):
+    for overlay in ("cpu", "gpu", "gpu-nodes", "ci", "ci-nodes"):
         image = container_of(render(overlay), name)["image"]
         assert re.fullmatch(rf"(.*/)?tinsmith-{name}:[\w.-]+", image), image
         assert not image.endswith(":latest")

@@ -204,7 +204,7 @@ def test_addresses_that_others_reach_are_warned_of() -> None:
         (TrainingConfig, ["--spawn-ranks", "1"], "training.spawn_base_model"),
         (TrainingConfig, ["--link-address", "0.0.0.0:50054"], "training.link_secret_file"),
         (TrainingConfig, ["--link-address", "50054"], "training.link_address"),
-        (TrainerConfig, ["--base-model", "x", "--ranks", "0"], "trainer.ranks"),
+        (TrainerConfig, ["--base-model", "x", "--ranks", "-1"], "trainer.ranks"),
         (TrainingConfig, ["--listen-address", "here"], "training.listen_address"),
         (TrainingConfig, ["--listen-address", "127.0.0.1:70000"], "training.listen_address"),
         (CheckpointConfig, ["--metrics-address", "9090"], "checkpoint.metrics_address"),

@@ -10,6 +10,7 @@ from tinsmithd.config.fields import (
     Count,
     Dtype,
     Number,
+    OptionalAddress,
     Positive,
     Required,
     TrainerEngine,
@@ -28,8 +29,20 @@ class TrainerConfig(Config):
     """File with the secret that the Training server demands; rank 0 alone needs it."""
     launch_token: SecretStr = SecretStr("")
     """Given out by a Training server that starts its ranks, which knows them by it."""
-    ranks: Positive = 1
-    """Ranks of the group, all on this machine; where torchrun starts them, it says how many."""
+    ranks: Count = 1
+    """Ranks on this machine; 0 is one for each NVIDIA GPU that the process has. Where torchrun
+    starts them, it says how many."""
+    nodes: Positive = 1
+    """Machines that a rank group is on, each with as many ranks."""
+    node: str = Field("0", max_length=253)
+    """Which of them this is, from 0: a number, or a name that ends with one, such as a pod's. From
+    `nodes` on it is one of another group, which stands by."""
+    meet_address: OptionalAddress = ""
+    """Where the group's first machine listens for the others, host:port; `{first}` stands for its
+    name, which is `node` with that machine's number. No one else may reach the machines of a group:
+    the ports that ranks open to each other ask for no secret."""
+    restart: bool = False
+    """Start the ranks again here when they end, instead of ending with them; for pods."""
     base_model: Required
     """Hugging Face name or folder."""
     dtype: Dtype = "float32"

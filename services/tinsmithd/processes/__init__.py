@@ -7,6 +7,7 @@ from tinsmithd.processes.logs import StderrWriter, log_to_stderr
 from tinsmithd.processes.process import (
     EXIT_HOPELESS,
     die_with_parent,
+    give_up,
     load_or_exit,
     serve,
     set_up,
@@ -23,6 +24,7 @@ __all__ = [
     "die_with_parent",
     "environment",
     "give_back_freed_memory",
+    "give_up",
     "keep_freed_memory",
     "load_or_exit",
     "log_to_stderr",

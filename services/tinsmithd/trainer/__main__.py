@@ -1,6 +1,6 @@
-"""`python -m tinsmithd.trainer`: a rank group of one, or of `--ranks` processes on this machine.
+"""`python -m tinsmithd.trainer`: a rank group of one, or of `--ranks` on each of some machines.
 
-`torchrun -m tinsmithd.trainer` starts ranks on several machines.
+`torchrun -m tinsmithd.trainer` starts ranks, too.
 """
 
 import logging
@@ -15,9 +15,17 @@ from typing import NoReturn
 from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.domain import LoraConfig
 from tinsmithd.errors import TinsmithError
-from tinsmithd.processes import EXIT_HOPELESS, die_with_parent, load_or_exit, set_up
+from tinsmithd.processes import (
+    EXIT_HOPELESS,
+    die_with_parent,
+    give_up,
+    load_or_exit,
+    log_to_stderr,
+    set_up,
+)
 from tinsmithd.rpc import link_secret
-from tinsmithd.trainer.process_group import starter
+from tinsmithd.trainer.process_group import keeper, nodes, starter
+from tinsmithd.trainer.process_group.devices import devices
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, MeetError
 
 EXIT_DEVICE_LOST = 1
@@ -107,13 +115,32 @@ def _die_with_parent(config: TrainerConfig) -> None:
         die_with_parent(parent)
 
 
+def _start_several(config: TrainerConfig) -> None:
+    """Be the one who starts the ranks of this machine, unless the group is this process alone."""
+    try:
+        place = nodes.place(
+            config.nodes, config.node, config.ranks or devices(), config.meet_address
+        )
+        if place.nodes * place.ranks == 1:
+            return
+        secret = ""
+        if place.nodes > 1:
+            log_to_stderr(config.log_level, config.section)  # of the time before they are there
+            secret = link_secret.read(config.link_secret_file, link_secret.RANKS_KEY)
+    except ConfigError as error:
+        give_up(config.section, error)
+    sys.exit(starter.run(place, secret, lambda: set_up(config)))
+
+
 def main() -> None:
     """Run one rank, or a whole group, until it is ended."""
     config = load_or_exit(TrainerConfig)
     _die_with_parent(config)
     rank = os.environ.get("RANK")
-    if rank is None and config.ranks > 1:
-        sys.exit(starter.run(config.ranks, lambda: set_up(config)))
+    if rank is None and config.restart:
+        sys.exit(keeper.run(lambda: set_up(config)))
+    if rank is None:
+        _start_several(config)
     set_up(config)
     last_words: Words = []
     farewells: Words = []

@@ -1,9 +1,10 @@
 """Starts the ranks of a group on this machine, and ends them all when one of them ends.
 
 The ranks find each other as under torchrun: by the same variables and a store at `MASTER_ADDR`.
-This module opens the store's socket on loopback and hands it to rank 0, which serves the store on
-it: a store that opens its own socket listens on every interface. A process that a template forked
-forks the ranks, which then import nothing. See docs/adr/0008-ranks-without-torchrun.md.
+Where the group is on this machine alone, this module opens the store's socket on loopback and hands
+it to rank 0, which serves the store on it: a store that opens its own socket listens on every
+interface. With other machines, they meet first (`nodes`). A process that a template forked forks
+the ranks, which then import nothing. See docs/adr/0008-ranks-without-torchrun.md.
 """
 
 import asyncio
@@ -15,7 +16,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from tinsmithd.config.fields import is_loopback
 from tinsmithd.processes import EXIT_HOPELESS, template
+from tinsmithd.trainer.process_group import nodes
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, EXIT_RANK_SILENT
 
 STORE_FD = "TINSMITH_STORE_FD"
@@ -48,62 +51,81 @@ class Rank(Protocol):
         """Send it a signal."""
 
 
-def run(count: int, set_up: Callable[[], None]) -> int:
-    """Run a group of this program's ranks until one ends or somebody asks this process to end.
+def run(place: nodes.Place, secret: str, set_up: Callable[[], None]) -> int:
+    """Run this machine's ranks of a group until one ends or somebody asks this process to end.
 
     Args:
-        count: Number of ranks.
+        place: Which machine this is, and how many ranks are on it.
+        secret: What machines of one group show each other; unused where there is one.
         set_up: Sets this process up. Ranks are forked before that, since it starts threads.
 
     Returns:
         An exit status that says how the group ended: that of the rank that ended first, 128 and
-        the signal's number where one killed it; `EXIT_HOPELESS` if any rank says so.
+        the signal's number where one killed it; `EXIT_HOPELESS` if any rank says so;
+        `EXIT_GROUP_LOST` where those of another machine ended.
     """
+    meeting = nodes.meet(place, secret) if place.nodes > 1 else _alone()
+    # The ranks end with this process: see `_die_with_parent`.
+    arguments = [*sys.argv[1:], f"--live-with-pid={os.getpid()}"]
+    environments = [
+        {**os.environ, **_variables(rank, place, meeting)} for rank in range(place.ranks)
+    ]
+    ours = [link.fileno() for link in meeting.links]
+    store = [] if meeting.store is None else [meeting.store]
+    forked = [
+        template.fork(MODULE, arguments, environment, without=[*ours, *(store if rank else [])])
+        for rank, environment in enumerate(environments if template.is_forked() else ())
+    ]
+    set_up()
+    return asyncio.run(_run(arguments, environments, meeting, forked))
+
+
+def _alone() -> nodes.Meeting:
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         listener.listen(socket.SOMAXCONN)
         port = listener.getsockname()[1]
-        store = listener.detach()
-    # The ranks end with this process: see `_die_with_parent`.
-    arguments = [*sys.argv[1:], f"--live-with-pid={os.getpid()}"]
-    environments = [{**os.environ, **_variables(rank, count, port, store)} for rank in range(count)]
-    forked = [
-        template.fork(MODULE, arguments, environment, without=[store] if rank else [])
-        for rank, environment in enumerate(environments if template.is_forked() else ())
-    ]
-    set_up()
-    return asyncio.run(_run(arguments, environments, store, forked))
+        return nodes.Meeting(HOST, port, listener.detach())
 
 
 async def _run(
     arguments: Sequence[str],
     environments: Sequence[Mapping[str, str]],
-    store: int,
+    meeting: nodes.Meeting,
     forked: Sequence[Rank],
 ) -> int:
     loop = asyncio.get_running_loop()
     asked: asyncio.Future[int] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _answer, asked, 128 + number)
+    store = [] if meeting.store is None else [meeting.store]
     ranks = forked or [
         await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", MODULE, *arguments),
             env=environment,
-            pass_fds=() if rank else (store,),
+            pass_fds=() if rank else store,
         )
         for rank, environment in enumerate(environments)
     ]
-    os.close(store)
+    for descriptor in store:
+        os.close(descriptor)
+    elsewhere: asyncio.Future[int] = loop.create_future()
+    for link in meeting.links:
+        loop.add_reader(link, _answer, elsewhere, EXIT_GROUP_LOST)
     ends = [asyncio.create_task(rank.wait()) for rank in ranks]
     statuses: list[int] = []
     for end in ends:
         end.add_done_callback(lambda ended: statuses.append(ended.result()))
-    await asyncio.wait([asked, *ends], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([asked, elsewhere, *ends], return_when=asyncio.FIRST_COMPLETED)
     if asked.done():
         _signal(ranks, signal.SIGTERM)
         await asyncio.wait(ends, timeout=STOP_S_MAX)
     else:
+        # Ranks of other machines may say why, too.
         await asyncio.wait(ends, timeout=LAST_WORDS_S_MAX)
+    for link in meeting.links:
+        loop.remove_reader(link)
+        link.close()
     by_themselves = list(statuses)
     _signal(ranks, signal.SIGKILL)
     await asyncio.wait(ends)
@@ -122,20 +144,29 @@ def _signal(ranks: Sequence[Rank], number: int) -> None:
                 rank.send_signal(number)
 
 
-def _variables(rank: int, count: int, port: int, store: int) -> Mapping[str, str]:
-    """The variables that torchrun would set, and the descriptor of the store's socket."""
+def _variables(rank: int, place: nodes.Place, meeting: nodes.Meeting) -> Mapping[str, str]:
+    """The variables that torchrun would set, and the descriptor of the store's socket.
+
+    Args:
+        rank: Number of the rank on this machine.
+        place: Which machine this is.
+        meeting: Where the ranks meet.
+    """
+    first = place.node * place.ranks
+    one_machine = place.nodes == 1 or is_loopback(place.address)
     return {
         # As under torchrun: with a thread per core in each rank, the ranks would slow each other.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        **loopback_alone(),
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
-        STORE_FD: "" if rank else str(store),
-        "RANK": str(rank),
+        **(loopback_alone() if one_machine else {}),
+        "MASTER_ADDR": meeting.host,
+        "MASTER_PORT": str(meeting.port),
+        STORE_FD: "" if first + rank else str(meeting.store),
+        "RANK": str(first + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(place.nodes * place.ranks),
+        "LOCAL_WORLD_SIZE": str(place.ranks),
+        "GROUP_RANK": str(place.node),
+        "GROUP_WORLD_SIZE": str(place.nodes),
     }
 
 
