@@ -179,6 +179,11 @@ def test_a_wrong_option_is_named(
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not true or false"),
         ({"num_key_value_heads": 3}, "no multiple of 3"),
+        ({"hidden_size": 8, "head_dim": None, "model_type": "llama"}, "hidden_size 8 is less"),
+        ({"rope_scaling": "linear"}, "rope_scaling is not an object"),
+        ({"layer_types": "full"}, "layer_types is not a list of texts"),
+        ({"layer_types": ["full_attention"]}, "1 layer_types for 36 layers"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 5}, "mlp_only_layers is not a list"),
     ],
 )
 def test_a_configuration_that_is_not_known_is_refused(

@@ -135,11 +135,14 @@ def architecture_of(document: Mapping[str, Any], name: str) -> Architecture:
     hidden = read.number("hidden_size")
     kv_heads = read.number("num_key_value_heads", 4 if model_type == "qwen3_moe" else heads)
     head_size = read.number("head_dim", 128 if model_type == "qwen3" else hidden // heads)
+    if head_size == 0:
+        raise Unreadable(f"hidden_size {hidden} is less than num_attention_heads, {heads}")
     if heads % kv_heads:
         raise Unreadable(f"num_attention_heads {heads} is no multiple of {kv_heads} KV heads")
     layers = read.number("num_hidden_layers")
     if layers > LAYERS_MAX:
         raise Unreadable(f"{CONFIG_FILE}: num_hidden_layers is {layers}, at most {LAYERS_MAX}")
+    _check_of_no_size(read, layers)
     experts = _experts(read, layers) if model_type == "qwen3_moe" else {}
     has_bias = read.flag("attention_bias") and model_type != "qwen2"
     file_dtype = document.get("dtype", document.get("torch_dtype"))
@@ -164,10 +167,21 @@ def architecture_of(document: Mapping[str, Any], name: str) -> Architecture:
     )
 
 
+def _check_of_no_size(read: "_Reader", layer_count: int) -> None:
+    """What changes no size is refused all the same where no model could be made of it."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(read.document.get(key) or {}, Mapping):
+            raise Unreadable(f"{CONFIG_FILE}: {key} is not an object")
+    kinds = read.list_of("layer_types", str)
+    if kinds and len(kinds) != layer_count:
+        message = f"{len(kinds)} layer_types for {layer_count} layers (num_hidden_layers)"
+        raise Unreadable(f"{CONFIG_FILE}: {message}")
+
+
 def _experts(read: "_Reader", layer_count: int) -> dict[str, Any]:
     count = read.number("num_experts", read.number("num_local_experts", 128))
     step = read.number("decoder_sparse_step", 1)
-    without = read.document.get("mlp_only_layers") or []
+    without = read.list_of("mlp_only_layers", int)
     return {
         "expert_count": count,
         "active_expert_count": read.number("num_experts_per_tok", 8),
@@ -192,6 +206,15 @@ class _Reader:
         if type(value) is not int or not 0 < value < NUMBER_MAX:
             shown = "missing" if value is None else bounded(repr(value), 60)
             raise Unreadable(f"{CONFIG_FILE}: {key} is {shown}, not a whole number above 0")
+        return value
+
+    def list_of(self, key: str, kind: type) -> list[Any]:
+        value = self.document.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(type(each) is kind for each in value):
+            what = "whole numbers" if kind is int else "texts"
+            raise Unreadable(f"{CONFIG_FILE}: {key} is not a list of {what}")
         return value
 
     def flag(self, key: str) -> bool:
