@@ -30,7 +30,7 @@ def routes(room: Room) -> Sequence[BaseRoute]:
 
     async def dynamic_config(request: Request) -> Response:
         await room.bodies.json(request)
-        return JSONResponse({})
+        return JSONResponse({"sample_cancel_enabled": True})
 
     async def telemetry(request: Request) -> Response:
         async with room.bodies.read(request):
@@ -40,12 +40,13 @@ def routes(room: Room) -> Sequence[BaseRoute]:
         found = await room.cluster.capabilities()
         models = [
             {
-                "model_name": each.name,
+                "model_name": name,
                 "max_context_length": each.context_length,
                 "trainable": True,
                 "sampleable": True,
             }
             for each in found.base_models
+            for name in room.names.all([each.name])
         ]
         return JSONResponse({"supported_models": models})
 

@@ -34,12 +34,11 @@ def routes(room: Room) -> Sequence[BaseRoute]:
     async def sampler(request: Request) -> Response:
         session = SamplingSession.read(request.path_params["sampler_id"])
         weights = session.weights
-        found = {"sampler_id": session.sampler_id, "base_model": weights.base_model}
-        if weights.checkpoint_path:
-            checkpoint = await _checkpoint(room, weights.checkpoint_path)
-            found["base_model"] = checkpoint.base_model
-            found["model_path"] = paths.shown(weights.checkpoint_path)
-        return JSONResponse(found)
+        if not weights.checkpoint_path:
+            return JSONResponse(_sampler(room, session, weights.base_model))
+        checkpoint = await _checkpoint(room, weights.checkpoint_path)
+        found = _sampler(room, session, checkpoint.base_model)
+        return JSONResponse({**found, "model_path": paths.shown(weights.checkpoint_path)})
 
     async def asample(request: Request) -> Response:
         body = await room.bodies.json(request)
@@ -66,6 +65,12 @@ def routes(room: Room) -> Sequence[BaseRoute]:
     ]
 
 
+def _sampler(room: Room, session: SamplingSession, base_model: str) -> dict[str, str]:
+    # The SDK loads the tokenizer by this name.
+    base_model = room.names.tokenizer_id(base_model)
+    return {"sampler_id": session.sampler_id, "base_model": base_model}
+
+
 async def _weights_of(room: Room, body: Mapping[str, Any]) -> Weights:
     """What a body asks to sample from, after a look whether it is there."""
     path = text_of(body, "model_path", "")
@@ -82,10 +87,7 @@ async def _weights_of(room: Room, body: Mapping[str, Any]) -> Weights:
     if not name:
         raise Problem(400, "base_model: needed where there is no model_path", field="base_model")
     held = [each.name for each in (await room.cluster.capabilities()).base_models]
-    if name not in held:
-        message = f"base_model: there is no {name[:100]!r}; there is {', '.join(held)}"
-        raise Problem(404, message, "BASE_MODEL_NOT_FOUND", "base_model")
-    return Weights(name)
+    return Weights(room.names.served(name, held))
 
 
 async def _checkpoint(room: Room, path: str) -> pb.Checkpoint:
