@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from tinsmithd.trainer.composition.compose import ATTENTION_TOKENS, compose, cost
+from tinsmithd.trainer.composition.rounds import Round
 from tinsmithd.training.call import batch_sizes
 
 QUANTUM_TOKENS, MICRO_BATCH_TOKENS_MAX = 16_384, 2048
@@ -33,9 +34,11 @@ CALLS: Mapping[str, Mapping[int, Sequence[int]]] = {
 """Lengths of the data of a call, by what they are and number of ranks."""
 
 
-def busy_share(lengths: Sequence[int], ranks: int, *, in_step: bool) -> float:
+def busy_share(
+    lengths: Sequence[int], ranks: int, *, in_step: bool, sequence_parallel: int = 1
+) -> float:
     """Share of the ranks' time in which they compute the data of a call."""
-    worked = waited = start = 0
+    worked, waited, start = 0.0, 0.0, 0
     for size in batch_sizes(lengths, QUANTUM_TOKENS, ranks):
         batch = lengths[start : start + size]
         start += size
@@ -45,9 +48,20 @@ def busy_share(lengths: Sequence[int], ranks: int, *, in_step: bool) -> float:
             plain_tokens_max=ATTENTION_TOKENS,
             world_size=ranks,
             in_step=in_step and ranks > 1,
+            sequence_parallel=sequence_parallel,
         ):
-            costs = [sum(cost(batch[i]) for m in of_rank for i in m.indices) for of_rank in round_]
+            costs = _costs(batch, round_)
             worked += sum(costs)
             waited += ranks * max(costs)
     assert start == len(lengths)
     return worked / waited
+
+
+def _costs(batch: Sequence[int], round_: Round) -> list[float]:
+    """Of each rank; ranks that compute a datum together share what it costs."""
+    found = [0.0] * len(round_)
+    for rank, of_rank in enumerate(round_):
+        for m in of_rank:
+            for neighbour in range(rank, rank + m.ranks):
+                found[neighbour] += sum(cost(batch[i]) for i in m.indices) / m.ranks
+    return found

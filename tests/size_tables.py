@@ -79,6 +79,8 @@ def _verdict(plan: Plan) -> str:
     offload = " with offload" if layout.offload else ""
     kept = f"{layout.kept_bytes / GB:,.0f} GB kept"
     tokens = f"{layout.plain_tokens:,} tokens plain, a datum of {layout.datum_tokens_max:,}"
+    spread = layout.sequence_parallel
+    tokens += f" on {spread} ranks" if spread > 1 else ""
     return f"stage {layout.stage}{offload}: {kept}, {tokens}"
 
 

@@ -30,6 +30,14 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1},
     "stage-3-offloaded": {"zero_stage": 3, "offload": True, "resident_models_max": 1},
 }
+SPREAD = {"sequence_parallel": 2, "micro_batch_tokens_max": 2}
+SPREAD_CASES: Mapping[str, Mapping[str, Any]] = {
+    "spread": {"zero_stage": 1, **SPREAD},
+    # Without memory nothing stays on one rank; with it, what does not keep the other one waiting.
+    "spread-recomputed": {"zero_stage": 0, "activation_bytes_max": 1, **SPREAD},
+    "spread-stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1, **SPREAD},
+}
+"""Two ranks compute a datum together."""
 FULL_CASES: Mapping[str, Mapping[str, Any]] = {
     "full-stage-3-offloaded": {"zero_stage": 3, "offload": True},
     # Adapters keep gathered weights, which never get stale; a full model must not.
@@ -37,13 +45,15 @@ FULL_CASES: Mapping[str, Mapping[str, Any]] = {
     "full-stage-3-recomputed": CASES["stage-3-recomputed"],
     "full-recomputed": CASES["recomputed"],
     **{f"full-{stage}": STAGES[stage] for stage in STAGES},
+    "full-spread-stage-3": SPREAD_CASES["spread-stage-3-recomputed"],
 }
 """One model that trains all weights."""
 EXPERT_CASES: Mapping[str, Mapping[str, Any]] = {
-    f"experts-{name}": CASES[name] for name in (*STAGES, "recomputed", "stage-3-recomputed")
+    **{f"experts-{name}": CASES[name] for name in (*STAGES, "recomputed", "stage-3-recomputed")},
+    "experts-spread-stage-3": {"zero_stage": 3, **SPREAD},
 }
 """On a model with experts, adapters among them."""
-EVERY_CASE = {**CASES, **FULL_CASES, **EXPERT_CASES}
+EVERY_CASE = {**CASES, **SPREAD_CASES, **FULL_CASES, **EXPERT_CASES}
 MODELS = {"m": LoraConfig(rank=4, seed=7), "n": LoraConfig(rank=2, seed=8, train_mlp=False)}
 COUNTS = (3, 1, 2, 5)
 EPS = (0.1, 1e-12)

@@ -65,6 +65,7 @@ class Case:
 
 
 _RECOMPUTED = {"activation_bytes_max": 1}
+_SPREAD = {"sequence_parallel": 2, "micro_batch_tokens_max": 4}
 CASES: Mapping[int, Mapping[str, Case]] = {
     1: {
         "reference": Case({"name": "reference", "zero_stage": 0}),
@@ -79,6 +80,8 @@ CASES: Mapping[int, Mapping[str, Case]] = {
         "stage-1": Case({"zero_stage": 1}, more=True),
         "stage-1-split": Case({"zero_stage": 1}, splits_on=1),
         "stage-3-recomputed": Case({"zero_stage": 3}, recorded=_RECOMPUTED),
+        "stage-1-spread": Case({"zero_stage": 1}, recorded=_SPREAD),
+        "stage-3-spread": Case({"zero_stage": 3}, recorded={**_SPREAD, **_RECOMPUTED}),
     },
 }
 """By number of ranks."""

@@ -80,6 +80,13 @@ def test_a_plan_has_what_was_recomputed(results: Path, ranks: int, case: str) ->
     assert recomputed == [{1}, {0}, {1}, {1}, {1}]
 
 
+@pytest.mark.parametrize("case", ["stage-1-spread", "stage-3-spread"])
+def test_a_plan_has_what_ranks_computed_together(results: Path, case: str) -> None:
+    """Over how many ranks a datum is spread; engines that spread none by themselves repeat it."""
+    alone = read_compositions(results / "2" / case)[3]
+    assert alone["rounds"] == [[[[int(case == "stage-3-spread"), [0], 2]], []]]
+
+
 def read_compositions(folder: Path) -> list[dict]:
     texts = json.loads((folder / "compositions.json").read_text())
     return [json.loads(base64.b64decode(text)) for text in texts]

@@ -77,6 +77,46 @@ def test_ranks_that_share_one_base_must_walk_together() -> None:
             decode(composition, count=2, in_step=True)
 
 
+SPREAD: list[Round] = [
+    ((MicroBatch((1,), True, 2),), (), (MicroBatch((0,), True, 2),), ()),
+    ((MicroBatch((3,), False, 4),), (), (), ()),
+    ((MicroBatch((2,)),), (), (), ()),
+]
+
+
+def test_a_composition_says_over_how_many_ranks_data_are_spread() -> None:
+    """Also where ranks must walk together; what is not spread is written as it always was."""
+    composition = rounds.encode(SPREAD, 4)
+    assert b"[1,[1],2]" in composition
+    assert b"[0,[2]]" in composition
+    for in_step in (False, True):
+        assert decode(composition, count=4, ranks=4, in_step=in_step) == SPREAD
+    marks = [rounds.marks(SPREAD[0], rank, SPREAD[0][rank]) for rank in range(4)]
+    summed = [sum(column) for column in zip(*marks, strict=True)]
+    assert rounds.from_marks(SPREAD[0], summed) == SPREAD[0]
+
+
+@pytest.mark.parametrize(
+    "round_",
+    [
+        ((MicroBatch((0,), False, 2),), (MicroBatch((1,)),)),
+        ((), (MicroBatch((0,), False, 2), MicroBatch((1,), False, 2))),
+        ((MicroBatch((0,), False, 2), MicroBatch((1,))), ()),
+        ((MicroBatch((0, 1), False, 3),), ()),
+        ((MicroBatch((0, 1), False, 4),), ()),
+    ],
+)
+def test_data_are_spread_over_ranks_that_do_nothing_else(round_: Round) -> None:
+    """Groups of equal size, with the micro-batch at the first rank of each."""
+    with pytest.raises(CompositionMismatch, match="spreads data"):
+        decode(rounds.encode([round_], 2), count=2)
+    for ranks in (0, -2, True):
+        composition = b'{"ranks":2,"rounds":[[[[0,[0,1],%d]],[]]]}' % ranks
+        if ranks is not True:
+            with pytest.raises(CompositionMismatch, match="not a composition"):
+                decode(composition, count=2)
+
+
 def test_what_ranks_split_is_put_together_from_their_marks() -> None:
     """Each rank knows its own part; the sums of all marks tell all of it."""
     composed: Round = ((MicroBatch((5, 2, 7)),), (MicroBatch((1, 0)),), ())

@@ -6,7 +6,7 @@ import pytest
 from busy_share import CALLS, RANKS, busy_share
 from tinsmithd.trainer.composition.compose import compose, cost
 from tinsmithd.trainer.composition.micro_batches import cut, cut_in_step
-from tinsmithd.trainer.composition.rounds import indices_of
+from tinsmithd.trainer.composition.rounds import decode, encode, indices_of
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -85,8 +85,61 @@ def test_one_rank_computes_as_it_always_did() -> None:
 
 
 @pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_too_long_for_a_rank_is_spread_over_neighbours(seed: int, in_step: bool) -> None:
+    """What does not fit into a rank's memory, and nothing that fits into a micro-batch."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 900, int(rng.integers(1, 40))).tolist()
+    found = compose(
+        lengths,
+        **{"tokens_max": 100, "plain_tokens_max": 300, "world_size": 8, "in_step": in_step},
+        sequence_parallel=4,
+    )
+    assert decode(encode(found, 8), data_count=len(lengths), world_size=8, in_step=in_step) == found
+    spread = {i for r in found for of in r for m in of for i in m.indices if m.ranks == 4}
+    whole = set(range(len(lengths))) - spread
+    assert all(lengths[i] > 100 for i in spread)
+    assert all(lengths[i] <= 300 for i in whole)
+    for micro_batch in (m for round_ in found for of_rank in round_ for m in of_rank):
+        if micro_batch.ranks == 4:
+            assert len(micro_batch.indices) == 1  # in step, one recomputes if the longest does
+            assert micro_batch.recompute or lengths[micro_batch.indices[0]] <= 4 * 300
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_datum_that_others_would_wait_for_is_spread(in_step: bool) -> None:
+    """Not one that costs no more than a rank's share, nor one of fewer tokens than ranks."""
+
+    def spread(*lengths: int, tokens_max: int = 100) -> list[int]:
+        found = compose(
+            lengths,
+            **{"tokens_max": tokens_max, "plain_tokens_max": None},
+            **{"world_size": 4, "in_step": in_step, "sequence_parallel": 4},
+        )
+        return sorted(i for r in found for of in r for m in of for i in m.indices if m.ranks > 1)
+
+    assert spread(1000) == [0]
+    assert spread(100) == []
+    assert spread(500, 500, 500, 500) == []
+    assert spread(30, 1000, 40, 30) == [1]
+    assert spread(500, 4000, 500, 3000, 500, 500) == [1, 3]
+    assert spread(3, tokens_max=1) == []
+    assert spread(4, tokens_max=1) == [0]
+
+
+@pytest.mark.parametrize("in_step", [False, True])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("call", CALLS)
 def test_ranks_are_busy_nine_tenths_of_a_call(call: str, ranks: int, in_step: bool) -> None:
     """32 data for each rank, of 512 to 32,768 tokens (`docs/sizes.md` has the table)."""
     assert busy_share(CALLS[call][ranks], ranks, in_step=in_step) >= 0.9
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("ranks", [2, 8, 16])
+def test_ranks_are_busy_with_fewer_data_than_there_are_of_them(ranks: int, in_step: bool) -> None:
+    """One long datum keeps all of them busy where it may be spread, else one of them."""
+    one = [32_768]
+    assert busy_share(one, ranks, in_step=in_step, sequence_parallel=ranks) == 1
+    assert busy_share(one, ranks, in_step=in_step) == 1 / ranks
+    assert busy_share([300, *one], ranks, in_step=in_step, sequence_parallel=ranks) > 0.9

@@ -1,10 +1,10 @@
 """Settings of the ranks."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
-from tinsmithd.config.base import Config
+from tinsmithd.config.base import Config, broken_rule
 from tinsmithd.config.fields import (
     LINK_ADDRESS,
     Count,
@@ -57,6 +57,13 @@ class TrainerConfig(Config):
     """Stage 3: bytes of the base that a rank keeps whole once they were gathered."""
     micro_batch_tokens_max: Positive = 2048
     """Tokens that a rank computes together; a longer datum goes alone."""
+    sequence_parallel: Positive = 1
+    """Neighbouring ranks that compute a longer datum together, each a share of its tokens, where it
+    does not fit into one rank's memory or would keep the other ranks waiting; 1: none do."""
+    tensor_parallel: Positive = 1
+    """Nothing but 1 is built: each rank computes whole layers."""
+    expert_parallel: Positive = 1
+    """Nothing but 1 is built: each rank computes all experts of its tokens."""
     activation_bytes_max: Count = 0
     """What a rank keeps for the way back before it recomputes; 0 is half of what is free."""
     resident_models_max: Positive = 16
@@ -68,3 +75,18 @@ class TrainerConfig(Config):
     progress_timeout_s: Number = Field(300.0, ge=1)
     """A group that gets nothing done with a command for this long, no layer, micro-batch or
     collective on any rank, and for ten times as long as that ever took, ends."""
+
+    @model_validator(mode="after")
+    def _what_is_not_built_is_refused(self) -> Self:
+        instead = "zero_stage = 3 spreads weights over the ranks, sequence_parallel long data"
+        for key, kind in (("tensor_parallel", "tensor"), ("expert_parallel", "expert")):
+            if getattr(self, key) > 1:
+                raise broken_rule(key, f"{kind} parallelism is not built; {instead}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_spreads_nothing(self) -> Self:
+        if self.engine == "reference" and self.sequence_parallel > 1:
+            message = "the reference engine computes in one process, so it must be 1"
+            raise broken_rule("sequence_parallel", message)
+        return self

@@ -7,8 +7,9 @@ attention happens inside each segment, or the model is refused.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ ATTENTION = "tinsmith_packed"
 
 WINDOW_BLOCK_TOKENS_MIN = 256
 """Minimum queries that windowed attention computes together; with wider windows, a window's."""
+
+
+class SpreadOverRanks(Protocol):
+    """Exchanges tokens and heads with the ranks that have the other tokens of this forward."""
+
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens of this rank's share of the heads."""
+
+    def to_tokens(self, found: Tensor) -> Tensor:
+        """All heads of this rank's tokens."""
 
 
 class UnsupportedAttention(ValueError):
@@ -59,6 +70,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     segment_lengths: Sequence[int] | None = None,
+    spread: SpreadOverRanks | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     position_ids: Tensor | None = None,  # the layer has applied them
@@ -76,6 +88,8 @@ def packed_attention(
         scaling: Factor on the scores.
         sliding_window: Tokens that a token sees, itself included; None lets it see all before.
         segment_lengths: Tokens of each segment, in order, T in all; None means one segment.
+        spread: Where other ranks have tokens of these segments; T is then this rank's number of
+            them, and `segment_lengths` are those of all ranks.
         dropout: Must be 0.
         is_causal: Must not be False.
         position_ids: Not used.
@@ -97,7 +111,24 @@ def packed_attention(
     wrong |= {"is_causal": is_causal} if not is_causal else {}
     if wrong:
         raise UnsupportedAttention(f"{', '.join(sorted(wrong))}, which is not supported")
+    if spread is not None:
+        query, key, value = spread.to_heads(query, key, value)
     lengths = segment_lengths or [query.shape[2]]
+    found = _by_segment(query, key, value, scaling, sliding_window, lengths)
+    return found if spread is None else spread.to_tokens(found), None
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    lengths: Sequence[int],
+) -> Tensor:
+    """Attention of one segment after the other; `(1, T, heads, head_dim)`."""
+    # The layer's own number would be wrong where ranks share the heads.
+    heads = _Heads(query.shape[1] // key.shape[1])
     # Neighbours of equal length are one batch.
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     sizes = [length * count for length, count in runs]
@@ -109,16 +140,16 @@ def packed_attention(
         batch = [_unpack(tensor[0], count) for tensor in piece]
         if sliding_window is None or length <= sliding_window:
             found, _weights = sdpa_attention_forward(
-                module, *batch, attention_mask=None, scaling=scaling, is_causal=True
+                heads, *batch, attention_mask=None, scaling=scaling, is_causal=True
             )
         else:
-            found = _within_window(module, *batch, scaling=scaling, window=sliding_window)
+            found = _within_window(heads, *batch, scaling=scaling, window=sliding_window)
         parts.append(found.reshape(1, count * length, *found.shape[2:]))
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=1)
 
 
 def _within_window(
-    module: torch.nn.Module,
+    heads: "_Heads",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -143,10 +174,17 @@ def _within_window(
         mask = (columns <= rows) & (columns > rows - window)
         seen = (tensor[:, :, first:end] for tensor in (key, value))
         found, _weights = sdpa_attention_forward(
-            module, queries, *seen, attention_mask=mask[None, None], scaling=scaling
+            heads, queries, *seen, attention_mask=mask[None, None], scaling=scaling
         )
         parts.append(found)
     return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What transformers' attention asks of a layer."""
+
+    num_key_value_groups: int
 
 
 def _unpack(packed: Tensor, count: int) -> Tensor:

@@ -4,7 +4,7 @@ They describe the engine as it is; `tests/conformance/test_sizes.py` holds each 
 really has in memory.
 """
 
-from tinsmithd.sizes.activations import Activations, activations
+from tinsmithd.sizes.activations import Activations, activations, spread_bytes
 from tinsmithd.sizes.architecture import Architecture, Unreadable, read_architecture
 from tinsmithd.sizes.plan import Layout, Machine, Plan, Wanted, make_plan
 from tinsmithd.sizes.ranks import RankBytes, rank_bytes
@@ -26,4 +26,5 @@ __all__ = [
     "make_plan",
     "rank_bytes",
     "read_architecture",
+    "spread_bytes",
 ]

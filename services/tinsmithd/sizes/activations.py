@@ -70,6 +70,20 @@ def _head_bytes(model: Architecture, b: int) -> int:
     return rows * model.vocab_size * (2 * _WIDE + b)
 
 
+def spread_bytes(model: Architecture, *, dtype: str, ranks: int) -> int:
+    """What a token of a datum that several ranks compute together keeps besides, in one layer.
+
+    Where there are fewer key heads than ranks, each rank has a copy of one.
+
+    Args:
+        model: The base model.
+        dtype: "float32" or "bfloat16", of the weights.
+        ranks: Their number.
+    """
+    copies = max(0, ranks * model.head_size - model.kv_size)
+    return BYTES_OF_DTYPE[dtype] * 2 * copies
+
+
 class _Layer:
     def __init__(self, model: Architecture, tuning: Tuning, b: int, partitioned: bool) -> None:
         self._model, self._b = model, b

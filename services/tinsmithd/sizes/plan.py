@@ -8,7 +8,7 @@ process's host memory. What is in host memory and on disk follows the engine and
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tinsmithd.sizes.activations import Activations, activations
+from tinsmithd.sizes.activations import Activations, activations, spread_bytes
 from tinsmithd.sizes.architecture import BYTES_OF_DTYPE, Architecture
 from tinsmithd.sizes.ranks import RankBytes, away_bytes, by_stage, rank_bytes
 from tinsmithd.sizes.weights import active_count, adapter_weights, base_weights, element_count
@@ -82,6 +82,7 @@ class Layout:
     Attributes:
         stage: ZeRO stage.
         offload: Whether optimizer states, and with stage 3 the base, are in host memory.
+        sequence_parallel: The setting: number of ranks that compute a long datum together.
         ranks: Number of ranks.
         ranks_per_host: Of them on one host.
         rank: What a rank holds of one model.
@@ -97,6 +98,7 @@ class Layout:
 
     stage: int
     offload: bool
+    sequence_parallel: int
     ranks: int
     ranks_per_host: int
     rank: RankBytes
@@ -231,11 +233,29 @@ def _candidates(
         for stage in stages if wanted.stage is None else (wanted.stage,):
             if offload and not stage:
                 continue
-            yield _layout(model, machine, wanted, ranks, stage, offload)
+            for together in _together(model, ranks):
+                layout = _layout(model, machine, wanted, ranks, stage, offload, together)
+                yield layout
+                if layout.room_bytes <= 0:
+                    break  # a datum on more ranks leaves no more room
+
+
+def _together(model: Architecture, ranks: int) -> Iterator[int]:
+    """Numbers of ranks that may compute a datum together, as `trainer.compute.spread` says."""
+    heads, kv_heads = model.head_count, model.kv_head_count
+    for count in range(1, ranks + 1):
+        if not (ranks % count or heads % count or (kv_heads % count and count % kv_heads)):
+            yield count
 
 
 def _layout(
-    model: Architecture, machine: Machine, wanted: Wanted, ranks: int, stage: int, offload: bool
+    model: Architecture,
+    machine: Machine,
+    wanted: Wanted,
+    ranks: int,
+    stage: int,
+    offload: bool,
+    together: int,
 ) -> Layout:
     tuning = wanted.tuning
     rank = rank_bytes(model, tuning, dtype=wanted.dtype, stage=stage, ranks=ranks, offload=offload)
@@ -252,12 +272,14 @@ def _layout(
     by_default = int(FREE_SHARE * max(0, machine.usable_bytes - at_start))
     budget = max(0, min(room, by_default))
     # While a layer is recomputed, its activations and their gradients are there besides.
-    datum = kept_by.recomputed_bytes + 2 * kept_by.layer_bytes
+    layer = kept_by.layer_bytes + spread_bytes(model, dtype=dtype_of(wanted), ranks=together)
+    datum = kept_by.recomputed_bytes + 2 * layer
     here = min(ranks, machine.gpus_per_host)
     host = _host_bytes(model, wanted, rank, here, ranks, stage)
     layout = Layout(
         stage=stage,
         offload=offload,
+        sequence_parallel=together,
         ranks=ranks,
         ranks_per_host=here,
         rank=rank,
@@ -265,7 +287,7 @@ def _layout(
         room_bytes=room,
         activation_bytes_max=budget if 0 < budget < by_default else 0,
         plain_tokens=budget // max(1, kept_by.plain_bytes),
-        datum_tokens_max=min(max(0, room) // max(1, datum), model.context_length),
+        datum_tokens_max=min(together * max(0, room) // max(1, datum), model.context_length),
         host_bytes=host,
         shm_bytes=here * SHM_BYTES,
         problem="",
@@ -296,6 +318,8 @@ def _problem(machine: Machine, wanted: Wanted, layout: Layout, needed: int) -> s
         return f"{stage} needs {gb(layout.kept_bytes + needed)} before any activations"
     if layout.datum_tokens_max < wanted.tokens:
         tokens = f"{layout.datum_tokens_max:,} tokens"
+        if layout.sequence_parallel > 1:
+            tokens += f" on {layout.sequence_parallel} ranks"
         return f"{stage} has room for a datum of {tokens}, with recomputation"
     if machine.host_bytes is not None and layout.host_bytes > machine.host_bytes:
         ranks = f"{layout.ranks_per_host} rank(s) on it"

@@ -106,7 +106,9 @@ def _layout(plan: Plan) -> Iterator[str]:
     else:
         how += f" (micro_batch_tokens_max; memory would hold {layout.plain_tokens:,})"
     yield f"  micro-batch      {how}"
-    yield f"  longest datum    about {layout.datum_tokens_max:,} tokens, with recomputation"
+    spread = layout.sequence_parallel
+    how = "with recomputation" if spread == 1 else f"on {spread} ranks, with recomputation"
+    yield f"  longest datum    about {layout.datum_tokens_max:,} tokens, {how}"
     yield f"  host memory      {gb(layout.host_bytes)} on each host"
     yield f"  /dev/shm         {gb(layout.shm_bytes)} on each host"
     yield "  settings         " + " ".join(_settings(plan, layout))
@@ -119,6 +121,8 @@ def _settings(plan: Plan, layout: Layout) -> Iterator[str]:
     yield f"TINSMITH_TRAINER_ZERO_STAGE={layout.stage}"
     if layout.offload:
         yield "TINSMITH_TRAINER_OFFLOAD=true"
+    if layout.sequence_parallel > 1:
+        yield f"TINSMITH_TRAINER_SEQUENCE_PARALLEL={layout.sequence_parallel}"
     if layout.activation_bytes_max:
         yield f"TINSMITH_TRAINER_ACTIVATION_BYTES_MAX={layout.activation_bytes_max}"
 

@@ -1,7 +1,8 @@
 """Chooses the composition of a batch: what is computed together, and on which rank."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from tinsmithd.trainer.composition import micro_batches
 from tinsmithd.trainer.composition.rounds import MicroBatch, Round
@@ -18,12 +19,14 @@ def compose(
     plain_tokens_max: int | None,
     world_size: int,
     in_step: bool,
+    sequence_parallel: int = 1,
 ) -> list[Round]:
     """Deal micro-batches out to the ranks.
 
     One rank computes one in each round, and outputs go out after each. Ranks that walk together
     have one each in a round, of like size. Others have one round, in which each has micro-batches
-    that cost about the same together, and share outputs once.
+    that cost about the same together, and share outputs once. Data that are too long for one rank
+    have rounds of their own before, in which several compute each together.
 
     Args:
         lengths: Number of tokens of each datum.
@@ -32,16 +35,98 @@ def compose(
             With more tokens, that pass computes layers again. None without a backward pass.
         world_size: Number of ranks.
         in_step: Whether several ranks must walk through the model together.
+        sequence_parallel: Number of ranks that may compute a datum together; it divides
+            `world_size`.
     """
     if plain_tokens_max is not None:
         tokens_max = min(tokens_max, max(plain_tokens_max, 1))
+    memory = _Memory(lengths, plain_tokens_max)
+    long: list[int] = []
+    if sequence_parallel > 1:
+        long = _too_long(lengths, tokens_max, plain_tokens_max, world_size, sequence_parallel)
+    spread = _spread(long, memory, world_size // sequence_parallel, sequence_parallel, in_step)
+    rest = sorted(set(range(len(lengths))) - set(long))
+    return spread + _whole(rest, memory, tokens_max, world_size, in_step)
 
-    def micro_batch(indices: Sequence[int], longest: int) -> MicroBatch:
-        recompute = plain_tokens_max is not None and longest > plain_tokens_max
-        return MicroBatch(tuple(indices), recompute)
 
-    def tokens(indices: Sequence[int]) -> int:
-        return sum(lengths[index] for index in indices)
+@dataclass(frozen=True)
+class _Memory:
+    """Makes micro-batches, which recompute layers where memory demands it."""
+
+    lengths: Sequence[int]
+    plain_tokens_max: int | None
+
+    def tokens(self, indices: Iterable[int]) -> int:
+        return sum(self.lengths[index] for index in indices)
+
+    def cost(self, indices: Iterable[int]) -> int:
+        return sum(cost(self.lengths[index]) for index in indices)
+
+    def micro_batch(self, indices: Iterable[int], longest: int, ranks: int = 1) -> MicroBatch:
+        limit = self.plain_tokens_max
+        return MicroBatch(tuple(indices), limit is not None and longest > ranks * limit, ranks)
+
+
+def _too_long(
+    lengths: Sequence[int],
+    tokens_max: int,
+    plain_tokens_max: int | None,
+    world_size: int,
+    sequence_parallel: int,
+) -> list[int]:
+    """Data that are longer than a micro-batch and do not fit into one rank's memory or time.
+
+    The longest come first. A datum that costs more than a rank's share of what is left would keep
+    the other ranks waiting.
+    """
+    found: list[int] = []
+    left = sum(map(cost, lengths))
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        others_wait = cost(length) * world_size > left
+        no_memory = plain_tokens_max is not None and length > plain_tokens_max
+        if length <= tokens_max or length < sequence_parallel or not (others_wait or no_memory):
+            break
+        left -= cost(length)
+        found.append(index)
+    return found
+
+
+def _spread(
+    indices: Sequence[int], memory: _Memory, groups: int, ranks: int, in_step: bool
+) -> list[Round]:
+    """Rounds of data that `ranks` neighbours compute together, each alone; longest first."""
+    if not indices:
+        return []
+    others: Round = ((),) * (ranks - 1)
+    if not in_step:
+        mine = _dealt([memory.cost([i]) for i in indices], groups)
+        alone = [memory.micro_batch([i], memory.tokens([i]), ranks) for i in indices]
+        dealt = [tuple(alone[place] for place in places) for places in mine]
+        return [tuple(of for first in dealt for of in (first, *others))]
+    rounds: list[Round] = []
+    for start in range(0, len(indices), groups):
+        now = indices[start : start + groups]
+        longest = memory.tokens(now[:1])  # all must recompute or none of them
+        firsts = [(memory.micro_batch([i], longest, ranks),) for i in now]
+        firsts += [()] * (groups - len(now))  # type: ignore[list-item]
+        rounds.append(tuple(of for first in firsts for of in (first, *others)))
+    return rounds
+
+
+def _whole(
+    which: Sequence[int], memory: _Memory, tokens_max: int, world_size: int, in_step: bool
+) -> list[Round]:
+    """Rounds of data that one rank computes each."""
+    if not which:
+        return []
+    lengths = [memory.lengths[index] for index in which]
+
+    def micro_batch(places: Iterable[int], longest: int) -> MicroBatch:
+        return memory.micro_batch((which[place] for place in places), longest)
+
+    def tokens(places: Iterable[int]) -> int:
+        return memory.tokens(which[place] for place in places)
 
     if in_step:
         in_rounds = micro_batches.cut_in_step(lengths, tokens_max=tokens_max, world_size=world_size)
@@ -53,7 +138,7 @@ def compose(
     cut = micro_batches.cut(lengths, tokens_max=tokens_max, world_size=world_size)
     if world_size == 1:
         return [((micro_batch(m, tokens(m)),),) for m in cut]
-    places = _dealt([sum(cost(lengths[i]) for i in m) for m in cut], world_size)
+    places = _dealt([memory.cost(which[i] for i in m) for m in cut], world_size)
     return [tuple(tuple(micro_batch(cut[p], tokens(cut[p])) for p in mine) for mine in places)]
 
 

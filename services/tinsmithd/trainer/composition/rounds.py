@@ -1,16 +1,18 @@
 """A composition: how a batch was computed, and how it is computed again to the same bits.
 
 A batch is computed in rounds. In a round each rank computes its micro-batches one after the other,
-then all ranks share the outputs. The rounding of a number depends on which data are computed
-together, on whether layers are recomputed in the backward pass, and on the rank that adds them up.
-It depends on nothing else that a setting or free memory may change. So a batch that is computed
-again in its composition gives the same bits.
+then all ranks share the outputs. Or the micro-batches of a round are spread: as many neighbours
+compute each together, and it stands at the first of them. The rounding of a number depends on which
+data are computed together, on how many ranks, on whether layers are recomputed in the backward
+pass, and on the rank that adds them up. It depends on nothing else that a setting or free memory
+may change. So a batch that is computed again in its composition gives the same bits.
 
 As bytes a composition is compact JSON:
 
-    {"ranks": 2, "rounds": [[[[0, [3, 1]]], [[0, [2]], [1, [0]]]]]}
+    {"ranks": 2, "rounds": [[[[0, [4], 2]], []], [[[0, [3, 1]]], [[0, [2]], [1, [0]]]]]}
 
-A round is a list of ranks, a rank a list of micro-batches as `[recompute, indices of the data]`.
+A round is a list of ranks, a rank a list of micro-batches as `[recompute, indices of the data]`,
+and a third number where one is spread: over so many ranks.
 """
 
 import json
@@ -31,10 +33,12 @@ class MicroBatch:
     Attributes:
         indices: Of the data in the batch, in the order in which they stand in the micro-batch.
         recompute: Whether the backward pass computes each layer again.
+        ranks: Number of ranks that compute it together, each a share of its tokens.
     """
 
     indices: tuple[int, ...]
     recompute: bool = False
+    ranks: int = 1
 
 
 Round = tuple[tuple[MicroBatch, ...], ...]
@@ -43,11 +47,13 @@ Round = tuple[tuple[MicroBatch, ...], ...]
 
 def encode(rounds: Sequence[Round], world_size: int) -> bytes:
     """Write a composition."""
-    found = [
-        [[[int(m.recompute), list(m.indices)] for m in of_rank] for of_rank in round_]
-        for round_ in rounds
-    ]
+    found = [[[_encoded(m) for m in of_rank] for of_rank in round_] for round_ in rounds]
     return json.dumps({"ranks": world_size, "rounds": found}, separators=(",", ":")).encode()
+
+
+def _encoded(m: MicroBatch) -> list[Any]:
+    spread = [m.ranks] if m.ranks > 1 else []
+    return [int(m.recompute), list(m.indices), *spread]
 
 
 def decode(composition: bytes, *, data_count: int, world_size: int, in_step: bool) -> list[Round]:
@@ -76,6 +82,8 @@ def decode(composition: bytes, *, data_count: int, world_size: int, in_step: boo
     if sorted(indices) != list(range(data_count)):
         message = f"the composition does not have each of {data_count} data once"
         raise CompositionMismatch(message)
+    if not all(_is_spread_evenly(round_) for round_ in rounds):
+        raise CompositionMismatch("the composition spreads data over ranks that do other things")
     if in_step and not all(_is_in_step(round_) for round_ in rounds):
         raise CompositionMismatch("the composition lets ranks part that share one base")
     return rounds
@@ -85,11 +93,23 @@ def _round(found: Any) -> Round:
     return tuple(tuple(_micro_batch(*pair) for pair in of_rank) for of_rank in found)
 
 
-def _micro_batch(recompute: Any, indices: Any) -> MicroBatch:
-    numbers = [recompute, *indices]
-    if not indices or not all(type(number) is int for number in numbers):
+def _micro_batch(recompute: Any, indices: Any, ranks: Any = 1) -> MicroBatch:
+    numbers = [recompute, ranks, *indices]
+    if not indices or ranks < 1 or not all(type(number) is int for number in numbers):
         raise ValueError("a micro-batch has one or more indices")
-    return MicroBatch(tuple(indices), bool(recompute))
+    return MicroBatch(tuple(indices), bool(recompute), ranks)
+
+
+def spread_over(round_: Round) -> int:
+    """Number of neighbours that compute each micro-batch of a round together."""
+    return next((m.ranks for m in _micro_batches(round_)), 1)
+
+
+def _is_spread_evenly(round_: Round) -> bool:
+    ranks = spread_over(round_)
+    alike = all(m.ranks == ranks for m in _micro_batches(round_))
+    at_first = not any(of_rank for rank, of_rank in enumerate(round_) if rank % ranks)
+    return alike and at_first and len(round_) % ranks == 0
 
 
 def _is_in_step(round_: Round) -> bool:
@@ -138,7 +158,9 @@ def from_marks(composed: Round, summed: Sequence[int]) -> Round:
         pairs = [(next(rest), index) for index in indices_of(of_rank)]
         executed.append(
             tuple(
-                MicroBatch(tuple(index for _, index in group), bool(mark % 2))
+                MicroBatch(
+                    tuple(index for _, index in group), bool(mark % 2), spread_over(composed)
+                )
                 for mark, group in groupby(pairs, key=lambda pair: pair[0])
             )
         )

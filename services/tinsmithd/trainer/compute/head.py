@@ -24,6 +24,7 @@ from tinsmithd.trainer.compute.losses import (
     loss_sum,
     sequence_ratios,
 )
+from tinsmithd.trainer.compute.spread import Spread
 
 CHUNK_BYTES = 96 * 1024 * 1024
 """Maximum bytes of the logits of one chunk, float32; there are two such buffers."""
@@ -81,6 +82,7 @@ def head_pass(
     segment_lengths: Sequence[int],
     *,
     backward: bool,
+    spread: Spread | None = None,
 ) -> HeadResult:
     """Compute logprobs and loss and, with `backward`, the loss's gradients.
 
@@ -92,16 +94,20 @@ def head_pass(
             padding of a datum that has fewer targets than K has weight 0.
         segment_lengths: Number of tokens of each datum, in order, T in all.
         backward: Whether to compute gradients.
+        spread: Where other ranks have hidden states of these data: `hidden` and the result are of
+            this rank's tokens, `inputs` and `segment_lengths` of those of all ranks.
     """
-    wanted = inputs["target_tokens"]
+    own = slice(None) if spread is None else spread.own
+    wanted = inputs["target_tokens"][own]
     scratch = _Scratch(hidden, head)
     logprobs = torch.empty(wanted.shape, dtype=torch.float32, device=hidden.device)
     if is_sequence_wise(loss_fn):
         # A token's loss needs the logprobs of its whole datum, which a first pass computes.
         for chunk in scratch.chunks():
             logprobs[chunk], _ = scratch.logprobs(hidden[chunk], wanted[chunk])
-        ratios = sequence_ratios(logprobs, inputs, segment_lengths)
-        inputs = {**inputs, SEQUENCE_RATIO: ratios}
+        whole = logprobs if spread is None else spread.whole(logprobs)
+        inputs = {**inputs, SEQUENCE_RATIO: sequence_ratios(whole, inputs, segment_lengths)}
+    inputs = {name: value[own] for name, value in inputs.items()}
     gradients = _Gradients(hidden, head) if backward else None
     loss = 0.0
     for chunk in scratch.chunks():

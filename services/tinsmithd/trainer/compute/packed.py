@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tinsmithd.domain import Datum, LossFn
 from tinsmithd.modeling.trained import HeadLayer
 from tinsmithd.trainer.compute.head import Head, HeadResult, head_pass
+from tinsmithd.trainer.compute.spread import Spread
 
 Sink = Callable[[Tensor, Tensor], None]
 """Takes a parameter and its gradient, as soon as there is one."""
@@ -27,7 +28,7 @@ class PackedResult:
 
     Attributes:
         logprobs: Per datum, float32, shaped like its `target_tokens`.
-        loss: Their summed loss.
+        loss: Their summed loss; of this rank's tokens, where the data are spread over ranks.
         gradients: One per parameter, or None where it has none; empty without backward, or if a
             sink took them.
     """
@@ -48,6 +49,7 @@ def compute_packed(
     backward: bool,
     recompute: bool = False,
     sink: Sink | None = None,
+    spread: Spread | None = None,
 ) -> PackedResult:
     """Compute loss, logprobs and gradients of some data.
 
@@ -62,18 +64,23 @@ def compute_packed(
         backward: Whether to compute gradients; without them no graph is built.
         recompute: Keep only each layer's input, and compute the layer again in the backward pass.
         sink: Takes the head's gradient; it gets those of all other parameters by hooks.
+        spread: Where other ranks compute a share of the data's tokens; gradients are then those
+            that go through this rank's.
     """
     lengths = [len(datum.tokens) for datum in data]
     inputs = {name: _stack(data, name, device) for name in data[0].loss_fn_inputs}
     with torch.set_grad_enabled(backward), _recomputing(causal_lm, backward and recompute):
-        hidden = _hidden(causal_lm, data, lengths, device)
-    result = _through_head(head, hidden.detach(), loss_fn, inputs, lengths, backward=backward)
+        hidden = _hidden(causal_lm, data, lengths, device, spread)
+    result = _through_head(
+        *(head, hidden.detach(), loss_fn, inputs, lengths, spread), backward=backward
+    )
     gradients: list[Tensor | None] = []
     if backward and sink is not None:
         _backward_into(sink, hidden, head, result)
     elif backward:
         gradients = _backward(hidden, head, parameters, result)
-    rows = np.split(result.logprobs.cpu().numpy(), np.cumsum(lengths)[:-1])
+    of_all = result.logprobs if spread is None else spread.whole(result.logprobs)
+    rows = np.split(of_all.cpu().numpy(), np.cumsum(lengths)[:-1])
     logprobs = []
     for row, datum in zip(rows, data, strict=True):
         shape = datum.loss_fn_inputs["target_tokens"].shape
@@ -83,15 +90,21 @@ def compute_packed(
 
 
 def _hidden(
-    causal_lm: Any, data: Sequence[Datum], lengths: Sequence[int], device: torch.device
+    causal_lm: Any,
+    data: Sequence[Datum],
+    lengths: Sequence[int],
+    device: torch.device,
+    spread: Spread | None,
 ) -> Tensor:
-    """Hidden states `(T, d)` below the head."""
-    tokens = torch.from_numpy(np.concatenate([datum.tokens for datum in data])).to(device)
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    """Hidden states `(T, d)` below the head, of this rank's tokens."""
+    own = slice(None) if spread is None else spread.own
+    tokens = np.concatenate([datum.tokens for datum in data])[own]
+    positions = np.concatenate([np.arange(length) for length in lengths])[own]
     output = causal_lm.model(
-        input_ids=tokens[None],
+        input_ids=torch.from_numpy(tokens).to(device)[None],
         position_ids=torch.from_numpy(positions).to(device)[None],
         segment_lengths=list(lengths),
+        spread=spread,
         use_cache=False,
     )
     hidden: Tensor = output.last_hidden_state[0]
@@ -112,6 +125,7 @@ def _through_head(
     loss_fn: LossFn,
     inputs: Mapping[str, Tensor],
     lengths: Sequence[int],
+    spread: Spread | None,
     *,
     backward: bool,
 ) -> HeadResult:
@@ -120,7 +134,7 @@ def _through_head(
     def run(_: Tensor) -> HeadResult:
         weight = module.weight.detach()
         head = Head(weight, layer.lora_a, layer.lora_b, layer.scaling, layer.trained)
-        return head_pass(hidden, head, loss_fn, inputs, lengths, backward=backward)
+        return head_pass(hidden, head, loss_fn, inputs, lengths, backward=backward, spread=spread)
 
     if not hasattr(module.weight, "ds_id"):
         return run(hidden)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from tinsmithd.config import TrainerConfig
+from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.domain import Tuning
 from tinsmithd.modeling.base import BaseModel, Keep, load_base
 from tinsmithd.modeling.weights import FUSED_WEIGHTS, WEIGHTS, MakeWeights
 from tinsmithd.trainer import progress
+from tinsmithd.trainer.compute.spread import problem
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tinsmithd.trainer.engines.registry import EngineMakers
 
@@ -53,21 +54,46 @@ def engine_makers(config: TrainerConfig, on_progress: Callable[[str], None]) -> 
     from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
     from tinsmithd.trainer.engines.deepspeed.zero_base import share
 
+    check_ranks(config.sequence_parallel, distributed.rank_and_world_size()[1])
     zero = ZeroConfig(config.zero_stage, config.offload, config.gathered_bytes_max)
     keep = share(zero) if zero.stage == 3 else None
 
     def make_deepspeed(tuning: type[Tuning], make_weights: MakeWeights) -> TrainingEngine:
+        base = load(tuning, keep)
+        check_heads(config.sequence_parallel, base)
         return DeepSpeedEngine(
-            load(tuning, keep),
+            base,
             make_weights,
             changes_base=not tuning.is_adapter,
             zero=zero,
             micro_batch_tokens_max=config.micro_batch_tokens_max,
+            sequence_parallel=config.sequence_parallel,
             resident_models_max=config.resident_models_max,
             activation_bytes_max=config.activation_bytes_max,
         )
 
     return _makers(FUSED_WEIGHTS, make_deepspeed)
+
+
+def check_ranks(sequence_parallel: int, world_size: int) -> None:
+    """Refuse a number of ranks that cannot be cut into groups of neighbours.
+
+    Raises:
+        ConfigError: See above.
+    """
+    if world_size % sequence_parallel:
+        message = f"is {sequence_parallel}, which does not divide the {world_size} rank(s)"
+        raise ConfigError(f"trainer.sequence_parallel: {message} of the group")
+
+
+def check_heads(sequence_parallel: int, base: BaseModel) -> None:
+    """Refuse a model whose heads so many ranks cannot share.
+
+    Raises:
+        ConfigError: See above.
+    """
+    if why := problem(base.model.config, sequence_parallel):
+        raise ConfigError(f"trainer.sequence_parallel: {base.info.name}: {why}")
 
 
 def _makers(

@@ -231,6 +231,23 @@ def _log_collectives(rank: int) -> None:
     _log.error("rank %d, its last collectives: %s", rank, ", ".join(shown) or "none")
 
 
+def neighbours(count: int) -> dist.ProcessGroup:
+    """The ranks that compute together with this one, where as many neighbours do each.
+
+    Every rank calls it at the same time with the same number, which divides the world size.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if count == world_size:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    timeout = datetime.timedelta(seconds=PROCESS_GROUP_TIMEOUT_S[dist.get_backend()])
+    starts = range(0, world_size, count)
+    groups: list[dist.ProcessGroup] = [
+        dist.new_group(list(range(s, s + count)), timeout=timeout) for s in starts
+    ]
+    return groups[rank // count]
+
+
 def leave() -> None:
     """Tell the other ranks that this process ends on purpose."""
     if _heartbeat is not None:

@@ -109,35 +109,43 @@ class BatchRun:
     ) -> None:
         """Compute this rank's micro-batches into `logprobs`, and note them in `executed`."""
         batch, model, slot = self._batch, self._model, self._slot
+        over = rounds.spread_over(round_)
+        rank = self._context.rank
+        first_of_group = rank - rank % over
 
         def compute(indices: Sequence[int], recompute: bool) -> None:
             if self._computed_count:
                 failpoints.hit(self._failpoint)
-            result = self._packed([batch.data[i] for i in indices], batch.loss_fn, recompute)
+            data = [batch.data[i] for i in indices]
+            result = self._packed(data, batch.loss_fn, recompute, over)
             if result.gradients:
                 model.pending.add(result.gradients, slot.zero.layout, slot.zero.padded_count)
             self.loss += result.loss
             self._computed_count += 1
             progress.made()
-            logprobs.update(zip(indices, result.logprobs, strict=True))
-            executed.append(MicroBatch(tuple(indices), recompute))
+            if rank == first_of_group:  # the others took part
+                logprobs.update(zip(indices, result.logprobs, strict=True))
+                executed.append(MicroBatch(tuple(indices), recompute, over))
 
-        mine = round_[self._context.rank]
+        mine = round_[first_of_group]
         if not mine and self._context.in_step:
             first = next(of_rank[0] for of_rank in round_ if of_rank)
             nothing = _without_weight(batch.data[first.indices[0]])
-            self._packed([nothing], CrossEntropy(), first.recompute)
+            self._packed([nothing], CrossEntropy(), first.recompute, over)
         for micro_batch in mine:
             indices, recompute = micro_batch.indices, micro_batch.recompute
-            if self._context.in_step:
+            if self._context.in_step or over > 1:
                 compute(indices, recompute)  # running out of memory ends the group
             else:
                 memory.compute_within_memory(
                     *(compute, indices, recompute, self._lengths), together=self._whole
                 )
 
-    def _packed(self, data: Sequence[Datum], loss_fn: LossFn, recompute: bool) -> PackedResult:
+    def _packed(
+        self, data: Sequence[Datum], loss_fn: LossFn, recompute: bool, over: int
+    ) -> PackedResult:
         weights, slot = self._context.weights, self._slot
+        tokens = sum(len(datum.tokens) for datum in data)
         with (
             weights.active(slot.key) as causal_lm,
             slot.zero.collecting(self._model.pending) as sink,
@@ -152,6 +160,7 @@ class BatchRun:
                 backward=self._batch.backward,
                 recompute=recompute,
                 sink=sink,
+                spread=self._context.spread(tokens, over),
             )
 
     def _share(

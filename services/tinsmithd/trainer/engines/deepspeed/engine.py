@@ -26,7 +26,7 @@ from tinsmithd.modeling.weights import MakeWeights
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.compose import compose
 from tinsmithd.trainer.composition.rounds import Round
-from tinsmithd.trainer.compute import memory
+from tinsmithd.trainer.compute import memory, spread
 from tinsmithd.trainer.engines import identity
 from tinsmithd.trainer.engines.checks import check_state, non_finite_gradient
 from tinsmithd.trainer.engines.deepspeed.batch_run import BatchRun
@@ -50,6 +50,8 @@ class DeepSpeedEngine:
         zero: How models are spread over the ranks.
         micro_batch_tokens_max: Maximum tokens that a rank computes together; a longer datum is a
             micro-batch by itself.
+        sequence_parallel: Number of ranks that may compute a longer datum together; it divides
+            their number, and the model's heads can be shared out to them (`compute.spread`).
         resident_models_max: Maximum models on the device at once; others wait in host memory.
         activation_bytes_max: Maximum bytes that a rank keeps for the backward pass before it
             recomputes layers instead; 0 takes half of what is free now.
@@ -63,6 +65,7 @@ class DeepSpeedEngine:
         changes_base: bool,
         zero: ZeroConfig,
         micro_batch_tokens_max: int,
+        sequence_parallel: int,
         resident_models_max: int,
         activation_bytes_max: int,
     ) -> None:
@@ -70,6 +73,7 @@ class DeepSpeedEngine:
         init_deepspeed()
         _check_alike(base, self._device)
         self._micro_batch_tokens_max = micro_batch_tokens_max
+        self._sequence_parallel = sequence_parallel
         self._base = base
         self._zero = zero
         # Gathered copies of trained weights get stale, so none may be kept.
@@ -106,10 +110,10 @@ class DeepSpeedEngine:
     @property
     def identity(self) -> Mapping[str, str]:
         """All that the last bit of a result depends on, besides calls and their compositions."""
-        # No number depends on `micro_batch_tokens_max` and `activation_bytes_max`, which decide a
-        # batch's composition alone; on `gathered_bytes_max`, since weights have the same values
-        # whenever they are gathered; or on `resident_models_max`, since a model leaves the device
-        # and comes back by copying.
+        # No number depends on `micro_batch_tokens_max`, `sequence_parallel` or
+        # `activation_bytes_max`, which decide a batch's composition alone; on `gathered_bytes_max`,
+        # since weights have the same values whenever they are gathered; or on
+        # `resident_models_max`, since a model leaves the device and comes back by copying.
         return identity.describe(
             "deepspeed",
             self._base,
@@ -149,6 +153,9 @@ class DeepSpeedEngine:
         given = self._read(batch) if batch.composition else None
         model, slot = self._models.use(batch.model_id)
         composed = self._compose(slot, batch) if given is None else given
+        for ranks in sorted({rounds.spread_over(round_) for round_ in composed} - {1}):
+            if ranks not in self._context.groups:
+                self._context.groups[ranks] = distributed.neighbours(ranks)
         before = model.pending.copy() if batch.backward else None
         run = BatchRun(self._context, model, slot, batch)
         try:
@@ -165,12 +172,19 @@ class DeepSpeedEngine:
         return ForwardResult({"loss:sum": loss}, composition, non_finite=non_finite_ranks > 0)
 
     def _read(self, batch: Batch) -> list[Round]:
-        return rounds.decode(
+        found = rounds.decode(
             batch.composition,
             data_count=len(batch.data),
             world_size=self._context.world_size,
             in_step=self._context.in_step,
         )
+        for micro_batch in (m for round_ in found for of_rank in round_ for m in of_rank):
+            ranks = micro_batch.ranks
+            tokens = sum(len(batch.data[index].tokens) for index in micro_batch.indices)
+            if ranks > 1 and (tokens < ranks or spread.problem(self._base.model.config, ranks)):
+                message = f"the composition spreads {tokens} tokens over {ranks} ranks"
+                raise rounds.CompositionMismatch(f"{message}, which this model does not allow")
+        return found
 
     def _compose(self, slot: Slot, batch: Batch) -> list[Round]:
         return compose(
@@ -179,6 +193,7 @@ class DeepSpeedEngine:
             plain_tokens_max=self._plain_tokens_max(slot) if batch.backward else None,
             world_size=self._context.world_size,
             in_step=self._context.in_step,
+            sequence_parallel=self._sequence_parallel,
         )
 
     def _plain_tokens_max(self, slot: Slot) -> int:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from tinsmithd.domain import Tuning
 from tinsmithd.modeling.trained import TrainedWeights
+from tinsmithd.trainer.compute.spread import Spread, shares
 from tinsmithd.trainer.engines.deepspeed.gradients import PendingGradients
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroAdapter, ZeroConfig
 from tinsmithd.trainer.engines.deepspeed.zero_partitioned import ZeroPartitioned, is_partitioned
@@ -31,6 +33,7 @@ class RankContext:
         rank: Number of this rank.
         world_size: Number of ranks.
         partitioned: Whether each rank holds a share of the base only.
+        groups: This rank's neighbours in data that are spread over ranks, by their number.
     """
 
     weights: TrainedWeights
@@ -38,6 +41,18 @@ class RankContext:
     rank: int
     world_size: int
     partitioned: bool
+    groups: dict[int, dist.ProcessGroup] = field(default_factory=dict)
+
+    def spread(self, tokens: int, ranks: int) -> Spread | None:
+        """How a micro-batch is spread over this rank and its neighbours; None where it is not.
+
+        Args:
+            tokens: Of the micro-batch.
+            ranks: Their number, one of `groups` unless it is 1.
+        """
+        if ranks == 1:
+            return None
+        return Spread(self.groups[ranks], self.rank % ranks, tuple(shares(tokens, ranks)))
 
     @property
     def in_step(self) -> bool:
