@@ -2,12 +2,14 @@
 
 Their tokens stand one after the other in a batch of one. Every linear layer sees them all at once,
 positions start anew with each sequence, and attention stays inside each. `segment_lengths` reaches
-the attention layers as an extra argument of the model's forward. Whatever else a layer asks of its
-attention happens inside each segment, or the model is refused.
+the attention layers as an extra argument of the model's forward. One kernel computes all segments
+where the device has one (`varlen`), else each length is computed by itself. Whatever else a layer
+asks of its attention happens inside each segment, or the model is refused.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tinsmithd.modeling import varlen
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.weight_files import refused
 
@@ -40,17 +43,22 @@ class UnsupportedAttention(ValueError):
     """A layer asks something of its attention that packing does not do."""
 
 
-def use_packed_attention(base: BaseModel) -> None:
+def use_packed_attention(base: BaseModel) -> str:
     """Make a model take `segment_lengths`; without them it computes as before.
+
+    Returns:
+        Name of the kernel that computes it; empty where none does.
 
     Raises:
         NotFound: Its layers ask something of their attention that packing does not do
             (BASE_MODEL_NOT_FOUND).
     """
-    AttentionInterface.register(ATTENTION, packed_attention)
+    device = next(base.model.parameters()).device
+    kernel = varlen.choose(device, base.model.dtype, varlen.shape_of(base.model.config), _loop)
+    AttentionInterface.register(ATTENTION, partial(packed_attention, kernel=kernel))
     base.model.set_attn_implementation(ATTENTION)
     # A forward of two data of one token each shows what the layers ask for.
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=next(base.model.parameters()).device)
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
     try:
         with torch.no_grad():
             base.model.model(
@@ -58,6 +66,7 @@ def use_packed_attention(base: BaseModel) -> None:
             )
     except UnsupportedAttention as error:
         raise refused(base.info.name, f"its layers are trained with {error}") from error
+    return "" if kernel is None else kernel.name
 
 
 def packed_attention(
@@ -75,6 +84,7 @@ def packed_attention(
     is_causal: bool | None = None,
     position_ids: Tensor | None = None,  # the layer has applied them
     use_cache: bool = False,
+    kernel: varlen.Kernel | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment.
@@ -94,6 +104,7 @@ def packed_attention(
         is_causal: Must not be False.
         position_ids: Not used.
         use_cache: Must be False.
+        kernel: Computes all segments at once; None computes each length by itself.
         others: All other arguments; each must be None or False.
 
     Returns:
@@ -114,8 +125,23 @@ def packed_attention(
     if spread is not None:
         query, key, value = spread.to_heads(query, key, value)
     lengths = segment_lengths or [query.shape[2]]
-    found = _by_segment(query, key, value, scaling, sliding_window, lengths)
+    if kernel is None:
+        found = _by_segment(query, key, value, scaling, sliding_window, lengths)
+    else:
+        starts = varlen.sequence_starts(tuple(lengths), query.device)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        found = kernel.compute(
+            *(q, k, v, starts, max(lengths)), scale=scaling, window=sliding_window
+        )[None]
     return found if spread is None else spread.to_tokens(found), None
+
+
+def _loop(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None
+) -> Tensor:
+    """What a kernel must compute; see `varlen.Loop`."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return _by_segment(q, k, v, None, window, lengths)[0]
 
 
 def _by_segment(

@@ -21,6 +21,7 @@ from tinsmithd.domain import AdamParams, BaseModelInfo, ModelState, Tuning
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.grouped_experts import use_grouped_experts
 from tinsmithd.modeling.packing import use_packed_attention
+from tinsmithd.modeling.varlen import slow_dtype
 from tinsmithd.modeling.weight_files import refused
 from tinsmithd.modeling.weights import MakeWeights
 from tinsmithd.trainer.composition import rounds
@@ -72,6 +73,8 @@ class DeepSpeedEngine:
         self._device = distributed.init()
         init_deepspeed()
         _check_alike(base, self._device)
+        if not changes_base and (why := slow_dtype(self._device, base.info.dtype)):
+            _log.warning("%s", why)
         self._micro_batch_tokens_max = micro_batch_tokens_max
         self._sequence_parallel = sequence_parallel
         self._base = base
@@ -81,9 +84,9 @@ class DeepSpeedEngine:
             zero = replace(zero, gathered_bytes_max=0)
         if zero.stage == 3:
             with without_weights(base.model):
-                use_packed_attention(base)
+                self._attention_kernel = use_packed_attention(base)
         else:
-            use_packed_attention(base)
+            self._attention_kernel = use_packed_attention(base)
         use_grouped_experts(base)
         self._partition = start(base.model, zero) if zero.stage == 3 else None
         self._weights = make_weights(base)
@@ -114,10 +117,13 @@ class DeepSpeedEngine:
         # `activation_bytes_max`, which decide a batch's composition alone; on `gathered_bytes_max`,
         # since weights have the same values whenever they are gathered; or on
         # `resident_models_max`, since a model leaves the device and comes back by copying.
+        # A kernel that computes attention is named where there is one.
+        kernel = {"attention_kernel": self._attention_kernel} if self._attention_kernel else {}
         return identity.describe(
             "deepspeed",
             self._base,
             self._device,
+            **kernel,
             world_size=self._context.world_size,
             zero_stage=self._zero.stage,
             offload=self._zero.offload,
