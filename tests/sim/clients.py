@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim import engine
 from sim.network import Connection
-from sim.server import CallRequest, CreateRequest, DeleteRequest, Request
+from sim.server import AnswerRequest, CallRequest, CreateRequest, DeleteRequest, Request
 from tinsmithd.domain import AdamParams, CheckpointKind, CheckpointPath, LoraConfig
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
 from tinsmithd.saves import SaveOptions
@@ -61,6 +61,7 @@ class Script:
         self._odd = odd
         self._tight = tight
         self._saved: list[CheckpointPath] = []
+        self._acknowledging = random.Random(f"acknowledge {model_id} {rng.getstate()[1][0]}")
 
     def call(self, seq_id: int) -> CallRequest:
         """The call of this number."""
@@ -71,7 +72,8 @@ class Script:
         content = encode_work(work) if work is not None else b"unreadable %d" % seq_id
         digest = hashlib.sha256(content).digest()
         nbytes = work.nbytes if isinstance(work, ComputeWork) else 0
-        return CallRequest(self._model_id, seq_id, digest, work, nbytes)
+        acknowledge = self._acknowledging.random() < 0.5
+        return CallRequest(self._model_id, seq_id, digest, work, nbytes, acknowledge)
 
     def _work(self, kind: str, seq_id: int) -> Work | None:
         if kind in ("forward", "forward_backward"):
@@ -254,23 +256,39 @@ class ModelUser:
 
     async def _ask(self, request: Request, about: str) -> StoredAnswer:
         """Send a request until it has an answer that waiting does not change."""
-        delay_s = 0.2
+        delay_s, accepted = 0.2, False
         while True:
-            connection = self.world.network.send(request)
+            sent: Request = request
+            if accepted and isinstance(request, CallRequest):
+                sent = AnswerRequest(request)
+            connection = self.world.network.send(sent)
             connection.answer.add_done_callback(lambda done: self._note(request, done.result()))
             try:
                 async with asyncio.timeout(self.rng.uniform(2.0, 15.0)):
                     answer = await asyncio.shield(connection.answer)
             except TimeoutError:
                 self._give_up(connection)
+                accepted = accepted or connection.accepted
                 continue
+            accepted = accepted or connection.accepted
             error = answer.error
+            if accepted and error is not None and error.reason is Reason.CALL_NOT_FOUND:
+                self._check_freed(request)
+                accepted = False
+                continue
             if error is None or not retryable(error):
                 return answer
             self.world.count(f"told to wait: {error.reason}")
             wait_s = max(delay_s, error.retry_after_s or 0.0) * self.rng.uniform(0.75, 1.5)
             await asyncio.sleep(wait_s)
             delay_s = min(2 * delay_s, 3.0)
+
+    def _check_freed(self, request: Request) -> None:
+        """A call that was accepted is gone only where it took no effect and its number is free."""
+        assert isinstance(request, CallRequest)
+        if (request.model_id, request.seq_id) not in self.world.freed:
+            self.world.fail(f"{self.name}: call {request.seq_id} was accepted and is gone")
+        self.world.checked("accepted, then free")
 
     def _give_up(self, connection: Connection) -> None:
         self.world.count("attempts given up")
@@ -282,7 +300,7 @@ class ModelUser:
         error = answer.error
         if not isinstance(request, CallRequest) or self.calls.get(request.seq_id) is not request:
             return
-        if error is not None and retryable(error):
+        if error is not None and (retryable(error) or error.reason is Reason.CALL_NOT_FOUND):
             return
         seq_id, found = request.seq_id, encode_answer(answer)
         reason: Any = None if error is None else error.reason

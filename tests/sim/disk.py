@@ -15,6 +15,7 @@ from tinsmithd.training.call import StoredAnswer, Work
 from tinsmithd.training.journal.records import (
     Contents,
     Fenced,
+    ParkedCall,
     StoreDamaged,
     StoredCall,
     StoreUnwritable,
@@ -155,6 +156,11 @@ class SimStore:
     async def work(self, model_id: str, position: int) -> Work:
         """The payload of a call."""
         found: Work = await self._read(lambda: self._disk.tables.work(model_id, position))
+        return found
+
+    async def parked(self, model_id: str) -> Sequence[ParkedCall]:
+        """The calls that wait for those before them."""
+        found: Sequence[ParkedCall] = await self._read(lambda: self._disk.tables.parked(model_id))
         return found
 
     async def answer(self, model_id: str, position: int) -> StoredAnswer:

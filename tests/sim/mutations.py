@@ -111,6 +111,10 @@ MUTATIONS = {
         Deletion, "delete", "remember = bool(model.request_id)", "remember = False"
     ),
     "id-given-twice": Mutation(Deletion, "delete", "keep_id=model.chose_id", "keep_id=False"),
+    "parked-forgotten": Mutation(Admission, "recall", "for waited in parked:", "for waited in ():"),
+    "parked-not-taken-out": Mutation(
+        Admission, "_end_gap_wait", "if not queued.call.acknowledge:", "if True:"
+    ),
     "orphans-kept": Mutation(
         Admission, "recall", "elif call.seq_id not in (0, self.next_seq_id):", "elif False:"
     ),

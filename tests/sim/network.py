@@ -3,12 +3,15 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from sim.server import Request, Server, lost_connection
+from sim.server import Accepted, Request, Server, lost_connection
 from tinsmithd.errors import TinsmithError
 from tinsmithd.training.call import StoredAnswer
 
 if TYPE_CHECKING:
     from sim.world import World
+
+
+Message = bytes | dict[str, Any] | TinsmithError | Accepted
 
 
 class Connection:
@@ -18,6 +21,7 @@ class Connection:
         answer: Done with the answer, or with the error that ended it.
         handler: The server's task.
         server: Who works on it.
+        accepted: It was said that the call is written down.
     """
 
     def __init__(self, network: "Network", breaks_after: int) -> None:
@@ -25,11 +29,12 @@ class Connection:
         self.answer: asyncio.Future[StoredAnswer] = network.world.loop.create_future()
         self.handler: asyncio.Task[Any] | None = None
         self.server: Server | None = None
+        self.accepted = False
         self._outputs: list[bytes] = []
         self._arrives_s = 0.0
         self._breaks_after = breaks_after
 
-    def send(self, message: "bytes | dict[str, Any] | TinsmithError") -> None:
+    def send(self, message: "Message") -> None:
         """Send something to the client."""
         if self._breaks_after == 0:
             self.network.world.count("replies lost")
@@ -49,8 +54,10 @@ class Connection:
         if self.server is not None and self.handler is not None:
             self.server.process.call(self.handler.cancel)
 
-    def _arrive(self, message: "bytes | dict[str, Any] | TinsmithError") -> None:
-        if isinstance(message, bytes):
+    def _arrive(self, message: "Message") -> None:
+        if isinstance(message, Accepted):
+            self.accepted = True
+        elif isinstance(message, bytes):
             self._outputs.append(message)
         elif isinstance(message, dict):
             self._end(StoredAnswer(self._outputs, message))

@@ -12,7 +12,7 @@ from sim.loop import Process
 from sim.ranks import SimRankGroup
 from sim.snapshots import SimSnapshotStore
 from tinsmithd.errors import InvalidArgument, Reason, TinsmithError, Unavailable
-from tinsmithd.training.call import Call, ComputeWork, RefusedWork, Work
+from tinsmithd.training.call import Answer, Call, ComputeWork, RefusedWork, Work
 from tinsmithd.training.journal import Fenced, Journal, StoreDamaged
 from tinsmithd.training.lane import LaneLimits
 from tinsmithd.training.models import (
@@ -44,6 +44,19 @@ class CallRequest:
     digest: bytes
     work: Work | None
     nbytes: int = 0
+    acknowledge: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """The answer of a call that was accepted."""
+
+    call: CallRequest
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A call is written down."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class DeleteRequest:
     model_id: str
 
 
-Request = CallRequest | CreateRequest | DeleteRequest
+Request = CallRequest | AnswerRequest | CreateRequest | DeleteRequest
 
 
 def limits(rng: "random.Random", seats_rng: "random.Random") -> ModelLimits:
@@ -200,11 +213,26 @@ class Server:
                 work = request.work
                 if work is None:
                     work = RefusedWork(InvalidArgument("adam_params", "is not one"))
-                call = Call(request.seq_id, request.digest, work, request.nbytes)
+                call = Call(
+                    *(request.seq_id, request.digest, work, request.nbytes, request.acknowledge)
+                )
                 answer = self.models.submit(model, call)
-                async for output in answer.outputs():
-                    yield output
-                yield dict(await answer.value())
+                if request.acknowledge and await answer.accepted():
+                    yield Accepted()
+                async for message in _messages(answer):
+                    yield message
+            case AnswerRequest():
+                asked = request.call
+                model = self.models.get(asked.model_id)
+                answer = self.models.answer(model, asked.seq_id, asked.digest)
+                async for message in _messages(answer):
+                    yield message
+
+
+async def _messages(answer: Answer) -> AsyncIterator[Any]:
+    async for output in answer.outputs():
+        yield output
+    yield dict(await answer.value())
 
 
 def tight(found: ModelLimits, journal_bytes_max: int) -> ModelLimits:

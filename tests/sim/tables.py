@@ -27,11 +27,14 @@ from tinsmithd.training.journal import (
     DropAnswers,
     ForgetCalls,
     LoseModel,
+    ParkCall,
+    ParkedCall,
     StoreDamaged,
     StoredCall,
     StoredModel,
     StoredSnapshot,
     Trim,
+    UnparkCalls,
     Write,
 )
 from tinsmithd.training.journal.records import DELETED_KEPT_MAX, USED_IDS_KEPT_MAX
@@ -62,6 +65,7 @@ class ModelTable:
         self.answers: dict[int, Blob] = {}
         self.snapshots: dict[int, StoredSnapshot] = {}
         self.trimmed_to = 0
+        self.parked: dict[int, tuple[bytes, bytes]] = {}
 
     @property
     def from_checkpoint(self) -> bool:
@@ -95,6 +99,7 @@ class Tables:
                 table.trimmed_to,
                 self.stored_calls(model_id, 0),
                 [snapshot for _, snapshot in sorted(table.snapshots.items())],
+                parked=tuple(sorted(table.parked)),
             )
             for model_id, table in _by_number(self.models)
         ]
@@ -120,6 +125,12 @@ class Tables:
     def work(self, model_id: str, position: int) -> Work:
         """A payload."""
         return decode_work(self._blob("payloads", model_id, position))
+
+    def parked(self, model_id: str) -> list[ParkedCall]:
+        """Calls that wait for those before them."""
+        table = self.models.get(model_id)
+        parked = sorted(table.parked.items()) if table else []
+        return [ParkedCall(seq_id, digest, decode_work(data)) for seq_id, (digest, data) in parked]
 
     def answer(self, model_id: str, position: int) -> StoredAnswer:
         """An answer."""
@@ -155,6 +166,11 @@ class Tables:
                 table.lost = write.why
             case AddCall():
                 _add_call(table, write)
+            case ParkCall():
+                table.parked[write.seq_id] = (write.digest, encode_work(write.work))
+            case UnparkCalls():
+                for seq_id in write.seq_ids:
+                    table.parked.pop(seq_id, None)
             case AddAnswer():
                 _add_answer(table, write)
             case ForgetCalls():
@@ -190,6 +206,7 @@ def _add_call(table: ModelTable, write: AddCall) -> None:
     call = StoredCall(write.position, write.seq_id, write.digest, size, 0, None, 0, b"")
     table.calls[write.position] = call
     table.payloads[write.position] = payload
+    table.parked.pop(write.seq_id, None)
 
 
 def _add_answer(table: ModelTable, write: AddAnswer) -> None:

@@ -15,7 +15,7 @@ SEARCH = 600
 """A mutation must show within so many seeds; most show within a hundred."""
 FIRST = {
     "answer-before-record": 36,
-    "answer-unwritten": 110,
+    "answer-unwritten": 151,
     "durable-too-early": 36,
     "everyone-blamed": 156,
     "replay-unchecked": 119,

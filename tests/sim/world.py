@@ -24,7 +24,7 @@ from sim.network import Network
 from sim.ranks import RankGroup, SimRankGroup
 from sim.server import Server, limits, tight
 from tinsmithd import failpoints
-from tinsmithd.training.journal import Write
+from tinsmithd.training.journal import AddCall, ForgetCalls, UnparkCalls, Write
 
 IDENTITY = {"base_model": "base", "dtype": "float32", "engine": "e1"}
 
@@ -52,6 +52,7 @@ class World:
         wrong_in: After so many replayed data ranks give a wrong result; 0 for never.
         pace_s: Longest pause between two calls of a client.
         snapshot_slow_s: How much longer than usual a piece of a snapshot takes.
+        freed: Model and number of each call that was written down and took no effect after all.
     """
 
     def __init__(self, seed: int, *, tracing: bool = False) -> None:
@@ -82,6 +83,8 @@ class World:
         self.identity = dict(IDENTITY)
         self.blames: Counter[str] = Counter()
         self.ruined: set[str] = set()
+        self.freed: set[tuple[str, int]] = set()
+        self._numbers: dict[tuple[str, int], int] = {}
         self.wrong_in = 0
         self._model_count = self._server_count = self._group_count = 0
         self.users: list[ModelUser] = []
@@ -134,6 +137,14 @@ class World:
         """A transaction was written to the journal."""
         self.log("write", epoch, [type(write).__name__ for write in writes])
         self.nemesis.wrote()
+        for write in writes:
+            if isinstance(write, AddCall):
+                self._numbers[write.model_id, write.position] = write.seq_id
+            elif isinstance(write, ForgetCalls):
+                places = [(write.model_id, position) for position in write.positions]
+                self.freed |= {(write.model_id, self._numbers.get(at, 0)) for at in places}
+            elif isinstance(write, UnparkCalls):
+                self.freed |= {(write.model_id, seq_id) for seq_id in write.seq_ids}
         if epoch != self.disk.epoch:
             self.fail(f"a process of epoch {epoch} writes in epoch {self.disk.epoch}")
 

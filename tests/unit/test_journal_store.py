@@ -209,6 +209,22 @@ async def test_a_model_that_is_to_be_remembered_is(disk: Any) -> None:
     assert found == {"a": (1, {"base": "ü"}), "b": (2, {"r": 4})}
 
 
+async def test_a_parked_call_is_there_until_it_has_its_place(disk: Any) -> None:
+    """In the order of numbers; `AddCall` and `UnparkCalls` take it out, and so does a deletion."""
+    store = await begun(disk)
+    parked = [j.ParkedCall(n, b"%d" % n, work(n)) for n in (12, 13, 14)]
+    await store.commit([j.ParkCall("a", each.seq_id, each.digest, each.work) for each in parked])
+    await store.commit([j.ParkCall("b", 9, b"9", work(9)), j.ParkCall("c", 9, b"9", work(9))])
+    assert await store.parked("a") == parked
+    await store.close()
+    store = disk.store()
+    contents = await store.claim()
+    assert [found.parked for found in contents.models] == [(12, 13, 14), (9,)]
+    await store.commit([call(2), j.UnparkCalls("a", [14, 99]), j.DeleteModel("b")])
+    assert await store.parked("a") == parked[1:2]
+    assert await store.parked("b") == []
+
+
 async def test_a_chosen_id_outlives_its_model(disk: Any) -> None:
     """In the order of creation, for whoever claims the store; one that was not chosen does not."""
     store = await begun(disk, j.AddModel("c", 3, {}))

@@ -667,12 +667,15 @@ class ForwardRequest(_message.Message):
     LOSS_FN_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Which model. First message only; later ones leave it empty."""
     seq_id: _builtins.int
     """Place in the model's order; 0 means now. First message only."""
     tensor_format: _types_pb2.TensorFormat.ValueType
     """How results carry tensors. First message only."""
+    acknowledge: _builtins.bool
+    """Say when the call is written down: `accepted`. First message only, and no part of the call's content."""
     @_builtins.property
     def loss_fn(self) -> _types_pb2.LossFn:
         """The loss. First message only."""
@@ -689,10 +692,11 @@ class ForwardRequest(_message.Message):
         loss_fn: _types_pb2.LossFn | None = ...,
         data: _abc.Iterable[_types_pb2.Datum] | None = ...,
         tensor_format: _types_pb2.TensorFormat.ValueType = ...,
+        acknowledge: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss_fn", b"loss_fn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "loss_fn", b"loss_fn", "model_id", b"model_id", "seq_id", b"seq_id", "tensor_format", b"tensor_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "data", b"data", "loss_fn", b"loss_fn", "model_id", b"model_id", "seq_id", b"seq_id", "tensor_format", b"tensor_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -726,6 +730,11 @@ class ForwardResponse(_message.Message):
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.bool
+    """The call is written down, and nothing else is said: one message, where `acknowledge` asks for it. A
+    call that is refused may end without it. GetAnswer never says it.
+    """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatumOutput]:
         """Results in datum order, continuing from the message before."""
@@ -739,10 +748,11 @@ class ForwardResponse(_message.Message):
         *,
         outputs: _abc.Iterable[Global___DatumOutput] | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        accepted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "metrics", b"metrics", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -759,12 +769,15 @@ class ForwardBackwardRequest(_message.Message):
     LOSS_FN_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     TENSOR_FORMAT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Which model. First message only; later ones leave it empty."""
     seq_id: _builtins.int
     """Place in the model's order; 0 means now. First message only."""
     tensor_format: _types_pb2.TensorFormat.ValueType
     """How results carry tensors. First message only."""
+    acknowledge: _builtins.bool
+    """Say when the call is written down: `accepted`. First message only, and no part of the call's content."""
     @_builtins.property
     def loss_fn(self) -> _types_pb2.LossFn:
         """The loss. First message only."""
@@ -781,10 +794,11 @@ class ForwardBackwardRequest(_message.Message):
         loss_fn: _types_pb2.LossFn | None = ...,
         data: _abc.Iterable[_types_pb2.Datum] | None = ...,
         tensor_format: _types_pb2.TensorFormat.ValueType = ...,
+        acknowledge: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss_fn", b"loss_fn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "loss_fn", b"loss_fn", "model_id", b"model_id", "seq_id", b"seq_id", "tensor_format", b"tensor_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "data", b"data", "loss_fn", b"loss_fn", "model_id", b"model_id", "seq_id", b"seq_id", "tensor_format", b"tensor_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -818,6 +832,11 @@ class ForwardBackwardResponse(_message.Message):
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.bool
+    """The call is written down, and nothing else is said: one message, where `acknowledge` asks for it. A
+    call that is refused may end without it. GetAnswer never says it.
+    """
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatumOutput]:
         """Results in datum order, continuing from the message before."""
@@ -831,10 +850,11 @@ class ForwardBackwardResponse(_message.Message):
         *,
         outputs: _abc.Iterable[Global___DatumOutput] | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        accepted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "metrics", b"metrics", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,6 +49,16 @@ class TrainingServiceStub:
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
 
+    ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
+    whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
+    Forward or ForwardBackward with `acknowledge` says so in a message of its own (`accepted`), which may
+    come before or between its outputs; OptimStep, SaveCheckpoint and LoadCheckpoint with a `seq_id` say so
+    by their initial metadata, which have `tinsmith-call-digest-bin` and come before the response. (Stubs
+    hand those of a unary method out with its response only; who calls the method as one that streams its
+    response, which is the same on the wire, has them at once.) Such a call is written down while it waits for its predecessor, too, and goes on waiting after a restart, again
+    for `gap_wait_max`. An error that leaves a number free is possible after it was accepted: then GetAnswer
+    says CALL_NOT_FOUND. What "written down" outlasts is the `durability_mode`; in NONE it is nothing.
+
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
 
@@ -164,6 +174,16 @@ class TrainingServiceServicer:
     is given up) and goes on with `next_seq_id`. Its first call should have content that no other
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
+    ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
+    whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
+    Forward or ForwardBackward with `acknowledge` says so in a message of its own (`accepted`), which may
+    come before or between its outputs; OptimStep, SaveCheckpoint and LoadCheckpoint with a `seq_id` say so
+    by their initial metadata, which have `tinsmith-call-digest-bin` and come before the response. (Stubs
+    hand those of a unary method out with its response only; who calls the method as one that streams its
+    response, which is the same on the wire, has them at once.) Such a call is written down while it waits for its predecessor, too, and goes on waiting after a restart, again
+    for `gap_wait_max`. An error that leaves a number free is possible after it was accepted: then GetAnswer
+    says CALL_NOT_FOUND. What "written down" outlasts is the `durability_mode`; in NONE it is nothing.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
@@ -281,7 +301,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OptimStep(self, request, context):
-        """Applies one optimizer step with the pending gradients and clears them.
+        """Applies one optimizer step with the pending gradients and clears them. With a `seq_id` the initial
+        metadata come once the call is written down, see ACCEPTED; so they do of the next two.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
         (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
         call brought them); DATA_LOSS.
@@ -417,6 +438,16 @@ class TrainingService:
     is given up) and goes on with `next_seq_id`. Its first call should have content that no other
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
+    ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
+    whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
+    Forward or ForwardBackward with `acknowledge` says so in a message of its own (`accepted`), which may
+    come before or between its outputs; OptimStep, SaveCheckpoint and LoadCheckpoint with a `seq_id` say so
+    by their initial metadata, which have `tinsmith-call-digest-bin` and come before the response. (Stubs
+    hand those of a unary method out with its response only; who calls the method as one that streams its
+    response, which is the same on the wire, has them at once.) Such a call is written down while it waits for its predecessor, too, and goes on waiting after a restart, again
+    for `gap_wait_max`. An error that leaves a number free is possible after it was accepted: then GetAnswer
+    says CALL_NOT_FOUND. What "written down" outlasts is the `durability_mode`; in NONE it is nothing.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.

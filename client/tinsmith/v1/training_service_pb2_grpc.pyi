@@ -50,6 +50,16 @@ class TrainingServiceStub:
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
 
+    ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
+    whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
+    Forward or ForwardBackward with `acknowledge` says so in a message of its own (`accepted`), which may
+    come before or between its outputs; OptimStep, SaveCheckpoint and LoadCheckpoint with a `seq_id` say so
+    by their initial metadata, which have `tinsmith-call-digest-bin` and come before the response. (Stubs
+    hand those of a unary method out with its response only; who calls the method as one that streams its
+    response, which is the same on the wire, has them at once.) Such a call is written down while it waits for its predecessor, too, and goes on waiting after a restart, again
+    for `gap_wait_max`. An error that leaves a number free is possible after it was accepted: then GetAnswer
+    says CALL_NOT_FOUND. What "written down" outlasts is the `durability_mode`; in NONE it is nothing.
+
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
 
@@ -141,7 +151,8 @@ class TrainingServiceStub:
     Any number of calls may be made before OptimStep; on an error nothing was added.
     """
     OptimStep: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]
-    """Applies one optimizer step with the pending gradients and clears them.
+    """Applies one optimizer step with the pending gradients and clears them. With a `seq_id` the initial
+    metadata come once the call is written down, see ACCEPTED; so they do of the next two.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
     (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
     call brought them); DATA_LOSS.
@@ -197,6 +208,16 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     is given up) and goes on with `next_seq_id`. Its first call should have content that no other
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
+    ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
+    whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
+    Forward or ForwardBackward with `acknowledge` says so in a message of its own (`accepted`), which may
+    come before or between its outputs; OptimStep, SaveCheckpoint and LoadCheckpoint with a `seq_id` say so
+    by their initial metadata, which have `tinsmith-call-digest-bin` and come before the response. (Stubs
+    hand those of a unary method out with its response only; who calls the method as one that streams its
+    response, which is the same on the wire, has them at once.) Such a call is written down while it waits for its predecessor, too, and goes on waiting after a restart, again
+    for `gap_wait_max`. An error that leaves a number free is possible after it was accepted: then GetAnswer
+    says CALL_NOT_FOUND. What "written down" outlasts is the `durability_mode`; in NONE it is nothing.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
@@ -286,7 +307,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     Any number of calls may be made before OptimStep; on an error nothing was added.
     """
     OptimStep: _aio.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]  # type: ignore[assignment]
-    """Applies one optimizer step with the pending gradients and clears them.
+    """Applies one optimizer step with the pending gradients and clears them. With a `seq_id` the initial
+    metadata come once the call is written down, see ACCEPTED; so they do of the next two.
     Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
     (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
     call brought them); DATA_LOSS.
@@ -341,6 +363,16 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     is given up) and goes on with `next_seq_id`. Its first call should have content that no other
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
+    ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
+    whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
+    Forward or ForwardBackward with `acknowledge` says so in a message of its own (`accepted`), which may
+    come before or between its outputs; OptimStep, SaveCheckpoint and LoadCheckpoint with a `seq_id` say so
+    by their initial metadata, which have `tinsmith-call-digest-bin` and come before the response. (Stubs
+    hand those of a unary method out with its response only; who calls the method as one that streams its
+    response, which is the same on the wire, has them at once.) Such a call is written down while it waits for its predecessor, too, and goes on waiting after a restart, again
+    for `gap_wait_max`. An error that leaves a number free is possible after it was accepted: then GetAnswer
+    says CALL_NOT_FOUND. What "written down" outlasts is the `durability_mode`; in NONE it is nothing.
 
     CANCELLING. A call that its caller cancels takes effect wholly or not at all: not at all before
     its last message was received, wholly after.
@@ -476,7 +508,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.OptimStepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.OptimStepResponse, _abc.Awaitable[_training_service_pb2.OptimStepResponse]]:
-        """Applies one optimizer step with the pending gradients and clears them.
+        """Applies one optimizer step with the pending gradients and clears them. With a `seq_id` the initial
+        metadata come once the call is written down, see ACCEPTED; so they do of the next two.
         Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT; ALREADY_EXISTS; FAILED_PRECONDITION
         (NON_FINITE_GRADIENT: the gradients were cleared, weights are unchanged, and the message says which
         call brought them); DATA_LOSS.

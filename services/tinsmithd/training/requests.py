@@ -5,6 +5,7 @@ what is wrong with it.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,7 +23,7 @@ from tinsmithd.rpc.intake import is_inline, off_loop
 from tinsmithd.training.call import Call, ComputeWork, RefusedWork, Work, check_datum
 
 ComputeRequest = pb.ForwardRequest | pb.ForwardBackwardRequest
-_HEADER_FIELDS = ("model_id", "seq_id", "loss_fn", "tensor_format")
+_HEADER_FIELDS = ("model_id", "seq_id", "loss_fn", "tensor_format", "acknowledge")
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ async def read_call(
     first = await read_header(requests)
     model_id, seq_id, tensor_format = first.model_id, first.seq_id, first.tensor_format
     reader = _Reader(first, find(model_id), limits)
+    acknowledge = first.acknowledge
     try:
         await _take(reader, first)
         del first
@@ -140,7 +142,8 @@ async def read_call(
         reader.end()
     except InvalidArgument as error:  # not worth reading on
         reader.refuse(_bare(error))
-    return StreamedCall(model_id, tensor_format, reader.call(seq_id))
+    call = dataclasses.replace(reader.call(seq_id), acknowledge=acknowledge and seq_id > 0)
+    return StreamedCall(model_id, tensor_format, call)
 
 
 async def _take(reader: "_Reader", message: ComputeRequest) -> None:

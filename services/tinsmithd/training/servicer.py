@@ -182,7 +182,10 @@ class TrainingServicer(TrainingServiceServicer):
         failpoints.hit("recv")
         answer = self._models.submit(model, read.call)
         flow.current().handed_over(kept=True)
+        acknowledge = read.call.acknowledge
         del read  # the lane has the call, and drops it before a slow reader is done
+        if acknowledge and await answer.accepted():
+            yield response_type(accepted=True)
         async for response in computed_to_pb(answer, tensor_format, response_type):
             yield response
         context.set_trailing_metadata(((ENGINE_SECONDS, f"{answer.engine_s:.6f}"),))
@@ -240,8 +243,12 @@ class TrainingServicer(TrainingServiceServicer):
         refusal = refusal_of_call()
         work = read_work(read) if refusal is None else RefusedWork(refusal)
         failpoints.hit("recv")
-        call = Call(request.seq_id, digest_of(request, refusal), work)
-        return await self._models.submit(model, call).value()
+        numbered = request.seq_id > 0
+        call = Call(request.seq_id, digest_of(request, refusal), work, acknowledge=numbered)
+        answer = self._models.submit(model, call)
+        if numbered and await answer.accepted():
+            await flow.current().begin(((CALL_DIGEST, call.digest),))
+        return await answer.value()
 
     async def GetAnswer(  # type: ignore[override]  # grpc.aio's form of the method
         self, request: pb.GetAnswerRequest, context: Any

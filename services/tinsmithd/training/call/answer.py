@@ -58,6 +58,9 @@ class Answer:
         self._value: Mapping[str, Any] = {}
         self._error: TinsmithError | None = None
         self._done = stored is not None
+        self._written = asyncio.Event()
+        if self._done:
+            self._written.set()
         self._changed = asyncio.Event()
         self.nbytes = 0
         """Bytes of its outputs."""
@@ -94,14 +97,28 @@ class Answer:
         """The call starts once more; its outputs should be those that are there."""
         self._next = 0
 
+    def accept(self) -> None:
+        """The call is written down."""
+        self._written.set()
+
+    async def accepted(self) -> bool:
+        """Wait until the call is written down; False where it ended with an error before.
+
+        An error that an earlier process recorded counts as a call that was written down.
+        """
+        await self._written.wait()
+        return self._error is None
+
     def finish(self, value: Mapping[str, Any]) -> None:
         """End it with a value."""
         self._value, self._done = value, True
+        self._written.set()
         self._wake()
 
     def fail(self, error: TinsmithError) -> None:
         """End it with an error; its outputs are void."""
         self._error, self._done, self._outputs, self.nbytes = error, True, [], 0
+        self._written.set()
         self._wake()
 
     def _wake(self) -> None:

@@ -14,9 +14,11 @@ class Call:
         digest: SHA-256 of its content: a repeat has the same.
         work: What it asks for.
         nbytes: Bytes of its data, which the queue and the journal count.
+        acknowledge: Whether somebody relies on its being written down before it is its turn.
     """
 
     seq_id: int
     digest: bytes
     work: Work
     nbytes: int = 0
+    acknowledge: bool = False

@@ -23,6 +23,7 @@ from tinsmithd.training.journal.records import (
     Contents,
     Fenced,
     JournalStore,
+    ParkedCall,
     StoredCall,
     StoreUnwritable,
     Write,
@@ -100,6 +101,10 @@ class Journal:
     async def work(self, model_id: str, position: int) -> Work:
         """See `JournalStore.work`."""
         return await self._read(self.store.work(model_id, position))
+
+    async def parked(self, model_id: str) -> Sequence[ParkedCall]:
+        """See `JournalStore.parked`."""
+        return await self._read(self.store.parked(model_id))
 
     async def answer(self, model_id: str, position: int) -> StoredAnswer:
         """See `JournalStore.answer`."""

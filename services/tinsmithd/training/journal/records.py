@@ -86,6 +86,24 @@ class AddCall:
 
 
 @dataclass(frozen=True)
+class ParkCall:
+    """A call waits for numbers before its own; `AddCall` of that number takes it from here."""
+
+    model_id: str
+    seq_id: int
+    digest: bytes
+    work: Work
+
+
+@dataclass(frozen=True)
+class UnparkCalls:
+    """Calls that waited so took no effect, and their numbers are free again."""
+
+    model_id: str
+    seq_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
 class AddAnswer:
     """What came of a call, and in which composition it was computed.
 
@@ -164,6 +182,8 @@ Write = (
     | DeleteModel
     | LoseModel
     | AddCall
+    | ParkCall
+    | UnparkCalls
     | AddAnswer
     | ForgetCalls
     | CountAttempt
@@ -199,6 +219,15 @@ class StoredCall:
 
 
 @dataclass(frozen=True)
+class ParkedCall:
+    """A call that waits for numbers before its own, see `ParkCall`."""
+
+    seq_id: int
+    digest: bytes
+    work: Work
+
+
+@dataclass(frozen=True)
 class StoredSnapshot:
     """A snapshot that was finished."""
 
@@ -215,6 +244,7 @@ class StoredModel:
         trimmed_to: Up to this position calls may be gone; 0 where all are there.
         last_request_time_s: When its newest call was written, by the wall clock; None where there
             was none, or an older release wrote it.
+        parked: Numbers of the calls that wait for those before theirs, see `JournalStore.parked`.
     """
 
     model_id: str
@@ -225,6 +255,7 @@ class StoredModel:
     calls: Sequence[StoredCall]
     snapshots: Sequence[StoredSnapshot]
     last_request_time_s: float | None = field(default=None, compare=False)
+    parked: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -282,6 +313,13 @@ class JournalStore(Protocol):
         Raises:
             Fenced: Another process has claimed the store.
             StoreDamaged: It is gone or damaged.
+        """
+
+    async def parked(self, model_id: str) -> Sequence[ParkedCall]:
+        """The calls that wait for numbers before their own, by number, without damaged ones.
+
+        Raises:
+            Fenced: Another process has claimed the store.
         """
 
     async def answer(self, model_id: str, position: int) -> StoredAnswer:

@@ -25,6 +25,7 @@ from tinsmithd.training.journal.records import (
     Contents,
     DeletedModel,
     Fenced,
+    ParkedCall,
     StoreDamaged,
     StoredCall,
     StoredModel,
@@ -37,6 +38,7 @@ from tinsmithd.training.journal.sqlite_tables import (
     CALL_SEAL,
     DELETED,
     MODEL,
+    PARKED,
     SCHEMA,
     SNAPSHOT,
     SNAPSHOT_SEAL,
@@ -112,6 +114,11 @@ class SqliteStore:
             await self._in_thread(lambda: self._blob("payloads", model_id, position))
         )
 
+    async def parked(self, model_id: str) -> Sequence[ParkedCall]:
+        """The calls that wait for numbers before their own."""
+        rows = await self._in_thread(lambda: self._parked(model_id))
+        return [ParkedCall(seq_id, digest, decode_work(data)) for seq_id, digest, data in rows]
+
     async def answer(self, model_id: str, position: int) -> StoredAnswer:
         """The answer of a call."""
         data = await self._in_thread(lambda: self._blob("answers", model_id, position))
@@ -174,6 +181,9 @@ class SqliteStore:
     def _models(self, db: sqlite3.Connection) -> list[StoredModel]:
         found = []
         times = dict(db.execute("SELECT model_id, time_s FROM requests"))
+        parked: dict[str, list[int]] = {}
+        for model_id, seq_id in db.execute("SELECT model_id, seq_id FROM parked ORDER BY seq_id"):
+            parked.setdefault(model_id, []).append(seq_id)
         for row in db.execute(
             f"SELECT {MODEL}, crc32 IS seal({MODEL}) FROM models ORDER BY number"
         ):
@@ -191,6 +201,7 @@ class SqliteStore:
                 StoredModel(
                     *(model_id, number, content, lost, trimmed_to, calls, snapshots),
                     last_request_time_s=times.get(model_id),
+                    parked=tuple(parked.get(model_id, ())),
                 )
             )
         return found
@@ -223,6 +234,18 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise StoreDamaged(f"the calls of {model_id} cannot be read: {error}") from error
         return [StoredCall(*_good(row, f"a call of {model_id}")) for row in rows]
+
+    def _parked(self, model_id: str) -> list[tuple[int, bytes, bytes]]:
+        assert self._db is not None
+        rows = self._db.execute(
+            f"SELECT {PARKED}, crc32 IS seal(model_id, {PARKED}) FROM parked "
+            "WHERE model_id=? ORDER BY seq_id",
+            (model_id,),
+        ).fetchall()
+        self._check_epoch()  # last, as above
+        if not all(row[-1] for row in rows):
+            _log.error("some calls that waited for model %s are damaged in the journal", model_id)
+        return [row[:-1] for row in rows if row[-1]]
 
     def _blob(self, table: str, model_id: str, position: int) -> bytes:
         assert self._db is not None

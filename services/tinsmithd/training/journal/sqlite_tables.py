@@ -24,7 +24,9 @@ from tinsmithd.training.journal.records import (
     DropAnswers,
     ForgetCalls,
     LoseModel,
+    ParkCall,
     Trim,
+    UnparkCalls,
     Write,
 )
 
@@ -55,6 +57,11 @@ CREATE TABLE IF NOT EXISTS snapshots (
 CREATE TABLE IF NOT EXISTS deleted (
     model_id TEXT PRIMARY KEY, number INTEGER NOT NULL, about TEXT NOT NULL, crc32 INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS parked (
+    model_id TEXT NOT NULL, seq_id INTEGER NOT NULL, digest BLOB NOT NULL, data BLOB NOT NULL,
+    crc32 INTEGER NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS parked_by_number ON parked (model_id, seq_id);
 CREATE TABLE IF NOT EXISTS used_ids (
     number INTEGER PRIMARY KEY, model_id TEXT NOT NULL, crc32 INTEGER NOT NULL
 );
@@ -71,12 +78,13 @@ DELETED = "model_id, number, about"
 USED_ID = "number, model_id"
 SNAPSHOT = "position, step_count, folder"
 SNAPSHOT_SEAL = f"seal(model_id, {SNAPSHOT})"
-_TABLES = ("calls", "payloads", "answers", "snapshots", "requests", "models")
+PARKED = "seq_id, digest, data"
+_TABLES = ("calls", "payloads", "parked", "answers", "snapshots", "requests", "models")
 
 
 def nbytes_of(write: Write) -> int:
     """Roughly the bytes that a write adds to the log, besides a few pages."""
-    if isinstance(write, AddCall) and isinstance(write.work, ComputeWork):
+    if isinstance(write, AddCall | ParkCall) and isinstance(write.work, ComputeWork):
         return write.work.nbytes
     return sum(map(len, write.answer.outputs)) if isinstance(write, AddAnswer) else 0
 
@@ -111,6 +119,10 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
             _seal_model(db, write.model_id)
         case AddCall():
             _add_call(db, write)
+        case ParkCall():
+            _park_call(db, write)
+        case UnparkCalls():
+            _unpark(db, write.model_id, *write.seq_ids)
         case AddAnswer():
             _add_answer(db, write)
         case ForgetCalls():
@@ -200,6 +212,22 @@ def _add_call(db: sqlite3.Connection, write: AddCall) -> None:
         (time.time(), write.model_id),
     )
     _add_blob(db, "payloads", write.model_id, write.position, payload)
+    _unpark(db, write.model_id, write.seq_id)
+
+
+def _park_call(db: sqlite3.Connection, write: ParkCall) -> None:
+    model_id, values = write.model_id, (write.seq_id, write.digest, encode_work(write.work))
+    _unpark(db, model_id, write.seq_id)
+    db.execute(
+        "INSERT INTO parked SELECT ?, ?, ?, ?, ? WHERE EXISTS "
+        "(SELECT 1 FROM models WHERE model_id=?)",
+        (model_id, *values, seal(model_id, *values), model_id),
+    )
+
+
+def _unpark(db: sqlite3.Connection, model_id: str, *seq_ids: int) -> None:
+    places = [(model_id, seq_id) for seq_id in seq_ids]
+    db.executemany("DELETE FROM parked WHERE model_id=? AND seq_id=?", places)
 
 
 def _add_answer(db: sqlite3.Connection, write: AddAnswer) -> None:

@@ -2,18 +2,30 @@
 
 The next number becomes ready and is handed to the journal; later ones are parked until the numbers
 before them arrive. The lane takes the first that is ready. A call that the journal cannot take is
-refused wherever it waits, and its number is free again.
+refused wherever it waits, and its number is free again. A parked call on whose being written down
+somebody relies is in the journal, too; from there on it is refused for nothing but the gap.
 """
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
-from tinsmithd.training.call import Answer, Call, Work, kind_of
-from tinsmithd.training.journal import AddCall, ForgetCalls, StoredCall
+from tinsmithd.training.call import Answer, Call, ComputeWork, Work, kind_of
+from tinsmithd.training.journal import (
+    AddCall,
+    ForgetCalls,
+    ParkCall,
+    ParkedCall,
+    StoredCall,
+    UnparkCalls,
+)
 from tinsmithd.training.lane.context import LaneContext
+
+Calls = Sequence[StoredCall]
+Parked = Sequence[ParkedCall]
 
 
 @dataclass(eq=False)
@@ -111,6 +123,9 @@ class Admission:
         else:
             self._park(queued)
             self._admit()
+            if call.acknowledge and queued.written is None:
+                parked = self._context.journal.commit(self._parking(queued))
+                parked.add_done_callback(functools.partial(self._check_parked, queued))
         return queued
 
     def _check_room(self, call: Call) -> None:
@@ -139,8 +154,26 @@ class Admission:
             wait_s = self._context.limits.gap_wait_s_max
             queued.gap_timer = loop.call_later(wait_s, self._end_gap_wait, queued)
 
-    def _end_gap_wait(self, queued: QueuedCall) -> None:
+    def _parking(self, queued: QueuedCall) -> ParkCall:
+        call = queued.call
+        return ParkCall(self._context.model_id, call.seq_id, call.digest, call.work)
+
+    def _check_parked(self, queued: QueuedCall, written: "asyncio.Future[None]") -> None:
+        """A parked call is written down, or cannot be: its caller hears that now."""
+        error = None if written.cancelled() else written.exception()
+        if error is None:
+            queued.answer.accept()
+        elif isinstance(error, TinsmithError) and self._parked.get(queued.seq_id) is queued:
+            self._leave(queued)
+            self._refuse(queued, error)
+
+    def _leave(self, queued: QueuedCall) -> None:
         del self._parked[queued.seq_id]
+        if queued.gap_timer is not None:
+            queued.gap_timer.cancel()
+
+    def _end_gap_wait(self, queued: QueuedCall) -> None:
+        self._leave(queued)
         error = FailedPrecondition(
             f"seq_id {self.next_seq_id} did not arrive within "
             f"{self._context.limits.gap_wait_s_max:g} s; {queued.seq_id} is unused",
@@ -148,7 +181,13 @@ class Admission:
             retry_after_s=0.0,
             metadata={"seq_id": str(queued.seq_id), "next_seq_id": str(self.next_seq_id)},
         )
-        self._refuse(queued, error)
+        if not queued.call.acknowledge:
+            self._refuse(queued, error)
+            return
+        # Its caller must not hear earlier that the number is free, see `Lane._take_back`.
+        unpark = UnparkCalls(self._context.model_id, [queued.seq_id])
+        forgotten = self._context.journal.commit(unpark, must=True)
+        forgotten.add_done_callback(lambda _: self._refuse(queued, error))
 
     def _admit(self) -> None:
         while (queued := self._parked.pop(self.next_seq_id, None)) is not None:
@@ -161,21 +200,26 @@ class Admission:
         queued.position = self._next_position
         self._next_position += 1
         call = queued.call
-        queued.written = self._context.journal.commit(
-            AddCall(self._context.model_id, queued.position, call.seq_id, call.digest, call.work)
-        )
+        add = AddCall(self._context.model_id, queued.position, call.seq_id, call.digest, call.work)
+        # One that waited may have been accepted, and is not refused for want of room any more.
+        must = call.acknowledge and queued.gap_timer is not None
+        queued.written = self._context.journal.commit(add, must=must)
         queued.written.add_done_callback(lambda written: self._check_written(queued, written))
         self._context.executor.wrote(queued.position, call.nbytes)
         self._ready.append(queued)
 
     def recall(
-        self, calls: Sequence[StoredCall], works: Mapping[int, Work]
+        self,
+        calls: Calls,
+        works: Mapping[int, Work],
+        parked: Parked,
     ) -> Sequence[QueuedCall]:
         """Go on where an earlier process ended.
 
         Args:
             calls: What the journal has of this model.
             works: What the calls ask for that have no answer and are still to be made, by position.
+            parked: Calls that waited for numbers before their own.
 
         Returns:
             The calls that wait now.
@@ -198,11 +242,21 @@ class Admission:
                     position=call.position,
                     attempts=call.attempts,
                 )
+                queued.answer.accept()
                 self.next_seq_id += bool(call.seq_id)
                 self._ready.append(queued)
         if orphans:
             self._context.journal.commit(ForgetCalls(self._context.model_id, orphans), must=True)
-        return list(self._ready)
+        for waited in parked:
+            work = waited.work
+            nbytes = work.nbytes if isinstance(work, ComputeWork) else 0
+            again = Call(waited.seq_id, waited.digest, work, nbytes, acknowledge=True)
+            queued = QueuedCall(again, Answer(kind=kind_of(work)))
+            queued.answer.accept()
+            self._park(queued)
+        found = [*self._ready, *self._parked.values()]
+        self._admit()
+        return found
 
     # --- out again ----------------------------------------------------------------------------
 
@@ -218,6 +272,7 @@ class Admission:
             full disk each refused call would else leave a commit behind that waits for room.)
         """
         free = [queued.position] if written else []
+        waits: list[QueuedCall] = []
         if queued.seq_id:
             self.next_seq_id = queued.seq_id
             later = [q for q in self._ready if q.seq_id and q.position > queued.position]
@@ -225,15 +280,24 @@ class Admission:
                 self._ready.remove(waiting)
                 free.append(waiting.position)
                 self._park(waiting)
+                if waiting.call.acknowledge:
+                    waits.append(waiting)
         self._context.executor.forgot([queued.position, *free])
         if not free:
             return None
-        return self._context.journal.commit(ForgetCalls(self._context.model_id, free), must=True)
+        forget = ForgetCalls(self._context.model_id, free)
+        parking = [self._parking(waiting) for waiting in waits]
+        forgotten = self._context.journal.commit(forget, *parking, must=True)
+        for waiting in waits:
+            forgotten.add_done_callback(functools.partial(self._check_parked, waiting))
+        return forgotten
 
     def _check_written(self, queued: QueuedCall, written: "asyncio.Future[None]") -> None:
         """Refuse a call that the journal cannot take: it need not wait for its turn to hear it."""
         error = None if written.cancelled() else written.exception()
-        if isinstance(error, TinsmithError) and queued in self._ready:
+        if error is None:
+            queued.answer.accept()
+        elif isinstance(error, TinsmithError) and queued in self._ready:
             self._ready.remove(queued)
             self.free(queued, written=False)
             self._refuse(queued, error)

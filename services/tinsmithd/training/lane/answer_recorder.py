@@ -87,6 +87,7 @@ class AnswerRecorder:
         # Readers have outputs of ranks that died, and these ranks give others (no CPU does that).
         # They must not be mixed: readers are told to ask again, and get these from the start.
         fresh = Answer(kind=kind_of(queued.call.work))
+        fresh.accept()
         for good in [*queued.answer.sent, output]:
             fresh.add(good)
         message = "the ranks died, and what was answered of this call so far is void"

@@ -4,19 +4,17 @@ Calls come in by number and are written to the journal (`Admission`). A call tha
 but the ranks begins while it is written, any other once it is durable. Its answer is recorded after
 the call itself, and before anybody hears it (`AnswerRecorder`). Lanes share the ranks by `Turns`: a
 call takes one turn, or one for each of its batches, so that a lane with a long queue or large calls
-delays another by one batch at most.
-
-When the ranks die the lane brings its model back (`CallExecutor.restore`) and goes on with the call
-that was under way; its callers just wait. A model without calls stays on disk then, so that those
-with calls need not share the ranks with it: it comes back in the same way, with its next call. So
-does a suspended model, which leaves the ranks between two calls. A lane at `Rest` has a snapshot
-taken, so that the way back is short.
+delays another by one batch at most. When the ranks die the lane brings its model back
+(`CallExecutor.restore`) and goes on with the call that was under way; its callers just wait. A
+model without calls stays on disk then, so that those with calls need not share the ranks with it:
+it comes back in the same way, with its next call. So does a suspended model, which leaves the ranks
+between two calls. A lane at `Rest` has a snapshot taken, so that the way back is short.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 
 from tinsmithd import failpoints
 from tinsmithd.errors import DataLoss, Internal, ResourceExhausted, TinsmithError, Unavailable
@@ -33,8 +31,8 @@ from tinsmithd.training.call import (
     model_lost,
     shutting_down,
 )
-from tinsmithd.training.journal import CountAttempt, Fenced, LoseModel, StoredCall
-from tinsmithd.training.lane.admission import Admission, QueuedCall
+from tinsmithd.training.journal import CountAttempt, Fenced, LoseModel
+from tinsmithd.training.lane.admission import Admission, Calls, Parked, QueuedCall
 from tinsmithd.training.lane.answer_recorder import AnswerRecorder, ReadAnswer
 from tinsmithd.training.lane.context import LaneContext
 from tinsmithd.training.lane.presence import Presence
@@ -157,17 +155,18 @@ class Lane:
         return self._answers.get(seq_id, digest, self.next_seq_id, self._closed)
 
     def recall(
-        self, calls: Sequence[StoredCall], works: Mapping[int, Work], read: ReadAnswer
+        self, calls: Calls, works: Mapping[int, Work], parked: Parked, read: ReadAnswer
     ) -> None:
         """Go on where an earlier process ended; `lose_ranks` or `stay_suspended` comes next.
 
         Args:
             calls: What the journal has of this model.
-            works: What the calls without an answer ask for, by position.
+            works, parked: See `Admission.recall`.
             read: Makes what reads a recorded answer.
         """
         self._answers.recall(calls, read)
-        for queued in self._admission.recall(calls, works if self._closed is None else {}):
+        waiting = (works, parked) if self._closed is None else ({}, ())
+        for queued in self._admission.recall(calls, *waiting):
             self._answers.keep(queued)
 
     def _refuse(self, queued: QueuedCall, error: TinsmithError) -> None:

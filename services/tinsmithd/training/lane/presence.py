@@ -54,7 +54,8 @@ class Presence:
         self.leaving, self.suspended = False, True
 
     def stay_on_disk(self) -> None:
-        """It went with its ranks, and nobody waits for it: others come first."""
+        """Nobody waits for it: others come first. Its next call finds out what ranks there are."""
+        self.blocked = None
         self.suspend()
         self._context.executor.left()
 
@@ -67,7 +68,6 @@ class Presence:
             # Whatever the ranks still hold of it, they drop it before they get it again.
             if self._is_open():
                 _log.warning("model %s left the ranks with an error: %s", self._model_id, error)
-        self.blocked = None
         self.stay_on_disk()
 
     async def come_back(self, turn: TakeTurn) -> None:

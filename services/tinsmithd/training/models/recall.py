@@ -9,6 +9,7 @@ from tinsmithd.training.journal import (
     DeletedModel,
     Fenced,
     Journal,
+    ParkedCall,
     StoreDamaged,
     StoredModel,
 )
@@ -105,10 +106,13 @@ class Recall:
 async def _recall_calls(journal: Journal, model: Model, found: StoredModel) -> None:
     """Give a model's lane what the journal has of its calls."""
     works: dict[int, Work] = {}
+    parked: Sequence[ParkedCall] = ()
     try:
         for call in found.calls:
             if call.answer_digest is None and not found.lost:
                 works[call.position] = await journal.work(model.model_id, call.position)
+        if found.parked:
+            parked = await journal.parked(model.model_id)
     except StoreDamaged as error:
         _log.error("model %s is lost: %s", model.model_id, error)
         # Its answers stay: what was acknowledged can be asked for again.
@@ -123,4 +127,4 @@ async def _recall_calls(journal: Journal, model: Model, found: StoredModel) -> N
 
         return answer
 
-    model.lane.recall(found.calls, works, read)
+    model.lane.recall(found.calls, works, parked, read)
