@@ -13,10 +13,13 @@ everything that the service can do, are in `tinsmith.v1`.
 """
 
 from tinsmith import errors, types
+from tinsmith._custom_loss import CustomLossFn as PerDatumLossFn
+from tinsmith.admin_client import AdminClient
 from tinsmith.errors import (
     AlreadyExistsError,
     APIConnectionError,
     APIError,
+    APIResponseValidationError,
     APIStatusError,
     APITimeoutError,
     AuthenticationError,
@@ -24,6 +27,7 @@ from tinsmith.errors import (
     BillingError,
     ConflictError,
     DataLossError,
+    ExperimentalWarning,
     FailedPreconditionError,
     InternalError,
     InternalServerError,
@@ -42,8 +46,10 @@ from tinsmith.errors import (
 from tinsmith.futures import APIFuture
 from tinsmith.rest_client import RestClient
 from tinsmith.sampling_client import SamplingClient
+from tinsmith.sampling_client import SamplingClientFuture as BackcompatSamplingClientFuture
 from tinsmith.service_client import ServiceClient
 from tinsmith.training_client import TrainingClient
+from tinsmith.training_client import TrainingClientFuture as BackcompatTrainingClientFuture
 from tinsmith.types import (
     AdamOptimizerConfig,
     AdamParams,
@@ -56,13 +62,18 @@ from tinsmith.types import (
     EncodedTextChunk,
     ForwardBackwardOutput,
     LoraConfig,
+    LossHandle,
     ModelID,
     ModelInput,
     ModelInputChunk,
     OptimParams,
+    OptimStepRequest,
     OptimStepResponse,
     ParsedCheckpointTinkerPath,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
     SampledSequence,
+    SampleRequest,
     SampleResponse,
     SamplingParams,
     StopReason,
@@ -78,12 +89,16 @@ __all__ = [
     "APIConnectionError",
     "APIError",
     "APIFuture",
+    "APIResponseValidationError",
     "APIStatusError",
     "APITimeoutError",
     "AdamOptimizerConfig",
     "AdamParams",
+    "AdminClient",
     "AlreadyExistsError",
     "AuthenticationError",
+    "BackcompatSamplingClientFuture",
+    "BackcompatTrainingClientFuture",
     "BadRequestError",
     "BillingError",
     "Checkpoint",
@@ -95,25 +110,32 @@ __all__ = [
     "DimuonParams",
     "DmelChunk",
     "EncodedTextChunk",
+    "ExperimentalWarning",
     "FailedPreconditionError",
     "ForwardBackwardOutput",
     "InternalError",
     "InternalServerError",
     "InvalidArgumentError",
     "LoraConfig",
+    "LossHandle",
     "ModelID",
     "ModelInput",
     "ModelInputChunk",
     "NotFoundError",
     "OptimParams",
+    "OptimStepRequest",
     "OptimStepResponse",
     "ParsedCheckpointTinkerPath",
+    "PerDatumLossFn",
     "PermissionDeniedError",
+    "PromptProvenanceSpan",
     "RateLimitError",
     "RequestFailedError",
     "ResourceExhaustedError",
     "RestClient",
+    "SampleRequest",
     "SampleResponse",
+    "SampledProvenanceSpan",
     "SampledSequence",
     "SamplingClient",
     "SamplingParams",

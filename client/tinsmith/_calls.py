@@ -78,10 +78,10 @@ class Calls:
         """Make a forward or a forward_backward call."""
         kind = pb.ForwardBackwardRequest if backward else pb.ForwardRequest
         requests = requests_of(kind, data, loss_fn_to_pb(loss_fn, config))
-        likes = [datum.like for datum in data]
+        count = len(data)
 
         async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
-            return await self._send(numbers[0], likes, requests)
+            return await self._send(numbers[0], count, requests)
 
         return self._lane.submit(1, start)
 
@@ -90,31 +90,29 @@ class Calls:
     ) -> "Future[ForwardBackwardOutput]":
         """Make the two calls of a custom loss, with the loss between them."""
         prepared = forward_data(data)
-        likes = [datum.like for datum in data]
+        count = len(data)
         loss = loss_fn_to_pb("cross_entropy", None)
         requests = requests_of(pb.ForwardRequest, prepared, loss)
 
         async def start(numbers: Sequence[int]) -> ForwardBackwardOutput:
             first, second = numbers
-            forward = await self._send(first, likes, requests)
+            forward = await self._send(first, count, requests)
             logprobs = [output["logprobs"] for output in forward.loss_fn_outputs]
-            arrays = [tensor.to_numpy() for tensor in logprobs]
+            arrays = [tensor.view() for tensor in logprobs]
             done, error = await asyncio.to_thread(_caught, run_loss, loss_fn, list(data), arrays)
             if error is not None:
                 raise error
             value, metrics, gradients = done
             weighted = backward_data(prepared, gradients)
             output = await self._send(
-                second, likes, requests_of(pb.ForwardBackwardRequest, weighted, loss)
+                second, count, requests_of(pb.ForwardBackwardRequest, weighted, loss)
             )
-            return ForwardBackwardOutput(
-                output.loss_fn_outputs, metrics_of(value, metrics, output.metrics)
-            )
+            return output.model_copy(update={"metrics": metrics_of(value, metrics, output.metrics)})
 
         return self._lane.submit(2, start)
 
     async def _send(
-        self, seq_id: int, likes: Sequence[Any], requests: Sequence[ComputeRequest]
+        self, seq_id: int, count: int, requests: Sequence[ComputeRequest]
     ) -> ForwardBackwardOutput:
         requests[0].model_id, requests[0].seq_id = self._model_id, seq_id
         backward = isinstance(requests[0], pb.ForwardBackwardRequest)
@@ -126,7 +124,7 @@ class Calls:
             nonlocal digest
             if digest:  # its answer may be there by now, and no data need be sent for it
                 try:
-                    return await self._answer(seq_id, digest, likes)
+                    return await self._answer(seq_id, digest, count)
                 except grpc.RpcError as error:
                     if not _is_unknown(error):
                         raise
@@ -135,22 +133,20 @@ class Calls:
             call = method(iter(requests))
             if is_large:
                 digest = _digest_in(await call.initial_metadata())
-            return await _read(call, likes)
+            return await _read(call, count)
 
         what = "forward_backward" if backward else "forward"
         return await self._lane.call(what, seq_id, attempt)
 
-    async def _answer(
-        self, seq_id: int, digest: bytes, likes: Sequence[Any]
-    ) -> ForwardBackwardOutput:
+    async def _answer(self, seq_id: int, digest: bytes, count: int) -> ForwardBackwardOutput:
         """The answer of a call that the service has, without sending it again."""
         request = pb.GetAnswerRequest(model_id=self._model_id, seq_id=seq_id, call_digest=digest)
         call = self._connection.training().GetAnswer(request)
-        return await _read(call, likes, lambda response: getattr(response, _case_of(response)))
+        return await _read(call, count, lambda response: getattr(response, _case_of(response)))
 
 
 async def _read(
-    call: Any, likes: Sequence[Any], part: Callable[[Any], Any] = lambda response: response
+    call: Any, count: int, part: Callable[[Any], Any] = lambda response: response
 ) -> ForwardBackwardOutput:
     """Read the answer of a computed call; `part` of each message has outputs and metrics."""
     outputs: list[Any] = []
@@ -160,7 +156,7 @@ async def _read(
         outputs.extend(found.outputs)
         metrics.update(found.metrics)
     try:
-        return output_from_pb(outputs, metrics, likes)
+        return output_from_pb(outputs, metrics, count)
     except ValueError as error:
         raise InternalError(f"the answer cannot be read: {error}") from None
 

@@ -1,25 +1,29 @@
 """Channels to one cluster, for the background loop."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from tinsmith._check import shown, text
 from tinsmith._leases import Leases
 from tinsmith._replicas import Replicas, Work
 from tinsmith._retry import is_lost, retrying
 from tinsmith._waiting import Attempts, Waiting
-from tinsmith.addresses import channel_options, hosts_of, proxy_note, service_address
+from tinsmith.addresses import (
+    SECURE,
+    channel_options,
+    hosts_of,
+    is_http1,
+    proxy_note,
+    service_address,
+)
 from tinsmith.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     TinsmithError,
     UnavailableError,
     from_rpc_error,
-    unsupported,
 )
 from tinsmith.v1 import training_service_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
@@ -40,43 +44,12 @@ not want to wait for it reads who is waited for, and stops the script."""
 ASK_TIMEOUT_S = 5.0
 TRAINING, SAMPLER, CHECKPOINT = "training", "sampler", "checkpoint"
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-ADDRESS_VARIABLES = ("TINSMITH_ADDRESS", "TINKER_BASE_URL")
-
-
-def address_of(given: str | None) -> str:
-    """`host:port` from an argument, `TINSMITH_ADDRESS`, `TINKER_BASE_URL`, or the default.
-
-    Raises:
-        InvalidArgumentError: It has no port, or cannot be sent.
-        UnimplementedError: It is the URL of an HTTP gateway, or needs TLS.
-    """
-    if given is not None:
-        return _checked(given, "base_url")
-    for variable in ADDRESS_VARIABLES:
-        if found := os.environ.get(variable):
-            if variable == "TINKER_BASE_URL" and "://" in found:
-                why = f"{shown(found)} is the URL of a gateway, which there is none of yet; set it "
-                raise unsupported(variable, f"{why}to host:port of the Training server")
-            return _checked(found, variable)
-    return DEFAULT_ADDRESS
-
-
-def _checked(given: object, where: str) -> str:
-    address = text(given, where).removeprefix("http://").rstrip("/")
-    if address.startswith("https://"):
-        raise unsupported(where, "TLS is not supported yet")
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit() and int(port) <= 65_535):
-        raise InvalidArgumentError(f"{where}: {shown(given)} is not host:port", field=where)
-    return address
-
 
 class Connection:
     """The three services behind one address. Its coroutines run on the background loop only.
 
     Args:
-        address: `host:port` of the Training server.
+        address: Of the Training server, as `addresses.checked` gives it.
         give_up_after_s: How long a call is repeated while it meets nothing but failures.
     """
 
@@ -121,6 +94,13 @@ class Connection:
                 return await attempt()
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure)
+                if self._capabilities is None and is_http1(error.message):
+                    address = self._addresses.get(service, self.address)
+                    message = (
+                        f"{address} speaks HTTP/1.1, such as a gateway for stock Tinker SDKs does; "
+                        "this client needs the address of the Training server, which speaks gRPC"
+                    )
+                    raise InvalidArgumentError(message, field="base_url") from None
                 if is_lost(error):
                     if service != TRAINING:
                         self._unreachable.add(service)  # it may have come back somewhere else
@@ -196,6 +176,19 @@ class Connection:
 
         return await self.retrying("get_server_capabilities", ask)
 
+    async def base_model_name(self, name: str) -> str:
+        """What the cluster calls the base model that Tinker calls `org/model` or `...:variant`.
+
+        A folder on a server has no organisation. What is not held stays as it is: the service says
+        so.
+        """
+        if "/" not in name:
+            return name
+        held = {model.name for model in (await self.capabilities()).base_models}
+        plain = name.partition(":")[0]
+        names = (name, plain, plain.rpartition("/")[2])
+        return next((each for each in names if each in held), name)
+
     async def _ask_capabilities(self) -> training_service_pb2.GetCapabilitiesResponse:
         # Many calls may want to know at once; one of them asks.
         if self._asking is None or self._asking.done():
@@ -223,7 +216,13 @@ class Connection:
         self._check_open()
         if address not in self._channels:
             options: Any = [*channel_options(address), *more]
-            self._channels[address] = grpc.aio.insecure_channel(address, options=options)
+            self._channels[address] = (
+                grpc.aio.secure_channel(
+                    address.removeprefix(SECURE), grpc.ssl_channel_credentials(), options=options
+                )
+                if address.startswith(SECURE)
+                else grpc.aio.insecure_channel(address, options=options)
+            )
         return self._channels[address]
 
     def _sampler_channel(self, target: str, name: str) -> grpc.aio.Channel:

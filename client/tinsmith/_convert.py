@@ -5,15 +5,17 @@ from dataclasses import fields
 from datetime import UTC
 from typing import Any
 
+import numpy as np
+
 from tinsmith import _check, tensors
-from tinsmith.errors import InvalidArgumentError
+from tinsmith.errors import InvalidArgumentError, unsupported
 from tinsmith.types.inputs import Datum, ModelInput, SamplingParams, check_datum, int_tokens
 from tinsmith.types.outputs import (
     Checkpoint,
     ForwardBackwardOutput,
 )
 from tinsmith.types.samples import SampledTokens, StopReason
-from tinsmith.types.tensor import Like, as_like, from_any
+from tinsmith.types.tensor import TensorData, from_any
 from tinsmith.v1 import (
     checkpoint_service_pb2,
     sampler_service_pb2,
@@ -58,15 +60,18 @@ def requests_of(
     if not data:
         raise InvalidArgumentError("data: must not be empty", field="data", reason="MISSING_FIELD")
     requests: list[ComputeRequest] = [kind(loss_fn=loss_fn)]
+    weighted = loss_fn.HasField("cross_entropy")  # each token counts once where nothing is said
     room = MESSAGE_BYTES
     for index, datum in enumerate(data):
         check_datum(datum, index)
         tokens = int_tokens(datum.model_input, f"data[{index}].model_input")
         # Read once more: the mapping is the caller's to change until now.
         inputs = {
-            _check.text(name, f"data[{index}].loss_fn_inputs"): from_any(name, value).to_numpy()
+            _check.text(name, f"data[{index}].loss_fn_inputs"): from_any(name, value).view()
             for name, value in datum.loss_fn_inputs.items()
         }
+        if weighted and "weights" not in inputs and "target_tokens" in inputs:
+            inputs["weights"] = np.ones(inputs["target_tokens"].shape, np.float32)
         nbytes = DATUM_BYTES + tokens.nbytes + sum(array.nbytes for array in inputs.values())
         if nbytes > room and requests[-1].data:
             requests.append(kind())
@@ -79,12 +84,22 @@ def requests_of(
     return requests
 
 
+INSTEAD: Mapping[str, str] = {
+    "stable_reinforce": "its formula is not public; loss_fn='importance_sampling' takes these data",
+    "custom": "losses are not uploaded; forward_backward_custom takes the function itself",
+}
+"""Losses of Tinker's that there are not, and what does their work."""
+
+
 def loss_fn_to_pb(name: str, config: Mapping[str, float | str] | None) -> types_pb2.LossFn:
     """Write a loss by name.
 
     Raises:
         InvalidArgumentError: There is no such loss or setting.
+        UnimplementedError: It is one of `INSTEAD`.
     """
+    if isinstance(name, str) and name in INSTEAD:
+        raise unsupported("loss_fn", f"{name} is not supported: {INSTEAD[name]}")
     message = types_pb2.LossFn()
     known = [field.name for field in message.DESCRIPTOR.fields]
     if not isinstance(name, str) or name not in known:
@@ -105,21 +120,28 @@ def loss_fn_to_pb(name: str, config: Mapping[str, float | str] | None) -> types_
 
 
 def output_from_pb(
-    outputs: Iterable[Any], metrics: Mapping[str, float], likes: Sequence[Like]
+    outputs: Iterable[Any], metrics: Mapping[str, float], count: int
 ) -> ForwardBackwardOutput:
-    """Read results, each in the form that its datum was given in.
+    """Read results.
+
+    Args:
+        outputs: One for each datum.
+        metrics: Of the call.
+        count: Number of data.
 
     Raises:
         ValueError: They are not one for each datum, or cannot be read.
     """
     read = [
         {
-            name: as_like(tensors.decode(tensor), like)
+            name: TensorData(tensors.decode(tensor))
             for name, tensor in output.loss_fn_outputs.items()
         }
-        for output, like in zip(outputs, likes, strict=True)
+        for output in outputs
     ]
-    return ForwardBackwardOutput(list(read), dict(metrics))
+    if len(read) != count:
+        raise ValueError(f"{len(read)} outputs for {count} data")
+    return ForwardBackwardOutput("TensorData", read, dict(metrics))
 
 
 def sampling_params_to_pb(params: SamplingParams) -> sampler_service_pb2.SamplingParams:

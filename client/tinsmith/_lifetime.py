@@ -9,7 +9,9 @@ from tinsmith import _loop
 from tinsmith._connection import Connection
 from tinsmith._lane import Lane
 from tinsmith._twins import async_twins
+from tinsmith.errors import unsupported
 from tinsmith.futures import APIFuture
+from tinsmith.types import UnloadModelResponse
 from tinsmith.v1 import training_service_pb2 as pb
 
 
@@ -35,7 +37,7 @@ async def delete_model(connection: Connection, model_id: str) -> None:
     await connection.retrying("delete_model", attempt)
 
 
-@async_twins("delete", "close", final=True)
+@async_twins("delete", "close", "unload_model", final=True)
 class ModelLifetime:
     """What `TrainingClient` does with its model at the end. A context manager:
 
@@ -61,6 +63,23 @@ class ModelLifetime:
         """
         self._lane.close()
         return APIFuture(_loop.run(delete_model(self._connection, self.model_id)))
+
+    def unload_model(self) -> APIFuture[UnloadModelResponse]:
+        """`delete` under the name that Tinker's SDK had for it."""
+        self._lane.close()
+
+        async def unload() -> UnloadModelResponse:
+            await delete_model(self._connection, self.model_id)
+            return UnloadModelResponse(self.model_id)
+
+        return APIFuture(_loop.run(unload()))
+
+    def get_console_url(self) -> str:
+        """Not supported."""
+        raise unsupported("get_console_url", "there is no page for a model")
+
+    def get_telemetry(self) -> None:
+        """None: there is no telemetry."""
 
     def close(self, *, keep: bool = False) -> APIFuture[None]:
         """End this client: wait for the calls made so far, then delete the model unless it is kept.

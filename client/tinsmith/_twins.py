@@ -1,5 +1,6 @@
 """Tinker's `x_async` names for every method `x` that returns a future."""
 
+import functools
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ def async_twins(*names: str, final: bool) -> Callable[[type[T]], type[T]]:
     def decorate(cls: type[T]) -> type[T]:
         for name in names:
             twin = _final_twin(name) if final else _future_twin(name)
+            functools.update_wrapper(twin, vars(cls)[name])  # its signature, above all
+            del twin.__annotations__
             twin.__name__ = f"{name}_async"
             twin.__qualname__ = f"{cls.__qualname__}.{name}_async"
             gives = "the result" if final else "the future"

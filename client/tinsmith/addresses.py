@@ -4,6 +4,7 @@ import ipaddress
 import os
 from collections.abc import Sequence
 
+from tinsmith._check import shown, text
 from tinsmith.errors import InvalidArgumentError
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
@@ -17,8 +18,65 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 """Channel arguments that suit the servers: message sizes in bytes, times in milliseconds."""
 
 
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+ADDRESS_VARIABLES = ("TINSMITH_ADDRESS", "TINKER_BASE_URL")
+SECURE = "https://"
+"""Before an address that is spoken to with TLS. `GRPC_DEFAULT_SSL_ROOTS_FILE_PATH` names the file
+of authorities that are trusted, where they are not the usual ones."""
+SECURE_PORT = 443
+
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+
+def address_of(given: str | None) -> str:
+    """The address from an argument, `TINSMITH_ADDRESS`, `TINKER_BASE_URL`, or the default.
+
+    Raises:
+        InvalidArgumentError: As `checked`; `field` says which of them.
+    """
+    if given is not None:
+        return checked(given, "base_url")
+    for variable in ADDRESS_VARIABLES:
+        if found := os.environ.get(variable):
+            return checked(found, variable)
+    return DEFAULT_ADDRESS
+
+
+def checked(given: object, where: str) -> str:
+    """`host:port`, with `SECURE` before it where it is spoken to with TLS.
+
+    Args:
+        given: That, or a URL: `http://host:port`, `https://host`, `https://host:port`.
+        where: Names the argument in an error.
+
+    Raises:
+        InvalidArgumentError: It has no port, or a path or a password in it, which nothing carries.
+    """
+    address = text(given, where)
+    scheme, separator, rest = address.rpartition("://")
+    if separator and scheme.lower() not in ("http", "https"):
+        why = f"{shown(given)} begins with {shown(scheme)}, expected http or https"
+        raise InvalidArgumentError(f"{where}: {why}", field=where)
+    host, _, path = rest.partition("/")
+    if path.strip("/") or "?" in rest or "#" in rest:
+        why = f"{shown(given)} is more than scheme, host and port: gRPC carries no path"
+        raise InvalidArgumentError(f"{where}: {why}", field=where)
+    if "@" in host:
+        why = "has a user or a password in it, which gRPC does not send"
+        raise InvalidArgumentError(f"{where}: {why}", field=where)
+    secure = scheme.lower() == "https"
+    if secure and not has_port(host):
+        host = f"{host}:{SECURE_PORT}"
+    name, _, port = host.rpartition(":")
+    if not name or not (port.isascii() and port.isdigit() and int(port) <= 65_535):
+        raise InvalidArgumentError(f"{where}: {shown(given)} is not host:port", field=where)
+    return f"{SECURE}{host}" if secure else host
+
+
+def is_http1(message: str) -> bool:
+    """Whether gRPC's own text says that the other side is a server of HTTP/1.1."""
+    return "http1.x" in message or "Failed parsing HTTP/2" in message
 
 
 def channel_options(address: str) -> Sequence[tuple[str, int]]:
@@ -58,7 +116,8 @@ def _covers(entry: str, host: str) -> bool:
 
 
 def _host(address: str) -> str:
-    name = address.rpartition("///")[2].removeprefix("ipv4:").removeprefix("ipv6:")
+    name = address.removeprefix(SECURE).rpartition("///")[2]
+    name = name.removeprefix("ipv4:").removeprefix("ipv6:")
     return name.rpartition(":")[0].strip("[]")
 
 
@@ -105,7 +164,8 @@ def service_address(service: str, base: str, given: str) -> str:
 
     Args:
         service: `sampler` or `checkpoint`.
-        base: The address that the capabilities came from, `host:port`.
+        base: The address that the capabilities came from. What is spoken to with TLS names services
+            that are, too.
         given: `sampler_address` or `checkpoint_address`. Empty means `base` (a proxy in front of
             all services); `:port` means that port on the host of `base`. That of the Sampler may
             be a list with commas, and so is the result then.
@@ -123,5 +183,6 @@ def service_address(service: str, base: str, given: str) -> str:
     if not given:
         return base
     own_host = base.rpartition(":")[0]
+    scheme = SECURE if base.startswith(SECURE) else ""
     hosts = hosts_of(given) if service == "sampler" else [given]
-    return ",".join(own_host + host if host.startswith(":") else host for host in hosts)
+    return ",".join(f"{own_host if host.startswith(':') else scheme}{host}" for host in hosts)

@@ -10,7 +10,7 @@ with connect("localhost:50051") as cluster:
 import grpc
 
 from tinsmith import _fork
-from tinsmith.addresses import channel_options, hosts_of, proxy_note, service_address
+from tinsmith.addresses import SECURE, channel_options, hosts_of, proxy_note, service_address
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmith.v1.training_service_pb2 import GetCapabilitiesRequest, GetCapabilitiesResponse
@@ -47,7 +47,11 @@ class Cluster:
     @staticmethod
     def _open(address: str) -> grpc.Channel:
         _fork.use()
-        return grpc.insecure_channel(address, options=list(channel_options(address)))
+        options = list(channel_options(address))
+        if not address.startswith(SECURE):
+            return grpc.insecure_channel(address, options=options)
+        credentials = grpc.ssl_channel_credentials()
+        return grpc.secure_channel(address.removeprefix(SECURE), credentials, options=options)
 
     @property
     def training(self) -> TrainingServiceStub:
@@ -84,7 +88,7 @@ def connect(address: str, timeout_s: float = 30.0) -> Cluster:
     """Connect to a cluster.
 
     Args:
-        address: `host:port` of its Training server.
+        address: `host:port` of its Training server, or `https://host:port`.
         timeout_s: How long to wait until it answers, seconds.
 
     Raises:

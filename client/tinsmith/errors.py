@@ -27,7 +27,7 @@ RequestFailedErrors: that is what Tinker raises for a call that failed on the se
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 
@@ -83,20 +83,61 @@ class RequestFailedError(TinsmithError):
 
     category: Literal["unknown", "server", "user"] = "unknown"
 
+    def __init__(
+        self,
+        message: str,
+        *args: Any,
+        category: Literal["unknown", "server", "user"] | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message, *args, **details)
+        self.category = type(self).category if category is None else category
+
 
 class APIError(TinsmithError):
-    """The service could not be reached, or refused."""
+    """The service could not be reached, or refused.
 
-    request: None = None
-    body: None = None
+    Attributes:
+        request: What Tinker's programs give it; None in what this client raises.
+        body: Likewise.
+    """
+
+    def __init__(
+        self, message: str, request: Any = None, *, body: Any = None, **details: Any
+    ) -> None:
+        super().__init__(message, **details)
+        self.request = request
+        self.body = body
 
 
 class APIConnectionError(APIError, ConnectionError):
     """Nobody answered."""
 
+    def __init__(self, message: str = "Nobody answered.", **details: Any) -> None:
+        super().__init__(message, **details)
+
 
 class APITimeoutError(APIConnectionError):
     """Nobody answered in time."""
+
+    def __init__(self, message: str = "Nobody answered in time.", **details: Any) -> None:
+        super().__init__(message, **details)
+
+
+class APIResponseValidationError(APIError):
+    """An answer cannot be read."""
+
+    def __init__(
+        self,
+        message: str = "The answer cannot be read.",
+        *,
+        response: Any = None,
+        body: Any = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message, body=body, **details)
+        self.response = response
+        self.status_code: int = getattr(response, "status_code", 500)
 
 
 class APIStatusError(APIError):
@@ -104,10 +145,18 @@ class APIStatusError(APIError):
 
     Attributes:
         status_code: The HTTP status that corresponds to the gRPC code.
+        response: What Tinker's programs give it; None in what this client raises.
     """
 
     status_code: int = 500
-    response: None = None
+
+    def __init__(
+        self, message: str, response: Any = None, body: Any = None, **details: Any
+    ) -> None:
+        super().__init__(message, body=body, **details)
+        self.response = response
+        if type(self) is APIStatusError:
+            self.status_code = getattr(response, "status_code", self.status_code)
 
 
 class BadRequestError(APIStatusError):
@@ -243,6 +292,10 @@ def from_rpc_error(error: grpc.RpcError) -> TinsmithError:
         retry_after_s=refusal.retry_after_s,
         metadata=refusal.metadata,
     )
+
+
+class ExperimentalWarning(FutureWarning):
+    """A part of the API may still change."""
 
 
 def unsupported(parameter: str, why: str) -> UnimplementedError:

@@ -8,7 +8,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import weakref
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 from tinsmith import _fork, _loop
@@ -95,6 +95,33 @@ class CustomLossFuture(APIFuture[T]):
         return iter(result)
 
 
+class WaitableFuture(APIFuture[T], concurrent.futures.Future):  # type: ignore[type-arg]
+    """Also a standard future, for `concurrent.futures.wait` and `as_completed`."""
+
+    def __init__(self, future: "concurrent.futures.Future[T]") -> None:
+        concurrent.futures.Future.__init__(self)
+        APIFuture.__init__(self, future)
+        self._future.add_done_callback(self._take)
+
+    def _take(self, source: "concurrent.futures.Future[T]") -> None:
+        if source.cancelled():
+            concurrent.futures.Future.cancel(self)
+        if not self.set_running_or_notify_cancel():
+            return
+        if (error := source.exception()) is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(source.result())
+
+    def result(self, timeout: float | None = None) -> T:
+        """As `APIFuture.result`."""
+        return APIFuture.result(self, timeout)
+
+    def cancel(self) -> bool:
+        """Give up the result, for everybody; False once it is there."""
+        return self._future.cancel()
+
+
 class ClientFuture(APIFuture[T]):
     """A future of a client that can also be used as the client: its attributes wait for it."""
 
@@ -102,6 +129,15 @@ class ClientFuture(APIFuture[T]):
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.result(), name)
+
+
+def mapped(future: APIFuture[Any], read: Callable[[Any], T]) -> APIFuture[T]:
+    """A future of what `read` makes of another one's result."""
+
+    async def later() -> T:
+        return read(await future)
+
+    return APIFuture(_loop.run(later()))
 
 
 def done(value: T) -> APIFuture[T]:

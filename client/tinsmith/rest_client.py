@@ -11,11 +11,13 @@ import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from tinsmith import _check, _loop
-from tinsmith._connection import CHECKPOINT, Connection, address_of
+from tinsmith._connection import CHECKPOINT, Connection
 from tinsmith._convert import checkpoint_from_pb
 from tinsmith._download import download
 from tinsmith._lifetime import delete_model
+from tinsmith._sessions import Sessions
 from tinsmith._twins import async_twins
+from tinsmith.addresses import address_of
 from tinsmith.errors import unsupported
 from tinsmith.futures import APIFuture
 from tinsmith.types import (
@@ -41,7 +43,7 @@ PAGE_SIZE = 1000
 async def capabilities_of(connection: Connection) -> GetServerCapabilitiesResponse:
     """What the cluster can do now."""
     found = await connection.capabilities()
-    models = [SupportedModel(m.name, m.context_length) for m in found.base_models]
+    models = [SupportedModel(m.name, m.context_length, True, True) for m in found.base_models]
     return GetServerCapabilitiesResponse(models)
 
 
@@ -54,7 +56,7 @@ async def capabilities_of(connection: Connection) -> GetServerCapabilitiesRespon
     "delete_model",
     final=True,
 )
-class RestClient:
+class RestClient(Sessions):
     """Looks after checkpoints and runs; every method returns a future.
 
     Args:

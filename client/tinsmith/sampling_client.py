@@ -8,16 +8,17 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tinsmith import _check, _loop, tensors
+from tinsmith import _check, _handle, _loop, tensors
 from tinsmith._connection import CHECKPOINT, SAMPLER, Connection
 from tinsmith._convert import delta_from_pb, model_input_to_pb, sampling_params_to_pb
-from tinsmith._leases import is_ephemeral, new_lease_id
+from tinsmith._leases import new_lease_id
 from tinsmith._replicas import Work
 from tinsmith._samples import Samples
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
-from tinsmith.errors import DataLossError
-from tinsmith.futures import APIFuture, ClientFuture
+from tinsmith._weights import Weights
+from tinsmith.errors import DataLossError, unsupported
+from tinsmith.futures import ClientFuture, WaitableFuture
 from tinsmith.types import (
     ModelInput,
     SampledTokens,
@@ -60,32 +61,23 @@ class SamplingClient:
     NotFoundError (CHECKPOINT_NOT_FOUND). So they may after a loss of power at the Checkpoint
     server, or DataLossError. Weights that are to stay need a name
     (`save_weights_for_sampler`).
-
-    Attributes:
-        model_path: The checkpoint's path, or None for the base model itself.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        base_model: str,
-        model_path: str | None,
-        digest: bytes = b"",
-        lease_id: str = "",
-    ) -> None:
+    def __init__(self, connection: Connection, base_model: str, weights: Weights) -> None:
         self._connection = connection
-        self._digest = digest
         self._base_model = base_model
+        self._weights = weights
         self._tokenizer: Any = None
-        self.model_path = model_path
-        self._lease_id = ""
-        if model_path is not None and is_ephemeral(model_path):
-            self._lease_id = connection.leases.hold(self, model_path, lease_id)
+
+    @property
+    def model_path(self) -> str | None:
+        """The checkpoint's path, or None for the base model itself."""
+        return self._weights.now.path
 
     @classmethod
     def opened(
         cls, connection: Connection, base_model: str, model_path: str
-    ) -> "ClientFuture[SamplingClient]":
+    ) -> "SamplingClientFuture":
         """A client for a checkpoint, after a look whether it is there."""
         model_path = _check.text(model_path, "model_path")
         lease_id = new_lease_id()
@@ -99,21 +91,63 @@ class SamplingClient:
 
             found = await connection.retrying("create_sampling_client", ask, service=CHECKPOINT)
             checkpoint = found.checkpoint
-            base = base_model or checkpoint.base_model
-            return cls(connection, base, model_path, checkpoint.digest, lease_id)
+            base = await connection.base_model_name(base_model) or checkpoint.base_model
+            weights = Weights(connection, model_path, checkpoint.digest, lease_id)
+            return cls(connection, base, weights)
 
-        return ClientFuture(_loop.run(build()))
+        return SamplingClientFuture(_loop.run(build()))
 
     def close(self) -> None:
         """Let go of the weights at once, rather than when this client is collected as garbage."""
-        if self._lease_id:
-            self._connection.leases.let_go(self._lease_id)
+        self._weights.close()
 
     def __reduce__(self) -> Any:
+        self._weights.hand_on()
+        path, digest = self._weights.now
+        return _rebuild, (self._connection.settings, self._base_model, path, digest)
+
+    def get_sampler_handle(self) -> str:
+        """What `from_sampler_handle` makes a client of, in any process; letters, digits, - and _.
+
+        It has the cluster's address in it, and no key. Weights without a name are to be opened
+        within a minute after this client is gone.
+        """
+        self._weights.hand_on()
+        path, digest = self._weights.now
         settings = self._connection.settings
-        if self._lease_id:
-            self._connection.leases.hand_on(self._lease_id)
-        return _rebuild, (settings, self._base_model, self.model_path, self._digest)
+        return _handle.written(settings, self._base_model, path, digest)
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> "SamplingClient":
+        """A client for what another one samples from.
+
+        Args:
+            handle: Of `get_sampler_handle`.
+            api_key: As in `ServiceClient`.
+
+        Raises:
+            InvalidArgumentError: It is none (also a ValueError).
+        """
+        return _rebuild(*_handle.read(_check.text(handle, "handle")))
+
+    @staticmethod
+    def create(
+        holder: Any,
+        *,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        sampling_session_id: str | None = None,
+        retry_config: Any = None,
+        record_stability_info: bool = False,
+    ) -> Any:
+        """Not supported."""
+        raise unsupported("SamplingClient.create", "use ServiceClient.create_sampling_client")
+
+    def on_queue_state_change(self, queue_state: Any, queue_state_reason: str | None) -> None:
+        """Tinker calls this; nobody does here: the log says what a call waits for."""
+
+    def get_telemetry(self) -> None:
+        """None: there is no telemetry."""
 
     def sample(
         self,
@@ -126,7 +160,7 @@ class SamplingClient:
         target_prompt_logprobs: TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
-    ) -> APIFuture[SampleResponse]:
+    ) -> WaitableFuture[SampleResponse]:
         """Sample continuations of a prompt.
 
         Args:
@@ -171,7 +205,7 @@ class SamplingClient:
                 samples.add(response)
             return samples.result()
 
-        return APIFuture(_loop.run(self._retrying("sample", request, make)))
+        return WaitableFuture(_loop.run(self._retrying("sample", request, make)))
 
     def _request(
         self, prompt: ModelInput, num_samples: int, params: SamplingParams | None
@@ -183,10 +217,11 @@ class SamplingClient:
         if params.seed is None:
             # Drawn here, so that an attempt that is repeated makes the same samples.
             params = replace(params, seed=secrets.randbits(SEED_BITS))
+        path, digest = self._weights.now
         return pb.SampleRequest(
             base_model=self._base_model,
-            checkpoint_path=self.model_path or "",
-            checkpoint_digest=self._digest,
+            checkpoint_path=path or "",
+            checkpoint_digest=digest,
             prompt=model_input_to_pb(prompt, "prompt"),
             num_samples=_check.whole(num_samples, "num_samples", 1, INT32_MAX),
             sampling_params=sampling_params_to_pb(params),
@@ -243,8 +278,9 @@ class SamplingClient:
         request: pb.SampleRequest | pb.ComputeLogprobsRequest,
         make: "Callable[[SamplerServiceAsyncStub], Awaitable[T]]",
     ) -> T:
+        digest = request.checkpoint_digest.hex()
         work = Work(
-            weights=f"{self._base_model} {self.model_path} {self._digest.hex()}",
+            weights=f"{request.base_model} {request.checkpoint_path} {digest}",
             tokens=tensors.decode(request.prompt.chunks[0].tokens),
             sequences=request.num_samples if isinstance(request, pb.SampleRequest) else 1,
         )
@@ -253,7 +289,7 @@ class SamplingClient:
 
     def compute_logprobs(
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
-    ) -> APIFuture[list[float | None]]:
+    ) -> WaitableFuture[list[float | None]]:
         """Logprob of each prompt token given those before it; None at position 0.
 
         Args:
@@ -261,10 +297,11 @@ class SamplingClient:
             prompt_logprobs_last_n: Only the last so many, 1 to P - 1; the others are None. None:
                 all.
         """
+        path, digest = self._weights.now
         request = pb.ComputeLogprobsRequest(
             base_model=self._base_model,
-            checkpoint_path=self.model_path or "",
-            checkpoint_digest=self._digest,
+            checkpoint_path=path or "",
+            checkpoint_digest=digest,
             prompt=model_input_to_pb(prompt, "prompt"),
         )
         if prompt_logprobs_last_n is not None:
@@ -274,7 +311,7 @@ class SamplingClient:
             response = await sampler.ComputeLogprobs(request)
             return nan_to_none(tensors.decode(response.prompt_logprobs.logprobs))
 
-        return APIFuture(_loop.run(self._retrying("compute_logprobs", request, make)))
+        return WaitableFuture(_loop.run(self._retrying("compute_logprobs", request, make)))
 
     def get_base_model(self) -> str:
         """Name of the base model."""
@@ -295,7 +332,12 @@ class SamplingClient:
 def _rebuild(
     settings: Mapping[str, Any], base_model: str, model_path: str | None, digest: bytes
 ) -> SamplingClient:
-    return SamplingClient(Connection(**settings), base_model, model_path, digest)
+    connection = Connection(**settings)
+    return SamplingClient(connection, base_model, Weights(connection, model_path, digest))
+
+
+class SamplingClientFuture(ClientFuture[SamplingClient], SamplingClient):  # type: ignore[misc]
+    """A future that is used as the client, too; pickled, it is one."""
 
 
 def _last_n(count: object) -> int:

@@ -1,18 +1,22 @@
 """`ServiceClient`: the way into a cluster."""
 
+import itertools
 import uuid
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from tinsmith import _check, _loop
-from tinsmith._connection import GIVE_UP_AFTER_S, Connection, address_of
+from tinsmith._connection import GIVE_UP_AFTER_S, Connection
+from tinsmith._sessions import model_id
 from tinsmith._twins import async_twins
+from tinsmith._weights import Weights
+from tinsmith.addresses import address_of
 from tinsmith.errors import InvalidArgumentError, unsupported
-from tinsmith.futures import APIFuture, ClientFuture
+from tinsmith.futures import APIFuture
 from tinsmith.rest_client import RestClient, capabilities_of
-from tinsmith.sampling_client import SamplingClient
-from tinsmith.training_client import TrainingClient
+from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
+from tinsmith.training_client import TrainingClient, TrainingClientFuture
 from tinsmith.types import AdamOptimizerConfig, GetServerCapabilitiesResponse, LoraConfig
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
@@ -31,12 +35,14 @@ class ServiceClient:
     Args:
         user_metadata: Kept with every model that is created.
         project_id: Ignored; there are no projects.
-        base_url: `host:port` of the Training server; else `TINSMITH_ADDRESS`, else
+        base_url: `host:port` of the Training server, or `https://host:port` where a proxy speaks
+            TLS in front of all services; else `TINSMITH_ADDRESS`, else
             `TINKER_BASE_URL`, else 127.0.0.1:50051. It says where the other two services are,
             unless `TINSMITH_ADDRESS_SAMPLER` or `TINSMITH_ADDRESS_CHECKPOINT` does. Where there are
             several Samplers, calls are spread over them, and move when one dies.
         api_key: Ignored; there are no keys yet.
         display_name: Ignored.
+        default_headers_overrides: Ignored; there are no HTTP headers.
         give_up_after_s: Seconds for which a call is repeated while nothing but failures comes. They
             start anew with every answer to another call of the same model or, for what belongs to
             no model, of the same service.
@@ -50,6 +56,7 @@ class ServiceClient:
         display_name: str | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
         give_up_after_s: float = GIVE_UP_AFTER_S,
         **kwargs: Any,
     ) -> None:
@@ -61,6 +68,8 @@ class ServiceClient:
         self._user_metadata = _check.metadata(user_metadata)
         seconds = _check.real(give_up_after_s, "give_up_after_s")
         self._connection = Connection(address_of(base_url), seconds)
+        self._session_id = str(uuid.uuid4())
+        self._models = itertools.count()
 
     # --- clients ------------------------------------------------------------------------------
 
@@ -76,11 +85,12 @@ class ServiceClient:
         optimizer: AdamOptimizerConfig | None = None,
         *,
         expert_rank: int | None = None,
-    ) -> ClientFuture[TrainingClient]:
+    ) -> TrainingClientFuture:
         """Create a model with a fresh adapter.
 
         Args:
-            base_model: Name of a base model that the cluster holds.
+            base_model: Name of a base model that the cluster holds; `org/model` and
+                `org/model:variant` also mean one that it holds as `model`.
             rank: Of the adapter.
             seed: Of its first values; None draws one.
             train_mlp: Adapt the MLP projections.
@@ -106,7 +116,7 @@ class ServiceClient:
 
     def create_full_training_client(
         self, base_model: str, user_metadata: Mapping[str, str] | None = None
-    ) -> ClientFuture[TrainingClient]:
+    ) -> TrainingClientFuture:
         """Create a model that trains all weights of the base model, without an adapter.
 
         While it is called it has the trainer to itself: other models are suspended to disk
@@ -131,7 +141,7 @@ class ServiceClient:
         user_metadata: Mapping[str, str] | None = None,
         weights_access_token: str | None = None,
         optimizer: AdamOptimizerConfig | None = None,
-    ) -> ClientFuture[TrainingClient]:
+    ) -> TrainingClientFuture:
         """Create a model with a checkpoint's weights; its optimizer starts anew."""
         _check_optimizer(optimizer)
         return self._from_state(path, base_model, user_metadata, weights_access_token, False)
@@ -142,7 +152,7 @@ class ServiceClient:
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
         weights_access_token: str | None = None,
-    ) -> ClientFuture[TrainingClient]:
+    ) -> TrainingClientFuture:
         """Create a model that goes on exactly where a TRAINING checkpoint was saved."""
         return self._from_state(path, base_model, user_metadata, weights_access_token, True)
 
@@ -153,7 +163,7 @@ class ServiceClient:
         user_metadata: Mapping[str, str] | None,
         token: str | None,
         with_optimizer: bool,
-    ) -> ClientFuture[TrainingClient]:
+    ) -> TrainingClientFuture:
         if token is not None:
             raise unsupported("weights_access_token", "there are no access tokens yet")
         return self._create(
@@ -163,7 +173,7 @@ class ServiceClient:
             with_optimizer=with_optimizer,
         )
 
-    def get_training_client(self, model_id: str) -> ClientFuture[TrainingClient]:
+    def get_training_client(self, model_id: str) -> TrainingClientFuture:
         """Go on with a model that exists, such as one whose script died.
 
         The new client goes on after the last call that the service was sent, once all of them have
@@ -180,22 +190,25 @@ class ServiceClient:
 
     def _create(
         self, user_metadata: Mapping[str, str] | None, base_model: str | None, **fields: Any
-    ) -> ClientFuture[TrainingClient]:
+    ) -> TrainingClientFuture:
         request = pb.CreateModelRequest(
             base_model=_check.optional_text(base_model, "base_model"),
             user_metadata={**self._user_metadata, **_check.metadata(user_metadata)},
             request_id=str(uuid.uuid4()),  # sent again, it is still one model
+            model_id=model_id(self._session_id, next(self._models)),
             **fields,
         )
 
         async def build() -> TrainingClient:
+            request.base_model = await self._connection.base_model_name(request.base_model)
+
             async def attempt() -> pb.CreateModelResponse:
                 return await self._connection.training().CreateModel(request)
 
             response = await self._connection.retrying("create_training_client", attempt)
             return TrainingClient(self._connection, response.model)
 
-        return ClientFuture(_loop.run(build()))
+        return TrainingClientFuture(_loop.run(build()))
 
     def create_sampling_client(
         self,
@@ -203,7 +216,7 @@ class ServiceClient:
         base_model: str | None = None,
         retry_config: Any = None,
         record_stability_info: bool = False,
-    ) -> ClientFuture[SamplingClient]:
+    ) -> SamplingClientFuture:
         """Sample from a SAMPLER checkpoint, or from a base model.
 
         Args:
@@ -222,15 +235,16 @@ class ServiceClient:
         name = _check.text(base_model, "base_model")
 
         async def build() -> SamplingClient:
-            return SamplingClient(self._connection, name, None)
+            held = await self._connection.base_model_name(name)
+            return SamplingClient(self._connection, held, Weights(self._connection, None))
 
-        return ClientFuture(_loop.run(build()))
+        return SamplingClientFuture(_loop.run(build()))
 
     def create_rest_client(self) -> RestClient:
         """A client for checkpoints and runs."""
         return RestClient(self._connection)
 
-    def create_custom_loss(self, *args: Any, **kwargs: Any) -> Any:
+    def create_custom_loss(self, fn: Any, input_ranks: Any) -> Any:
         """Not supported; `forward_backward_custom` takes the function itself."""
         raise unsupported("create_custom_loss", "pass the function to forward_backward_custom")
 
@@ -256,6 +270,18 @@ class ServiceClient:
     async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
         """`get_server_capabilities` for coroutines."""
         return await APIFuture(_loop.run(capabilities_of(self._connection)))
+
+    def get_console_url(self) -> str:
+        """Not supported."""
+        raise unsupported("get_console_url", "there is no page for a client")
+
+    def get_telemetry(self) -> None:
+        """None: there is no telemetry."""
+
+    @property
+    def holder(self) -> Any:
+        """Not supported."""
+        raise unsupported("holder", "what the client holds is its own; tinsmith.v1 has the stubs")
 
     def close(
         self,

@@ -1,6 +1,7 @@
 """`TrainingClient`: trains one model, call by call."""
 
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
@@ -15,9 +16,10 @@ from tinsmith._leases import new_lease_id
 from tinsmith._lifetime import ModelLifetime
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
+from tinsmith._weights import Weights
 from tinsmith.errors import unsupported
 from tinsmith.futures import APIFuture, ClientFuture, CustomLossFuture
-from tinsmith.sampling_client import SamplingClient
+from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
 from tinsmith.types import (
     AdamParams,
     Datum,
@@ -27,6 +29,7 @@ from tinsmith.types import (
     LossFnType,
     ModelData,
     OptimStepResponse,
+    SamplingClientKind,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
@@ -37,7 +40,7 @@ from tinsmith.v1 import types_pb2
 @async_twins(
     *("forward", "forward_backward", "forward_backward_custom", "optim_step"),
     *("save_state", "load_state", "load_state_with_optimizer", "save_weights_for_sampler"),
-    *("save_weights_and_get_sampling_client", "create_sampling_client"),
+    *("save_weights_and_get_sampling_client", "create_sampling_client", "save_weights_external"),
     final=False,
 )
 class TrainingClient(ModelLifetime):
@@ -60,16 +63,19 @@ class TrainingClient(ModelLifetime):
         self._lane = Lane(connection, model.model_id, next_seq_id or model.next_seq_id)
         self._calls = Calls(connection, model.model_id, self._lane)
         self._tokenizer: Any = None
+        self._saves = 0
+        self._moving: Callable[[], Weights | None] = lambda: None
+        """The weights of all clients that are "inflight"; they live as long as one of those."""
         self.model_id = model.model_id
 
     @classmethod
-    def attached(cls, connection: Connection, model_id: str) -> "ClientFuture[TrainingClient]":
+    def attached(cls, connection: Connection, model_id: str) -> "TrainingClientFuture":
         """A client for a model that exists, which goes on after its last call."""
 
         async def build() -> TrainingClient:
             return cls(connection, *await attach(connection, model_id))
 
-        return ClientFuture(_loop.run(build()))
+        return TrainingClientFuture(_loop.run(build()))
 
     # --- computing ----------------------------------------------------------------------------
 
@@ -202,9 +208,15 @@ class TrainingClient(ModelLifetime):
             lambda response: SaveWeightsForSamplerResponse(response.checkpoint_path),
         )
 
-    def save_weights_external(self, *args: Any, **kwargs: Any) -> Any:
+    def save_weights_external(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: Sequence[str] | None = None,
+    ) -> Any:
         """Not supported; `RestClient.download_checkpoint` gives a checkpoint's PEFT folder."""
-        raise unsupported("save_weights_external", "use RestClient.download_checkpoint")
+        why = "save_weights_for_sampler saves what RestClient.download_checkpoint gives as PEFT"
+        raise unsupported("save_weights_external", why)
 
     def _save(
         self,
@@ -260,20 +272,22 @@ class TrainingClient(ModelLifetime):
         name: str | None = None,
         retry_config: Any = None,
         record_stability_info: bool = False,
-        kind: Literal["snapshot"] = "snapshot",
-    ) -> ClientFuture[SamplingClient]:
+        kind: SamplingClientKind = "snapshot",
+    ) -> SamplingClientFuture:
         """Save the weights as they are now, under no lasting name, and sample from them.
 
         Args:
             name: Ignored, as in Tinker.
             retry_config: Ignored; the client retries by itself.
             record_stability_info: Not supported.
-            kind: Only "snapshot".
+            kind: "snapshot": the client keeps these weights. "inflight": it goes on to those of
+                every later "inflight" save of this client; what it samples at that moment ends with
+                the weights that it was begun with.
         """
         if record_stability_info:
             raise unsupported("record_stability_info", "stable_reinforce is not supported")
-        if kind != "snapshot":
-            raise unsupported("kind", f"{kind!r} is not supported, 'snapshot' is")
+        if kind not in ("snapshot", "inflight"):
+            raise refuse("kind", f"{_check.shown(kind)} is not 'snapshot' or 'inflight'")
         if self._is_full:
             message = "a model that trains all weights is not served; save it and download it"
             raise unsupported("save_weights_and_get_sampling_client", message)
@@ -288,18 +302,27 @@ class TrainingClient(ModelLifetime):
             lambda response: response,
             lease_id,
         )
-        connection, base_model = self._connection, self._model.base_model
+        self._saves += 1
+        turn = self._saves
 
         async def build() -> SamplingClient:
             made = await saved
             path, digest = made.checkpoint_path, made.digest
-            return SamplingClient(connection, base_model, path, digest, lease_id)
+            moving = self._moving() if kind == "inflight" else None
+            if moving is not None:
+                moving.move(path, digest, lease_id, turn)
+                return SamplingClient(self._connection, self._model.base_model, moving)
+            moves = kind == "inflight"
+            weights = Weights(self._connection, path, digest, lease_id, moves=moves)
+            if moves:
+                self._moving = weakref.ref(weights)
+            return SamplingClient(self._connection, self._model.base_model, weights)
 
-        return ClientFuture(_loop.run(build()))
+        return SamplingClientFuture(_loop.run(build()))
 
     def create_sampling_client(
         self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
-    ) -> ClientFuture[SamplingClient]:
+    ) -> SamplingClientFuture:
         """Sample from a SAMPLER checkpoint."""
         if record_stability_info:
             raise unsupported("record_stability_info", "stable_reinforce is not supported")
@@ -332,6 +355,10 @@ class TrainingClient(ModelLifetime):
             fetch = fetch_tokenizer(self._connection, self._model.base_model)
             self._tokenizer = load_tokenizer(_loop.run(fetch).result())
         return self._tokenizer
+
+
+class TrainingClientFuture(ClientFuture[TrainingClient], TrainingClient):  # type: ignore[misc]
+    """A future that is used as the client, too."""
 
 
 def data_of(data: object) -> list[Datum]:

@@ -92,6 +92,8 @@ class Faulty(TrainingServiceServicer, SamplerServiceServicer, CheckpointServiceS
         for request in requests:
             if hasattr(request, "request_id"):
                 request.ClearField("request_id")
+            if isinstance(request, pb.CreateModelRequest):
+                request.ClearField("model_id")  # as random as the other
             self.recorded.append(request.SerializeToString(deterministic=True))
 
     async def CreateModel(self, request: Any, context: Any) -> pb.CreateModelResponse:

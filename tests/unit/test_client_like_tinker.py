@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import inspect
 import pickle
+import socketserver
 import threading
 import time
 from typing import Any
@@ -300,24 +301,50 @@ def test_a_pickled_sampling_client_keeps_its_settings() -> None:
 
 
 def test_tinkers_variable_for_the_address_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """host:port works, ours comes first, and a gateway's URL is refused rather than ignored."""
+    """Any way to write an address, ours comes first, and a path is refused rather than dropped."""
     monkeypatch.delenv("TINSMITH_ADDRESS", raising=False)
-    monkeypatch.setenv("TINKER_BASE_URL", "trainer:1234")
-    assert tinsmith.ServiceClient()._connection.address == "trainer:1234"
-    assert tinsmith.RestClient()._connection.address == "trainer:1234"
+    ways = {
+        "trainer:1234": "trainer:1234",
+        "http://trainer:1234/": "trainer:1234",
+        "https://trainer": "https://trainer:443",
+        "HTTPS://trainer:1234//": "https://trainer:1234",
+        "http://[::1]:1": "[::1]:1",
+    }
+    for given, address in ways.items():
+        monkeypatch.setenv("TINKER_BASE_URL", given)
+        assert tinsmith.ServiceClient()._connection.address == address
+        assert tinsmith.RestClient()._connection.address == address
     assert tinsmith.ServiceClient(base_url="other:1")._connection.address == "other:1"
-    for url in ("https://tinker.example/services/prod", "http://127.0.0.1:8000", "http://h:1/api"):
+    for url in ("https://tinker.example/services/prod", "http://h:1/api", "http://h:1?x"):
         monkeypatch.setenv("TINKER_BASE_URL", url)
         for make in (tinsmith.ServiceClient, tinsmith.RestClient):
-            with pytest.raises(tinsmith.UnimplementedError, match="gateway") as refusal:
+            with pytest.raises(tinsmith.InvalidArgumentError, match="path") as refusal:
                 make()
             assert refusal.value.field == "TINKER_BASE_URL"
     monkeypatch.setenv("TINSMITH_ADDRESS", "ours:1")
     assert tinsmith.ServiceClient()._connection.address == "ours:1"
 
 
+class _OldHttp(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.recv(1024)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_a_server_of_http_1_is_told_at_once() -> None:
+    """Such as a gateway, whose address is in TINKER_BASE_URL: nobody waits an hour for it."""
+    with socketserver.TCPServer(("127.0.0.1", 0), _OldHttp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(tinsmith.InvalidArgumentError, match=r"HTTP/1\.1") as refusal:
+            tinsmith.ServiceClient(base_url=url).create_lora_training_client("base").result(30)
+        assert refusal.value.field == "base_url"
+        server.shutdown()
+
+
 @pytest.mark.parametrize("bad", ["host", "host:", ":1", "host:x", "host:70000", 5, "", "h:１",
-                                 "http://host:1/path"])  # fmt: skip
+                                 "http://host:1/path",
+                                 "ftp://host:1", "https://u:p@host", "http://host"])  # fmt: skip
 def test_an_address_that_is_none_is_refused(bad: Any) -> None:
     with pytest.raises(tinsmith.InvalidArgumentError) as refusal:
         tinsmith.ServiceClient(base_url=bad)

@@ -148,12 +148,15 @@ def test_a_sparse_array_is_dense_with_any_padding() -> None:
     made = sparse()
     assert made.tolist() == made.to_numpy().tolist() == [[1, 0, 7], [0, 0, 2]]
     assert made.to_numpy(pad_value=-100).tolist() == [[1, -100, 7], [-100, -100, 2]]
-    assert made.shape == (2, 3)
+    assert made.shape == [2, 3]
     assert sparse((0, 0), (), (1, 4), ()).to_numpy(5).tolist() == [[5] * 4]
     assert made == sparse() != types.TensorData([[1, 0, 7], [0, 0, 2]])
-    for array in (made.to_numpy(), made.to_numpy(-1)):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0, 0] = 9
+    for array in (made.to_numpy(), made.to_numpy(-1), np.asarray(made)):
+        array[0, 0] = 9  # the caller's own
+    assert made.tolist() == [[1, 0, 7], [0, 0, 2]]
+    assert not made.view().flags.writeable
+    assert (made.sparse_crow_indices, made.sparse_col_indices) == ([0, 2, 3], [0, 2, 2])
+    assert made.data == [1, 7, 2]
     with pytest.raises(tinsmith.InvalidArgumentError, match="pad_value"):
         made.to_numpy(0.5)
 

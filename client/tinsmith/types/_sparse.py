@@ -56,6 +56,13 @@ def dense(
     return array, empty
 
 
+def compressed(empty: NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """For each row where its values begin, and their number at the end; the column of each."""
+    rows, columns = np.nonzero(~empty)
+    starts = np.searchsorted(rows, np.arange(len(empty) + 1))
+    return starts.tolist(), columns.tolist()
+
+
 def _indices(given: Any, field: str, most: int) -> NDArray[np.int64]:
     """int64 `(n,)`, each from 0 to `most`."""
     try:

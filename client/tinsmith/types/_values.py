@@ -9,8 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from tinsmith.types._models import Model, readers
 
-class Value:
+
+class Value(Model):
     """Base of the frozen dataclasses.
 
     Lists, mappings and arrays that one is made of are copied, so that its maker may go on using
@@ -18,9 +20,12 @@ class Value:
     """
 
     def __post_init__(self) -> None:
+        reads = readers(type(self))  # type: ignore[arg-type]  # a class can be hashed
         for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = getattr(self, field.name)
-            if not isinstance(value, str | int | float | None):
+            if field.name in reads:
+                object.__setattr__(self, field.name, owned(reads[field.name](value)))
+            elif not isinstance(value, str | int | float | None):
                 object.__setattr__(self, field.name, owned(value))
 
     def copied(self) -> Self:
@@ -37,6 +42,12 @@ class Value:
 
     def __hash__(self) -> int:
         return hash((type(self), *vars(self).values()))
+
+
+class Response(Value):
+    """Base of what servers give: a field that this client does not know is left out."""
+
+    _from_server = True
 
 
 def owned(value: Any) -> Any:

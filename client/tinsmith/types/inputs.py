@@ -6,7 +6,7 @@ Everything here is checked and copied when it is made: lists and arrays may be u
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from tinsmith import _check
 from tinsmith._check import refuse, shown
-from tinsmith.errors import InvalidArgumentError, unsupported
+from tinsmith.errors import InvalidArgumentError
 from tinsmith.types._values import Value, owned
-from tinsmith.types.tensor import Like, TensorData, from_any, token_ids
+from tinsmith.types.provenance import ProvenanceSpan, check_tiling, spans_of
+from tinsmith.types.tensor import TensorData, from_any, token_ids
+from tinsmith.types.unsupported import CHUNKS
 
 LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 
@@ -63,7 +65,7 @@ class ModelInput(Value):
     def __post_init__(self) -> None:
         if isinstance(self.chunks, str | Mapping) or not isinstance(self.chunks, Iterable):
             raise refuse("chunks", f"expected a list of chunks, got {type(self.chunks).__name__}")
-        object.__setattr__(self, "chunks", list(map(owned, self.chunks)))
+        object.__setattr__(self, "chunks", [owned(_chunk(chunk)) for chunk in self.chunks])
         for index, chunk in enumerate(self.chunks):
             if not isinstance(chunk, EncodedTextChunk):
                 where = f"chunks[{index}]"
@@ -97,6 +99,14 @@ class ModelInput(Value):
         return self.append(EncodedTextChunk([_check.whole(token, "token")]))
 
 
+def _chunk(given: Any) -> Any:
+    """A chunk that may be given as a mapping, whose `type` says which."""
+    if not isinstance(given, Mapping):
+        return given
+    kind = given.get("type", "encoded_text")
+    return CHUNKS[kind]() if kind in CHUNKS else EncodedTextChunk.model_validate(given)
+
+
 @dataclass(frozen=True, eq=False)
 class Datum(Value):
     """One training example: position i of `model_input` predicts `target_tokens[i]`.
@@ -107,8 +117,9 @@ class Datum(Value):
             `(N, K)`. numpy arrays, torch tensors, TensorData, or lists under known names. The name
             says what they are read as: `target_tokens` int64, what losses read besides float32.
             Booleans and any integers convert, exactly or not at all.
-        model_input_spans: Not supported.
-        loss_fn_input_spans: Not supported.
+        model_input_spans: Where the tokens of `model_input` come from, as `with_provenance` takes
+            it; kept, and not sent.
+        loss_fn_input_spans: The same of the arrays. Both are given or neither.
 
     Raises:
         InvalidArgumentError: An argument is something else; `field` names the input.
@@ -116,13 +127,12 @@ class Datum(Value):
 
     model_input: ModelInput
     loss_fn_inputs: Mapping[str, Any] = field(default_factory=dict)
-    model_input_spans: None = field(default=None, repr=False)
-    loss_fn_input_spans: None = field(default=None, repr=False)
+    model_input_spans: Sequence[ProvenanceSpan] | None = field(default=None, repr=False)
+    loss_fn_input_spans: Sequence[ProvenanceSpan] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("model_input_spans", "loss_fn_input_spans"):
-            if getattr(self, name) is not None:
-                raise unsupported(name, "provenance is not supported")
+        if isinstance(self.model_input, Mapping):
+            object.__setattr__(self, "model_input", ModelInput.model_validate(self.model_input))
         if not isinstance(self.model_input, ModelInput):
             kind = type(self.model_input).__name__
             raise refuse("model_input", f"expected a ModelInput, got {kind}")
@@ -135,12 +145,39 @@ class Datum(Value):
         }
         object.__setattr__(self, "model_input", self.model_input.copied())
         object.__setattr__(self, "loss_fn_inputs", read)
+        self._read_spans()
 
-    @property
-    def like(self) -> Like:
-        """What its arrays were given as; results come back as the same."""
-        kinds = {tensor.like for tensor in self.loss_fn_inputs.values()}
-        return "torch" if "torch" in kinds else "numpy" if "numpy" in kinds else ""
+    def _read_spans(self) -> None:
+        names = ("model_input_spans", "loss_fn_input_spans")
+        given = [name for name in names if getattr(self, name) is not None]
+        if not given:
+            return
+        for name in names:
+            if name not in given:
+                raise refuse(name, "is missing: both lists of spans are given or neither")
+            object.__setattr__(self, name, spans_of(getattr(self, name), name))
+
+    def with_provenance(
+        self,
+        model_input: Sequence[ProvenanceSpan],
+        loss_fn_inputs: Sequence[ProvenanceSpan],
+    ) -> Datum:
+        """The same datum, which also says where its tokens come from.
+
+        Args:
+            model_input: Spans that cover the N tokens of `model_input`, in order.
+            loss_fn_inputs: Spans that cover the N positions of `target_tokens`, in order.
+
+        Raises:
+            InvalidArgumentError: They do not cover exactly that (also a ValueError).
+        """
+        spans = spans_of(model_input, "model_input")
+        check_tiling(spans, self.model_input.length, "model_input")
+        others = spans_of(loss_fn_inputs, "loss_fn_inputs")
+        if "target_tokens" in self.loss_fn_inputs:
+            positions = len(self.loss_fn_inputs["target_tokens"])
+            check_tiling(others, positions, "loss_fn_inputs")
+        return replace(self, model_input_spans=spans, loss_fn_input_spans=others)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from typing import Any, Literal
 
-from tinsmith._check import text
-from tinsmith.errors import InvalidArgumentError
-from tinsmith.types._values import Value
+from tinsmith._check import shown, text
+from tinsmith.errors import InvalidArgumentError, unsupported
+from tinsmith.types._values import Response
 from tinsmith.types.inputs import AdamOptimizerConfig
+from tinsmith.types.tensor import TensorData
 
-CheckpointType = Literal["training", "sampler"]
+CheckpointType = Literal["training", "sampler", "external"]
 ModelID = str
+RequestID = str
+LossFnInputs = dict[str, TensorData]
+LossFnOutput = dict[str, TensorData]
+_NO_CONSOLE = "there is no page for it"
+
+
+class RequestErrorCategory(StrEnum):
+    """Whom `RequestFailedError.category` blames."""
+
+    Unknown = "unknown"
+    Server = "server"
+    User = "user"
 
 
 @dataclass(frozen=True, eq=False)
-class ForwardBackwardOutput(Value):
+class ForwardBackwardOutput(Response):
     """Result of forward, forward_backward and forward_backward_custom.
 
     Unpacks as `loss, metrics`.
 
     Attributes:
         loss_fn_outputs: One mapping per datum; `logprobs`, float32, is shaped like its
-            `target_tokens`, as numpy array, torch tensor or TensorData: what the datum was of.
+            `target_tokens`.
         metrics: Values named `name:reduction`; `loss:sum` is always there.
     """
 
-    loss_fn_outputs: list[Mapping[str, Any]]
-    metrics: dict[str, float]
-    loss_fn_output_type: str = "TensorData"
+    loss_fn_output_type: str
+    loss_fn_outputs: list[LossFnOutput]
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -42,37 +56,75 @@ class ForwardBackwardOutput(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class OptimStepResponse(Value):
+class OptimStepResponse(Response):
     """`grad_norm:last` is the global L2 norm before clipping, `step:last` counts the steps."""
 
     metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class SaveWeightsResponse(Value):
+class SaveWeightsResponse(Response):
     """`path` names the checkpoint."""
 
     path: str
-    type: str = "save_weights"
+    type: str | None = "save_weights"
+
+    def get_console_url(self) -> str:
+        """Not supported."""
+        raise unsupported("get_console_url", _NO_CONSOLE)
 
 
 @dataclass(frozen=True, eq=False)
-class SaveWeightsForSamplerResponse(Value):
+class SaveWeightsForSamplerResponse(Response):
     """`path` names the checkpoint."""
 
     path: str
+    type: str | None = None
+
+    def get_console_url(self) -> str:
+        """Not supported."""
+        raise unsupported("get_console_url", _NO_CONSOLE)
+
+    def get_playground_url(self) -> str:
+        """Not supported."""
+        raise unsupported("get_playground_url", _NO_CONSOLE)
 
 
 @dataclass(frozen=True, eq=False)
-class LoadWeightsResponse(Value):
+class SaveWeightsExternalResponse(Response):
+    """`path` names the exported weights."""
+
+    path: str
+    type: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ExternalWeightsUrlsResponse(Response):
+    """Where to get each file of exported weights, by its name, and until when."""
+
+    urls: dict[str, str]
+    expires: datetime
+
+
+@dataclass(frozen=True, eq=False)
+class LoadWeightsResponse(Response):
     """`path` names what was loaded."""
 
     path: str | None = None
     model_id: str | None = None
+    type: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class ModelData(Value):
+class UnloadModelResponse(Response):
+    """`model_id` names what was deleted."""
+
+    model_id: str
+    type: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ModelData(Response):
     """What a model is built on."""
 
     arch: str | None = None
@@ -81,36 +133,37 @@ class ModelData(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class GetInfoResponse(Value):
+class GetInfoResponse(Response):
     """What a TrainingClient's model is."""
 
-    model_id: str
     model_data: ModelData
-    is_lora: bool = True
+    model_id: str
+    is_lora: bool | None = None
     lora_rank: int | None = None
     model_name: str | None = None
     optimizer_config: AdamOptimizerConfig = field(default_factory=AdamOptimizerConfig)
+    type: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class SupportedModel(Value):
+class SupportedModel(Response):
     """A base model that the cluster holds."""
 
-    model_name: str
-    max_context_length: int
-    trainable: bool = True
-    sampleable: bool = True
+    model_name: str | None = None
+    max_context_length: int | None = None
+    trainable: bool | None = None
+    sampleable: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class GetServerCapabilitiesResponse(Value):
+class GetServerCapabilitiesResponse(Response):
     """What the cluster can do."""
 
     supported_models: list[SupportedModel]
 
 
 @dataclass(frozen=True, eq=False)
-class Cursor(Value):
+class Cursor(Response):
     """Where a page lies in the whole list."""
 
     offset: int
@@ -119,7 +172,7 @@ class Cursor(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class Checkpoint(Value):
+class Checkpoint(Response):
     """What is known of a checkpoint; `checkpoint_id` is `weights/<name>` or so."""
 
     checkpoint_id: str
@@ -128,13 +181,13 @@ class Checkpoint(Value):
     tinker_path: str
     size_bytes: int | None = None
     public: bool = False
-    """Always False: checkpoints have no owners yet."""
+    """Always False: nobody is kept from reading a checkpoint yet."""
     user_metadata: dict[str, str] | None = None
     expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class CheckpointsListResponse(Value):
+class CheckpointsListResponse(Response):
     """Checkpoints, newest first."""
 
     checkpoints: list[Checkpoint]
@@ -142,8 +195,8 @@ class CheckpointsListResponse(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class ParsedCheckpointTinkerPath(Value):
-    """The parts of `tinsmith://<run>/<weights|sampler_weights>/<name>`."""
+class ParsedCheckpointTinkerPath(Response):
+    """The parts of `tinsmith://<run>/<weights|sampler_weights|external_weights>/<name>`."""
 
     tinker_path: str
     training_run_id: str
@@ -157,20 +210,23 @@ class ParsedCheckpointTinkerPath(Value):
         Raises:
             InvalidArgumentError: It is no such path.
         """
-        kinds: dict[str, CheckpointType] = {"weights": "training", "sampler_weights": "sampler"}
+        kinds: dict[str, CheckpointType] = {
+            "weights": "training",
+            "sampler_weights": "sampler",
+            "external_weights": "external",
+        }
         scheme, _, rest = text(tinker_path, "tinker_path").partition("://")
         parts = rest.split("/")
         valid = scheme in ("tinsmith", "tinker") and len(parts) == 3 and all(parts)
         if not valid or parts[1] not in kinds:
-            message = (
-                f"path: {tinker_path!r} is not tinsmith://<run>/<weights|sampler_weights>/<name>"
-            )
+            known = "|".join(kinds)
+            message = f"path: {shown(tinker_path)} is not tinsmith://<run>/<{known}>/<name>"
             raise InvalidArgumentError(message, field="path", reason="INVALID_NAME")
         return cls(tinker_path, parts[0], kinds[parts[1]], f"{parts[1]}/{parts[2]}")
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingRun(Value):
+class TrainingRun(Response):
     """A model on the cluster."""
 
     training_run_id: str
@@ -186,7 +242,7 @@ class TrainingRun(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingRunsResponse(Value):
+class TrainingRunsResponse(Response):
     """Models, newest first."""
 
     training_runs: list[TrainingRun]
@@ -194,7 +250,7 @@ class TrainingRunsResponse(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class WeightsInfoResponse(Value):
+class WeightsInfoResponse(Response):
     """What a checkpoint's adapter is."""
 
     base_model: str
@@ -204,3 +260,38 @@ class WeightsInfoResponse(Value):
     train_mlp: bool | None = None
     train_attn: bool | None = None
     optimizer_config: AdamOptimizerConfig = field(default_factory=AdamOptimizerConfig)
+
+
+@dataclass(frozen=True, eq=False)
+class ListSessionsResponse(Response):
+    """Ids, newest first."""
+
+    sessions: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class GetSessionResponse(Response):
+    """What was made in a session."""
+
+    training_run_ids: list[str]
+    sampler_ids: list[str]
+    user_metadata: dict[str, str] | None = None
+    display_name: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GetSamplerResponse(Response):
+    """What a sampler samples from."""
+
+    sampler_id: str
+    base_model: str
+    model_path: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WhoamiResponse(Response):
+    """Whom the servers take the caller for."""
+
+    user_urn: str
+    org_urn: str
+    email: str | None = None

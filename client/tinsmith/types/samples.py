@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinsmith.types._values import Value
+from tinsmith.types._values import Response
 from tinsmith.types.tensor import TensorData
 
 StopReason = Literal["length", "stop"]
+SamplingClientKind = Literal["snapshot", "inflight"]
 EMPTY_LOGPROB = -99999.0
 """Stands with token 0 in a cell of `TopkLogprobs` that has nothing, as in Tinker."""
 
 
 @dataclass(frozen=True, eq=False)
-class TopkLogprobs(Value):
+class TopkLogprobs(Response):
     """The k most likely tokens at each position, best first: int32 and float32 `(N, k)`.
 
     Cells without a token have id 0 and logprob -99999.
@@ -39,7 +40,7 @@ class TopkLogprobs(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class PromptAltTokens(Value):
+class PromptAltTokens(Response):
     """Tokens drawn at prompt positions 1 to P - 1, row i at position i + 1.
 
     Attributes:
@@ -52,21 +53,22 @@ class PromptAltTokens(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class SampledSequence(Value):
+class SampledSequence(Response):
     """One sample.
 
     Attributes:
         stop_reason: "stop", or "length" after `max_tokens`.
         sequence_id: No other sequence has it.
         tokens_np: int32 `(N,)`; with the tokens that completed a stop.
-        logprobs_np: float32 `(N,)`, of the distribution that was sampled from.
+        logprobs_np: float32 `(N,)`, of the distribution that was sampled from; None where nobody
+            knows them.
         topk_logprobs_np: Of the same distributions; None unless asked for.
     """
 
     stop_reason: StopReason
     sequence_id: str
-    tokens_np: NDArray[np.int32]
-    logprobs_np: NDArray[np.float32]
+    tokens_np: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    logprobs_np: NDArray[np.float32] | None = None
     topk_logprobs_np: TopkLogprobs | None = None
 
     @property
@@ -75,9 +77,10 @@ class SampledSequence(Value):
         return [int(token) for token in self.tokens_np]
 
     @property
-    def logprobs(self) -> list[float]:
+    def logprobs(self) -> list[float] | None:
         """Logprob of each token."""
-        return [float(logprob) for logprob in self.logprobs_np]
+        found = self.logprobs_np
+        return None if found is None else [float(logprob) for logprob in found]
 
     @property
     def topk_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
@@ -87,7 +90,7 @@ class SampledSequence(Value):
 
 
 @dataclass(frozen=True, eq=False)
-class SampleResponse(Value):
+class SampleResponse(Response):
     """Result of sample.
 
     Attributes:
@@ -129,7 +132,7 @@ def nan_to_none(values: NDArray[np.float32]) -> list[float | None]:
 
 
 @dataclass(frozen=True, eq=False)
-class SampledTokens(Value):
+class SampledTokens(Response):
     """New tokens of one sequence, from `sample_stream`; `stop_reason` comes with its last."""
 
     sequence_index: int

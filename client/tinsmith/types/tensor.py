@@ -1,4 +1,4 @@
-"""Arrays that go in and out: numpy inside, torch at the edges where the caller uses torch."""
+"""Arrays that go in and out: numpy inside, torch where the caller computes with torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from tinsmith._check import INT64_MAX, real, refuse, shown
 from tinsmith.errors import UnknownInputError
-from tinsmith.types._sparse import dense
+from tinsmith.types._arithmetic import Arithmetic
+from tinsmith.types._sparse import compressed, dense
 from tinsmith.types._values import equal, is_torch
 
 if TYPE_CHECKING:
     import torch
 
 TensorDtype = Literal["int64", "float32"]
-Like = Literal["", "numpy", "torch"]
 
 _DTYPES: dict[str, TensorDtype] = {
     "target_tokens": "int64",
@@ -31,8 +31,11 @@ _DTYPES: dict[str, TensorDtype] = {
 """What the losses read each of their inputs as, whatever it is given as."""
 
 
-class TensorData:
-    """An array of float32 or int64 values, with memory of its own; dense, whatever it is made of.
+class TensorData(Arithmetic):
+    """An array of float32 or int64 values, with memory of its own.
+
+    It is what results hold, too. numpy's and torch's functions take it, and operators work as on a
+    numpy array, or beside a torch tensor as on one.
 
     Args:
         data: Values: an array, a tensor, or a flat or nested list. They are copied.
@@ -48,7 +51,7 @@ class TensorData:
             fill `shape`, or contradict the indices.
     """
 
-    __slots__ = ("_array", "_empty", "like")
+    __slots__ = ("_array", "_empty", "_is_sparse")
 
     def __init__(
         self,
@@ -61,7 +64,8 @@ class TensorData:
         self._array = _own(data, dtype, "data")
         self._empty: NDArray[np.bool_] | None = None
         """Cells that a sparse array had no value for; the array is 0 there."""
-        if sparse_crow_indices is not None or sparse_col_indices is not None:
+        self._is_sparse = sparse_crow_indices is not None or sparse_col_indices is not None
+        if self._is_sparse:
             self._array, self._empty = dense(
                 self._array, sparse_crow_indices, sparse_col_indices, shape
             )
@@ -71,22 +75,16 @@ class TensorData:
                 self._array = self._array.reshape(tuple(shape))
             except (TypeError, ValueError) as error:
                 raise refuse("shape", str(error), "INVALID_SHAPE") from None
-        self.like: Like = ""
-        """What the caller works with; results for it come back as the same."""
 
     @classmethod
     def from_numpy(cls, array: NDArray[Any]) -> TensorData:
         """Make a tensor of an array of a float, integer or boolean dtype."""
-        tensor = cls(array)
-        tensor.like = "numpy"
-        return tensor
+        return cls(array)
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
         """Make one of a torch tensor of a float, integer or boolean dtype, on any device."""
-        data = cls(tensor)
-        data.like = "torch"
-        return data
+        return cls(tensor)
 
     @classmethod
     def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: float = 0) -> TensorData:
@@ -99,7 +97,28 @@ class TensorData:
             data._empty = data._array == _pad(pad_value, data.dtype)
             data._array = np.where(data._empty, data._array.dtype.type(0), data._array)
             data._array.flags.writeable = False
+            values = data._array.size - int(data._empty.sum())
+            data._is_sparse = len(data._array) + 1 + 2 * values < data._array.size
         return data
+
+    @classmethod
+    def model_validate(cls, obj: object) -> TensorData:
+        """Make one of a mapping of the arguments; one of this type is taken as it is."""
+        if isinstance(obj, cls):
+            return obj
+        if not isinstance(obj, Mapping):
+            raise refuse("TensorData", f"expected a mapping, got {shown(obj)}")
+        return cls(**obj)
+
+    def model_dump(self, *, exclude_none: bool = False, **_: Any) -> dict[str, Any]:
+        """The arguments that make it, as lists and numbers."""
+        names = ("data", "dtype", "shape", "sparse_crow_indices", "sparse_col_indices")
+        given = {name: getattr(self, name) for name in names}
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None or not (exclude_none or name.startswith("sparse"))
+        }
 
     @property
     def dtype(self) -> TensorDtype:
@@ -107,42 +126,63 @@ class TensorData:
         return "float32" if self._array.dtype.kind == "f" else "int64"
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> list[int]:
         """Length of each dimension."""
-        return self._array.shape
+        return list(self._array.shape)
 
     @property
     def data(self) -> list[Any]:
-        """The values as one flat list."""
-        flat: list[Any] = self._array.ravel().tolist()
+        """The values as one flat list; those of a sparse array without its empty cells."""
+        array = self._array
+        kept = array[~self._empty] if self._is_sparse and self._empty is not None else array
+        flat: list[Any] = kept.ravel().tolist()
         return flat
 
+    @property
+    def sparse_crow_indices(self) -> list[int] | None:
+        """Of a sparse array where the values of each row begin, and their number; else None."""
+        return self._indices()[0]
+
+    @property
+    def sparse_col_indices(self) -> list[int] | None:
+        """Of a sparse array the column of each value; else None."""
+        return self._indices()[1]
+
+    def _indices(self) -> tuple[list[int], list[int]] | tuple[None, None]:
+        if not self._is_sparse or self._empty is None:
+            return None, None
+        return compressed(self._empty)
+
+    def view(self) -> NDArray[Any]:
+        """The values as float32 or int64 array, which may not be written to; copies nothing."""
+        return self._array
+
     def to_numpy(self, pad_value: float = 0) -> NDArray[Any]:
-        """The values as float32 or int64 array, which may not be written to.
+        """The values as float32 or int64 array of its own memory.
 
         Args:
             pad_value: What stands in the empty cells of an array that was sparse.
         """
         pad = _pad(pad_value, self.dtype)
         if self._empty is None or pad == 0:
-            return self._array
-        array = np.where(self._empty, self._array.dtype.type(pad), self._array)
-        array.flags.writeable = False
-        return array
+            return self._array.copy()
+        padded: NDArray[Any] = np.where(self._empty, self._array.dtype.type(pad), self._array)
+        return padded
 
     def to_torch(self, pad_value: float = 0) -> torch.Tensor:
         """The values as a tensor of its own memory; `pad_value` as in `to_numpy`."""
         import torch
 
-        return torch.from_numpy(self.to_numpy(pad_value).copy())
+        return torch.from_numpy(self.to_numpy(pad_value))
 
-    def tolist(self) -> list[Any]:
-        """The values as nested lists."""
-        nested: list[Any] = self._array.tolist()
+    def tolist(self, pad_value: float = 0) -> list[Any]:
+        """The values as nested lists; `pad_value` as in `to_numpy`."""
+        nested: list[Any] = self.to_numpy(pad_value).tolist()
         return nested
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self._array, dtype=dtype, copy=copy)  # type: ignore[call-overload, no-any-return]
+        copied = True if copy is None else copy  # what it is read into may be written to
+        return np.array(self._array, dtype=dtype, copy=copied)  # type: ignore[call-overload, no-any-return]
 
     def __len__(self) -> int:
         return len(self._array)
@@ -162,12 +202,15 @@ class TensorData:
         return f"TensorData({self._array!r})"
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._array, self._empty, self.like)
+        return _rebuild, (self._array, self._empty, self._is_sparse)
 
 
-def _rebuild(array: NDArray[Any], empty: NDArray[np.bool_] | None, like: Like) -> TensorData:
-    tensor = TensorData(array)
-    tensor._empty, tensor.like = empty, like
+def _rebuild(
+    array: NDArray[Any], empty: NDArray[np.bool_] | None = None, is_sparse: bool = False
+) -> TensorData:
+    """One of an array that may not be written to; nothing is copied."""
+    tensor = TensorData.__new__(TensorData)
+    tensor._array, tensor._empty, tensor._is_sparse = array, empty, is_sparse
     return tensor
 
 
@@ -183,7 +226,7 @@ def _pad(pad_value: float, dtype: TensorDtype) -> float:
 
 
 def _own(data: Any, dtype: TensorDtype | None, field: str) -> NDArray[Any]:
-    """A read-only copy of anything that is numbers, as float32 or int64."""
+    """A copy of anything that is numbers, as float32 or int64, which may not be written to."""
     if dtype not in (None, "float32", "int64"):
         raise refuse("dtype", f"{shown(dtype)} is not float32 or int64", "INVALID_DTYPE")
     array = _copied(data, field)
@@ -263,16 +306,13 @@ def from_any(name: str, value: Any) -> TensorData:
     """
     field = f'loss_fn_inputs["{name}"]'
     dtype = _DTYPES.get(name)
-    like: Like = ""
+    if isinstance(value, Mapping) and "data" in value:
+        value = TensorData.model_validate(value)
     if isinstance(value, TensorData):
         if dtype is None or value.dtype == dtype:
             return value
-        value, like = value.to_numpy(), value.like
-    elif is_torch(value):
-        like = "torch"
-    elif isinstance(value, np.ndarray):
-        like = "numpy"
-    elif dtype is None:
+        value = value.view()
+    elif dtype is None and not is_torch(value) and not isinstance(value, np.ndarray):
         raise UnknownInputError(
             f"{field}: a plain list needs a known name; pass an array or TensorData", field=field
         )
@@ -282,9 +322,7 @@ def from_any(name: str, value: Any) -> TensorData:
         array = _own(value, dtype, field)
     if not array.ndim:
         raise refuse(field, "expected an array, got one number", "INVALID_SHAPE")
-    tensor = TensorData.__new__(TensorData)
-    tensor._array, tensor._empty, tensor.like = array, None, like
-    return tensor
+    return _rebuild(array)
 
 
 def token_ids(value: Any, field: str) -> NDArray[np.int64]:
@@ -341,28 +379,3 @@ def target_tokens(value: Any, field: str) -> NDArray[Any]:
         raise refuse(field, why, "INVALID_SHAPE")
     narrow = array.astype(np.int32)  # half the bytes
     return narrow if (narrow == array).all() else array
-
-
-class NumpyTensor(np.ndarray[Any, Any]):
-    """A result for a caller who works with numpy: an array that also converts."""
-
-    def to_numpy(self) -> NDArray[Any]:
-        """As a plain array."""
-        return self.view(np.ndarray)
-
-    def to_torch(self) -> torch.Tensor:
-        """As a tensor of its own memory."""
-        import torch
-
-        return torch.from_numpy(np.array(self))
-
-
-def as_like(array: NDArray[Any], like: Like) -> Any:
-    """A result in the form that the caller works with."""
-    if like == "numpy":
-        return np.array(array).view(NumpyTensor)
-    if like == "torch":
-        from tinsmith.types._torch_tensor import TorchTensor
-
-        return TorchTensor.of(array)
-    return TensorData(array)

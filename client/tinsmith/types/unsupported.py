@@ -1,11 +1,15 @@
-"""Parts of Tinker's API that Tinsmith does not have: using one says so at once, by its name."""
+"""Parts of Tinker's API that Tinsmith does not have: using one says so at once, by its name.
 
+Each of these names is there to be imported and to stand in annotations.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 from tinsmith.errors import unsupported
 
 
-class _Unsupported:
+class Unsupported:
     """Cannot be made."""
 
     _why = ""
@@ -14,31 +18,92 @@ class _Unsupported:
         raise unsupported(type(self).__name__, self._why)
 
 
-class ImageChunk(_Unsupported):
+class ImageChunk(Unsupported):
     """Tinker's image in a prompt; raises UnimplementedError."""
 
     _why = "images are not supported, text is"
 
 
-class ImageAssetPointerChunk(_Unsupported):
+class ImageAssetPointerChunk(Unsupported):
     """Tinker's stored image in a prompt; raises UnimplementedError."""
 
     _why = "images are not supported, text is"
 
 
-class DmelChunk(_Unsupported):
+class DmelChunk(Unsupported):
     """Tinker's audio in a prompt; raises UnimplementedError."""
 
     _why = "audio is not supported, text is"
 
 
-class DimuonOptimizerConfig(_Unsupported):
+CHUNKS: Mapping[str, type[Unsupported]] = {
+    "image": ImageChunk,
+    "image_asset_pointer": ImageAssetPointerChunk,
+    "dmel": DmelChunk,
+}
+"""By the `type` of a chunk."""
+
+
+class DimuonOptimizerConfig(Unsupported):
     """Tinker's choice of the Dimuon optimizer; raises UnimplementedError."""
 
     _why = "the optimizer is not supported, AdamW is"
 
 
-class DimuonParams(_Unsupported):
+class DimuonParams(Unsupported):
     """Settings of a Dimuon step; raises UnimplementedError."""
 
     _why = "the optimizer is not supported, AdamW is"
+
+
+class LossHandle(Unsupported):
+    """Tinker's uploaded loss; raises UnimplementedError."""
+
+    _why = "losses are not uploaded; forward_backward_custom takes the function itself"
+
+
+_NAMES: Mapping[str, str] = {
+    "there is no billing": """
+        BillingEventInfo BillingUsageEvent BillingUsageResponse BillingUsageSession
+        CheckpointBillingEvent
+        CurrentCheckpointStorageUsageItem CurrentCheckpointStorageUsageResponse
+        GetBillingUsageRequest GetCurrentCheckpointStorageUsageRequest SamplingPrefillBillingEvent
+        SamplingSampleBillingEvent StorageBillingEvent TrainingBillingEvent""",
+    "there is no audit log; the servers log who asked for what": """
+        AuditLogEntry AuditLogResponse AuditLogEventType""",
+    "sessions cannot be searched; RestClient.list_training_runs lists models": """
+        AccessibleSearchOwner ActiveSessionStatusQuery CancelledSessionStatusQuery
+        ClientFinishedSessionStatusQuery ClientSessionFinishErrored ClientSessionFinishInterrupted
+        ClientSessionFinishReason
+        ClientSessionFinishReasonType ClientSessionFinishSuccess ClientSessionFinished
+        FailedSessionStatusQuery OwnSearchOwner SearchOwner SessionActive SessionCancelled
+        SessionFailed SessionFailedReason SessionFailedRequestReason
+        SessionFailedSamplingSessionReason SessionFailedTrainingRunReason SessionSearchCursor
+        SessionSearchRequest SessionSearchResponse SessionStatus SessionStatusQuery SessionSummary
+        UserSearchOwner""",
+    "losses are not uploaded; forward_backward_custom takes the function itself": """
+        CreateCustomLossRequest CreateCustomLossResponse CustomLossGraph CustomLossInput
+        CustomLossInputRank CustomLossJson CustomLossNode""",
+    "there is no telemetry": """
+        EventType GenericEvent SessionEndEvent SessionStartEvent Severity TelemetryBatch
+        TelemetryEvent TelemetryResponse TelemetrySendRequest UnhandledExceptionEvent""",
+    "this client speaks gRPC, in the messages of tinsmith.v1": """
+        AuthTokenResponse ClientConfigRequest ClientConfigResponse ClientDynamicConfigResponse
+        CopyWeightsRequest CopyWeightsResponse CreateModelRequest CreateModelResponse
+        CreateSamplingSessionRequest CreateSamplingSessionResponse CreateSessionRequest
+        CreateSessionResponse ForwardRequest FutureCompletion FutureFailed FutureFinished
+        FutureRetrieveRequest FutureRetrieveResponse FuturesRetrieveRequest FuturesRetrieveResponse
+        GetInfoRequest HealthResponse JoinSamplingSessionRequest JoinSamplingSessionResponse
+        LoadWeightsRequest RequestFailedResponse RequestOptions
+        SamplingSessionFuturesTarget SaveWeightsExternalRequest SaveWeightsExternalResponseInternal
+        SaveWeightsForSamplerRequest SaveWeightsForSamplerResponseInternal SaveWeightsRequest
+        SessionHeartbeatRequest SessionHeartbeatResponse Timeout TryAgainResponse
+        UnloadModelRequest UntypedAPIFuture""",
+}
+
+UNSUPPORTED: Mapping[str, type[Unsupported]] = {
+    name: type(name, (Unsupported,), {"__doc__": f"Tinker's; {why}.", "_why": why})
+    for why, names in _NAMES.items()
+    for name in names.split()
+}
+"""Types that only programs which speak Tinker's HTTP themselves make, by name."""

@@ -1,0 +1,1 @@
+"""The surface of Tinker's SDK as names and signatures, and how much of it the client has."""
