@@ -68,6 +68,14 @@ class GatewaySettings(Config):
     address. Empty: one is drawn, and URLs end with this process."""
     download_url_s: AboveZero = 3600.0
     """How long such a URL is good for."""
+    openai_body_bytes_max: Positive = 8 * MIB
+    """Largest body of one request of OpenAI's API: text and numbers as text, which take many times
+    as much memory once they are read."""
+    openai_choices_max: Positive = 4096
+    """Choices that one request of OpenAI's API may ask for: its prompts times `n`."""
+    stream_stall_s: AboveZero = 60.0
+    """A reader of a stream who takes nothing for this long has it ended, and what is sampled for it
+    with it."""
     stop_grace_s: Number = 5.0
     """How long SIGTERM lets requests finish; waiting ones are told at once to ask again."""
     port_file: str = ""

@@ -7,6 +7,7 @@ import logging
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 
 from tinsmith.errors import TinsmithError
 from tinsmithd.config import GatewaySettings
-from tinsmithd.gateway import tinker
+from tinsmithd.gateway import openai, tinker
 from tinsmithd.gateway.cluster import Cluster
 from tinsmithd.gateway.metrics import HttpMetrics
 from tinsmithd.gateway.middleware import Watched
@@ -30,6 +31,7 @@ from tinsmithd.gateway.problems import Problem, detail_response, headers_of, pro
 KEEP_ALIVE_S = 75
 """How long a connection may be idle; SDKs beat every 10 seconds."""
 BACKLOG = 2048
+INT32_MAX = 2**31 - 1
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,7 @@ def build_app(
     routes: list[BaseRoute] = [
         Route("/healthz", _healthz),
         *tinker.routes(cluster, settings, stopping),
+        *openai.routes(cluster, settings),
     ]
     app = Starlette(
         routes=routes,
@@ -129,7 +132,7 @@ class Gateway:
             OSError: The address cannot be bound.
         """
         settings = self._settings
-        listener = _bind(settings.listen_address)
+        listener = _bind(settings.listen_address, settings.stream_stall_s)
         self.port = listener.getsockname()[1]
         if settings.metrics_address:
             host, _, port = settings.metrics_address.rpartition(":")
@@ -195,12 +198,17 @@ def _uvicorn_config(app: Starlette, settings: GatewaySettings) -> uvicorn.Config
     )
 
 
-def _bind(address: str) -> socket.socket:
+def _bind(address: str, stall_s: float) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform == "linux":
+        # Whoever never reads what was sent would otherwise keep a connection for good. A stream
+        # ends before that, and says why.
+        timeout_ms = min(round(2 * 1000 * stall_s), INT32_MAX)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     try:
         listener.bind((host, int(port)))
         listener.listen(BACKLOG)
