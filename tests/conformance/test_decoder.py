@@ -388,7 +388,8 @@ def test_an_adapter_that_was_made_faster_gives_the_same_bits(
     mixed = [key for key in keys for _ in range(3)]
     before = apart(built, tokens(len(mixed)), mixed)
     sites = [site for layer in built.pool._adapters["adapter 0"].sites for site in layer if site]
-    assert all(site.is_slow for site in sites) == (dtype == "bfloat16")
+    reorders = dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert all(site.is_slow for site in sites) == reorders
     for key in (*keys[1:], "another"):
         assert key is not None
         while built.pool.speed_up(key):

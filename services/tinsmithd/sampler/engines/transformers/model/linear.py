@@ -165,9 +165,14 @@ def _reordered(weight: Tensor, bias: Tensor | None) -> Compute:
 
 
 def can_reorder(weight: Tensor) -> bool:
-    """Whether oneDNN can hold a weight in the order that its kernels read."""
+    """Whether oneDNN can hold a weight in the order that its kernels read.
+
+    On a CPU that has nothing for bfloat16 it refuses to.
+    """
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return weight.device.type == "cpu" and has_onednn
+    if weight.device.type != "cpu" or not has_onednn:
+        return False
+    return weight.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def reorder(weight: Tensor) -> Tensor:
