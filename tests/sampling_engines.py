@@ -185,8 +185,11 @@ def full_logprobs(folder: Path, tokens: Sequence[int], temperature: float = 1.0)
 
 VLLM_START_S_MAX = 400
 """On a busy machine; with a test, since what waits for it is a fixture."""
+TORCH_ALONE = "transformers, torch alone"
+"""The embedded engine without compiled kernels."""
 ENGINES = (
     "transformers",
+    TORCH_ALONE,
     pytest.param(
         "vllm",
         marks=[
@@ -207,4 +210,5 @@ def opened(name: str, folder: Path) -> Driven:
     """An engine by name, driven, on a model whose heads have `HEAD_DIM`; float32."""
     if name == "vllm":
         return Driven(vllm.open_engine(str(folder), VLLM_SETTINGS))
-    return embedded(load_base(str(folder), dtype="float32", on_progress=lambda _: None))
+    base = load_base(str(folder), dtype="float32", on_progress=lambda _: None)
+    return embedded(base, EngineLimits(native=name != TORCH_ALONE))

@@ -98,6 +98,13 @@ class SamplerConfig(ServerConfig):
     """num_samples times prompt and max_tokens: bounds the KV cache of a call."""
     threads: Count = 0
     """CPU threads of engine `transformers`; 0 leaves it to torch."""
+    native: bool = True
+    """With engine `transformers`, on a CPU: compute with kernels that the machine's C compiler
+    makes at the first start, where they can be had and agree with torch. Hidden states are then
+    float32, also with `dtype` bfloat16, which holds for weights, keys and values."""
+    native_folder: str = ""
+    """Where those kernels are kept; nobody but this user and root may write there. Empty: in
+    `tinsmith/native` of the user's cache folder."""
     vllm_tensor_parallel_size: Count = 0
     """With engine `vllm`: GPUs that hold the model together; 0 leaves it to vLLM, as in all that
     follow."""

@@ -70,6 +70,8 @@ def _load_transformers(config: SamplerConfig) -> SamplingEngine:
         prefill_tokens_per_step_max=config.prefill_tokens_per_step_max,
         batch_rows_max=max(config.batch_rows_max, config.num_samples_max),
         keep_rows_apart=config.batch_invariance,
+        native=config.native,
+        native_folder=config.native_folder,
     )
     return TransformersEngine(base, limits)
 

@@ -26,9 +26,9 @@ from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOut
 from tinsmithd.sampler.engines.stopping import StopCheck
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
-from tinsmithd.sampler.engines.transformers.model.build import build
 from tinsmithd.sampler.engines.transformers.refusals import adapter_does_not_fit, unavailable
 from tinsmithd.sampler.engines.transformers.scheduler import Scheduler
+from tinsmithd.sampler.engines.transformers.start import start
 
 PIECE_TOKENS = 256
 """Maximum tokens of a prompt that are read at once."""
@@ -58,6 +58,8 @@ class EngineLimits:
     prefill_tokens_per_step_max: int = 512
     batch_rows_max: int = 256
     keep_rows_apart: bool = True
+    native: bool = True
+    native_folder: str = ""
 
 
 class _Stream:
@@ -144,10 +146,12 @@ class TransformersEngine:
         self._eos_ids = _eos_ids(base)
         rows_max = limits.batch_rows_max + limits.prefill_tokens_per_step_max + PIECE_TOKENS
         with _computes:
-            built = build(
+            self._started = built = start(
                 base,
                 rows_max=rows_max,
                 keep_rows_apart=limits.keep_rows_apart,
+                native=limits.native,
+                native_folder=limits.native_folder,
                 on_progress=_log.info,
             )
         self._pool = built.pool
@@ -239,6 +243,7 @@ class TransformersEngine:
         self._closing = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
+        self._started.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     # --- requests -----------------------------------------------------------------------------

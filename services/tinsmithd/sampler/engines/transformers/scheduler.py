@@ -23,7 +23,6 @@ from tinsmithd.sampler.engines.interface import EngineStats
 from tinsmithd.sampler.engines.transformers import refusals
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made, Sequence
 from tinsmithd.sampler.engines.transformers.kv import KvCache, Prompt, SequenceKv
-from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
 from tinsmithd.sampler.engines.transformers.model.lora_pool import LoraPool
 from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
 from tinsmithd.sampler.engines.transformers.sampling import Ask, Drawn, Workspace, draw
@@ -35,6 +34,7 @@ from tinsmithd.sampler.engines.transformers.scoring import (
     rows_index,
     score,
 )
+from tinsmithd.sampler.engines.transformers.start import AnyDecoder
 
 LOOK_EVERY_S = 0.2
 BASE_WEIGHTS = ""
@@ -79,7 +79,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, decoder: Decoder, loras: LoraPool, cache: KvCache, *, prefill_tokens_max: int
+        self, decoder: AnyDecoder, loras: LoraPool, cache: KvCache, *, prefill_tokens_max: int
     ) -> None:
         self._decoder, self._loras, self._cache = decoder, loras, cache
         self._prefill_tokens_max = prefill_tokens_max

@@ -1,5 +1,6 @@
 """Caches of keys and values, and attention over them: no weights, no scheduling."""
 
+from tinsmithd.sampler.engines.transformers.kv.arenas import Arena
 from tinsmithd.sampler.engines.transformers.kv.cache import KvCache
 from tinsmithd.sampler.engines.transformers.kv.parts import (
     KvStats,
@@ -9,4 +10,4 @@ from tinsmithd.sampler.engines.transformers.kv.parts import (
 )
 from tinsmithd.sampler.engines.transformers.kv.step import StepAttention
 
-__all__ = ["KvCache", "KvStats", "Prompt", "Reservation", "SequenceKv", "StepAttention"]
+__all__ = ["Arena", "KvCache", "KvStats", "Prompt", "Reservation", "SequenceKv", "StepAttention"]

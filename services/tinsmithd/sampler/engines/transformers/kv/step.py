@@ -40,14 +40,15 @@ class StepAttention:
         positions = [np.array([sequence.length for sequence in sequences], np.int64)]
         positions += [np.arange(start, end) for _prompt, start, end in pieces]
         self.positions_T = torch.from_numpy(np.concatenate(positions)).to(kernel.shape.device)
-        self._parts: list[SequenceRows | PieceRows] = []
-        row = 0
-        for run in _runs(self.sequences):
-            self._parts.append(SequenceRows(kernel, run, row))
-            row += len(run)
-        for prompt, start, end in pieces:
-            self._parts.append(PieceRows(kernel, prompt, start, end, row))
-            row += end - start
+        self._kernel = kernel
+        self._parts: list[SequenceRows | PieceRows] | None = None
+
+    def apart(self) -> tuple[StepAttention, StepAttention]:
+        """Its sequences alone, and its pieces alone; neither is committed."""
+        return (
+            StepAttention(self._kernel, self.sequences, (), _nobody),
+            StepAttention(self._kernel, (), self.pieces, _nobody),
+        )
 
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """Attention of one layer.
@@ -62,8 +63,21 @@ class StepAttention:
             `(T, heads * head_dim)`.
         """
         qkv_THD = join(q_THD, k_TGD, v_TGD)
+        if self._parts is None:
+            self._parts = self._made_parts()
         found = [part(layer, qkv_THD) for part in self._parts]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _made_parts(self) -> list[SequenceRows | PieceRows]:
+        parts: list[SequenceRows | PieceRows] = []
+        row = 0
+        for run in _runs(self.sequences):
+            parts.append(SequenceRows(self._kernel, run, row))
+            row += len(run)
+        for prompt, start, end in self.pieces:
+            parts.append(PieceRows(self._kernel, prompt, start, end, row))
+            row += end - start
+        return parts
 
     def commit(self) -> None:
         """Let lengths grow by what the forward wrote. Without it the step has not been."""
@@ -72,6 +86,10 @@ class StepAttention:
         for prompt, _start, end in self.pieces:
             prompt.read = end
         self._committed(self)
+
+
+def _nobody(_step: StepAttention) -> None:
+    """Takes note of a commit that is never made."""
 
 
 def _runs(sequences: Sequence[SequenceKv]) -> list[list[SequenceKv]]:

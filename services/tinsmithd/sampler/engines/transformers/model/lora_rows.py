@@ -91,6 +91,13 @@ class LoraRows:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    def by_adapter(self) -> list[tuple[LoraWeights, list[int]]]:
+        """The rows of each adapter, ascending."""
+        found: dict[LoraWeights, list[int]] = {}
+        for adapter, _of_prompts, rows in self._groups.values():
+            found.setdefault(adapter, []).extend(rows)
+        return [(adapter, sorted(rows)) for adapter, rows in found.items()]
+
     def select(self, rows: Sequence[int]) -> "LoraRows | None":
         """The adapters of some of the rows, in this order, those of sequences first.
 

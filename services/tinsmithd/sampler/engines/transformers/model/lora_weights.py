@@ -28,7 +28,7 @@ RANK_MIN, EXPERT_RANK_MIN = 16, 4
 """Smaller ranks are padded to them; those on experts are small, and many."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraWeights:
     """One adapter.
 

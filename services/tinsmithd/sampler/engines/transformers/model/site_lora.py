@@ -126,6 +126,14 @@ class SiteLora:
             made.a = made.b = a.new_empty(0)  # not needed any more
         return made
 
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """A and B in float32, `(d_in, count)` and `(count, d_out)`, with s: views if they can be.
+
+        The rows of B are by part, as the columns of A; what meets another part is zero.
+        """
+        a, b = self.a[: self._count].t(), self.b[:, : self._count].t().float()
+        return a.float().contiguous(), (b if self._scaling == 1 else b * self._scaling).contiguous()
+
     @property
     def bytes(self) -> int:
         """What the weights take, once they are reordered."""

@@ -1,0 +1,196 @@
+"""The interface of the compiled part, as `source/step.h` has it: structures and functions."""
+
+import ctypes
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SITES = 4
+"""Sites of adapters in a layer, in the order of `Site`."""
+PARTS_MAX = 3
+"""Linear layers that one product holds at most."""
+
+
+class Matrix(Structure):
+    """A weight in panels, and its bias."""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("narrow", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class LayerOf(Structure):
+    """The weights of a layer; a window of 0 is none."""
+
+    _fields_ = (
+        ("qkv", Matrix),
+        ("o", Matrix),
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+        ("norm_1", c_void_p),
+        ("norm_2", c_void_p),
+        ("norm_q", c_void_p),
+        ("norm_k", c_void_p),
+        ("window", c_int64),
+    )
+
+
+class ModelOf(Structure):
+    """Sizes, and the layers."""
+
+    _fields_ = (
+        ("layers", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("hidden", c_int32),
+        ("ffn", c_int32),
+        ("kv_narrow", c_int32),
+        ("eps", c_float),
+        ("qk_eps", c_float),
+        ("scaling", c_float),
+        ("each", POINTER(LayerOf)),
+        ("norm", c_void_p),
+    )
+
+
+class SiteOf(Structure):
+    """What an adapter adds to a product."""
+
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("parts", c_int32),
+        ("rank", c_int32),
+        ("widths", c_int32 * PARTS_MAX),
+        ("unused", c_int32),
+    )
+
+
+class GroupOf(Structure):
+    """Rows that have one adapter."""
+
+    _fields_ = (("sites", POINTER(SiteOf)), ("rows", c_void_p), ("count", c_int64))
+
+
+class StoreOf(Structure):
+    """Keys and values of slots, a pointer per layer."""
+
+    _fields_ = (("layers", POINTER(c_void_p)), ("capacity", c_int64))
+
+
+class RowOf(Structure):
+    """A token, and where the keys before it are."""
+
+    _fields_ = (
+        ("store", c_int64),
+        ("slot", c_int64),
+        ("position", c_int64),
+        ("shared", c_int64),
+        ("split", c_int64),
+    )
+
+
+class StepOf(Structure):
+    """What one forward is made of."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("stores", POINTER(StoreOf)),
+        ("groups", POINTER(GroupOf)),
+        ("angles", c_void_p),
+        ("h", c_void_p),
+        ("out", c_void_p),
+        ("count", c_int32),
+        ("groups_count", c_int32),
+    )
+
+
+def _layout() -> int:
+    """As `tin_layout` computes it."""
+    few = sum(map(ctypes.sizeof, (GroupOf, StoreOf, RowOf)))
+    sizes = (ModelOf, LayerOf, StepOf, SiteOf)
+    return reduce(lambda rest, each: ctypes.sizeof(each) + 1000 * rest, reversed(sizes), few)
+
+
+class Library:
+    """The compiled functions. They hold no lock of Python's while they compute.
+
+    Args:
+        path: A shared library that was made of `source/`.
+        threads: That compute together, this one included.
+
+    Raises:
+        OSError: It cannot be loaded.
+        ValueError: It was made for another interface.
+        MemoryError: There is none for its threads.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._c = c = CDLL(str(path))
+        c.tin_layout.restype = c.tin_packed_bytes.restype = c_int64
+        c.tin_packed_bytes.argtypes = (c_int, c_int, c_int)
+        c.tin_pack.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p)
+        c.tin_pack.restype = None
+        c.tin_open.argtypes, c.tin_open.restype = (c_int,), c_void_p
+        c.tin_close.argtypes, c.tin_close.restype = (c_void_p,), None
+        c.tin_forward.argtypes = (c_void_p, POINTER(ModelOf), POINTER(StepOf))
+        c.tin_product.argtypes = (
+            *(c_void_p, POINTER(Matrix), c_void_p, c_int, c_void_p),
+            *(POINTER(GroupOf), c_int),
+        )
+        if c.tin_layout() != _layout():
+            raise ValueError(f"{path} was made for another interface")
+        self._context: int | None = c.tin_open(threads)
+        if self._context is None:
+            raise MemoryError("no memory for the threads of a compiled library")
+
+    def close(self) -> None:
+        """End its threads. Nothing is called afterwards; twice is no error."""
+        if self._context is not None:
+            self._c.tin_close(self._context)
+            self._context = None
+
+    def packed(self, weight: Tensor, *, narrow: bool) -> Tensor:
+        """A float32 weight `(n, k)` in panels, as bytes; its values are bfloat16's if narrow."""
+        n, k = weight.shape
+        assert weight.dtype == torch.float32
+        weight = weight.contiguous()
+        made = torch.empty(self._c.tin_packed_bytes(n, k, narrow), dtype=torch.uint8)
+        self._c.tin_pack(weight.data_ptr(), n, k, narrow, made.data_ptr())
+        return made
+
+    def forward(self, model: ModelOf, step: StepOf) -> None:
+        """Compute a forward; see `source/step.h`.
+
+        Raises:
+            MemoryError: There is none, and nothing was done.
+        """
+        if self._c.tin_forward(self._context, byref(model), byref(step)):
+            raise MemoryError("no memory for the rows of a forward")
+
+    def product(
+        self, matrix: Matrix, x: Tensor, groups: "ctypes.Array[GroupOf] | None" = None
+    ) -> Tensor:
+        """`x W^T + b` and what adapters add, float32 `(rows, n)`, of float32 `(rows, k)`.
+
+        Raises:
+            MemoryError: There is none, and nothing was done.
+        """
+        assert x.dtype == torch.float32
+        x = x.contiguous()
+        made = torch.empty((len(x), matrix.n))
+        count = 0 if groups is None else len(groups)
+        inputs = (byref(matrix), x.data_ptr(), len(x), made.data_ptr(), groups, count)
+        if self._c.tin_product(self._context, *inputs):
+            raise MemoryError("no memory for the rows of a product")
+        return made

@@ -1,0 +1,162 @@
+"""Finds the compiled part, or has this machine's C compiler make it once.
+
+A compiled library runs with this process's rights, so it is taken only from a folder that nobody
+but this user or root can write to. Its name is a digest of its source: another version of the
+source is another file.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tinsmithd.sampler.engines.transformers.native.abi import Library, Matrix
+
+SOURCE = Path(__file__).parent / "source"
+COMPILED = ("step.c", "pool.c")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-w")
+"""Nothing that lets a compiler sum in another order."""
+WIDTHS = {16: ("-mavx512f", "-mfma"), 8: ("-mavx2", "-mfma")}
+"""Elements of a vector, widest first, and the instructions that they need."""
+COMPILE_S_MAX = 120
+GAP_MAX = 1e-4
+"""Of a product of a few hundred terms of about 1."""
+
+OnProgress = Callable[[str], None]
+
+
+def load_library(folder: str, threads: int, *, on_progress: OnProgress) -> Library | None:
+    """The compiled part for this machine, which is made first where need be.
+
+    Args:
+        folder: Where it is kept; empty: in the user's own cache.
+        threads: That compute together.
+        on_progress: Takes a line for a person.
+
+    Returns:
+        None where it cannot be had; a line says why.
+    """
+    widths = usable_widths()
+    if not widths:
+        on_progress("no compiled kernels: they are for x86-64 Linux with AVX2")
+        return None
+    for width in widths:
+        try:
+            library = Library(compiled(width, kept_in(folder)), threads)
+        except (OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
+            on_progress(f"no compiled kernels: {_said(error)}")
+            return None
+        if multiplies(library):
+            return library
+        library.close()
+        on_progress(f"compiled kernels of {width} elements multiply wrongly here: not used")
+    return None
+
+
+def usable_widths() -> list[int]:
+    """Widths of vectors that this machine has, widest first; `ATEN_CPU_CAPABILITY` may say less."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        return []
+    capability: str = torch.backends.cpu.get_cpu_capability()
+    return {"AVX512": [16, 8], "AVX2": [8]}.get(capability, [])
+
+
+def kept_in(folder: str) -> Path:
+    """The folder of compiled libraries; empty stands for the user's own."""
+    if folder:
+        return Path(folder)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "tinsmith" / "native"
+
+
+def compiled(width: int, folder: Path) -> Path:
+    """The library of a width, compiled unless it is there.
+
+    Raises:
+        OSError: There is no compiler, or the folder is not ours alone.
+        subprocess.SubprocessError: The compiler failed.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
+    check_private(folder)
+    for parent in folder.parents:
+        check_private(parent, sticky=True)
+    path = folder / f"kernels-{width}-{_digest(width)}.so"
+    if not path.exists():
+        _compile(width, path)
+    check_private(path)
+    return path
+
+
+def check_private(path: Path, *, sticky: bool = False) -> None:
+    """Refuse what others than this user and root may have written.
+
+    Args:
+        path: A file or folder.
+        sticky: It may be a folder where others write what is theirs, and touch nothing else.
+
+    Raises:
+        PermissionError: They may.
+    """
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+        raise PermissionError(f"{path} is a link, or belongs to somebody else")
+    written = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if written and not (sticky and found.st_mode & stat.S_ISVTX):
+        raise PermissionError(f"{path} can be written by others")
+
+
+def multiplies(library: Library) -> bool:
+    """Whether its products are those of torch, of weights of both kinds."""
+    dice = torch.Generator().manual_seed(0)
+    weight = torch.randn(131, 259, generator=dice).bfloat16().float()
+    rows = torch.randn(19, 259, generator=dice)
+    expected = rows @ weight.T
+    for narrow in (False, True):
+        panels = library.packed(weight, narrow=narrow)
+        matrix = Matrix(panels.data_ptr(), None, *weight.shape, narrow)
+        found = library.product(matrix, rows)
+        if not (found - expected).abs().max() <= GAP_MAX:
+            return False
+    return True
+
+
+@functools.cache
+def _digest(width: int) -> str:
+    made = hashlib.sha256(repr((FLAGS, WIDTHS[width])).encode())
+    for path in sorted(SOURCE.iterdir()):
+        made.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return made.hexdigest()[:32]
+
+
+def _compile(width: int, path: Path) -> None:
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc"))), None)
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler")
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        sources = [str(SOURCE / name) for name in COMPILED]
+        subprocess.run(
+            [compiler, *FLAGS, *WIDTHS[width], f"-DWIDTH={width}", *sources, "-o", made, "-lm"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_S_MAX,
+        )
+        made.chmod(0o500)
+        made.replace(path)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"the compiler failed: {(error.stderr or '').strip().splitlines()[:1]}"
+    return str(error)

@@ -1,0 +1,437 @@
+/* A forward of a whole decoder over some rows, in one call: threads share the work of a phase by
+ * taking pieces of it, and meet before the next one.
+ *
+ * What a row gives is computed by the same operations in the same order whatever the number of rows
+ * and threads: no sum crosses rows or threads.
+ */
+#include "step.h"
+
+#include <stdlib.h>
+
+#include "attention.h"
+#include "pool.h"
+
+#define BLOCK_ROWS 64
+#define PHASES_OF_LAYER 20
+#define PIECE_COLUMNS (8 * PANEL)
+
+struct context {
+    pool *all;
+    float *memory;
+    size_t room;
+    atomic_int *taken; /* of each phase: pieces that a thread has */
+    int phases;
+};
+
+/* What a thread of a call knows. */
+typedef struct {
+    context *in;
+    int threads, phase;
+} team;
+
+static int next_piece(team *us) { return atomic_fetch_add(&us->in->taken[us->phase], 1); }
+
+static void meet(team *us) {
+    pool_meet(us->in->all);
+    us->phase++;
+}
+
+static int pieces(int count, int size) { return (count + size - 1) / size; }
+
+static int smaller(int a, int b) { return a < b ? a : b; }
+
+/* --- products with what adapters add ---------------------------------------------------------- */
+
+typedef struct {
+    const group *groups;
+    int groups_count, index; /* of the site */
+    float *between;          /* (rows, ld_between): what A makes of each row */
+    size_t ld_between;
+} adapters;
+
+static int any(adapters of) {
+    for (int g = 0; g < of.groups_count; g++)
+        if (of.groups[g].sites[of.index].a != NULL) return 1;
+    return 0;
+}
+
+/* What A makes; in the phase of the product beside it. */
+static void adapters_down(team *us, adapters of, int k, const float *x, size_t ldx) {
+    int seen = 0, own = next_piece(us);
+    for (int g = 0; g < of.groups_count; g++) {
+        const group *rows = &of.groups[g];
+        const site *s = &rows->sites[of.index];
+        if (s->a == NULL) continue;
+        int columns = s->parts * s->rank;
+        for (int start = 0; start < rows->count; start += BLOCK_ROWS)
+            for (int at = 0; at < columns; at += PANEL) {
+                if (seen++ != own) continue;
+                const int32_t *index = rows->rows + start;
+                product_of_columns(
+                    s->a, columns, k, at, smaller(at + PANEL, columns), x, ldx, index,
+                    smaller(BLOCK_ROWS, (int)rows->count - start), of.between, of.ld_between, index, 0
+                );
+                own = next_piece(us);
+            }
+    }
+}
+
+/* What B makes of that, added to y. */
+static void adapters_up(team *us, adapters of, float *y, size_t ldy) {
+    int seen = 0, own = next_piece(us);
+    for (int g = 0; g < of.groups_count; g++) {
+        const group *rows = &of.groups[g];
+        const site *s = &rows->sites[of.index];
+        if (s->a == NULL) continue;
+        size_t n = 0, offset = 0;
+        for (int p = 0; p < s->parts; p++) n += s->widths[p];
+        for (int p = 0; p < s->parts; offset += s->widths[p++])
+            for (int start = 0; start < rows->count; start += BLOCK_ROWS)
+                for (int at = 0; at < s->widths[p]; at += PIECE_COLUMNS) {
+                    if (seen++ != own) continue;
+                    const int32_t *index = rows->rows + start;
+                    product_of_columns(
+                        s->b + (size_t)p * s->rank * n + offset, n, s->rank, at,
+                        smaller(at + PIECE_COLUMNS, s->widths[p]), of.between + p * s->rank,
+                        of.ld_between, index, smaller(BLOCK_ROWS, (int)rows->count - start),
+                        y + offset, ldy, index, 1
+                    );
+                    own = next_piece(us);
+                }
+    }
+}
+
+static void multiplied(
+    team *us, const matrix *w, const float *x, size_t ldx, int rows, float *y, size_t ldy, int adds,
+    adapters of
+) {
+    int panels = pieces(w->n, PANEL), blocks = pieces(rows, BLOCK_ROWS);
+    int chunk = panels / (us->threads * 4);
+    chunk = chunk > 8 ? 8 : chunk < 1 ? 1 : chunk;
+    int all = pieces(panels, chunk) * blocks;
+    for (int i; (i = next_piece(us)) < all;) {
+        int first = i / blocks * chunk, start = i % blocks * BLOCK_ROWS;
+        product(
+            w, first, smaller(first + chunk, panels), x + start * ldx, ldx,
+            smaller(BLOCK_ROWS, rows - start), y + start * ldy, ldy, adds
+        );
+    }
+    us->phase++; /* the adapters' pieces are counted apart, and nobody needs to wait */
+    if (any(of)) {
+        adapters_down(us, of, w->k, x, ldx);
+        meet(us);
+        adapters_up(us, of, y, ldy);
+    }
+    meet(us);
+}
+
+/* --- what is between products ------------------------------------------------------------------ */
+
+/* x / sqrt(mean(x^2) + eps) * weight; `to` may be x. */
+static void norm(const float *x, const float *weight, int size, float eps, float *to) {
+    vec sum = v_all(0);
+    float squares = 0;
+    int d = 0;
+    for (; d + WIDTH <= size; d += WIDTH) {
+        vec own = v_load(x + d);
+        sum = v_fma(own, own, sum);
+    }
+    for (int tail = d; tail < size; tail++) squares = fmaf(x[tail], x[tail], squares);
+    squares += v_sum(sum);
+    float scale = 1.0f / sqrtf(squares / (float)size + eps);
+    for (d = 0; d + WIDTH <= size; d += WIDTH)
+        v_store(to + d, v_mul(v_mul(v_load(x + d), v_all(scale)), v_load(weight + d)));
+    for (; d < size; d++) to[d] = x[d] * scale * weight[d];
+}
+
+static void norms(
+    team *us, const float *x, const float *weight, int rows, int size, float eps, float *to
+) {
+    for (int i; (i = next_piece(us)) < pieces(rows, TILE);)
+        for (int r = i * TILE; r < smaller(rows, (i + 1) * TILE); r++)
+            norm(x + (size_t)r * size, weight, size, eps, to + (size_t)r * size);
+    meet(us);
+}
+
+/* silu(gate) * up in place of gate: x / (1 + e^-x). */
+static void gated(float *gate, const float *up, int count) {
+    const vec one = v_all(1), minus = v_all(-1);
+    int d = 0;
+    for (; d + WIDTH <= count; d += WIDTH) {
+        vec x = v_load(gate + d);
+        vec silu = v_div(x, v_add(one, v_exp(v_mul(minus, x))));
+        v_store(gate + d, v_mul(silu, v_load(up + d)));
+    }
+    for (; d < count; d++) gate[d] = gate[d] / (1 + exp_of(-gate[d])) * up[d];
+}
+
+/* silu(x gate^T) * (x up^T) in the first half of y, `(rows, 2 * ffn)`. */
+static void gated_up(
+    team *us, const layer *own, const float *x, size_t ldx, int rows, float *y, adapters of
+) {
+    int ffn = own->gate.n, panels = pieces(ffn, PANEL), blocks = pieces(rows, BLOCK_ROWS);
+    size_t ldy = 2 * (size_t)ffn;
+    int chunk = panels / (us->threads * 4), later = any(of);
+    chunk = chunk > 4 ? 4 : chunk < 1 ? 1 : chunk;
+    int all = pieces(panels, chunk) * blocks;
+    for (int i; (i = next_piece(us)) < all;) {
+        int first = i / blocks * chunk, last = smaller(first + chunk, panels);
+        int start = i % blocks * BLOCK_ROWS, count = smaller(BLOCK_ROWS, rows - start);
+        float *to = y + start * ldy;
+        product(&own->gate, first, last, x + start * ldx, ldx, count, to, ldy, 0);
+        product(&own->up, first, last, x + start * ldx, ldx, count, to + ffn, ldy, 0);
+        for (int r = 0; r < count && !later; r++) {
+            float *part = to + r * ldy + first * PANEL;
+            gated(part, part + ffn, smaller(last * PANEL, ffn) - first * PANEL);
+        }
+    }
+    us->phase++;
+    if (later) {
+        adapters_down(us, of, own->gate.k, x, ldx);
+        meet(us);
+        adapters_up(us, of, y, ldy);
+        meet(us);
+        for (int r; (r = next_piece(us)) < rows;) gated(y + r * ldy, y + r * ldy + ffn, ffn);
+    }
+    meet(us);
+}
+
+/* --- attention --------------------------------------------------------------------------------- */
+
+static run head_of(const model *m, const store *from, int64_t slot, int layer, int head) {
+    size_t bytes = m->kv_narrow ? 2 : 4;
+    size_t run_bytes = (size_t)from->capacity * m->head_dim * bytes;
+    const char *start = from->layers[layer];
+    start += ((size_t)slot * 2 * m->kv_heads + head) * run_bytes;
+    return (run){start, start + m->kv_heads * run_bytes};
+}
+
+static void turn(float *x, const float *angles, int half) {
+    for (int d = 0; d < half; d++) {
+        float a = x[d], b = x[d + half], cos = angles[d], sin = angles[d + half];
+        x[d] = fmaf(a, cos, -b * sin);
+        x[d + half] = fmaf(b, cos, a * sin);
+    }
+}
+
+static void kv_written(const float *from, const void *run_start, int64_t at, int dim, int narrow) {
+    if (narrow) {
+        uint16_t *to = (uint16_t *)run_start + (size_t)at * dim;
+        for (int d = 0; d < dim; d++) to[d] = narrowed(from[d]);
+    } else {
+        memcpy((float *)run_start + (size_t)at * dim, from, sizeof(float) * (size_t)dim);
+    }
+}
+
+/* Turn queries and keys, and write keys and values where they stay. */
+static void placed(team *us, const model *m, const step *s, int index, float *qkv) {
+    const layer *own = &m->each[index];
+    int dim = m->head_dim, turned = m->heads + m->kv_heads;
+    size_t ld = (size_t)(turned + m->kv_heads) * dim;
+    for (int r; (r = next_piece(us)) < s->count;) {
+        const row *at = &s->rows[r];
+        float *heads = qkv + r * ld;
+        for (int h = 0; h < turned; h++) {
+            const float *weight = h < m->heads ? own->norm_q : own->norm_k;
+            if (weight != NULL) norm(heads + h * dim, weight, dim, m->qk_eps, heads + h * dim);
+            turn(heads + h * dim, s->angles + (size_t)r * dim, dim / 2);
+        }
+        for (int h = 0; h < m->kv_heads; h++) {
+            run to = head_of(m, &s->stores[at->store], at->slot, index, h);
+            const float *key = heads + (m->heads + h) * dim;
+            const float *value = key + m->kv_heads * dim;
+            kv_written(key, to.keys, at->position - at->split, dim, m->kv_narrow);
+            kv_written(value, to.values, at->position - at->split, dim, m->kv_narrow);
+        }
+    }
+    meet(us);
+}
+
+/* What the queries find, `(count, heads * head_dim)`. */
+static void attended(team *us, const model *m, const step *s, int index, const float *qkv, float *to) {
+    int dim = m->head_dim, group_heads = m->heads / m->kv_heads;
+    size_t ld = (size_t)(m->heads + 2 * m->kv_heads) * dim;
+    int64_t window = m->each[index].window;
+    /* Few rows are shared out by the query head. */
+    int each = s->count * m->kv_heads < 4 * us->threads ? 1 : smaller(group_heads, GROUP_MAX);
+    int parts = pieces(group_heads, each);
+    int all = m->kv_heads * parts * s->count;
+    for (int i; (i = next_piece(us)) < all;) {
+        int r = i % s->count, part = i / s->count % parts, h = i / s->count / parts;
+        const row *at = &s->rows[r];
+        int first_head = h * group_heads + part * each;
+        int count = smaller(each, group_heads - part * each);
+        run own = head_of(m, &s->stores[at->store], at->slot, index, h), shared = own;
+        if (at->split) shared = head_of(m, &s->stores[at->shared], 0, index, h);
+        int64_t first = window && at->position >= window ? at->position - window + 1 : 0;
+        (m->kv_narrow ? attend_narrow : attend_wide)(
+            qkv + r * ld + first_head * dim, count, dim, shared, at->split, own, first,
+            at->position, m->scaling, to + ((size_t)r * m->heads + first_head) * dim
+        );
+    }
+    meet(us);
+}
+
+/* --- calls ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    context *in;
+    const model *m;
+    const step *s;
+    float *x, *qkv, *found, *both, *between;
+    size_t ld_between;
+} forward;
+
+static void forward_part(void *given, int thread) {
+    (void)thread;
+    forward *f = given;
+    const model *m = f->m;
+    const step *s = f->s;
+    team us = {f->in, pool_threads(f->in->all), 0};
+    int count = s->count, hidden = m->hidden, dims = m->heads * m->head_dim;
+    size_t ld = (size_t)dims + 2 * (size_t)m->kv_heads * m->head_dim;
+    for (int i = 0; i < m->layers; i++) {
+        const layer *own = &m->each[i];
+        adapters of[SITES];
+        for (int site = 0; site < SITES; site++)
+            of[site] = (adapters){
+                s->groups, s->groups_count, i * SITES + site, f->between, f->ld_between};
+        norms(&us, s->h, own->norm_1, count, hidden, m->eps, f->x);
+        multiplied(&us, &own->qkv, f->x, hidden, count, f->qkv, ld, 0, of[SITE_QKV]);
+        placed(&us, m, s, i, f->qkv);
+        attended(&us, m, s, i, f->qkv, f->found);
+        multiplied(&us, &own->o, f->found, dims, count, s->h, hidden, 1, of[SITE_O]);
+        norms(&us, s->h, own->norm_2, count, hidden, m->eps, f->x);
+        gated_up(&us, own, f->x, hidden, count, f->both, of[SITE_GATE_UP]);
+        multiplied(
+            &us, &own->down, f->both, 2 * (size_t)m->ffn, count, s->h, hidden, 1, of[SITE_DOWN]);
+    }
+    norms(&us, s->h, m->norm, count, hidden, m->eps, s->out);
+}
+
+/* Have memory for so many floats, and counters for so many phases, all zero. */
+static int prepared(context *in, size_t floats, int phases) {
+    if (floats > in->room) {
+        free(in->memory);
+        in->room = 0;
+        in->memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        if (in->memory == NULL) return -1;
+        in->room = floats;
+    }
+    if (phases > in->phases) {
+        free(in->taken);
+        in->phases = 0;
+        in->taken = malloc(sizeof *in->taken * (size_t)phases);
+        if (in->taken == NULL) return -1;
+        in->phases = phases;
+    }
+    for (int i = 0; i < phases; i++) atomic_init(&in->taken[i], 0);
+    return 0;
+}
+
+static size_t between_of(const group *groups, int count, int sites) {
+    size_t most = 0;
+    for (int g = 0; g < count; g++)
+        for (int i = 0; i < sites; i++) {
+            const site *s = &groups[g].sites[i];
+            size_t columns = s->a == NULL ? 0 : (size_t)s->parts * s->rank;
+            if (columns > most) most = columns;
+        }
+    return most;
+}
+
+/* Compute a forward. Returns 0, or -1 where memory lacks and nothing was done. */
+int tin_forward(context *in, const model *m, const step *s) {
+    size_t rows = s->count, dims = (size_t)m->heads * m->head_dim;
+    size_t ld = dims + 2 * (size_t)m->kv_heads * m->head_dim;
+    forward f = {.in = in, .m = m, .s = s};
+    f.ld_between = between_of(s->groups, s->groups_count, SITES * m->layers);
+    size_t floats = rows * (m->hidden + ld + dims + 2 * (size_t)m->ffn + f.ld_between) + 64;
+    if (prepared(in, floats, m->layers * PHASES_OF_LAYER + 2)) return -1;
+    f.x = in->memory;
+    f.qkv = f.x + rows * m->hidden;
+    f.found = f.qkv + rows * ld;
+    f.both = f.found + rows * dims;
+    f.between = f.both + rows * 2 * m->ffn;
+    pool_run(in->all, forward_part, &f);
+    return 0;
+}
+
+typedef struct {
+    context *in;
+    const matrix *w;
+    const float *x;
+    float *y;
+    int rows;
+    adapters of;
+} one_product;
+
+static void product_part(void *given, int thread) {
+    (void)thread;
+    one_product *p = given;
+    team us = {p->in, pool_threads(p->in->all), 0};
+    multiplied(&us, p->w, p->x, p->w->k, p->rows, p->y, p->w->n, 0, p->of);
+}
+
+/* y = x W^T + b, with what adapters add; x is (rows, k), y (rows, n). Returns as `tin_forward`. */
+int tin_product(
+    context *in, const matrix *w, const float *x, int rows, float *y, const group *groups, int count
+) {
+    size_t ld = between_of(groups, count, 1);
+    if (prepared(in, rows * ld + 64, 4)) return -1;
+    one_product p = {in, w, x, y, rows, {groups, count, 0, in->memory, ld}};
+    pool_run(in->all, product_part, &p);
+    return 0;
+}
+
+/* --- set up ------------------------------------------------------------------------------------ */
+
+/* NULL where memory lacks. */
+context *tin_open(int threads) {
+    context *in = calloc(1, sizeof *in);
+    if (in == NULL) return NULL;
+    in->all = pool_open(threads < 1 ? 1 : threads);
+    if (in->all == NULL) {
+        free(in);
+        return NULL;
+    }
+    return in;
+}
+
+/* Nothing may be under way. */
+void tin_close(context *in) {
+    pool_close(in->all);
+    free(in->memory);
+    free(in->taken);
+    free(in);
+}
+
+/* Bytes of what of this interface could be laid out otherwise. */
+int64_t tin_layout(void) {
+    return (int64_t)(sizeof(model) + 1000 * (sizeof(layer) + 1000 * (sizeof(step) + 1000 * (
+        sizeof(site) + 1000 * (sizeof(group) + sizeof(store) + sizeof(row))))));
+}
+
+int64_t tin_packed_bytes(int n, int k, int narrow) {
+    return (int64_t)pieces(n, PANEL) * (int64_t)panel_bytes(k, narrow);
+}
+
+/* Bring a float32 weight (n, k) into panels. Of a narrow one the lower halves must be zero. */
+void tin_pack(const float *weight, int n, int k, int narrow, void *to) {
+    size_t bytes = panel_bytes(k, narrow);
+    memset(to, 0, (size_t)tin_packed_bytes(n, k, narrow));
+    for (int row = 0; row < n; row++) {
+        char *panel = (char *)to + row / PANEL * bytes;
+        const float *from = weight + (size_t)row * k;
+        for (int i = 0; i < k; i++) {
+            if (narrow) {
+                uint32_t bits;
+                memcpy(&bits, &from[i], sizeof bits);
+                ((uint16_t *)panel)[(size_t)(i / 2) * PANEL * 2 + row % PANEL * 2 + i % 2] =
+                    (uint16_t)(bits >> 16);
+            } else {
+                ((float *)panel)[(size_t)i * PANEL + row % PANEL] = from[i];
+            }
+        }
+    }
+}

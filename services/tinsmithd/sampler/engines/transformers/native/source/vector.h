@@ -1,0 +1,141 @@
+/* Vectors of float32, of WIDTH elements: the one place that names instructions.
+ *
+ * All else is written once for both widths. -DWIDTH=8 takes AVX2 with FMA, -DWIDTH=16 AVX-512F.
+ */
+#ifndef TIN_VECTOR_H
+#define TIN_VECTOR_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if WIDTH == 16
+typedef __m512 vec;
+INLINE vec v_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void v_store(float *p, vec x) { _mm512_storeu_ps(p, x); }
+INLINE vec v_all(float x) { return _mm512_set1_ps(x); }
+INLINE vec v_add(vec x, vec y) { return _mm512_add_ps(x, y); }
+INLINE vec v_mul(vec x, vec y) { return _mm512_mul_ps(x, y); }
+INLINE vec v_div(vec x, vec y) { return _mm512_div_ps(x, y); }
+INLINE vec v_fma(vec x, vec y, vec z) { return _mm512_fmadd_ps(x, y, z); }
+/* Of a NaN and a number these give y. */
+INLINE vec v_min(vec x, vec y) { return _mm512_min_ps(x, y); }
+INLINE vec v_max(vec x, vec y) { return _mm512_max_ps(x, y); }
+INLINE vec v_round(vec x) { return _mm512_roundscale_ps(x, 8); }
+/* 2^n of whole numbers from -126 to 127. */
+INLINE vec v_power(vec n) {
+    __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+}
+/* The lower and the upper bfloat16 of each 32 bits. */
+INLINE vec v_low(const uint32_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)p), 16));
+}
+INLINE vec v_high(const uint32_t *p) {
+    const __m512i mask = _mm512_set1_epi32((int)0xffff0000);
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512((const void *)p), mask));
+}
+INLINE vec v_load_narrow(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+/* Halves added: what is left is as wide as with WIDTH 8. */
+INLINE __m256 v_half(vec x) {
+    __m512d both = _mm512_castps_pd(x);
+    __m256 low = _mm256_castpd_ps(_mm512_extractf64x4_pd(both, 0));
+    return _mm256_add_ps(low, _mm256_castpd_ps(_mm512_extractf64x4_pd(both, 1)));
+}
+#else
+typedef __m256 vec;
+INLINE vec v_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void v_store(float *p, vec x) { _mm256_storeu_ps(p, x); }
+INLINE vec v_all(float x) { return _mm256_set1_ps(x); }
+INLINE vec v_add(vec x, vec y) { return _mm256_add_ps(x, y); }
+INLINE vec v_mul(vec x, vec y) { return _mm256_mul_ps(x, y); }
+INLINE vec v_div(vec x, vec y) { return _mm256_div_ps(x, y); }
+INLINE vec v_fma(vec x, vec y, vec z) { return _mm256_fmadd_ps(x, y, z); }
+INLINE vec v_min(vec x, vec y) { return _mm256_min_ps(x, y); }
+INLINE vec v_max(vec x, vec y) { return _mm256_max_ps(x, y); }
+INLINE vec v_round(vec x) { return _mm256_round_ps(x, 8); }
+INLINE vec v_power(vec n) {
+    __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+}
+INLINE vec v_low(const uint32_t *p) {
+    __m256i both = _mm256_loadu_si256((const __m256i *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+}
+INLINE vec v_high(const uint32_t *p) {
+    const __m256i mask = _mm256_set1_epi32((int)0xffff0000);
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)p), mask));
+}
+INLINE vec v_load_narrow(const uint16_t *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE __m256 v_half(vec x) { return x; }
+#endif
+
+/* The sums of eight vectors. */
+INLINE void v_sums(const vec x[8], float *to) {
+    __m256 a = _mm256_hadd_ps(v_half(x[0]), v_half(x[1]));
+    __m256 b = _mm256_hadd_ps(v_half(x[2]), v_half(x[3]));
+    __m256 c = _mm256_hadd_ps(v_half(x[4]), v_half(x[5]));
+    __m256 d = _mm256_hadd_ps(v_half(x[6]), v_half(x[7]));
+    a = _mm256_hadd_ps(a, b);
+    c = _mm256_hadd_ps(c, d);
+    b = _mm256_permute2f128_ps(a, c, 0x20);
+    d = _mm256_permute2f128_ps(a, c, 0x31);
+    _mm256_storeu_ps(to, _mm256_add_ps(b, d));
+}
+
+/* The sum of one vector. */
+INLINE float v_sum(vec x) {
+    float all[8];
+    _mm256_storeu_ps(all, v_half(x));
+    return ((all[0] + all[1]) + (all[2] + all[3])) + ((all[4] + all[5]) + (all[6] + all[7]));
+}
+
+INLINE float widened(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+/* To the nearest bfloat16, of equals to the even one. */
+INLINE uint16_t narrowed(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* e^x to about an ulp: 2^n times a polynomial over [-ln 2 / 2, ln 2 / 2], its coefficients those of
+ * the Taylor series up to 1/7!. Below -87.3 it is that of -87.3, 1e-38; NaN stays NaN. */
+INLINE vec v_exp(vec x) {
+    x = v_max(v_all(-87.3f), v_min(v_all(88.3f), x));
+    vec n = v_round(v_mul(x, v_all(1.44269504088896341f)));
+    vec r = v_fma(n, v_all(-0.693359375f), x);
+    r = v_fma(n, v_all(2.12194440e-4f), r);
+    vec p = v_all(1.0f / 5040);
+    p = v_fma(p, r, v_all(1.0f / 720));
+    p = v_fma(p, r, v_all(1.0f / 120));
+    p = v_fma(p, r, v_all(1.0f / 24));
+    p = v_fma(p, r, v_all(1.0f / 6));
+    p = v_fma(p, r, v_all(0.5f));
+    p = v_fma(p, r, v_all(1.0f));
+    p = v_fma(p, r, v_all(1.0f));
+    return v_mul(p, v_power(n));
+}
+
+/* The same of a number, by the same steps. */
+INLINE float exp_of(float x) {
+    float all[WIDTH];
+    v_store(all, v_exp(v_all(x)));
+    return all[0];
+}
+#endif

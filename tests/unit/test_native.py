@@ -1,0 +1,124 @@
+"""The compiled kernels: products whose bits are a row's own, and where libraries are taken from."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinsmithd.sampler.engines.transformers.native import library as room
+from tinsmithd.sampler.engines.transformers.native.abi import GroupOf, Library, Matrix, SiteOf
+
+SHAPES = ((48, 32), (131, 259), (7, 5), (96, 64))
+ROWS_MAX = 33
+
+
+@pytest.fixture(scope="module", params=room.usable_widths())
+def library(request: pytest.FixtureRequest) -> Iterator[Library]:
+    made = Library(room.compiled(request.param, room.kept_in("")), 2)
+    yield made
+    made.close()
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_has_the_same_bits_among_any_number(
+    library: Library, shape: tuple[int, int], narrow: bool
+) -> None:
+    """At the first, the last and any other place of 1 to 33 rows; and they are the right ones."""
+    weight, bias = random(*shape).bfloat16().float(), random(shape[0], seed=1)
+    panels = library.packed(weight, narrow=narrow)
+    matrix = Matrix(panels.data_ptr(), bias.data_ptr(), *shape, narrow)
+    rows = random(ROWS_MAX, shape[1], seed=2)
+    every = library.product(matrix, rows)
+    torch.testing.assert_close(every, rows @ weight.T + bias, atol=1e-4, rtol=1e-4)
+    for count in range(1, ROWS_MAX + 1):
+        assert torch.equal(library.product(matrix, rows[:count]), every[:count])
+        assert torch.equal(library.product(matrix, rows[-count:]), every[-count:])
+
+
+def test_both_forms_of_a_weight_give_the_same_bits(library: Library) -> None:
+    """A bfloat16 weight is a float32 one with less to read."""
+    weight, rows = random(131, 259).bfloat16().float(), random(5, 259, seed=1)
+    found = []
+    for narrow in (True, False):
+        panels = library.packed(weight, narrow=narrow)
+        found.append(library.product(Matrix(panels.data_ptr(), None, 131, 259, narrow), rows))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("n", [40, 131])
+def test_an_adapter_adds_to_its_own_rows_alone(library: Library, n: int) -> None:
+    """Of two parts; with the same bits whatever other rows have it."""
+    weight, rows, rank = random(n, 64), random(9, 64, seed=1), 16
+    a, b = random(64, 2 * rank, seed=2), random(2 * rank, n, seed=3)
+    widths = (n // 3, n - n // 3)
+    b[:rank, widths[0] :] = b[rank:, : widths[0]] = 0
+    panels = library.packed(weight, narrow=False)
+    matrix = Matrix(panels.data_ptr(), None, n, 64, False)
+    site = SiteOf(a.data_ptr(), b.data_ptr(), 2, rank)
+    site.widths[:2] = widths
+
+    def with_adapter(own: list[int]) -> torch.Tensor:
+        index = torch.tensor(own, dtype=torch.int32)
+        groups = (GroupOf * 1)(GroupOf((SiteOf * 1)(site), index.data_ptr(), len(own)))
+        return library.product(matrix, rows, groups)
+
+    plain, all_own, few = library.product(matrix, rows), with_adapter([*range(9)]), [1, 4, 8]
+    torch.testing.assert_close(all_own, plain + rows @ a @ b, atol=1e-3, rtol=1e-4)
+    found = with_adapter(few)
+    others = [row for row in range(9) if row not in few]
+    assert torch.equal(found[few], all_own[few])
+    assert torch.equal(found[others], plain[others])
+
+
+def test_a_library_that_others_could_have_written_is_not_taken(tmp_path: Path) -> None:
+    """Nor one in such a folder, nor a link; the line for a person says which."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    said: list[str] = []
+    assert room.load_library(str(folder), 1, on_progress=said.append) is None
+    assert len(said) == 1
+    assert "can be written by others" in said[0]
+    (tmp_path / "link").symlink_to("/usr")
+    with pytest.raises(PermissionError, match="link"):
+        room.check_private(tmp_path / "link")
+
+
+def test_without_a_compiler_there_is_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails, one that is not there; what was made before is taken without."""
+    width = room.usable_widths()[0]
+    kept = room.compiled(width, room.kept_in(""))
+    said: list[str] = []
+    monkeypatch.setenv("CC", "false")
+    assert room.load_library(str(tmp_path), 1, on_progress=said.append) is None
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert room.load_library(str(tmp_path), 1, on_progress=said.append) is None
+    assert "the compiler failed" in said[0]
+    assert "no C compiler" in said[1]
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".so"]
+    made = tmp_path / kept.name
+    made.write_bytes(kept.read_bytes())
+    found = room.load_library(str(tmp_path), 1, on_progress=said.append)
+    assert found is not None
+    found.close()
+    assert len(said) == 2
+
+
+def test_a_file_that_is_no_library_is_none(tmp_path: Path) -> None:
+    """Half a file, as a crash could leave where files are written in place."""
+    name = room.compiled(room.usable_widths()[0], room.kept_in("")).name
+    (tmp_path / name).write_bytes(b"\x7fELF")
+    said: list[str] = []
+    assert room.load_library(str(tmp_path), 1, on_progress=said.append) is None
+    assert said
+    assert os.fspath(tmp_path) in said[0]
