@@ -1,11 +1,14 @@
 """Runs gateways for tests: the production process, on a free port."""
 
 import contextlib
+import http.client
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import programs
 
@@ -85,3 +88,25 @@ def running_gateway(
         yield gateway
     finally:
         gateway.stop()
+
+
+def ask(
+    gateway: RunningGateway,
+    path: str,
+    body: Any = None,
+    *,
+    method: str = "",
+    headers: dict[str, str] | None = None,
+) -> tuple[int, Any]:
+    """Status of one request, and its JSON, or its bytes where that is a message."""
+    connection = http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=60)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(
+        method or ("GET" if body is None else "POST"), path, data, headers=headers or {}
+    )
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    if response.headers.get_content_type() == "application/x-protobuf":
+        return response.status, text
+    return response.status, json.loads(text) if text else None

@@ -1,33 +1,11 @@
 """The gateway over plain HTTP, in front of a real cluster."""
 
-import http.client
 import json
 import zlib
-from typing import Any
 
 import zstandard
 
-from gateways import RunningGateway
-
-
-def ask(
-    gateway: RunningGateway,
-    path: str,
-    body: Any = None,
-    *,
-    method: str = "",
-    headers: dict[str, str] | None = None,
-) -> tuple[int, Any]:
-    """Status and JSON of one request."""
-    connection = http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=60)
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request(
-        method or ("GET" if body is None else "POST"), path, data, headers=headers or {}
-    )
-    response = connection.getresponse()
-    text = response.read()
-    connection.close()
-    return response.status, json.loads(text) if text else None
+from gateways import RunningGateway, ask
 
 
 def test_it_is_ready_once_its_cluster_is(gateway: RunningGateway) -> None:

@@ -19,12 +19,6 @@ CALLED_BY_LIBRARIES = {
     "log_engine_initialized",
     "record",
     "capture_signals",  # of uvicorn
-    # What the rest of the gateway stands on; it comes next.
-    "protobuf",
-    "public",
-    "tokenizer_id",
-    "model_id_of",
-    "number_of",
 }
 """Names of methods that a library calls, besides RPCs."""
 CALLED_BY_DECORATORS = ["@model_validator", "@field_validator"]

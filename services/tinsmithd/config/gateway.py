@@ -39,6 +39,9 @@ class GatewaySettings(Config):
     a folder where the client runs. Others are loaded by a name that the model has."""
     body_bytes_max: Positive = 64 * MIB
     """Largest body of one request, before and after it is unpacked; more is 413."""
+    body_items_max: Positive = 262_144
+    """Most items of one protobuf body: each field that is set, at every level, and each four bytes
+    of text; more is 400."""
     received_bytes_max: Positive = 512 * MIB
     """Bytes of all bodies that are held at once; a request that would have more is 429."""
     requests_max: Positive = 8192

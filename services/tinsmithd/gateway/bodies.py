@@ -9,19 +9,15 @@ import contextlib
 import json
 import zlib
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from typing import Any
 
 import zstandard
-from google.protobuf.message import DecodeError, Message
 from starlette.requests import ClientDisconnect, Request
 
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.problems import RETRY_S, Problem
 
-M = TypeVar("M", bound=Message)
-
 PIECE_BYTES = 1024 * 1024
-PROTOBUF = "application/x-protobuf"
 
 
 class Bodies:
@@ -54,18 +50,6 @@ class Bodies:
         """
         async with self.read(request) as body:
             return json_object(body)
-
-    async def protobuf(self, request: Request, kind: type[M]) -> M:
-        """A request's body as a message.
-
-        Raises:
-            Problem: As `read`, and 400 for what is no such message.
-        """
-        async with self.read(request) as body:
-            try:
-                return kind.FromString(body)
-            except DecodeError:
-                raise Problem(400, f"the body is no {kind.DESCRIPTOR.name}") from None
 
     @contextlib.contextmanager
     def _room(self) -> Any:

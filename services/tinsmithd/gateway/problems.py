@@ -14,6 +14,8 @@ import grpc
 from starlette.responses import JSONResponse, Response
 
 from tinsmith.errors import TinsmithError, from_rpc_error
+from tinsmithd import errors
+from tinsmithd.reasons import RULES
 
 RETRY_S = 1.0
 """When to come again where nobody has said it, seconds."""
@@ -70,9 +72,12 @@ def problem_of(error: Exception) -> Problem | None:
         error = from_rpc_error(error)
     if isinstance(error, TimeoutError):
         return Problem(503, "the cluster did not answer in time", "", "", RETRY_S, True)
-    if not isinstance(error, TinsmithError):
+    if isinstance(error, errors.TinsmithError):  # what a part that servers share has found
+        name = RULES[error.reason].status
+    elif isinstance(error, TinsmithError):
+        name = error.code.name if error.code is not None else _kind_of(error)
+    else:
         return None
-    name = error.code.name if error.code is not None else _kind_of(error)
     status = _STATUSES.get(name, 500)
     if error.retry_after_s is not None:
         status = 429 if name == "RESOURCE_EXHAUSTED" else 503

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from tinsmith.errors import TinsmithError
+from tinsmithd import errors
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway import openai, tinker
 from tinsmithd.gateway.cluster import Cluster
@@ -57,6 +58,7 @@ def build_app(
             HTTPException: _http_exception,
             Problem: _problem,
             TinsmithError: _problem,
+            errors.TinsmithError: _problem,
             TimeoutError: _problem,
             Exception: _fault,
         },

@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute, Mount
 
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.cluster import Cluster
-from tinsmithd.gateway.tinker import config, futures, refused, runs, samples, sessions
+from tinsmithd.gateway.tinker import config, futures, refused, runs, samples, sessions, training
 from tinsmithd.gateway.tinker.room import Room
 
 
@@ -20,5 +20,5 @@ def routes(
 ) -> Sequence[BaseRoute]:
     """All routes of the SDK."""
     room = Room(cluster, settings, stopping)
-    parts = (config, sessions, futures, samples, runs, refused)
+    parts = (config, sessions, training, futures, samples, runs, refused)
     return [Mount("/api/v1", routes=[route for part in parts for route in part.routes(room)])]

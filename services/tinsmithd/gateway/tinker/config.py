@@ -14,6 +14,7 @@ FLAGS = {
     # promise is given: one whose predecessor has not come yet is only held in memory.
     "parallel_fwdbwd_chunks": False,
     "proto_compress_fwdbwd": True,
+    "proto_write_fwdbwd": True,  # of 0.22: newer ones have nothing else, older ones send JSON
     "fwdbwd_max_chunk_len": 1024,
     "fwdbwd_max_chunk_bytes_count": 5_000_000,
     "pjwt_auth_enabled": False,

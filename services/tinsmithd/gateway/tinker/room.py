@@ -10,6 +10,7 @@ from tinsmithd.gateway.cluster import Cluster
 from tinsmithd.gateway.names import BaseModelNames
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker.held import HeldSamplers
+from tinsmithd.gateway.tinker.order import Order
 from tinsmithd.gateway.tinker.promises import Promises
 
 INT64_MAX = 2**63 - 1
@@ -28,6 +29,7 @@ class Room:
         names: Those of base models.
         promises: Results that are waited for.
         held: Samplers without a name that are held for sessions.
+        order: Gets numbered calls through.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Room:
         self.names = BaseModelNames(settings.base_models, settings.tokenizer_ids)
         self.promises = Promises(settings, stopping)
         self.held = HeldSamplers(cluster, settings)
+        self.order = Order(cluster)
 
 
 def text_of(body: Mapping[str, Any], key: str, default: str | None = None) -> str:

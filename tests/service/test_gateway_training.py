@@ -1,0 +1,278 @@
+"""Training through the gateway over plain HTTP, as the stock SDK asks for it."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gateways import RunningGateway, ask
+from tinsmith.gateway.v1 import tinker_pb2 as tinker
+
+PATH = "/api/v1"
+
+
+def packed(values: Any, dtype: str) -> tinker.Tensor:
+    array = np.asarray(values, {"float32": "<f4", "int64": "<i8"}[dtype])
+    kind = {"float32": tinker.D_TYPE_FLOAT32, "int64": tinker.D_TYPE_INT64}[dtype]
+    return tinker.Tensor(dense=array.tobytes(), dtype=kind, shape=array.shape)
+
+
+def datum(**inputs: tinker.Tensor) -> tinker.Datum:
+    tokens = np.array([5, 6, 7, 8], "<i4").tobytes()
+    chunk = tinker.Chunk(encoded_text=tinker.EncodedTextChunk(tokens=tokens))
+    filled = {"target_tokens": packed([6, 7, 8, 9], "int64"), **inputs}
+    return tinker.Datum(model_input=[chunk], loss_fn_inputs=filled)
+
+
+def call(model_id: str, seq_id: int, **fields: Any) -> bytes:
+    filled = {"loss_fn": "cross_entropy", "data": [datum()], **fields}
+    message = tinker.ForwardBackwardRequest(model_id=model_id, seq_id=seq_id, **filled)
+    return message.SerializeToString()
+
+
+class Sdk:
+    """What the SDK does, one request at a time."""
+
+    def __init__(self, gateway: RunningGateway) -> None:
+        self.gateway = gateway
+        self.session_id = self.post("create_session", {})["session_id"]
+
+    def asked(self, path: str, body: Any) -> tuple[int, Any]:
+        return ask(self.gateway, f"{PATH}/{path}", body)
+
+    def post(self, path: str, body: Any) -> Any:
+        status, found = self.asked(path, body)
+        assert status == 200, found
+        return found
+
+    def result(self, promise: dict[str, Any], accept: str = "application/x-protobuf") -> Any:
+        status, found = 408, None
+        asked = {"request_id": promise["request_id"]}
+        while status == 408:
+            headers = {"Accept": accept}
+            status, found = ask(self.gateway, f"{PATH}/retrieve_future", asked, headers=headers)
+        assert status == 200, found
+        return found
+
+    def passed(self, promise: dict[str, Any]) -> tinker.ForwardBackwardOutput:
+        found = self.result(promise)
+        assert isinstance(found, bytes), found
+        return tinker.ForwardBackwardOutput.FromString(found)
+
+    def model(self, number: int = 0, **fields: Any) -> str:
+        base = self.asked_get("get_server_capabilities")["supported_models"][0]["model_name"]
+        body = {
+            "session_id": self.session_id,
+            "model_seq_id": number,
+            "base_model": base,
+            "lora_config": {"rank": 2, "seed": 1},
+            **fields,
+        }
+        model_id: str = self.result(self.post("create_model", body))["model_id"]
+        assert model_id == f"{self.session_id}:train:{number}"
+        return model_id
+
+    def asked_get(self, path: str) -> Any:
+        return ask(self.gateway, f"{PATH}/{path}")[1]
+
+
+@pytest.fixture
+def sdk(gateway: RunningGateway) -> Sdk:
+    return Sdk(gateway)
+
+
+def test_a_model_is_trained_saved_and_loaded(sdk: Sdk) -> None:
+    """The rows of the SDK's table, in the order of a program."""
+    model_id = sdk.model()
+    about = sdk.post("get_info", {"model_id": model_id})
+    assert (about["lora_rank"], about["model_data"]["model_name"]) == (2, "tiny-llama")
+    first = sdk.passed(sdk.post("forward_backward", call(model_id, 1)))
+    (record,) = first.loss_fn_outputs
+    logprobs = np.frombuffer(record.fields["logprobs"].data, "<f4")
+    assert first.metrics["loss:sum"] == pytest.approx(-logprobs.sum(), abs=1e-4)
+    assert all(key.count(":") == 1 for key in first.metrics)
+    step = {"model_id": model_id, "seq_id": 2, "adam_params": {"learning_rate": 0.01}}
+    assert sdk.result(sdk.post("optim_step", step))["metrics"]["step:last"] == 1
+    again = sdk.passed(sdk.post("forward_backward", call(model_id, 3, forward_only=True)))
+    assert again.metrics["loss:sum"] < first.metrics["loss:sum"]
+    save = {"model_id": model_id, "seq_id": 4, "path": "s1", "ttl_seconds": 3600}
+    path = sdk.result(sdk.post("save_weights", save))["path"]
+    assert path == f"tinker://{model_id}/weights/s1"
+    create = {"session_id": sdk.session_id, "model_seq_id": 1, "path": path, "optimizer": True}
+    loaded = sdk.result(sdk.post("load_weights", create))
+    assert loaded["model_id"] == f"{sdk.session_id}:train:1"
+    same = sdk.passed(sdk.post("forward_backward", call(loaded["model_id"], 1, forward_only=True)))
+    assert same.metrics["loss:sum"] == again.metrics["loss:sum"]
+    back = {"model_id": model_id, "seq_id": 5, "path": path, "optimizer": False}
+    assert sdk.result(sdk.post("load_weights", back))["path"] == path
+    named = {"model_id": model_id, "seq_id": 6, "path": "w1", "kind": "snapshot"}
+    path = sdk.result(sdk.post("save_weights_for_sampler", named))["path"]
+    assert path == f"tinker://{model_id}/sampler_weights/w1"
+    unnamed = {"model_id": model_id, "seq_id": 7, "sampling_session_seq_id": 0}
+    sampler = sdk.result(sdk.post("save_weights_for_sampler", unnamed))["sampling_session_id"]
+    assert sampler.startswith(f"{sdk.session_id}:sample:0:")
+    assert sdk.result(sdk.post("unload_model", {"model_id": model_id}))["model_id"] == model_id
+    assert sdk.asked("get_info", {"model_id": model_id})[0] == 404
+
+
+def test_a_repeat_has_the_same_promise_and_is_done_once(sdk: Sdk) -> None:
+    """An SDK that hears nothing sends the same number again, under another key."""
+    model_id = sdk.model()
+    promises = [sdk.post("forward_backward", call(model_id, 1)) for _ in range(3)]
+    assert len({promise["request_id"] for promise in promises}) == 1
+    step = {"model_id": model_id, "seq_id": 2, "adam_params": {"learning_rate": 0.01}}
+    results = [sdk.result(sdk.post("optim_step", step)) for _ in range(3)]
+    assert [result["metrics"]["step:last"] for result in results] == [1, 1, 1]
+    step["adam_params"] = {"learning_rate": 0.02}
+    failed = sdk.result(sdk.post("optim_step", step))
+    assert failed["category"] == "user"
+    assert "other content" in failed["error"]
+    assert sdk.asked("forward_backward", call(model_id, 1, loss_fn="ppo"))[0] == 400
+
+
+def test_the_first_piece_may_be_sent_last(sdk: Sdk) -> None:
+    """Each has its promise at once, and they take effect in the order of their numbers."""
+    model_id = sdk.model()
+    later = [sdk.post("forward_backward", call(model_id, number)) for number in (3, 2)]
+    step = sdk.post("optim_step", {"model_id": model_id, "seq_id": 4, "adam_params": {}})
+    first = sdk.post("forward_backward", call(model_id, 1))
+    losses = {sdk.passed(promise).metrics["loss:sum"] for promise in (first, *later)}
+    assert len(losses) == 1
+    assert sdk.result(step)["metrics"]["step:last"] == 1
+
+
+WRONG: dict[str, tuple[Callable[[str], tuple[str, Any]], int, str]] = {
+    "a loss that is not here": (
+        lambda model: ("forward_backward", call(model, 1, loss_fn="stable_reinforce")),
+        *(400, "importance_sampling"),
+    ),
+    "an uploaded loss": (
+        lambda model: ("forward_backward", call(model, 1, loss_fn="custom")),
+        *(400, "forward_backward_custom"),
+    ),
+    "a setting that the loss has not": (
+        lambda model: (
+            "forward_backward",
+            call(
+                model,
+                1,
+                loss_fn_config_v2={"beta": tinker.LossConfigValue(number=1.0)},
+            ),
+        ),
+        *(400, "beta"),
+    ),
+    "an image": (
+        lambda model: (
+            "forward_backward",
+            call(model, 1, data=[tinker.Datum(model_input=[tinker.Chunk(image={})])]),
+        ),
+        *(400, "only text"),
+    ),
+    "another optimizer": (
+        lambda model: (
+            "optim_step",
+            {"model_id": model, "seq_id": 1, "optimizer_params": {"type": "dimuon"}},
+        ),
+        *(400, "adamw"),
+    ),
+    "no model of that name": (
+        lambda model: ("forward_backward", call("s-absent:train:0", 1)),
+        *(404, "s-absent"),
+    ),
+    "bytes that are no message": (
+        lambda model: ("forward_backward", call(model, 1) + b"\xff"),
+        *(400, ""),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_refused_uses_its_number(sdk: Sdk, what: str) -> None:
+    """It says why, at once, and the next call goes on."""
+    make, status, words = WRONG[what]
+    model_id = sdk.model()
+    found, said = sdk.asked(*make(model_id))
+    assert (found, words in said["detail"]) == (status, True), said
+    if what == "no model of that name" or what == "bytes that are no message":
+        return
+    step = {"model_id": model_id, "seq_id": 2, "adam_params": {}}
+    assert sdk.result(sdk.post("optim_step", step))["metrics"]["step:last"] == 1
+
+
+def test_what_the_servers_refuse_is_the_result(sdk: Sdk) -> None:
+    """A failure of the user's, which the SDK raises and does not send again."""
+    model_id = sdk.model()
+    short = datum(weights=packed([1.0], "float32"))
+    failed = sdk.result(sdk.post("forward_backward", call(model_id, 1, data=[short])))
+    assert failed["category"] == "user"
+    assert 'data[0].loss_fn_inputs["weights"]' in failed["error"]
+    step = {"model_id": model_id, "seq_id": 2, "adam_params": {}}
+    assert sdk.result(sdk.post("optim_step", step))["metrics"]["step:last"] == 1
+
+
+def test_sparse_targets_are_dense_ones(sdk: Sdk) -> None:
+    """A matrix whose rows come compressed has the loss of the whole one; empty cells weigh 0."""
+    model_id = sdk.model()
+    targets = np.array([[6, 3], [7, 0], [8, 4], [9, 0]])
+    weights = np.array([[0.5, 0.5], [1, 0], [0.25, 0.75], [1, 0]], np.float32)
+
+    def sparse(array: np.ndarray, kind: Any) -> tinker.Tensor:
+        rows, columns = np.nonzero(weights)
+        crow = np.searchsorted(rows, np.arange(5)).astype("<i8")
+        csr = tinker.SparseCsr(
+            values=array[rows, columns].tobytes(),
+            crow_indices=crow.tobytes(),
+            col_indices=columns.astype("<i8").tobytes(),
+        )
+        return tinker.Tensor(sparse_csr=csr, dtype=kind, shape=array.shape)
+
+    whole = datum(target_tokens=packed(targets, "int64"), weights=packed(weights, "float32"))
+    pieces = datum(
+        target_tokens=sparse(targets, tinker.D_TYPE_INT64),
+        weights=sparse(weights, tinker.D_TYPE_FLOAT32),
+    )
+    dense = sdk.passed(sdk.post("forward_backward", call(model_id, 1, data=[whole])))
+    found = sdk.passed(sdk.post("forward_backward", call(model_id, 2, data=[pieces])))
+    assert found.metrics["loss:sum"] == dense.metrics["loss:sum"]
+    assert list(found.loss_fn_outputs[0].fields["logprobs"].trailing_shape) == [2]
+
+
+def test_old_sdks_send_and_take_json(sdk: Sdk) -> None:
+    """The same call in either form is the same call."""
+    model_id = sdk.model()
+    tensors = {"target_tokens": {"data": [6, 7, 8, 9], "dtype": "int64", "shape": [4]}}
+    chunks = [{"type": "encoded_text", "tokens": [5, 6, 7, 8]}]
+    one = {"model_input": {"chunks": chunks}, "loss_fn_inputs": tensors}
+    given = {"data": [one], "loss_fn": "cross_entropy"}
+    body = {"model_id": model_id, "seq_id": 1, "forward_backward_input": given}
+    headers = {"Content-Type": "application/json"}
+    path = f"{PATH}/forward_backward"
+    status, promise = ask(sdk.gateway, path, body, headers=headers)
+    assert status == 200, promise
+    assert promise == sdk.post("forward_backward", call(model_id, 1))
+    found = sdk.result(promise, "application/json")
+    (output,) = found["loss_fn_outputs"]
+    packed_form = sdk.passed(promise).loss_fn_outputs[0].fields["logprobs"].data
+    assert output["logprobs"]["data"] == np.frombuffer(packed_form, "<f4").tolist()
+    forward = {"model_id": model_id, "seq_id": 2, "forward_input": given}
+    again = sdk.result(sdk.post("forward", forward), "application/json")
+    assert again["metrics"]["loss:sum"] == found["metrics"]["loss:sum"]
+    one["loss_fn_inputs"] = {"target_tokens": {"data": [6, "x"], "dtype": "int64"}}
+    status, said = ask(sdk.gateway, path, {**body, "seq_id": 3}, headers=headers)
+    assert (status, said["field"]) == (400, 'data[0].loss_fn_inputs["target_tokens"]')
+
+
+def test_all_who_wait_have_the_result(sdk: Sdk) -> None:
+    """As soon as it is there."""
+    model_id = sdk.model()
+    promise = sdk.post("optim_step", {"model_id": model_id, "seq_id": 2, "adam_params": {}})
+    found: list[Any] = []
+    waiting = [threading.Thread(target=lambda: found.append(sdk.result(promise))) for _ in range(3)]
+    for each in waiting:
+        each.start()
+    sdk.post("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}})
+    for each in waiting:
+        each.join(30)
+    assert [result["metrics"]["step:last"] for result in found] == [2, 2, 2]
