@@ -110,6 +110,7 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
         ),
         pb.GetModelRequest(model_id=model_id),
         pb.ListModelsRequest(page_size=2, page_token="7"),
+        pb.ListStepsRequest(model_id=model_id, page_size=2, page_token="7"),
         pb.DeleteModelRequest(model_id="absent"),
         pb.SampleRequest(
             prompt=tokens_of([1, 2, 3]),

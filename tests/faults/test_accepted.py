@@ -71,6 +71,13 @@ def answers(channel: grpc.Channel, model_id: str, digests: Sequence[bytes] = ())
     return found
 
 
+def steps(channel: grpc.Channel, model_id: str) -> list[Any]:
+    """What ListSteps says, but for the times."""
+    found = pb.TrainingServiceStub(channel).ListSteps(pb.ListStepsRequest(model_id=model_id))
+    assert len(found.steps) == CALLS // 2
+    return [(step.seq_id, step.step_count, dict(step.metrics)) for step in found.steps]
+
+
 def test_accepted_calls_are_made_after_kills_though_nobody_sends_them_again(
     training: Training,
 ) -> None:
@@ -84,6 +91,7 @@ def test_accepted_calls_are_made_after_kills_though_nobody_sends_them_again(
         for seq_id in range(1, CALLS + 1):
             accept(channel, twin, seq_id)
         expected = answers(channel, twin)
+        history = steps(channel, twin)
         rank.kill()
         digests = {seq_id: accept(channel, model_id, seq_id) for seq_id in (3, 5, 2, 4)}
         training.restart_server()
@@ -102,6 +110,7 @@ def test_accepted_calls_are_made_after_kills_though_nobody_sends_them_again(
             pb.TrainingServiceStub(channel).GetModel(pb.GetModelRequest(model_id=model_id)).model
         )
         assert (model.next_seq_id, model.step_count) == (CALLS + 1, CALLS // 2)
+        assert steps(channel, model_id) == history
 
 
 def test_an_accepted_call_whose_predecessor_never_comes_is_given_up(training: Training) -> None:

@@ -50,6 +50,7 @@ async def audit(world: "World") -> None:
     """All checks."""
     oracles = _check_answers(world)
     _check_journal(world)
+    _check_steps(world, oracles)
     _check_folders(world)
     server = world.server
     assert server is not None
@@ -99,6 +100,21 @@ def _check_journal(world: "World") -> None:
         if open_calls and not table.lost:
             world.fail(f"{model_id}: calls {open_calls} have no result in the end")
         world.checked("journal is bounded")
+
+
+def _check_steps(world: "World", oracles: dict[str, Oracle]) -> None:
+    """Each step is in its model's history once, with what was computed for it."""
+    for model_id, oracle in oracles.items():
+        table = world.disk.tables.models.get(model_id)
+        if table is None:
+            continue
+        found = [
+            (step.seq_id, step.step_count, int(step.metrics.get("calls:sum", 0)))
+            for step in table.steps
+        ]
+        if found != oracle.steps:
+            world.fail(f"{model_id}: its history is {found}, expected {oracle.steps}")
+        world.checked("steps")
 
 
 def _trimmed_to(world: "World", table: ModelTable) -> int:

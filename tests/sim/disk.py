@@ -18,6 +18,7 @@ from tinsmithd.training.journal.records import (
     ParkedCall,
     StoreDamaged,
     StoredCall,
+    StoredStep,
     StoreUnwritable,
     Write,
 )
@@ -166,6 +167,15 @@ class SimStore:
     async def answer(self, model_id: str, position: int) -> StoredAnswer:
         """The answer of a call."""
         found: StoredAnswer = await self._read(lambda: self._disk.tables.answer(model_id, position))
+        return found
+
+    async def steps(
+        self, model_id: str, below: int | None, size: int
+    ) -> tuple[Sequence[StoredStep], int]:
+        """A page of a model's steps."""
+        found: tuple[Sequence[StoredStep], int] = await self._read(
+            lambda: self._disk.tables.steps(model_id, below, size)
+        )
         return found
 
     async def close(self) -> None:

@@ -38,6 +38,7 @@ class Oracle:
         state: After the calls so far.
         user: Who calls.
         ended: It was deleted or lost: nothing more is known.
+        steps: Number of each call that made a step, and what the step has to remember.
     """
 
     def __init__(self, world: "World", user: ModelUser) -> None:
@@ -45,6 +46,8 @@ class Oracle:
         self.user = user
         self._saved: dict[str, set[Made | None]] = {}
         self.ended = False
+        self.steps: list[tuple[int, int, int]] = []
+        self._computed = 0
         assert user.new is not None
         if user.new.path is None:
             assert user.new.tuning is not None
@@ -99,7 +102,9 @@ class Oracle:
             case ComputeWork():
                 self._compute(work, answer, reason)
             case StepWork():
-                self._step(work, answer, reason)
+                if self._step(work, answer, reason):
+                    self.steps.append((seq_id, self.state.step_count, self._computed))
+                self._computed = 0
             case SaveWork():
                 self._save(work, answer, reason)
             case LoadWork():
@@ -138,17 +143,19 @@ class Oracle:
                 raise Wrong(f"result {result!r}, expected {wanted!r}")
             if work.backward:
                 self.state = engine.add_gradient(self.state, datum, result)
+        self._computed += work.backward
         wanted_metrics = engine.compute_metrics(self.state, answer.outputs)
         _expect(dict(answer.value), {"metrics": wanted_metrics})
 
-    def _step(self, work: StepWork, answer: StoredAnswer, reason: Reason | None) -> None:
+    def _step(self, work: StepWork, answer: StoredAnswer, reason: Reason | None) -> bool:
         if self.state.non_finite:
             _expect(reason, Reason.NON_FINITE_GRADIENT)
             self.state = engine.cleared(self.state)
-            return
+            return False
         _expect(reason, None)
         self.state, metrics = engine.step(self.state, work.adam)
         _expect(dict(answer.value), {"metrics": metrics})
+        return True
 
     def _files(self, work: SaveWork) -> Files:
         return tuple(engine.files(self.state, training(work.options.path)))
@@ -188,7 +195,7 @@ class Oracle:
         if len(whole) != 1:
             raise Wrong(f"{len(whole)} checkpoints may be there")
         self._saved[path] = {whole[0]}
-        self.state = engine.load(whole[0][1], work.optimizer)
+        self.state, self._computed = engine.load(whole[0][1], work.optimizer), 0
         _expect(dict(answer.value), {"path": path})
 
     def check_saved(self) -> None:

@@ -20,6 +20,7 @@ from tinsmithd.training.journal import (
     AddCall,
     AddModel,
     AddSnapshot,
+    AddStep,
     CountAttempt,
     CountStart,
     DeletedModel,
@@ -33,6 +34,7 @@ from tinsmithd.training.journal import (
     StoredCall,
     StoredModel,
     StoredSnapshot,
+    StoredStep,
     Trim,
     UnparkCalls,
     Write,
@@ -66,6 +68,7 @@ class ModelTable:
         self.snapshots: dict[int, StoredSnapshot] = {}
         self.trimmed_to = 0
         self.parked: dict[int, tuple[bytes, bytes]] = {}
+        self.steps: list[StoredStep] = []
 
     @property
     def from_checkpoint(self) -> bool:
@@ -132,6 +135,13 @@ class Tables:
         parked = sorted(table.parked.items()) if table else []
         return [ParkedCall(seq_id, digest, decode_work(data)) for seq_id, (digest, data) in parked]
 
+    def steps(self, model_id: str, below: int | None, size: int) -> tuple[list[StoredStep], int]:
+        """A page of steps."""
+        table = self.models.get(model_id)
+        every = table.steps[::-1] if table else []
+        found = [step for step in every if below is None or step.position < below]
+        return found[:size], len(every)
+
     def answer(self, model_id: str, position: int) -> StoredAnswer:
         """An answer."""
         return decode_answer(self._blob("answers", model_id, position))
@@ -179,6 +189,9 @@ class Tables:
                         rows.pop(position, None)
             case CountAttempt():
                 _change(table, write.position, attempts=write.attempts)
+            case AddStep():
+                assert all(step.position < write.step.position for step in table.steps)
+                table.steps = [*table.steps, write.step][-write.kept_max :]
             case AddSnapshot():
                 snapshot = StoredSnapshot(write.position, write.step_count, write.folder)
                 table.snapshots[write.position] = snapshot

@@ -209,6 +209,23 @@ async def test_a_model_that_is_to_be_remembered_is(disk: Any) -> None:
     assert found == {"a": (1, {"base": "ü"}), "b": (2, {"r": 4})}
 
 
+async def test_the_newest_steps_are_remembered(disk: Any) -> None:
+    """Of each model, in pages, whatever is trimmed; they go with their model."""
+    store = await begun(disk, call(1), record(1))
+    steps = [j.StoredStep(n, n + 1, n + 2, n / 3, {"grad_norm:last": n / 7}) for n in range(1, 7)]
+    await store.commit([j.AddStep("a", step, 4) for step in steps])
+    await store.commit([j.AddStep("b", steps[0], 4), j.AddStep("c", steps[0], 4), j.Trim("a", 6)])
+    await store.close()
+    store = disk.store()
+    await store.claim()
+    assert await store.steps("a", None, 3) == (steps[:2:-1], 4)
+    assert await store.steps("a", 4, 3) == ([steps[2]], 4)
+    assert await store.steps("b", None, 9) == ([steps[0]], 1)
+    await store.commit([j.DeleteModel("a")])
+    assert await store.steps("a", None, 3) == ([], 0)
+    assert await store.steps("c", None, 3) == ([], 0)
+
+
 async def test_a_parked_call_is_there_until_it_has_its_place(disk: Any) -> None:
     """In the order of numbers; `AddCall` and `UnparkCalls` take it out, and so does a deletion."""
     store = await begun(disk)

@@ -100,6 +100,8 @@ from tinsmith.v1.training_service_pb2 import (
     GetModelResponse,
     ListModelsRequest,
     ListModelsResponse,
+    ListStepsRequest,
+    ListStepsResponse,
     LoadCheckpointRequest,
     LoadCheckpointResponse,
     Model,
@@ -108,6 +110,7 @@ from tinsmith.v1.training_service_pb2 import (
     OptimStepResponse,
     SaveCheckpointRequest,
     SaveCheckpointResponse,
+    Step,
     TrainingLimits,
 )
 from tinsmith.v1.training_service_pb2_grpc import (
@@ -197,6 +200,8 @@ __all__ = [
     "ListCheckpointsResponse",
     "ListModelsRequest",
     "ListModelsResponse",
+    "ListStepsRequest",
+    "ListStepsResponse",
     "LoadCheckpointRequest",
     "LoadCheckpointResponse",
     "LoraConfig",
@@ -226,6 +231,7 @@ __all__ = [
     "SaveCheckpointRequest",
     "SaveCheckpointResponse",
     "SequenceDelta",
+    "Step",
     "StopCondition",
     "StopReason",
     "Tensor",

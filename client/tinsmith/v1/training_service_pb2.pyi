@@ -198,6 +198,7 @@ class TrainingLimits(_message.Message):
     MODELS_MAX_FIELD_NUMBER: _builtins.int
     MODELS_KEPT_MAX_FIELD_NUMBER: _builtins.int
     LEASE_ID_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    STEPS_KEPT_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     message_items_max: _builtins.int
@@ -252,6 +253,8 @@ class TrainingLimits(_message.Message):
     """Most models at once, suspended ones included."""
     lease_id_characters_max: _builtins.int
     """Most characters of a `lease_id`."""
+    steps_kept_max: _builtins.int
+    """Optimizer steps that ListSteps remembers of each model."""
     @_builtins.property
     def stream_stall(self) -> _duration_pb2.Duration:
         """Longest time in which a stream may stand still because of its peer."""
@@ -295,10 +298,11 @@ class TrainingLimits(_message.Message):
         models_max: _builtins.int = ...,
         models_kept_max: _builtins.int = ...,
         lease_id_characters_max: _builtins.int = ...,
+        steps_kept_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gap_wait_max", b"gap_wait_max", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_max", b"gap_wait_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "lease_id_characters_max", b"lease_id_characters_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_kept_max", b"models_kept_max", "models_max", b"models_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "stream_stall", b"stream_stall", "targets_per_position_max", b"targets_per_position_max", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_max", b"gap_wait_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "lease_id_characters_max", b"lease_id_characters_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_kept_max", b"models_kept_max", "models_max", b"models_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "steps_kept_max", b"steps_kept_max", "stream_stall", b"stream_stall", "targets_per_position_max", b"targets_per_position_max", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,6 +620,128 @@ class ListModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class ListStepsRequest(_message.Message):
+    """Asks for a page of a model's optimizer steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Which model."""
+    page_size: _builtins.int
+    """Most steps to return. 0 means 100; more than `page_size_max` means that."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStepsRequest: _TypeAlias = ListStepsRequest  # noqa: Y015
+
+@_typing.final
+class ListStepsResponse(_message.Message):
+    """A page of optimizer steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    total_size: _builtins.int
+    """Steps that are remembered in all."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Step]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___Step] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "steps", b"steps", "total_size", b"total_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStepsResponse: _TypeAlias = ListStepsResponse  # noqa: Y015
+
+@_typing.final
+class Step(_message.Message):
+    """An optimizer step that was applied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEQ_ID_FIELD_NUMBER: _builtins.int
+    STEP_COUNT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    seq_id: _builtins.int
+    """Number of the OptimStep call; 0 where it had none."""
+    step_count: _builtins.int
+    """`Model.step_count` after it."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was applied."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What OptimStep answered; of the ForwardBackward calls whose gradients it applied `loss:sum`, `data:sum`,
+        `tokens:sum` and `calls:sum`, where there were any; `learning_rate:last`.
+        """
+
+    def __init__(
+        self,
+        *,
+        seq_id: _builtins.int = ...,
+        step_count: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "metrics", b"metrics", "seq_id", b"seq_id", "step_count", b"step_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class DeleteModelRequest(_message.Message):

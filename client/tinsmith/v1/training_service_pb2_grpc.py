@@ -114,6 +114,11 @@ class TrainingServiceStub:
                 request_serializer=tinsmith_dot_v1_dot_training__service__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=tinsmith_dot_v1_dot_training__service__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.ListSteps = channel.unary_unary(
+                '/tinsmith.v1.TrainingService/ListSteps',
+                request_serializer=tinsmith_dot_v1_dot_training__service__pb2.ListStepsRequest.SerializeToString,
+                response_deserializer=tinsmith_dot_v1_dot_training__service__pb2.ListStepsResponse.FromString,
+                _registered_method=True)
         self.DeleteModel = channel.unary_unary(
                 '/tinsmith.v1.TrainingService/DeleteModel',
                 request_serializer=tinsmith_dot_v1_dot_training__service__pb2.DeleteModelRequest.SerializeToString,
@@ -265,6 +270,19 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSteps(self, request, context):
+        """Lists the optimizer steps that were made with a model, newest first, in pages: those that OptimStep
+        applied, in the order in which that happened, the newest `steps_kept_max` of them. It is a history of
+        what was done, not of the state: LoadCheckpoint adds nothing to it and takes nothing away, and a step
+        after it has the `step_count` of the state that it made, which may be lower than that of the step
+        before. It survives what calls and answers survive, and goes with its model.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT for a page token that this server did not give, or
+        a `page_size` below 0; UNAVAILABLE (STORAGE_UNAVAILABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteModel(self, request, context):
         """Deletes a model; its checkpoints stay, but for ephemeral ones: those go once nobody uses them. Calls
         still queued for it fail with NOT_FOUND.
@@ -371,6 +389,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=tinsmith_dot_v1_dot_training__service__pb2.ListModelsRequest.FromString,
                     response_serializer=tinsmith_dot_v1_dot_training__service__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ListSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSteps,
+                    request_deserializer=tinsmith_dot_v1_dot_training__service__pb2.ListStepsRequest.FromString,
+                    response_serializer=tinsmith_dot_v1_dot_training__service__pb2.ListStepsResponse.SerializeToString,
             ),
             'DeleteModel': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteModel,
@@ -576,6 +599,33 @@ class TrainingService:
             '/tinsmith.v1.TrainingService/ListModels',
             tinsmith_dot_v1_dot_training__service__pb2.ListModelsRequest.SerializeToString,
             tinsmith_dot_v1_dot_training__service__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinsmith.v1.TrainingService/ListSteps',
+            tinsmith_dot_v1_dot_training__service__pb2.ListStepsRequest.SerializeToString,
+            tinsmith_dot_v1_dot_training__service__pb2.ListStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -127,6 +127,15 @@ class TrainingServiceStub:
     """Lists models, newest first, in pages. Errors: INVALID_ARGUMENT for a page token that this server did not give, or a
     `page_size` below 0.
     """
+    ListSteps: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListStepsRequest, _training_service_pb2.ListStepsResponse]
+    """Lists the optimizer steps that were made with a model, newest first, in pages: those that OptimStep
+    applied, in the order in which that happened, the newest `steps_kept_max` of them. It is a history of
+    what was done, not of the state: LoadCheckpoint adds nothing to it and takes nothing away, and a step
+    after it has the `step_count` of the state that it made, which may be lower than that of the step
+    before. It survives what calls and answers survive, and goes with its model.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT for a page token that this server did not give, or
+    a `page_size` below 0; UNAVAILABLE (STORAGE_UNAVAILABLE).
+    """
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]
     """Deletes a model; its checkpoints stay, but for ephemeral ones: those go once nobody uses them. Calls
     still queued for it fail with NOT_FOUND.
@@ -282,6 +291,15 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListModelsRequest, _training_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists models, newest first, in pages. Errors: INVALID_ARGUMENT for a page token that this server did not give, or a
     `page_size` below 0.
+    """
+    ListSteps: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListStepsRequest, _training_service_pb2.ListStepsResponse]  # type: ignore[assignment]
+    """Lists the optimizer steps that were made with a model, newest first, in pages: those that OptimStep
+    applied, in the order in which that happened, the newest `steps_kept_max` of them. It is a history of
+    what was done, not of the state: LoadCheckpoint adds nothing to it and takes nothing away, and a step
+    after it has the `step_count` of the state that it made, which may be lower than that of the step
+    before. It survives what calls and answers survive, and goes with its model.
+    Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT for a page token that this server did not give, or
+    a `page_size` below 0; UNAVAILABLE (STORAGE_UNAVAILABLE).
     """
     DeleteModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.DeleteModelRequest, _training_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
     """Deletes a model; its checkpoints stay, but for ephemeral ones: those go once nobody uses them. Calls
@@ -459,6 +477,21 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_service_pb2.ListModelsResponse, _abc.Awaitable[_training_service_pb2.ListModelsResponse]]:
         """Lists models, newest first, in pages. Errors: INVALID_ARGUMENT for a page token that this server did not give, or a
         `page_size` below 0.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSteps(
+        self,
+        request: _training_service_pb2.ListStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.ListStepsResponse, _abc.Awaitable[_training_service_pb2.ListStepsResponse]]:
+        """Lists the optimizer steps that were made with a model, newest first, in pages: those that OptimStep
+        applied, in the order in which that happened, the newest `steps_kept_max` of them. It is a history of
+        what was done, not of the state: LoadCheckpoint adds nothing to it and takes nothing away, and a step
+        after it has the `step_count` of the state that it made, which may be lower than that of the step
+        before. It survives what calls and answers survive, and goes with its model.
+        Errors: NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT for a page token that this server did not give, or
+        a `page_size` below 0; UNAVAILABLE (STORAGE_UNAVAILABLE).
         """
 
     @_abc_1.abstractmethod

@@ -113,6 +113,9 @@ class TrainingConfig(ServerConfig):
     """Answers of one model that are kept for repeats; the oldest are dropped."""
     answer_bytes_kept_max: Count = 256 * MIB
     """Bytes of one model's answers that are kept for repeats; the oldest are dropped."""
+    steps_kept_max: Positive = 10_000
+    """Optimizer steps of one model that are remembered, with their metrics; the oldest are
+    dropped."""
     ephemeral_ttl_s: Count = 86_400
     """The newest ephemeral sampler weights of a model are deleted after this long without use."""
     model_idle_ttl_s: Number = 7 * 86_400.0

@@ -33,6 +33,7 @@ from tinsmithd.training.call import (
     StepWork,
     Work,
 )
+from tinsmithd.training.journal import StoredStep
 from tinsmithd.training.models import Model, Models, NewModel
 from tinsmithd.training.requests import (
     ComputeRequest,
@@ -139,6 +140,18 @@ class TrainingServicer(TrainingServiceServicer):
         return pb.ListModelsResponse(
             models=[_model_to_pb(model) for model in page],
             next_page_token=token_after(page[-1].number) if len(models) > asked.size else "",
+            total_size=total,
+        )
+
+    async def ListSteps(self, request: pb.ListStepsRequest, context: Any) -> pb.ListStepsResponse:
+        """Return a page of a model's optimizer steps, newest first."""
+        asked = page_of(request.page_size, request.page_token)
+        model = self._models.get(request.model_id)
+        steps, total = await self._models.steps(model, asked.below, asked.size + 1)
+        page = steps[: asked.size]
+        return pb.ListStepsResponse(
+            steps=[_step_to_pb(step) for step in page],
+            next_page_token=token_after(page[-1].position) if len(steps) > asked.size else "",
             total_size=total,
         )
 
@@ -264,6 +277,15 @@ class TrainingServicer(TrainingServiceServicer):
         answer = self._models.answer(model, request.seq_id, digest)
         async for response in answer_to_pb(answer, request.tensor_format):
             yield response
+
+
+def _step_to_pb(step: StoredStep) -> pb.Step:
+    return pb.Step(
+        seq_id=step.seq_id,
+        step_count=step.step_count,
+        create_time=timestamp_to_pb(step.time_s),
+        metrics=step.metrics,
+    )
 
 
 def _model_to_pb(model: Model) -> pb.Model:

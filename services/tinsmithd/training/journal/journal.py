@@ -12,6 +12,7 @@ import asyncio
 import errno
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -20,11 +21,14 @@ from tinsmithd import failpoints
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
 from tinsmithd.training.call import StoredAnswer, Work
 from tinsmithd.training.journal.records import (
+    AddStep,
     Contents,
+    DeleteModel,
     Fenced,
     JournalStore,
     ParkedCall,
     StoredCall,
+    StoredStep,
     StoreUnwritable,
     Write,
 )
@@ -109,6 +113,12 @@ class Journal:
     async def answer(self, model_id: str, position: int) -> StoredAnswer:
         """See `JournalStore.answer`."""
         return await self._read(self.store.answer(model_id, position))
+
+    async def steps(
+        self, model_id: str, below: int | None, size: int
+    ) -> tuple[Sequence[StoredStep], int]:
+        """See `JournalStore.steps`."""
+        return await self._read(self.store.steps(model_id, below, size))
 
     async def _read(self, reading: Awaitable[T]) -> T:
         try:
@@ -225,16 +235,31 @@ class NoJournal(Journal):
         self.writable = True
         self.commits, self.commit_s = 0, 0.0
         self.fenced = asyncio.Event()
+        self._steps: dict[str, deque[StoredStep]] = {}
 
     async def open(self) -> Contents:
         """Nothing is there."""
         return Contents("", 0)
 
     def commit(self, *writes: Write, must: bool = False) -> "asyncio.Future[None]":
-        """Done at once."""
+        """Done at once; of all writes only steps are remembered, in memory."""
+        for write in writes:
+            if isinstance(write, AddStep):
+                new: deque[StoredStep] = deque(maxlen=write.kept_max)
+                self._steps.setdefault(write.model_id, new).append(write.step)
+            elif isinstance(write, DeleteModel):
+                self._steps.pop(write.model_id, None)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         future.set_result(None)
         return future
+
+    async def steps(
+        self, model_id: str, below: int | None, size: int
+    ) -> tuple[Sequence[StoredStep], int]:
+        """Those of this process."""
+        every = self._steps.get(model_id, ())
+        found = [step for step in reversed(every) if below is None or step.position < below]
+        return found[:size], len(every)
 
     async def failed(self) -> None:
         """Never."""

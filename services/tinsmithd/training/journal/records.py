@@ -147,6 +147,15 @@ class CountStart:
 
 
 @dataclass(frozen=True)
+class AddStep:
+    """An optimizer step was applied; of each model the newest `kept_max` are remembered."""
+
+    model_id: str
+    step: "StoredStep"
+    kept_max: int
+
+
+@dataclass(frozen=True)
 class AddSnapshot:
     """`folder` has the state of a model after the call at `position`."""
 
@@ -188,6 +197,7 @@ Write = (
     | ForgetCalls
     | CountAttempt
     | CountStart
+    | AddStep
     | AddSnapshot
     | Trim
     | DropAnswers
@@ -225,6 +235,25 @@ class ParkedCall:
     seq_id: int
     digest: bytes
     work: Work
+
+
+@dataclass(frozen=True)
+class StoredStep:
+    """An optimizer step that was applied.
+
+    Attributes:
+        position: That of its call in the model's order.
+        seq_id: That call's number, or 0.
+        step_count: That of the model after it.
+        time_s: When, by the wall clock.
+        metrics: See `Step` of the contract.
+    """
+
+    position: int
+    seq_id: int
+    step_count: int
+    time_s: float
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -328,6 +357,21 @@ class JournalStore(Protocol):
         Raises:
             Fenced: Another process has claimed the store.
             StoreDamaged: It is gone or damaged.
+        """
+
+    async def steps(
+        self, model_id: str, below: int | None, size: int
+    ) -> tuple[Sequence[StoredStep], int]:
+        """A page of a model's steps, newest first, and how many there are in all.
+
+        Args:
+            model_id: Which model.
+            below: Only steps at positions below this one; None for all.
+            size: Number of steps, at most.
+
+        Raises:
+            Fenced: Another process has claimed the store.
+            StoreDamaged: They cannot be read.
         """
 
     async def close(self) -> None:

@@ -30,6 +30,7 @@ from tinsmithd.training.journal.records import (
     StoredCall,
     StoredModel,
     StoredSnapshot,
+    StoredStep,
     StoreUnwritable,
     Write,
 )
@@ -42,6 +43,8 @@ from tinsmithd.training.journal.sqlite_tables import (
     SCHEMA,
     SNAPSHOT,
     SNAPSHOT_SEAL,
+    STEP,
+    STEP_SEAL,
     USED_ID,
     apply,
     nbytes_of,
@@ -123,6 +126,12 @@ class SqliteStore:
         """The answer of a call."""
         data = await self._in_thread(lambda: self._blob("answers", model_id, position))
         return decode_answer(data)
+
+    async def steps(
+        self, model_id: str, below: int | None, size: int
+    ) -> tuple[Sequence[StoredStep], int]:
+        """A page of a model's steps, newest first, and how many there are in all."""
+        return await self._in_thread(lambda: self._steps(model_id, below, size))
 
     async def close(self) -> None:
         """Close it."""
@@ -246,6 +255,29 @@ class SqliteStore:
         if not all(row[-1] for row in rows):
             _log.error("some calls that waited for model %s are damaged in the journal", model_id)
         return [row[:-1] for row in rows if row[-1]]
+
+    def _steps(self, model_id: str, below: int | None, size: int) -> tuple[list[StoredStep], int]:
+        assert self._db is not None
+        end = 2**62 if below is None else below
+        try:
+            rows = self._db.execute(
+                f"SELECT {STEP}, crc32 IS {STEP_SEAL} FROM steps "
+                "WHERE model_id=? AND position<? ORDER BY position DESC LIMIT ?",
+                (model_id, end, size),
+            ).fetchall()
+            count = "SELECT count(*) FROM steps WHERE model_id=?"
+            (total,) = self._db.execute(count, (model_id,)).fetchone()
+            self._check_epoch()  # last, as above
+        except sqlite3.Error as error:
+            raise StoreDamaged(f"the steps of {model_id} cannot be read: {error}") from error
+        if not all(row[-1] for row in rows):  # nothing but people's interest hangs on one
+            _log.error("some steps of model %s are damaged in the journal", model_id)
+        found = [
+            StoredStep(position, seq_id, step_count, time_s, json.loads(metrics))
+            for position, seq_id, step_count, time_s, metrics, good in rows
+            if good
+        ]
+        return found, total
 
     def _blob(self, table: str, model_id: str, position: int) -> bytes:
         assert self._db is not None

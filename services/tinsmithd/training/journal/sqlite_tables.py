@@ -18,6 +18,7 @@ from tinsmithd.training.journal.records import (
     AddCall,
     AddModel,
     AddSnapshot,
+    AddStep,
     CountAttempt,
     CountStart,
     DeleteModel,
@@ -62,6 +63,11 @@ CREATE TABLE IF NOT EXISTS parked (
     crc32 INTEGER NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS parked_by_number ON parked (model_id, seq_id);
+CREATE TABLE IF NOT EXISTS steps (
+    model_id TEXT NOT NULL, position INTEGER NOT NULL, seq_id INTEGER NOT NULL,
+    step_count INTEGER NOT NULL, time_s REAL NOT NULL, metrics TEXT NOT NULL,
+    crc32 INTEGER NOT NULL, PRIMARY KEY (model_id, position)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS used_ids (
     number INTEGER PRIMARY KEY, model_id TEXT NOT NULL, crc32 INTEGER NOT NULL
 );
@@ -79,7 +85,9 @@ USED_ID = "number, model_id"
 SNAPSHOT = "position, step_count, folder"
 SNAPSHOT_SEAL = f"seal(model_id, {SNAPSHOT})"
 PARKED = "seq_id, digest, data"
-_TABLES = ("calls", "payloads", "parked", "answers", "snapshots", "requests", "models")
+STEP = "position, seq_id, step_count, time_s, metrics"
+STEP_SEAL = f"seal(model_id, {STEP})"
+_TABLES = ("calls", "payloads", "parked", "answers", "snapshots", "steps", "requests", "models")
 
 
 def nbytes_of(write: Write) -> int:
@@ -139,6 +147,8 @@ def apply(db: sqlite3.Connection, write: Write) -> None:
             _seal_calls(db, "position=?", write.model_id, write.position)
         case CountStart():
             _count_start(db, write)
+        case AddStep():
+            _add_step(db, write)
         case AddSnapshot():
             db.execute(
                 "INSERT OR REPLACE INTO snapshots SELECT ?, ?, ?, ?, 0 "
@@ -270,6 +280,22 @@ def _seal_calls(db: sqlite3.Connection, which: str, model_id: str, position: int
 
 def _seal_model(db: sqlite3.Connection, model_id: str) -> None:
     db.execute(f"UPDATE models SET crc32=seal({MODEL}) WHERE model_id=?", (model_id,))
+
+
+def _add_step(db: sqlite3.Connection, write: AddStep) -> None:
+    model_id, step = write.model_id, write.step
+    values = (model_id, step.position, step.seq_id, step.step_count, step.time_s)
+    values += (json.dumps(dict(step.metrics)),)  # type: ignore[assignment]
+    db.execute(
+        "INSERT OR REPLACE INTO steps SELECT ?, ?, ?, ?, ?, ?, ? WHERE EXISTS "
+        "(SELECT 1 FROM models WHERE model_id=?)",
+        (*values, seal(*values), model_id),
+    )
+    db.execute(
+        "DELETE FROM steps WHERE model_id=? AND position <= "
+        "(SELECT position FROM steps WHERE model_id=? ORDER BY position DESC LIMIT 1 OFFSET ?)",
+        (model_id, model_id, write.kept_max),
+    )
 
 
 def _trim(db: sqlite3.Connection, write: Trim) -> None:

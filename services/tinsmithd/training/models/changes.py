@@ -26,6 +26,7 @@ class Changes:
     Attributes:
         has_gradients: Whether the model has pending gradients.
         stepped_at: Position after which none were pending, the newest.
+        pending: Sums over the calls that added them, by the name of a metric.
     """
 
     def __init__(self, model: Model, counts: Counts, quantum_tokens: int) -> None:
@@ -34,10 +35,11 @@ class Changes:
         self._quantum_tokens = quantum_tokens
         self.has_gradients = False
         self.stepped_at = 0
+        self.pending: dict[str, float] = {}
 
     def stepped(self, position: int) -> None:
         """No gradients are pending after this position."""
-        self.stepped_at, self.has_gradients = position, False
+        self.stepped_at, self.has_gradients, self.pending = position, False, {}
 
     async def make(
         self,
@@ -101,8 +103,19 @@ class Changes:
         if not work.backward:  # it changed nothing: there is nothing to make again
             return Effect({"metrics": metrics}, engine_s=engine_s)
         self.has_gradients = True
+        self._add_pending(work, metrics["loss:sum"])
         whole = Composition(group.identity, sizes, made, metrics)
         return Effect({"metrics": metrics}, composition=whole.encode(), engine_s=engine_s)
+
+    def _add_pending(self, work: ComputeWork, loss: float) -> None:
+        sums = {
+            "loss:sum": loss,
+            "data:sum": len(work.lengths),
+            "tokens:sum": sum(work.lengths),
+            "calls:sum": 1,
+        }
+        for name, value in sums.items():
+            self.pending[name] = self.pending.get(name, 0.0) + value
 
     async def _step(self, group: RankGroup, work: StepWork, turn: TakeTurn) -> Effect:
         model = self._model

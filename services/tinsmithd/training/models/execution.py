@@ -1,5 +1,7 @@
 """What the calls of a model do: `ModelExecutor` carries them out on the ranks."""
 
+import dataclasses
+import time
 from collections.abc import Sequence
 
 from tinsmithd.domain import CheckpointInfo, CheckpointKind
@@ -13,6 +15,7 @@ from tinsmithd.training.call import (
     StepWork,
     Work,
 )
+from tinsmithd.training.journal import AddStep, StoredStep
 from tinsmithd.training.lane import Effect, Lane, LaneContext, TakeTurn
 from tinsmithd.training.models.changes import Changes
 from tinsmithd.training.models.checkpoints import check_base_model, check_claim, wrong_kind
@@ -41,6 +44,7 @@ class ModelExecutor:
         limits = shared.limits.calls
         self._model = model
         self._rank_max = limits.rank_max
+        self._steps_kept_max = limits.steps_kept_max
         self._place = shared.place
         self._checkpoints = shared.checkpoints
         self._journal = shared.journal
@@ -83,12 +87,26 @@ class ModelExecutor:
         match work:
             case ComputeWork() | StepWork():
                 call = f"seq_id {seq_id}" if seq_id else f"call {position} (without seq_id)"
-                return await self._changes.make(group, call, work, None, on_output, turn)
+                effect = await self._changes.make(group, call, work, None, on_output, turn)
+                if isinstance(work, StepWork) and effect.error is None:
+                    step = self._step_made(position, seq_id, work, effect)
+                    return dataclasses.replace(effect, writes=[step])
+                return effect
             case SaveWork():
                 return await self._save(group, work, turn)
             case LoadWork():
                 return await self._load(group, position, work, turn)
         raise TypeError(type(work).__name__)
+
+    def _step_made(self, position: int, seq_id: int, work: StepWork, effect: Effect) -> AddStep:
+        """What is remembered of a step."""
+        metrics = {
+            **effect.value["metrics"],
+            **self._changes.pending,
+            "learning_rate:last": work.adam.learning_rate,
+        }
+        step = StoredStep(position, seq_id, self._model.step_count, time.time(), metrics)
+        return AddStep(self._model.model_id, step, self._steps_kept_max)
 
     def _group(self) -> RankGroup:
         if self._place.current is None and self._journal.keeps:

@@ -7,9 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from tinsmithd.domain import new_model_id
-from tinsmithd.errors import InvalidArgument
+from tinsmithd.errors import InvalidArgument, Reason, Unavailable
 from tinsmithd.training.call import Answer, Call, model_lost, shutting_down
-from tinsmithd.training.journal import DeletedModel, Journal, StoredModel
+from tinsmithd.training.journal import (
+    DeletedModel,
+    Fenced,
+    Journal,
+    StoreDamaged,
+    StoredModel,
+    StoredStep,
+)
 from tinsmithd.training.lane import Turns
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.creation import Creation
@@ -151,6 +158,27 @@ class Models:
     def list(self) -> Sequence[Model]:
         """All models, newest first."""
         return self._registry.oldest_first[::-1]
+
+    async def steps(
+        self, model: Model, below: int | None, size: int
+    ) -> tuple[Sequence[StoredStep], int]:
+        """A page of a model's optimizer steps, newest first, and how many are remembered in all.
+
+        Args:
+            model: Which model.
+            below: Only those at positions below this one; None for all.
+            size: Number of steps, at most.
+
+        Raises:
+            Unavailable: They cannot be read (STORAGE_UNAVAILABLE), or this process ends.
+        """
+        try:
+            return await self._journal.steps(model.model_id, below, size)
+        except Fenced as error:
+            raise shutting_down() from error
+        except StoreDamaged as error:
+            reason = Reason.STORAGE_UNAVAILABLE
+            raise Unavailable("the steps cannot be read", reason, retry_after_s=1.0) from error
 
     async def delete(self, model_id: str) -> None:
         """Delete a model; calls that still wait for it fail as not found."""

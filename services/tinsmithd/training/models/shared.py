@@ -29,6 +29,7 @@ class CallLimits:
     journal_bytes_max: int
     snapshots: SnapshotRule
     rank_max: int = 256
+    steps_kept_max: int = 10_000
     exact_replay: bool = True
 
 
