@@ -24,6 +24,7 @@ MIB = 1024 * 1024
 ROOM = {"enough": -1, "short": 48 * MIB, "long": 24 * MIB}
 COUNT, LENGTH = 40, 500
 TOO_LONG = 20_000
+AGAIN = "the same call again"
 
 
 def datum(length: int, seed: int) -> Datum:
@@ -44,10 +45,12 @@ def limit_memory(room: int) -> None:
 
 
 def train(engine: TrainingEngine, room: int) -> tuple[float, list[float]]:
-    """One step; returns the loss, and the weights after it."""
+    """One step after two calls; returns the loss of one, and the weights after the step."""
     data = [datum(LENGTH, seed) for seed in range(COUNT)]
     limit_memory(room)
     metrics, _ = collect(engine, "m", data, backward=True)
+    logging.warning(AGAIN)
+    assert collect(engine, "m", data, backward=True)[0].keys() == metrics.keys()
     limit_memory(-1)
     engine.optim_step("m", AdamParams(learning_rate=1e-2, eps=0.1))
     weights = engine.export_state("m", optimizer=False).weights

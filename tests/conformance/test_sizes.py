@@ -29,7 +29,13 @@ from tinsmithd.sizes import (
     ranks,
     read_architecture,
 )
-from tinsmithd.sizes.activations import CHUNK_BYTES, CHUNK_TOKENS_MAX
+from tinsmithd.sizes.activations import (
+    CHUNK_BYTES,
+    CHUNK_SHARE,
+    CHUNK_STEP,
+    CHUNK_TOKENS_MAX,
+    head_tokens,
+)
 from tinsmithd.trainer.compute import head, memory
 from tinsmithd.trainer.engines import factory
 from tinsmithd.tunings import FullConfig, LoraConfig, Tuning
@@ -69,11 +75,26 @@ def test_constants_are_those_of_the_engine() -> None:
     assert {n: d.itemsize for n, d in base.DTYPES.items()} == architecture.BYTES_OF_DTYPE
     assert CHUNK_BYTES == head.CHUNK_BYTES
     assert CHUNK_TOKENS_MAX == head.CHUNK_TOKENS_MAX
+    assert (CHUNK_SHARE, CHUNK_STEP) == (head.CHUNK_SHARE, head.CHUNK_STEP)
     assert plan.FREE_SHARE == memory.SHARE_OF_FREE
     assert ranks.TRAINED_DTYPE == factory.TRAINED_DTYPE
     defaults = TrainerConfig(base_model="x")
     assert defaults.micro_batch_tokens_max == plan.MICRO_BATCH_TOKENS_MAX
     assert defaults.resident_models_max == plan.RESIDENT_MODELS_MAX
+
+
+@pytest.mark.parametrize("gigabytes", [1, 24, 80, 141])
+def test_a_gpu_makes_as_many_logits_at_once_as_is_said(
+    gigabytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does a CPU."""
+    built = type("Properties", (), {"total_memory": gigabytes * 10**9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: built)
+    for path in sorted(PUBLISHED.glob("*.json")):
+        model = read_architecture(path)
+        for device, memory_bytes in (("cuda", gigabytes * 10**9), ("cpu", None)):
+            said = head_tokens(model, memory_bytes)
+            assert said == head.chunk_tokens(model.vocab_size, torch.device(device))
 
 
 def test_every_family_has_a_shape_here() -> None:

@@ -17,6 +17,7 @@ _INDEX = 8
 """Bytes of an int64."""
 
 CHUNK_BYTES, CHUNK_TOKENS_MAX = 96 * 1024 * 1024, 512
+CHUNK_SHARE, CHUNK_STEP = 128, 128
 """As `trainer.compute.head` has them."""
 
 
@@ -39,7 +40,12 @@ class Activations:
 
 
 def activations(
-    model: Architecture, tuning: Tuning, *, dtype: str, partitioned: bool
+    model: Architecture,
+    tuning: Tuning,
+    *,
+    dtype: str,
+    partitioned: bool,
+    gpu_bytes: int | None = None,
 ) -> Activations:
     """What a token keeps.
 
@@ -48,6 +54,7 @@ def activations(
         tuning: What is trained.
         dtype: "float32" or "bfloat16", of the weights.
         partitioned: Whether the base is partitioned (stage 3), where PEFT's own layers compute.
+        gpu_bytes: Memory of the device; None is a CPU.
     """
     b = BYTES_OF_DTYPE[dtype]
     layer = _Layer(model, tuning, b, partitioned)
@@ -61,13 +68,17 @@ def activations(
         # Each layer keeps its input alone.
         recomputed_bytes=model.layer_count * model.hidden_size * b + rest,
         layer_bytes=max(each),
-        head_bytes=_head_bytes(model, b),
+        head_bytes=head_tokens(model, gpu_bytes) * model.vocab_size * (2 * _WIDE + b),
     )
 
 
-def _head_bytes(model: Architecture, b: int) -> int:
-    rows = max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // (_WIDE * model.vocab_size)))
-    return rows * model.vocab_size * (2 * _WIDE + b)
+def head_tokens(model: Architecture, gpu_bytes: int | None) -> int:
+    """Positions whose logits are made at once."""
+    each = _WIDE * model.vocab_size
+    if gpu_bytes is None:
+        return max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // each))
+    tokens = gpu_bytes // CHUNK_SHARE // each
+    return max(1, tokens - tokens % CHUNK_STEP if tokens > CHUNK_STEP else tokens)
 
 
 def spread_bytes(model: Architecture, *, dtype: str, ranks: int) -> int:

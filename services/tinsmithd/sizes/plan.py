@@ -209,7 +209,13 @@ def make_plan(model: Architecture, machine: Machine, wanted: Wanted) -> Plan:
         parameter_count=element_count(base_weights(model)),
         active_parameter_count=active_count(model),
         adapter_parameter_count=element_count(adapter_weights(model, lora)),
-        activations=activations(model, tuning, dtype=dtype_of(wanted), partitioned=False),
+        activations=activations(
+            model,
+            tuning,
+            dtype=dtype_of(wanted),
+            partitioned=False,
+            gpu_bytes=machine.gpu_bytes,
+        ),
         stages={
             "lora": by_stage(model, lora, dtype=wanted.dtype, ranks=ranks),
             "full": by_stage(model, FullConfig(), dtype=wanted.dtype, ranks=ranks),
@@ -260,7 +266,11 @@ def _layout(
     tuning = wanted.tuning
     rank = rank_bytes(model, tuning, dtype=wanted.dtype, stage=stage, ranks=ranks, offload=offload)
     kept_by = activations(
-        model, tuning, dtype=dtype_of(wanted), partitioned=stage == 3 and tuning.is_adapter
+        model,
+        tuning,
+        dtype=dtype_of(wanted),
+        partitioned=stage == 3 and tuning.is_adapter,
+        gpu_bytes=machine.gpu_bytes,
     )
     resident = min(wanted.models, RESIDENT_MODELS_MAX)
     base = rank.base - (rank.base if offload and stage == 3 else 0)

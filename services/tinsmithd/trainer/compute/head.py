@@ -7,12 +7,14 @@ determine their own gradient at once. The forward pass makes, uses and drops the
     logits = h W^T + s (h A^T) B^T,    p = softmax(logits),    g_k = d loss / d logprob(y_k)
 
 the gradient is `d logits = sum_k g_k (onehot(y_k) - p)`, and all other gradients are matrix
-products with it. Positions whose g are all zero take no part in them.
+products with it. Positions whose g are all zero take no part in them. Nothing is read back from a
+device in between, so that its kernels follow each other without waiting for the host.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +29,17 @@ from tinsmithd.trainer.compute.losses import (
 from tinsmithd.trainer.compute.spread import Spread
 
 CHUNK_BYTES = 96 * 1024 * 1024
-"""Maximum bytes of the logits of one chunk, float32; there are two such buffers."""
+"""Maximum bytes of the logits of one chunk on a CPU, float32; there are two such buffers."""
 
 CHUNK_TOKENS_MAX = 512
-"""Maximum positions of a chunk. On a CPU more are slower, since the logits leave the cache."""
+"""Maximum positions of a chunk there: more are slower, since the logits leave the cache."""
+
+CHUNK_SHARE = 128
+"""On a GPU the logits of a chunk may take one part in so many of its memory: each chunk reads the
+whole weight, so with few positions the product waits for memory."""
+
+CHUNK_STEP = 128
+"""There a chunk has a multiple of so many positions, if it has as many: kernels have tiles."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class HeadResult:
 
     Attributes:
         logprobs: float32 `(T, K)`, detached.
-        loss: The sum.
+        loss: The sum, a scalar in float64 on the device.
         grad_hidden: `(T, d)` of the hidden states' dtype; None without backward.
         grad_a: float32 `(r, d)`, likewise, or None where the head has no adapter.
         grad_b: float32 `(V, r)`, likewise.
@@ -66,7 +75,7 @@ class HeadResult:
     """
 
     logprobs: Tensor
-    loss: float
+    loss: Tensor
     grad_hidden: Tensor | None = None
     grad_a: Tensor | None = None
     grad_b: Tensor | None = None
@@ -83,6 +92,7 @@ def head_pass(
     *,
     backward: bool,
     spread: Spread | None = None,
+    positions: np.ndarray | None = None,
 ) -> HeadResult:
     """Compute logprobs and loss and, with `backward`, the loss's gradients.
 
@@ -96,6 +106,8 @@ def head_pass(
         backward: Whether to compute gradients.
         spread: Where other ranks have hidden states of these data: `hidden` and the result are of
             this rank's tokens, `inputs` and `segment_lengths` of those of all ranks.
+        positions: Numbers of the rows of `hidden` that may have a gradient, ascending; None looks
+            at the gradients, for which a device other than a CPU would be waited for.
     """
     own = slice(None) if spread is None else spread.own
     wanted = inputs["target_tokens"][own]
@@ -108,8 +120,8 @@ def head_pass(
         whole = logprobs if spread is None else spread.whole(logprobs)
         inputs = {**inputs, SEQUENCE_RATIO: sequence_ratios(whole, inputs, segment_lengths)}
     inputs = {name: value[own] for name, value in inputs.items()}
-    gradients = _Gradients(hidden, head) if backward else None
-    loss = 0.0
+    gradients = _Gradients(hidden, head, positions) if backward else None
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for chunk in scratch.chunks():
         lp, probabilities = scratch.logprobs(hidden[chunk], wanted[chunk])
         logprobs[chunk] = lp
@@ -117,13 +129,22 @@ def head_pass(
         with torch.enable_grad():
             leaf = lp.requires_grad_(backward)
             part = loss_sum(loss_fn, leaf, here)
-        loss += float(part.detach())
+        loss += part.detach()
         if gradients is not None:
             (g,) = torch.autograd.grad(part, leaf)
             gradients.add(chunk, hidden[chunk], probabilities, wanted[chunk], g)
     if gradients is None:
         return HeadResult(logprobs, loss)
     return HeadResult(logprobs, loss, gradients.hidden, gradients.a, gradients.b, gradients.weight)
+
+
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """Positions of a chunk: always the same on a device, whatever else is in its memory."""
+    if device.type != "cuda":
+        return max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // (4 * vocab_size)))
+    tokens = torch.cuda.get_device_properties(device).total_memory // CHUNK_SHARE
+    tokens //= 4 * vocab_size
+    return max(1, tokens - tokens % CHUNK_STEP if tokens > CHUNK_STEP else tokens)
 
 
 class _Scratch:
@@ -133,7 +154,7 @@ class _Scratch:
         self._head = head
         self._count = len(hidden)
         vocab_size = head.weight.shape[0]
-        self._step = max(1, min(CHUNK_TOKENS_MAX, CHUNK_BYTES // (4 * vocab_size), self._count))
+        self._step = max(1, min(chunk_tokens(vocab_size, hidden.device), self._count))
         shape = (self._step, vocab_size)
         self._logits = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         self._p = torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -157,17 +178,28 @@ class _Scratch:
 class _Gradients:
     """Sums up the gradients of hidden states and head, chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, head: Head) -> None:
+    def __init__(self, hidden: Tensor, head: Head, positions: np.ndarray | None) -> None:
         self._head = head
+        self._positions = positions
+        if positions is not None:
+            self._on_device = torch.from_numpy(positions).to(hidden.device)
         self.hidden = torch.zeros_like(hidden)
         self.a = None if head.lora_a is None else torch.zeros_like(head.lora_a)
         self.b = None if head.lora_b is None else torch.zeros_like(head.lora_b)
         self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if head.trained else None
 
+    def _rows(self, chunk: slice, g: Tensor) -> Tensor:
+        """Rows of a chunk that take part."""
+        if self._positions is None:
+            return (g != 0).any(1).nonzero()[:, 0]
+        first, end = np.searchsorted(self._positions, (chunk.start, chunk.stop))
+        rows: Tensor = self._on_device[first:end] - chunk.start
+        return rows
+
     def add(self, chunk: slice, hidden: Tensor, p: Tensor, wanted: Tensor, g: Tensor) -> None:
         """Add one chunk; `p` is overwritten."""
         head = self._head
-        rows = (g != 0).any(1).nonzero()[:, 0]
+        rows = self._rows(chunk, g)
         if not len(rows):
             return
         if some := len(rows) < len(g):

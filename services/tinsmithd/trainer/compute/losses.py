@@ -7,6 +7,7 @@ Symbols: `lp` the model's logprobs of the target tokens, `q` the input `logprobs
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,23 @@ SEQUENCE_RATIO = "sequence_ratio"
 def is_sequence_wise(loss_fn: LossFn) -> bool:
     """Whether a token's loss depends on the other tokens of its datum."""
     return isinstance(loss_fn, Gspo)
+
+
+def may_have_gradient(loss_fn: LossFn, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Positions at which a loss may have a gradient, as far as its inputs alone say.
+
+    Args:
+        loss_fn: The loss.
+        inputs: Its inputs, each `(T, K)`.
+
+    Returns:
+        bool `(T,)`; elsewhere the gradient is 0 for sure.
+    """
+    if isinstance(loss_fn, Dro):  # it pulls towards the sampled logprobs wherever there are some
+        return np.ones(len(inputs["target_tokens"]), bool)
+    factor = "weights" if isinstance(loss_fn, CrossEntropy) else "advantages"
+    wanted: np.ndarray = (inputs[factor] != 0).any(1)
+    return wanted
 
 
 def sequence_ratios(

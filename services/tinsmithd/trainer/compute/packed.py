@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tinsmithd.domain import Datum, LossFn
 from tinsmithd.modeling.trained import HeadLayer
 from tinsmithd.trainer.compute.head import Head, HeadResult, head_pass
+from tinsmithd.trainer.compute.losses import may_have_gradient
 from tinsmithd.trainer.compute.spread import Spread
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -68,12 +69,16 @@ def compute_packed(
             that go through this rank's.
     """
     lengths = [len(datum.tokens) for datum in data]
-    inputs = {name: _stack(data, name, device) for name in data[0].loss_fn_inputs}
+    arrays = {name: _stack(data, name) for name in data[0].loss_fn_inputs}
+    inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    own = slice(None) if spread is None else spread.own
+    positions = None
+    if device.type != "cpu":  # there it costs nothing to look
+        positions = may_have_gradient(loss_fn, arrays)[own].nonzero()[0]
     with torch.set_grad_enabled(backward), _recomputing(causal_lm, backward and recompute):
         hidden = _hidden(causal_lm, data, lengths, device, spread)
-    result = _through_head(
-        *(head, hidden.detach(), loss_fn, inputs, lengths, spread), backward=backward
-    )
+    settings: dict[str, Any] = {"backward": backward, "spread": spread, "positions": positions}
+    result = _through_head(head, hidden.detach(), loss_fn, inputs, lengths, **settings)
     gradients: list[Tensor | None] = []
     if backward and sink is not None:
         _backward_into(sink, hidden, head, result)
@@ -86,7 +91,7 @@ def compute_packed(
         shape = datum.loss_fn_inputs["target_tokens"].shape
         width = shape[1] if len(shape) == 2 else 1
         logprobs.append(row[:, :width].reshape(shape))
-    return PackedResult(logprobs, result.loss, gradients)
+    return PackedResult(logprobs, float(result.loss), gradients)
 
 
 def _hidden(
@@ -111,12 +116,12 @@ def _hidden(
     return hidden
 
 
-def _stack(data: Sequence[Datum], name: str, device: torch.device) -> Tensor:
+def _stack(data: Sequence[Datum], name: str) -> np.ndarray:
     """One loss input of all data as `(T, K)`, zeros where a datum has fewer than K."""
     wide = [datum.loss_fn_inputs[name].reshape(len(datum.tokens), -1) for datum in data]
     width = max(array.shape[1] for array in wide)
     padded = [np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in wide]
-    return torch.from_numpy(np.concatenate(padded)).to(device)
+    return np.concatenate(padded)
 
 
 def _through_head(
@@ -125,16 +130,15 @@ def _through_head(
     loss_fn: LossFn,
     inputs: Mapping[str, Tensor],
     lengths: Sequence[int],
-    spread: Spread | None,
-    *,
-    backward: bool,
+    **settings: Any,
 ) -> HeadResult:
+    """What `head_pass` gives, with its settings, where DeepSpeed may have to gather the weight."""
     module = layer.module
 
     def run(_: Tensor) -> HeadResult:
         weight = module.weight.detach()
         head = Head(weight, layer.lora_a, layer.lora_b, layer.scaling, layer.trained)
-        return head_pass(hidden, head, loss_fn, inputs, lengths, backward=backward, spread=spread)
+        return head_pass(hidden, head, loss_fn, inputs, lengths, **settings)
 
     if not hasattr(module.weight, "ds_id"):
         return run(hidden)

@@ -26,6 +26,7 @@ from tinsmithd.modeling.weight_files import refused
 from tinsmithd.modeling.weights import MakeWeights
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.compose import compose
+from tinsmithd.trainer.composition.limits import FoundLimits
 from tinsmithd.trainer.composition.rounds import Round
 from tinsmithd.trainer.compute import memory, spread
 from tinsmithd.trainer.engines import identity
@@ -104,6 +105,7 @@ class DeepSpeedEngine:
         bytes_max = memory.activation_bytes_max(activation_bytes_max, self._device, ranks_here)
         self._activation_bytes_max = _smallest(bytes_max, self._device)
         self._bytes_per_token: dict[Tuning, int] = {}
+        self._limits = FoundLimits()
 
     @property
     def info(self) -> BaseModelInfo:
@@ -140,6 +142,7 @@ class DeepSpeedEngine:
     def delete_model(self, model_id: str) -> None:
         """Drop a model; an unknown id is no error."""
         self._models.remove(model_id)
+        self._limits.forget()
 
     def _release(self) -> None:
         """Make every rank drop what it gathered of a partitioned base."""
@@ -170,6 +173,9 @@ class DeepSpeedEngine:
             if batch.backward:
                 model.pending.put_back(before)
             raise
+        if given is None:
+            lengths = [len(datum.tokens) for datum in batch.data]
+            self._limits.learn((slot.shape, batch.backward), lengths, composed, run.executed)
         non_finite = batch.backward and not model.pending.all_finite()
         totals = torch.tensor([run.loss, non_finite], dtype=torch.float64, device=self._device)
         dist.all_reduce(totals)
@@ -193,10 +199,15 @@ class DeepSpeedEngine:
         return found
 
     def _compose(self, slot: Slot, batch: Batch) -> list[Round]:
+        tokens_max, plain_tokens_max = self._limits.apply(
+            (slot.shape, batch.backward),
+            self._micro_batch_tokens_max,
+            self._plain_tokens_max(slot) if batch.backward else None,
+        )
         return compose(
             [len(datum.tokens) for datum in batch.data],
-            tokens_max=self._micro_batch_tokens_max,
-            plain_tokens_max=self._plain_tokens_max(slot) if batch.backward else None,
+            tokens_max=tokens_max,
+            plain_tokens_max=plain_tokens_max,
             world_size=self._context.world_size,
             in_step=self._context.in_step,
             sequence_parallel=self._sequence_parallel,
