@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import programs
 from clusters import children
 from tinsmith import v1 as pb
 from tinsmithd.processes.template.client import SOCKET_VARIABLE
+from tinsmithd.up import gateway
 from wire import reason_and_field
 
 START_S_MAX = 60
@@ -87,8 +89,9 @@ def wait_until_silent(ports: list[int]) -> None:
 
 
 def ports_of(banner: str) -> list[int]:
-    found = re.findall(r"^  (?:Training|Sampler|Checkpoint) +127\.0\.0\.1:(\d+)$", banner, re.M)
-    assert len(found) == 3, banner
+    names = "Training|Sampler|Checkpoint|Gateway"
+    found = re.findall(rf"^  (?:{names}) +127\.0\.0\.1:(\d+)$", banner, re.M)
+    assert len(found) == 4, banner
     return [int(port) for port in found]
 
 
@@ -98,8 +101,11 @@ def test_it_runs_a_command_and_ends_with_its_status(tiny_model: Path, tmp_path: 
     No server runs code of the current folder, and no file of theirs is for other users.
     """
     code = (
-        "import sys, tinsmith; "
-        "print(tinsmith.ServiceClient().get_server_capabilities()); sys.exit(7)"
+        "import os, sys, urllib.request, tinsmith; "
+        "print(tinsmith.ServiceClient().get_server_capabilities()); "
+        "url = os.environ['OPENAI_BASE_URL']; "
+        "assert url == os.environ['TINKER_BASE_URL'] + '/v1'; "
+        "print(url, urllib.request.urlopen(url + '/models').read()); sys.exit(7)"
     )
     hostile = tmp_path / "hostile"
     hostile.mkdir()
@@ -112,6 +118,9 @@ def test_it_runs_a_command_and_ends_with_its_status(tiny_model: Path, tmp_path: 
     assert "loading tiny-llama" in error
     assert "Tinsmith is ready: tiny-llama" in out
     assert "SupportedModel(model_name='tiny-llama'" in out
+    url = re.findall(r"^OPENAI_BASE_URL=(http://127.0.0.1:\d+/v1)$", out, re.M)[0]
+    assert f"TINKER_BASE_URL={url.removesuffix('/v1')}\n" in out
+    assert re.search(rf"^{url} .*\"id\":\"tiny-llama\"", out, re.M)
     wait_until_silent(ports_of(out))
     assert not (tmp_path / "ran").exists(), "code of the current folder ran in a server"
     others = [path for path in data.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
@@ -120,6 +129,7 @@ def test_it_runs_a_command_and_ends_with_its_status(tiny_model: Path, tmp_path: 
         "training.log",
         "sampler.log",
         "checkpoint.log",
+        "gateway.log",
     }
 
 
@@ -140,14 +150,15 @@ def test_a_death_while_starting_is_a_death_like_any_and_no_reader_is_needed(
     and callers make servers log more than any pipe holds: it starts, serves, brings back what dies,
     and ends with status 0 on Ctrl-C."""
     process = up(tiny_model, tmp_path)
-    for name in ("checkpoint", "sampler", "training"):
+    for name in ("checkpoint", "sampler", "training", "gateway"):
         while name not in servers(process):
             time.sleep(0.02)
         os.kill(servers(process)[name], signal.SIGKILL)
     ports = ports_of(_read_banner(process))
     assert all(map(listens, ports))
     text = "x\n" * 1_000_000
-    for server, port in zip(("training", "sampler", "checkpoint"), ports, strict=True):
+    *ports_of_grpc, gateway_port = ports
+    for server, port in zip(("training", "sampler", "checkpoint"), ports_of_grpc, strict=True):
         for _ in range(3):
             _refused(server, port, text)
         killed = servers(process)[server]
@@ -155,12 +166,41 @@ def test_a_death_while_starting_is_a_death_like_any_and_no_reader_is_needed(
         while not (servers(process).get(server, killed) != killed and listens(port)):
             time.sleep(0.05)
         _refused(server, port, text)
+    os.kill(servers(process)["gateway"], signal.SIGKILL)
+    while not _is_healthy(gateway_port):
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(START_S_MAX) == 0
     assert process.stderr is not None
     said = process.stderr.read().splitlines()
     assert said[-1] == "stopping; Ctrl-C again ends everything at once"
     wait_until_silent(ports)
+
+
+def _is_healthy(gateway_port: int) -> bool:
+    try:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{gateway_port}/healthz", timeout=5
+        ) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_a_gateway_is_where_it_was_asked_for_or_nowhere(tmp_path: Path) -> None:
+    """A port that was asked for and is taken is said at once."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = up(tmp_path, tmp_path / "data", "--gateway-port", str(port))
+        _, error = process.communicate(timeout=START_S_MAX)
+        assert process.returncode == 2
+        assert f"port {port} is taken" in error
+        assert not gateway.is_free(port)
+    assert gateway.is_free(port)
+    assert gateway.loadable(Path("/models/small")) == "/./models/small"
+    assert gateway.loadable(Path("/a/b/c")) == "/a/b/c"
 
 
 def _refused(server: str, port: int, text: str) -> None:

@@ -24,7 +24,7 @@ SERVERS = {
     "sampler": (sampler_service_pb2, "SamplerService"),
     "checkpoint": (checkpoint_service_pb2, "CheckpointService"),
 }
-WORKLOADS = (*SERVERS, "trainer")
+WORKLOADS = (*SERVERS, "trainer", "gateway")
 Manifest = dict[str, Any]
 
 

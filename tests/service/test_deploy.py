@@ -338,7 +338,8 @@ def test_dockerfile(name: str) -> None:
     assert f"\nUSER {uid}:{uid}\n" in text
     heavy = name in ("sampler", "trainer")
     assert ("'.[server]'" in text) == heavy
-    assert ("'.[control]'" in text) == (not heavy)
+    light = "gateway" if name == "gateway" else "control"
+    assert (f"'.[{light}]'" in text) == (not heavy)
     assert ("torch==" in text) == heavy
 
 

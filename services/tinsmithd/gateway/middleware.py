@@ -10,6 +10,8 @@ from tinsmithd.gateway.metrics import HttpMetrics
 from tinsmithd.gateway.problems import RETRY_S, Problem, detail_response
 
 UNKNOWN_ROUTE = "none"
+PROBES = ("/healthz", "/livez")
+"""They are answered however busy the gateway is."""
 
 
 class Watched:
@@ -41,7 +43,7 @@ class Watched:
                 status = message["status"]
             await send(message)
 
-        if self._under_way >= self._most and scope["path"] != "/healthz":
+        if self._under_way >= self._most and scope["path"] not in PROBES:
             busy = Problem(503, f"{self._most} requests are under way", retry_after_s=RETRY_S)
             await detail_response(busy)(scope, receive, sending)
         else:

@@ -49,6 +49,7 @@ def build_app(
     """
     routes: list[BaseRoute] = [
         Route("/healthz", _healthz),
+        Route("/livez", _livez),
         *tinker.routes(cluster, settings, stopping),
         *openai.routes(cluster, settings),
     ]
@@ -77,6 +78,11 @@ async def _healthz(request: Request) -> Response:
         return JSONResponse({"status": "unavailable", "detail": str(error)[:500]}, 503)
     loading = not found.base_models
     return JSONResponse({"status": "loading" if loading else "ok"}, 503 if loading else 200)
+
+
+async def _livez(_: Request) -> Response:
+    """Liveness: the process answers, whatever its cluster does."""
+    return JSONResponse({"status": "ok"})
 
 
 async def _http_exception(_: Request, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """`tinsmith up`: the whole cluster on this machine, on loopback, with its data in one folder.
 
-Starts the Checkpoint server, the Sampler and the Training server (which starts the ranks), each a
+Starts the Checkpoint server, the Sampler, the Training server (which starts the ranks) and, where
+`tinsmith[gateway]` is installed, the gateway for stock Tinker SDKs and OpenAI clients, each a
 process of its own, as in a real cluster; says what they are doing until all serve; keeps them
 running. With a command after `--` it runs that against the cluster and then stops.
 """
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tinsmithd.config import Config, ConfigError, TrainerConfig, TrainingConfig
-from tinsmithd.config.fields import choices_of, default_of
+from tinsmithd.config.fields import PORT_MAX, choices_of, default_of
 from tinsmithd.processes import StderrWriter, log_to_stderr
+from tinsmithd.up import gateway
 from tinsmithd.up.embedded import EmbeddedCluster, Options, UpError
 
 _OF_RANKS = ("ranks", "dtype", "engine", "zero_stage", "threads")
@@ -36,6 +38,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
         "--spare-groups", type=int, default=0, help="rank groups that stand by for a quick return"
     )
     up.add_argument("--port", type=int, default=defaults.port, help="Training's; 0 takes free ones")
+    gateways = up.add_mutually_exclusive_group()
+    gateways.add_argument(
+        "--gateway-port",
+        type=_port,
+        help=f"the gateway's; 0 takes a free one (default: {gateway.PORT}; a free one if that is "
+        "taken, or --port is 0)",
+    )
+    gateways.add_argument("--no-gateway", action="store_true", help="start no gateway")
     for key in _OF_RANKS:
         _add_setting(up, TrainerConfig, key)
     _add_setting(up, TrainingConfig, "durability")
@@ -43,6 +53,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
     args = vars(parser.parse_args(argv))
     del args["command"]
     run = args.pop("run")
+    args["gateway_port"] = _gateway_port(parser, args, off=args.pop("no_gateway"))
     of_processes: dict[type[Config], dict[str, Any]] = {
         TrainerConfig: {key: args[key] for key in ("base_model", *_OF_RANKS)},
         TrainingConfig: {"spawn_spare_groups": args["spare_groups"]},
@@ -53,6 +64,32 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
     except ConfigError as error:
         parser.error(str(error))
     return Options(**args), run
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= PORT_MAX:
+        raise ValueError(text)
+    return port
+
+
+def _gateway_port(
+    parser: argparse.ArgumentParser, args: dict[str, Any], *, off: bool
+) -> int | None:
+    """Where the gateway is to listen; None where there is to be none."""
+    port: int | None = args["gateway_port"]
+    if off:
+        return None
+    if lost := gateway.lacks():
+        how = f"{', '.join(lost)} is not installed: pip install 'tinsmith[gateway]'"
+        if port is not None:
+            parser.error(f"--gateway-port: {how}")
+        return None
+    if port is None:
+        return gateway.PORT if args["port"] and gateway.is_free(gateway.PORT) else 0
+    if port and not gateway.is_free(port):
+        parser.error(f"--gateway-port: port {port} is taken; 0 takes a free one")
+    return port
 
 
 def _add_setting(parser: argparse.ArgumentParser, kind: type[Config], key: str) -> None:
@@ -72,11 +109,18 @@ def _banner(cluster: EmbeddedCluster, options: Options) -> str:
     name = folder.resolve().name if folder.is_dir() else options.base_model
     lines = [f"Tinsmith is ready: {name}, {options.ranks} rank(s), {options.engine} engine"]
     lines += [f"  {name.capitalize():<11}{at}" for name, at in cluster.addresses.items()]
+    if cluster.gateway_url is not None:
+        lines += [f"{name}={value}" for name, value in _urls(cluster.gateway_url).items()]
     code = f'import tinsmith; print(tinsmith.ServiceClient(base_url="{cluster.address}").'
     code += "get_server_capabilities())"
     lines.append(f"Try it:  {shlex.join([Path(sys.executable).name, '-c', code])}")
     lines.append("Ctrl-C stops it; saved checkpoints stay in " + str(options.data))
     return "\n".join(lines)
+
+
+def _urls(gateway_url: str) -> dict[str, str]:
+    """What programs of others find the cluster by."""
+    return {"TINKER_BASE_URL": gateway_url, "OPENAI_BASE_URL": f"{gateway_url}/v1"}
 
 
 async def _up(options: Options, command: Sequence[str]) -> int:
@@ -112,6 +156,10 @@ async def _serve(cluster: EmbeddedCluster, options: Options, command: Sequence[s
     if not command:
         await cluster.keep_running()
     environment = {**os.environ, "TINSMITH_ADDRESS": cluster.address}
+    if cluster.gateway_url is not None:
+        # Their clients want a key, and there are none yet.
+        keys = {"TINKER_API_KEY": "tml-none", "OPENAI_API_KEY": "none"}
+        environment = {**keys, **environment, **_urls(cluster.gateway_url)}
     process = await asyncio.create_subprocess_exec(*command, env=environment)
     try:
         return await process.wait()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -10,15 +11,19 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tinsmithd.config import GatewaySettings
 from tinsmithd.files import private_folder
 from tinsmithd.processes import EXIT_HOPELESS, Child, Ended, Log, describe_exit
 from tinsmithd.rpc.channels import open_aio_channel
+from tinsmithd.up.gateway import is_ready, loadable
 
 SERVICES = {
     "training": "tinsmith.v1.TrainingService",
     "sampler": "tinsmith.v1.SamplerService",
     "checkpoint": "tinsmith.v1.CheckpointService",
 }
+GATEWAY = "gateway"
+"""It speaks HTTP, and there need not be one."""
 RESTART_DELAY_S_FIRST = 1.0
 RESTART_DELAY_S_MAX = 30.0
 SETTLED_S = 10.0
@@ -33,7 +38,8 @@ class UpError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What to run. `port` is Training's; the Sampler has the next, Checkpoint the one after."""
+    """What to run. `port` is Training's; the Sampler has the next, Checkpoint the one after. No
+    `gateway_port` means no gateway, 0 a free port."""
 
     base_model: str
     data: Path
@@ -44,6 +50,7 @@ class Options:
     zero_stage: int = 1
     threads: int = 0
     spare_groups: int = 0
+    gateway_port: int | None = None
     durability: str = ""
     """Empty leaves it to the Training server's own settings."""
 
@@ -78,10 +85,14 @@ class EmbeddedCluster:
         private_folder(logs)
         self._children: dict[str, Child] = {}
         self._logs: list[Log] = []
+        # The gateway is stopped before, and started after, those that it stands before.
+        ports = {} if options.gateway_port is None else {GATEWAY: options.gateway_port}
         for offset, name in enumerate(SERVICES):
+            ports[name] = options.port and options.port + offset
+        for name, port in ports.items():
             log = Log(logs / f"{name}.log", lambda line, name=name: self._line(name, line))  # type: ignore[misc]
             self._logs.append(log)
-            self._children[name] = Child(name, options.port and options.port + offset, log)
+            self._children[name] = Child(name, port, log)
         self._served = asyncio.Event()
         self._followers: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
@@ -94,7 +105,14 @@ class EmbeddedCluster:
     @property
     def addresses(self) -> Mapping[str, str]:
         """Each server's address, by its name."""
-        return {name: f"127.0.0.1:{child.port}" for name, child in self._children.items()}
+        names = [*SERVICES, *(name for name in self._children if name not in SERVICES)]
+        return {name: f"127.0.0.1:{self._children[name].port}" for name in names}
+
+    @property
+    def gateway_url(self) -> str | None:
+        """`http://host:port` of the gateway; None where there is none."""
+        address = self.addresses.get(GATEWAY)
+        return address and f"http://{address}"
 
     def pid(self, name: str) -> int:
         """Process id of a server; of one that died and is not started again yet, the old one."""
@@ -112,6 +130,8 @@ class EmbeddedCluster:
         base_model = options.base_model
         if Path(base_model).is_dir():
             base_model = str(Path(base_model).resolve())
+        if name == GATEWAY:
+            return self._gateway_settings(addresses["training"], base_model)
         if name == "checkpoint":
             return {"data_folder": options.data.resolve() / "checkpoints"}
         if name == "sampler":
@@ -138,6 +158,14 @@ class EmbeddedCluster:
             "spawn_threads": options.threads,
         }
 
+    def _gateway_settings(self, training_address: str, base_model: str) -> Mapping[str, object]:
+        settings: dict[str, object] = {"training_address": training_address}
+        # SDKs on this machine load the tokenizer from the folder, unless somebody says otherwise.
+        if Path(base_model).is_dir() and "tokenizer_ids" not in GatewaySettings.given([]):
+            folder = Path(base_model)
+            settings["tokenizer_ids"] = json.dumps({folder.name: loadable(folder)})
+        return settings
+
     # --- start, keep, stop --------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -147,7 +175,7 @@ class EmbeddedCluster:
             UpError: A server says that it cannot start and that a restart cannot help.
         """
         self._followers = [asyncio.create_task(log.follow()) for log in self._logs]
-        for name in reversed(SERVICES):  # each needs the ports of those after it
+        for name in reversed(self._children):  # each needs the ports of those after it
             child = self._children[name]
             self._keepers.append(asyncio.create_task(self._keep(child)))
             await self._unless_hopeless(child.listening.wait())
@@ -167,6 +195,11 @@ class EmbeddedCluster:
             await asyncio.gather(waiting, return_exceptions=True)
 
     async def _until_serving(self, child: Child) -> None:
+        if child.name == GATEWAY:
+            while not child.serving:
+                child.serving = await is_ready(child.port)
+                await asyncio.sleep(0.1)
+            return
         request = health_pb2.HealthCheckRequest(service=SERVICES[child.name])
         async with open_aio_channel(f"127.0.0.1:{child.port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
