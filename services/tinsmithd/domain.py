@@ -64,6 +64,15 @@ class Datum:
         """Bytes held by the arrays of this datum."""
         return self.tokens.nbytes + sum(a.nbytes for a in self.loss_fn_inputs.values())
 
+    def completed(self, loss_fn: LossFn) -> "Datum":
+        """This datum with what its caller left out of it, see `LossFn.ones`."""
+        given = self.loss_fn_inputs
+        missing = [name for name in loss_fn.ones if name not in given]
+        if not missing or "target_tokens" not in given:
+            return self
+        ones = np.ones(given["target_tokens"].shape, np.float32)
+        return Datum(self.tokens, {**given, **dict.fromkeys(missing, ones)})
+
 
 @dataclass(frozen=True)
 class AdamParams:

@@ -12,6 +12,8 @@ class LossFn:
     name: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]]
     """Names of the `loss_fn_inputs` that it needs, all of them and no others."""
+    ones: ClassVar[tuple[str, ...]] = ()
+    """Those of them that may be left out, and are all 1 then."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class CrossEntropy(LossFn):
 
     name: ClassVar[str] = "cross_entropy"
     inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "weights")
+    ones: ClassVar[tuple[str, ...]] = ("weights",)
 
 
 @dataclass(frozen=True)

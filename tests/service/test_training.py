@@ -108,6 +108,19 @@ def test_results_go_out_in_messages_of_a_quarter_mebibyte(stubs: Cluster, model:
     assert found == forward_backward(stubs, call(model.model_id, 1, data=data))
 
 
+def test_weights_that_are_left_out_are_ones(stubs: Cluster, model: pb.Model) -> None:
+    """For (N,) and (N, K) targets, beside data that have weights: the same bits as with ones."""
+    wide = np.array(TOKENS)[:, None] + np.arange(3)
+    whole = [datum(), datum(target_tokens=wide, weights=np.ones((5, 3), np.float32)), datum()]
+    short = [pb.Datum.FromString(each.SerializeToString()) for each in whole]
+    for each in short[:2]:
+        del each.loss_fn_inputs["weights"]
+    answers = [forward_backward(stubs, call(model.model_id, data=data)) for data in (whole, short)]
+    assert answers[0] == answers[1]
+    logprobs_NK = tensors.decode(answers[1][0].outputs[1].loss_fn_outputs["logprobs"])
+    assert logprobs_NK.shape == (5, 3)
+
+
 def test_create_with_a_request_id_is_one_model(stubs: Cluster) -> None:
     """A repeat returns the first model; other content is refused."""
     request = pb.CreateModelRequest(

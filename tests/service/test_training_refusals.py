@@ -60,7 +60,6 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "NaN weight": (one(weights=np.float32([1, NAN, 1, 1, 1])), "NON_FINITE", W),
     "infinite weight": (one(weights=np.float32([1, 1, INF, 1, 1])), "NON_FINITE", W),
-    "missing weights": (without("weights"), "MISSING_FIELD", W),
     "missing targets": (without("target_tokens"), "MISSING_FIELD", T),
     "unknown input": (
         one(mask=np.ones(5, np.float32)),

@@ -268,8 +268,8 @@ class Datum(_message.Message):
     @_builtins.property
     def loss_fn_inputs(self) -> _containers.MessageMap[_builtins.str, Global___Tensor]:
         """Per-token arrays that the loss reads, by name; each loss says which. Shapes are (N,), for
-        cross_entropy also (N, K). Missing and unknown names are INVALID_ARGUMENT, and so are more than
-        `loss_fn_inputs_max` of them.
+        cross_entropy also (N, K). Missing and unknown names are INVALID_ARGUMENT, but for what the loss lets
+        be left out, and so are more than `loss_fn_inputs_max` of them.
         """
 
     def __init__(
@@ -348,7 +348,7 @@ Global___LossFn: _TypeAlias = LossFn  # noqa: Y015
 @_typing.final
 class CrossEntropyLoss(_message.Message):
     """sum(-lp * weights). Inputs: `target_tokens` integer (N,) or (N, K), `weights` float of the same
-    shape. Negative weights are legal.
+    shape. Negative weights are legal. Weights that are left out are all 1.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

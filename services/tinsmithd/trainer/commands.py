@@ -155,11 +155,12 @@ class Commands:
             replies.now(message)
 
         with _reading("data"):
+            loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
             data = [
                 convert.datum_from_pb(types_pb2.Datum.FromString(datum), f"data[{i}]")
                 for i, datum in enumerate(compute.data)
             ]
-            loss_fn = convert.loss_fn_from_pb(compute.loss_fn, "loss_fn")
+            data = [datum.completed(loss_fn) for datum in data]
         mismatch = Mismatch() if "logprobs" in loss_fn.inputs else None
         batch = Batch(command.model_id, data, loss_fn, compute.backward, compute.composition)
         start_s = time.perf_counter()

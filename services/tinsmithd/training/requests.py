@@ -219,7 +219,7 @@ class _Reader:
             field,
             chunks_max=limits.chunks_max,
             loss_fn_inputs_max=limits.loss_fn_inputs_max,
-        )
+        ).completed(self._loss_fn)
         check_datum(field, datum, self._loss_fn, self._info, limits.targets_per_position_max)
         self._data.append(packed)
         self._lengths.append(len(datum.tokens))
