@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tinsmithd.gateway.tinker.pieces import answer_of
 from tinsmithd.gateway.tinker.room import Room, bool_of, text_of
 
 INLINE_BYTES_MAX = 256 * 1024
@@ -27,6 +28,6 @@ def routes(room: Room) -> Sequence[BaseRoute]:
         size = len(answer.body)
         if size > INLINE_BYTES_MAX and bool_of(body, "allow_metadata_only", False):
             return JSONResponse({"status": "complete_metadata", "response_payload_size": size})
-        return Response(answer.body, media_type=answer.media_type)
+        return answer_of(answer.body, answer.media_type)
 
     return [Route("/retrieve_future", retrieve_future, methods=["POST"])]

@@ -25,7 +25,8 @@ from tinsmithd.gateway.tinker.ids import session_of_model
 LEASES_MAX = 1000
 """As many as the Checkpoint server takes in one request."""
 SESSIONS_MAX = 10_000
-"""Sessions that are remembered; the one that was heard of longest ago goes first."""
+"""Sessions that are remembered; of those without samplers the one goes first that was heard of
+longest ago."""
 PER_SESSION_MAX = 1000
 """Samplers that a session holds; the one that was used longest ago goes first."""
 PAGES_MAX = 100
@@ -90,8 +91,8 @@ class HeldSamplers:
         now_s = asyncio.get_running_loop().time()
         if known is None:
             known = _Session(now_s)
-            while len(self._sessions) >= SESSIONS_MAX:
-                self.end(next(iter(self._sessions)))
+            if len(self._sessions) >= SESSIONS_MAX:
+                self._make_room()
         known.heard_s = now_s
         self._sessions[session_id] = known
         if self._finding is None:
@@ -130,6 +131,11 @@ class HeldSamplers:
         """Sessions that were heard of and have not ended."""
         now_s, most_s = asyncio.get_running_loop().time(), self._settings.session_idle_s
         return {id_ for id_, known in self._sessions.items() if now_s - known.heard_s <= most_s}
+
+    def _make_room(self) -> None:
+        # Whoever makes sessions by the thousand takes no other one's samplers.
+        empty = (id_ for id_, known in self._sessions.items() if not known.samplers)
+        self.end(next(empty, next(iter(self._sessions))))
 
     def _release(self, samplers: dict[str, _Held], path: str) -> None:
         self._released[samplers.pop(path).lease_id] = path

@@ -18,10 +18,11 @@ from starlette.routing import BaseRoute, Route
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.gateway.problems import RETRY_S, Problem
 from tinsmithd.gateway.tinker import paths
+from tinsmithd.gateway.tinker.pieces import Pieces
 from tinsmithd.gateway.tinker.room import Room
 from tinsmithd.gateway.tinker.runs.catalogue import Catalogue
 from tinsmithd.gateway.tinker.runs.changes import ONE, path_of
-from tinsmithd.gateway.tinker.runs.files import FileStream, Flow, Slots
+from tinsmithd.gateway.tinker.runs.files import FileStream, Slots
 from tinsmithd.gateway.tinker.runs.signing import Signer
 
 FILES = "/files/{run}/{kind}/{name}/{file}"
@@ -72,16 +73,22 @@ def routes(room: Room) -> Sequence[BaseRoute]:
             raise Problem(503, "too many downloads at once", retry_after_s=RETRY_S)
         stream = FileStream(room.cluster, found, wanted)
         if name == ARCHIVE:
-            flow: AsyncIterator[bytes] = _tar(stream)
+            body: AsyncIterator[bytes] = _tar(stream)
             size = _tar_bytes(wanted)
         else:
-            flow, size = stream.of(wanted[0]), wanted[0].size_bytes
+            body, size = stream.of(wanted[0]), wanted[0].size_bytes
         headers = {
             "content-length": str(size),
             "content-disposition": f'attachment; filename="{quote(name)}"',
             "cache-control": "private, no-store",
         }
-        return Flow(flow, stream, slots, headers, is_head=request.method == "HEAD")
+
+        def ended() -> None:
+            stream.close()
+            slots.give_back()
+
+        is_head = request.method == "HEAD"
+        return Pieces(body, "application/octet-stream", headers, is_head=is_head, ended=ended)
 
     return [
         Route(f"{ONE}/external_weights_urls", urls),

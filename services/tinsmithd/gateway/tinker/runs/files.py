@@ -1,20 +1,12 @@
 """Files of a checkpoint on their way from the Checkpoint server to whoever has a URL of them."""
 
-import asyncio
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
-
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from tinsmith.errors import InternalError
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.gateway.cluster import CHECKPOINT, Cluster
-
-SEND_STALL_S = 60.0
-"""A reader that takes nothing for this long is given up."""
 
 
 class Slots:
@@ -106,49 +98,3 @@ class FileStream:
         if self._call is not None:
             self._call.cancel()
             self._call = None
-
-
-class Flow(Response):
-    """Sends what comes, no faster than it is taken.
-
-    Args:
-        body: The bytes.
-        stream: Where they come from.
-        slots: Where this download has its place.
-        headers: With the length: whoever gets less knows that it is not all.
-        is_head: Whether only the headers are asked for.
-    """
-
-    def __init__(
-        self,
-        body: AsyncIterator[bytes],
-        stream: FileStream,
-        slots: Slots,
-        headers: Mapping[str, str],
-        *,
-        is_head: bool,
-    ) -> None:
-        self.status_code = 200
-        self.media_type = "application/octet-stream"
-        self.background = None
-        self.init_headers(headers)
-        self._body = body
-        self._stream = stream
-        self._slots = slots
-        self._is_head = is_head
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        try:
-            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(start)
-            if not self._is_head:
-                async with aclosing(self._body) as body:  # type: ignore[type-var]
-                    async for piece in body:
-                        message = {"type": "http.response.body", "body": piece, "more_body": True}
-                        async with asyncio.timeout(SEND_STALL_S):
-                            await send(message)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._stream.close()
-            self._slots.give_back()
