@@ -56,7 +56,7 @@ def refused(call: Callable[[], Any], *parts: str) -> str:
     """What a call is refused with, which names these parts."""
     try:
         call()
-    except (tinker.TinkerError, ValueError) as error:
+    except (tinker.TinkerError, ValueError, RuntimeError) as error:
         text = f"{type(error).__name__}: {error}"
         assert all(part in text for part in parts), text
         return text

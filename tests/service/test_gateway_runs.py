@@ -85,6 +85,20 @@ def test_a_run_is_listed_with_its_checkpoints(gateway: RunningGateway, run: str)
         assert (status, info["lora_rank"], info["train_unembed"]) == (200, 4, False)
 
 
+def test_an_sdk_that_knows_no_external_weights_is_told_what_they_are_stored_as(
+    gateway: RunningGateway, run: str
+) -> None:
+    """It takes no third kind, and can delete them by that name."""
+    headers = {"x-stainless-package-version": "0.25.0"}
+    path = f"{API}/training_runs/{run}/checkpoints"
+    found = {c["checkpoint_id"]: c for c in ask(gateway, path, headers=headers)[1]["checkpoints"]}
+    old = found["sampler_weights/external.e"]
+    assert old["checkpoint_type"] == "sampler"
+    assert old["tinker_path"] == f"tinker://{run}/sampler_weights/external.e"
+    assert ask(gateway, f"{path}/{old['checkpoint_id']}", method="DELETE")[0] == 204
+    assert "external_weights/e" not in checkpoints(gateway, run)
+
+
 def test_a_checkpoint_is_changed_and_deleted(gateway: RunningGateway, run: str) -> None:
     """Its life, its mark; a second deletion is not found, one that was sent again is done."""
     one = f"{API}/training_runs/{run}/checkpoints/weights/w"

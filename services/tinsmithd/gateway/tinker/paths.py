@@ -45,9 +45,15 @@ def stored_of(run: str, kind: str, name: str) -> str:
 
 def split(path: str) -> tuple[str, str, str]:
     """Run, kind and name of a path of the Checkpoint server's, in the SDK's words."""
-    run, kind, name = path.removeprefix("tinsmith://").split("/", 2)
+    run, kind, name = split_stored(path)
     if kind == "sampler_weights" and name.startswith(EXTERNAL_PREFIX):
         return run, "external_weights", name.removeprefix(EXTERNAL_PREFIX)
+    return run, kind, name
+
+
+def split_stored(path: str) -> tuple[str, str, str]:
+    """Run, kind and name of a path of the Checkpoint server's, in its own words."""
+    run, kind, name = path.removeprefix("tinsmith://").split("/", 2)
     return run, kind, name
 
 

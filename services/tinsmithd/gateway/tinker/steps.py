@@ -16,7 +16,7 @@ from tinsmith.v1 import types_pb2
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker.ids import session_of_model
 from tinsmithd.gateway.tinker.models import check_optimizer
-from tinsmithd.gateway.tinker.paths import shown, stored
+from tinsmithd.gateway.tinker.paths import EXTERNAL_PREFIX, shown, stored
 from tinsmithd.gateway.tinker.promises import promise_id
 from tinsmithd.gateway.tinker.room import (
     INT64_MAX,
@@ -65,6 +65,9 @@ def _sampler_of(body: Mapping[str, Any]) -> dict[str, Any]:
     if text_of(body, "kind", KINDS[0]) not in KINDS:
         raise Problem(400, f"kind: must be one of {', '.join(KINDS)}", field="kind")
     if body.get("path") is not None:
+        if text_of(body, "path").startswith(EXTERNAL_PREFIX):
+            message = f"path: names that begin with {EXTERNAL_PREFIX!r} are external weights'"
+            raise Problem(400, message, "INVALID_NAME", "path")
         return {**_save_of(body), "overwrite": False}
     session_id = session_of_model(text_of(body, "model_id"))
     if not session_id:
@@ -75,6 +78,13 @@ def _sampler_of(body: Mapping[str, Any]) -> dict[str, Any]:
         "number": int_of(body, "sampling_session_seq_id"),
         "ttl_s": int_of(body, "ttl_seconds", 0, least=1),
     }
+
+
+def _external_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    if body.get("age_encryption_recipients"):
+        message = "age_encryption_recipients: files are not encrypted here; download them over TLS"
+        raise Problem(400, message, field="age_encryption_recipients")
+    return {**_save_of(body), "overwrite": False}
 
 
 def _load_of(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +113,7 @@ class Steps:
             ("step", _step_of, self._step),
             ("save", _save_of, self._save),
             ("sampler", _sampler_of, self._save_for_sampler),
+            ("external", _external_of, self._save_external),
             ("load", _load_of, self._load),
         ):
             self._reads[kind] = read
@@ -164,6 +175,13 @@ class Steps:
             "sampling_session_id": weights.sampler_id(session_id, number),
             "type": "save_weights_for_sampler",
         }
+
+    async def _save_external(self, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        message = _save_to_pb(types_pb2.CHECKPOINT_KIND_SAMPLER, content)
+        message.name = f"{EXTERNAL_PREFIX}{message.name}"
+        answer = await self._call("save_weights", message, content)
+        path = shown(answer.checkpoint_path)
+        return {"path": path, "type": "save_weights_external"}
 
     async def _load(self, content: Mapping[str, Any]) -> Mapping[str, Any]:
         message = pb.LoadCheckpointRequest(

@@ -59,6 +59,7 @@ def routes(room: Room) -> Sequence[BaseRoute]:
         Route("/optim_step", step("step"), methods=["POST"]),
         Route("/save_weights", step("save"), methods=["POST"]),
         Route("/save_weights_for_sampler", step("sampler"), methods=["POST"]),
+        Route("/save_weights_external", step("external"), methods=["POST"]),
         Route("/load_weights", load_weights, methods=["POST"]),
     ]
 

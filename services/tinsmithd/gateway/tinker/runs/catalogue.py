@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from starlette.requests import Request
 
 from tinsmith.errors import NotFoundError
 from tinsmith.v1 import checkpoint_service_pb2, training_service_pb2
@@ -24,6 +25,7 @@ PAGES_MAX = 200
 """Pages that one request looks through; what is beyond is not listed."""
 PUBLIC_MARK = "tinsmith.public"
 """Key of a checkpoint's metadata that says that it was published."""
+EXTERNAL_SINCE = (0, 28)
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
@@ -69,16 +71,32 @@ class Run:
         return None
 
 
-def checkpoint_as_json(found: checkpoint_service_pb2.Checkpoint) -> Mapping[str, Any]:
-    """`Checkpoint`."""
-    _, kind, name = paths.split(found.checkpoint_path)
+def knows_external(request: Request) -> bool:
+    """Whether the SDK that asks knows external weights; others take no such checkpoint."""
+    said = request.headers.get("x-stainless-package-version", "").split(".")[:2]
+    if not all(part.isdecimal() and len(part) < 6 for part in said) or len(said) < 2:
+        return True
+    return (int(said[0]), int(said[1])) >= EXTERNAL_SINCE
+
+
+def checkpoint_as_json(
+    found: checkpoint_service_pb2.Checkpoint, external: bool = True
+) -> Mapping[str, Any]:
+    """`Checkpoint`.
+
+    Args:
+        found: What it is.
+        external: Whether external weights are called so, or what they are stored as.
+    """
+    path = found.checkpoint_path
+    run, kind, name = paths.split(path) if external else paths.split_stored(path)
     metadata = dict(found.user_metadata)
     public = metadata.pop(PUBLIC_MARK, "") == "true"
     return {
         "checkpoint_id": f"{kind}/{name}",
         "checkpoint_type": _TYPES[kind],
         "time": _time(found.create_time),
-        "tinker_path": paths.shown(found.checkpoint_path),
+        "tinker_path": f"tinker://{run}/{kind}/{name}",
         "size_bytes": found.size_bytes,
         "public": public,
         "user_metadata": metadata or None,

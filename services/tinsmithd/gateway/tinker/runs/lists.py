@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Route
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker import paths
 from tinsmithd.gateway.tinker.room import INT64_MAX, Room, text_of
-from tinsmithd.gateway.tinker.runs.catalogue import Catalogue, checkpoint_as_json
+from tinsmithd.gateway.tinker.runs.catalogue import Catalogue, checkpoint_as_json, knows_external
 
 LIMIT_MAX = 1000
 
@@ -33,12 +33,14 @@ def routes(room: Room) -> Sequence[BaseRoute]:
 
     async def run_checkpoints(request: Request) -> Response:
         found = await catalogue.checkpoints(request.path_params["run"])
-        return JSONResponse({"checkpoints": [checkpoint_as_json(each) for each in found]})
+        known = knows_external(request)
+        return JSONResponse({"checkpoints": [checkpoint_as_json(each, known) for each in found]})
 
     async def all_checkpoints(request: Request) -> Response:
         offset, limit = page_of(request, 100)
         found = await catalogue.checkpoints()
-        page = [checkpoint_as_json(each) for each in found[offset : offset + limit]]
+        known = knows_external(request)
+        page = [checkpoint_as_json(each, known) for each in found[offset : offset + limit]]
         return JSONResponse({"checkpoints": page, "cursor": cursor(offset, limit, len(found))})
 
     async def weights_info(request: Request) -> Response:
