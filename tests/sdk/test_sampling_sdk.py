@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 VENVS = Path(os.environ.get("TINSMITH_SDK_VENVS", ROOT / "build" / "sdk"))
 NEWEST, OLDER = "0.38.0", ("0.25.0", "0.22.7", "0.18.2")
 PROGRAM_S_MAX = 240
+pytestmark = pytest.mark.timeout(5 * PROGRAM_S_MAX)
 
 
 def python_of(version: str) -> Path:

@@ -34,6 +34,7 @@ def test_what_is_wrong_with_a_body_is_said_in_a_body(gateway: RunningGateway) ->
     for body, status in [
         (b"{", 400),
         (b"[1]", 400),
+        (b'{"session_id": "\\ud800"}', 400),
         (b"[" * 100_000, 400),
         (b'{"session_id": NaN}', 400),
         (b'{"session_id": 7}', 400),

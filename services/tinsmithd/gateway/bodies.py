@@ -7,6 +7,7 @@ likewise, and by the same limit. Whatever is wrong has an answer with a body tha
 import asyncio
 import contextlib
 import json
+import re
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,6 +19,7 @@ from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.problems import RETRY_S, Problem
 
 PIECE_BYTES = 1024 * 1024
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Bodies:
@@ -166,7 +168,25 @@ def json_object(body: bytes) -> dict[str, Any]:
         raise Problem(400, f"the body is no JSON: {str(error)[:200]}") from None
     if not isinstance(found, dict):
         raise Problem(400, "the body must be a JSON object")
+    if has_half_characters(body, found):
+        raise Problem(400, "the body is no JSON: a text has half a character")
     return found
+
+
+def has_half_characters(text: bytes, found: Any) -> bool:
+    """Whether a text of a JSON value has a surrogate alone, which nothing else can carry.
+
+    Args:
+        text: The JSON.
+        found: What it was read as.
+    """
+    if _SURROGATE.search(text) is None:
+        return False
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _refuse_constant(name: str) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from tinsmithd.config import GatewaySettings
+from tinsmithd.gateway.bodies import has_half_characters
 from tinsmithd.gateway.problems import RETRY_S, Problem, failure_of, problem_of
 
 CONTENT_BYTES_MAX = 64 * 1024
@@ -84,7 +85,7 @@ def read_promise(request_id: str) -> tuple[str, dict[str, Any]]:
         if not unpacker.eof or unpacker.unused_data:
             raise ValueError("cut or too large")
         content = json.loads(text)
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or has_half_characters(text, content):
             raise ValueError("no object")
     except (ValueError, RecursionError, binascii.Error, zlib.error):
         raise _unknown() from None

@@ -200,10 +200,7 @@ def _write_stop(stop: pb.StopCondition, value: Any, where: str) -> None:
     stop.SetInParent()
     stop.eos = bool(values)  # an empty list never stops; with others the model's own ones count too
     if all(isinstance(each, str) for each in values):
-        try:
-            stop.strings.extend(values)
-        except UnicodeEncodeError:
-            raise _refuse(where, "a text has half a character") from None
+        stop.strings.extend(values)
     elif all(type(each) is int and abs(each) <= INT64_MAX for each in values):
         stop.tokens.extend(values)
     else:
