@@ -9,6 +9,8 @@ import torch
 
 from tinsmithd.sampler.engines.transformers.native import library as room
 from tinsmithd.sampler.engines.transformers.native.abi import GroupOf, Library, Matrix, SiteOf
+from tinsmithd.sampler.engines.transformers.native.draws import NativeWorkspace
+from tinsmithd.sampler.engines.transformers.sampling import Distributions, Workspace
 
 SHAPES = ((48, 32), (131, 259), (7, 5), (96, 64))
 ROWS_MAX = 33
@@ -122,3 +124,32 @@ def test_a_file_that_is_no_library_is_none(tmp_path: Path) -> None:
     assert room.load_library(str(tmp_path), 1, on_progress=said.append) is None
     assert said
     assert os.fspath(tmp_path) in said[0]
+
+
+@pytest.mark.parametrize("vocab", [320, 130, 49152])
+def test_weights_of_draws_are_those_of_torch(library: Library, vocab: int) -> None:
+    """To 1e-6, at any temperature; what cannot be drawn has none; a row's bits are its own."""
+    logits, inverse = random(5, vocab) * 8, torch.tensor([1.0, 2.0, 0.5, 1e38, 1e-30])
+    logits[:, 7] = -torch.inf
+    found = NativeWorkspace(library).weigh(logits, inverse)
+    expected = Workspace().weigh(logits, inverse)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own.double(), other.double(), atol=1e-6, rtol=1e-6)
+    assert not found[0].view(5, -1)[:, [7, *range(vocab, found[0][0].numel())]].any()
+    for row in range(5):
+        alone = NativeWorkspace(library).weigh(logits[row : row + 1], inverse[row : row + 1])
+        for own, every in zip(alone, found, strict=True):
+            assert torch.equal(own[0], every[row])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 63, 299])
+def test_logits_that_are_no_distribution_have_no_finite_sum(
+    library: Library, wrong: float, place: int
+) -> None:
+    logits = random(2, 300)
+    logits[0, place] = wrong
+    if wrong == -torch.inf:
+        logits[0] = wrong
+    every = Distributions(logits, [1.0, 1.0], NativeWorkspace(library))
+    assert every.finite_N.tolist() == [False, True]

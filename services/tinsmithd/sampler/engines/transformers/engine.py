@@ -167,6 +167,7 @@ class TransformersEngine:
             built.decoder,
             built.pool,
             cache,
+            built.workspace,
             prefill_tokens_max=limits.prefill_tokens_per_step_max,
         )
         self._adapter_bytes: dict[str, int] = {}

@@ -52,6 +52,28 @@ class Workspace:
             self._memory = torch.empty(rows * columns, device=device)
         return self._memory[: rows * columns].view(rows, columns)
 
+    def weigh(self, logits_NV: Tensor, inverse_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Unnormalised probabilities of rows.
+
+        Args:
+            logits_NV: float32.
+            inverse_N: 1 / temperature, float32 on a CPU; None: all are 1.
+
+        Returns:
+            e^((logit - largest) / temperature), `(N, B, BLOCK_TOKENS)`, in memory that was taken,
+            zeros behind the last token; the largest logits `(N,)`; the sums of blocks `(N, B)`.
+        """
+        count, vocab = logits_NV.shape
+        blocks = -(-vocab // BLOCK_TOKENS)
+        maxima_N1 = logits_NV.amax(1, keepdim=True)
+        weights_NV = self.take(count, blocks * BLOCK_TOKENS, logits_NV.device)
+        weights_NV[:, vocab:] = -torch.inf
+        torch.sub(logits_NV, maxima_N1, out=weights_NV[:, :vocab])
+        if inverse_N is not None:
+            weights_NV *= inverse_N[:, None].to(logits_NV.device)
+        weights_NBW = weights_NV.exp_().view(count, blocks, BLOCK_TOKENS)
+        return weights_NBW, maxima_N1[:, 0], weights_NBW.sum(-1)
+
 
 class Distributions:
     """softmax(logits / temperature) of each row.
@@ -69,23 +91,15 @@ class Distributions:
         self, logits_NV: Tensor, temperatures: Sequence[float], workspace: Workspace
     ) -> None:
         self.logits_NV = logits_NV
-        count, vocab = logits_NV.shape
-        blocks = -(-vocab // BLOCK_TOKENS)
-        maxima_N1 = logits_NV.amax(1, keepdim=True)
-        weights_NV = workspace.take(count, blocks * BLOCK_TOKENS, logits_NV.device)
-        weights_NV[:, vocab:] = -torch.inf
-        torch.sub(logits_NV, maxima_N1, out=weights_NV[:, :vocab])
         self.temperatures_N = np.array([each or 1.0 for each in temperatures], np.float64)
+        inverse_N: Tensor | None = None
         if (self.temperatures_N != 1).any():
             with np.errstate(over="ignore"):
-                inverse_N = (1 / self.temperatures_N).clip(*INVERSE_TEMPERATURE_RANGE)
-            weights_NV *= torch.from_numpy(inverse_N.astype(np.float32)[:, None]).to(
-                logits_NV.device
-            )
-        weights_NV.exp_()
-        self._weights_NBW = weights_NV.view(count, blocks, BLOCK_TOKENS)
-        self.maxima_N = _doubles(maxima_N1[:, 0])
-        self._cumulative_NB = _doubles(self._weights_NBW.sum(-1)).cumsum(1)
+                inverses = (1 / self.temperatures_N).clip(*INVERSE_TEMPERATURE_RANGE)
+            inverse_N = torch.from_numpy(inverses.astype(np.float32))
+        self._weights_NBW, maxima_N, sums_NB = workspace.weigh(logits_NV, inverse_N)
+        self.maxima_N = _doubles(maxima_N)
+        self._cumulative_NB = _doubles(sums_NB).cumsum(1)
         self.totals_N = self._cumulative_NB[:, -1]
         self.finite_N = np.isfinite(self.totals_N) & (self.totals_N > 0)
 

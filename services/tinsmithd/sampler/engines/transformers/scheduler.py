@@ -11,6 +11,7 @@ do not depend on each other, and draws are each row's own.
 
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 
@@ -75,15 +76,22 @@ class Scheduler:
         decoder: Computes.
         loras: The adapters.
         cache: Keys and values.
+        workspace: Makes memory for draws.
         prefill_tokens_max: Tokens of prompts that one step reads; it may be up to one piece more.
     """
 
     def __init__(
-        self, decoder: AnyDecoder, loras: LoraPool, cache: KvCache, *, prefill_tokens_max: int
+        self,
+        decoder: AnyDecoder,
+        loras: LoraPool,
+        cache: KvCache,
+        workspace: Callable[[], Workspace],
+        *,
+        prefill_tokens_max: int,
     ) -> None:
         self._decoder, self._loras, self._cache = decoder, loras, cache
         self._prefill_tokens_max = prefill_tokens_max
-        self._workspace = Workspace()
+        self._new_workspace, self._workspace = workspace, workspace()
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
         self._sequences: dict[SequenceKv, Sequence] = {}
@@ -183,7 +191,7 @@ class Scheduler:
         jobs, self._begun = list(self._begun), {}
         self._reading.clear()
         self._sequences.clear()
-        self._rows, self._workspace = ([], 0, None), Workspace()
+        self._rows, self._workspace = ([], 0, None), self._new_workspace()
         for job in jobs:
             job.prompt, job.sequences = None, []
         self._cache.forget_all()

@@ -12,6 +12,7 @@ from tinsmithd.modeling.base import BaseModel
 from tinsmithd.sampler.engines.transformers.kv import KvCache, StepAttention
 from tinsmithd.sampler.engines.transformers.model.build import build
 from tinsmithd.sampler.engines.transformers.model.check import GAP_MAX, Expected
+from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
 from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
 from tinsmithd.sampler.engines.transformers.model.lora_pool import LoraPool
@@ -20,8 +21,10 @@ from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
 from tinsmithd.sampler.engines.transformers.native import (
     NativeDecoder,
     NativeModel,
+    NativeWorkspace,
     load_library,
 )
+from tinsmithd.sampler.engines.transformers.sampling import Workspace
 
 CHECK_PROMPT_TOKENS = 12
 """Of the check's tokens those that are read at once; the others come one by one."""
@@ -62,12 +65,14 @@ class Started:
         decoder: The arithmetic.
         pool: Its adapters, none yet.
         rows_apart: Whether the bits of a row do not depend on the rows beside it.
+        workspace: Makes memory for draws.
         close: Ends its threads, once nothing computes any more.
     """
 
     decoder: AnyDecoder
     pool: LoraPool
     rows_apart: bool
+    workspace: Callable[[], Workspace]
     close: Callable[[], None]
 
 
@@ -95,17 +100,24 @@ def start(
     """
     made = _native_of(base, native_folder, on_progress) if native else None
     if made is not None and not _torch_reads_prompts(made):
-        model = base.model
-        layout = LoraLayout.of(model)
-        decoder = NativeDecoder(made, None)
-        _drop_weights(model)
+        layout = LoraLayout.of(base.model)
+        _drop_weights(base.model)
         pool = LoraPool(layout, made.shape, RowRule())
-        return Started(decoder, pool, True, made.library.close)
+        return _with_native(made, None, pool, True)
     built = build(base, rows_max=rows_max, keep_rows_apart=keep_rows_apart, on_progress=on_progress)
-    if made is None:
-        return Started(built.decoder, built.pool, built.rows_apart, _nothing)
-    both = NativeDecoder(made, built.decoder)
-    return Started(both, built.pool, built.rows_apart, made.library.close)
+    if made is not None:
+        return _with_native(made, built.decoder, built.pool, built.rows_apart)
+    return Started(built.decoder, built.pool, built.rows_apart, Workspace, _nothing)
+
+
+def _with_native(
+    made: NativeModel, of_prompts: Decoder | None, pool: LoraPool, rows_apart: bool
+) -> Started:
+    def workspace() -> Workspace:
+        return NativeWorkspace(made.library)
+
+    decoder = NativeDecoder(made, of_prompts)
+    return Started(decoder, pool, rows_apart, workspace, made.library.close)
 
 
 def _native_of(base: BaseModel, folder: str, on_progress: OnProgress) -> NativeModel | None:

@@ -148,6 +148,7 @@ class Library:
             *(c_void_p, POINTER(Matrix), c_void_p, c_int, c_void_p),
             *(POINTER(GroupOf), c_int),
         )
+        c.tin_weigh.argtypes = (c_void_p, c_void_p, c_int, c_int, *(c_void_p,) * 4)
         if c.tin_layout() != _layout():
             raise ValueError(f"{path} was made for another interface")
         self._context: int | None = c.tin_open(threads)
@@ -194,3 +195,18 @@ class Library:
         if self._c.tin_product(self._context, *inputs):
             raise MemoryError("no memory for the rows of a product")
         return made
+
+    def weigh(self, logits: Tensor, inverse_N: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of draws; see `Workspace.weigh`, which says the shapes.
+
+        Raises:
+            MemoryError: There is none, and nothing was done.
+        """
+        logits = logits.contiguous()
+        rows, vocab = logits.shape
+        maxima, sums = torch.empty(rows), torch.empty(weights.shape[:2], dtype=torch.float64)
+        made = (weights.data_ptr(), maxima.data_ptr(), sums.data_ptr())
+        inputs = (logits.data_ptr(), rows, vocab, inverse_N.data_ptr())
+        if self._c.tin_weigh(self._context, *inputs, *made):
+            raise MemoryError("no memory for the rows of a draw")
+        return maxima, sums

@@ -13,6 +13,7 @@
 
 #define BLOCK_ROWS 64
 #define PHASES_OF_LAYER 20
+#define DRAW_BLOCK 128 /* as `sampling.BLOCK_TOKENS` */
 #define PIECE_COLUMNS (8 * PANEL)
 
 struct context {
@@ -381,6 +382,68 @@ int tin_product(
     if (prepared(in, rows * ld + 64, 4)) return -1;
     one_product p = {in, w, x, y, rows, {groups, count, 0, in->memory, ld}};
     pool_run(in->all, product_part, &p);
+    return 0;
+}
+
+typedef struct {
+    context *in;
+    const float *logits, *inverse;
+    float *weights, *maxima;
+    double *sums;
+    int rows, vocab;
+} weighing;
+
+/* e^((x - max) / t) of a row in blocks, and the sum of each block. */
+static void weighed(const weighing *w, int r) {
+    int blocks = pieces(w->vocab, DRAW_BLOCK);
+    const float *from = w->logits + (size_t)r * w->vocab;
+    float *to = w->weights + (size_t)r * blocks * DRAW_BLOCK;
+    vec most = v_all(-INFINITY);
+    int d = 0;
+    for (; d + WIDTH <= w->vocab; d += WIDTH) most = v_max(most, v_load(from + d));
+    float lanes[WIDTH], highest = -INFINITY;
+    v_store(lanes, most);
+    for (int i = 0; i < WIDTH; i++) highest = lanes[i] > highest ? lanes[i] : highest;
+    for (; d < w->vocab; d++) highest = from[d] > highest ? from[d] : highest;
+    w->maxima[r] = highest;
+    const vec shift = v_all(-highest), times = v_all(w->inverse[r]), least = v_all(-87.0f);
+    for (int b = 0; b < blocks; b++) {
+        float padded[DRAW_BLOCK];
+        int start = b * DRAW_BLOCK, count = smaller(DRAW_BLOCK, w->vocab - start);
+        const float *own = from + start;
+        if (count < DRAW_BLOCK) {
+            for (int i = 0; i < DRAW_BLOCK; i++) padded[i] = i < count ? own[i] : -INFINITY;
+            own = padded;
+        }
+        vec sum = v_all(0);
+        for (int i = 0; i < DRAW_BLOCK; i += WIDTH) {
+            vec x = v_mul(v_add(v_load(own + i), shift), times);
+            /* What cannot be drawn has no weight at all. */
+            vec made = v_unless_below(x, least, v_exp(x));
+            v_store(to + start + i, made);
+            sum = v_add(sum, made);
+        }
+        w->sums[(size_t)r * blocks + b] = v_sum(sum);
+    }
+}
+
+static void weighing_part(void *given, int thread) {
+    (void)thread;
+    weighing *w = given;
+    team us = {w->in, pool_threads(w->in->all), 0};
+    for (int r; (r = next_piece(&us)) < w->rows;) weighed(w, r);
+}
+
+/* Unnormalised probabilities of rows of logits, (rows, vocab): float32 weights relative to the
+ * row's largest logit, (rows, blocks * DRAW_BLOCK), zeros behind the last; the largest logits; and
+ * the sums of blocks, (rows, blocks). Returns as `tin_forward`. */
+int tin_weigh(
+    context *in, const float *logits, int rows, int vocab, const float *inverse, float *weights,
+    float *maxima, double *sums
+) {
+    if (prepared(in, 64, 1)) return -1;
+    weighing w = {in, logits, inverse, weights, maxima, sums, rows, vocab};
+    pool_run(in->all, weighing_part, &w);
     return 0;
 }
 

@@ -25,6 +25,10 @@ INLINE vec v_fma(vec x, vec y, vec z) { return _mm512_fmadd_ps(x, y, z); }
 INLINE vec v_min(vec x, vec y) { return _mm512_min_ps(x, y); }
 INLINE vec v_max(vec x, vec y) { return _mm512_max_ps(x, y); }
 INLINE vec v_round(vec x) { return _mm512_roundscale_ps(x, 8); }
+/* 0 where x is below `least`, else y; NaN is not below. */
+INLINE vec v_unless_below(vec x, vec least, vec y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), y);
+}
 /* 2^n of whole numbers from -126 to 127. */
 INLINE vec v_power(vec n) {
     __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
@@ -60,6 +64,9 @@ INLINE vec v_fma(vec x, vec y, vec z) { return _mm256_fmadd_ps(x, y, z); }
 INLINE vec v_min(vec x, vec y) { return _mm256_min_ps(x, y); }
 INLINE vec v_max(vec x, vec y) { return _mm256_max_ps(x, y); }
 INLINE vec v_round(vec x) { return _mm256_round_ps(x, 8); }
+INLINE vec v_unless_below(vec x, vec least, vec y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), y);
+}
 INLINE vec v_power(vec n) {
     __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
