@@ -18,7 +18,7 @@ from tinsmith.types.samples import (
     StopReason,
     TopkLogprobs,
 )
-from tinsmith.types.tensor import TensorData
+from tinsmith.types.tensor import TensorData, in_layout_of
 from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 
@@ -60,9 +60,11 @@ class Samples:
 
     Args:
         num_samples: How many sequences it has.
+        targets: The request's `target_prompt_logprobs`, whose layout the answer has.
     """
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, targets: TensorData | None = None) -> None:
+        self._targets = targets
         self._pieces = [_Pieces() for _ in range(num_samples)]
         self._scores: pb.PromptLogprobs | None = None
         self._cache_hit_tokens = 0
@@ -88,7 +90,7 @@ class Samples:
         if scores.HasField("topk_token_ids"):
             topk = _topk(scores.topk_token_ids, scores.topk_logprobs)
         if scores.HasField("target_logprobs"):
-            targets = TensorData(tensors.decode(scores.target_logprobs))
+            targets = in_layout_of(self._targets, tensors.decode(scores.target_logprobs))
         if scores.HasField("alt_token_ids"):
             tokens = tensors.decode(scores.alt_token_ids).astype(np.int64)
             alternatives = PromptAltTokens(tokens, tensors.decode(scores.alt_logprobs))

@@ -4,7 +4,10 @@ A session is the models that one ServiceClient created: their ids begin with its
 kept of it.
 """
 
+import itertools
+import os
 import re
+import uuid
 from typing import Any, Protocol
 
 from tinsmith import _check
@@ -18,9 +21,22 @@ _MODEL_ID = re.compile(r"(.+):train:[0-9]+")
 RUNS_MAX = 10**9
 
 
-def model_id(session_id: str, number: int) -> str:
-    """The id of a session's model; the first has number 0."""
-    return f"{session_id}:train:{number}"
+class Session:
+    """Names the models of one ServiceClient; in a forked process they are of another session."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._session_id = str(uuid.uuid4())
+        self._numbers = itertools.count()
+
+    def next_model_id(self) -> str:
+        """The id of its next model; the first has number 0. From any thread."""
+        if self._pid != os.getpid():
+            self._begin()
+        return f"{self._session_id}:train:{next(self._numbers)}"
 
 
 class _Runs(Protocol):

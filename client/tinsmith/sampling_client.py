@@ -200,7 +200,7 @@ class SamplingClient:
             tensors.write(request.target_prompt_logprobs, targets)
 
         async def make(sampler: "SamplerServiceAsyncStub") -> SampleResponse:
-            samples = Samples(request.num_samples)
+            samples = Samples(request.num_samples, target_prompt_logprobs)
             async for response in sampler.Sample(request, metadata=WHOLE):
                 samples.add(response)
             return samples.result()

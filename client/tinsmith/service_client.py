@@ -1,6 +1,5 @@
 """`ServiceClient`: the way into a cluster."""
 
-import itertools
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 from tinsmith import _check, _loop
 from tinsmith._connection import GIVE_UP_AFTER_S, Connection
-from tinsmith._sessions import model_id
+from tinsmith._sessions import Session
 from tinsmith._twins import async_twins
 from tinsmith._weights import Weights
 from tinsmith.addresses import address_of
@@ -18,6 +17,7 @@ from tinsmith.rest_client import RestClient, capabilities_of
 from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
 from tinsmith.training_client import TrainingClient, TrainingClientFuture
 from tinsmith.types import AdamOptimizerConfig, GetServerCapabilitiesResponse, LoraConfig
+from tinsmith.types.unsupported import Absent
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 
@@ -68,8 +68,7 @@ class ServiceClient:
         self._user_metadata = _check.metadata(user_metadata)
         seconds = _check.real(give_up_after_s, "give_up_after_s")
         self._connection = Connection(address_of(base_url), seconds)
-        self._session_id = str(uuid.uuid4())
-        self._models = itertools.count()
+        self._session = Session()
 
     # --- clients ------------------------------------------------------------------------------
 
@@ -195,7 +194,7 @@ class ServiceClient:
             base_model=_check.optional_text(base_model, "base_model"),
             user_metadata={**self._user_metadata, **_check.metadata(user_metadata)},
             request_id=str(uuid.uuid4()),  # sent again, it is still one model
-            model_id=model_id(self._session_id, next(self._models)),
+            model_id=self._session.next_model_id(),
             **fields,
         )
 
@@ -281,7 +280,7 @@ class ServiceClient:
     @property
     def holder(self) -> Any:
         """Not supported."""
-        raise unsupported("holder", "what the client holds is its own; tinsmith.v1 has the stubs")
+        return Absent("holder", "what the client holds is its own; tinsmith.v1 has the stubs")
 
     def close(
         self,

@@ -79,6 +79,7 @@ def _resumes(steps: Steps, printed: str) -> str:
 
 def _on_policy(steps: Steps, _: str) -> str:
     """What was sampled is what is trained: the two servers agree on every token."""
+    values(steps, "optim/kl_sample_train_v2").near(0.0, 1e-8)
     return values(steps, "optim/kl_sample_train_v1").near(0.0, 1e-4)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from faults.peer import Peer
+from tinsmith._sessions import Session
 
 TIMEOUT_S = 60
 
@@ -68,7 +69,11 @@ given = {
 asks_nobody = {
     "get_base_model", "get_info", "create_rest_client", "create_custom_loss",
     "save_weights_external", "opened", "attached", "publish_checkpoint_from_tinker_path",
-    "unpublish_checkpoint_from_tinker_path",
+    "unpublish_checkpoint_from_tinker_path", "get_console_url", "get_telemetry", "search_sessions",
+    "assign_session_project", "export_session_trace", "get_sampler", "whoami", "get_audit_log",
+    "get_external_weights_urls", "get_checkpoint_archive_url", "get_billing_usage",
+    "get_checkpoint_archive_url_from_tinker_path", "get_current_checkpoint_storage_usage",
+    "get_sampler_handle", "on_queue_state_change",
 }
 sampler.sample(prompt).result(20)
 import tinsmith._loop as loop
@@ -219,3 +224,14 @@ def test_a_process_that_forks_before_it_uses_the_client_has_two_that_work(peer: 
         """,
     )
     assert lines == ["0 [1, 2, 3, 4, 5]"]
+
+
+def test_models_of_forks_have_sessions_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ServiceClient that was made before the fork, and used in both: no id is given twice."""
+    session = Session()
+    ids = [session.next_model_id(), session.next_model_id()]
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    ids += [session.next_model_id(), session.next_model_id()]
+    parts = [each.split(":train:") for each in ids]
+    assert [number for _, number in parts] == ["0", "1", "0", "1"]
+    assert len({name for name, _ in parts}) == 2

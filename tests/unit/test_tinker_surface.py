@@ -89,6 +89,14 @@ def test_what_is_refused_says_its_name_and_what_to_do(cls: str, name: str) -> No
     assert len(str(refusal.value)) > len(name) + 20
 
 
+def test_attributes_of_clients_can_be_listed() -> None:
+    """By inspect, by doc tools and by mocks: what is refused is refused when it is used."""
+    service = tinsmith.ServiceClient(base_url="127.0.0.1:1")
+    assert "create_lora_training_client" in dict(inspect.getmembers(service, inspect.ismethod))
+    with pytest.raises(tinsmith.UnimplementedError, match=r"holder\.anything"):
+        _ = service.holder.anything
+
+
 def test_types_without_support_are_refused_by_their_names() -> None:
     """They can be imported and stand in annotations; to make one is refused."""
     from tinsmith.types.unsupported import UNSUPPORTED

@@ -17,16 +17,18 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{USAGE}\n\n{__doc__}", file=sys.stdout if arguments else sys.stderr)
         raise SystemExit(0 if arguments else 2)
+    is_module = arguments[0] == "-m"
+    if is_module and len(arguments) < 2:
+        _refuse("-m needs the name of a module")
+    if not is_module and not sys.flags.safe_path:
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)  # as `python SCRIPT` has it
     install(environment=True)
-    if arguments[0] == "-m":
-        if len(arguments) < 2:
-            _refuse("-m needs the name of a module")
+    if is_module:
         code, spec = _module(arguments[1])
         sys.argv = [str(spec.origin), *arguments[2:]]
     else:
         code, spec = _script(Path(arguments[0])), None
         sys.argv = list(arguments)
-        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     program: Any = types.ModuleType("__main__")
     program.__file__ = sys.argv[0]
     program.__spec__ = spec

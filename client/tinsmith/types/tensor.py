@@ -379,3 +379,16 @@ def target_tokens(value: Any, field: str) -> NDArray[Any]:
         raise refuse(field, why, "INVALID_SHAPE")
     narrow = array.astype(np.int32)  # half the bytes
     return narrow if (narrow == array).all() else array
+
+
+def in_layout_of(asked: TensorData | None, array: NDArray[Any]) -> TensorData:
+    """A result, as sparse as the argument that asked for it.
+
+    Args:
+        asked: That, of the same shape; None where nobody knows it.
+        array: The result.
+    """
+    answer = TensorData(array)
+    if asked is not None and asked.shape == answer.shape:
+        answer._empty, answer._is_sparse = asked._empty, asked._is_sparse
+    return answer

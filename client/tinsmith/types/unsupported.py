@@ -18,6 +18,25 @@ class Unsupported:
         raise unsupported(type(self).__name__, self._why)
 
 
+class Absent:
+    """Stands where Tinker has an object of its own: to use it raises UnimplementedError.
+
+    To read the attribute that it is the value of does not: whoever lists attributes would trip.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        self._name, self._why = name, why
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise unsupported(f"{self._name}.{name}", self._why)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise, as `holder()` does."""
+        raise unsupported(self._name, self._why)
+
+
 class ImageChunk(Unsupported):
     """Tinker's image in a prompt; raises UnimplementedError."""
 
