@@ -34,7 +34,6 @@ SPREAD = {"sequence_parallel": 2, "micro_batch_tokens_max": 2}
 SPREAD_CASES: Mapping[str, Mapping[str, Any]] = {
     "spread": {"zero_stage": 1, **SPREAD},
     # Without memory nothing stays on one rank; with it, what does not keep the other one waiting.
-    "spread-recomputed": {"zero_stage": 0, "activation_bytes_max": 1, **SPREAD},
     "spread-stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1, **SPREAD},
 }
 """Two ranks compute a datum together."""

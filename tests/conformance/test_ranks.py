@@ -24,8 +24,8 @@ OF_ONE = [
 ]
 """Stages 1 and 2 share out what one rank has anyway."""
 OF_TWO = [name for name in EVERY_CASE if name not in WITHIN_A_RANK]
-OF_FOUR = ["spread-recomputed", "spread-stage-3-recomputed"]
-"""Two pairs of ranks, of which each has data of its own."""
+OF_FOUR = ["spread-stage-3-recomputed"]
+"""Two pairs of ranks, of which each has data of its own, or none while the other has."""
 
 
 def reference(folder: Path) -> TrainingEngine:
