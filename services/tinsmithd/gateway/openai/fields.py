@@ -17,6 +17,11 @@ from tinsmithd.text import bounded
 INT32_MAX = 2**31 - 1
 MESSAGES_MAX = 4096
 """Messages of one chat. Some templates look at each message for each message."""
+STRUCTURES_MAX = 400_000
+"""Brackets and braces that open something in one body; each is an object in memory, and Python's
+collector looks at all of them while they come."""
+PROMPTS_MAX = 65_536
+"""Prompts of one request; the setting `openai_choices_max` is usually less."""
 TOOLS_MAX = 128
 PARTS_MAX = 1024
 TEMPLATE_ARGUMENTS_MAX = 32
@@ -55,7 +60,8 @@ def _stops(value: object) -> list[str] | None:
 
 
 def _is_tokens(value: object) -> bool:
-    return isinstance(value, list) and all(type(each) is int for each in value)
+    # A set of types, not a loop: there may be millions.
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
@@ -66,13 +72,15 @@ def _prompts(value: object) -> Prompts:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
+        prompts = [value] if _is_tokens(value) else value
+        if len(prompts) > PROMPTS_MAX:
+            raise _wrong(f"must be at most {PROMPTS_MAX} prompts")
         if all(isinstance(each, str) for each in value):
             return value
-        prompts = [value] if _is_tokens(value) else value
         for index, each in enumerate(prompts):
             if not _is_tokens(each):
                 break
-            if not all(0 <= token <= INT32_MAX for token in each):
+            if each and not 0 <= min(each) <= max(each) <= INT32_MAX:
                 raise _wrong(f"[{index}] has a number that is no token")
         else:
             return prompts
@@ -235,6 +243,8 @@ def read(kind: type[M], body: bytes) -> M:
     Raises:
         Problem: 400 that names the first field that is wrong.
     """
+    if body.count(b"[") + body.count(b"{") > STRUCTURES_MAX:
+        raise Problem(400, f"the body has more than {STRUCTURES_MAX} arrays and objects")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
