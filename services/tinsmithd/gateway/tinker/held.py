@@ -7,6 +7,7 @@ to the sessions that it hears of.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Iterator, Set
@@ -78,6 +79,7 @@ class HeldSamplers:
         self._sessions: dict[str, _Session] = {}
         self._released: dict[str, str] = {}  # paths by lease id
         self._renewing: asyncio.Task[None] | None = None
+        self._given_back = asyncio.Event()
         self._finding: asyncio.Task[None] | None = None
         self._found: dict[str, list[str]] = {}  # paths of sessions that were not heard of yet
 
@@ -139,6 +141,7 @@ class HeldSamplers:
 
     def _release(self, samplers: dict[str, _Held], path: str) -> None:
         self._released[samplers.pop(path).lease_id] = path
+        self._given_back.set()
 
     async def _find(self) -> None:
         """Find what sessions had before this gateway was there, once."""
@@ -183,7 +186,12 @@ class HeldSamplers:
             except (grpc.RpcError, TinsmithError, TimeoutError) as error:
                 _log.warning("leases are renewed later: %s", error)
                 renew_s = min(renew_s, RETRY_S)
-            await asyncio.sleep(renew_s)
+            # Silent ones go soon after their time, too.
+            renew_s = min(renew_s, self._settings.session_idle_s, self._settings.sampler_idle_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(renew_s):
+                    await self._given_back.wait()
+            self._given_back.clear()
 
     def _let_silent_ones_go(self) -> None:
         now_s = asyncio.get_running_loop().time()
