@@ -116,6 +116,19 @@ def test_without_a_compiler_there_is_no_library(
     assert len(said) == 2
 
 
+def test_without_a_home_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no entry: torch computes, and nothing ends."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    said: list[str] = []
+    assert room.load_library("", 1, on_progress=said.append) is None
+    assert "home directory" in said[0]
+
+
 def test_a_file_that_is_no_library_is_none(tmp_path: Path) -> None:
     """Half a file, as a crash could leave where files are written in place."""
     name = room.compiled(room.usable_widths()[0], room.kept_in("")).name

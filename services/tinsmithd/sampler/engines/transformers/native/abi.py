@@ -139,8 +139,7 @@ class Library:
         self._c = c = CDLL(str(path))
         c.tin_layout.restype = c.tin_packed_bytes.restype = c_int64
         c.tin_packed_bytes.argtypes = (c_int, c_int, c_int)
-        c.tin_pack.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p)
-        c.tin_pack.restype = None
+        c.tin_pack.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p)
         c.tin_open.argtypes, c.tin_open.restype = (c_int,), c_void_p
         c.tin_close.argtypes, c.tin_close.restype = (c_void_p,), None
         c.tin_forward.argtypes = (c_void_p, POINTER(ModelOf), POINTER(StepOf))
@@ -162,12 +161,17 @@ class Library:
             self._context = None
 
     def packed(self, weight: Tensor, *, narrow: bool) -> Tensor:
-        """A float32 weight `(n, k)` in panels, as bytes; its values are bfloat16's if narrow."""
+        """A float32 weight `(n, k)` in panels, as bytes; its values are bfloat16's if narrow.
+
+        Raises:
+            MemoryError: There is none for it.
+        """
         n, k = weight.shape
         assert weight.dtype == torch.float32
         weight = weight.contiguous()
         made = torch.empty(self._c.tin_packed_bytes(n, k, narrow), dtype=torch.uint8)
-        self._c.tin_pack(weight.data_ptr(), n, k, narrow, made.data_ptr())
+        if self._c.tin_pack(self._context, weight.data_ptr(), n, k, narrow, made.data_ptr()):
+            raise MemoryError("no memory for the panels of a weight")
         return made
 
     def forward(self, model: ModelOf, step: StepOf) -> None:

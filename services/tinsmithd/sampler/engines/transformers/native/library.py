@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -52,7 +53,10 @@ def load_library(folder: str, threads: int, *, on_progress: OnProgress) -> Libra
     for width in widths:
         try:
             library = Library(compiled(width, kept_in(folder)), threads)
-        except (OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
+        except (
+            *(OSError, ValueError, MemoryError, subprocess.SubprocessError),
+            RuntimeError,  # there is no home for a cache
+        ) as error:
             on_progress(f"no compiled kernels: {_said(error)}")
             return None
         if multiplies(library):
@@ -139,14 +143,15 @@ def _digest(width: int) -> str:
 
 
 def _compile(width: int, path: Path) -> None:
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc"))), None)
-    if compiler is None:
+    found = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc"))), "")
+    compiler = shlex.split(found)
+    if not compiler:
         raise FileNotFoundError("there is no C compiler")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         sources = [str(SOURCE / name) for name in COMPILED]
         subprocess.run(
-            [compiler, *FLAGS, *WIDTHS[width], f"-DWIDTH={width}", *sources, "-o", made, "-lm"],
+            [*compiler, *FLAGS, *WIDTHS[width], f"-DWIDTH={width}", *sources, "-o", made, "-lm"],
             check=True,
             capture_output=True,
             text=True,

@@ -479,22 +479,42 @@ int64_t tin_packed_bytes(int n, int k, int narrow) {
     return (int64_t)pieces(n, PANEL) * (int64_t)panel_bytes(k, narrow);
 }
 
-/* Bring a float32 weight (n, k) into panels. Of a narrow one the lower halves must be zero. */
-void tin_pack(const float *weight, int n, int k, int narrow, void *to) {
-    size_t bytes = panel_bytes(k, narrow);
-    memset(to, 0, (size_t)tin_packed_bytes(n, k, narrow));
-    for (int row = 0; row < n; row++) {
-        char *panel = (char *)to + row / PANEL * bytes;
-        const float *from = weight + (size_t)row * k;
-        for (int i = 0; i < k; i++) {
-            if (narrow) {
-                uint32_t bits;
-                memcpy(&bits, &from[i], sizeof bits);
-                ((uint16_t *)panel)[(size_t)(i / 2) * PANEL * 2 + row % PANEL * 2 + i % 2] =
-                    (uint16_t)(bits >> 16);
-            } else {
-                ((float *)panel)[(size_t)i * PANEL + row % PANEL] = from[i];
-            }
+typedef struct {
+    context *in;
+    const float *weight;
+    int n, k, narrow;
+    char *to;
+} packing;
+
+static void packed_panel(const packing *p, int at) {
+    size_t bytes = panel_bytes(p->k, p->narrow);
+    int first = at * PANEL, columns = smaller(PANEL, p->n - first);
+    const float *from = p->weight + (size_t)first * p->k;
+    if (columns < PANEL || p->k % 2) memset(p->to + at * bytes, 0, bytes);
+    for (int i = 0; i < p->k; i++) {
+        float *wide = (float *)(p->to + at * bytes) + (size_t)i * PANEL;
+        uint16_t *narrow = (uint16_t *)(p->to + at * bytes) + (size_t)(i / 2) * PANEL * 2 + i % 2;
+        for (int c = 0; c < columns; c++) {
+            uint32_t bits;
+            memcpy(&bits, &from[(size_t)c * p->k + i], sizeof bits);
+            if (p->narrow) narrow[2 * c] = (uint16_t)(bits >> 16);
+            else memcpy(&wide[c], &bits, sizeof bits);
         }
     }
+}
+
+static void packing_part(void *given, int thread) {
+    (void)thread;
+    packing *p = given;
+    team us = {p->in, pool_threads(p->in->all), 0};
+    for (int at; (at = next_piece(&us)) < pieces(p->n, PANEL);) packed_panel(p, at);
+}
+
+/* Bring a float32 weight (n, k) into panels. Of a narrow one the lower halves must be zero.
+ * Returns as `tin_forward`. */
+int tin_pack(context *in, const float *weight, int n, int k, int narrow, void *to) {
+    if (prepared(in, 64, 1)) return -1;
+    packing p = {in, weight, n, k, narrow, to};
+    pool_run(in->all, packing_part, &p);
+    return 0;
 }
