@@ -21,6 +21,7 @@ CLIENT ?= tinsmith
 RECIPES ?=
 SDK ?= 0.38.0
 SDKS ?= 0.38.0 0.25.0 0.22.7 0.18.2
+SDK_KILLS ?= 20
 DOCKER ?= docker
 IMAGE_ARGS ?=
 IMAGES := training checkpoint gateway trainer sampler
@@ -30,7 +31,7 @@ PROTOS := $(shell cd protos && find tinsmith -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model quickstart examples test lint protos protos-check settings unit conformance service e2e faults-short \
-  attack-short attack map tidy sizes sim faults kills images kube bench bench-gpu bench-vllm test-vllm cookbook sdk gpu clean
+  attack-short attack map tidy sizes sim faults kills images kube bench bench-gpu bench-vllm test-vllm cookbook sdk sdk-kills gpu clean
 
 help: ## Print this
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -158,6 +159,10 @@ cookbook: setup build/tinker-cookbook-$(COOKBOOK) $(if $(filter sdk,$(CLIENT)),b
 
 sdk: setup $(SDKS:%=build/sdk/%/bin/tinker) ## Stock Tinker SDKs, each in an environment of its own, on a gateway
 	$(BIN)/pytest tests/sdk
+	PYTHONPATH=tests $(BIN)/python -m sdk build/sdk
+
+sdk-kills: setup build/sdk/$(firstword $(SDKS))/bin/tinker ## The newest SDK trains SDK_KILLS=20 times while gateway, Training and ranks are killed
+	PYTHONPATH=tests $(BIN)/python -m sdk build/sdk --kills $(SDK_KILLS)
 
 gpu: setup ## The engine on a GPU
 	$(BIN)/pytest tests/gpu

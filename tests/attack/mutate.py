@@ -129,9 +129,10 @@ def _change(node: Message, field: FieldDescriptor, rng: random.Random) -> None:
 
 def _change_map(value: Any, field: FieldDescriptor, rng: random.Random) -> None:
     new_key: Callable[[], str] = lambda: rng.choice(_CHOICES[_F.TYPE_STRING])  # noqa: E731
-    if field.message_type.fields_by_name["value"].message_type is None:
+    value_field = field.message_type.fields_by_name["value"]
+    if value_field.message_type is None:
         for index in range(rng.choice((1, 2, 70))):
-            value[f"{new_key()}{index}"] = new_key()
+            value[f"{new_key()}{index}"] = rng.choice(_CHOICES[value_field.type])
         return
     for _ in range(rng.choice((1, 2, 20))):
         value[new_key()].SetInParent()

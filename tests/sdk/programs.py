@@ -1,11 +1,12 @@
 """What a stock Tinker SDK is asked to do; runs where only that SDK is installed.
 
-    python recorder.py NAME
+    python programs.py NAME
 
 Each function is a program of its own, written for the SDKs from 0.18 to 0.38. It prints one line of
 JSON, what it computed, so that runs can be compared.
 """
 
+import functools
 import json
 import math
 import os
@@ -76,6 +77,7 @@ def pieces(service: Any) -> Any:
 
 def custom(service: Any) -> Any:
     """A loss of the user's own, DPO: ln 2 where the model is its own reference."""
+    sys.path.append(os.environ.get("SDK_TORCH", ""))
     import torch
 
     training = model(service)
@@ -187,18 +189,102 @@ def errors(service: Any) -> Any:
     return {"said": sorted(said), "texts": said, "end": losses(training)}
 
 
+def sample(service: Any) -> Any:
+    """Samples of weights without a name, of named ones and of the base; logprobs; many at once."""
+    training = model(service)
+    training.forward_backward([weighted(1)], "cross_entropy")
+    training.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+    prompt = types.ModelInput.from_ints([5, 12, 19, 26])
+    params = types.SamplingParams(max_tokens=6, seed=3, temperature=1.0, top_p=1.0, top_k=-1)
+    unnamed = now(training.save_weights_and_get_sampling_client())
+    first = unnamed.sample(prompt, 2, params).result()
+    path = training.save_weights_for_sampler("w1").result().path
+    named = now(service.create_sampling_client(model_path=path))
+    again = named.sample(prompt, 2, params, include_prompt_logprobs=True).result()
+    assert [each.tokens for each in first.sequences] == [each.tokens for each in again.sequences]
+    logprobs = named.compute_logprobs(prompt).result()
+    assert logprobs[0] is None
+    assert logprobs[1:] == again.prompt_logprobs[1:]
+    base = now(service.create_sampling_client(base_model=BASE_MODEL))
+    many = [base.sample(prompt, 1, types.SamplingParams(max_tokens=2, seed=i)) for i in range(200)]
+    assert all(len(each.result().sequences) == 1 for each in many)
+    return {"tokens": [list(each.tokens) for each in again.sequences], "logprobs": logprobs[1:]}
+
+
+def rest(service: Any) -> Any:
+    """What there is, listed, changed and deleted."""
+    training = model(service, user_metadata={"run": "two"})
+    path = training.save_state("s1").result().path
+    training.save_weights_for_sampler("w1").result()
+    client = tinker.RestClient() if hasattr(tinker, "RestClient") else None
+    client = client or service.create_rest_client()
+    run = path.split("/")[2]
+    names = sorted(each.checkpoint_id for each in client.list_checkpoints(run).result().checkpoints)
+    assert names == ["sampler_weights/w1", "weights/s1"]
+    assert client.get_training_run(run).result().base_model == BASE_MODEL
+    assert client.get_training_run_by_tinker_path(path).result().training_run_id == run
+    assert client.get_weights_info_by_tinker_path(path).result().lora_rank == 4
+    assert run in [
+        each.training_run_id for each in client.list_training_runs().result().training_runs
+    ]
+    assert client.list_user_checkpoints().result().checkpoints
+    assert client.list_sessions().result().sessions
+    assert run in client.get_session(run.split(":")[0]).result().training_run_ids
+    client.set_checkpoint_ttl_from_tinker_path(path, 3600).result()
+    client.publish_checkpoint_from_tinker_path(path).result()
+    client.unpublish_checkpoint_from_tinker_path(path).result()
+    client.delete_checkpoint(run, "sampler_weights/w1").result()
+    client.delete_checkpoint_from_tinker_path(path).result()
+    return {"left": len(client.list_checkpoints(run).result().checkpoints)}
+
+
 PROGRAMS: dict[str, Callable[[Any], Any]] = {
-    each.__name__: each for each in (sft, pieces, custom, rl, state, errors)
+    each.__name__: each for each in (sft, pieces, custom, rl, state, errors, sample, rest)
 }
 
 
+CLASSES = ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient")
+
+
+def public() -> set[str]:
+    """The public methods of the clients; the deprecated `_async` twins are the same ones."""
+    classes = [getattr(tinker, name) for name in CLASSES if hasattr(tinker, name)]
+    return {
+        f"{cls.__name__}.{name}"
+        for cls in classes
+        for name, value in vars(cls).items()
+        if not name.startswith("_") and not name.endswith("_async") and callable(value)
+    }
+
+
+def recorded() -> set[str]:
+    """The public methods that return from now on, by their names."""
+    called: set[str] = set()
+
+    def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made = method(*args, **kwargs)
+            called.add(name)
+            return made
+
+        return call
+
+    for name in public():
+        cls, method = name.split(".")
+        found = vars(getattr(tinker, cls))[method]
+        setattr(getattr(tinker, cls), method, wrapped(name, found))
+    return called
+
+
 def main(name: str) -> None:
-    """Run one program, and print what it found."""
+    """Run one program, and print what it found, and which public methods it called."""
+    called = recorded()
     service = tinker.ServiceClient()
     found = PROGRAMS[name](service)
-    print(json.dumps({"version": tinker.__version__, "program": name, **found}))
     if hasattr(service, "close"):
         service.close("success").result()
+    print(json.dumps({"found": found, "called": sorted(called), "public": sorted(public())}))
 
 
 if __name__ == "__main__":

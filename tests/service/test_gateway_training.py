@@ -8,74 +8,8 @@ import numpy as np
 import pytest
 
 from gateways import RunningGateway, ask
+from sdk_calls import PATH, Sdk, call, datum, packed
 from tinsmith.gateway.v1 import tinker_pb2 as tinker
-
-PATH = "/api/v1"
-
-
-def packed(values: Any, dtype: str) -> tinker.Tensor:
-    array = np.asarray(values, {"float32": "<f4", "int64": "<i8"}[dtype])
-    kind = {"float32": tinker.D_TYPE_FLOAT32, "int64": tinker.D_TYPE_INT64}[dtype]
-    return tinker.Tensor(dense=array.tobytes(), dtype=kind, shape=array.shape)
-
-
-def datum(**inputs: tinker.Tensor) -> tinker.Datum:
-    tokens = np.array([5, 6, 7, 8], "<i4").tobytes()
-    chunk = tinker.Chunk(encoded_text=tinker.EncodedTextChunk(tokens=tokens))
-    filled = {"target_tokens": packed([6, 7, 8, 9], "int64"), **inputs}
-    return tinker.Datum(model_input=[chunk], loss_fn_inputs=filled)
-
-
-def call(model_id: str, seq_id: int, **fields: Any) -> bytes:
-    filled = {"loss_fn": "cross_entropy", "data": [datum()], **fields}
-    message = tinker.ForwardBackwardRequest(model_id=model_id, seq_id=seq_id, **filled)
-    return message.SerializeToString()
-
-
-class Sdk:
-    """What the SDK does, one request at a time."""
-
-    def __init__(self, gateway: RunningGateway) -> None:
-        self.gateway = gateway
-        self.session_id = self.post("create_session", {})["session_id"]
-
-    def asked(self, path: str, body: Any) -> tuple[int, Any]:
-        return ask(self.gateway, f"{PATH}/{path}", body)
-
-    def post(self, path: str, body: Any) -> Any:
-        status, found = self.asked(path, body)
-        assert status == 200, found
-        return found
-
-    def result(self, promise: dict[str, Any], accept: str = "application/x-protobuf") -> Any:
-        status, found = 408, None
-        asked = {"request_id": promise["request_id"]}
-        while status == 408:
-            headers = {"Accept": accept}
-            status, found = ask(self.gateway, f"{PATH}/retrieve_future", asked, headers=headers)
-        assert status == 200, found
-        return found
-
-    def passed(self, promise: dict[str, Any]) -> tinker.ForwardBackwardOutput:
-        found = self.result(promise)
-        assert isinstance(found, bytes), found
-        return tinker.ForwardBackwardOutput.FromString(found)
-
-    def model(self, number: int = 0, **fields: Any) -> str:
-        base = self.asked_get("get_server_capabilities")["supported_models"][0]["model_name"]
-        body = {
-            "session_id": self.session_id,
-            "model_seq_id": number,
-            "base_model": base,
-            "lora_config": {"rank": 2, "seed": 1},
-            **fields,
-        }
-        model_id: str = self.result(self.post("create_model", body))["model_id"]
-        assert model_id == f"{self.session_id}:train:{number}"
-        return model_id
-
-    def asked_get(self, path: str) -> Any:
-        return ask(self.gateway, f"{PATH}/{path}")[1]
 
 
 @pytest.fixture
@@ -129,7 +63,9 @@ def test_a_repeat_has_the_same_promise_and_is_done_once(sdk: Sdk) -> None:
     failed = sdk.result(sdk.post("optim_step", step))
     assert failed["category"] == "user"
     assert "other content" in failed["error"]
-    assert sdk.asked("forward_backward", call(model_id, 1, loss_fn="ppo"))[0] == 400
+    waiting = call(model_id, 4), call(model_id, 4, forward_only=True)
+    assert sdk.asked("forward_backward", waiting[0])[0] == 200
+    assert sdk.asked("forward_backward", waiting[1])[0] == 400
 
 
 def test_the_first_piece_may_be_sent_last(sdk: Sdk) -> None:

@@ -47,7 +47,8 @@ class GatewaySettings(Config):
     requests_max: Positive = 8192
     """Requests under way at once, those that wait for a result included; more are 503."""
     body_stall_s: AboveZero = 30.0
-    """A caller that sends nothing of a body that is not complete for this long is answered 408."""
+    """A caller that sends nothing of a body that is not complete for this long is answered 408; one
+    whose request's head is not complete by then is cut off."""
     request_s_max: AboveZero = 45.0
     """Longest time that a request which is no long poll waits for the cluster; then it is 503, and
     the SDK sends it again."""

@@ -25,6 +25,7 @@ from tinsmithd import errors
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway import openai, tinker
 from tinsmithd.gateway.cluster import Cluster
+from tinsmithd.gateway.connections import bounded
 from tinsmithd.gateway.metrics import HttpMetrics
 from tinsmithd.gateway.middleware import Watched
 from tinsmithd.gateway.problems import Problem, detail_response, headers_of, problem_of
@@ -200,8 +201,8 @@ def _uvicorn_config(app: Starlette, settings: GatewaySettings) -> uvicorn.Config
         lifespan="off",
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=round(settings.stop_grace_s) or None,
-        http="httptools",
+        timeout_graceful_shutdown=max(1, round(settings.stop_grace_s)),
+        http=bounded(settings.body_stall_s),
         loop="asyncio",
     )
 

@@ -91,8 +91,6 @@ def requests_of(
         room -= nbytes
         written = requests[-1].data.add()
         _write_datum(written, datum, f"data[{index}]")
-        if message.loss_fn == "cross_entropy" and "weights" not in datum.loss_fn_inputs:
-            _write_ones(written)
     return requests
 
 
@@ -142,16 +140,6 @@ def dense_of(tensor: tinker_pb2.Tensor, dtype: np.dtype[Any], field: str) -> NDA
     dense = np.zeros((rows, columns), dtype)
     dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
     return dense
-
-
-def _write_ones(written: types_pb2.Datum) -> None:
-    """Weights that were left out mean that every target counts."""
-    if "target_tokens" in written.loss_fn_inputs:
-        targets = written.loss_fn_inputs["target_tokens"]
-        ones = written.loss_fn_inputs["weights"]
-        ones.dtype = types_pb2.DTYPE_FLOAT32
-        ones.shape.extend(targets.shape)
-        ones.data = np.ones(len(targets.data) // 8, "<f4").tobytes()
 
 
 def output_of(

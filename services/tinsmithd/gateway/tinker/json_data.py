@@ -8,7 +8,7 @@ import numpy as np
 
 from tinsmith.gateway.v1 import tinker_pb2
 from tinsmithd.gateway.problems import Problem
-from tinsmithd.gateway.tinker.room import int_of, object_of, text_of
+from tinsmithd.gateway.tinker.room import int_of, number_of, object_of, text_of
 
 SEQ_ID_MAX = 2**31 - 1
 _DTYPES = {
@@ -46,12 +46,10 @@ def message_of(body: Mapping[str, Any], part: str) -> tinker_pb2.ForwardBackward
         forward_only=part == "forward_input",
     )
     for key, value in object_of(given, "loss_fn_config").items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise _wrong(f"loss_fn_config[{key[:40]!r}]", "must be a number or a text")
         if isinstance(value, str):
             message.loss_fn_config_v2[key].text = value
         else:
-            message.loss_fn_config_v2[key].number = value
+            message.loss_fn_config_v2[key].number = number_of({key: value}, key)
     data = given.get("data")
     if not isinstance(data, list):
         raise _wrong("data", "must be a list")
@@ -83,9 +81,10 @@ def _write_datum(written: tinker_pb2.Datum, datum: Any, where: str) -> None:
 
 
 def _write_tensor(written: tinker_pb2.Tensor, tensor: Any, field: str) -> None:
-    if not isinstance(tensor, dict) or tensor.get("dtype") not in _DTYPES:
+    kind = tensor.get("dtype") if isinstance(tensor, dict) else None
+    if not isinstance(kind, str) or kind not in _DTYPES:
         raise _wrong(field, "must have a dtype, float32 or int64")
-    written.dtype, dtype = _DTYPES[tensor["dtype"]]
+    written.dtype, dtype = _DTYPES[kind]
     values = _array(tensor.get("data"), dtype, field)
     shape = tensor.get("shape")
     if shape is not None:

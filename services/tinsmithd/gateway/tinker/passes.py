@@ -7,6 +7,7 @@ for want of a resource, and is sent again.
 """
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,15 +55,21 @@ class Passes:
             Problem: It is refused, or waits for too long: then the same call may come again.
         """
         key = model_id, seq_id
+        requests[0].model_id, requests[0].seq_id = key
         found = self._under_way.get(key)
-        if found is None:
+        # One whose content is another is sent, too, and the Training server refuses it.
+        if found is None or not found.is_same(requests):
             found = self._under_way[key] = _Pass(self, self._room, model_id, seq_id, requests)
-            found.task.add_done_callback(lambda _: self._under_way.pop(key, None))
+            found.task.add_done_callback(functools.partial(self._ended, key, found))
         done, _ = await asyncio.wait([found.promise], timeout=self._room.settings.request_s_max)
         if not done:
             text = "too many calls wait for this model; the same call may be sent again"
             raise Problem(503, text, "QUEUE_FULL", retry_after_s=RETRY_S)
         return found.promise.result()
+
+    def _ended(self, key: tuple[str, int], made: "_Pass", _: "asyncio.Task[None]") -> None:
+        if self._under_way.get(key) is made:
+            del self._under_way[key]
 
     async def _again(self, content: Mapping[str, Any]) -> Message:
         """The result of a promise that this process does not know."""
@@ -125,7 +132,6 @@ class _Pass:
         self._requests = requests
         self._nbytes = sum(each.ByteSize() for each in requests)
         passes.held_bytes += self._nbytes
-        requests[0].model_id, requests[0].seq_id = model_id, seq_id
         self._digest = b""
         loop = asyncio.get_running_loop()
         self._result: asyncio.Future[Message] = loop.create_future()
@@ -133,6 +139,10 @@ class _Pass:
         for future in (self._result, self.promise):
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.task = asyncio.create_task(self._run())
+
+    def is_same(self, requests: Sequence[ComputeRequest]) -> bool:
+        """Whether a request is this call again."""
+        return list(self._requests) == list(requests)
 
     async def _run(self) -> None:
         what = "forward" if isinstance(self._requests[0], pb.ForwardRequest) else "forward_backward"

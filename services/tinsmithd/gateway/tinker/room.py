@@ -92,7 +92,10 @@ def number_of(body: Mapping[str, Any], key: str, default: float | None = None) -
         return default
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise Problem(400, f"{key}: must be a number", field=key)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise Problem(400, f"{key}: is beyond 64 bits", field=key) from None
 
 
 def bool_of(body: Mapping[str, Any], key: str, default: bool) -> bool:
