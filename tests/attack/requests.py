@@ -85,7 +85,7 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
     lora = pb.LoraConfig(rank=2, seed=1)
     stop = sampler_service_pb2.StopCondition(tokens=[2], strings=["x"])
     params = pb.SamplingParams(max_tokens=2, seed=1, temperature=0.5, top_p=0.9, top_k=5, stop=stop)
-    compute = {"model_id": model_id, "seq_id": 1, "loss_fn": LOSS, "data": [datum(), datum(2)]}
+    compute = {"seq_id": 1, "loss_fn": LOSS, "data": [datum(), datum(2)], "acknowledge": True}
     header = pb.WriteCheckpointHeader(checkpoint_path=path, base_model="tiny", lora_config=lora)
     header.user_metadata["a"] = "b"
     update = pb.UpdateCheckpointRequest(
@@ -93,8 +93,8 @@ def valid_requests(model_id: str, path: str) -> dict[str, Message]:
     )
     update.update_mask.paths.append("user_metadata")
     requests = [
-        pb.ForwardBackwardRequest(**compute),
-        pb.ForwardRequest(**compute),
+        pb.ForwardBackwardRequest(model_id=model_id, **compute),
+        pb.ForwardRequest(model_id=model_id, **compute),
         pb.OptimStepRequest(
             model_id=model_id, seq_id=1, adam_params=pb.AdamParams(learning_rate=1e-3)
         ),

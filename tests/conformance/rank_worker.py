@@ -4,20 +4,24 @@ Arguments: model folder, folder of a model with experts, folder for the results 
 rank 0, `<case>.<rank>.json` with what a rank holds), names of cases.
 """
 
+import contextlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data import collect, make_data, make_rl_data
 from engines import leave_together, make_engine
-from tinsmithd.domain import AdamParams, Datum, FullConfig, LoraConfig
+from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig
 from tinsmithd.loss_fns import Gspo, Ppo
-from tinsmithd.trainer.engines.interface import TrainingEngine
+from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 from tinsmithd.trainer.process_group import distributed
 
 STAGES = {f"stage-{stage}": {"zero_stage": stage} for stage in range(4)}
@@ -30,6 +34,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1},
     "stage-3-offloaded": {"zero_stage": 3, "offload": True, "resident_models_max": 1},
 }
+SEVERAL_A_ROUND = ("stage-0", "stage-1", "stage-2")
+"""Where ranks need not walk through the model together."""
 SPREAD = {"sequence_parallel": 2, "micro_batch_tokens_max": 2}
 SPREAD_CASES: Mapping[str, Mapping[str, Any]] = {
     "spread": {"zero_stage": 1, **SPREAD},
@@ -152,7 +158,7 @@ def _rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[Datu
     ]
 
 
-def held(engine: Any) -> dict[str, int]:
+def held(engine: Any) -> dict[str, Any]:
     """Elements that this rank holds: of the base, of all of it, and of the resident adapters."""
     parameters = dict(engine.engine._base.model.named_parameters())
     base = {name: p for name, p in parameters.items() if "lora_" not in name}
@@ -178,6 +184,39 @@ def held_by_full(engine: Any) -> dict[str, int]:
     }
 
 
+COLLECTIVES = (
+    *("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all_single", "barrier"),
+    *("broadcast", "gather", "reduce", "reduce_scatter_tensor", "scatter"),
+)
+"""All of `torch.distributed` that an engine may have tensors go through."""
+
+
+def collectives(engine: Any, tokens_max: int) -> dict[str, Any]:
+    """What ranks said to each other in one call and a step, and in how many micro-batches.
+
+    Args:
+        engine: With a model "resident".
+        tokens_max: Maximum tokens of a micro-batch.
+    """
+    counts: Counter[str] = Counter()
+    engine.engine._micro_batch_tokens_max = tokens_max
+    batch = Batch("resident", make_data(5, 24), CrossEntropy(), backward=True)
+    with contextlib.ExitStack() as stack:
+        for name in COLLECTIVES:
+            real = getattr(dist, name)
+
+            def counted(*args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
+                counts[name] += 1
+                return real(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(dist, name, counted))
+        result = engine.forward(batch, lambda *_: None)
+        engine.optim_step("resident", AdamParams())
+    rounds = json.loads(result.composition)["rounds"]
+    count = sum(len(of_rank) for round_ in rounds for of_rank in round_)
+    return {"micro_batches": count, "counts": counts}
+
+
 def main() -> None:
     dense, with_experts, out, *cases = sys.argv[1:]
     torch.set_num_threads(1)
@@ -199,6 +238,8 @@ def main() -> None:
             results = script(engine, eps_of(case))
             engine.create_model("resident", MODELS["m"])
             found = held(engine)
+            if case in SEVERAL_A_ROUND:
+                found["collectives"] = [collectives(engine, most) for most in (1000, 16)]
         Path(out, f"{case}.{rank}.json").write_text(json.dumps(found))
         if rank == 0:
             np.savez(Path(out, f"{case}.npz"), **results)

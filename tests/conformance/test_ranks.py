@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_worker import EPS, EVERY_CASE, EXPERT_CASES, FULL_CASES, eps_of, full_script, script
+from rank_worker import (
+    EPS,
+    EVERY_CASE,
+    EXPERT_CASES,
+    FULL_CASES,
+    SEVERAL_A_ROUND,
+    eps_of,
+    full_script,
+    script,
+)
 
 import programs
 from engines import make_engine
@@ -123,6 +132,21 @@ def compare(file: Path, expected: Mapping[str, np.ndarray]) -> None:
             np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
         elif "eps 0.1" in name:
             np.testing.assert_allclose(found[name], array, atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("case", SEVERAL_A_ROUND)
+def test_ranks_speak_as_often_however_many_micro_batches_a_call_has(
+    of_two: Path, case: str
+) -> None:
+    """In a call and the step after it: the collectives of two micro-batches are those of many. (In
+    stage 3 each micro-batch gathers the base.)"""
+    for rank in range(2):
+        found = json.loads((of_two / f"{case}.{rank}.json").read_text())["collectives"]
+        few, many = found
+        assert few["micro_batches"] == 2
+        assert many["micro_batches"] >= 10
+        assert few["counts"] == many["counts"]
+        assert 3 <= sum(few["counts"].values()) <= 8
 
 
 def test_stage_3_holds_a_share_of_the_base_and_whole_adapters(of_two: Path) -> None:

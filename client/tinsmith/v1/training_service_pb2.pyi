@@ -801,7 +801,9 @@ class ForwardRequest(_message.Message):
     tensor_format: _types_pb2.TensorFormat.ValueType
     """How results carry tensors. First message only."""
     acknowledge: _builtins.bool
-    """Say when the call is written down: `accepted`. First message only, and no part of the call's content."""
+    """Say when the call is written down: `accepted`. First message only, and no part of the call's content;
+    without a `seq_id` nothing is said.
+    """
     @_builtins.property
     def loss_fn(self) -> _types_pb2.LossFn:
         """The loss. First message only."""
@@ -903,7 +905,9 @@ class ForwardBackwardRequest(_message.Message):
     tensor_format: _types_pb2.TensorFormat.ValueType
     """How results carry tensors. First message only."""
     acknowledge: _builtins.bool
-    """Say when the call is written down: `accepted`. First message only, and no part of the call's content."""
+    """Say when the call is written down: `accepted`. First message only, and no part of the call's content;
+    without a `seq_id` nothing is said.
+    """
     @_builtins.property
     def loss_fn(self) -> _types_pb2.LossFn:
         """The loss. First message only."""
