@@ -317,6 +317,19 @@ def test_what_is_wrong_is_said_in_openais_form(
     assert code is None or error.code == code
 
 
+def test_what_is_not_served_is_said_in_openais_form_too(client: openai.OpenAI) -> None:
+    for ask, path in (
+        (client.post, "/embeddings"),
+        (client.put, "/models"),
+        (client.get, "/chat/completions"),
+        (client.delete, "/models/a"),
+        (client.get, "/models/absent"),
+    ):
+        with pytest.raises(openai.NotFoundError) as refused:
+            ask(path, cast_to=object)
+        assert refused.value.body["message"]
+
+
 def test_what_changes_nothing_is_taken_and_what_is_unknown_passed_over(
     client: openai.OpenAI,
 ) -> None:

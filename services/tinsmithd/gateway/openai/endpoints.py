@@ -36,6 +36,7 @@ SMALL_BYTES = 64 * 1024
 READERS = 2
 """Large bodies, long texts and chats that are read at once."""
 _GONE = 499
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 class OpenAI:
@@ -295,6 +296,6 @@ def routes(cluster: Cluster, settings: GatewaySettings) -> Sequence[BaseRoute]:
             Route(f"{prefix}/models/{{name:path}}", api.model, methods=["GET"]),
             Route(f"{prefix}/completions", api.completions, methods=["POST"]),
             Route(f"{prefix}/chat/completions", api.chat_completions, methods=["POST"]),
-            Route(f"{prefix}/{{rest:path}}", api.nothing, methods=["GET", "POST", "DELETE"]),
+            Route(f"{prefix}/{{rest:path}}", api.nothing, methods=_METHODS),
         ]
     return found
