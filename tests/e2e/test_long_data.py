@@ -49,7 +49,7 @@ def train(model: tinsmith.TrainingClient, cluster: RunningCluster, *, kill: bool
     seen: list[bytes] = []
     for step in range(2):
         result = model.forward_backward(data(step), "cross_entropy").result(90)
-        seen += [output["logprobs"].tobytes() for output in result.loss_fn_outputs]
+        seen += [np.asarray(output["logprobs"]).tobytes() for output in result.loss_fn_outputs]
         seen.append(np.float64(result.loss).tobytes())
         if kill and step:
             old = cluster.rank_pids()
@@ -59,7 +59,7 @@ def train(model: tinsmith.TrainingClient, cluster: RunningCluster, *, kill: bool
         metrics = model.optim_step(types.AdamParams(learning_rate=1e-2)).result(90).metrics
         seen.append(np.float64(metrics["grad_norm:last"]).tobytes())
     result = model.forward(data(2), "cross_entropy").result(90)
-    return [*seen, *(output["logprobs"].tobytes() for output in result.loss_fn_outputs)]
+    return [*seen, *(np.asarray(output["logprobs"]).tobytes() for output in result.loss_fn_outputs)]
 
 
 @pytest.mark.timeout(200)
