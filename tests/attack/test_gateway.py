@@ -4,6 +4,7 @@ Every request has an answer or its connection is closed, soon; no answer is 500;
 bounded; and a well-behaved caller is served all the while.
 """
 
+import copy
 import functools
 import json
 import random
@@ -106,11 +107,11 @@ def changed(body: Any, rng: random.Random) -> Any:
         where, key = rng.choice(places)
         match rng.randrange(4):
             case 0:
-                where[key] = rng.choice(VALUES)
+                where[key] = copy.deepcopy(rng.choice(VALUES))
             case 1 if isinstance(where, dict):
                 del where[key]
             case 2 if isinstance(where, dict):
-                where[rng.choice(["x", "", "model_id", "type"])] = rng.choice(VALUES)
+                where[rng.choice(["x", "", "model_id", "type"])] = copy.deepcopy(rng.choice(VALUES))
             case _:
                 where[key] = [where[key]]
     return body
