@@ -257,7 +257,7 @@ def test_the_number_of_gpus_stands_in_one_place() -> None:
     assert int(container["resources"]["limits"]["nvidia.com/gpu"]) > 0
     config = load(TrainerConfig, environment_of(container))
     assert isinstance(config, TrainerConfig)
-    assert config.ranks == 0
+    assert (config.ranks, config.training_target) == (0, "training:50054")
 
 
 def test_network_policies_cover_every_pod(manifests: list[Manifest]) -> None:
@@ -291,14 +291,6 @@ def test_budget_covers_the_samplers(manifests: list[Manifest]) -> None:
     budget = find(manifests, "PodDisruptionBudget", "sampler")["spec"]
     template = find(manifests, "Deployment", "sampler")["spec"]["template"]
     assert budget["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
-
-
-def test_gpu_overlay_has_one_rank_per_gpu() -> None:
-    """The GPU limit and the number of ranks are the same."""
-    container = container_of(render("gpu"), "trainer")
-    ranks = environment_of(container)["TINSMITH_TRAINER_RANKS"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == ranks
-    assert environment_of(container)["TINSMITH_TRAINER_TRAINING_TARGET"] == "training:50054"
 
 
 def test_ci_overlay_has_nothing_that_1_20_lacks() -> None:
