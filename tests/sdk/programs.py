@@ -14,6 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+if "SDK_TORCH" in os.environ:  # custom losses need torch, which an SDK looks for as it is imported
+    sys.path.append(os.environ["SDK_TORCH"])
+
 import tinker
 from tinker import types
 
@@ -77,7 +80,6 @@ def pieces(service: Any) -> Any:
 
 def custom(service: Any) -> Any:
     """A loss of the user's own, DPO: ln 2 where the model is its own reference."""
-    sys.path.append(os.environ.get("SDK_TORCH", ""))
     import torch
 
     training = model(service)
