@@ -211,4 +211,4 @@ def opened(name: str, folder: Path) -> Driven:
     if name == "vllm":
         return Driven(vllm.open_engine(str(folder), VLLM_SETTINGS))
     base = load_base(str(folder), dtype="float32", on_progress=lambda _: None)
-    return embedded(base, EngineLimits(native=name != TORCH_ALONE))
+    return embedded(base, EngineLimits(native="never" if name == TORCH_ALONE else "always"))

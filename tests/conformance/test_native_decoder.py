@@ -68,7 +68,7 @@ def both(folder: Path, dtype: str = "float32") -> Both:
         *(base(),),
         rows_max=64,
         keep_rows_apart=True,
-        native=True,
+        native="always",
         native_folder="",
         on_progress=print,
     )

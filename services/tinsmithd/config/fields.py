@@ -70,6 +70,8 @@ OptionalAddress = Annotated[
 ZeroStage = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=3)]
 """A stage of DeepSpeed's ZeRO."""
 Dtype = Literal["float32", "bfloat16"]
+NativeUse = Literal["exact", "always", "never"]
+"""When the Sampler computes with compiled kernels."""
 """Element type of frozen weights."""
 SamplerDtype = Literal["auto", "float32", "bfloat16"]
 """The same; `auto` leaves it to the Sampler."""

@@ -10,6 +10,7 @@ from tinsmithd.config.fields import (
     AboveZero,
     Address,
     Count,
+    NativeUse,
     Number,
     Positive,
     Required,
@@ -32,9 +33,10 @@ class SamplerConfig(ServerConfig):
     engine: SamplerEngine = "transformers"
     """What computes; `transformers` runs everywhere, `vllm` needs `tinsmith[vllm]`."""
     dtype: SamplerDtype = "auto"
-    """Element type of the frozen weights; `auto` is bfloat16 where it is native to the machine and
-    a short test finds it faster, else float32; with engine `vllm` that of the model's files. Set it
-    where several Samplers are to give the same tokens for a seed."""
+    """Element type of the frozen weights; `auto` is float32 where compiled kernels compute (see
+    `native`), else bfloat16 where it is native to the machine and a short test finds it faster;
+    with engine `vllm` that of the model's files. Set it where several Samplers are to give the same
+    tokens for a seed."""
     checkpoint_target: str = "127.0.0.1:50053"
     """Where this server reaches the Checkpoint server."""
     checkpoint_answer_s_max: AboveZero = 30.0
@@ -98,10 +100,11 @@ class SamplerConfig(ServerConfig):
     """num_samples times prompt and max_tokens: bounds the KV cache of a call."""
     threads: Count = 0
     """CPU threads of engine `transformers`; 0 leaves it to torch."""
-    native: bool = True
+    native: NativeUse = "exact"
     """With engine `transformers`, on a CPU: compute with kernels that the machine's C compiler
-    makes at the first start, where they can be had and agree with torch. Hidden states are then
-    float32, also with `dtype` bfloat16, which holds for weights, keys and values."""
+    makes at the first start, where they can be had and agree with torch: `exact` in float32 alone,
+    `always` also in bfloat16, which then holds for weights, keys and values, while hidden states
+    are float32: logprobs differ by some 1e-2 nats from a trainer's in bfloat16. `never`: not."""
     native_folder: str = ""
     """Where those kernels are kept; nobody but this user and root may write there. Empty: in
     `tinsmith/native` of the user's cache folder."""

@@ -62,7 +62,9 @@ def _load_transformers(config: SamplerConfig) -> SamplingEngine:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    dtype = resolved_dtype(config.dtype, on_progress=_log.info)
+    dtype = resolved_dtype(
+        config.dtype, compiled=lambda: _is_compiled(config), on_progress=_log.info
+    )
     base = load_base(config.base_model, dtype=dtype, on_progress=_log.info)
     limits = EngineLimits(
         kv_cache_bytes_max=config.kv_cache_bytes_max,
@@ -74,6 +76,21 @@ def _load_transformers(config: SamplerConfig) -> SamplingEngine:
         native_folder=config.native_folder,
     )
     return TransformersEngine(base, limits)
+
+
+def _is_compiled(config: SamplerConfig) -> bool:
+    """Whether compiled kernels would compute a model in float32: one without experts."""
+    from transformers import AutoConfig
+
+    from tinsmithd.sampler.engines.transformers.native import can_be_had
+
+    if config.native == "never" or not can_be_had(config.native_folder):
+        return False
+    try:
+        found = AutoConfig.from_pretrained(config.base_model)
+    except (OSError, ValueError):
+        return False  # loading it says what is wrong
+    return not getattr(found, "num_experts", 0)
 
 
 class SamplerServer:

@@ -11,11 +11,15 @@ ROWS, SIZE = 8, 2048
 ROUNDS = 7
 
 
-def resolved_dtype(dtype: str, *, on_progress: Callable[[str], None]) -> str:
+def resolved_dtype(
+    dtype: str, *, compiled: Callable[[], bool], on_progress: Callable[[str], None]
+) -> str:
     """ "float32" or "bfloat16" of a setting that may be "auto".
 
     Args:
         dtype: The setting.
+        compiled: Whether compiled kernels would compute in float32: they read no more bytes than
+            bfloat16 has where the weights are bfloat16's, and give what a trainer in float32 does.
         on_progress: Takes a line for a person.
     """
     if dtype != "auto":
@@ -24,6 +28,9 @@ def resolved_dtype(dtype: str, *, on_progress: Callable[[str], None]) -> str:
         chosen = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
         on_progress(f"dtype auto: {chosen}")
         return chosen
+    if compiled():
+        on_progress("dtype auto: float32, with compiled kernels")
+        return "float32"
     if not _is_native():
         on_progress("dtype auto: float32, since this CPU has no bfloat16 of its own")
         return "float32"

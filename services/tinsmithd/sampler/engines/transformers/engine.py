@@ -28,7 +28,7 @@ from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.sampler.engines.transformers.refusals import adapter_does_not_fit, unavailable
 from tinsmithd.sampler.engines.transformers.scheduler import Scheduler
-from tinsmithd.sampler.engines.transformers.start import start
+from tinsmithd.sampler.engines.transformers.start import NativeUse, start
 
 PIECE_TOKENS = 256
 """Maximum tokens of a prompt that are read at once."""
@@ -58,7 +58,7 @@ class EngineLimits:
     prefill_tokens_per_step_max: int = 512
     batch_rows_max: int = 256
     keep_rows_apart: bool = True
-    native: bool = True
+    native: NativeUse = "exact"
     native_folder: str = ""
 
 

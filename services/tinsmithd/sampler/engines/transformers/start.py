@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ CHECK_PROMPT_TOKENS = 12
 """Of the check's tokens those that are read at once; the others come one by one."""
 
 OnProgress = Callable[[str], None]
+
+NativeUse = Literal["exact", "always", "never"]
+"""When to compute with compiled kernels; see `start`."""
 
 
 class AnyDecoder(Protocol):
@@ -81,7 +84,7 @@ def start(
     *,
     rows_max: int,
     keep_rows_apart: bool,
-    native: bool,
+    native: NativeUse,
     native_folder: str,
     on_progress: OnProgress,
 ) -> Started:
@@ -91,14 +94,18 @@ def start(
         base: See `build`.
         rows_max: See `build`.
         keep_rows_apart: See `build`.
-        native: Use the compiled part, where it can be had and computes what transformers does.
+        native: When to use the compiled part, where it can be had and computes what transformers
+            does: always, never, or for what is exact, which is float32. In bfloat16 a trainer
+            rounds hidden states, and the compiled part does not.
         native_folder: Where it is kept; see `load_library`.
         on_progress: Takes a line for a person now and then.
 
     Raises:
         NotFound: See `build`.
     """
-    made = _native_of(base, native_folder, on_progress) if native else None
+    is_float32 = base.model.get_input_embeddings().weight.dtype == torch.float32
+    wanted = native == "always" or (native == "exact" and is_float32)
+    made = _native_of(base, native_folder, on_progress) if wanted else None
     if made is not None and not _torch_reads_prompts(made):
         layout = LoraLayout.of(base.model)
         _drop_weights(base.model)

@@ -2,7 +2,7 @@
 
 from tinsmithd.sampler.engines.transformers.native.decoder import NativeDecoder
 from tinsmithd.sampler.engines.transformers.native.draws import NativeWorkspace
-from tinsmithd.sampler.engines.transformers.native.library import load_library
+from tinsmithd.sampler.engines.transformers.native.library import can_be_had, load_library
 from tinsmithd.sampler.engines.transformers.native.model import NativeModel
 
-__all__ = ["NativeDecoder", "NativeModel", "NativeWorkspace", "load_library"]
+__all__ = ["NativeDecoder", "NativeModel", "NativeWorkspace", "can_be_had", "load_library"]

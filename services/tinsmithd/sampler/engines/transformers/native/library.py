@@ -66,6 +66,14 @@ def load_library(folder: str, threads: int, *, on_progress: OnProgress) -> Libra
     return None
 
 
+def can_be_had(folder: str) -> bool:
+    """Whether `load_library` has something to load; compiles it where need be."""
+    try:
+        return any(compiled(width, kept_in(folder)) for width in usable_widths()[:1])
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
 def usable_widths() -> list[int]:
     """Widths of vectors that this machine has, widest first; `ATEN_CPU_CAPABILITY` may say less."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
