@@ -71,7 +71,11 @@ def test_it_computes_what_a_plain_loop_computes(
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_engines_agree(folders: Callable[[str], Path], family: str) -> None:
-    """Weights to 1e-6 at eps 0.1; losses to 1e-5 at eps 1e-12, where Adam amplifies rounding."""
+    """Weights to 1e-6 at eps 0.1; losses to 1e-5 at eps 1e-12, where Adam amplifies rounding.
+
+    Experts to 2e-6: the engines sum rows in another order, which without AVX-512 makes 1.3e-6.
+    """
+    most = 2e-6 if family == "qwen3_moe" else 1e-6
     batches = [make_data(seed, 3) for seed in range(6)]
     for adam in (ADAM, AdamParams(learning_rate=1e-3, eps=1e-12)):
         losses, weights = [], []
@@ -81,7 +85,7 @@ def test_engines_agree(folders: Callable[[str], Path], family: str) -> None:
             losses.append(train(engine, "m", batches, adam))
             weights.append(weights_of(engine, "m"))
         if adam.eps == 0.1:
-            assert difference(*weights) <= 1e-6
+            assert difference(*weights) <= most
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
