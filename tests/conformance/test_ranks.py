@@ -55,7 +55,7 @@ def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(ranks: int, cases: Sequence[str], out: Path, *models: Path) -> Path:
     """Have ranks leave in a folder what they compute in some cases."""
     arguments = (*map(str, models), str(out), *cases)
-    done = programs.run("rank_worker", *arguments, ranks=ranks, timeout_s=300, forked=True)
+    done = programs.run("rank_worker", *arguments, ranks=ranks, timeout_s=600, forked=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -96,7 +96,7 @@ def expected(tiny_model: Path, with_experts: Path) -> Callable[[str], Mapping[st
     return of_case
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", OF_ONE)
 def test_a_rank_agrees_with_the_reference(
     expected: Callable[[str], Mapping[str, np.ndarray]], of_one: Path, case: str
@@ -106,7 +106,7 @@ def test_a_rank_agrees_with_the_reference(
     compare(of_one / f"{case}.npz", expected(case))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", OF_TWO)
 def test_two_ranks_agree_with_the_reference(
     expected: Callable[[str], Mapping[str, np.ndarray]], of_two: Path, case: str
@@ -115,7 +115,7 @@ def test_two_ranks_agree_with_the_reference(
     compare(of_two / f"{case}.npz", expected(case))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", OF_FOUR)
 def test_two_pairs_of_ranks_agree_with_the_reference(
     expected: Callable[[str], Mapping[str, np.ndarray]], of_four: Path, case: str
