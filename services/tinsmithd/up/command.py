@@ -63,6 +63,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
             kind(**settings)  # refuses what no process would take
     except ConfigError as error:
         parser.error(str(error))
+    if args["ranks"] == 0:  # for pods one for each GPU, and of a Training server none at all
+        parser.error("trainer.ranks: must be at least 1, is 0")
     return Options(**args), run
 
 
