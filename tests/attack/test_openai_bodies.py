@@ -90,12 +90,10 @@ class Asker:
     def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> int:
         """The status; fails where what comes with it is no JSON of OpenAI's form, or no stream."""
         try:
-            self._connection.request("POST", path, body, headers=headers or {})
-            response = self._connection.getresponse()
-            text = response.read()
-        except (http.client.HTTPException, ConnectionError):
+            response, text = self._posted(path, body, headers)
+        except (http.client.HTTPException, ConnectionError):  # it was idle, and has ended
             self._connection = http.client.HTTPConnection(self._host, timeout=60)
-            return self.post(path, body, headers)
+            response, text = self._posted(path, body, headers)
         if response.headers["content-type"].startswith("text/event-stream"):
             assert text.endswith(b"data: [DONE]\n\n")
         elif response.status == 200:
@@ -103,6 +101,13 @@ class Asker:
         else:
             assert json.loads(text)["error"]["message"]
         return response.status
+
+    def _posted(
+        self, path: str, body: bytes, headers: dict[str, str] | None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        self._connection.request("POST", path, body, headers=headers or {})
+        response = self._connection.getresponse()
+        return response, response.read()
 
 
 def mutated(body: Any, chance: random.Random) -> Any:

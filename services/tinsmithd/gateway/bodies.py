@@ -19,6 +19,8 @@ from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.problems import RETRY_S, Problem
 
 PIECE_BYTES = 1024 * 1024
+DISCARDED_TIMES = 4
+"""A body that is larger than the limit by no more than this is read to its end, and discarded."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -65,6 +67,8 @@ class Bodies:
         most = self._settings.body_bytes_max
         said = request.headers.get("content-length", "")
         if said.isdecimal() and int(said[:20]) > most:
+            if int(said[:20]) <= DISCARDED_TIMES * most:
+                await self._discard(request)
             raise _too_large(most)
         pieces = bytearray()
         stream = request.stream().__aiter__()
@@ -82,6 +86,13 @@ class Bodies:
                 raise _too_large(most)
             room.take(len(piece))
             pieces += piece
+
+    async def _discard(self, request: Request) -> None:
+        """Let a body come that is not kept: many clients read no answer before all is sent."""
+        with contextlib.suppress(TimeoutError, ClientDisconnect):
+            async with asyncio.timeout(self._settings.body_stall_s):
+                async for _ in request.stream():
+                    pass
 
     async def _unpacked(self, request: Request, body: bytes, room: "_Room") -> bytes:
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
