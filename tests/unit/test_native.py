@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinsmithd.sampler.engines.transformers.native import library as room
+from tinsmithd.sampler.engines.transformers.native import compiling as room
 from tinsmithd.sampler.engines.transformers.native.abi import GroupOf, Library, Matrix, SiteOf
 from tinsmithd.sampler.engines.transformers.native.draws import NativeWorkspace
 from tinsmithd.sampler.engines.transformers.sampling import Distributions, Workspace

@@ -121,10 +121,10 @@ def _with_native(
     made: NativeModel, of_prompts: Decoder | None, pool: LoraPool, rows_apart: bool
 ) -> Started:
     def workspace() -> Workspace:
-        return NativeWorkspace(made.library)
+        return NativeWorkspace(made.kernels)
 
     decoder = NativeDecoder(made, of_prompts)
-    return Started(decoder, pool, rows_apart, workspace, made.library.close)
+    return Started(decoder, pool, rows_apart, workspace, made.kernels.close)
 
 
 def _native_of(base: BaseModel, folder: str, on_progress: OnProgress) -> NativeModel | None:

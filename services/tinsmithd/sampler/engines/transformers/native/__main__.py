@@ -6,7 +6,7 @@ python -m tinsmithd.sampler.engines.transformers.native FOLDER makes those of al
 
 import sys
 
-from tinsmithd.sampler.engines.transformers.native.library import WIDTHS, compiled, kept_in
+from tinsmithd.sampler.engines.transformers.native.compiling import WIDTHS, compiled, kept_in
 
 if __name__ == "__main__":
     for width in WIDTHS:

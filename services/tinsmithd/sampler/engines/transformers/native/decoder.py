@@ -81,7 +81,7 @@ class NativeDecoder:
     def draw_logits(self, hidden_N: Tensor, loras: LoraRows | None) -> Tensor:
         """As `logits`, for draws; the last bits may be others."""
         groups = None if loras is None else self._loras.head_groups(loras).array
-        return self._model.library.product(self._model.head, hidden_N.float(), groups)
+        return self._model.kernels.product(self._model.head, hidden_N.float(), groups)
 
     def _all(
         self, tokens_T: Tensor, positions_T: Tensor, attend: StepAttention, loras: LoraRows | None
@@ -101,7 +101,7 @@ class NativeDecoder:
             count=len(h),
             groups_count=0 if groups is None else len(groups),
         )
-        model.library.forward(model.each, step)
+        model.kernels.forward(model.each, step)
         return out
 
     def _cut_loras(

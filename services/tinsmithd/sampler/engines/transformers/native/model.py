@@ -18,11 +18,11 @@ class NativeModel:
     """A copy of a model's weights, bfloat16 where that is exact and else float32.
 
     Args:
-        library: What computes with them.
+        kernels: What computes with them.
         model: A causal language model of transformers that `can_take` holds for; it is left alone.
 
     Attributes:
-        library: As given.
+        kernels: As given.
         shape: Its sizes; the dtype is that of keys and values.
         each: What the compiled part is given.
         head: Makes logits.
@@ -30,8 +30,8 @@ class NativeModel:
     """
 
     @torch.inference_mode()
-    def __init__(self, library: Library, model: Any) -> None:
-        self.library, self.shape = library, ModelShape.of(model)
+    def __init__(self, kernels: Library, model: Any) -> None:
+        self.kernels, self.shape = kernels, ModelShape.of(model)
         self._kept: list[Tensor] = []
         """Memory that the structures point to."""
         self._rotary = model.model.rotary_emb
@@ -111,7 +111,7 @@ class NativeModel:
         weight = torch.cat([module.weight.detach() for module in modules])
         wide = weight.float()
         narrow = weight.dtype == torch.bfloat16 or torch.equal(wide.bfloat16().float(), wide)
-        panels = self.library.packed(wide, narrow=narrow)
+        panels = self.kernels.packed(wide, narrow=narrow)
         self._kept.append(panels)
         biases = [module.bias for module in modules if module.bias is not None]
         bias = self._floats(torch.cat(biases)) if biases else None
