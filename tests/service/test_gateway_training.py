@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gateways import RunningGateway, ask
+from clusters import RunningCluster
+from gateways import RunningGateway, ask, running_gateway
 from sdk_calls import PATH, Sdk, call, datum, packed
 from tinsmith.gateway.v1 import tinker_pb2 as tinker
 
@@ -173,6 +175,45 @@ def test_sparse_targets_are_dense_ones(sdk: Sdk) -> None:
     found = sdk.passed(sdk.post("forward_backward", call(model_id, 2, data=[pieces])))
     assert found.metrics["loss:sum"] == dense.metrics["loss:sum"]
     assert list(found.loss_fn_outputs[0].fields["logprobs"].trailing_shape) == [2]
+
+
+def test_matrices_are_bounded_by_what_they_are_once_whole(sdk: Sdk) -> None:
+    """All of a call together: an empty one takes some bytes of the body, whatever its size."""
+
+    def empty(columns: int) -> tinker.Tensor:
+        csr = tinker.SparseCsr(crow_indices=bytes(16))
+        return tinker.Tensor(sparse_csr=csr, dtype=tinker.D_TYPE_FLOAT32, shape=[1, columns])
+
+    model_id = sdk.model()
+    half = 9_000_000
+    cases = [
+        (call(model_id, 1, data=[datum(weights=empty(2 * half))]), "data[0]"),
+        (call(model_id, 2, data=[datum(weights=empty(half))] * 2), "data[1]"),
+        (call(model_id, 3, data=[datum(a=empty(half), b=empty(half))]), "data[0]"),
+    ]
+    for body, where in cases:
+        status, said = sdk.asked("forward_backward", body)
+        assert (status, said["field"].partition(".")[0]) == (400, where)
+        assert "more than 67108864 bytes" in said["detail"]
+    sdk.passed(sdk.post("forward_backward", call(model_id, 4)))
+
+
+def test_calls_that_wait_are_bounded_by_their_bytes(
+    cluster: RunningCluster, tmp_path: Path
+) -> None:
+    """Their requests have ended, their data have not."""
+    limits = {"received_bytes_max": 400_000, "request_s_max": 1}
+    with running_gateway(cluster.address, tmp_path, **limits) as gateway:
+        sdk = Sdk(gateway)
+        model_id = sdk.model()
+        large = datum(weights=packed(np.ones(60_000), "float32"))
+        sdk.post("forward_backward", call(model_id, 1000))  # waits for those before it
+        status, said = sdk.asked("forward_backward", call(model_id, 2000, data=[large]))
+        assert (status, said["reason"]) == (503, "QUEUE_FULL")
+        status, said = sdk.asked("forward_backward", call(model_id, 3000, data=[large]))
+        assert (status, said["reason"]) == (429, "QUEUE_FULL")
+        status, said = sdk.asked("forward_backward", call(model_id, 2000, data=[large]))
+        assert (status, said["reason"]) == (503, "QUEUE_FULL")  # it has its place
 
 
 def test_old_sdks_send_and_take_json(sdk: Sdk) -> None:

@@ -15,7 +15,8 @@ MESSAGE_BYTES = 256 * 1024
 DATUM_BYTES = 256
 """Bytes that a datum counts for beside its arrays: servers limit the items of one message."""
 DENSE_BYTES_MAX = 64 * 1024 * 1024
-"""Bytes of one matrix whose rows came compressed, once it is whole."""
+"""Bytes of a call's matrices whose rows came compressed, once they are whole: some bytes of a body
+could stand for any number of them."""
 OUTPUT_TYPE = "ArrayRecord"
 ComputeRequest = training_service_pb2.ForwardRequest | training_service_pb2.ForwardBackwardRequest
 _NOT_HERE = {
@@ -82,7 +83,7 @@ def requests_of(
     if not message.data:
         raise Problem(400, "data: must not be empty", field="data")
     requests = [kind(loss_fn=loss_fn, acknowledge=True)]
-    room = MESSAGE_BYTES
+    room, dense_bytes = MESSAGE_BYTES, 0
     for index, datum in enumerate(message.data):
         nbytes = DATUM_BYTES + datum.ByteSize()
         if nbytes > room and requests[-1].data:
@@ -90,11 +91,14 @@ def requests_of(
             room = MESSAGE_BYTES
         room -= nbytes
         written = requests[-1].data.add()
-        _write_datum(written, datum, f"data[{index}]")
+        dense_bytes = _write_datum(written, datum, f"data[{index}]", dense_bytes)
     return requests
 
 
-def _write_datum(written: types_pb2.Datum, datum: tinker_pb2.Datum, where: str) -> None:
+def _write_datum(
+    written: types_pb2.Datum, datum: tinker_pb2.Datum, where: str, dense_bytes: int
+) -> int:
+    """Write a datum; takes and returns the bytes of the call's matrices that were made whole."""
     chunks = written.model_input.chunks
     for index, chunk in enumerate(datum.model_input):
         if chunk.WhichOneof("chunk") != "encoded_text":
@@ -110,13 +114,23 @@ def _write_datum(written: types_pb2.Datum, datum: tinker_pb2.Datum, where: str) 
         target.dtype, dtype = _DTYPES[tensor.dtype]
         target.shape.extend(tensor.shape)
         if tensor.WhichOneof("encoding") == "sparse_csr":
-            target.data = dense_of(tensor, dtype, field).tobytes()
+            target.data = dense_of(tensor, dtype, field, DENSE_BYTES_MAX - dense_bytes).tobytes()
+            dense_bytes += len(target.data)
         else:
             target.data = tensor.dense
+    return dense_bytes
 
 
-def dense_of(tensor: tinker_pb2.Tensor, dtype: np.dtype[Any], field: str) -> NDArray[Any]:
+def dense_of(
+    tensor: tinker_pb2.Tensor, dtype: np.dtype[Any], field: str, bytes_max: int
+) -> NDArray[Any]:
     """A matrix whose rows came compressed, whole; what is empty is 0.
+
+    Args:
+        tensor: The matrix.
+        dtype: Of its elements.
+        field: What it is called in a refusal.
+        bytes_max: What is left of `DENSE_BYTES_MAX` for it.
 
     Raises:
         Problem: 400: it contradicts itself, or is too large.
@@ -126,8 +140,9 @@ def dense_of(tensor: tinker_pb2.Tensor, dtype: np.dtype[Any], field: str) -> NDA
     if len(shape) != 2 or min(shape) < 0 or any(sizes) or len(sparse.col_indices) % 8:
         raise Problem(400, f"{field}: is no matrix with compressed rows", field=field)
     rows, columns = shape
-    if rows * columns * dtype.itemsize > DENSE_BYTES_MAX:
-        text = f"{field}: {rows} x {columns} is more than {DENSE_BYTES_MAX} bytes"
+    if rows * columns * dtype.itemsize > bytes_max:
+        before = "" if bytes_max == DENSE_BYTES_MAX else ", with the matrices before it,"
+        text = f"{field}: {rows} x {columns}{before} is more than {DENSE_BYTES_MAX} bytes"
         raise Problem(400, text, field=field)
     values = np.frombuffer(sparse.values, dtype)
     crow = np.frombuffer(sparse.crow_indices, "<i8")

@@ -52,13 +52,15 @@ class Passes:
         """Make a call; returns its promise.
 
         Raises:
-            Problem: It is refused, or waits for too long: then the same call may come again.
+            Problem: It is refused; or it waits for too long, or there is no room for its data: then
+                the same call may come again.
         """
         key = model_id, seq_id
         requests[0].model_id, requests[0].seq_id = key
         found = self._under_way.get(key)
         # One whose content is another is sent, too, and the Training server refuses it.
         if found is None or not found.is_same(requests):
+            self._check_room(requests)
             found = self._under_way[key] = _Pass(self, self._room, model_id, seq_id, requests)
             found.task.add_done_callback(functools.partial(self._ended, key, found))
         done, _ = await asyncio.wait([found.promise], timeout=self._room.settings.request_s_max)
@@ -66,6 +68,13 @@ class Passes:
             text = "too many calls wait for this model; the same call may be sent again"
             raise Problem(503, text, "QUEUE_FULL", retry_after_s=RETRY_S)
         return found.promise.result()
+
+    def _check_room(self, requests: Sequence[ComputeRequest]) -> None:
+        # A call that waits keeps its data when its request has ended, so they count by themselves.
+        nbytes = sum(each.ByteSize() for each in requests)
+        if self.held_bytes + nbytes > self._room.settings.received_bytes_max:
+            text = "too many bytes of calls are under way; the same call may be sent again"
+            raise Problem(429, text, "QUEUE_FULL", retry_after_s=RETRY_S)
 
     def _ended(self, key: tuple[str, int], made: "_Pass", _: "asyncio.Task[None]") -> None:
         if self._under_way.get(key) is made:
