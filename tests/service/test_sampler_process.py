@@ -52,3 +52,14 @@ def test_a_process_that_cannot_start_says_why(args: tuple[str, ...], code: int, 
     assert ended.returncode == code, ended.stderr
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_configuration_of_the_wrong_types_is_refused(dtype: str, tmp_path: Path) -> None:
+    """Also where it is read before the model is, to choose the element type."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    (tmp_path / "model.safetensors").touch()
+    ended = programs.run(*ARGUMENTS, "--base-model", str(tmp_path), "--dtype", dtype)
+    assert ended.returncode == 78, ended.stderr
+    assert "hidden_size" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -90,17 +90,10 @@ def load_base(
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    folder = Path(name_or_folder)
-    name = folder.resolve().name if folder.is_dir() else name_or_folder
+    name = _name_of(name_or_folder)
     on_progress(f"loading {name}")
     start_s = time.monotonic()
-    try:
-        if folder.is_dir():
-            check_fetched(folder)
-        config = AutoConfig.from_pretrained(name_or_folder)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise refused(repr(name_or_folder), _line(error)) from error
-    check_config(name, config)
+    config = read_config(name_or_folder)
     device = _device()
     model, tokenizer = _load(name_or_folder, dtype, torch.device("meta") if keep else device)
     if keep:
@@ -134,6 +127,28 @@ def load_base(
     )
     files = read_tokenizer_files(name_or_folder, tokenizer)
     return BaseModel(model, tokenizer, files, info, fingerprint)
+
+
+def read_config(name_or_folder: str) -> Any:
+    """A base model's configuration, checked, before anything else of it is read.
+
+    Raises:
+        NotFound: See `load_base`.
+    """
+    folder = Path(name_or_folder)
+    try:
+        if folder.is_dir():
+            check_fetched(folder)
+        config = AutoConfig.from_pretrained(name_or_folder)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise refused(repr(name_or_folder), _line(error)) from error
+    check_config(_name_of(name_or_folder), config)
+    return config
+
+
+def _name_of(name_or_folder: str) -> str:
+    folder = Path(name_or_folder)
+    return folder.resolve().name if folder.is_dir() else name_or_folder
 
 
 def active_expert_count(model: Any) -> int:

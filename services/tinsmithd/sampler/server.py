@@ -79,18 +79,17 @@ def _load_transformers(config: SamplerConfig) -> SamplingEngine:
 
 
 def _is_compiled(config: SamplerConfig) -> bool:
-    """Whether compiled kernels would compute a model in float32: one without experts."""
-    from transformers import AutoConfig
+    """Whether compiled kernels would compute a model in float32: one without experts.
 
+    Raises:
+        NotFound: As `load_base`.
+    """
+    from tinsmithd.modeling.base import read_config
     from tinsmithd.sampler.engines.transformers.native import can_be_had
 
     if config.native == "never" or not can_be_had(config.native_folder):
         return False
-    try:
-        found = AutoConfig.from_pretrained(config.base_model)
-    except (OSError, ValueError):
-        return False  # loading it says what is wrong
-    return not getattr(found, "num_experts", 0)
+    return not getattr(read_config(config.base_model), "num_experts", 0)
 
 
 class SamplerServer:
