@@ -38,13 +38,15 @@ STILL_S_MAX = 90.0
 """Calls that wait longer than this without any progress wait for a number that nobody will send."""
 
 _TAKEN = ("SEQ_ID_CONFLICT", "ANSWER_EXPIRED")
-_USES_NUMBER = (
+USES_NUMBER = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.DATA_LOSS,
 )
+"""A refusal with one of these used the call's number. After INTERNAL it is used up once more, which
+has no effect where it was used."""
 
 
 class Lane:
@@ -197,7 +199,7 @@ class Lane:
         try:
             result = await self._connection.retrying(what, checked, model_id=self._model_id)
         except TinsmithError as error:
-            if error.reason and error.code in _USES_NUMBER:
+            if error.reason and error.code in USES_NUMBER:
                 self._used.add(seq_id)
             if error.reason in _TAKEN:
                 self._stopped = self._stopped or error

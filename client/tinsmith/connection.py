@@ -5,6 +5,7 @@ that the same call may be sent again. Its coroutines run on one event loop, the 
 """
 
 from tinsmith._connection import CHECKPOINT, SAMPLER, TRAINING, Connection
+from tinsmith._lane import USES_NUMBER, WINDOW
 from tinsmith._replicas import Work
 
-__all__ = ["CHECKPOINT", "SAMPLER", "TRAINING", "Connection", "Work"]
+__all__ = ["CHECKPOINT", "SAMPLER", "TRAINING", "USES_NUMBER", "WINDOW", "Connection", "Work"]

@@ -142,12 +142,7 @@ class ServerConfig(Config):
 
     def warnings(self) -> list[str]:
         """Say which addresses are reachable from other machines."""
-        addresses = [each for each in (self.listen_address, self.metrics_address) if each]
-        return [
-            f"listening on {each} without keys or TLS: keep the network private"
-            for each in addresses
-            if not is_loopback(each)
-        ]
+        return warnings_of(self.listen_address, self.metrics_address)
 
     @model_validator(mode="after")
     def _a_share_holds_a_call(self) -> Self:
@@ -156,3 +151,12 @@ class ServerConfig(Config):
             message = f"a peer's share of it must hold one call of {call_bytes} bytes"
             raise broken_rule("received_bytes_max", message)
         return self
+
+
+def warnings_of(*addresses: str) -> list[str]:
+    """Say which addresses, if they are not empty, are reachable from other machines."""
+    return [
+        f"listening on {each} without keys or TLS: keep the network private"
+        for each in addresses
+        if each and not is_loopback(each)
+    ]

@@ -4,7 +4,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from tinsmithd.config.base import Config, broken_rule
+from tinsmithd.config.base import Config, broken_rule, warnings_of
 from tinsmithd.config.fields import (
     MIB,
     AboveZero,
@@ -14,7 +14,6 @@ from tinsmithd.config.fields import (
     Number,
     OptionalAddress,
     Positive,
-    is_loopback,
 )
 
 SIGNING_KEY_CHARACTERS_MIN = 32
@@ -96,9 +95,4 @@ class GatewaySettings(Config):
 
     def warnings(self) -> list[str]:
         """Say which addresses are reachable from other machines."""
-        addresses = [each for each in (self.listen_address, self.metrics_address) if each]
-        return [
-            f"listening on {each} without keys or TLS: keep the network private"
-            for each in addresses
-            if not is_loopback(each)
-        ]
+        return warnings_of(self.listen_address, self.metrics_address)

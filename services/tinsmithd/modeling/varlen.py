@@ -8,7 +8,7 @@ depend on the GPU, the dtype, the size of heads and on what is installed.
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,27 +85,9 @@ def torch_kernel() -> Kernel:
         ImportError: This torch has none.
     """
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-
-    def compute(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts: Tensor,
-        longest: int,
-        *,
-        scale: float | None,
-        window: int | None,
-    ) -> Tensor:
-        before = -1 if window is None else window - 1
-        found: Tensor = attend(
-            *(query, key, value, starts, starts, longest, longest),
-            scale=scale,
-            window_size=(before, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return found
-
-    return Kernel("torch varlen", compute)
+    return _kernel(
+        "torch varlen", attend, lambda scale, grouped: {"scale": scale, "enable_gqa": grouped}
+    )
 
 
 def flash_kernel() -> Kernel:
@@ -115,6 +97,21 @@ def flash_kernel() -> Kernel:
         ImportError: It is not there.
     """
     attend = importlib.import_module("flash_attn").flash_attn_varlen_func
+    return _kernel("flash-attn", attend, lambda scale, _: {"softmax_scale": scale, "causal": True})
+
+
+def _kernel(
+    name: str,
+    attend: Callable[..., Tensor],
+    named: Callable[[float | None, bool], Mapping[str, Any]],
+) -> Kernel:
+    """A kernel of a function that takes what both take in the same places.
+
+    Args:
+        name: See `Kernel`.
+        attend: The function.
+        named: Its other arguments, of the scale and whether heads share keys.
+    """
 
     def compute(
         query: Tensor,
@@ -127,15 +124,13 @@ def flash_kernel() -> Kernel:
         window: int | None,
     ) -> Tensor:
         before = -1 if window is None else window - 1
-        found: Tensor = attend(
+        return attend(
             *(query, key, value, starts, starts, longest, longest),
-            softmax_scale=scale,
-            causal=True,
             window_size=(before, 0),
+            **named(scale, query.shape[1] != key.shape[1]),
         )
-        return found
 
-    return Kernel("flash-attn", compute)
+    return Kernel(name, compute)
 
 
 KERNELS = (torch_kernel, flash_kernel)

@@ -51,19 +51,25 @@ def _lora_of(body: Mapping[str, Any]) -> dict[str, Any]:
     return lora
 
 
+def _new_model_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    session_id = check_session_id(text_of(body, "session_id"))
+    check_optimizer(object_of(body, "optimizer_config"), "optimizer_config")
+    return {
+        "model_id": model_id_of(session_id, int_of(body, "model_seq_id")),
+        "user_metadata": texts_of(body, "user_metadata"),
+    }
+
+
 def creation_of(body: Mapping[str, Any]) -> dict[str, Any]:
     """What `create_model` asks for, as the content of a promise.
 
     Raises:
         Problem: 400 or 404.
     """
-    session_id = check_session_id(text_of(body, "session_id"))
-    check_optimizer(object_of(body, "optimizer_config"), "optimizer_config")
     return {
-        "model_id": model_id_of(session_id, int_of(body, "model_seq_id")),
+        **_new_model_of(body),
         "base_model": text_of(body, "base_model"),
         "lora": _lora_of(body),
-        "user_metadata": texts_of(body, "user_metadata"),
     }
 
 
@@ -73,14 +79,11 @@ def loaded_creation_of(body: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         Problem: 400 or 404.
     """
-    session_id = check_session_id(text_of(body, "session_id"))
-    check_optimizer(object_of(body, "optimizer_config"), "optimizer_config")
     return {
-        "model_id": model_id_of(session_id, int_of(body, "model_seq_id")),
+        **_new_model_of(body),
         "base_model": text_of(body, "base_model", ""),
         "path": stored(text_of(body, "path"), "path"),
         "with_optimizer": bool_of(body, "optimizer", False),
-        "user_metadata": texts_of(body, "user_metadata"),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from tinsmith.connection import USES_NUMBER, WINDOW
 from tinsmith.errors import TinsmithError
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmithd.gateway.cluster import Cluster
@@ -22,19 +23,10 @@ from tinsmithd.gateway.problems import Problem
 
 T = TypeVar("T")
 
-WINDOW = 128
-"""Calls of one model that are sent before the first of them is answered: it fits into a lane."""
 LOOK_S = 15.0
 """A model whose calls stand still for so long is looked at, and a number that is missing in two
 looks is given up. The Training server waits for it twice as long."""
-_USES_NUMBER = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.ALREADY_EXISTS,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.DATA_LOSS,
-    grpc.StatusCode.INTERNAL,
-)
+_USES_NUMBER = (*USES_NUMBER, grpc.StatusCode.INTERNAL)
 
 _log = logging.getLogger(__name__)
 

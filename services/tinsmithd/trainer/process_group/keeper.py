@@ -5,22 +5,16 @@ imports. Where there is no accelerator, a template that has imported what ranks 
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 
-from tinsmithd.processes import EXIT_HOPELESS, describe_exit, environment, template
+from tinsmithd.processes import EXIT_HOPELESS, describe_exit, environment, restarts, template
 
 MODULE = "tinsmithd.trainer"
 PRELOAD = "tinsmithd.trainer.preload"
-DELAY_S_FIRST = 0.1
-DELAY_S_MAX = 30.0
-SETTLED_S = 3.0
-"""Ranks that lived for so long start again without delay."""
-STOP_S_MAX = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -44,23 +38,19 @@ async def _run() -> int:
     asked: asyncio.Future[int] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _answer, asked, 128 + number)
-    source = template.Template(PRELOAD)
-    delay_s = DELAY_S_FIRST
+    source, pauses = template.Template(PRELOAD), restarts.Pauses()
     try:
         while True:
             started_s = loop.time()
             status = await _once(source, asked)
+            if not asked.done() and status != EXIT_HOPELESS:
+                pause_s = pauses.after(loop.time() - started_s)
+                _log.error("the ranks ended (%s); restart in %g s", describe_exit(status), pause_s)
+                await asyncio.wait([asked], timeout=pause_s)
             if asked.done():
                 return asked.result()
             if status == EXIT_HOPELESS:
                 return status
-            if loop.time() - started_s > delay_s + SETTLED_S:
-                delay_s = DELAY_S_FIRST
-            _log.error("the ranks ended (%s); restart in %g s", describe_exit(status), delay_s)
-            await asyncio.wait([asked], timeout=delay_s)
-            if asked.done():
-                return asked.result()
-            delay_s = min(2 * delay_s, DELAY_S_MAX)
     finally:
         source.close()
 
@@ -69,15 +59,10 @@ async def _once(source: template.Template, asked: "asyncio.Future[int]") -> int:
     """Run the ranks until they end, or until somebody asks for it."""
     # Flags win over what the environment and this process's own flags say.
     arguments = [*sys.argv[1:], "--restart=false", f"--live-with-pid={os.getpid()}"]
-    process = await source.start(template.Launch(MODULE, arguments, environment()))
-    ending = asyncio.create_task(process.wait())
+    program = await source.start(template.Launch(MODULE, arguments, environment()))
+    ending = asyncio.create_task(program.wait())
     await asyncio.wait([ending, asked], return_when=asyncio.FIRST_COMPLETED)
-    if not ending.done():
-        process.send_signal(signal.SIGTERM)
-        await asyncio.wait([ending], timeout=STOP_S_MAX)
-    if not ending.done():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    await restarts.stop(program)
     return await ending
 
 

@@ -9,15 +9,10 @@ import signal
 from pathlib import Path
 
 from tinsmithd.config import TrainingConfig
-from tinsmithd.processes import EXIT_HOPELESS, describe_exit, environment, template
+from tinsmithd.processes import EXIT_HOPELESS, describe_exit, environment, restarts, template
 
 _log = logging.getLogger(__name__)
 
-RESTART_DELAY_S_FIRST = 0.1
-RESTART_DELAY_S_MAX = 30.0
-STOP_S_MAX = 10.0
-SETTLED_S = 3.0
-"""Ranks that lived for so long start again without delay."""
 CAUSE_WAIT_S_MAX = 3.0
 """A connection that breaks does not say why; its process ends about then."""
 ENDED_KEPT_MAX = 64
@@ -88,7 +83,7 @@ class Launcher:
         """
         process = self._running.get(token)
         if process is not None:
-            _end(process)
+            restarts.kill(process)
 
     async def run(self) -> None:
         """Run until cancelled.
@@ -109,7 +104,7 @@ class Launcher:
 
     async def _keep(self) -> None:
         """Keep one group running."""
-        delay_s = RESTART_DELAY_S_FIRST
+        pauses = restarts.Pauses()
         loop = asyncio.get_running_loop()
         while True:
             started_s = loop.time()
@@ -123,15 +118,13 @@ class Launcher:
             try:
                 status = await process.wait()
             finally:
-                await _stop(process)
+                await restarts.stop(process)
                 self._forget(token)
             if status == EXIT_HOPELESS:
                 raise LaunchError("the ranks cannot start; their log says why")
-            if loop.time() - started_s > delay_s + SETTLED_S:
-                delay_s = RESTART_DELAY_S_FIRST
-            _log.error("a rank group ended (%s); restart in %g s", describe_exit(status), delay_s)
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, RESTART_DELAY_S_MAX)
+            pause_s = pauses.after(loop.time() - started_s)
+            _log.error("a rank group ended (%s); restart in %g s", describe_exit(status), pause_s)
+            await asyncio.sleep(pause_s)
 
     def _forget(self, token: str) -> None:
         status = self._running.pop(token).returncode
@@ -157,24 +150,6 @@ class Launcher:
         ours = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
         # This server may be part of a job that numbers ranks: those are other ranks.
         return {k: v for k, v in environment(**ours).items() if k not in _OF_ANOTHER_JOB}
-
-
-async def _stop(process: template.Program) -> None:
-    if process.returncode is not None:
-        return
-    process.send_signal(signal.SIGTERM)
-    try:
-        await asyncio.wait_for(process.wait(), STOP_S_MAX)
-    except TimeoutError:
-        _end(process)
-        await process.wait()
-
-
-def _end(process: template.Program) -> None:
-    """End a child that nobody has waited for, with all ranks: they are in its process group."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _out_of_memory_count() -> int:
