@@ -114,6 +114,7 @@ class Promises:
         self._kinds: dict[str, Make] = {}
         self._as_json: dict[str, Callable[[bytes], Mapping[str, Any]]] = {}
         self._under_way: dict[str, asyncio.Task[Answer]] = {}
+        self._under_way_bytes = 0
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         self._answers_bytes = 0
         self._pauses: dict[str, str] = {}
@@ -159,12 +160,15 @@ class Promises:
             if kind not in self._kinds:
                 raise _unknown()
             result = self._kinds[kind](content)
-        if len(self._under_way) >= UNDER_WAY_MAX:
+        # A name may carry a whole request.
+        nbytes = self._under_way_bytes + len(request_id)
+        if len(self._under_way) >= UNDER_WAY_MAX or nbytes > self._settings.received_bytes_max:
             if asyncio.iscoroutine(result):
                 result.close()
             raise Problem(503, "too many results are waited for", retry_after_s=RETRY_S)
         task = asyncio.create_task(self._find(request_id, result))
         self._under_way[request_id] = task
+        self._under_way_bytes = nbytes
         task.add_done_callback(lambda _: self._gone(request_id))
 
     def is_known(self, request_id: str) -> bool:
@@ -219,7 +223,8 @@ class Promises:
         return task.result()
 
     def _gone(self, request_id: str) -> None:
-        self._under_way.pop(request_id, None)
+        if self._under_way.pop(request_id, None) is not None:
+            self._under_way_bytes -= len(request_id)
         self._pauses.pop(request_id, None)
 
     async def _find(
