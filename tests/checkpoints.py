@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import signal
@@ -10,7 +11,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -20,7 +21,7 @@ from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer
-from tinsmithd.checkpoint.opening import open_keeper
+from tinsmithd.checkpoint.opening import ObjectPlace, open_keeper
 from tinsmithd.checkpoint.rules import Clocks, Header, Keeper
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointInfo, CheckpointPath, LoraConfig, ModelState
@@ -218,6 +219,14 @@ def staged(folder: Path) -> list[Path]:
     return sorted((folder / "staging").iterdir())
 
 
+def left_staged(folder: Path) -> list[Path]:
+    """What stays in staging: a committed write is cleared away behind its answer."""
+    give_up_s = time.monotonic() + 10
+    while (left := staged(folder)) and time.monotonic() < give_up_s:
+        time.sleep(0.01)
+    return left
+
+
 # --- in a process of its own ------------------------------------------------------------------
 
 
@@ -228,12 +237,19 @@ class ServerProcess(programs.Logged):
         folder: Its data folder.
         failpoints: `TINSMITH_FAILPOINTS` for it.
         beside: Folder for its port file and log; None is the one that has the data folder.
+        place: An object store that has its checkpoints; None: they are in its folder.
 
     Attributes:
         stub: Calls it; only where it came up.
     """
 
-    def __init__(self, folder: Path, failpoints: str = "", beside: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        failpoints: str = "",
+        beside: Path | None = None,
+        place: ObjectPlace | None = None,
+    ) -> None:
         beside = beside or folder.parent
         port_file = beside / f"{folder.name}.port"
         port_file.unlink(missing_ok=True)
@@ -245,6 +261,11 @@ class ServerProcess(programs.Logged):
             "TINSMITH_CHECKPOINT_STOP_GRACE_S": "5",
             "TINSMITH_FAILPOINTS": failpoints,
         }
+        if place is not None:
+            options = beside / f"{folder.name}.options.json"
+            options.write_text(json.dumps(dict(place.options)))
+            settings["TINSMITH_CHECKPOINT_STORE_URL"] = place.url
+            settings["TINSMITH_CHECKPOINT_STORE_OPTIONS_FILE"] = str(options)
         env = programs.variables(**settings)
         super().__init__(beside / f"{folder.name}.log", "tinsmithd.checkpoint", env=env)
         self._channel: grpc.Channel | None = None
@@ -253,7 +274,7 @@ class ServerProcess(programs.Logged):
             self._channel = grpc.insecure_channel(self.address)
             self.stub = CheckpointServiceStub(self._channel)
 
-    def write(self, content: Mapping[str, bytes], path: str = PATH, **header: object):
+    def write(self, content: Mapping[str, bytes], path: str = PATH, **header: Any):
         """Write a checkpoint; the server's answer."""
         stream = messages(path, content, **header)
         return self.stub.WriteCheckpoint(stream, timeout=60).checkpoint
@@ -269,9 +290,10 @@ class ServerProcess(programs.Logged):
         request = pb.GetCheckpointRequest(checkpoint_path=path)
         return self.stub.GetCheckpoint(request, timeout=60).checkpoint
 
-    def paths(self) -> list[str]:
-        """Paths of all checkpoints, newest first."""
-        response = self.stub.ListCheckpoints(pb.ListCheckpointsRequest(), timeout=60)
+    def paths(self, page_size: int = 0) -> list[str]:
+        """Paths of all checkpoints, newest first, if one page has them."""
+        request = pb.ListCheckpointsRequest(page_size=page_size)
+        response = self.stub.ListCheckpoints(request, timeout=60)
         return [checkpoint.checkpoint_path for checkpoint in response.checkpoints]
 
     def kill(self) -> None:

@@ -85,11 +85,16 @@ class RunningCluster:
         keep: Start again what dies, as `tinsmith up` does.
         threads: Of each process that computes.
         dtype: As in `tinsmith up`.
+        keys_file: As in `tinsmith up`.
+        gateway_port: As in `tinsmith up`; None starts no gateway.
+        tls: Whether they speak TLS.
 
     Attributes:
         address: Training's `host:port`.
         addresses: Each server's `host:port`, by its name.
+        gateway_url: `http://host:port` of the gateway; None where there is none.
         base_model: Name of its base model.
+        ca_file: Its authority, where it speaks TLS; else None.
     """
 
     def __init__(
@@ -103,6 +108,9 @@ class RunningCluster:
         keep: bool = False,
         threads: int = 1,
         dtype: str = "float32",
+        keys_file: Path | None = None,
+        gateway_port: int | None = None,
+        tls: bool = False,
     ) -> None:
         programs.share_template()
         options = Options(
@@ -113,6 +121,9 @@ class RunningCluster:
             ranks=ranks,
             threads=threads,
             dtype=dtype,
+            keys_file=keys_file,
+            gateway_port=gateway_port,
+            tls=tls,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -129,6 +140,8 @@ class RunningCluster:
             raise
         self.address = self._cluster.address
         self.addresses = self._cluster.addresses
+        self.gateway_url = self._cluster.gateway_url
+        self.ca_file = None if self._cluster.tls is None else self._cluster.tls.ca_file
 
     def _run(self, coroutine: object) -> object:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[arg-type]

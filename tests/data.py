@@ -27,7 +27,25 @@ def make_data(seed: int, count: int, *, targets: int | None = None) -> list[Datu
     return data
 
 
-def make_rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[Datum]:
+def begin_alike(seed: int, data: Sequence[Datum], count: int) -> list[Datum]:
+    """Each datum after `count` tokens that are the same for all; its targets and other inputs at
+    them are its own."""
+    rng = np.random.default_rng(seed + 2000)
+    first = rng.integers(0, VOCAB_SIZE, count)
+
+    def longer(datum: Datum) -> Datum:
+        inputs = {}
+        for name, own in datum.loss_fn_inputs.items():
+            shape = (count, *own.shape[1:])
+            is_target = name == "target_tokens"
+            more = rng.integers(0, VOCAB_SIZE, shape) if is_target else rng.normal(size=shape)
+            inputs[name] = np.concatenate([more.astype(own.dtype), own])
+        return Datum(np.concatenate([first, datum.tokens]), inputs)
+
+    return [longer(datum) for datum in data]
+
+
+def make_rl_data(seed: int, data: Sequence[Datum], logprobs: Sequence[np.ndarray]) -> list[Datum]:
     """The same tokens with given sampling logprobs and random advantages."""
     rng = np.random.default_rng(seed + 1000)
     return [
@@ -39,7 +57,7 @@ def make_rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[
                 "advantages": rng.normal(size=own.shape).astype(np.float32),
             },
         )
-        for datum, own in zip(make_data(seed, count), logprobs, strict=True)
+        for datum, own in zip(data, logprobs, strict=True)
     ]
 
 

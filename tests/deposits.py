@@ -9,6 +9,8 @@ from tinsmithd.training.models.staging import Staged
 
 async def hand_over(state: ModelState, deposit: Deposit | None, staged: Staged) -> bool:
     """Leave a state in a deposit, or send it where it cannot be left; returns whether it was."""
+    if deposit is not None:
+        deposit.begun.set()
     left = None if deposit is None else leave_state(state, deposit.folder)
     if deposit is None or left is None:
         for name, data in to_files(state).items():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tinsmithd.config import TrainerConfig
-from tinsmithd.domain import LoraConfig
+from tinsmithd.domain import LoraConfig, ModelState
 from tinsmithd.trainer.engines.factory import engine_makers
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, OnOutput, TrainingEngine
 from tinsmithd.trainer.engines.registry import Engines
@@ -39,6 +39,16 @@ def make_engine(
     """Engines of all tunings, as one; settings are those of a rank."""
     config = TrainerConfig(engine=name, base_model=base_model, **settings)
     return AllTunings(engine_makers(config, on_progress), LoraConfig)
+
+
+def on_every_rank(state: ModelState) -> ModelState:
+    """A state that the first rank has, on each of them, as the Training server gives it to all."""
+    import torch.distributed as dist
+
+    found = [state]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def leave_together(rank: int) -> None:

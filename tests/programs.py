@@ -1,8 +1,9 @@
 """Starts the programs that tests need: all of them here.
 
-Programs that import torch and its friends are forked from one template for the whole run of pytest,
-which has imported them once: `tinsmithd.processes.template`. A fork is like a new process there.
-The servers of clusters are forked from it, too. `tests/e2e/test_up.py` has the ordinary start.
+Servers, ranks and whatever else imports torch and its friends are forked from one template for the
+whole run of pytest, which has imported them once: `tinsmithd.processes.template`. A fork is like a
+new process there, without the second or ten that imports take. Clusters start theirs from it, too.
+`tests/e2e/test_up.py` has the ordinary start.
 """
 
 import atexit
@@ -21,9 +22,13 @@ from typing import IO, Self
 
 from tinsmithd.processes.template import client
 
-PRELOAD = ("tinsmithd.trainer.preload", "tinsmithd.sampler.preload")
-FORKED = ("tinsmithd.trainer", "tinsmithd.sampler", "torch.distributed.run")
-"""What imports torch; a worker of a test says so itself."""
+SERVERS = ("tinsmithd.training", "tinsmithd.checkpoint", "tinsmithd.gateway")
+PRELOAD = (
+    *(f"{server}.server" for server in SERVERS),
+    *("tinsmithd.trainer.preload", "tinsmithd.sampler.preload"),
+)
+FORKED = (*SERVERS, "tinsmithd.trainer", "tinsmithd.sampler", "torch.distributed.run")
+"""What is forked by itself; a worker of a test says so."""
 START_S_MAX = 60.0
 sharing = False
 """Whether there is a template; `conftest.py` says so. `make kills` and `make bench` have none."""
@@ -156,8 +161,8 @@ def start(
     """
     environment = variables() if env is None else env
     forked = module in FORKED if forked is None else forked
-    path = os.environ.get(client.SOCKET_VARIABLE)
-    if not forked or path is None:
+    path = os.environ.get(client.SOCKET_VARIABLE, "")
+    if not forked or not os.path.exists(path):
         return subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
             env=environment,
@@ -264,7 +269,7 @@ class Logged:
 
     Args:
         log: Where its standard output and error go.
-        module: What to run; `arguments`, `env` and `folder` as in `start`.
+        module: What to run; `arguments`, `env`, `folder` and `forked` as in `start`.
 
     Attributes:
         process: The program.
@@ -278,11 +283,12 @@ class Logged:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        forked: bool | None = None,
     ) -> None:
         self.log = log
         with log.open("wb") as file:
             files = {"stdout": file, "stderr": file}
-            self.process = start(module, *arguments, env=env, folder=folder, **files)
+            self.process = start(module, *arguments, env=env, folder=folder, forked=forked, **files)
 
     @property
     def pid(self) -> int:

@@ -17,9 +17,10 @@ from tinsmithd.domain import (
     SamplingParams,
     StopReason,
 )
+from tinsmithd.errors import FailedPrecondition, Reason
 from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, OnOutput
-from tinsmithd.sampler.loaded_adapters import Adapter
+from tinsmithd.sampler.loaded_adapters import Adapter, Fetched
 from tinsmithd.sampler.places import PlaceLimits
 
 ADAPTER_BYTES = 4000
@@ -39,6 +40,7 @@ class Recorder:
         self.loads: list[str] = []
         self.unloads: list[str] = []
         self.held: set[str] = set()
+        self.misfits: set[str] = set()
         self.used: Counter[str] = Counter()
         self.may_step = asyncio.Event()
         self.may_step.set()
@@ -51,6 +53,8 @@ class Recorder:
     async def load_adapter(self, key: str, state: ModelState) -> None:
         self.loads.append(key)
         await self.may_load.wait()
+        if key in self.misfits:
+            raise FailedPrecondition("it does not fit", Reason.INCOMPATIBLE_CHECKPOINT)
         self.held.add(key)
 
     async def unload_adapter(self, key: str) -> None:
@@ -133,11 +137,11 @@ async def drain(
 def adapter(
     key: str, fetched: list[str] | None = None, gate: asyncio.Event | None = None
 ) -> Adapter:
-    async def fetch() -> ModelState:
+    async def fetch() -> Fetched:
         if fetched is not None:
             fetched.append(key)
         if gate is not None:
             await gate.wait()
-        return STATE
+        return Fetched(STATE)
 
     return Adapter(key, fetch)

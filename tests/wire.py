@@ -46,3 +46,13 @@ def limit_values(limits: Message) -> dict[str, float]:
         for field in limits.DESCRIPTOR.fields
         for value in [getattr(limits, field.name)]
     }
+
+
+OF_TENANTS = "tenant_"
+"""What limits of tenants begin with: 0 is none of these."""
+
+
+def unlimited(limits: Message) -> list[str]:
+    """Limits that are 0, but for those of tenants."""
+    found = limit_values(limits).items()
+    return [name for name, value in found if value <= 0 and not name.startswith(OF_TENANTS)]

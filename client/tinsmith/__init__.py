@@ -13,7 +13,6 @@ everything that the service can do, are in `tinsmith.v1`.
 """
 
 from tinsmith import errors, types
-from tinsmith._custom_loss import CustomLossFn as PerDatumLossFn
 from tinsmith.admin_client import AdminClient
 from tinsmith.errors import (
     AlreadyExistsError,
@@ -47,7 +46,7 @@ from tinsmith.futures import APIFuture
 from tinsmith.rest_client import RestClient
 from tinsmith.sampling_client import SamplingClient
 from tinsmith.sampling_client import SamplingClientFuture as BackcompatSamplingClientFuture
-from tinsmith.service_client import ServiceClient
+from tinsmith.service_client import PerDatumLossFn, ServiceClient
 from tinsmith.training_client import TrainingClient
 from tinsmith.training_client import TrainingClientFuture as BackcompatTrainingClientFuture
 from tinsmith.types import (

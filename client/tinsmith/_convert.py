@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from tinsmith import _check, tensors
+from tinsmith.checkpoints import PUBLIC_MARK, shown
 from tinsmith.errors import InvalidArgumentError, unsupported
 from tinsmith.types.inputs import Datum, ModelInput, SamplingParams, check_datum, int_tokens
 from tinsmith.types.outputs import (
+    CHECKPOINT_TYPES,
     Checkpoint,
     ForwardBackwardOutput,
 )
@@ -175,14 +177,16 @@ def delta_from_pb(delta: sampler_service_pb2.SequenceDelta) -> SampledTokens:
 
 def checkpoint_from_pb(message: checkpoint_service_pb2.Checkpoint) -> Checkpoint:
     """Read what is known of a checkpoint."""
-    training = message.kind == types_pb2.CHECKPOINT_KIND_TRAINING
-    segment = "weights" if training else "sampler_weights"
+    path = shown(message.checkpoint_path)
+    _, kind, name = path.rsplit("/", 2)
+    metadata = dict(message.user_metadata)
     return Checkpoint(
-        checkpoint_id=f"{segment}/{message.name}",
-        checkpoint_type="training" if training else "sampler",
+        checkpoint_id=f"{kind}/{name}",
+        checkpoint_type=CHECKPOINT_TYPES[kind],
         time=message.create_time.ToDatetime(UTC),
-        tinker_path=message.checkpoint_path,
+        tinker_path=path,
         size_bytes=message.size_bytes,
-        user_metadata=dict(message.user_metadata),
+        public=metadata.pop(PUBLIC_MARK, "") == "true",
+        user_metadata=metadata,
         expires_at=message.expire_time.ToDatetime(UTC) if message.HasField("expire_time") else None,
     )

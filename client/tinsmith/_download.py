@@ -5,6 +5,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -14,19 +15,35 @@ from tinsmith._connection import CHECKPOINT, Connection
 from tinsmith.errors import InternalError, InvalidArgumentError, from_rpc_error
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 
+Progress = Callable[[int, int], None]
+"""Told, on the background loop, how many bytes came and how many there are."""
 
-async def download(connection: Connection, path: str, folder: Path) -> Path:
+
+def _told_nobody(done: int, total: int) -> None:
+    """What progress is where nobody looks."""
+
+
+async def download(
+    connection: Connection, path: str, folder: Path, progress: Progress = _told_nobody
+) -> Path:
     """Download a checkpoint into a folder, which is made; returns it.
 
     The archive goes to a file there first, so that memory does not bound its size.
     """
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        arriving = _Arriving(connection, path, file)
-        await connection.retrying("download_checkpoint", arriving.attempt, service=CHECKPOINT)
+        await export(connection, path, file, progress)
         file.seek(0)
         await asyncio.to_thread(_unpack, file, folder)
     return folder
+
+
+async def export(
+    connection: Connection, path: str, file: IO[bytes], progress: Progress = _told_nobody
+) -> None:
+    """Write a checkpoint's archive, a plain tar, to a file that is open at its start."""
+    arriving = _Arriving(connection, path, file, progress)
+    await connection.retrying("download_checkpoint", arriving.attempt, service=CHECKPOINT)
 
 
 class _Arriving:
@@ -36,11 +53,15 @@ class _Arriving:
         connection: Where from.
         path: Of the checkpoint.
         file: Where to.
+        progress: Told of each piece.
     """
 
-    def __init__(self, connection: Connection, path: str, file: IO[bytes]) -> None:
+    def __init__(
+        self, connection: Connection, path: str, file: IO[bytes], progress: Progress
+    ) -> None:
         self._connection = connection
         self._file = file
+        self._progress = progress
         self._request = pb.ExportCheckpointRequest(checkpoint_path=path)
         self._size = 0
 
@@ -68,8 +89,11 @@ class _Arriving:
             piece = response.piece
             if piece.offset != self._request.offset or zlib.crc32(piece.data) != piece.crc32:
                 raise InternalError(f"the archive was damaged on its way, at {piece.offset}")
+            if self._request.offset + len(piece.data) > self._size:
+                raise InternalError(f"more than the archive's {self._size} bytes came")
             await asyncio.to_thread(self._file.write, piece.data)
             self._request.offset += len(piece.data)
+            self._progress(self._request.offset, self._size)
         if self._request.offset != self._size:
             raise InternalError(f"{self._request.offset} of {self._size} bytes came")
 

@@ -22,7 +22,7 @@ import grpc
 import numpy as np
 
 from tinsmith._retry import is_lost, is_retryable
-from tinsmith.addresses import hosts_of, is_resolved_here
+from tinsmith.addresses import SECURE, hosts_of, is_resolved_here
 from tinsmith.errors import TinsmithError
 
 RESOLVE_INTERVAL_S = 5.0
@@ -223,9 +223,11 @@ class Replicas:
 
 async def _targets(name: str) -> Sequence[str]:
     """What one `host:port` stands for, which may be itself; empty where that cannot be seen."""
-    if not is_resolved_here(name):
+    plain = name.removeprefix(SECURE)
+    scheme = name.removesuffix(plain)
+    if not is_resolved_here(plain):
         return [name]
-    host, _, port = name.rpartition(":")
+    host, _, port = plain.rpartition(":")
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
@@ -235,5 +237,5 @@ async def _targets(name: str) -> Sequence[str]:
     for family, form in ((socket.AF_INET, "{}:{}"), (socket.AF_INET6, "[{}]:{}")):
         addresses = sorted({form.format(*each[4][:2]) for each in found if each[0] == family})
         if len(addresses) > 1:
-            return addresses
+            return [f"{scheme}{address}" for address in addresses]
     return [name]

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from tinsmith import tensors
 from tinsmith._convert import STOP_REASONS
+from tinsmith.errors import DataLossError
 from tinsmith.types.samples import (
     EMPTY_LOGPROB,
     PromptAltTokens,
     SampledSequence,
+    SampledTokens,
     SampleResponse,
     StopReason,
     TopkLogprobs,
@@ -108,3 +110,30 @@ def _topk(token_ids: types_pb2.Tensor, logprobs: types_pb2.Tensor) -> TopkLogpro
 
 def _joined(pieces: Sequence[NDArray[Any]], dtype: type[Any]) -> NDArray[Any]:
     return np.concatenate([np.zeros(0, dtype), *pieces]).astype(dtype)
+
+
+class Given:
+    """What was given out of one sequence, over all attempts of its stream."""
+
+    def __init__(self) -> None:
+        self.seen = 0  # tokens of the present attempt
+        self._tokens: list[int] = []
+        self._ended = False
+
+    def take(self, part: SampledTokens) -> SampledTokens | None:
+        """The part without what was given out before; None when nothing is left.
+
+        Raises:
+            DataLossError: It has other tokens than those that were given out.
+        """
+        start, self.seen = self.seen, self.seen + len(part.tokens)
+        known = self._tokens[start : self.seen]
+        if part.tokens[: len(known)] != known:
+            raise DataLossError(
+                "the stream broke, and begun again it made other tokens", reason="SAMPLE_DIFFERS"
+            )
+        tokens, logprobs = part.tokens[len(known) :], part.logprobs[len(known) :]
+        self._tokens.extend(tokens)
+        ends = part.stop_reason is not None and not self._ended
+        self._ended = self._ended or ends
+        return replace(part, tokens=tokens, logprobs=logprobs) if tokens or ends else None

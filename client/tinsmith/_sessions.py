@@ -10,12 +10,22 @@ import re
 import uuid
 from typing import Any, Protocol
 
-from tinsmith import _check
+from tinsmith import _check, _handle, _loop, _search
+from tinsmith._connection import CHECKPOINT
 from tinsmith._twins import async_twins
-from tinsmith.admin_client import Accounts
-from tinsmith.errors import NotFoundError, unsupported
+from tinsmith.admin_client import PROJECT, Accounts
+from tinsmith.checkpoints import shown
+from tinsmith.errors import NotFoundError
 from tinsmith.futures import APIFuture, mapped
-from tinsmith.types import GetSessionResponse, ListSessionsResponse, TrainingRun
+from tinsmith.types import (
+    GetSamplerResponse,
+    GetSessionResponse,
+    ListSessionsResponse,
+    SessionSearchRequest,
+    SessionSearchResponse,
+    WhoamiResponse,
+)
+from tinsmith.v1 import checkpoint_service_pb2 as pb
 
 _MODEL_ID = re.compile(r"(.+):train:[0-9]+")
 RUNS_MAX = 10**9
@@ -42,11 +52,12 @@ class Session:
 class _Runs(Protocol):
     def list_training_runs(self, limit: int = ..., offset: int = ...) -> APIFuture[Any]: ...
 
+    def get_session(self, session_id: str) -> APIFuture[Any]: ...
+
 
 @async_twins(
     *("list_sessions", "get_session", "search_sessions", "assign_session_project"),
-    *("export_session_trace", "get_sampler", "get_external_weights_urls"),
-    *("get_checkpoint_archive_url", "get_checkpoint_archive_url_from_tinker_path"),
+    *("get_sampler", "whoami"),
     final=True,
 )
 class Sessions(Accounts):
@@ -60,7 +71,7 @@ class Sessions(Accounts):
         offset = _check.whole(offset, "offset", 0)
 
         def read(found: Any) -> ListSessionsResponse:
-            ids = [_session_of(run) for run in found.training_runs]
+            ids = [session_of(run.training_run_id) for run in found.training_runs]
             sessions = list(dict.fromkeys(filter(None, ids)))
             return ListSessionsResponse(sessions[offset : offset + limit])
 
@@ -77,7 +88,7 @@ class Sessions(Accounts):
         wanted = _check.text(session_id, "session_id")
 
         def read(found: Any) -> GetSessionResponse:
-            runs = [run for run in found.training_runs if _session_of(run) == wanted]
+            runs = [run for run in found.training_runs if session_of(run.training_run_id) == wanted]
             if not runs:
                 raise NotFoundError(f"no model is of session {wanted}", field="session_id")
             runs.sort(key=lambda run: int(run.training_run_id.rpartition(":")[2]))
@@ -86,41 +97,58 @@ class Sessions(Accounts):
 
         return mapped(self.list_training_runs(limit=RUNS_MAX), read)
 
-    def search_sessions(self, request: Any) -> Any:
-        """Not supported."""
-        raise unsupported("search_sessions", "list_sessions and list_training_runs list them")
+    def search_sessions(self, request: SessionSearchRequest) -> APIFuture[SessionSearchResponse]:
+        """Sessions that have models, newest first, by id or by what their models' metadata have."""
+        asked = _search.checked(request)
+        return APIFuture(_loop.run(_search.search(self._connection, asked, session_of)))
 
-    def assign_session_project(self, session_id: str, project_id: str) -> Any:
-        """Not supported."""
-        raise unsupported("assign_session_project", "there are no projects")
+    def assign_session_project(self: "_Runs", session_id: str, project_id: str) -> APIFuture[None]:
+        """Say which project a session is of: `default` is the one that there is.
 
-    def export_session_trace(self, session_id: str) -> Any:
-        """Not supported."""
-        raise unsupported("export_session_trace", "the servers have metrics and logs, no traces")
+        Raises:
+            NotFoundError: There is no such session; from the future.
+        """
+        if _check.text(project_id, "project_id") != PROJECT:
+            message = f"there is one project here, {PROJECT!r}, and all is in it"
+            raise _check.refuse("project_id", message)
+        return mapped(self.get_session(session_id), lambda _: None)
 
-    def get_sampler(self, sampler_id: str) -> Any:
-        """Not supported."""
-        why = "samplers are not kept; SamplingClient.get_sampler_handle names what one samples from"
-        raise unsupported("get_sampler", why)
+    def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
+        """What a sampler samples from.
 
-    def whoami(self) -> Any:
-        """Not supported."""
-        raise unsupported("whoami", "there are no accounts; a TrainingRun has its model_owner")
+        Args:
+            sampler_id: What `SamplingClient.get_sampler_handle` gave.
 
-    def get_external_weights_urls(self, tinker_path: str) -> Any:
-        """Not supported."""
-        raise unsupported("get_external_weights_urls", "use download_checkpoint, which needs none")
+        Raises:
+            InvalidArgumentError: It is none.
+            NotFoundError: Its checkpoint is gone; from the future.
+        """
+        _, base_model, path, _ = _handle.read(_check.text(sampler_id, "sampler_id"))
 
-    def get_checkpoint_archive_url(self, training_run_id: str, checkpoint_id: str) -> Any:
-        """Not supported."""
-        raise unsupported("get_checkpoint_archive_url", "use download_checkpoint, which needs none")
+        async def ask() -> GetSamplerResponse:
+            if path is None:
+                return GetSamplerResponse(sampler_id, base_model)
+            request = pb.GetCheckpointRequest(checkpoint_path=path)
 
-    def get_checkpoint_archive_url_from_tinker_path(self, tinker_path: str) -> Any:
-        """Not supported."""
-        why = "use download_checkpoint, which needs none"
-        raise unsupported("get_checkpoint_archive_url_from_tinker_path", why)
+            async def attempt() -> pb.GetCheckpointResponse:
+                return await (await self._connection.checkpoint()).GetCheckpoint(request)
+
+            found = await self._connection.retrying("get_sampler", attempt, service=CHECKPOINT)
+            return GetSamplerResponse(sampler_id, found.checkpoint.base_model, shown(path))
+
+        return APIFuture(_loop.run(ask()))
+
+    def whoami(self) -> APIFuture[WhoamiResponse]:
+        """Whom the servers take the caller for: the tenant of the key; "default" without keys."""
+
+        async def ask() -> WhoamiResponse:
+            owner = (await self._connection.told()).owner
+            return WhoamiResponse(f"urn:tinsmith:tenant:{owner}", "urn:tinsmith:cluster")
+
+        return APIFuture(_loop.run(ask()))
 
 
-def _session_of(run: TrainingRun) -> str | None:
-    found = _MODEL_ID.fullmatch(run.training_run_id)
+def session_of(model_id: str) -> str | None:
+    """The session of a model's id; None where it has none."""
+    found = _MODEL_ID.fullmatch(model_id)
     return found and found[1]

@@ -16,14 +16,23 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 """Channel arguments that suit the servers: message sizes in bytes, times in milliseconds."""
-
+SPREAD = (
+    "grpc.service_config",
+    '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}',
+)
+"""Channel argument for a service of which each server answers every call, where its address stands
+for several: each channel takes one of them by chance, and the next where that one is gone. A name
+with several addresses is such an address, and `ipv4:10.0.0.1:50053,10.0.0.2:50053`."""
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 ADDRESS_VARIABLES = ("TINSMITH_ADDRESS", "TINKER_BASE_URL")
+GATEWAY_VARIABLE = "TINSMITH_HTTP_URL"
+"""Says where the HTTP gateway is, where the cluster does not. No section of a server's settings may
+begin as it does."""
 SECURE = "https://"
-"""Before an address that is spoken to with TLS. `GRPC_DEFAULT_SSL_ROOTS_FILE_PATH` names the file
-of authorities that are trusted, where they are not the usual ones."""
+"""Before an address that is spoken to with TLS; see `tinsmith.channels`."""
 SECURE_PORT = 443
+PLAIN = "http://"
 
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
@@ -81,7 +90,7 @@ def is_http1(message: str) -> bool:
 
 def channel_options(address: str) -> Sequence[tuple[str, int]]:
     """Channel arguments for one address: `CHANNEL_OPTIONS`, and no proxy to this machine itself."""
-    if _is_local(address):
+    if is_local(address):
         return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
     return CHANNEL_OPTIONS
 
@@ -93,7 +102,7 @@ def proxy_note(address: str) -> str:
     `NO_PROXY_VARIABLES` names the host, and its own errors then name the proxy's address.
     """
     variable = next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
-    if variable is None or _is_local(address):
+    if variable is None or is_local(address):
         return ""
     host = _host(address)
     excluded = next((os.environ[name] for name in NO_PROXY_VARIABLES if os.environ.get(name)), "")
@@ -121,7 +130,9 @@ def _host(address: str) -> str:
     return name.rpartition(":")[0].strip("[]")
 
 
-def _is_local(address: str) -> bool:
+def is_local(address: str) -> bool:
+    """Whether an address is this machine's own, as far as its text says."""
+    """Whether an address is one of this machine's own."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = _host(address)
@@ -147,7 +158,7 @@ def is_resolved_here(address: str) -> bool:
     Not for an address that is no name, for this machine, for what only gRPC understands, and where
     a proxy looks names up.
     """
-    if "/" in address or not has_port(address) or _is_local(address) or proxy_note(address):
+    if "/" in address or not has_port(address) or is_local(address) or proxy_note(address):
         return False
     try:
         ipaddress.ip_address(_host(address))
@@ -164,8 +175,8 @@ def service_address(service: str, base: str, given: str) -> str:
 
     Args:
         service: `sampler` or `checkpoint`.
-        base: The address that the capabilities came from. What is spoken to with TLS names services
-            that are, too.
+        base: The address that the capabilities came from. Where that is spoken to with TLS the
+            other services are, too, unless the environment says `http://`.
         given: `sampler_address` or `checkpoint_address`. Empty means `base` (a proxy in front of
             all services); `:port` means that port on the host of `base`. That of the Sampler may
             be a list with commas, and so is the result then.
@@ -174,15 +185,19 @@ def service_address(service: str, base: str, given: str) -> str:
         InvalidArgumentError: What the environment says is not `host:port` (also a ValueError).
     """
     variable = f"TINSMITH_ADDRESS_{service.upper()}"
+    scheme = SECURE if base.startswith(SECURE) else ""
     if here := os.environ.get(variable):
         hosts = hosts_of(here) if service == "sampler" else [here]
         if not hosts or not all(map(has_port, hosts)) or (service != "sampler" and "," in here):
             message = f"{variable}: {here!r} is not host:port"
             raise InvalidArgumentError(message, field=variable)
-        return ",".join(hosts)
+        return ",".join(_with_scheme(host, scheme) for host in hosts)
     if not given:
         return base
     own_host = base.rpartition(":")[0]
-    scheme = SECURE if base.startswith(SECURE) else ""
     hosts = hosts_of(given) if service == "sampler" else [given]
     return ",".join(f"{own_host if host.startswith(':') else scheme}{host}" for host in hosts)
+
+
+def _with_scheme(host: str, scheme: str) -> str:
+    return host.removeprefix(PLAIN) if "://" in host else f"{scheme}{host}"

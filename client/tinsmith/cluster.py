@@ -10,7 +10,11 @@ with connect("localhost:50051") as cluster:
 import grpc
 
 from tinsmith import _fork
-from tinsmith.addresses import SECURE, channel_options, hosts_of, proxy_note, service_address
+from tinsmith._tls_trouble import trouble
+from tinsmith.addresses import SPREAD, hosts_of, proxy_note, service_address
+from tinsmith.channels import TlsFiles, open_channel, warn_of_plain_text
+from tinsmith.errors import InvalidArgumentError
+from tinsmith.keys import showing, shown_of
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmith.v1.training_service_pb2 import GetCapabilitiesRequest, GetCapabilitiesResponse
@@ -24,34 +28,52 @@ class Cluster:
         capabilities: What the Training server said of itself on connecting.
     """
 
-    def __init__(self, address: str, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, address: str, timeout_s: float = 30.0, *, api_key: str | None = None
+    ) -> None:
+        self._shown = shown_of(api_key)
+        warn_of_plain_text(address, self._shown)
+        self._tls = TlsFiles.of_environment()
         self._channels = [self._open(address)]
         self._training = TrainingServiceStub(self._channels[0])
         try:
-            self.capabilities: GetCapabilitiesResponse = self.training.GetCapabilities(
-                GetCapabilitiesRequest(), timeout=timeout_s, wait_for_ready=True
-            )
+            self.capabilities: GetCapabilitiesResponse = self._ask(address, timeout_s)
         except grpc.RpcError as error:
             if note := proxy_note(address):
                 error.add_note(note)
             self.close()
             raise
+        except InvalidArgumentError:
+            self.close()
+            raise
         found = self.capabilities
+        if found.training_address:
+            training = service_address("training", address, found.training_address)
+            self._channels.append(self._open(training))
+            self._training = TrainingServiceStub(self._channels[-1])
         samplers = hosts_of(service_address("sampler", address, found.sampler_address))
         sampler = self._open(samplers[0])
-        checkpoint = self._open(service_address("checkpoint", address, found.checkpoint_address))
+        checkpoints = service_address("checkpoint", address, found.checkpoint_address)
+        checkpoint = self._open(checkpoints, SPREAD)
         self._channels += [sampler, checkpoint]
         self._sampler = SamplerServiceStub(sampler)
         self._checkpoint = CheckpointServiceStub(checkpoint)
 
-    @staticmethod
-    def _open(address: str) -> grpc.Channel:
+    def _ask(self, address: str, timeout_s: float) -> GetCapabilitiesResponse:
+        request = GetCapabilitiesRequest()
+        try:  # one that does not wait hears of what waiting does not mend
+            return self.training.GetCapabilities(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            text = error.details() or ""
+        if message := trouble(text, address, self._tls):
+            raise InvalidArgumentError(message, field="address")
+        return self.training.GetCapabilities(request, timeout=timeout_s, wait_for_ready=True)
+
+    def _open(self, address: str, *more: tuple[str, str]) -> grpc.Channel:
         _fork.use()
-        options = list(channel_options(address))
-        if not address.startswith(SECURE):
-            return grpc.insecure_channel(address, options=options)
-        credentials = grpc.ssl_channel_credentials()
-        return grpc.secure_channel(address.removeprefix(SECURE), credentials, options=options)
+        return showing(open_channel(address, self._tls, more), self._shown)
 
     @property
     def training(self) -> TrainingServiceStub:
@@ -84,16 +106,19 @@ class Cluster:
         self.close()
 
 
-def connect(address: str, timeout_s: float = 30.0) -> Cluster:
+def connect(address: str, timeout_s: float = 30.0, *, api_key: str | None = None) -> Cluster:
     """Connect to a cluster.
 
     Args:
-        address: `host:port` of its Training server, or `https://host:port`.
+        address: `host:port` of its Training server, or `https://host:port` (`tinsmith.channels`).
         timeout_s: How long to wait until it answers, seconds.
+        api_key: As in `ServiceClient`.
 
     Raises:
+        InvalidArgumentError: It speaks TLS and the address does not say so, or the other way; its
+            certificate is not trusted; or a file of `tinsmith.channels` cannot be used.
         grpc.RpcError: It did not answer in time (DEADLINE_EXCEEDED) or refused; a note says where a
             proxy stands in between.
         FailedPreconditionError: This process was forked from one that had used tinsmith (FORKED).
     """
-    return Cluster(address, timeout_s)
+    return Cluster(address, timeout_s, api_key=api_key)

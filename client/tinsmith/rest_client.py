@@ -17,9 +17,12 @@ from tinsmith._download import download
 from tinsmith._lifetime import delete_model
 from tinsmith._sessions import Sessions
 from tinsmith._twins import async_twins
+from tinsmith._urls import Urls
 from tinsmith.addresses import address_of
+from tinsmith.checkpoints import PUBLIC_MARK, shown, stored
 from tinsmith.errors import unsupported
 from tinsmith.futures import APIFuture
+from tinsmith.keys import shown_of
 from tinsmith.types import (
     Checkpoint,
     CheckpointsListResponse,
@@ -33,8 +36,6 @@ from tinsmith.types import (
 )
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2
-
-_NO_OWNERS = "checkpoints have no owners yet: whoever reaches the cluster may read them all"
 
 T = TypeVar("T")
 PAGE_SIZE = 1000
@@ -56,13 +57,13 @@ async def capabilities_of(connection: Connection) -> GetServerCapabilitiesRespon
     "delete_model",
     final=True,
 )
-class RestClient(Sessions):
+class RestClient(Sessions, Urls):
     """Looks after checkpoints and runs; every method returns a future.
 
     Args:
         connection: Internal; users pass `base_url`.
         base_url: As in `ServiceClient`.
-        api_key: Ignored; there are no keys yet.
+        api_key: As in `ServiceClient`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class RestClient(Sessions):
         api_key: str | None = None,
     ) -> None:
         if connection is None:
-            connection = Connection(address_of(base_url))
+            connection = Connection(address_of(base_url), shown=shown_of(api_key))
         self._connection = connection
 
     # --- runs ---------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class RestClient(Sessions):
                 train_attn=lora.train_attn,
             )
 
-        request = pb.GetCheckpointRequest(checkpoint_path=_check.text(tinker_path, "tinker_path"))
+        request = pb.GetCheckpointRequest(checkpoint_path=_path_of(tinker_path))
         return self._ask("GetCheckpoint", request, read)
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
@@ -235,14 +236,29 @@ class RestClient(Sessions):
     def publish_checkpoint_from_tinker_path(
         self, tinker_path: str | None = None, *, path: str | None = None
     ) -> APIFuture[None]:
-        """Refused: whoever reaches this cluster may read every checkpoint already."""
-        raise unsupported("publish_checkpoint_from_tinker_path", _NO_OWNERS)
+        """Mark a checkpoint as public: `Checkpoint.public`. Who may read it stays as it is."""
+        return self._mark(_path_of(tinker_path, path), public=True)
 
     def unpublish_checkpoint_from_tinker_path(
         self, tinker_path: str | None = None, *, path: str | None = None
     ) -> APIFuture[None]:
-        """Refused: nobody can be kept from reading a checkpoint of this cluster."""
-        raise unsupported("unpublish_checkpoint_from_tinker_path", _NO_OWNERS)
+        """Take that mark off."""
+        return self._mark(_path_of(tinker_path, path), public=False)
+
+    def _mark(self, path: str, *, public: bool) -> APIFuture[None]:
+        async def ask() -> None:
+            found = await self._call("GetCheckpoint", pb.GetCheckpointRequest(checkpoint_path=path))
+            metadata = dict(found.checkpoint.user_metadata)
+            metadata.pop(PUBLIC_MARK, None)
+            if public:
+                metadata[PUBLIC_MARK] = "true"
+            mask = FieldMask(paths=["user_metadata"])
+            request = pb.UpdateCheckpointRequest(
+                checkpoint_path=path, update_mask=mask, user_metadata=metadata
+            )
+            await self._call("UpdateCheckpoint", request)
+
+        return APIFuture(_loop.run(ask()))
 
     def set_checkpoint_ttl_from_tinker_path(
         self,
@@ -282,15 +298,15 @@ class RestClient(Sessions):
             raise unsupported("destination_project_id", "there are no projects yet")
         if weights_access_token is not None:
             raise unsupported("weights_access_token", "there are no access tokens yet")
-        source = _check.text(path, "path")
+        source = stored(_check.text(path, "path"))
         target = f"{source}-copy" if destination_path is None else destination_path
         request = pb.CopyCheckpointRequest(
             source_checkpoint_path=source,
-            destination_checkpoint_path=_check.text(target, "destination_path"),
+            destination_checkpoint_path=stored(_check.text(target, "destination_path")),
             ttl=_check.optional_ttl(ttl_seconds),
             request_id=str(uuid.uuid4()),  # sent again, it is still one copy
         )
-        return self._ask("CopyCheckpoint", request, lambda r: str(r.checkpoint.checkpoint_path))
+        return self._ask("CopyCheckpoint", request, lambda r: shown(r.checkpoint.checkpoint_path))
 
     def download_checkpoint(self, path: str, folder: str | Path) -> APIFuture[Path]:
         """Download a checkpoint as a folder for `from_pretrained`.
@@ -302,7 +318,7 @@ class RestClient(Sessions):
             path: The checkpoint, of either kind.
             folder: Where to; it is made. Files of the same names in it are replaced.
         """
-        wanted = _check.text(path, "path")
+        wanted = stored(_check.text(path, "path"))
         if not isinstance(folder, str | os.PathLike):
             raise _check.refuse("folder", f"expected a path, got {type(folder).__name__}")
         return APIFuture(_loop.run(download(self._connection, wanted, Path(folder))))
@@ -325,10 +341,10 @@ class RestClient(Sessions):
         return APIFuture(_loop.run(ask()))
 
 
-def _path_of(tinker_path: str | None, path: str | None) -> str:
+def _path_of(tinker_path: str | None, path: str | None = None) -> str:
     if tinker_path is not None and path is not None:
         raise _check.refuse("path", "tinker_path is given, too")
-    return _check.text(path if tinker_path is None else tinker_path, "tinker_path")
+    return stored(_check.text(path if tinker_path is None else tinker_path, "tinker_path"))
 
 
 def _nothing(_: Any) -> None:

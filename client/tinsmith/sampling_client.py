@@ -13,12 +13,14 @@ from tinsmith._connection import CHECKPOINT, SAMPLER, Connection
 from tinsmith._convert import delta_from_pb, model_input_to_pb, sampling_params_to_pb
 from tinsmith._leases import new_lease_id
 from tinsmith._replicas import Work
-from tinsmith._samples import Samples
+from tinsmith._samples import Given, Samples
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
 from tinsmith._weights import Weights
-from tinsmith.errors import DataLossError, unsupported
+from tinsmith.checkpoints import stored
+from tinsmith.errors import InvalidArgumentError, unsupported
 from tinsmith.futures import ClientFuture, WaitableFuture
+from tinsmith.keys import shown_of
 from tinsmith.types import (
     ModelInput,
     SampledTokens,
@@ -28,6 +30,7 @@ from tinsmith.types import (
 )
 from tinsmith.types.samples import nan_to_none
 from tinsmith.types.tensor import target_tokens
+from tinsmith.types.unsupported import Holder
 from tinsmith.v1 import checkpoint_service_pb2
 from tinsmith.v1 import sampler_service_pb2 as pb
 
@@ -51,7 +54,8 @@ class SamplingClient:
     Sampler holds them, and else a FailedPreconditionError (CHECKPOINT_REPLACED); a new client has
     the new ones.
 
-    Made by `ServiceClient` or `TrainingClient`; may be pickled, and keeps its settings.
+    Made by `ServiceClient` or `TrainingClient`; may be pickled, and keeps its settings but for the
+    key, which the other process has from its environment.
 
     Weights that were saved without a name live as long as a client holds them, this one or a copy
     in another process: until it is closed or collected as garbage. After that they go in about a
@@ -79,7 +83,7 @@ class SamplingClient:
         cls, connection: Connection, base_model: str, model_path: str
     ) -> "SamplingClientFuture":
         """A client for a checkpoint, after a look whether it is there."""
-        model_path = _check.text(model_path, "model_path")
+        model_path = stored(_check.text(model_path, "model_path"))
         lease_id = new_lease_id()
         request = checkpoint_service_pb2.GetCheckpointRequest(
             checkpoint_path=model_path, lease_id=lease_id
@@ -94,6 +98,28 @@ class SamplingClient:
             base = await connection.base_model_name(base_model) or checkpoint.base_model
             weights = Weights(connection, model_path, checkpoint.digest, lease_id)
             return cls(connection, base, weights)
+
+        return SamplingClientFuture(_loop.run(build()))
+
+    @classmethod
+    def made(
+        cls, connection: Connection, model_path: str | None, base_model: str | None
+    ) -> "SamplingClientFuture":
+        """A client for a checkpoint or for a base model.
+
+        Raises:
+            InvalidArgumentError: It is said of neither (MISSING_FIELD).
+        """
+        if model_path is not None:
+            return cls.opened(connection, base_model or "", model_path)
+        if base_model is None:
+            message = "create_sampling_client: pass model_path or base_model"
+            raise InvalidArgumentError(message, field="model_path", reason="MISSING_FIELD")
+        name = _check.text(base_model, "base_model")
+
+        async def build() -> SamplingClient:
+            held = await connection.base_model_name(name)
+            return cls(connection, held, Weights(connection, None))
 
         return SamplingClientFuture(_loop.run(build()))
 
@@ -128,7 +154,7 @@ class SamplingClient:
         Raises:
             InvalidArgumentError: It is none (also a ValueError).
         """
-        return _rebuild(*_handle.read(_check.text(handle, "handle")))
+        return _rebuild(*_handle.read(_check.text(handle, "handle")), api_key)
 
     @staticmethod
     def create(
@@ -139,9 +165,29 @@ class SamplingClient:
         sampling_session_id: str | None = None,
         retry_config: Any = None,
         record_stability_info: bool = False,
-    ) -> Any:
-        """Not supported."""
-        raise unsupported("SamplingClient.create", "use ServiceClient.create_sampling_client")
+    ) -> "SamplingClientFuture":
+        """As `ServiceClient.create_sampling_client`.
+
+        Args:
+            holder: `ServiceClient.holder`.
+            model_path: The checkpoint's path.
+            base_model: Name of the base model.
+            sampling_session_id: What `get_sampler_handle` gave, in place of the two.
+            retry_config: Ignored; the client retries by itself.
+            record_stability_info: Not supported.
+        """
+        if not isinstance(holder, Holder):
+            raise _check.refuse("holder", "expected ServiceClient.holder")
+        if record_stability_info:
+            raise unsupported("record_stability_info", "stable_reinforce is not supported")
+        if sampling_session_id is None:
+            return SamplingClient.made(holder.connection, model_path, base_model)
+        _, base, path, digest = _handle.read(_check.text(sampling_session_id, "handle"))
+
+        async def build() -> SamplingClient:
+            return SamplingClient(holder.connection, base, Weights(holder.connection, path, digest))
+
+        return SamplingClientFuture(_loop.run(build()))
 
     def on_queue_state_change(self, queue_state: Any, queue_state_reason: str | None) -> None:
         """Tinker calls this; nobody does here: the log says what a call waits for."""
@@ -248,7 +294,7 @@ class SamplingClient:
         items: queue.SimpleQueue[SampledTokens | None] = queue.SimpleQueue()
 
         async def pump() -> None:
-            given = [_Given() for _ in range(request.num_samples)]
+            given = [Given() for _ in range(request.num_samples)]
 
             async def make(sampler: "SamplerServiceAsyncStub") -> None:
                 for sequence in given:
@@ -330,9 +376,13 @@ class SamplingClient:
 
 
 def _rebuild(
-    settings: Mapping[str, Any], base_model: str, model_path: str | None, digest: bytes
+    settings: Mapping[str, Any],
+    base_model: str,
+    model_path: str | None,
+    digest: bytes,
+    api_key: str | None = None,
 ) -> SamplingClient:
-    connection = Connection(**settings)
+    connection = Connection(**settings, shown=shown_of(api_key))
     return SamplingClient(connection, base_model, Weights(connection, model_path, digest))
 
 
@@ -342,30 +392,3 @@ class SamplingClientFuture(ClientFuture[SamplingClient], SamplingClient):  # typ
 
 def _last_n(count: object) -> int:
     return _check.whole(count, "prompt_logprobs_last_n", 1, INT32_MAX)
-
-
-class _Given:
-    """What was given out of one sequence, over all attempts of its stream."""
-
-    def __init__(self) -> None:
-        self.seen = 0  # tokens of the present attempt
-        self._tokens: list[int] = []
-        self._ended = False
-
-    def take(self, part: SampledTokens) -> SampledTokens | None:
-        """The part without what was given out before; None when nothing is left.
-
-        Raises:
-            DataLossError: It has other tokens than those that were given out.
-        """
-        start, self.seen = self.seen, self.seen + len(part.tokens)
-        known = self._tokens[start : self.seen]
-        if part.tokens[: len(known)] != known:
-            raise DataLossError(
-                "the stream broke, and begun again it made other tokens", reason="SAMPLE_DIFFERS"
-            )
-        tokens, logprobs = part.tokens[len(known) :], part.logprobs[len(known) :]
-        self._tokens.extend(tokens)
-        ends = part.stop_reason is not None and not self._ended
-        self._ended = self._ended or ends
-        return replace(part, tokens=tokens, logprobs=logprobs) if tokens or ends else None

@@ -2,24 +2,28 @@
 
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from tinsmith import _check, _loop
 from tinsmith._connection import GIVE_UP_AFTER_S, Connection
 from tinsmith._sessions import Session
 from tinsmith._twins import async_twins
-from tinsmith._weights import Weights
 from tinsmith.addresses import address_of
-from tinsmith.errors import InvalidArgumentError, unsupported
-from tinsmith.futures import APIFuture
+from tinsmith.checkpoints import stored
+from tinsmith.errors import unsupported
+from tinsmith.futures import APIFuture, done
+from tinsmith.keys import shown_of
 from tinsmith.rest_client import RestClient, capabilities_of
 from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
 from tinsmith.training_client import TrainingClient, TrainingClientFuture
 from tinsmith.types import AdamOptimizerConfig, GetServerCapabilitiesResponse, LoraConfig
-from tinsmith.types.unsupported import Absent
+from tinsmith.types.losses import LossHandle, loss_of
+from tinsmith.types.unsupported import Holder
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
+
+PerDatumLossFn = Callable[..., tuple[Any, Mapping[str, Any]]]
 
 
 @async_twins(
@@ -35,12 +39,14 @@ class ServiceClient:
     Args:
         user_metadata: Kept with every model that is created.
         project_id: Ignored; there are no projects.
-        base_url: `host:port` of the Training server, or `https://host:port` where a proxy speaks
-            TLS in front of all services; else `TINSMITH_ADDRESS`, else
-            `TINKER_BASE_URL`, else 127.0.0.1:50051. It says where the other two services are,
-            unless `TINSMITH_ADDRESS_SAMPLER` or `TINSMITH_ADDRESS_CHECKPOINT` does. Where there are
-            several Samplers, calls are spread over them, and move when one dies.
-        api_key: Ignored; there are no keys yet.
+        base_url: `host:port` of the Training server, or `https://host:port` where the services, or
+            a proxy in front of all of them, speak TLS (`tinsmith.channels` says whom it trusts);
+            else `TINSMITH_ADDRESS`, else `TINKER_BASE_URL`, else 127.0.0.1:50051. It says where the
+            other two services are, unless `TINSMITH_ADDRESS_SAMPLER` or
+            `TINSMITH_ADDRESS_CHECKPOINT` does. Where there are several Samplers, calls are spread
+            over them, and move when one dies.
+        api_key: Shown with every call; else `TINSMITH_API_KEY`, the content of the file that
+            `TINSMITH_API_KEY_FILE` names, or `TINKER_API_KEY`. Needed where the cluster has keys.
         display_name: Ignored.
         default_headers_overrides: Ignored; there are no HTTP headers.
         give_up_after_s: Seconds for which a call is repeated while nothing but failures comes. They
@@ -67,7 +73,7 @@ class ServiceClient:
             warnings.warn(f"ServiceClient ignores {name}", FutureWarning, stacklevel=2)
         self._user_metadata = _check.metadata(user_metadata)
         seconds = _check.real(give_up_after_s, "give_up_after_s")
-        self._connection = Connection(address_of(base_url), seconds)
+        self._connection = Connection(address_of(base_url), seconds, shown=shown_of(api_key))
         self._session = Session()
 
     # --- clients ------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ class ServiceClient:
         return self._create(
             user_metadata,
             base_model=base_model,
-            checkpoint_path=_check.text(path, "path"),
+            checkpoint_path=stored(_check.text(path, "path")),
             with_optimizer=with_optimizer,
         )
 
@@ -226,26 +232,27 @@ class ServiceClient:
         """
         if record_stability_info:
             raise unsupported("record_stability_info", "stable_reinforce is not supported")
-        if model_path is not None:
-            return SamplingClient.opened(self._connection, base_model or "", model_path)
-        if base_model is None:
-            message = "create_sampling_client: pass model_path or base_model"
-            raise InvalidArgumentError(message, field="model_path", reason="MISSING_FIELD")
-        name = _check.text(base_model, "base_model")
-
-        async def build() -> SamplingClient:
-            held = await self._connection.base_model_name(name)
-            return SamplingClient(self._connection, held, Weights(self._connection, None))
-
-        return SamplingClientFuture(_loop.run(build()))
+        return SamplingClient.made(self._connection, model_path, base_model)
 
     def create_rest_client(self) -> RestClient:
         """A client for checkpoints and runs."""
         return RestClient(self._connection)
 
-    def create_custom_loss(self, fn: Any, input_ranks: Any) -> Any:
-        """Not supported; `forward_backward_custom` takes the function itself."""
-        raise unsupported("create_custom_loss", "pass the function to forward_backward_custom")
+    def create_custom_loss(
+        self, fn: PerDatumLossFn, input_ranks: Mapping[str, int]
+    ) -> APIFuture[LossHandle]:
+        """A loss for `TrainingClient.forward_backward_custom`; it runs in this process.
+
+        Args:
+            fn: Takes the logprobs of one datum (torch, float32, shaped like its `target_tokens`)
+                and then those of its `loss_fn_inputs` that its parameters name; returns the scalar
+                loss, which is summed over the data, and metrics `custom/<name>:sum` or `:mean`.
+            input_ranks: Of each parameter: 0, 1 (`[T]`) or 2 (`[T, K]`).
+
+        Raises:
+            InvalidArgumentError: The function takes something else.
+        """
+        return done(loss_of(fn, input_ranks))
 
     def copy_weights(
         self,
@@ -279,8 +286,9 @@ class ServiceClient:
 
     @property
     def holder(self) -> Any:
-        """Not supported."""
-        return Absent("holder", "what the client holds is its own; tinsmith.v1 has the stubs")
+        """What `SamplingClient.create` and `AdminClient` take; all else that Tinker's has raises
+        UnimplementedError."""
+        return Holder(self._connection)
 
     def close(
         self,

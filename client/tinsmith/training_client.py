@@ -17,6 +17,7 @@ from tinsmith._lifetime import ModelLifetime
 from tinsmith._tokenizer import fetch_tokenizer, load_tokenizer
 from tinsmith._twins import async_twins
 from tinsmith._weights import Weights
+from tinsmith.checkpoints import EXTERNAL_PREFIX, shown, stored
 from tinsmith.errors import unsupported
 from tinsmith.futures import APIFuture, ClientFuture, CustomLossFuture
 from tinsmith.sampling_client import SamplingClient, SamplingClientFuture
@@ -30,6 +31,7 @@ from tinsmith.types import (
     ModelData,
     OptimStepResponse,
     SamplingClientKind,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
@@ -198,10 +200,13 @@ class TrainingClient(ModelLifetime):
         overwrite: bool = False,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Save weights under a name, to sample from; arguments as `save_state`."""
+        if (given := _named(name)).startswith(EXTERNAL_PREFIX):
+            why = f"names that begin with {EXTERNAL_PREFIX!r} are those of save_weights_external"
+            raise refuse("name", why, "INVALID_NAME")
         return self._save(
             "save_weights_for_sampler",
             types_pb2.CHECKPOINT_KIND_SAMPLER,
-            _named(name),
+            given,
             ttl_seconds,
             overwrite,
             user_metadata,
@@ -213,10 +218,29 @@ class TrainingClient(ModelLifetime):
         name: str,
         ttl_seconds: int | None = None,
         age_encryption_recipients: Sequence[str] | None = None,
-    ) -> Any:
-        """Not supported; `RestClient.download_checkpoint` gives a checkpoint's PEFT folder."""
-        why = "save_weights_for_sampler saves what RestClient.download_checkpoint gives as PEFT"
-        raise unsupported("save_weights_external", why)
+    ) -> APIFuture[SaveWeightsExternalResponse]:
+        """Save weights for programs elsewhere: a folder for PEFT, or for transformers.
+
+        `RestClient.get_external_weights_urls` gives a URL for each file of it, and
+        `RestClient.download_checkpoint` the folder.
+
+        Args:
+            name: As in `save_state`; up to 119 characters.
+            ttl_seconds: Likewise.
+            age_encryption_recipients: Not supported.
+        """
+        if age_encryption_recipients:
+            why = "files are not encrypted here; download them over TLS"
+            raise unsupported("age_encryption_recipients", why)
+        return self._save(
+            "save_weights_external",
+            types_pb2.CHECKPOINT_KIND_SAMPLER,
+            f"{EXTERNAL_PREFIX}{_named(name)}",
+            ttl_seconds,
+            False,
+            None,
+            lambda response: SaveWeightsExternalResponse(shown(response.checkpoint_path)),
+        )
 
     def _save(
         self,
@@ -259,7 +283,7 @@ class TrainingClient(ModelLifetime):
             raise unsupported("weights_access_token", "there are no access tokens yet")
 
         message = pb.LoadCheckpointRequest(
-            checkpoint_path=_check.text(path, "path"), with_optimizer=with_optimizer
+            checkpoint_path=stored(_check.text(path, "path")), with_optimizer=with_optimizer
         )
 
         def read(response: pb.LoadCheckpointResponse) -> LoadWeightsResponse:

@@ -6,7 +6,6 @@ Shapes: `N` tokens of one datum, `K` targets per position.
 
 import hashlib
 import math
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +17,17 @@ import numpy as np
 from tinsmithd.loss_fns import LOSSES as LOSSES
 from tinsmithd.loss_fns import CrossEntropy as CrossEntropy
 from tinsmithd.loss_fns import LossFn as LossFn
+from tinsmithd.owners import DEFAULT_OWNER as DEFAULT_OWNER
+from tinsmithd.owners import GIVEN_ID_PATTERN
+from tinsmithd.paths import MODEL_ID_PATTERN as MODEL_ID_PATTERN
+from tinsmithd.paths import NAME_PATTERN as NAME_PATTERN
+from tinsmithd.paths import CheckpointKind as CheckpointKind
+from tinsmithd.paths import CheckpointPath as CheckpointPath
+from tinsmithd.paths import is_ephemeral_name as is_ephemeral_name
+from tinsmithd.paths import new_ephemeral_name as new_ephemeral_name
 from tinsmithd.tunings import FullConfig as FullConfig
 from tinsmithd.tunings import LoraConfig as LoraConfig
 from tinsmithd.tunings import Tuning as Tuning
-
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""A checkpoint's name; matched whole. Names are data and never become paths."""
-
-MODEL_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-"""A model's id; matched whole."""
-
-_GIVEN_ID_PATTERN = re.compile("[0-9A-Fa-f]{32}")
 
 
 def new_model_id() -> str:
@@ -38,11 +37,7 @@ def new_model_id() -> str:
 
 def may_be_given_id(model_id: str) -> bool:
     """Whether an id is, but for upper and lower case, one that `new_model_id` may give."""
-    return _GIVEN_ID_PATTERN.fullmatch(model_id) is not None
-
-
-DEFAULT_OWNER = "default"
-"""Who has everything while callers have no keys."""
+    return GIVEN_ID_PATTERN.fullmatch(model_id) is not None
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -191,6 +186,8 @@ class SampleRequest:
             belongs to prompt position i + 1, -1 asks for nothing.
         prompt_alt_tokens_k: Draw so many tokens at each prompt position but the first.
         topk_sample_logprobs: Give so many most likely tokens with each sampled one.
+        cache_salt: What is cached of prompts is shared by requests of one salt: how long a prompt
+            takes says who sampled it before.
     """
 
     prompt: np.ndarray
@@ -202,6 +199,7 @@ class SampleRequest:
     target_prompt_logprobs: np.ndarray | None = None
     prompt_alt_tokens_k: int = 0
     topk_sample_logprobs: int = 0
+    cache_salt: str = ""
 
     @property
     def logits_from(self) -> int:
@@ -310,63 +308,6 @@ class Output:
 
 
 # --- checkpoints ------------------------------------------------------------------------------
-
-
-class CheckpointKind(StrEnum):
-    """TRAINING holds weights and optimizer state, SAMPLER only weights."""
-
-    TRAINING = "training"
-    SAMPLER = "sampler"
-
-
-_SEGMENT = {CheckpointKind.TRAINING: "weights", CheckpointKind.SAMPLER: "sampler_weights"}
-
-
-_EPHEMERAL_PATTERN = re.compile("ephemeral-[0-9a-f]{16}")
-
-
-def new_ephemeral_name() -> str:
-    """A name for a checkpoint that its user gave none."""
-    return f"ephemeral-{secrets.token_hex(8)}"
-
-
-def is_ephemeral_name(name: str) -> bool:
-    """Whether it is one of those; users may take such names, too."""
-    return _EPHEMERAL_PATTERN.fullmatch(name) is not None
-
-
-@dataclass(frozen=True)
-class CheckpointPath:
-    """`tinsmith://<model>/weights/<name>` or `tinsmith://<model>/sampler_weights/<name>`."""
-
-    model_id: str
-    kind: CheckpointKind
-    name: str
-
-    def __str__(self) -> str:
-        return f"tinsmith://{self.model_id}/{_SEGMENT[self.kind]}/{self.name}"
-
-    @classmethod
-    def parse(cls, text: str) -> "CheckpointPath":
-        """Read a path; `tinker://` is taken too.
-
-        Raises:
-            ValueError: The text is not such a path; the message says what is wrong.
-        """
-        scheme, separator, rest = text.partition("://")
-        if not separator or scheme not in ("tinsmith", "tinker"):
-            raise ValueError("expected tinsmith://<model>/<weights|sampler_weights>/<name>")
-        parts = rest.split("/")
-        kinds = {segment: kind for kind, segment in _SEGMENT.items()}
-        if len(parts) != 3 or parts[1] not in kinds:
-            raise ValueError("expected tinsmith://<model>/<weights|sampler_weights>/<name>")
-        for what, part, pattern in (
-            ("model", parts[0], MODEL_ID_PATTERN),
-            ("name", parts[2], NAME_PATTERN),
-        ):
-            if not pattern.fullmatch(part):
-                raise ValueError(f"{what} must match {pattern.pattern}")
-        return cls(parts[0], kinds[parts[1]], parts[2])
 
 
 @dataclass(frozen=True)

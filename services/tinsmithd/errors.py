@@ -6,6 +6,8 @@ and its rule (`error_reason.proto`) which class, metadata and delay go with it.
 
     TinsmithError
     ├─ InvalidArgument      the call is wrong and will always be; `field` names where
+    ├─ Unauthenticated      nobody knows who calls
+    ├─ PermissionDenied     the caller's key is not for that
     ├─ NotFound             the thing named does not exist (or is not the caller's)
     ├─ AlreadyExists        the name or number is taken by something else
     ├─ FailedPrecondition   right call, wrong state
@@ -17,7 +19,7 @@ and its rule (`error_reason.proto`) which class, metadata and delay go with it.
 from collections.abc import Mapping
 
 from tinsmithd.reasons import Reason as Reason
-from tinsmithd.text import bounded
+from tinsmithd.text import bounded, without_quoted
 
 MESSAGE_BYTES_MAX = 600
 FIELD_BYTES_MAX = 200
@@ -41,7 +43,13 @@ class TinsmithError(Exception):
         retry_after_s: How long a caller should wait before the same call can succeed; None
             where waiting does not help.
         metadata: Values that the message also shows, for programs.
+
+    Attributes:
+        logged: What a log says of the cause, with nothing in it that a caller chose. Empty: the
+            message where the server alone is to blame, and else nothing.
     """
+
+    logged = ""
 
     def __init__(
         self,
@@ -61,6 +69,14 @@ class TinsmithError(Exception):
         self.metadata = {
             bounded(key, VALUE_BYTES_MAX): bounded(value, VALUE_BYTES_MAX) for key, value in entries
         }
+
+    def for_log(self) -> str:
+        """As logs have it: its caller alone hears what the caller wrote."""
+        said = self.logged
+        if not said and isinstance(self, Unavailable | ResourceExhausted | Internal):
+            said = without_quoted(self.message)
+        field = f" at {without_quoted(self.field)}" if self.field else ""
+        return f"{self.reason}{field}: {said}" if said else f"{self.reason}{field}"
 
     @property
     def field(self) -> str:
@@ -118,6 +134,23 @@ def rebuilt(
     return error
 
 
+def quota_exceeded(limit: str, most: int, value: int, retry_after_s: float) -> "ResourceExhausted":
+    """The refusal of a call that would take its tenant over a limit (QUOTA_EXCEEDED).
+
+    Args:
+        limit: Name of the limit, see `keys.LIMIT_NAMES`.
+        most: What it is for this tenant.
+        value: What there would be with the call.
+        retry_after_s: When there may be room, seconds.
+    """
+    return ResourceExhausted(
+        f"{limit} is {most} for this tenant, and would be {value}",
+        Reason.QUOTA_EXCEEDED,
+        retry_after_s=retry_after_s,
+        metadata={"limit": limit, "value": str(value)},
+    )
+
+
 def over_limit(field: str, limit: str, value: int, most: int) -> InvalidArgument:
     """The refusal of a call that is over a named limit by itself (LIMIT_EXCEEDED).
 
@@ -133,6 +166,14 @@ def over_limit(field: str, limit: str, value: int, most: int) -> InvalidArgument
         Reason.LIMIT_EXCEEDED,
         metadata={"limit": limit, "value": str(value), "allowed": str(most)},
     )
+
+
+class Unauthenticated(TinsmithError):
+    """The caller shows no key, or none that is good."""
+
+
+class PermissionDenied(TinsmithError):
+    """The caller's key is not for calls of this kind, whatever they are about."""
 
 
 class NotFound(TinsmithError):

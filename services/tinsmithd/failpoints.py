@@ -28,6 +28,7 @@ NAMES = (
     "snapshot_pre_rename",  # Training: a snapshot is written and not yet in its place
     "snapshot_post_rename",  # Training: it is in its place, the journal does not know
     "restore_mid",  # Training: a model is half replayed
+    "migrate_mid",  # Training, Checkpoint: a file is half brought to the format of this release
     "mid_forward",  # rank: between two micro-batches without backward
     "mid_backward",  # rank: between two micro-batches with backward
     "mid_deposit",  # rank: a file of a state is left for the Checkpoint server

@@ -13,6 +13,7 @@ import asyncio
 import heapq
 import itertools
 from collections import deque
+from collections.abc import Callable
 
 PURGE_MIN = 64
 """Number of accounts below which nobody looks for old ones."""
@@ -51,6 +52,11 @@ class FairQueue:
     def __len__(self) -> int:
         """Number of names that it knows of."""
         return len(self._queues.keys() | self._accounts.keys())
+
+    @property
+    def waits(self) -> bool:
+        """Whether a turn is waited for, or was given."""
+        return bool(self._queues)
 
     def wait(self, name: str, cost: int) -> Waiter:
         """Line up for a turn; whoever cancels `given` has left."""
@@ -101,3 +107,48 @@ class FairQueue:
         if len(self._accounts) > self._purge_at:
             self._accounts = {n: used for n, used in self._accounts.items() if used > self._now}
             self._purge_at = max(PURGE_MIN, 2 * len(self._accounts))
+
+
+class NestedQueue:
+    """Turns that owners share evenly, and within each owner the names that are his.
+
+    Both are `FairQueue`s: however many names an owner has, they get what one owner gets. With one
+    owner alone the order is that of a `FairQueue` of his names.
+    """
+
+    def __init__(self) -> None:
+        self._owners = FairQueue()
+        self._names: dict[str, FairQueue] = {}
+        self._purge_at = PURGE_MIN
+
+    def __len__(self) -> int:
+        """Number of names that it knows of."""
+        return sum(map(len, self._names.values()))
+
+    def wait(self, owner: str, name: str, cost: int) -> Waiter:
+        """Line up for a turn; whoever cancels `given` has left."""
+        self._owners.wait(owner, cost)  # one for each: whose turn it is, is then seen
+        return self._names.setdefault(owner, FairQueue()).wait(name, cost)
+
+    def next(self) -> Waiter | None:
+        """The turn that comes now; None where nobody waits."""
+        if len(self._names) > self._purge_at:
+            self._forget(lambda names: not names.waits)
+            self._purge_at = max(PURGE_MIN, 2 * len(self._names))
+        while (offered := self._owners.next()) is not None:
+            waiter = self._names[offered.name].next()
+            if waiter is not None:
+                return waiter
+            self._owners.settle(offered.name, 0)  # whoever lined up for it has left
+        for names in self._names.values():
+            names.next()  # nobody waits: nobody is owed anything
+        self._forget(lambda names: not len(names))
+        return None
+
+    def _forget(self, gone: Callable[[FairQueue], bool]) -> None:
+        self._names = {owner: names for owner, names in self._names.items() if not gone(names)}
+
+    def settle(self, owner: str, name: str, cost: int) -> None:
+        """Charge both for the turn that `next` gave; 0: it was not used."""
+        self._names[owner].settle(name, cost)
+        self._owners.settle(owner, cost)

@@ -71,6 +71,12 @@ class Reason(StrEnum):
     CALL_NOT_FOUND = "CALL_NOT_FOUND"
     DEPOSIT_NOT_FOUND = "DEPOSIT_NOT_FOUND"
     MODEL_EXISTS = "MODEL_EXISTS"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
+    ISSUER_UNAVAILABLE = "ISSUER_UNAVAILABLE"
+    MODEL_RESTORED = "MODEL_RESTORED"
+    OTHER_SHARD = "OTHER_SHARD"
 
 
 RULES: Mapping[Reason, Rule] = {
@@ -122,4 +128,12 @@ RULES: Mapping[Reason, Rule] = {
     Reason.CALL_NOT_FOUND: Rule("NOT_FOUND", frozenset({"next_seq_id", "seq_id"}), "never"),
     Reason.DEPOSIT_NOT_FOUND: Rule("NOT_FOUND", frozenset(), "never"),
     Reason.MODEL_EXISTS: Rule("ALREADY_EXISTS", frozenset({"model_id"}), "never"),
+    Reason.UNAUTHENTICATED: Rule("UNAUTHENTICATED", frozenset(), "never"),
+    Reason.PERMISSION_DENIED: Rule("PERMISSION_DENIED", frozenset(), "never"),
+    Reason.QUOTA_EXCEEDED: Rule("RESOURCE_EXHAUSTED", frozenset({"limit", "value"}), "always"),
+    Reason.ISSUER_UNAVAILABLE: Rule("UNAVAILABLE", frozenset(), "always"),
+    Reason.MODEL_RESTORED: Rule(
+        "FAILED_PRECONDITION", frozenset({"next_seq_id", "seq_id"}), "never"
+    ),
+    Reason.OTHER_SHARD: Rule("FAILED_PRECONDITION", frozenset({"training_address"}), "never"),
 }

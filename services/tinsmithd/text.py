@@ -1,6 +1,11 @@
-"""Text that somebody else wrote, made safe to repeat: escaped and cut."""
+"""Text that somebody else wrote, made safe to repeat: escaped and cut, or left out."""
+
+import hashlib
+import re
 
 _CUT = "... [cut]"
+_TAG_BYTES = 4
+_QUOTED = re.compile(r"""(["'`]).*["'`]""", re.DOTALL)
 
 
 def bounded(text: str, bytes_max: int) -> str:
@@ -19,6 +24,23 @@ def bounded(text: str, bytes_max: int) -> str:
     if len(data) <= bytes_max:
         return kept
     return data[: bytes_max - len(_CUT)].decode(errors="ignore") + _CUT
+
+
+def tag(name: str) -> str:
+    """What stands for a name that a caller chose, where the name itself must not stand.
+
+    It is the same for the same name: `~` and what `printf %s NAME | b2sum -l 32` prints.
+    """
+    data = name.encode(errors="replace")
+    return "~" + hashlib.blake2b(data, digest_size=_TAG_BYTES).hexdigest()
+
+
+def without_quoted(text: str) -> str:
+    """A text without what stands in quotes, from the first of them to the last.
+
+    Messages quote what they speak of: values, names, keys of a mapping.
+    """
+    return _QUOTED.sub(r"\1...\1", text)
 
 
 def _escaped(character: str) -> str:

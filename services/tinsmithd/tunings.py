@@ -5,7 +5,7 @@ messages, `modeling.weights` what of a model is trained.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 RANK_MAX = 1 << 20
@@ -78,7 +78,7 @@ class Tuning:
 
     def to_document(self) -> dict[str, Any]:
         """One entry of a JSON document: its kind, with its settings."""
-        return {self.kind: asdict(self)}
+        return {self.kind: dict(vars(self))}
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,7 @@ HOSTILE: dict[str, Hostile] = {
     "steps -5": _state("step_count", -5),
     "steps 2^63": _state("step_count", 1 << 63),
     "steps of 4,000 digits": _text(STATE, f'"step_count": {STEPS}', '"step_count": ' + "9" * 4000),
+    "steps beyond a float": _state("step_count", 10**350),
     "steps as text": _state("step_count", "3"),
     "steps other than the header's": _state("step_count", STEPS + 1),
     "moments without steps": Hostile(_moments_without_steps, STATE, "step_count"),

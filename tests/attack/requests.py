@@ -13,6 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 from clusters import RunningCluster
 from tinsmith import tensors
 from tinsmith import v1 as pb
+from tinsmith.keys import Metadata
 from tinsmith.v1 import (
     checkpoint_service_pb2,
     sampler_service_pb2,
@@ -157,11 +158,18 @@ class Caller:
             for name, address in cluster.addresses.items()
         }
 
-    def call(self, method: Method, *messages: bytes) -> grpc.RpcError | list[bytes]:
+    def call(
+        self, method: Method, *messages: bytes, metadata: Metadata = ()
+    ) -> grpc.RpcError | list[bytes]:
         """Send messages; returns what came back, or the error that ended it."""
         call = self._channels[method.server].stream_stream(method.path)
         try:
-            return list(call(iter(messages), timeout=DEADLINE_S))
+            answers = call(iter(messages), timeout=DEADLINE_S, metadata=metadata)
+            if method.name in ENDLESS:
+                first = next(answers)
+                answers.cancel()
+                return [first]
+            return list(answers)
         except grpc.RpcError as error:
             return error
 

@@ -6,12 +6,15 @@ bounded; and a well-behaved caller is served all the while.
 
 import copy
 import functools
+import http.client
 import json
 import random
+import select
 import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,15 @@ import pytest
 import zstandard
 
 from attack.amount import SEED, amount
+from attack.harness import Memory
 from attack.mutate import change_fields, flip_bytes
+from attack.test_streams import OTHER_HOST
 from clusters import RunningCluster
 from gateways import RunningGateway, running_gateway
 from sdk_calls import Sdk, call
 from tinsmith.gateway.v1 import tinker_pb2 as tinker
+from tinsmithd.gateway.problems import Problem
+from tinsmithd.gateway.tinker.promises import promise_id, read_promise
 
 STALL_S = 1.0
 ANSWER_S_MAX = 20.0
@@ -221,6 +228,61 @@ def test_no_request_ends_it_or_fills_it(victim: RunningGateway) -> None:
     assert Sdk(victim).asked_get("healthz") == {"status": "ok"}
 
 
+def test_a_promise_that_somebody_made_up_is_no_fault(victim: RunningGateway) -> None:
+    """Its content is what a caller says, and may be anything."""
+    rng = random.Random(SEED)
+    sdk = Sdk(victim)
+    model_id = sdk.model()
+    base = {"model_id": model_id, "seq_id": 1}
+    sampled = next(body for _, path, body in requests_of(sdk, model_id) if path == "asample")
+    promises = [
+        sdk.post("optim_step", {**base, "adam_params": {"learning_rate": 0.1}}),
+        sdk.post("save_weights", {**base, "seq_id": 2, "path": "a"}),
+        sdk.post("save_weights_for_sampler", {**base, "seq_id": 3, "path": "b"}),
+        sdk.post("load_weights", {**base, "seq_id": 4, "path": f"tinker://{model_id}/weights/a"}),
+        sdk.post("forward_backward", call(model_id, 5)),
+        sdk.post("asample", sampled),
+        sdk.post(
+            "create_model",
+            {"session_id": sdk.session_id, "model_seq_id": 1}
+            | {"base_model": "tiny-llama", "lora_config": {"rank": 2}},
+        ),
+    ]
+    for _ in range(amount(100)):
+        kind, content = read_promise(rng.choice(promises)["request_id"])
+        try:
+            name = promise_id(kind, changed(content, rng))
+        except Problem:  # it became too large
+            continue
+        status, said = sdk.asked("retrieve_future", {"request_id": name})
+        assert status in (200, 400, 404, 408, 410, 429, 503), (status, said)
+        assert "fault of the gateway" not in str(said), (kind, content, said)
+    assert "Traceback" not in victim.log.read_text()
+
+
+MUCH = {
+    "session_heartbeat": b"[],",
+    "optim_step": b"{},",
+    "asample": b"1.5,",
+    "forward": b'"ab",',
+}
+"""By path, what a list has millions of."""
+
+
+@pytest.mark.parametrize("path", list(MUCH))
+def test_a_body_is_counted_before_it_is_read(victim: RunningGateway, path: str) -> None:
+    """A few kilobytes that unpack to millions of values would hold a gigabyte, and everybody up."""
+    each = MUCH[path]
+    text = b'{"session_id": [' + each * (60_000_000 // len(each)) + b"0]}"
+    body = zlib.compress(text, 1, 31)
+    grown = Memory(victim.pid)
+    head = {"Host": "x", "Content-Encoding": "gzip", "Content-Type": "application/json"}
+    head["Content-Length"] = str(len(body))
+    assert sent(victim, "POST", path, head, body) == 400
+    assert grown.growth_bytes < GROWN_BYTES_MAX
+    assert Sdk(victim).asked_get("healthz") == {"status": "ok"}
+
+
 SLOW: dict[str, Callable[[], bytes]] = {
     "half a head": lambda: b"POST /api/v1/telemetry HTTP/1.1\r\nHost: x\r\n",
     "half a body": lambda: (
@@ -250,3 +312,41 @@ def test_half_requests_are_ended(victim: RunningGateway) -> None:
         connection.close()
         kind = list(SLOW)[number % len(SLOW)]
         assert b" 408 " in answer if kind in ("half a body", "half a chunk") else not answer, kind
+
+
+def test_a_body_that_trickles_is_ended(victim: RunningGateway) -> None:
+    """A byte now and then does not hold a place for good."""
+    host, _, port = victim.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=ANSWER_S_MAX) as connection:
+        head = b"POST /api/v1/telemetry HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
+        connection.sendall(head)
+        until_s = time.monotonic() + ANSWER_S_MAX
+        while not select.select([connection], [], [], STALL_S / 4)[0]:
+            assert time.monotonic() < until_s, "it is still waited for"
+            connection.sendall(b"x")
+        assert b" 408 " in connection.recv(4096)
+
+
+def test_one_host_has_a_share_of_the_places(attacked: RunningCluster, tmp_path: Path) -> None:
+    """However many requests of its own wait, those of another host pass."""
+    limits = {"requests_max": 4, "poll_s_max": 30}
+    with running_gateway(attacked.address, tmp_path, **limits) as gateway, ExitStack() as stack:
+        sdk = Sdk(gateway)
+        step = {"model_id": sdk.model(), "seq_id": 2, "adam_params": {}}  # 1 does not come
+        poll = json.dumps({"request_id": sdk.post("optim_step", step)["request_id"]})
+        address = gateway.url.removeprefix("http://")
+        for _ in range(2):
+            waiting = http.client.HTTPConnection(address, timeout=ANSWER_S_MAX)
+            stack.callback(waiting.close)
+            waiting.request("POST", "/api/v1/retrieve_future", poll)
+        until_s = time.monotonic() + ANSWER_S_MAX
+        while sdk.asked("client/config", {})[0] == 200:  # until both have come
+            assert time.monotonic() < until_s
+        status, said = sdk.asked("client/config", {})
+        assert (status, said["reason"]) == (429, "SERVER_BUSY"), said
+        other = http.client.HTTPConnection(
+            address, timeout=ANSWER_S_MAX, source_address=(OTHER_HOST, 0)
+        )
+        stack.callback(other.close)
+        other.request("POST", "/api/v1/client/config", "{}")
+        assert other.getresponse().status == 200

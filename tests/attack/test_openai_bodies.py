@@ -4,6 +4,7 @@ import gzip
 import http.client
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gateways import RunningGateway
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+GROWN_BYTES_MAX = 200 * 1024 * 1024
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BODIES: list[tuple[str, dict[str, Any]]] = [
@@ -134,11 +136,17 @@ def garbled(data: bytes, chance: random.Random) -> bytes:
     return bytes(data_list)
 
 
+def _resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * 4096
+
+
 def test_every_mutated_body_has_an_answer(gateway: RunningGateway) -> None:
-    """200 or what is wrong with it, and never 500."""
+    """200 or what is wrong with it, never 500; what they leave behind is bounded."""
     chance = random.Random(SEED)
     asker = Asker(gateway)
     seen: dict[int, int] = {}
+    before, slowest_s = _resident_bytes(gateway.pid), 0.0
     for number in range(amount(250)):
         path, body = chance.choice(BODIES)
         if number % 2:
@@ -150,15 +158,15 @@ def test_every_mutated_body_has_an_answer(gateway: RunningGateway) -> None:
             ).encode()
         else:
             data = garbled(json.dumps(body).encode(), chance)
+        begun_s = time.monotonic()
         status = asker.post(path, data)
+        slowest_s = max(slowest_s, time.monotonic() - begun_s)
         seen[status] = seen.get(status, 0) + 1
         assert status in (200, 400, 404), (status, path, data[:2000])
     assert seen.keys() >= {200, 400, 404}, seen
-
-
-def _resident_bytes(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * 4096
+    grown = _resident_bytes(gateway.pid) - before
+    print(f"statuses {seen}, slowest {slowest_s:.2f} s, grown {grown:,}")
+    assert grown < GROWN_BYTES_MAX
 
 
 def test_what_is_large_or_deep_is_refused_at_once(gateway: RunningGateway) -> None:

@@ -24,6 +24,7 @@ from bench import (
     rows_compute,
     rows_crowd,
     rows_durable,
+    rows_gateway,
     rows_memory,
     rows_neighbour,
     rows_recovery,
@@ -31,6 +32,7 @@ from bench import (
     rows_rpc,
     rows_sampling,
     rows_step,
+    rows_store,
     rows_vllm,
     rows_weights,
     rows_wire,
@@ -64,12 +66,14 @@ ROWS: dict[str, Callable[[Settings], list[Result]]] = {
     "gap": rows_weights.gap,
     "wire": rows_wire.wire,
     "crowd": rows_crowd.crowd,
+    "gateway": rows_gateway.gateway,
     "25": rows_compute.growth,
     "27": rows_compute.experts,
     "26": rows_step.idle_models,
     "28": rows_durable.back_again,
     "29": rows_neighbour.neighbour,
     "31": rows_recovery.recovery,
+    "store": rows_store.store,
 }
 
 

@@ -47,7 +47,7 @@ def plain_of(settings: Settings) -> Remote:
 
 def equal(settings: Settings) -> list[Result]:
     """Row 17: one prompt, and 16 at once."""
-    with Served(settings, "bfloat16") as served, plain_of(settings) as plain:
+    with Served(settings) as served, plain_of(settings) as plain:
         return [
             _beside_generate(
                 ("17", f"{count} x 64 + 64 tokens: tokens per second / generate"),
@@ -66,7 +66,7 @@ def _equal_round(count: int, seed: int) -> list[Call]:
 
 def mixed(settings: Settings) -> list[Result]:
     """Row 18: 32 requests of 8 to 256 new tokens; `generate` makes all as long as the longest."""
-    with Served(settings, "bfloat16") as served, plain_of(settings) as plain:
+    with Served(settings) as served, plain_of(settings) as plain:
         what = "32 requests of 8 to 256 new tokens: tokens per second / generate"
         return [
             _beside_generate(("18", what), 2.5, workloads.mixed, (served, plain), settings),
@@ -75,7 +75,7 @@ def mixed(settings: Settings) -> list[Result]:
 
 def group(settings: Settings) -> list[Result]:
     """Row 19: 16 samples of a prompt of 1,024 tokens."""
-    with Served(settings, "bfloat16") as served, plain_of(settings) as plain:
+    with Served(settings) as served, plain_of(settings) as plain:
         what = "16 samples of 1,024 + 64 tokens: time / generate, num_return_sequences=16"
         return [
             _beside_generate(
@@ -164,8 +164,8 @@ def _beside_generate(
         target=target,
         higher_is_better=rates,
         sides={name: middle(found) for name, found in timings.items()},
-        agreement=agreement(plain, "bfloat16", *answered["last"]),
-        notes=f"{per_s['ours']:.1f} beside {per_s['generate']:.1f} tok/s; ours in bfloat16,"
+        agreement=agreement(plain, served.dtype, *answered["last"]),
+        notes=f"{per_s['ours']:.1f} beside {per_s['generate']:.1f} tok/s; ours in {served.dtype},"
         f" generate in {dtype}",
     )
 
@@ -304,7 +304,7 @@ def _scoring(settings: Settings, dtype: str) -> Result:
 
 def prefixes(settings: Settings) -> list[Result]:
     """Row 22: prompt tokens that are computed, of a prompt that came before and of a chat."""
-    with Served(settings, "bfloat16") as served:
+    with Served(settings) as served:
         base = served.base()
         again, chats, first_s, second_s = [], [], [], []
         sample(base, cut(workloads.group(WARM_UP_ROUND), 2))

@@ -1,8 +1,8 @@
 """The rows beside vLLM on this machine's CPU: `make bench-vllm`.
 
 Our side is a cluster as `tinsmith up` runs it, asked through the wire; vLLM's own `LLM` is in a
-process of its own, in its own environment, with nothing between it and who asks. Both compute in
-bfloat16. Every round has prompts of its own.
+process of its own, in its own environment, with nothing between it and who asks. It computes in
+bfloat16, ours in what a Sampler takes by default. Every round has prompts of its own.
 """
 
 import itertools
@@ -73,7 +73,7 @@ def _beside_vllm(
     shapes: Mapping[str, CallsOfRound],
     targets: Sequence[float],
 ) -> list[Result]:
-    with Served(settings, "bfloat16") as served, vllm_of(settings) as vllm:
+    with Served(settings) as served, vllm_of(settings) as vllm:
         base = served.base()
         return [
             _shape(settings, (row, what), target, make, (served, base, vllm))
@@ -123,7 +123,8 @@ def _shape(
         target=target,
         higher_is_better=True,
         sides={name: middle(found) for name, found in timings.items()},
-        notes=f"{per_s['ours']:.1f} beside {per_s['vLLM']:.1f} tok/s, both in bfloat16",
+        notes=f"{per_s['ours']:.1f} beside {per_s['vLLM']:.1f} tok/s; ours in {served.dtype},"
+        " vLLM in bfloat16",
     )
 
 

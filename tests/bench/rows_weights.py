@@ -30,7 +30,7 @@ def _fresh(rounds: "itertools.count[int]", count: int, settings: Settings) -> li
 
 def eight_adapters(settings: Settings) -> list[Result]:
     """Row 20: a sequence of each of eight adapters at once, over one after the other."""
-    with Served(settings, "bfloat16") as served:
+    with Served(settings) as served:
         clients = [served.adapter(seed) for seed in range(ADAPTERS)]
         rounds = itertools.count()
 
@@ -61,7 +61,7 @@ def eight_adapters(settings: Settings) -> list[Result]:
 
 def mixed_adapters(settings: Settings) -> list[Result]:
     """Row 21: a batch of eight adapters over the same batch of one, and over the base model."""
-    with Served(settings, "bfloat16") as served:
+    with Served(settings) as served:
         clients = [served.adapter(seed) for seed in range(ADAPTERS)]
         sides = {"mixed": clients, "one adapter": clients[:1], "base model": [served.base()]}
         rounds = itertools.count()
@@ -97,7 +97,7 @@ def hand_over(settings: Settings) -> list[Result]:
     saves = max(SAVES_MIN, settings.pairs)
     found: list[tuple[float, float]] = []
     logprobs: list[float] = []
-    with Served(settings, "bfloat16") as served:
+    with Served(settings) as served:
         trainer = served.trainer(1)
         call = Call(workloads.random_tokens(16, 7), 1)
         for index in range(saves + 1):

@@ -11,10 +11,9 @@ from bench.harness import Result, Side, Timing, estimate, measure, middle, ratio
 from bench.remote import Remote
 from bench.rows_sampling import WARM_UP_ROUND, cut
 from bench.sampling_workloads import Call
-from bench.served import Served, params_of, prompt_of, sample
+from bench.served import Served, default_dtype, params_of, prompt_of, sample
 from bench.sides import Settings
 
-DTYPE = "bfloat16"
 CALLS = 16
 FIRST_TOKENS_PER_PAIR = 10
 RATE_TARGET = 0.97
@@ -23,9 +22,9 @@ FIRST_TOKEN_TARGET_MS = 5.0
 
 def wire(settings: Settings) -> list[Result]:
     """Throughput of 16 calls, and what is added to the time to a first token."""
-    arguments = (str(settings.base_model), DTYPE, settings.threads)
+    arguments = (str(settings.base_model), default_dtype(), settings.threads)
     with (
-        Served(settings, DTYPE) as served,
+        Served(settings) as served,
         Remote("bench.engine_alone:EngineAlone", *arguments) as alone,
     ):
         base = served.base()

@@ -13,11 +13,18 @@ from bench.sampling_workloads import Call, random_tokens
 from bench.sides import Settings
 from clusters import RunningCluster
 from tinsmith import types
+from tinsmithd.sampler.engines.transformers.dtype import resolved_dtype
+from tinsmithd.sampler.engines.transformers.native import can_be_had
 
 RANK = 16
 LEARNING_RATE = 1e-3
 STEP_TOKENS = 16
 WAIT_S_MAX = 900.0
+
+
+def default_dtype() -> str:
+    """What `dtype = "auto"` is for a Sampler of this machine."""
+    return resolved_dtype("auto", compiled=lambda: can_be_had(""), on_progress=print)
 
 
 def prompt_of(call: Call) -> types.ModelInput:
@@ -35,21 +42,22 @@ class Served:
 
     Args:
         settings: Of the run.
-        dtype: Of the base model.
+        dtype: Of the base model; None is what a Sampler takes here by default.
 
     Attributes:
         service: The client.
+        dtype: That of the base model.
         cpu_clock: CPU seconds of the Sampler so far.
         base_model: Its name.
     """
 
-    def __init__(self, settings: Settings, dtype: str) -> None:
-        self._stack = ExitStack()
+    def __init__(self, settings: Settings, dtype: str | None = None) -> None:
+        self._stack, self.dtype = ExitStack(), dtype or default_dtype()
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             running = stack.enter_context(
                 RunningCluster(
-                    settings.base_model, Path(folder), threads=settings.threads, dtype=dtype
+                    settings.base_model, Path(folder), threads=settings.threads, dtype=self.dtype
                 )
             )
             self.service = stack.enter_context(tinsmith.ServiceClient(base_url=running.address))

@@ -1,13 +1,15 @@
 """Tiny models and engines on them, here and in processes of their own."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from suite import ENGINES, new_engine
 
+import object_stores
 import programs
+from object_stores import SeaweedFS
 from tinsmithd.trainer.engines.interface import TrainingEngine
 from tiny_models import write_tiny_model
 
@@ -21,6 +23,13 @@ def _all_is_imported() -> None:
 
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """A real S3."""
+    with object_stores.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

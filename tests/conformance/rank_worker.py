@@ -6,9 +6,10 @@ rank 0, `<case>.<rank>.json` with what a rank holds), names of cases.
 
 import contextlib
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,13 +18,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import collect, make_data, make_rl_data
-from engines import leave_together, make_engine
+from data import begin_alike, collect, make_data, make_rl_data
+from engines import leave_together, make_engine, on_every_rank
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig
 from tinsmithd.loss_fns import Gspo, Ppo
+from tinsmithd.trainer.compute.determinism import Determinism
+from tinsmithd.trainer.engines.deepspeed import sums, whole_states
 from tinsmithd.trainer.engines.interface import Batch, TrainingEngine
 from tinsmithd.trainer.process_group import distributed
 
+EVERYTHING = os.environ.get("TINSMITH_TEST_RANKS", "") == "full"
+"""Every layout of ranks with every stage, as `make ranks` has it, instead of one of each kind."""
 STAGES = {f"stage-{stage}": {"zero_stage": stage} for stage in range(4)}
 CASES: Mapping[str, Mapping[str, Any]] = {
     **STAGES,
@@ -34,8 +39,6 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "stage-3-recomputed": {"zero_stage": 3, "activation_bytes_max": 1},
     "stage-3-offloaded": {"zero_stage": 3, "offload": True, "resident_models_max": 1},
 }
-SEVERAL_A_ROUND = ("stage-0", "stage-1", "stage-2")
-"""Where ranks need not walk through the model together."""
 SPREAD = {"sequence_parallel": 2, "micro_batch_tokens_max": 2}
 SPREAD_CASES: Mapping[str, Mapping[str, Any]] = {
     "spread": {"zero_stage": 1, **SPREAD},
@@ -58,7 +61,13 @@ EXPERT_CASES: Mapping[str, Mapping[str, Any]] = {
     "experts-spread-stage-3": {"zero_stage": 3, **SPREAD},
 }
 """On a model with experts, adapters among them."""
-EVERY_CASE = {**CASES, **SPREAD_CASES, **FULL_CASES, **EXPERT_CASES}
+IN_ORDER = "in-order-"
+IN_ORDER_CASES: Mapping[str, Mapping[str, Any]] = {
+    f"{IN_ORDER}{name}": {**CASES, **FULL_CASES}[name]
+    for name in ("stage-0", "stage-1", "full-stage-3")
+}
+"""As on GPUs that give the same bits each time: ranks add up in their order."""
+EVERY_CASE = {**CASES, **SPREAD_CASES, **FULL_CASES, **EXPERT_CASES, **IN_ORDER_CASES}
 MODELS = {"m": LoraConfig(rank=4, seed=7), "n": LoraConfig(rank=2, seed=8, train_mlp=False)}
 COUNTS = (3, 1, 2, 5)
 EPS = (0.1, 1e-12)
@@ -69,7 +78,51 @@ RL_LOSSES = {0.1: (Ppo(), Gspo(clip_low_threshold=0.5, clip_high_threshold=2.0))
 
 def eps_of(case: str) -> Sequence[float]:
     """The stages have both; what a case adds to its stage, or to its model, is the same to Adam."""
-    return EPS if case.removeprefix("full-") in STAGES else EPS[:1]
+    both = STAGES if EVERYTHING else ("stage-1",)
+    return EPS if case.removeprefix("full-") in both else EPS[:1]
+
+
+def data_of(index: int) -> list[Datum]:
+    """Data of a call; of the last one several begin alike."""
+    data = make_data(index, COUNTS[index])
+    return data if index < len(COUNTS) - 1 else [data[0], *begin_alike(index, data[1:], 20)]
+
+
+def is_full(case: str) -> bool:
+    """Whether a case trains all weights."""
+    return case.removeprefix(IN_ORDER) in FULL_CASES
+
+
+@contextlib.contextmanager
+def as_case_says(case: str) -> Iterator[None]:
+    """A processor takes part in a case that a GPU alone has."""
+    if not case.startswith(IN_ORDER):
+        yield
+        return
+    with mock.patch.object(Determinism, "decide", return_value=True):
+        yield
+
+
+def sums_in_order() -> bool:
+    """Whether the ranks add up in their order, to the bit; and otherwise to rounding."""
+    rank, ranks = distributed.rank_and_world_size()
+    of_ranks = [torch.randn(8 * ranks, generator=torch.manual_seed(r)) for r in range(ranks)]
+    expected = of_ranks[0].clone()
+    for values in of_ranks[1:]:
+        expected += values
+    slices = [
+        sums.reduce_scatter(of_ranks[rank].clone(), in_order=in_order) for in_order in (True, False)
+    ]
+    whole = [of_ranks[rank][:5].clone() for _ in range(2)]
+    for values, in_order in zip(whole, (True, False), strict=True):
+        sums.all_reduce(values, in_order=in_order)
+    one = of_ranks[rank].sum()
+    sums.all_reduce(one, in_order=True)
+    torch.testing.assert_close(slices[1], expected.chunk(ranks)[rank])
+    torch.testing.assert_close(whole[1], expected[:5])
+    torch.testing.assert_close(one, sum(values.sum() for values in of_ranks))
+    same = torch.equal(slices[0], expected.chunk(ranks)[rank])
+    return same and torch.equal(whole[0], expected[:5])
 
 
 def script(engine: TrainingEngine, all_eps: Sequence[float] = EPS) -> dict[str, np.ndarray]:
@@ -96,8 +149,8 @@ def full_script(engine: TrainingEngine, all_eps: Sequence[float] = EPS) -> dict[
             weight_decay=0.1,
             grad_clip_norm=50.0,
         )
-        for index, count in enumerate(COUNTS):
-            data = make_data(index, count)
+        for index in range(len(COUNTS)):
+            data = data_of(index)
             metrics, logprobs = collect(engine, "full", data, backward=True)
             results[f"eps {eps:g} loss {index}"] = np.array(metrics["loss:sum"])
             results[f"eps {eps:g} logprobs {index}"] = np.concatenate(logprobs)
@@ -117,13 +170,13 @@ def full_script(engine: TrainingEngine, all_eps: Sequence[float] = EPS) -> dict[
 def _train(engine: TrainingEngine, eps: float) -> dict[str, np.ndarray]:
     results: dict[str, np.ndarray] = {}
     adam = AdamParams(learning_rate=1e-2 if eps > 1e-3 else 1e-4, eps=eps, grad_clip_norm=80.0)
-    for index, count in enumerate(COUNTS):
+    for index in range(len(COUNTS)):
         for model_id in MODELS:
-            metrics, logprobs = collect(engine, model_id, make_data(index, count), backward=True)
+            metrics, logprobs = collect(engine, model_id, data_of(index), backward=True)
             results[f"{model_id} loss {index}"] = np.array(metrics["loss:sum"])
             results[f"{model_id} logprobs {index}"] = np.concatenate(logprobs)
             for loss_fn in RL_LOSSES[eps]:
-                data = _rl_data(index, count, logprobs)
+                data = _rl_data(index, logprobs)
                 metrics, _ = collect(engine, model_id, data, loss_fn, backward=True)
                 results[f"{model_id} {loss_fn.name} {index}"] = np.array(metrics["loss:sum"])
             if index % 2:
@@ -139,22 +192,22 @@ def _train(engine: TrainingEngine, eps: float) -> dict[str, np.ndarray]:
 
 
 def _save_and_load(engine: TrainingEngine, model_id: str) -> None:
-    state = engine.export_state(model_id, optimizer=True)
+    state = on_every_rank(engine.export_state(model_id, optimizer=True))
     engine.delete_model(model_id)
     engine.create_model(model_id, state.tuning)
     engine.import_state(model_id, state, optimizer=True)
 
 
-def _rl_data(seed: int, count: int, logprobs: Sequence[np.ndarray]) -> list[Datum]:
+def _rl_data(index: int, logprobs: Sequence[np.ndarray]) -> list[Datum]:
     """Data whose sampling logprobs are near those of the model; a loss reads what it needs."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(index)
     near = [lp + rng.normal(scale=0.1, size=lp.shape).astype(np.float32) for lp in logprobs]
     return [
         Datum(
             datum.tokens,
             {**datum.loss_fn_inputs, "sequence_ratio_mask": np.ones(len(datum.tokens), np.float32)},
         )
-        for datum in make_rl_data(seed, count, near)
+        for datum in make_rl_data(index, data_of(index), near)
     ]
 
 
@@ -182,6 +235,22 @@ def held_by_full(engine: Any) -> dict[str, int]:
         "gradients": model.pending.copy().numel(),
         "moments": slot.zero._own_moments()[0].numel(),
     }
+
+
+def copied(engine: TrainingEngine, model_id: str) -> dict[str, int]:
+    """Bytes that a copy of a model's state brings to this rank's host memory, and those it has."""
+    bytes_count = 0
+    real = whole_states.host_copy
+
+    def counted(flat: torch.Tensor, *into: torch.Tensor) -> torch.Tensor:
+        nonlocal bytes_count
+        bytes_count += flat.numel() * flat.element_size()
+        return real(flat, *into)
+
+    with mock.patch.object(whole_states, "host_copy", counted):
+        state = engine.export_state(model_id, optimizer=True)
+    arrays = [*state.weights.values(), *state.optimizer.values()]
+    return {"copied": bytes_count, "state": sum(array.nbytes for array in arrays)}
 
 
 COLLECTIVES = (
@@ -217,29 +286,35 @@ def collectives(engine: Any, tokens_max: int) -> dict[str, Any]:
     return {"micro_batches": count, "counts": counts}
 
 
+def run(case: str, folder: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What the ranks compute in a case, and what this one holds and says."""
+    engine = make_engine("deepspeed", folder, dtype="float32", **EVERY_CASE[case])
+    if is_full(case):
+        results = full_script(engine, eps_of(case))
+        engine.create_model("full", FullConfig())
+        engine.optim_step("full", AdamParams())
+        collect(engine, "full", make_data(0, 2), backward=True)
+        engine.engine._release()
+        return results, {**held_by_full(engine), **copied(engine, "full")}
+    results = script(engine, eps_of(case))
+    engine.create_model("resident", MODELS["m"])
+    found = held(engine)
+    engine.optim_step("resident", AdamParams())
+    found |= copied(engine, "resident")
+    if case.startswith(IN_ORDER):
+        found["in order"] = sums_in_order()
+    if case in STAGES:
+        found["collectives"] = [collectives(engine, most) for most in (1000, 16)]
+    return results, found
+
+
 def main() -> None:
     dense, with_experts, out, *cases = sys.argv[1:]
     torch.set_num_threads(1)
     rank, _ = distributed.rank_and_world_size()
     for case in cases:
-        settings = EVERY_CASE[case]
-        folder = with_experts if case in EXPERT_CASES else dense
-        engine = make_engine(
-            "deepspeed", folder, dtype="float32", on_progress=lambda _: None, **settings
-        )
-        if case in FULL_CASES:
-            results = full_script(engine, eps_of(case))
-            engine.create_model("full", FullConfig())
-            engine.optim_step("full", AdamParams())
-            collect(engine, "full", make_data(0, 2), backward=True)
-            engine.engine._release()
-            found = held_by_full(engine)
-        else:
-            results = script(engine, eps_of(case))
-            engine.create_model("resident", MODELS["m"])
-            found = held(engine)
-            if case in SEVERAL_A_ROUND:
-                found["collectives"] = [collectives(engine, most) for most in (1000, 16)]
+        with as_case_says(case):
+            results, found = run(case, with_experts if case in EXPERT_CASES else dense)
         Path(out, f"{case}.{rank}.json").write_text(json.dumps(found))
         if rank == 0:
             np.savez(Path(out, f"{case}.npz"), **results)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from checkpoints import to_files
-from data import make_data, make_rl_data
+from data import begin_alike, make_data, make_rl_data
 from engines import make_engine
 from tinsmithd.domain import AdamParams, CrossEntropy, Datum, FullConfig, LoraConfig, LossFn
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted
@@ -86,11 +86,13 @@ CASES: Mapping[int, Mapping[str, Case]] = {
 }
 """By number of ranks."""
 
+ALIKE = [*make_data(0, 2), *begin_alike(3, make_data(3, 5), 17)]
+"""Several of them begin alike, and what they begin with is computed once."""
 CALLS: Sequence[tuple[list[Datum], LossFn, bool]] = (
     (make_data(1, 9), CrossEntropy(), True),
     (make_data(2, 3), CrossEntropy(), False),
     (
-        make_rl_data(3, 5, [np.full(len(d.tokens), -5, np.float32) for d in make_data(3, 5)]),
+        make_rl_data(3, ALIKE, [np.full(len(d.tokens), -5, np.float32) for d in ALIKE]),
         Ppo(),
         True,
     ),

@@ -74,7 +74,7 @@ def test_a_plan_has_what_was_recomputed(results: Path, ranks: int, case: str) ->
     """All of what has a way back, nothing of what has none."""
     compositions = read_compositions(results / str(ranks) / case)
     recomputed = [
-        {again for round_ in composition["rounds"] for of_rank in round_ for again, _ in of_rank}
+        {again for round_ in composition["rounds"] for of_rank in round_ for again, *_ in of_rank}
         for composition in compositions
     ]
     assert recomputed == [{1}, {0}, {1}, {1}, {1}]

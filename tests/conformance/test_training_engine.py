@@ -180,7 +180,7 @@ def test_own_logprobs_give_minus_the_advantages(engine: TrainingEngine) -> None:
     """importance_sampling and ppo at ratio 1."""
     engine.create_model("m", LORA)
     _, logprobs = collect(engine, "m", make_data(0, 3), backward=False)
-    data = make_rl_data(0, 3, logprobs)
+    data = make_rl_data(0, make_data(0, 3), logprobs)
     expected = -sum(float(d.loss_fn_inputs["advantages"].sum()) for d in data)
     for loss in (ImportanceSampling(), Ppo()):
         metrics, _ = collect(engine, "m", data, loss, backward=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import collect
@@ -27,12 +27,18 @@ from tiny_models import write_tiny_model
 SHAPE = Shape(heads=4, kv_heads=2, head_size=8)
 
 
-def probabilities(q: Tensor, k: Tensor, starts: Tensor, scale: float, window: int) -> Tensor:
-    """`(heads, T, T)`; `window` is -1, or how many tokens before itself a token sees."""
-    place = torch.arange(len(q))
-    segment = torch.searchsorted(starts.long(), place, right=True)
-    distance = place[:, None] - place[None]
-    seen = (segment[:, None] == segment[None]) & (distance >= 0)
+def probabilities(
+    q: Tensor, k: Tensor, starts: Tensor, key_starts: Tensor, scale: float, window: int
+) -> Tensor:
+    """`(heads, T, S)`; `window` is -1, or how many tokens before itself a token sees. The queries
+    of a segment are those of its last keys."""
+    places, segments = [], []
+    for rows, begins in ((q, starts.long()), (k, key_starts.long())):
+        place = torch.arange(len(rows))
+        segments.append(torch.searchsorted(begins, place, right=True) - 1)
+        places.append(place - begins[segments[-1] + 1])  # from its segment's end
+    distance = places[0][:, None] - places[1][None]
+    seen = (segments[0][:, None] == segments[1][None]) & (distance >= 0)
     if window >= 0:
         seen &= distance <= window
     scores = torch.einsum("thd,shd->hts", q, in_groups(k, q)) * scale
@@ -44,22 +50,45 @@ def in_groups(x: Tensor, q: Tensor) -> Tensor:
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
     """By one table of scores."""
-    p = probabilities(q, k, starts, scale, window)
+    p = probabilities(q, k, starts, key_starts, scale, window)
     return torch.einsum("hts,shd->thd", p, in_groups(v, q))
 
 
-@torch.library.custom_op("tinsmith_tests::attend", mutates_args={})
-def _attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int) -> Tensor:
-    return attend(q, k, v, starts, scale, window)
+@library.custom_op("tinsmith_tests::attend", mutates_args={})
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    return attend(q, k, v, starts, key_starts, scale, window)
 
 
-@torch.library.custom_op("tinsmith_tests::attend_back", mutates_args={})
+@library.custom_op("tinsmith_tests::attend_back", mutates_args={})
 def _attend_back(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, window: int
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = probabilities(q, k, starts, scale, window)
+    p = probabilities(q, k, starts, key_starts, scale, window)
     d_p = torch.einsum("thd,shd->hts", g, in_groups(v, q))
     d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * scale
     d_q = torch.einsum("hts,shd->thd", d_scores, in_groups(k, q))
@@ -78,6 +107,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 def _back(ctx: Any, g: Tensor) -> Any:
     return (
         *_attend_back(g.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.window),
+        None,
         None,
         None,
         None,
@@ -101,13 +131,13 @@ def varlen_attn(
     enable_gqa: bool = False,
 ) -> Tensor:
     """In the place of torch's; one operation, as that is."""
-    assert cu_seq_q is cu_seq_k
-    assert cu_seq_q.dtype == torch.int32
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert window_size[1] == 0  # nobody sees what comes later
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert max_q == int(cu_seq_q.diff().max())
+    assert max_k == int(cu_seq_k.diff().max())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _attend(query, key, value, cu_seq_q, scale, window_size[0])
+    return _attend(query, key, value, cu_seq_q, cu_seq_k, scale, window_size[0])
 
 
 @pytest.fixture
@@ -223,8 +253,9 @@ def kernel(name: str, compute: Compute) -> Callable[[], Kernel]:
 
 def right(*inputs: Any, scale: float | None, window: int | None) -> Tensor:
     """As torch's, by the stand-in."""
-    q, k, v, starts, _ = inputs
-    return attend(q, k, v, starts, q.shape[-1] ** -0.5, -1 if window is None else window - 1)
+    q, k, v, starts, key_starts, _, _ = inputs
+    before = -1 if window is None else window - 1
+    return attend(q, k, v, starts, key_starts, q.shape[-1] ** -0.5, before)
 
 
 def too_wide(*inputs: Any, scale: float | None, window: int | None) -> Tensor:
@@ -256,6 +287,7 @@ def test_the_first_kernel_that_is_right_serves(caplog: pytest.LogCaptureFixture)
         found = varlen.first_that_works([*wrong, kernel("right", right)], differs)
     assert found is not None
     assert found.name == "right"
+    assert found.in_contexts
     for said in (
         "No module named 'flash_attn'",
         "no kernel image",
@@ -265,7 +297,26 @@ def test_the_first_kernel_that_is_right_serves(caplog: pytest.LogCaptureFixture)
         assert said in caplog.text
     assert "for this device" not in caplog.text
     assert varlen.first_that_works(wrong, differs) is None
-    assert differs(right) < 1e-5
+    for contexts in (varlen._NO_CONTEXTS, varlen._TRIED_CONTEXTS):
+        assert differs(right, contexts) < 1e-5
+
+
+def top_left(*inputs: Any, scale: float | None, window: int | None) -> Tensor:
+    """Takes queries for those of the first keys."""
+    q, k, v, starts, key_starts, longest, _ = inputs
+    counts, keys = starts.diff().tolist(), key_starts[:-1].tolist()
+    first = torch.cat([torch.arange(at, at + n) for at, n in zip(keys, counts, strict=True)])
+    return right(
+        q, k[first], v[first], starts, starts, longest, longest, scale=scale, window=window
+    )
+
+
+def test_a_kernel_that_knows_no_contexts_serves_where_there_are_none() -> None:
+    """The loop computes what several data begin with."""
+    differs = partial(varlen.difference, torch.device("cpu"), torch.float32, SHAPE, packing._loop)
+    found = varlen.first_that_works([kernel("top_left", top_left)], differs)
+    assert found is not None
+    assert not found.in_contexts
 
 
 def test_a_processor_and_float32_have_none() -> None:
@@ -284,13 +335,15 @@ def test_float32_on_a_gpu_is_warned_of() -> None:
 def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is installed: causal, with the window before a token."""
 
-    def flash_attn_varlen_func(*inputs: Any, softmax_scale: Any, causal: bool, window_size: Any):  # type: ignore[no-untyped-def]
-        q, k, v, starts, ends, longest, also = inputs
-        assert starts is ends
-        assert longest == also
+    def flash_attn_varlen_func(  # type: ignore[no-untyped-def]
+        *inputs: Any, softmax_scale: Any, causal: bool, deterministic: bool, window_size: Any
+    ):
+        assert not deterministic
+        q, k, v, starts, key_starts, longest, key_longest = inputs
+        assert (starts is key_starts) == (longest == key_longest)
         assert causal
         scale = softmax_scale or q.shape[-1] ** -0.5
-        return attend(q, k, v, starts, scale, window_size[0])
+        return attend(q, k, v, starts, key_starts, scale, window_size[0])
 
     installed = ModuleType("flash_attn")
     installed.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]

@@ -25,8 +25,8 @@ SPREAD = b'{"ranks":2,"rounds":[[[[0,[0],2]],[]],[[[0,[1]]],[]]]}'
 def compositions(folder: Path) -> set[bytes]:
     """In which calls were computed, as the journal has it."""
     with sqlite3.connect(folder / "journal.sqlite") as journal:
-        rows = journal.execute("SELECT plan FROM calls WHERE plan != x''")
-        return {batch for (plan,) in rows for batch in Composition.decode(plan).batches}
+        rows = journal.execute("SELECT composition FROM calls WHERE composition != x''")
+        return {batch for (found,) in rows for batch in Composition.decode(found).batches}
 
 
 def data(seed: int) -> list[types.Datum]:

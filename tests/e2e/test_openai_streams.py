@@ -16,7 +16,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import programs
+from clusters import until_health
 from gateways import RunningGateway, running_gateway
+from tinsmithd.up import SERVICES
 from tiny_models import write_tiny_model
 
 CONTEXT = 30_000
@@ -68,6 +70,7 @@ class Small:
         )
         self._port = self.sampler.port_in(self._folder / "sampler.port")
         self.sampler.until(lambda: self.sampler.says("metrics are at"))
+        until_health(f"127.0.0.1:{self._port}", serving=True, service=SERVICES["sampler"])
 
     def value(self, name: str) -> float:
         """A number that the Sampler tells Prometheus."""

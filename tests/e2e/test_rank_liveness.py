@@ -62,14 +62,16 @@ def long_call(stubs: Cluster) -> Iterator[pb.ForwardBackwardResponse]:
     """The answers of a call that takes long; its first results are there already."""
     lora = pb.LoraConfig(rank=2, seed=1)
     model_id = stubs.training.CreateModel(pb.CreateModelRequest(lora_config=lora)).model.model_id
-    tokens = np.arange(256)
-    tensor = tensors.encode(tokens)
-    datum = pb.Datum(
-        model_input=pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensor)]),
-        loss_fn_inputs={"target_tokens": tensor, "weights": tensors.encode(np.ones(256, "f4"))},
-    )
+    weights = tensors.encode(np.ones(256, "f4"))
     loss_fn = pb.LossFn(cross_entropy=pb.CrossEntropyLoss())
-    request = pb.ForwardBackwardRequest(model_id=model_id, loss_fn=loss_fn, data=[datum] * 1000)
+    request = pb.ForwardBackwardRequest(model_id=model_id, loss_fn=loss_fn)
+    # Different from their first tokens on: what data begin with is computed once.
+    for tokens in np.random.default_rng(1).integers(0, 256, (400, 256)):
+        tensor = tensors.encode(tokens)
+        request.data.add(
+            model_input=pb.ModelInput(chunks=[pb.ModelInputChunk(tokens=tensor)]),
+            loss_fn_inputs={"target_tokens": tensor, "weights": weights},
+        )
     answers = stubs.training.ForwardBackward(iter([request]))
     next(answers)
     return answers

@@ -105,6 +105,7 @@ def test_it_runs_a_command_and_ends_with_its_status(tiny_model: Path, tmp_path: 
         "print(tinsmith.ServiceClient().get_server_capabilities()); "
         "url = os.environ['OPENAI_BASE_URL']; "
         "assert url == os.environ['TINKER_BASE_URL'] + '/v1'; "
+        "assert os.environ['TINSMITH_HTTP_URL'] == os.environ['TINKER_BASE_URL']; "
         "print(url, urllib.request.urlopen(url + '/models').read()); sys.exit(7)"
     )
     hostile = tmp_path / "hostile"
@@ -247,3 +248,40 @@ def test_servers_end_with_a_killed_starter(tiny_model: Path, tmp_path: Path) -> 
     process.kill()
     process.communicate()
     wait_until_silent(ports)
+
+
+def test_a_cluster_speaks_tls_with_certificates_of_its_own(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Servers, ranks, gateway and the program that it runs; nobody without its authority. Servers
+    call the Checkpoint server at a port of their own."""
+    log = tmp_path / "data" / "logs" / "checkpoint.log"
+    code = (
+        "import os, re, urllib.request, grpc, tinsmith; "
+        "address = os.environ['TINSMITH_ADDRESS']; "
+        "service = tinsmith.ServiceClient(); "
+        "trainer = service.create_lora_training_client('tiny-llama', rank=2); "
+        "print(trainer.result().save_weights_and_get_sampling_client().sample("
+        "tinsmith.ModelInput.from_ints([1]), 1, tinsmith.SamplingParams(max_tokens=1)).result()); "
+        "print(urllib.request.urlopen(os.environ['OPENAI_BASE_URL'] + '/models').status); "
+        f"said = open({str(log)!r}).read(); "
+        "port = re.search(r'servers call at 127.0.0.1:(\\d+), with TLS', said)[1]; "
+        "rows = [line.split() for name in ('tcp', 'tcp6') for line in open(f'/proc/net/{name}')]; "
+        "theirs = [r for r in rows if r[2].endswith(f':{int(port):04X}') and r[3] == '01']; "
+        "print('callers:', len(theirs)); "
+        "del os.environ['TINSMITH_CA_FILE']; "
+        "service = tinsmith.ServiceClient(); "
+        "service.get_server_capabilities()"
+    )
+    data = tmp_path / "data"
+    process = up(tiny_model, data, "--tls", "--", sys.executable, "-P", "-c", code, forked=True)
+    out, error = process.communicate(timeout=START_S_MAX)
+    assert process.returncode == 1, out + error
+    assert f"TINSMITH_CA_FILE={data / 'tls' / 'ca.pem'}\n" in out
+    assert re.search(r"^TINKER_BASE_URL=https://127.0.0.1:\d+$", out, re.M)
+    assert "sequences=[" in out
+    assert "\n200\n" in out
+    assert re.search(r"^callers: [2-9]$", out, re.M), "Training and Sampler"
+    assert re.search("CERTIFICATE_VERIFY_FAILED: .* do not vouch for", error)
+    others = [path for path in data.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+    assert not others, "what is on disk is for its user alone"

@@ -34,10 +34,17 @@ Fault = Callable[[Any], Any]
 
 
 async def refuse(
-    context: Any, code: grpc.StatusCode, reason: str = "", *, retry_s: float | None = None
+    context: Any,
+    code: grpc.StatusCode,
+    reason: str = "",
+    *,
+    retry_s: float | None = None,
+    address: str = "",
 ) -> None:
     """End a call with a status as Tinsmith's servers write it."""
-    details = [error_details_pb2.ErrorInfo(reason=reason, domain="tinsmith")] if reason else []
+    said = {"training_address": address} if address else {}
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="tinsmith", metadata=said)
+    details = [info] if reason else []
     if retry_s is None and reason and RULES[Reason(reason)].retry == "always":
         retry_s = 0.0
     if retry_s is not None:

@@ -10,13 +10,13 @@ import programs
 
 
 @contextlib.contextmanager
-def hung(pid: int) -> Iterator[None]:
-    """A process does nothing for the body of the `with`."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
+def hung(*pids: int) -> Iterator[None]:
+    """Processes do nothing for the body of the `with`."""
+    with contextlib.ExitStack() as stopped:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            stopped.callback(os.kill, pid, signal.SIGCONT)
         yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 class Process(programs.Logged):

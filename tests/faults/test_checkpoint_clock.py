@@ -1,5 +1,6 @@
 """Rows 36 and 37: clocks that jump, and removals that meet readers."""
 
+import contextlib
 import random
 import threading
 import time
@@ -223,5 +224,9 @@ def test_a_close_waits_for_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyP
     sweep.start()
     begun.wait(10)
     keeper.close()
-    assert not blobs(tmp_path / "data")
+    left = blobs(tmp_path / "data")
     sweep.join()
+    assert blobs(tmp_path / "data") == left
+    with contextlib.closing(open_keeper(tmp_path / "data", checkpoint_bytes_max=1 << 30)) as after:
+        after.sweep()
+        assert not blobs(tmp_path / "data")

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from checkpoints import PATH, ServerProcess, blobs, files, staged
+from checkpoints import PATH, ServerProcess, blobs, files, left_staged
 from faults.amount import amount
 
 CRASHES = amount(1, full=10)
@@ -79,7 +79,7 @@ def test_a_crash_while_overwriting_leaves_the_old_or_the_new_checkpoint(
             assert server.read() == (new if failpoint == AFTER_COMMIT else old)
             assert server.read(BYSTANDER) == files(1)
             assert server.paths().count(PATH) == 1
-            assert staged(folder) == []
+            assert left_staged(folder) == []
             server.write(new, **write)
             assert server.read() == new
         old = new
@@ -109,7 +109,7 @@ def test_a_crash_while_writing_a_new_name_leaves_it_whole_or_absent(
             expected[path] = content
         with ServerProcess(folder) as server:
             assert sorted(server.paths()) == sorted(expected)
-            assert staged(folder) == []
+            assert left_staged(folder) == []
             until_swept(folder, expected)
             first = server.get(path) if path in expected else None
             again = server.write(content, path, request_id=path)
@@ -142,7 +142,7 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_checkpoint(tmp_path: Path) -
     for _ in range(KILLS):
         tried = acknowledged
         with ServerProcess(folder) as server:
-            assert staged(folder) == []
+            assert left_staged(folder) == []
             killer = threading.Timer(rng.uniform(0, 0.15), server.process.kill)
             killer.start()
             try:

@@ -21,7 +21,7 @@ from checkpoints import (
     files,
     keep,
     kept,
-    staged,
+    left_staged,
 )
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint import server as server_module
@@ -97,7 +97,7 @@ def test_a_full_disk_refuses_a_save_and_keeps_what_was_there(
         filler = fill(small_disk, leave=100_000)
         refused_as_full(server, 1, PATH, overwrite=True)
         refused_as_full(server, 1, NEW)
-        assert staged(folder) == []
+        assert left_staged(folder) == []
         assert blobs(folder) == before
         assert server.read() == old
         assert server.paths() == [PATH]
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_at_any_byte_leaves_the_old_or_the_new_checkpoint(
         except ResourceExhausted as error:
             outcomes.add(error.reason)
         assert kept(keeper) == current
-        assert staged(folder) == []
+        assert left_staged(folder) == []
         keeper.sweep()
         assert len(blobs(folder)) == 4
         filler.unlink()
@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_once_refuses_once(tmp_path: Path, place: str) -> No
         server.write(files(0))
         before = blobs(folder)
         refused_as_full(server, 1, PATH, overwrite=True)
-        assert staged(folder) == []
+        assert left_staged(folder) == []
         assert blobs(folder) == before
         assert server.read() == files(0)
         server.write(files(1, columns=20_000), overwrite=True)
@@ -212,7 +212,7 @@ def test_a_failing_disk_refuses_a_save_and_keeps_what_was_there(
     full = number == errno.EDQUOT
     assert refusal.value.reason == ("STORAGE_FULL" if full else "CHECKPOINT_UNAVAILABLE")
     assert refusal.value.retry_after_s
-    assert staged(tmp_path / "data") == []
+    assert left_staged(tmp_path / "data") == []
     assert blobs(tmp_path / "data") == before
     keep(keeper, files(1), overwrite=True)
     assert kept(keeper) == files(1)
@@ -244,7 +244,7 @@ def test_a_catalogue_that_cannot_be_written_refuses_and_gives_the_room_back(
     with pytest.raises(expected):
         keep(keeper, files(1), name)
     assert blobs(tmp_path / "data") == before
-    assert staged(tmp_path / "data") == []
+    assert left_staged(tmp_path / "data") == []
     # What may have got into the log cannot come back and look for the files that are gone.
     assert (tmp_path / "data" / "catalogue.sqlite-wal").stat().st_size == 0
     assert kept(keeper) == files(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from checkpoints import PATH, ServerProcess, files, keep, kept, messages, staged
+from checkpoints import PATH, ServerProcess, files, keep, kept, left_staged, messages, staged
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.opening import open_keeper
@@ -47,7 +47,7 @@ def test_a_writer_of_a_lower_epoch_is_refused_at_the_header(
     assert reason_and_field(refusal.value)[0] == "STALE_EPOCH"
     refused(server, PATH, "a", 0)
     refused(server, PATH + "-new", "a", 2)
-    assert staged(tmp_path / "data") == []
+    assert left_staged(tmp_path / "data") == []
     assert server.paths() == [PATH]
     assert server.read() == files(0)
     server.write(files(1), PATH + "-b", writer="b", writer_epoch=1)
@@ -76,7 +76,7 @@ def test_an_epoch_may_not_jump(server: ServerProcess, tmp_path: Path, epoch: int
     server.write(files(1), PATH + "-1", writer="a", writer_epoch=3)
     server.write(files(2), PATH + "-2", writer="a", writer_epoch=10**6 + 3)
     server.write(files(3), PATH + "-3", writer="never-seen", writer_epoch=10**6)
-    assert staged(tmp_path / "data") == []
+    assert left_staged(tmp_path / "data") == []
 
 
 def test_a_stale_writer_is_not_told_its_name(server: ServerProcess) -> None:
@@ -119,7 +119,7 @@ def test_a_writer_that_is_replaced_while_it_streams_is_refused_at_the_commit(
     assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert reason_and_field(refusal.value)[0] == "STALE_EPOCH"
     assert server.read() == files(1)
-    assert staged(tmp_path / "data") == []
+    assert left_staged(tmp_path / "data") == []
 
 
 def test_a_header_of_a_higher_epoch_fences_even_if_its_write_fails(server: ServerProcess) -> None:

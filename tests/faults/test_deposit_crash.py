@@ -19,8 +19,8 @@ from checkpoints import (
     commit,
     files,
     leave,
+    left_staged,
     messages,
-    staged,
 )
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from wire import reason_and_field
@@ -74,7 +74,7 @@ def test_a_crash_while_a_deposit_is_taken_leaves_the_old_or_the_new_checkpoint(
             assert server.process.wait(10) == -signal.SIGKILL, f"{place} was not reached"
         with ServerProcess(folder) as server:
             assert server.read() == (new if place == AFTER_COMMIT else old)
-            assert staged(folder) == []
+            assert left_staged(folder) == []
             take(server, folder, new)
             assert server.read() == new
         old = new
@@ -90,7 +90,7 @@ def test_a_disk_that_is_full_once_refuses_a_deposit_once(tmp_path: Path, place: 
         with pytest.raises(grpc.RpcError) as refusal:
             take(server, folder, files(1))
         assert reason_and_field(refusal.value)[0] == "STORAGE_FULL"
-        assert staged(folder) == []
+        assert left_staged(folder) == []
         assert blobs(folder) == before
         assert server.read() == files(0)
         take(server, folder, files(1))

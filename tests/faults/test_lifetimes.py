@@ -1,5 +1,6 @@
 """What is not used any more goes, and what is used stays: weights of training loops, and models."""
 
+import contextlib
 import os
 import pickle
 import signal
@@ -41,7 +42,11 @@ class Lifetimes:
 
     def bytes_on_disk(self) -> int:
         """Of all checkpoints, as the disk has them."""
-        return sum(path.stat().st_size for path in self._blobs.rglob("*") if path.is_file())
+        found = 0
+        for path in self._blobs.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # it was reclaimed just now
+                found += path.stat().st_size
+        return found
 
     def restart(self) -> None:
         """The Training server dies, and its ranks with it; both are started again."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tinsmith
-from clusters import children, until_gone
+from clusters import children, rank_groups, until_gone
 from faults.processes import Process, Training
 from kube.worker import batch
 from tinsmith import types
@@ -42,21 +42,18 @@ class Machines:
         # The second first: it waits for the other.
         self.machines = {node: self.start(node) for node in (1, 0)}
 
-    def start(self, node: int) -> Process:
+    def start(self, node: int, **settings: object) -> Process:
         """Start a machine."""
-        return self.training.start_rank(
-            nodes=2, node=f"trainer-{node}", ranks=RANKS, meet_address=self._meet, restart=True
-        )
+        place = {"nodes": 2, "node": f"trainer-{node}", "meet_address": self._meet}
+        return self.training.start_rank(**place, ranks=RANKS, restart=True, **settings)
 
     def ranks(self, node: int) -> Sequence[int]:
         """Process ids of a machine's ranks; none while they are not all there."""
         with ExitStack() as stack:
             stack.push(lambda kind, *_: kind in (FileNotFoundError, ProcessLookupError))
-            for child in children(self.machines[node].pid):
-                # The template, its starter, the ranks.
-                for starter in children(child):
-                    if len(found := children(starter)) == RANKS:
-                        return found
+            for starter in rank_groups(self.machines[node].pid):
+                if len(found := children(starter)) == RANKS:
+                    return found
         return []
 
 
@@ -120,5 +117,19 @@ def test_a_machine_ends_politely(machines: Machines) -> None:
     machines.machines[1].signal(signal.SIGTERM)
     assert machines.machines[1].wait() == 128 + signal.SIGTERM
     until_gone(ranks)
+    machines.machines[1] = machines.start(1)
+    assert train(machines.address)
+
+
+def test_machines_that_are_set_in_another_way_are_no_group(machines: Machines) -> None:
+    """Each would compute other data than the others believe; they are one once they are alike."""
+    machines.machines[1].kill()
+    machines.machines[1] = machines.start(1, share_prefixes=False)
+    machines.machines[1].until(
+        lambda: machines.machines[1].says(
+            "must be set alike: share_prefixes is False here and True on rank 0"
+        )
+    )
+    machines.machines[1].kill()
     machines.machines[1] = machines.start(1)
     assert train(machines.address)

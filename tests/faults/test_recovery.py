@@ -193,7 +193,7 @@ def test_a_replay_that_gives_another_result_is_data_loss_of_that_model(
         # Sealed again: the row is whole, and what it says is not what the replay will give.
         journal.create_function("seal", -1, sqlite_tables.seal, deterministic=True)
         of_first = "WHERE model_id=? AND position=1"
-        for change in ("result_digest=zeroblob(32)", f"crc32={sqlite_tables.CALL_SEAL}"):
+        for change in ("answer_digest=zeroblob(32)", f"crc32={sqlite_tables.CALL_SEAL}"):
             journal.execute(f"UPDATE calls SET {change} {of_first}", (client.model_id,))
     training.restart_server()
     training.start_rank()

@@ -1,10 +1,11 @@
-"""Rows G1 and G2 on a GPU, bfloat16: ragged rows, packed by the engine, padded by a PEFT loop.
+"""Rows G1 to G3 on a GPU, bfloat16: ragged rows, packed by the engine, padded by a PEFT loop.
 
     PYTHONPATH=tests python tests/gpu/bench_gpu.py --shape 0.6b
 
 G1 is the engine's MFU: useful tokens a second times 4 N, over the GPU's dense bfloat16 peak. N is
 the number of parameters in matrix products, the head's included; the work of the adapter and of
 attention itself is not counted, nor are padding and recomputation. G2 is its time over the loop's.
+G3 is the time of a call through a Training server with the settings of deploy/ over the engine's.
 
 Numbers are checked against a float32 loop: the engine may be no further from it than the bfloat16
 loop is, times `BFLOAT16_FACTOR`.
@@ -16,27 +17,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from served_gpu import through_server
 
 from bench import report, workloads
 from bench.configs import QWEN3_0_6B, QWEN3_4B, Shape, write_model
 from bench.harness import Agreement, Result, Side, compare, estimate, measure, middle, ratio, walls
 from bench.sides import BareLoop, Ours, Settings
+from tinsmithd import sizes
 from tinsmithd.domain import Datum
 
 SHAPES = {"0.6b": QWEN3_0_6B, "4b": QWEN3_4B}
 LENGTHS = {"qwen3-0.6b": (128, 1024), "qwen3-4b": (64, 512)}
 """Median and cap, so short that a padded batch fits into 80 GB without recomputation."""
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
-"""Dense bfloat16, from the makers' data sheets; the first name that the device's name holds."""
-
 MFU_TARGET = 0.40
 RATIO_TARGET = 0.45
 BATCHES = 8
@@ -47,8 +39,14 @@ BFLOAT16_FACTOR = 2.0
 
 def peak_flops() -> float | None:
     """Of this GPU; None where it is not known."""
-    name = torch.cuda.get_device_name()
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return sizes.peak_flops(torch.cuda.get_device_name(), "bfloat16")
+
+
+def batches_of(shape: Shape) -> list[list[Datum]]:
+    """The data of all rows."""
+    median, cap = LENGTHS[shape.name]
+    lengths = workloads.padded_batches(BATCHES, ROWS_PER_BATCH, median=median, cap=cap)
+    return [workloads.make_batch(ls, shape.vocab, seed=i) for i, ls in enumerate(lengths)]
 
 
 def ragged_on_gpu(shape: Shape, settings: Settings) -> list[Result]:
@@ -56,9 +54,8 @@ def ragged_on_gpu(shape: Shape, settings: Settings) -> list[Result]:
     folder = write_model(shape, settings.models, dtype=torch.bfloat16)
     ours = Ours(folder, settings, dtype="bfloat16")
     bare = BareLoop(folder, ours.start, dtype="bfloat16", device="cuda")
-    median, cap = LENGTHS[shape.name]
-    lengths = workloads.padded_batches(BATCHES, ROWS_PER_BATCH, median=median, cap=cap)
-    batches = [workloads.make_batch(ls, shape.vocab, seed=i) for i, ls in enumerate(lengths)]
+    batches = batches_of(shape)
+    lengths = [[len(datum.tokens) for datum in batch] for batch in batches]
     agreement = _agree(folder, ours, bare, batches[0])
     together = [datum for batch in batches for datum in batch]
     timings = measure(
@@ -159,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("NO GPU HERE: rows G1 and G2 need one", file=sys.stderr)
+        print("NO GPU HERE: rows G1 to G3 need one", file=sys.stderr)
         return 1
     settings = Settings(
         models=given.models, pairs=given.pairs, micro_batch_tokens_max=MICRO_BATCH_TOKENS_MAX
@@ -167,7 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = report.machine(torch.get_num_threads(), given.pairs)
     values |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     print(report.machine_line(values), flush=True)
-    results = ragged_on_gpu(SHAPES[given.shape], settings)
+    shape = SHAPES[given.shape]
+    results = ragged_on_gpu(shape, settings)
+    torch.cuda.empty_cache()
+    results += through_server(shape, settings, batches_of(shape), peak_flops(), _until_done)
     print(report.table(results))
     print(report.remarks(results))
     if peak_flops() is None:

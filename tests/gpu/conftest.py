@@ -1,9 +1,13 @@
 """Marks what is in this folder; without a GPU it is skipped, and the summary says so in a line."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# What ranks run there they run here.
+sys.path.append(str(Path(__file__).parents[1] / "conformance"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,10 @@ NEAR = 0.02
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("make", varlen.KERNELS)
 def test_a_kernel_gives_what_the_loop_gives(make: Callable[[], Kernel], shape: Shape) -> None:
-    """Output and gradients, with and without a window; flash-attn only where it is installed."""
+    """Output and gradients, with and without a window, alone and behind others.
+
+    flash-attn only where it is installed.
+    """
     try:
         kernel = make()
     except ImportError as error:
@@ -30,8 +33,9 @@ def test_a_kernel_gives_what_the_loop_gives(make: Callable[[], Kernel], shape: S
             raise
         pytest.skip(f"not installed: {error}")
     device = torch.device("cuda")
-    apart = varlen.difference(device, torch.bfloat16, shape, packing._loop, kernel.compute)
-    assert apart <= NEAR
+    for contexts in (varlen._NO_CONTEXTS, varlen._TRIED_CONTEXTS):
+        loop, compute = packing._loop, kernel.compute
+        assert varlen.difference(device, torch.bfloat16, shape, loop, compute, contexts) <= NEAR
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from kube.cluster import KubeCluster, fresh_namespace, without_names
+from kube.cluster import BASE_MODEL, KubeCluster, fresh_namespace, without_names
 from tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.timeout(600)
+
 STEPS = 30
-BASE_MODEL = "SmolLM2-135M-Instruct"
-"""Name of the folder that deploy/base/config.toml names; a tiny random model lies in it here."""
+GATEWAY = "http://gateway:8080"
 
 
 @pytest.fixture(scope="module")
@@ -96,25 +97,73 @@ def test_samplers_are_scaled_and_killed(
     assert without_names(cluster.run_script(STEPS, {STEPS - 1: kill_one})) == undisturbed
 
 
-@pytest.mark.parametrize("name", ["training", "checkpoint", "sampler"])
-@pytest.mark.usefixtures("undisturbed")  # all pods are there
-def test_metrics_are_where_the_pod_says(cluster: KubeCluster, name: str) -> None:
+def metrics_of(cluster: KubeCluster, name: str) -> list[str]:
     """Read from another pod, at the address and the port that Prometheus would find."""
     (pod, *_) = cluster.pods(name)
     found = json.loads(cluster("get", "pod", pod, "--output=json"))
     assert found["metadata"]["annotations"]["prometheus.io/scrape"] == "true"
     port = found["metadata"]["annotations"]["prometheus.io/port"]
-    url = f"http://{found['status']['podIP']}:{port}/metrics"
-    script = f"import urllib.request as r; print(r.urlopen({url!r}, timeout=10).read().decode())"
-    (ranks, *_) = cluster.pods("trainer")
-    lines = cluster("exec", ranks, "--", "python", "-c", script).splitlines()
+    return cluster.fetch(f"http://{found['status']['podIP']}:{port}/metrics").splitlines()
+
+
+@pytest.mark.parametrize("name", ["training", "checkpoint", "sampler"])
+@pytest.mark.usefixtures("undisturbed")  # all pods are there
+def test_metrics_are_where_the_pod_says(cluster: KubeCluster, name: str) -> None:
+    cluster.wait_ready(name)  # a pod that an earlier test had replaced
     service = f'tinsmith_serving{{service="tinsmith.v1.{name.capitalize()}Service"}} 1.0'
-    assert service in lines
+    assert service in metrics_of(cluster, name)
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_ready_means_that_a_call_would_succeed(cluster: KubeCluster) -> None:
+    """Training is not ready without ranks, for all that its port is open; with them it is."""
+    cluster.wait_ready("training")
+    cluster("scale", "statefulset/trainer", "--replicas=0")
+    cluster("wait", "--for=condition=Ready=false", "pod/training-0", "--timeout=120s")
+    assert "tinsmith_training_ranks 0.0" in metrics_of(cluster, "training")
+    cluster("scale", "statefulset/trainer", "--replicas=1")
+    cluster("wait", "--for=condition=Ready", "pod/training-0", "--timeout=120s")
+    assert "tinsmith_training_ranks 1.0" in metrics_of(cluster, "training")
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_the_sampler_computes_with_the_kernels_of_its_image(cluster: KubeCluster) -> None:
+    """It has no compiler, and says that it found them."""
+    cluster.wait_ready("sampler")
+    (pod, *_) = cluster.pods("sampler")
+    assert "computing with compiled kernels" in cluster("logs", pod)
+    which = "command -v cc gcc || echo none"
+    assert cluster("exec", pod, "--", "sh", "-c", which).split() == ["none"]
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_ranks_know_the_memory_of_their_container(cluster: KubeCluster) -> None:
+    """Its limit, of whichever version of control groups the node has, bounds what they take."""
+    (pod, *_) = cluster.pods("trainer")
+    spec = json.loads(cluster("get", "pod", pod, "--output=json"))["spec"]
+    assert spec["containers"][0]["resources"]["limits"]["memory"] == "8Gi"
+    module = "tinsmithd.trainer.compute.container"
+    script = f"from {module} import free_bytes; print(free_bytes())"
+    free = int(cluster("exec", pod, "--", "python", "-P", "-c", script).split()[-1])
+    assert 0 < free < 8 * 1024**3
+
+
+def test_the_gateway_goes_on_with_its_urls_after_a_restart(cluster: KubeCluster) -> None:
+    """HTTP for stock SDKs; a signed URL that one pod gave is good at the next one."""
+    (first, *_) = cluster.run_script(1)
+    cluster.wait_ready("gateway")
+    assert cluster.fetch(f"{GATEWAY}/healthz")
+    path = f"/api/v1/training_runs/{first['model_id']}/checkpoints/weights/end/archive"
+    url = cluster.redirected(GATEWAY + path)
+    assert url.startswith(f"{GATEWAY}/")
+    cluster("rollout", "restart", "deployment/gateway")
+    cluster.wait_ready("gateway")
+    assert "adapter_model.safetensors" in cluster.fetch(url)
 
 
 def test_no_server_is_root_or_writes_beside_its_volumes(cluster: KubeCluster) -> None:
     """The base models are read-only, too."""
-    for name in ("training", "checkpoint", "sampler", "trainer"):
+    for name in ("training", "checkpoint", "sampler", "gateway", "trainer"):
         (pod, *_) = cluster.pods(name)
         script = "id -u; touch /x 2>/dev/null && echo wrote; test -w /models && echo models; true"
         assert cluster("exec", pod, "--", "sh", "-c", script).split() == ["10001"]
@@ -122,7 +171,7 @@ def test_no_server_is_root_or_writes_beside_its_volumes(cluster: KubeCluster) ->
 
 def test_the_logs_have_no_traceback(cluster: KubeCluster) -> None:
     """After all that: what an operator reads is sentences."""
-    for name in ("training", "checkpoint", "sampler", "trainer"):
+    for name in ("training", "checkpoint", "sampler", "gateway", "trainer"):
         for pod in cluster.pods(name):
             log = cluster("logs", pod)
             assert log

@@ -18,15 +18,15 @@ BATCH = 4
 TOKENS = 48
 
 
-def batch(step: int) -> list[types.Datum]:
-    """Data of one step; the same in every run."""
+def batch(step: int, count: int = BATCH, length: int = TOKENS) -> list[types.Datum]:
+    """Data of one step, so many of so many tokens; the same in every run."""
     rng = np.random.default_rng(step)
     data = []
-    for _ in range(BATCH):
-        tokens = rng.integers(0, 256, TOKENS + 1)
+    for _ in range(count):
+        tokens = rng.integers(0, 256, length + 1)
         inputs = {
             "target_tokens": tokens[1:],
-            "weights": rng.normal(size=TOKENS).astype(np.float32),
+            "weights": rng.normal(size=length).astype(np.float32),
         }
         prompt = types.ModelInput.from_ints(tokens[:-1].tolist())
         data.append(types.Datum(model_input=prompt, loss_fn_inputs=inputs))

@@ -6,7 +6,6 @@ Each function is a program of its own, written for the SDKs from 0.18 to 0.38. I
 JSON, what it computed, so that runs can be compared.
 """
 
-import functools
 import json
 import math
 import os
@@ -245,48 +244,13 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-CLASSES = ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient")
-
-
-def public() -> set[str]:
-    """The public methods of the clients; the deprecated `_async` twins are the same ones."""
-    classes = [getattr(tinker, name) for name in CLASSES if hasattr(tinker, name)]
-    return {
-        f"{cls.__name__}.{name}"
-        for cls in classes
-        for name, value in vars(cls).items()
-        if not name.startswith("_") and not name.endswith("_async") and callable(value)
-    }
-
-
-def recorded() -> set[str]:
-    """The public methods that return from now on, by their names."""
-    called: set[str] = set()
-
-    def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            made = method(*args, **kwargs)
-            called.add(name)
-            return made
-
-        return call
-
-    for name in public():
-        cls, method = name.split(".")
-        found = vars(getattr(tinker, cls))[method]
-        setattr(getattr(tinker, cls), method, wrapped(name, found))
-    return called
-
-
 def main(name: str) -> None:
-    """Run one program, and print what it found, and which public methods it called."""
-    called = recorded()
+    """Run one program, and print what it found."""
     service = tinker.ServiceClient()
     found = PROGRAMS[name](service)
     if hasattr(service, "close"):
         service.close("success").result()
-    print(json.dumps({"found": found, "called": sorted(called), "public": sorted(public())}))
+    print(json.dumps({"found": found}))
 
 
 if __name__ == "__main__":

@@ -104,9 +104,10 @@ def newer(service: Any) -> Any:
     assert drawn(now(handle), 1, **settings) == same
     assert drawn(pickle.loads(pickle.dumps(sampler)), 1, **settings) == same
     assert client.get_sampler(sampler._sampling_session_id).result().base_model == BASE_MODEL
+    trace = urllib.request.urlopen(client.export_session_trace(session).result()).read()
+    assert b"weights/t1" in trace
     said = [
-        refused(lambda: client.export_session_trace(session).result(), "not traced"),
-        refused(lambda: client.assign_session_project(session, "p").result(), "no projects"),
+        refused(lambda: client.assign_session_project(session, "p").result(), "one project"),
         refused(lambda: tinker.AdminClient().get_audit_log().result(), "audit"),
         refused(
             lambda: (
@@ -151,6 +152,10 @@ def cli(service: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         said("checkpoint", "download", state, "-o", folder)
         files = {each.name for each in Path(folder).rglob("*") if each.is_file()}
+        trace = Path(folder, "trace")
+        session = training.model_id.partition(":")[0]
+        said("session", "export-trace", session, "--output", str(trace))
+        assert b"weights/t1" in trace.read_bytes()
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files, files
     said("checkpoint", "delete", state, "-y")
     assert state not in said("checkpoint", "list", "--run-id", training.model_id)

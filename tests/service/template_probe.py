@@ -33,6 +33,7 @@ def found() -> dict[str, object]:
         "threads": (torch.get_num_threads(), threading.active_count()),
         "failpoints": str(failpoints._armed),
         "mask": os.umask(0o077),
+        "limits": Path("/proc/self/limits").read_text(),
         "sitecustomized": os.environ.get("SITE_SAYS"),
     }
 

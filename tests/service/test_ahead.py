@@ -15,10 +15,12 @@ from sampler_server import PATH, Served
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState
+from tinsmithd.files import BLOBS_FOLDER, blob_file
 from tinsmithd.modeling.base import load_base
 from tinsmithd.sampler import ahead
 from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.server import SamplerServer
+from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
 
@@ -122,6 +124,34 @@ async def test_weights_are_there_before_the_first_call_asks_for_them(
         )
         assert len(made[0][0]) == 8
         assert admission_of(served).loaded.ahead_used == 1
+
+
+async def test_files_that_are_damaged_where_they_lie_are_sent(
+    tiny_model: Path, tmp_path: Path, state: ModelState
+) -> None:
+    """A copy of the folder is none of the Checkpoint server's: nothing that came of it is used."""
+    folder, copy = tmp_path / "checkpoints", tmp_path / "copy"
+    (copy / BLOBS_FOLDER).mkdir(parents=True)
+    async with AsyncExitStack() as stack:
+        checkpoint = await stack.enter_async_context(checkpoints(folder))
+        served = await stack.enter_async_context(
+            serving(tiny_model, checkpoint, tmp_path, checkpoint_folder=str(copy))
+        )
+        sent = await served.write(state)
+        await until_ahead(served, 1)
+        right = await served.sample(checkpoint_path=PATH)
+        for file in sent.checkpoint.files:
+            place = blob_file(copy / BLOBS_FOLDER, file.sha256.hex())
+            place.parent.mkdir(exist_ok=True)
+            content = blob_file(folder / BLOBS_FOLDER, file.sha256.hex()).read_bytes()
+            last = content[-1] ^ 0x40  # the exponent of a weight
+            is_weights = file.name == state_files.WEIGHTS_FILE
+            place.write_bytes(content[:-1] + bytes([last]) if is_weights else content)
+        again = PATH.replace("one", "again")
+        await served.write(state, again)
+        assert await sampled(served, again) == len(right[0][0])
+        assert await served.sample(checkpoint_path=again) == right
+        assert len(served.server._adapters._not_here) == 1, "it was looked at where it lies"
 
 
 async def test_a_lost_watch_only_costs_time(

@@ -24,7 +24,7 @@ def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
 
 def test_the_gateway_is_reached_and_reaches_its_cluster(manifests: list[Manifest]) -> None:
     """One port from its settings to its Service, its probes and its policy; metrics beside it."""
-    config = load(GatewaySettings, environment_of(container_of(manifests, "gateway")))
+    config = load(GatewaySettings, environment_of(manifests, "gateway"))
     assert isinstance(config, GatewaySettings)
     declared = ports_of(manifests, "gateway")
     assert config.listen_address == f"0.0.0.0:{declared['http']}"
@@ -47,7 +47,7 @@ def test_the_gateway_is_reached_and_reaches_its_cluster(manifests: list[Manifest
         p for p in find(manifests, "Service", "training")["spec"]["ports"] if p["name"] == "grpc"
     ]
     assert config.training_address == f"training:{grpc['port']}"
-    sampler = load(SamplerConfig, environment_of(container_of(manifests, "sampler")))
+    sampler = load(SamplerConfig, environment_of(manifests, "sampler"))
     assert isinstance(sampler, SamplerConfig)
     served = sampler.base_model.rpartition("/")[2]
     assert set(config.base_models.values()) == {served}, "an alias of what is there"

@@ -17,6 +17,9 @@ def test_a_session_is_made_beaten_and_finished(gateway: RunningGateway) -> None:
     """By its id alone: a heartbeat may go to any gateway."""
     status, flags = ask(gateway, "/api/v1/client/config", {"sdk_version": "0.38.0"})
     assert status == 200
+    assert flags["proto_compress_fwdbwd"] is False  # on this machine
+    forwarded = {"X-Forwarded-For": "192.0.2.7"}
+    _, flags = ask(gateway, "/api/v1/client/config", {}, headers=forwarded)
     assert flags["proto_compress_fwdbwd"] is True
     asked = {"tags": [], "user_metadata": {}, "sdk_version": "0.38.0", "type": "create_session"}
     status, session = ask(gateway, "/api/v1/create_session", asked)

@@ -1,6 +1,8 @@
 """Runs, checkpoints, sessions and downloads through the gateway, as HTTP."""
 
 import io
+import itertools
+import json
 import tarfile
 import time
 import urllib.error
@@ -16,6 +18,7 @@ from peft import PeftModel
 from test_gateway import ask
 from transformers import AutoModelForCausalLM
 
+import tinsmith
 from clusters import RunningCluster
 from gateways import RunningGateway, running_gateway
 from tinsmith.cluster import Cluster
@@ -156,6 +159,21 @@ def test_what_is_not_there_is_said(gateway: RunningGateway, run: str) -> None:
         assert (found, bool(said["detail"])) == (status, True), path
 
 
+def test_what_checkpoints_take_is_told_by_their_owners(gateway: RunningGateway, run: str) -> None:
+    """Those without a name too; one that is deleted takes nothing."""
+    path = f"{API}/billing/usage/checkpoints/current"
+    size_bytes = checkpoints(gateway, run)["weights/w"]["size_bytes"]
+    (before,) = ask(gateway, path)[1]["data"]
+    assert before["checkpoint_count"] >= 4
+    assert (
+        ask(gateway, f"{API}/training_runs/{run}/checkpoints/weights/w", method="DELETE")[0] == 204
+    )
+    (after,) = ask(gateway, path)[1]["data"]
+    assert before["checkpoint_count"] - after["checkpoint_count"] == 1
+    assert before["size_bytes"] - after["size_bytes"] == size_bytes > 0
+    assert ask(gateway, f"{path}?project_id=p")[0] == 400
+
+
 def test_sessions_are_what_their_runs_say(gateway: RunningGateway, run: str) -> None:
     """Listed, found, searched."""
     session = run.partition(":")[0]
@@ -163,6 +181,9 @@ def test_sessions_are_what_their_runs_say(gateway: RunningGateway, run: str) -> 
     status, found = ask(gateway, f"{API}/sessions/{session}?access_scope=owned")
     assert (status, found["training_run_ids"]) == (200, [run])
     assert ask(gateway, f"{API}/sessions/s-{'0' * 32}")[0] == 404
+    for project, wanted in [("default", 200), ("p", 400)]:
+        path = f"{API}/sessions/{session}/project"
+        assert ask(gateway, path, {"project_id": project}, method="PUT")[0] == wanted
     asked = {"session_id": session, "user_metadata": {}, "owner": {"type": "own"}, "limit": 50}
     status, said = ask(gateway, f"{API}/sessions/search", asked)
     assert (status, len(said["sessions"])) == (200, 1)
@@ -184,7 +205,7 @@ def test_sessions_are_what_their_runs_say(gateway: RunningGateway, run: str) -> 
     )
     for wrong in ({"display_name": "x"}, {"limit": 0}, {"cursor": {}}, {"statuses": "x"}):
         assert ask(gateway, f"{API}/sessions/search", wrong)[0] == 400
-    assert ask(gateway, f"{API}/sessions/{session}/project", {}, method="PUT")[0] == 404
+    assert ask(gateway, f"{API}/sessions/{session}/project", {}, method="PUT")[0] == 400
 
 
 @pytest.fixture
@@ -288,3 +309,31 @@ def test_urls_begin_with_the_public_url_and_end_when_they_say(
     while status_of(here) == 200 and time.monotonic() < until:
         time.sleep(0.1)
     assert status_of(here) == 403
+
+
+def test_a_session_has_a_timeline(
+    gateway: RunningGateway, run: str, service: tinsmith.ServiceClient
+) -> None:
+    """Steps and checkpoints of its runs, as ui.perfetto.dev reads them; the URL needs no key."""
+    training = service.get_training_client(run).result()
+    datum = tinsmith.Datum(
+        tinsmith.ModelInput.from_ints([5, 6, 7]), {"target_tokens": [6, 7, 8], "weights": [1.0] * 3}
+    )
+    for _ in range(3):
+        training.forward_backward([datum], "cross_entropy")
+        training.optim_step(tinsmith.AdamParams(learning_rate=1e-3)).result()
+    session = run.partition(":")[0]
+    status, said = ask(gateway, f"{API}/sessions/{session}/trace_export")
+    assert (status, said["status"]) == (200, "ready")
+    with urllib.request.urlopen(said["url"], timeout=60) as response:
+        events = json.loads(response.read())["traceEvents"]
+    steps = [each for each in events if each["ph"] == "X"]
+    assert [each["name"] for each in steps] == ["to step 1", "to step 2", "to step 3"]
+    assert all(one["ts"] + one["dur"] == two["ts"] for one, two in itertools.pairwise(steps))
+    assert all(each["args"]["loss:sum"] > 0 for each in steps)
+    assert {"weights/w", "sampler_weights/s"} <= {each["name"] for each in events}
+    broken = said["url"].replace("signature=", "signature=0")
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(broken, timeout=60)
+    assert refusal.value.code == 403
+    assert ask(gateway, f"{API}/sessions/s-{'0' * 32}/trace_export")[0] == 404

@@ -188,3 +188,55 @@ def test_a_call_may_name_its_weights_itself(
         assert status == 200
         found.append(tokens(result(gateway, promise)))
     assert found[0] == found[1]
+
+
+def poll(gateway: RunningGateway, sampler: str, **more: Any) -> tuple[int, Any]:
+    """One poll for all samples of a session."""
+    target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
+    body = {"target": target, "prev_cursor": 0, "retrieved_request_ids": [], **more}
+    return ask(gateway, "/api/v1/retrieve_futures", body)
+
+
+def test_one_poll_tells_of_all_samples_of_a_session(gateway: RunningGateway, sampler: str) -> None:
+    """Each once, with the bytes of its result; one that failed, too."""
+    assert poll(gateway, sampler)[0] == 410  # of that session nothing is known here
+    promises = [asample(gateway, sampler, number) for number in range(3)]
+    long = {"chunks": [{"type": "encoded_text", "tokens": [5] * 5000}]}
+    failing = asample(gateway, sampler, 3, prompt=long, num_samples=1)
+    cursor, told = 0, {}
+    while len(told) < 4:
+        status, found = poll(gateway, sampler, prev_cursor=cursor)
+        assert status == 200
+        assert found["cursor"] > cursor
+        cursor = found["cursor"]
+        for each in found["completions"]:
+            assert each["request_id"] not in told
+            told[each["request_id"]] = each
+    for promise in promises:
+        each = told[promise["request_id"]]
+        asked = {"request_id": promise["request_id"], "allow_metadata_only": False}
+        body = ask(gateway, "/api/v1/retrieve_future", asked, headers=PROTOBUF)[1]
+        assert each["state"] == "finished"
+        assert each["response_payload_uncompressed_size"] == len(body)
+    assert told[failing["request_id"]]["state"] == "failed"
+    assert "error" in result(gateway, failing)
+    again = poll(gateway, sampler, prev_cursor=cursor, timeout=0)[1]
+    assert again == {"completions": [], "cursor": cursor}
+    retrieved = [each["request_id"] for each in promises]
+    assert poll(gateway, sampler, prev_cursor=cursor, timeout=0, retrieved_request_ids=retrieved)
+    assert poll(gateway, sampler, prev_cursor=5)[0] == 410  # another process's
+    assert poll(gateway, sampler, retrieved_request_ids="x")[0] == 400
+    assert poll(gateway, "absent")[0] == 404
+
+
+def test_clones_of_a_sampler_get_numbers_of_their_own(
+    gateway: RunningGateway, sampler: str
+) -> None:
+    """From 1 on; the first one is 0."""
+    asked = {"sampling_session_id": sampler, "type": "join_sampling_session"}
+    found = [ask(gateway, "/api/v1/join_sampling_session", asked)[1] for _ in range(20)]
+    numbers = {each["client_counter"] for each in found}
+    assert len(numbers) == 20
+    assert all(0 < number < 10**9 for number in numbers)
+    asked = {"sampling_session_id": "absent"}
+    assert ask(gateway, "/api/v1/join_sampling_session", asked)[0] == 404

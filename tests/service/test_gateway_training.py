@@ -202,14 +202,16 @@ def test_calls_that_wait_are_bounded_by_their_bytes(
     cluster: RunningCluster, tmp_path: Path
 ) -> None:
     """Their requests have ended, their data have not."""
-    limits = {"received_bytes_max": 400_000, "request_s_max": 1}
+    limits = {"received_bytes_max": 500_000, "body_bytes_max": 250_000, "peer_share_max": 1}
+    limits["request_s_max"] = 1
     with running_gateway(cluster.address, tmp_path, **limits) as gateway:
         sdk = Sdk(gateway)
         model_id = sdk.model()
         large = datum(weights=packed(np.ones(60_000), "float32"))
         sdk.post("forward_backward", call(model_id, 1000))  # waits for those before it
-        status, said = sdk.asked("forward_backward", call(model_id, 2000, data=[large]))
-        assert (status, said["reason"]) == (503, "QUEUE_FULL")
+        for seq_id in (2000, 2500):
+            status, said = sdk.asked("forward_backward", call(model_id, seq_id, data=[large]))
+            assert (status, said["reason"]) == (503, "QUEUE_FULL")
         status, said = sdk.asked("forward_backward", call(model_id, 3000, data=[large]))
         assert (status, said["reason"]) == (429, "QUEUE_FULL")
         status, said = sdk.asked("forward_backward", call(model_id, 2000, data=[large]))

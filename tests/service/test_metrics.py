@@ -17,15 +17,21 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import tinsmith
 from clusters import RunningCluster, until_health
+from monitoring.series import OF_PROCESSES, every
 from recorded_cluster import data_of, forward_backward
 from tinsmith import types
 from tinsmith import v1 as pb
 from tinsmith.cluster import Cluster, connect
 from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.config import CheckpointConfig
+from tinsmithd.config import CheckpointConfig, TrainingConfig
 
 CANARY = "canary-4711"
 TOKENS = 6
+# Operations of a forward of a datum of so many tokens on the tiny model; norms count, too.
+_LAYER = 32 * 8 * 2 * (4 + 2) + 3 * 32 * 48 + 2 * 32
+PRODUCTS = 2 * (2 * _LAYER + 32 + 320 * 32) * TOKENS
+ATTENTION = 4 * 2 * 32 * TOKENS * (TOKENS + 1) // 2
+SNAPSHOT_STEPS = TrainingConfig().snapshot_steps
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -33,9 +39,11 @@ Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """A cluster whose servers have metrics."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("TRAINING", "SAMPLER", "CHECKPOINT"):
+        for name in ("TRAINING", "SAMPLER", "CHECKPOINT", "GATEWAY"):
             patch.setenv(f"TINSMITH_{name}_METRICS_ADDRESS", "127.0.0.1:0")
-        running = RunningCluster(tiny_model, tmp_path_factory.mktemp("metrics"))
+            patch.setenv(f"TINSMITH_{name}_METRICS_TENANTS_MAX", "2")
+        patch.setenv("TINSMITH_TRAINING_PEAK_FLOPS", "1e12")
+        running = RunningCluster(tiny_model, tmp_path_factory.mktemp("metrics"), gateway_port=0)
     with running:
         yield running
 
@@ -67,7 +75,8 @@ def value(values: Values, name: str, **labels: str) -> float:
 
 
 def growth(now: Values, before: Values, name: str, **labels: str) -> float:
-    return value(now, name, **labels) - value(before, name, **labels)
+    """How much a series rose; that of a tenant begins with its first call."""
+    return value(now, name, **labels) - before.get((name, frozenset(labels.items())), 0.0)
 
 
 def handled(values: Values) -> Counter[tuple[str, str, str]]:
@@ -85,6 +94,39 @@ def until(found: Callable[[], bool]) -> None:
     """A call is counted when the server is done with it, which may be after its caller is."""
     while not found():
         time.sleep(0.02)
+
+
+def check_training(now: Values, before: Values) -> None:
+    """What the script below makes of the Training server's series."""
+    calls = handled(now) - handled(before)
+    assert calls["bidi_stream", "ForwardBackward", "OK"] == 2
+    assert calls["bidi_stream", "Forward", "OK"] == 1
+    assert calls["unary", "OptimStep", "OK"] == 1
+    assert calls["unary", "SaveCheckpoint", "OK"] == 1
+    assert {code for _, _, code in calls} == {"OK", "NotFound"}
+    grew = partial(growth, now, before)
+    tokens = "tinsmith_training_computed_tokens_total"
+    assert grew(tokens, kind="forward_backward") == 2 * 3 * TOKENS
+    assert grew(tokens, kind="forward") == TOKENS
+    assert grew(tokens, kind="replay") == 0
+    assert grew("tinsmith_training_engine_seconds_total", kind="forward_backward") > 0
+    assert grew("tinsmith_training_steps_total") == 1
+    assert grew("tinsmith_training_tenant_computed_tokens_total", tenant="default") == 7 * TOKENS
+    made = 6 * (2 * PRODUCTS + 3 * ATTENTION) + PRODUCTS + ATTENTION
+    assert grew("tinsmith_training_useful_flops_total") == made
+    assert value(now, "tinsmith_training_peak_flops") == 1e12
+    assert value(now, "tinsmith_training_rank_silence_seconds") < 30
+    assert value(now, "tinsmith_training_rank_command_seconds") == 0
+    assert value(now, "tinsmith_training_journal_bytes") > 0
+    assert value(now, "tinsmith_training_journal_fenced") == 0
+    assert grew("tinsmith_training_models") == 1
+    assert grew("tinsmith_training_journal_commit_seconds_count") >= 5
+    assert grew("tinsmith_training_journal_commit_seconds_sum") > 0
+    assert value(now, "tinsmith_training_calls_pending") == 0
+    assert value(now, "tinsmith_training_ranks") == 1
+    assert value(now, "tinsmith_training_journal_writable") == 1
+    assert value(now, "tinsmith_serving", service="tinsmith.v1.TrainingService") == 1
+    assert value(now, "tinsmith_disk_free_bytes") > 0
 
 
 def test_a_script_is_counted(cluster: RunningCluster) -> None:
@@ -109,45 +151,24 @@ def test_a_script_is_counted(cluster: RunningCluster) -> None:
     sampled = sampler.sample(prompt, num_samples=2, sampling_params=params).result(60)
     with pytest.raises(tinsmith.NotFoundError):
         service.create_training_client_from_state(f"tinsmith://{CANARY}/weights/one").result(60)
-    until(lambda: ("unary", "CreateModel", "NotFound") in handled(values(cluster)))
+    not_found = ("unary", "CreateModel", "NotFound")
+    until(lambda: handled(values(cluster))[not_found] > handled(before["training"])[not_found])
 
-    text = text_of(cluster, "training")
-    now = values_of(text)
-    calls = handled(now) - handled(before["training"])
-    assert calls["bidi_stream", "ForwardBackward", "OK"] == 2
-    assert calls["bidi_stream", "Forward", "OK"] == 1
-    assert calls["unary", "OptimStep", "OK"] == 1
-    assert calls["unary", "SaveCheckpoint", "OK"] == 1
-    assert {code for _, _, code in calls} == {"OK", "NotFound"}
-    grew = partial(growth, now, before["training"])
-    tokens = "tinsmith_training_computed_tokens_total"
-    assert grew(tokens, kind="forward_backward") == 2 * 3 * TOKENS
-    assert grew(tokens, kind="forward") == TOKENS
-    assert grew(tokens, kind="replay") == 0
-    assert grew("tinsmith_training_engine_seconds_total", kind="forward_backward") > 0
-    assert grew("tinsmith_training_steps_total") == 1
-    assert grew("tinsmith_training_models") == 1
-    assert grew("tinsmith_training_journal_commit_seconds_count") >= 5
-    assert grew("tinsmith_training_journal_commit_seconds_sum") > 0
-    assert value(now, "tinsmith_training_calls_pending") == 0
-    assert value(now, "tinsmith_training_ranks") == 1
-    assert value(now, "tinsmith_training_journal_writable") == 1
-    assert value(now, "tinsmith_serving", service="tinsmith.v1.TrainingService") == 1
-    assert value(now, "tinsmith_disk_free_bytes") > 0
-    texts = [text]
-
-    texts.append(text_of(cluster, "sampler"))
-    now = values_of(texts[-1])
+    texts = [text_of(cluster, name) for name in ("training", "sampler", "checkpoint")]
+    check_training(values_of(texts[0]), before["training"])
+    now = values_of(texts[1])
     grew = partial(growth, now, before["sampler"])
     assert (handled(now) - handled(before["sampler"]))["server_stream", "Sample", "OK"] == 1
     found = sum(len(sequence.tokens) for sequence in sampled.sequences)
     assert grew("tinsmith_sampler_sampled_tokens_total") == found > 0
     assert grew("tinsmith_sampler_prompt_tokens_total") == 3
+    assert grew("tinsmith_sampler_tenant_prompt_tokens_total", tenant="default") == 3
+    assert grew("tinsmith_sampler_tenant_sampled_tokens_total", tenant="default") == found
+    assert grew("tinsmith_sampler_first_token_seconds_count") == 1
     assert grew("tinsmith_sampler_adapters") == 1
     assert value(now, "tinsmith_sampler_requests_running") == 0
 
-    texts.append(text_of(cluster, "checkpoint"))
-    now = values_of(texts[-1])
+    now = values_of(texts[2])
     grew = partial(growth, now, before["checkpoint"])
     writes = (handled(now) - handled(before["checkpoint"]))[
         "client_stream", "WriteCheckpoint", "OK"
@@ -157,6 +178,58 @@ def test_a_script_is_counted(cluster: RunningCluster) -> None:
     assert grew("tinsmith_checkpoint_checkpoints", kind="training") == 0
     model_id = model.get_info().model_id
     assert not [word for word in (CANARY, model_id) for text in texts if word in text]
+
+
+def test_memory_of_ranks_is_seen(cluster: RunningCluster) -> None:
+    """As the kernel has it of the process, for a rank on a CPU without a device's."""
+    name = "tinsmith_training_rank_resident_bytes"
+    until(lambda: (name, frozenset({("rank", "0")})) in values(cluster))
+    (rank,) = cluster.rank_pids()
+    status = Path(f"/proc/{rank}/status").read_text()
+    resident = 1024 * int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
+    assert value(values(cluster), name, rank="0") == pytest.approx(resident, rel=0.3)
+    assert not [each for each, _ in values(cluster) if "rank_device" in each]
+
+
+def test_everything_that_is_exposed_is_described_and_the_other_way(cluster: RunningCluster) -> None:
+    """Name, kind, text and labels are those of docs/metrics.md; what is there only with this or
+    that is said there."""
+    with connect(cluster.address) as stubs:
+        model_id = create(stubs)
+        stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=model_id))
+    urllib.request.urlopen(f"{cluster.gateway_url}/healthz", timeout=30).close()
+    described, exposed = every(), set()
+    for name in cluster.addresses:
+        for family in text_string_to_metric_families(text_of(cluster, name)):
+            total = "_total" if family.type == "counter" else ""
+            if family.name.startswith("process_"):
+                assert family.name + total in OF_PROCESSES
+                continue
+            series = described[family.name + total]
+            assert (family.type, family.documentation) == (series.kind, series.text)
+            for sample in family.samples:
+                assert sample.labels.keys() - {"le"} == set(series.labels), sample
+            exposed.add(series.name)
+    missing = {each.name for each in described.values() if not each.only} - exposed
+    assert not missing
+
+
+def test_snapshots_are_counted_and_what_they_lack_has_an_age(cluster: RunningCluster) -> None:
+    """The first steps have none until one is due, with the twentieth."""
+    before = values(cluster)
+    with connect(cluster.address) as stubs:
+        model_id = create(stubs)
+        for seq_id in range(1, 2 * SNAPSHOT_STEPS + 2, 2):
+            call = forward_backward(model_id, seq_id, data_of(1, 2, TOKENS))
+            list(stubs.training.ForwardBackward(iter([call])))
+            stubs.training.OptimStep(pb.OptimStepRequest(model_id=model_id, seq_id=seq_id + 1))
+        name = "tinsmith_training_snapshots"
+        until(lambda: growth(values(cluster), before, f"{name}_total") >= 1)
+        now = values(cluster)
+        assert growth(now, before, f"{name}_failed_total") == 0
+        assert growth(now, before, f"{name}_damaged_total") == 0
+        assert 0 <= value(now, "tinsmith_training_snapshot_age_seconds") < 60
+        stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=model_id))
 
 
 def test_logprobs_that_are_not_the_samplers_are_seen(cluster: RunningCluster) -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -26,8 +28,8 @@ def said(*, forked: bool, **variables: str) -> dict[str, object]:
 
 
 def test_a_fork_is_as_if_python_had_started_it(tmp_path: Path) -> None:
-    """Arguments, variables, folder, path, session, descriptors, threads of torch, failpoints, and
-    what `sitecustomize` does."""
+    """Arguments, variables, folder, path, session, descriptors, limits, threads of torch,
+    failpoints, and what `sitecustomize` does."""
     (tmp_path / "sitecustomize.py").write_text("import os; os.environ['SITE_SAYS'] = 'hello'")
     path = os.pathsep.join([str(tmp_path), programs.variables()["PYTHONPATH"]])
     for variables in (
@@ -37,6 +39,18 @@ def test_a_fork_is_as_if_python_had_started_it(tmp_path: Path) -> None:
         started = said(forked=False, **variables)
         assert said(forked=True, **variables) == started
         assert started["sitecustomized"] == ("hello" if "PYTHONPATH" in variables else None)
+
+
+def test_limits_are_those_of_who_asks_not_of_who_started_the_template() -> None:
+    """Somebody lowers what its programs may open, long after the template began."""
+    said(forked=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+    try:
+        lower = said(forked=True)["limits"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert re.search(rf"Max open files +{soft - 1} ", str(lower))
 
 
 def test_forks_draw_other_numbers_than_each_other() -> None:

@@ -23,7 +23,7 @@ from training_calls import (
     logprobs,
     step,
 )
-from wire import limit_values, reason_and_field
+from wire import reason_and_field, unlimited
 
 # --- order and repeats ------------------------------------------------------------------------
 
@@ -255,4 +255,5 @@ def test_capabilities_name_every_limit(stubs: Cluster, cluster: RunningCluster) 
     assert found.base_models[0].dtype == pb.Dtype.DTYPE_FLOAT32
     assert list(found.loss_fns) == [field.name for field in pb.LossFn.DESCRIPTOR.fields]
     assert found.durability_mode == pb.DurabilityMode.DURABILITY_MODE_FSYNC
-    assert all(value > 0 for value in limit_values(found.limits).values())
+    assert not unlimited(found.limits)
+    assert found.replay_check == pb.ReplayCheck.REPLAY_CHECK_EXACT

@@ -15,6 +15,7 @@ from tinsmithd.errors import (
     ResourceExhausted,
     TinsmithError,
 )
+from tinsmithd.sizes import NO_WORK
 from tinsmithd.training.call import BatchPlace, ComputeWork
 from tinsmithd.training.ranks import (
     Computed,
@@ -216,6 +217,7 @@ class SimRankGroup:
     """See `RankGroup`: the link of one Training server to one rank group."""
 
     world_size = 1
+    work = NO_WORK
     engine = "sim"
     info = INFO
 

@@ -172,6 +172,7 @@ class Server:
         for model in self.models.list():
             if model.lane.suspended:
                 work = ComputeWork(b"loss", data, [1], backward=False)
+                await self.models.wake(model)
                 self.models.submit(model, Call(0, b"", work))
 
     # --- requests -----------------------------------------------------------------------------
@@ -210,6 +211,7 @@ class Server:
                 yield {}
             case CallRequest():
                 model = self.models.get(request.model_id)
+                await self.models.wake(model)
                 work = request.work
                 if work is None:
                     work = RefusedWork(InvalidArgument("adam_params", "is not one"))
@@ -224,6 +226,7 @@ class Server:
             case AnswerRequest():
                 asked = request.call
                 model = self.models.get(asked.model_id)
+                await self.models.wake(model)
                 answer = self.models.answer(model, asked.seq_id, asked.digest)
                 async for message in _messages(answer):
                     yield message

@@ -124,9 +124,9 @@ class SimSnapshotStore(DiskSnapshotStore):
     """See `SnapshotStore`."""
 
     def __init__(self, disk: SimDisk) -> None:
+        # Not by that of the real one, which marks a real folder with its format.
         path: Any = SimPath(disk)
-        super().__init__(path)
-        self._disk = disk
+        self._folder, self._disk, self.epoch = path, disk, 0
 
     def begin(self, model_id: str, position: int) -> SnapshotDraft:
         """Begin one."""

@@ -41,6 +41,9 @@ from tinsmithd.training.journal import (
 )
 from tinsmithd.training.journal.records import DELETED_KEPT_MAX, USED_IDS_KEPT_MAX
 
+CALLS_AT_START = 2
+"""Fewer than in production: so that models are often asleep."""
+
 
 @dataclass
 class Blob:
@@ -93,19 +96,25 @@ class Tables:
 
     def stored_models(self) -> list[StoredModel]:
         """What `claim` reads."""
-        return [
-            StoredModel(
-                model_id,
-                table.number,
-                json.loads(table.about),
-                table.lost,
-                table.trimmed_to,
-                self.stored_calls(model_id, 0),
-                [snapshot for _, snapshot in sorted(table.snapshots.items())],
-                parked=tuple(sorted(table.parked)),
+        found = []
+        for model_id, table in _by_number(self.models):
+            calls, asleep = _at_start(self.stored_calls(model_id, 0))
+            if table.parked:
+                calls, asleep = self.stored_calls(model_id, 0), False
+            found.append(
+                StoredModel(
+                    model_id,
+                    table.number,
+                    json.loads(table.about),
+                    table.lost,
+                    table.trimmed_to,
+                    calls,
+                    [snapshot for _, snapshot in sorted(table.snapshots.items())],
+                    parked=tuple(sorted(table.parked)),
+                    asleep=asleep,
+                )
             )
-            for model_id, table in _by_number(self.models)
-        ]
+        return found
 
     def deleted_models(self) -> list[DeletedModel]:
         """What `claim` reads of those that are gone."""
@@ -201,6 +210,15 @@ class Tables:
                 _drop_answers(table, write.position)
             case _:
                 raise TypeError(type(write).__name__)
+
+
+def _at_start(calls: list[StoredCall]) -> tuple[list[StoredCall], bool]:
+    """What a start needs of a model's calls, and whether there are others."""
+    newest = calls[-CALLS_AT_START:]
+    waits = any(call.answer_digest is None for call in calls)
+    if waits or len(newest) == len(calls) or not any(call.seq_id for call in newest):
+        return calls, False
+    return newest, True
 
 
 def _by_number(tables: Mapping[str, ModelTable]) -> list[tuple[str, ModelTable]]:

@@ -18,7 +18,10 @@ CALLED_BY_LIBRARIES = {
     "add_lora_logits",  # these of vLLM
     "log_engine_initialized",
     "record",
-    "capture_signals",  # of uvicorn
+    *("capture_signals", "data_received"),  # of uvicorn
+    "handle_error",  # these of http.server
+    "log_message",
+    "formatException",  # of logging
 }
 """Names of methods that a library calls, besides RPCs."""
 CALLED_BY_DECORATORS = ["@model_validator", "@field_validator"]

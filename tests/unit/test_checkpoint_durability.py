@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import TimedKeeper, blobs, files, keep, kept
+from tinsmithd.checkpoint.catalogue import transactions
+from tinsmithd.checkpoint.catalogue.redo import REDO_BYTES
 from tinsmithd.checkpoint.opening import CATALOGUE_FILE
 from tinsmithd.domain import CheckpointPath
 
@@ -39,16 +41,32 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Synced:
 
 
 @pytest.fixture
-def timed(tmp_path: Path) -> Iterator[TimedKeeper]:
+def redo(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What of the catalogue's redo was on the disk, from one wait for it to the next."""
+    found = [b""]
+    fdatasync = os.fdatasync
+
+    def watched(descriptor: int) -> None:
+        fdatasync(descriptor)
+        found.append(os.pread(descriptor, REDO_BYTES, 0))
+
+    monkeypatch.setattr(os, "fdatasync", watched)
+    return found
+
+
+@pytest.fixture
+def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TimedKeeper]:
+    monkeypatch.setattr(transactions, "SETTLE_S", 3600.0)
     with TimedKeeper.opened(tmp_path / "data") as timed:
         yield timed
 
 
-def after_a_loss_of_power(timed: TimedKeeper, folder: Path) -> list[str]:
+def after_a_loss_of_power(timed: TimedKeeper, folder: Path, redo: list[bytes]) -> list[str]:
     """Paths that a catalogue knows whose log is lost: it is never needed for what was synced."""
     folder.mkdir()
     shutil.copytree(timed.folder / "blobs", folder / "blobs")
     shutil.copy(timed.folder / CATALOGUE_FILE, folder / CATALOGUE_FILE)
+    (folder / CATALOGUE_FILE).with_suffix(".redo").write_bytes(redo[-1])
     found = TimedKeeper(folder)
     checkpoints, _ = found.keeper.catalogue.page(model_id="", kind=None, before=None, size=10)
     found.keeper.close()
@@ -56,18 +74,18 @@ def after_a_loss_of_power(timed: TimedKeeper, folder: Path) -> list[str]:
 
 
 def test_an_ephemeral_checkpoint_waits_for_no_disk(
-    timed: TimedKeeper, synced: Synced, tmp_path: Path
+    timed: TimedKeeper, synced: Synced, redo: list[bytes], tmp_path: Path
 ) -> None:
     """It outlives the process; the next one that is named makes what is known of it durable."""
     content = files(1, optimizer=False)
     synced.clear()
     keep(timed.keeper, content, EPHEMERAL, ephemeral=True)
     assert not synced
-    assert after_a_loss_of_power(timed, tmp_path / "lost") == []
+    assert after_a_loss_of_power(timed, tmp_path / "lost", redo) == []
     timed.restart()
     assert kept(timed.keeper, EPHEMERAL) == content
     keep(timed.keeper, files(2, optimizer=False), NAMED)
-    assert after_a_loss_of_power(timed, tmp_path / "kept") == [NAMED, EPHEMERAL]
+    assert after_a_loss_of_power(timed, tmp_path / "kept", redo) == [NAMED, EPHEMERAL]
 
 
 def test_a_named_checkpoint_is_synced_also_where_an_ephemeral_one_has_the_bytes(

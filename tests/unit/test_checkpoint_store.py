@@ -1,19 +1,30 @@
 """Store and catalogue without a server: what is durable when, and what older servers left."""
 
+import contextlib
+import hashlib
 import json
 import os
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from checkpoints import PATH, blobs, files, keep, kept
-from tinsmithd.checkpoint.catalogue import Catalogue, CatalogueUnusable, catalogue_errors, schema
+from checkpoints import LORA, PATH, blobs, files, keep, kept
+from tinsmithd.checkpoint.catalogue import (
+    Catalogue,
+    CatalogueUnusable,
+    catalogue_errors,
+    owned,
+    schema,
+)
 from tinsmithd.checkpoint.opening import open_keeper
-from tinsmithd.checkpoint.rules import Keeper
+from tinsmithd.checkpoint.rules import Header, Keeper, Write
+from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointPath, FullConfig, LoraConfig
-from tinsmithd.errors import DataLoss, Unavailable
+from tinsmithd.errors import DataLoss, Reason, ResourceExhausted, Unavailable
+from tinsmithd.formats import FormatUnknown
 
 
 @pytest.fixture
@@ -56,22 +67,21 @@ def events_of_a_save(
 def test_a_name_is_durable_before_the_catalogue_says_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I10 for a loss of power: file, then its folder, then the folder of folders, then the commit.
+    """I10 for a loss of power: file, then its folder and the folder of folders, then the commit.
 
     The folders too where the content was there: whoever moved it may have died before the sync.
     """
     keeper = opened(folder)
     events = events_of_a_save(keeper, folder, monkeypatch)
+    keeper.close()
     assert events[-1] == ("commit", folder)
     assert len([event for event in events if event[0] == "to"]) == 4
     for index, (what, path) in enumerate(events):
         if what == "from":
             assert ("fsync", path) in events[:index]
         if what == "to":
-            assert ("fsync", path.parent) in events[index:]
-            assert events[index:].index(("fsync", path.parent)) < events[index:].index(
-                ("fsync", folder / "blobs")
-            )
+            assert {("fsync", path.parent), ("fsync", folder / "blobs")} <= set(events[index:])
+    keeper = opened(folder)
     again = events_of_a_save(keeper, folder, monkeypatch)
     assert not [event for event in again if event[0] == "to"]
     places = {("fsync", blob.parent) for blob in blobs(folder)} | {("fsync", folder / "blobs")}
@@ -96,8 +106,8 @@ def test_a_commit_that_failed_is_not_there_after_a_crash(folder: Path) -> None:
     keep(keeper, files(0))
     log = folder / "catalogue.sqlite-wal"
     assert log.stat().st_size
-    keeper.catalogue._unsettled = True
-    keeper.catalogue.removals += 1
+    keeper.catalogue._transactions._unsettled = True
+    keeper._collector._everything = True
     keeper.sweep()
     assert log.stat().st_size == 0
     assert kept(keeper) == files(0)
@@ -192,7 +202,7 @@ def test_a_catalogue_of_version_1_is_taken_over(folder: Path) -> None:
         assert (lora.step_count, lora.create_time_s, lora.expire_time_s) == (7, 12.5, None)
         assert lora.user_metadata == {"k": "ä"}
         assert kept(keeper) == files(0)
-        assert keeper.catalogue._db.execute("PRAGMA user_version").fetchone()[0] == 2
+        assert keeper.catalogue._db.execute("PRAGMA user_version").fetchone()[0] == 4
         keeper.sweep()
         assert len(blobs(folder)) == 4
         keeper.close()
@@ -220,9 +230,11 @@ def test_a_catalogue_of_a_later_version_is_refused(folder: Path) -> None:
     """Row 39: says which it is and which this server knows."""
     opened(folder).close()
     db = sqlite3.connect(folder / "catalogue.sqlite")
-    db.execute("PRAGMA user_version=3")
+    db.execute("PRAGMA user_version=5")
     db.close()
-    with pytest.raises(CatalogueUnusable, match="schema 3, this server knows 2"):
+    with pytest.raises(
+        FormatUnknown, match=r"format 5; this release, .*, knows format 4 and older"
+    ):
         opened(folder)
 
 
@@ -275,3 +287,69 @@ def test_the_files_of_a_refused_name_are_swept(folder: Path) -> None:
     assert len(blobs(folder)) == 4
     assert keeper.catalogue.get(CheckpointPath.parse(PATH)).number == 1
     keeper.close()
+
+
+def test_an_owner_who_commits_several_at_once_stays_within_the_limit(folder: Path) -> None:
+    """Each was within it when its last byte came; a repeat of what is there is no more of it."""
+    keeper = opened(folder)
+    most = int(1.5 * sum(map(len, files(0).values())))
+
+    def begun(name: str) -> tuple[Write, list[Blob]]:
+        header = Header(
+            path=CheckpointPath.parse(f"tinsmith://run/weights/{name}"),
+            base_model="tiny",
+            tuning=LORA,
+            step_count=3,
+            ttl_seconds=None,
+            overwrite=False,
+            user_metadata={},
+            request_id=name,
+        )
+        write = keeper.begin(header, most)
+        for file, data in files(0).items():
+            write.append(file, 0, data)
+        listed = [Blob(n, len(d), hashlib.sha256(d).hexdigest()) for n, d in files(0).items()]
+        return write, listed
+
+    def stored(begun: tuple[Write, list[Blob]]) -> bool:
+        try:
+            return bool(begun[0].commit(begun[1]))
+        except ResourceExhausted as error:
+            return error.reason is not Reason.QUOTA_EXCEEDED
+        finally:
+            begun[0].discard()
+
+    with ThreadPoolExecutor(8) as beside:
+        done = list(beside.map(stored, [begun(str(n)) for n in range(8)]))
+    assert done.count(True) == 1
+    assert keeper.catalogue.stored_bytes("default") <= most
+    first = keeper.catalogue.page(model_id="", kind=None, before=None, size=9)[0][0].path
+    assert stored(begun(first.name))
+    with pytest.raises(ResourceExhausted):
+        keeper.copy(first, CheckpointPath.parse(PATH + "-copy"), None, stored_max=most)
+    assert not stored(begun("another"))
+    keeper.close()
+
+
+def test_a_catalogue_of_format_3_is_brought_up_to_date(folder: Path) -> None:
+    """What it says is said again; it counts the checkpoints of a model, and has a second copy."""
+    keeper = opened(folder)
+    for n in range(3):
+        keep(keeper, files(n), f"{PATH}{n}", ttl_seconds=1000)
+    before, _ = keeper.catalogue.page(model_id="run", kind=None, before=None, size=9)
+    keeper.close()
+    file = folder / "catalogue.sqlite"
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        for index in ("checkpoints_by_model", "tallies_by_public_id"):
+            db.execute(f"DROP INDEX {index}")
+        db.execute("DROP TABLE redo")
+        db.execute("DELETE FROM tallies WHERE owner LIKE '/%'")
+        db.executescript(owned.BY_PUBLIC_ID_3)
+        db.execute("PRAGMA user_version=3")
+    for _ in range(2):
+        keeper = opened(folder)
+        assert keeper.catalogue.page(model_id="run", kind=None, before=None, size=9) == (before, 3)
+        keep(keeper, files(9), overwrite=True)
+        keeper.catalogue.delete(CheckpointPath.parse(PATH))
+        keeper.close()
+    assert [path.name for path in folder.glob("*.format-*")] == ["catalogue.format-3.sqlite"]

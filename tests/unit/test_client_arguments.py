@@ -48,7 +48,9 @@ GOOD: dict[str, Any] = {
     **{"destination_path": "tinsmith://m/weights/b", "folder": "folder", "model_path": None},
     **{"expert_rank": 2, "holder": None, "sampling_session_id": "s", "handle": "x"},
     **{"api_key": "tml-x", "session_id": "s", "sampler_id": "s", "event_type": "all", "day": None},
-    **{"starting_on": "2026-01-01", "ending_before": "2026-02-01", "request": None},
+    **{"starting_on": "2026-01-01", "ending_before": "2026-02-01"},
+    **{"request": types.SessionSearchRequest(), "age_encryption_recipients": None},
+    **{"fn": lambda logprobs: (logprobs.sum(), {}), "input_ranks": {"logprobs": 1}},
 }  # fmt: skip
 UNSUPPORTED = {
     *("retry_config", "record_stability_info", "kind", "weights_access_token", "adam_params"),
@@ -68,8 +70,7 @@ BAD = [
 ]
 TAKE_NOTHING = (
     *("close", "delete", "get_tokenizer", "get_server_capabilities", "get_info", "get_base_model"),
-    *("create_rest_client", "create_custom_loss", "save_weights_external"),
-    *("on_queue_state_change", "assign_session_project"),
+    *("create_rest_client", "on_queue_state_change", "assign_session_project"),
 )
 METHODS = [
     (cls, name)

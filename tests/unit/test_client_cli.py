@@ -1,6 +1,7 @@
-"""The `tinsmith` command of a client alone says what is missing."""
+"""The `tinsmith` command of a client alone: all but the servers', and what is missing is said."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,48 +9,51 @@ from pathlib import Path
 import pytest
 
 import tinsmith
+from laptops import PROJECT, needed, requirements, run, site_packages
 from tinsmith import cli
 
-ROOT = Path(__file__).parent.parent.parent
+
+@pytest.fixture(scope="module")
+def client_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pip install tinsmith` brings, and nothing else."""
+    return site_packages(tmp_path_factory.mktemp("client"))
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command where nothing is installed but what the folder has."""
-    path = f"{ROOT / 'client'}:{ROOT / 'services'}:{folder}"
-    return subprocess.run(
-        [sys.executable, "-S", "-m", "tinsmith.cli", *arguments],
-        env={"PYTHONPATH": path, "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-@pytest.fixture
-def client_alone(tmp_path: Path) -> Path:
-    """A site-packages of what `pip install tinsmith` brings, and nothing else."""
-    needed = ["grpcio", "protobuf", "numpy", "grpcio-status", "googleapis-common-protos"]
-    for name in [*needed, "typing_extensions"]:
-        for file in importlib.metadata.files(name) or []:
-            top = file.parts[0]
-            link = tmp_path / top
-            if not link.exists() and not top.startswith(".."):
-                link.symlink_to(Path(str(file.locate())).parents[len(file.parts) - 2] if len(
-                    file.parts) > 1 else Path(str(file.locate())))  # fmt: skip
-    return tmp_path
-
-
-def test_the_client_alone_has_a_command_that_says_what_is_missing(client_alone: Path) -> None:
-    """One line, no traceback, and how to get it; what needs no server works."""
+def test_the_client_alone_has_all_commands_but_the_servers(client_alone: Path) -> None:
+    """Of those it says in one line what is missing and how to get it."""
     done = run(client_alone, "up", "--base-model", "x")
     assert done.returncode == 1
     assert "pip install 'tinsmith[server]'" in done.stderr
     assert "is not installed" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert run(client_alone, "version").stdout == f"tinsmith {tinsmith.__version__}\n"
-    assert "up" in run(client_alone, "--help").stdout
+    helped = run(client_alone, "--help")
+    assert {"up", "status", "models", "checkpoints", "doctor", "sample"} <= set(
+        helped.stdout.split()
+    )
     assert run(client_alone).returncode == 2
+    away = run(client_alone, "models", "ls", "--address", "127.0.0.1:1")
+    assert (away.returncode, away.stdout) == (3, "")
+    assert len(away.stderr.splitlines()) == 2
+
+
+def test_the_client_does_not_import_its_command() -> None:
+    """Nor what that needs: they cost time at each start of a script."""
+    code = "import sys, tinsmith, tinsmith.cli, tinsmith.cluster; print(sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    names = {name.partition(".")[0] for name in re.findall(r"'([\w.]+)'", done.stdout)}
+    assert "grpc" in names
+    assert not names & {"typer", "rich", "pygments", "pydantic", "transformers", "torch", "click"}
+
+
+def test_no_extra_of_a_laptop_brings_torch() -> None:
+    """What they need in turn included; that of the servers does."""
+    laptop = needed(requirements("client", "examples"))
+    assert "transformers" in laptop
+    assert not laptop & {"torch", "deepspeed", "peft"}
+    assert "torch" in needed(requirements("server"))
 
 
 def test_what_an_extra_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,5 +73,4 @@ def test_what_an_extra_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_is_the_clients() -> None:
     """So that it is there without the servers."""
-    text = (ROOT / "pyproject.toml").read_text()
-    assert 'tinsmith = "tinsmith.cli:main"' in text
+    assert PROJECT["scripts"]["tinsmith"] == "tinsmith.cli:main"

@@ -2,14 +2,16 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 import tinsmith
-from faults.peer import Fault, Peer, full, gap, too_large, unavailable
-from tinsmith import _loop, _retry
+from faults.peer import Fault, Peer, full, gap, refuse, too_large, unavailable
+from tinsmith import _loop, _retry, keys
 
 
 @pytest.fixture
@@ -87,6 +89,57 @@ def test_a_refusal_without_a_delay_is_final_and_leaves_no_hole(
         bad.result(10)
     good.result(10)
     assert peer.servicer.applied == [(2, "optim_step")]
+
+
+def test_a_call_whose_key_was_replaced_meanwhile_is_made_again(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its number, with the new one; where the file has no other, the refusal is final."""
+    monkeypatch.setattr(keys, "LOOK_INTERVAL_S", 0.0)
+    file = tmp_path / "token"
+    file.write_text("one\n")
+    monkeypatch.setenv("TINSMITH_API_KEY_FILE", str(file))
+    shown: list[str] = []
+
+    async def ended(context: Any) -> None:
+        shown.append(dict(context.invocation_metadata())["authorization"])
+        if len(shown) < 2:
+            file.write_text("two\n")
+        if len(shown) != 2:
+            await refuse(context, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+
+    peer.servicer.before[1] = [ended, ended]
+    peer.servicer.before[2] = [ended]
+    service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=20.0)
+    trainer = service.create_lora_training_client("base").result(10)
+    assert trainer.forward_backward(data(), "cross_entropy").result(10).metrics
+    assert shown == ["Bearer one", "Bearer two"]
+    with pytest.raises(tinsmith.AuthenticationError):
+        trainer.optim_step(ADAM).result(10)
+    assert peer.servicer.applied == [(1, "forward_backward")]
+
+
+def test_a_file_of_a_key_that_cannot_be_used_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a call is made; one that is away later changes nothing."""
+    monkeypatch.setattr(keys, "LOOK_INTERVAL_S", 0.0)
+    file = tmp_path / "token"
+    monkeypatch.setenv("TINSMITH_API_KEY_FILE", str(file))
+    for content, message in ((None, "cannot read"), ("", "is empty"), ("a b", "visible ASCII")):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(tinsmith.InvalidArgumentError, match=message) as refused:
+            tinsmith.ServiceClient(base_url="localhost:1")
+        assert refused.value.field == "TINSMITH_API_KEY_FILE"
+    file.write_text("good")
+    read = keys.KeyFile(str(file))
+    file.write_text("")
+    assert read.current().metadata() == (("authorization", "Bearer good"),)
+    file.unlink()
+    assert read.current().metadata() == (("authorization", "Bearer good"),)
+    file.write_text("better")
+    assert read.current().metadata() == (("authorization", "Bearer better"),)
 
 
 def test_an_invalid_call_uses_its_number_up(peer: Peer, trainer: tinsmith.TrainingClient) -> None:

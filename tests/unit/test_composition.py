@@ -25,6 +25,25 @@ def test_a_composition_is_read_as_it_was_written() -> None:
     assert decode(rounds.encode([], 3), count=0, ranks=3) == []
 
 
+def test_what_shares_says_so_and_nothing_else_does() -> None:
+    """Recomputed or not; ranks learn it of each other."""
+    shared: Round = (
+        (MicroBatch((4, 0), shares=True),),
+        (MicroBatch((1,)), MicroBatch((3, 2), True, shares=True)),
+    )
+    composition = rounds.encode([shared], 2)
+    assert composition == (b'{"ranks":2,"rounds":[[[[0,[4,0],1,1]],[[0,[1]],[1,[3,2],1,1]]]]}')
+    assert decode(composition) == [shared]
+    composed: Round = ((MicroBatch((0, 1, 2), shares=True),), ())
+    executed: Round = (
+        (MicroBatch((0,), True, shares=True), MicroBatch((1, 2), shares=True)),
+        (),
+    )
+    marks = [rounds.marks(composed, rank, executed[rank]) for rank in range(2)]
+    summed = [sum(column) for column in zip(*marks, strict=True)]
+    assert rounds.from_marks(composed, summed) == executed
+
+
 @pytest.mark.parametrize(
     "composition",
     [
@@ -36,6 +55,10 @@ def test_a_composition_is_read_as_it_was_written() -> None:
         b'{"ranks":2,"rounds":[[[[0,[true]]],[]]]}',
         b'{"ranks":2,"rounds":[[[[0,["0"]]],[]]]}',
         b'{"ranks":2,"rounds":[[[[0]],[]]]}',
+        b'{"ranks":2,"rounds":[[[[0,[0],1,2]],[]]]}',
+        b'{"ranks":2,"rounds":[[[[0,[0],2,1]],[]]]}',
+        b'{"ranks":2,"rounds":[[[[0,[0],1,true]],[]]]}',
+        b'{"ranks":2,"rounds":[[[[0,[0],1,1,1]],[]]]}',
         b'{"ranks":2,"rounds":[[[0],[]]]}',
         b'{"ranks":2,"rounds":7}',
     ],

@@ -1,10 +1,12 @@
 """Settings: where they come from, and that a typo stops the process."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import tinsmith
 from tinsmithd.config import (
     SECTIONS,
     CheckpointConfig,
@@ -183,9 +185,33 @@ def test_a_secret_is_in_no_message() -> None:
 
 def test_addresses_that_others_reach_are_warned_of() -> None:
     """Not loopback's, and not what a port alone cannot say."""
-    argv = ["--listen-address", "0.0.0.0:1", "--metrics-address", "[::1]:2"]
+    argv = ["--listen-address", "0.0.0.0:1", "--metrics-address", "[::1]:2", "--insecure"]
     (warning,) = CheckpointConfig.load(argv, {}).warnings()
     assert warning.startswith("listening on 0.0.0.0:1 without keys")
+
+
+@pytest.mark.parametrize(
+    ("section", "argv"),
+    [
+        (TrainingConfig, []),
+        (CheckpointConfig, []),
+        (SamplerConfig, ["--base-model", "b"]),
+        (GatewaySettings, []),
+    ],
+)
+def test_an_address_that_others_reach_needs_keys_or_a_word(section: type, argv: list[str]) -> None:
+    """`insecure`, or a file of keys, and for who calls others a key of its own."""
+    open_address = [*argv, "--listen-address", "0.0.0.0:1"]
+    with pytest.raises(ConfigError, match="keys_file: must be set where other machines reach"):
+        section.load(open_address, {})  # type: ignore[attr-defined]
+    section.load([*open_address, "--insecure"], {})  # type: ignore[attr-defined]
+    keyed = [*open_address, "--keys-file", "keys.json"]
+    if section is not CheckpointConfig:
+        with pytest.raises(ConfigError, match="cluster_key_file: must be set with keys_file"):
+            section.load(keyed, {})  # type: ignore[attr-defined]
+        keyed += ["--cluster-key-file", "cluster.key"]
+    (warning,) = section.load(keyed, {}).warnings()  # type: ignore[attr-defined]
+    assert warning.startswith("listening on 0.0.0.0:1 without TLS")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +283,15 @@ def test_limits_are_filled_in_from_settings_of_their_names() -> None:
     assert limits_from(SomeLimits, config, exact=True) == SomeLimits(3, 60.0, True)
     with pytest.raises(AttributeError, match="exact"):
         limits_from(SomeLimits, config)
+
+
+def test_no_variable_of_the_client_is_a_servers() -> None:
+    """`tinsmith up` sets them for the command that it runs, which may start servers itself."""
+    texts = [path.read_text() for path in Path(tinsmith.__file__).parent.rglob("*.py")]
+    variables = {name for text in texts for name in re.findall(r'"(TINSMITH_[A-Z_]+)"', text)}
+    assert {"TINSMITH_ADDRESS", "TINSMITH_HTTP_URL", "TINSMITH_API_KEY"} <= variables
+    sections = tuple(f"TINSMITH_{section.upper()}_" for section in SECTION_NAMES)
+    assert [name for name in sorted(variables) if name.startswith(sections)] == []
 
 
 def test_every_section_has_its_class() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from tinsmith._convert import sampling_params_to_pb
 from tinsmithd.config import SamplerConfig, TrainingConfig
 from tinsmithd.convert import sampler as sampler_convert
 from tinsmithd.convert import types as convert
+from tinsmithd.convert.plain import PlainData
 from tinsmithd.convert.times import ttl_from_pb
-from tinsmithd.domain import BaseModelInfo, LoraConfig
+from tinsmithd.domain import LOSSES, BaseModelInfo, LoraConfig
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.rpc.intake import Intake
 from tinsmithd.rpc.paging import page_of
@@ -86,9 +87,13 @@ READERS: dict[str, Callable[[Any], Any]] = {
 
 def mutants(name: str) -> list[Message]:
     """Messages that parse."""
+    return mutants_of(valid_requests(MODEL_ID, PATH)[name])
+
+
+def mutants_of(valid: Message) -> list[Message]:
+    """Messages that parse."""
     rng = random.Random(7)
-    valid = valid_requests(MODEL_ID, PATH)[name]
-    found = []
+    found: list[Message] = []
     for _ in range(MUTANTS):
         try:
             message = type(valid).FromString(mutate(valid, rng))
@@ -143,6 +148,64 @@ async def test_only_what_has_many_items_leaves_the_event_loop(
     assert bool(used) is left
 
 
+def calls_of_all_losses() -> list[Any]:
+    """Calls in the usual form: of each loss, of both integer types, with and without shapes."""
+    rng = np.random.default_rng(0)
+    found = []
+    for loss in LOSSES.values():
+        call = pb.ForwardRequest(model_id=MODEL_ID, loss_fn={loss.name: {}})
+        for count, kind in ((1, np.int64), (3, np.int32), (500, np.int64)):
+            datum = call.data.add()
+            tensors.write(datum.model_input.chunks.add().tokens, rng.integers(0, 300, count, kind))
+            for name in loss.inputs:
+                array: Any = rng.random(count, np.float32)
+                if name == "target_tokens":
+                    array = rng.integers(0, 300, count, kind)
+                tensors.write(datum.loss_fn_inputs[name], array)
+                if count == 3:
+                    datum.loss_fn_inputs[name].ClearField("shape")
+        found.append(call)
+    return found
+
+
+async def test_data_in_the_usual_form_are_seen_to_be_right_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is made of them, whichever loss they are for."""
+    monkeypatch.setattr(requests, "check_datum", None)
+    for call in calls_of_all_losses():
+        work = (await requests.read_call(only(call), lambda _: INFO, LIMITS)).call.work
+        assert isinstance(work, ComputeWork)
+        assert list(work.lengths) == [1, 3, 500]
+
+
+async def test_whether_data_are_looked_at_together_or_one_by_one_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Digests, lengths and refusals are the same, whatever is wrong with whichever datum."""
+    valid = calls_of_all_losses()
+    calls = [*valid, *(mutant for call in valid for mutant in mutants_of(call)[::3])]
+    for bad in (-1, 300, 1 << 62):
+        for call in calls_of_all_losses():
+            tensors.write(call.data[1].model_input.chunks.add().tokens, np.full(1, bad))
+            call.data[1].model_input.chunks.reverse()
+            del call.data[1].model_input.chunks[1:]
+            calls.append(call)
+    together = [await read_whole(call) for call in calls]
+    monkeypatch.setattr(PlainData, "lengths", lambda *_: None)
+    assert together == [await read_whole(call) for call in calls]
+    assert len({error for _, _, error in together}) > 50
+
+
+async def read_whole(message: Any) -> tuple[bytes, Sequence[int], str]:
+    """Digest and lengths of a call, and its refusal."""
+    call = (await requests.read_call(only(message), lambda _: INFO, LIMITS)).call
+    if isinstance(call.work, ComputeWork):
+        return call.digest, call.work.lengths, ""
+    assert isinstance(call.work, RefusedWork)
+    return call.digest, (), str(call.work.error)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_converters_raise_their_own_error_only(name: str) -> None:
     """With the field."""
@@ -156,16 +219,18 @@ def test_converters_raise_their_own_error_only(name: str) -> None:
     assert all(fields)
 
 
+@pytest.mark.parametrize("where", [(PlainData, "lengths"), (convert, "datum_from_pb")])
 async def test_a_fault_while_a_call_is_read_is_a_refusal(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: tuple[Any, str]
 ) -> None:
     """Whatever it is: the call has its digest and number, and the log has the cause."""
 
     def fails(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(convert, "datum_from_pb", fails)
+    monkeypatch.setattr(*where, fails)
     valid: Any = valid_requests(MODEL_ID, PATH)["Forward"]
+    valid.data[0].model_input.chunks.add(tokens=tensors.encode(np.zeros(0, np.int64)))
     call = (await requests.read_call(only(valid), lambda _: INFO, LIMITS)).call
     assert isinstance(call.work, RefusedWork)
     assert call.work.error.reason == "INTERNAL"

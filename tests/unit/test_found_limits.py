@@ -11,11 +11,15 @@ SETTINGS = (1000, 500)
 """Tokens of a micro-batch, and of one without recomputation."""
 
 
+def tokens_of(micro_batch: MicroBatch) -> int:
+    return sum(LENGTHS[index] for index in micro_batch.indices)
+
+
 def learned(
     composed: Sequence[Round], executed: Sequence[Round], limits: FoundLimits | None = None
 ) -> FoundLimits:
     limits = limits or FoundLimits()
-    limits.learn("kind", LENGTHS, composed, executed)
+    limits.learn("kind", tokens_of, composed, executed)
     return limits
 
 

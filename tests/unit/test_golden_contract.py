@@ -1,4 +1,4 @@
-"""What v1 froze may only grow: `make lint` compares the contract with the golden one."""
+"""What was released may only grow: `make lint` compares contract and link with golden ones."""
 
 import shutil
 import subprocess
@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 PROTOS = Path(__file__).parents[2] / "protos"
-GOLDEN = PROTOS / "golden" / "tinsmith_v1.txtpb"
+GOLDEN = {"v1": "tinsmith_v1.txtpb", "internal/v1": "tinsmith_internal_v1.txtpb"}
+LINK = "../internal/v1/trainer_link_service.proto"
 BUF = Path(sys.executable).parent / "buf"
 
 
-def breaking(protos: Path) -> str:
+def breaking(protos: Path, part: str = "v1") -> str:
     """What `make lint` says of a contract; empty where it is one that v1 may become."""
-    command = [str(BUF), "breaking", "--path", "tinsmith/v1", "--against", str(GOLDEN)]
+    golden = PROTOS / "golden" / GOLDEN[part]
+    command = [str(BUF), "breaking", "--path", f"tinsmith/{part}", "--against", str(golden)]
     done = subprocess.run(command, cwd=protos, capture_output=True, text=True, timeout=60)
     assert bool(done.returncode) == bool(done.stdout), done.stderr
     return done.stdout
@@ -31,13 +33,15 @@ def changed(folder: Path, file: str, old: str, new: str) -> Path:
     return protos
 
 
-def test_the_contract_is_what_is_checked_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", GOLDEN)
+def test_the_contract_is_what_is_checked_in(tmp_path: Path, part: str) -> None:
     """It breaks nothing, and the file has all of it, so that what was added is held from now on."""
-    assert not breaking(PROTOS)
-    now = tmp_path / "now.txtpb"
-    command = [str(BUF), "build", "--path", "tinsmith/v1", "--exclude-source-info", "-o", str(now)]
+    assert not breaking(PROTOS, part)
+    now, path = tmp_path / "now.txtpb", f"tinsmith/{part}"
+    command = [str(BUF), "build", "--path", path, "--exclude-source-info", "-o", str(now)]
     subprocess.run(command, cwd=PROTOS, check=True, timeout=60)
-    assert now.read_text() == GOLDEN.read_text(), "run 'make protos' and commit the result"
+    golden = (PROTOS / "golden" / GOLDEN[part]).read_text()
+    assert now.read_text() == golden, "run 'make protos' and commit the result"
 
 
 @pytest.mark.parametrize(
@@ -55,13 +59,16 @@ def test_the_contract_is_what_is_checked_in(tmp_path: Path) -> None:
         ),
         ("sampler_service.proto", "  optional double top_p = 4;", "  double top_p = 4;", "top_p"),
         ("checkpoint_service.proto", "    ArchivePiece piece = 2;", "    bytes data = 2;", "piece"),
+        (LINK, "  int32 world_size = 2;", "  int64 world_size = 2;", "world_size"),
+        (LINK, "    Leaving leaving = 10;", "    Leaving leaving = 11;", "leaving"),
     ],
 )
 def test_a_change_that_breaks_a_program_fails(
     tmp_path: Path, file: str, old: str, new: str, said: str
 ) -> None:
     """Numbers, types, names, presence, and what is gone: on the wire, in JSON and in stubs."""
-    assert said in breaking(changed(tmp_path, file, old, new))
+    part = "internal/v1" if file == LINK else "v1"
+    assert said in breaking(changed(tmp_path, file, old, new), part)
 
 
 def test_a_field_may_be_added(tmp_path: Path) -> None:

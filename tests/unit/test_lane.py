@@ -135,13 +135,37 @@ async def test_kept_answers_are_bounded_in_bytes() -> None:
         answer = Answer()
         answer.add(bytes(40))
         answer.finish({})
-        answers.add(seq_id, b"", answer, position=seq_id)
-        assert answers.trim() == max(0, seq_id - 2)
+        answers.add(seq_id, b"", answer)
+        assert answers.recorded(seq_id, position=seq_id) == max(0, seq_id - 2)
     assert answers.find(4, b"", 5) is not None
     assert answers.find(3, b"", 5) is not None
     for seq_id in (1, 2):
         with pytest.raises(FailedPrecondition):
             answers.find(seq_id, b"", 5)
+
+
+async def test_numbers_of_before_a_restored_back_up_are_told_from_those_that_were_used() -> None:
+    """What the back-up has is answered; what it lacks may have been answered by who was lost. A
+    model that was created since then counts from 1, as any."""
+    first = 1 << 40
+    answers = KeptAnswers(kept_max=1, bytes_kept_max=100, restored_at=first)
+    for seq_id in (7, first + 1, first + 2):
+        answer = Answer()
+        answer.finish({})
+        answers.add(seq_id, b"", answer)
+    assert answers.find(7, b"", first + 3) is not None
+    answers.recorded(7, position=7)
+    answers.recorded(first + 1, position=8)  # which drops the one before
+    for seq_id, next_seq_id, reason in (
+        (7, first + 3, Reason.MODEL_RESTORED),
+        (8, first + 3, Reason.MODEL_RESTORED),
+        (first, first + 3, Reason.MODEL_RESTORED),
+        (3, 9, Reason.ANSWER_EXPIRED),
+    ):
+        with pytest.raises(FailedPrecondition) as refusal:
+            answers.find(seq_id, b"", next_seq_id)
+        assert refusal.value.reason is reason
+    assert answers.find(first + 3, b"", first + 3) is None
 
 
 async def test_a_gap_fails_in_time_and_leaves_the_number_free() -> None:

@@ -89,5 +89,5 @@ def test_each_folder_of_tests_is_in_one_stage_and_has_a_budget() -> None:
         for word in each.command
         if word.startswith("tests/")
     ]
-    assert sorted(run) == sorted(folders - {"gpu", "kube", "on_vllm", "sdk"})
+    assert sorted(run) == sorted(folders - {"gpu", "kube", "monitoring", "on_vllm", "sdk"})
     assert set(run) == set(stages.BUDGETS_S)

@@ -158,6 +158,7 @@ class Server(NeverRead):
     def __init__(self, *, finds: bool) -> None:
         self.finds = finds
         self.files: dict[str, bytes] = {}
+        self.begun: list[str] = []
         self.deposits: list[Mapping[str, int]] = []
         self._waits = False
 
@@ -168,7 +169,10 @@ class Server(NeverRead):
     async def write(self, file_name: str, data: bytes) -> None:
         self.files[file_name] = self.files.get(file_name, b"") + data
 
-    def deposited(self, deposit: str, files: Mapping[str, int]) -> None:
+    async def begin(self, deposit: str) -> None:
+        self.begun.append(deposit)
+
+    def deposited(self, files: Mapping[str, int]) -> None:
         assert not self.files
         self.deposits.append(files)
         self._waits = True
@@ -212,6 +216,31 @@ async def test_what_is_left_is_named_and_not_sent(state: ModelState, data_folder
     assert server.files == {}
     assert server.deposits == [{name: len(data) for name, data in to_files(state).items()}]
     assert list((data_folder / "deposits").iterdir()) == []
+
+
+async def test_the_server_hears_of_a_deposit_once_the_ranks_begin_to_leave_it(
+    data_folder: Path,
+) -> None:
+    """It reads meanwhile; before, a stream with nothing on it would only grow old."""
+
+    async def before_commit() -> None: ...
+
+    server = Server(finds=True)
+    checkpoints = checkpoints_at(server, data_folder)
+    async with (
+        checkpoints.staging.open() as staged,
+        checkpoints.deposits.open() as deposit,
+        checkpoints.saving(NEW, staged, deposit, before_commit) as saved,
+    ):
+        assert deposit is not None
+        await asyncio.sleep(0.01)
+        assert server.begun == []
+        deposit.begun.set()
+        await asyncio.sleep(0.01)
+        assert server.begun == [deposit.name]
+        deposit.files = {WEIGHTS: 1}
+        await saved()
+    assert server.deposits == [{WEIGHTS: 1}]
 
 
 async def test_a_server_that_does_not_find_it_gets_it_sent_from_then_on(

@@ -12,7 +12,7 @@ from tinsmithd.config import CheckpointConfig, SamplerConfig, TrainingConfig
 from tinsmithd.convert.limits import limits_to_pb, setting_of
 from tinsmithd.errors import InvalidArgument
 from tinsmithd.rpc.paging import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, Page, page_of, token_after
-from wire import limit_values
+from wire import OF_TENANTS, limit_values
 
 LIMITS: list[Descriptor] = [
     v1.TrainingLimits.DESCRIPTOR,
@@ -25,8 +25,14 @@ CAPABILITIES: list[Descriptor] = [
     v1.CheckpointServiceGetCapabilitiesResponse.DESCRIPTOR,
 ]
 SHARED_BELOW = 16
-OF_ONE_PROCESS = {"identity_entries_max"}
-"""Between ranks and their Training server, which no client sees."""
+OF_ONE_PROCESS = {
+    *("identity_entries_max", "rank_memories_max"),
+    *("requests_max", "results_under_way_max"),
+}
+"""Between ranks and their Training server, which no client sees; and the gateway's, whose callers
+speak HTTP and have no capabilities of it."""
+OFF_BY_DEFAULT = {"download_url_ttl_max"}
+"""At 0 there is nothing of the kind."""
 REFUSERS = {"over_limit": 1, "check_count": 2, "Budget": 0, "server_busy": 1, "too_many_models": 0}
 """What refuses for a limit, and which argument is its name."""
 
@@ -94,7 +100,7 @@ def test_limits_are_those_of_the_settings(limits: type, config: object) -> None:
     said = limit_values(limits_to_pb(limits, config, **others))  # type: ignore[type-var]
     for name, value in said.items():
         setting = name if hasattr(config, name) else setting_of(name)
-        assert value > 0
+        assert value > 0 or name.startswith(OF_TENANTS) or name in OFF_BY_DEFAULT
         if hasattr(config, setting):
             assert value == getattr(config, setting), name
 

@@ -16,14 +16,17 @@ def refuse(files: Mapping[str, bytes]) -> None:
 
 
 def test_files_are_read_by_what_they_hold_and_only_whole(tmp_path: Path) -> None:
-    """One that is damaged, too long or elsewhere is not there."""
+    """One that is too long or elsewhere is not there; one that is damaged is not proven."""
     timed = TimedKeeper(tmp_path)
     content = files(1, optimizer=False)
     keep(timed.keeper, content, PATH.replace("weights", "sampler_weights"))
     wanted = {name: hashlib.sha256(data).digest() for name, data in content.items()}
     size = sum(map(len, content.values()))
     local = LocalFiles(tmp_path)
-    assert local.read(wanted, size, dict) == content
+    found = local.read(wanted, size, dict)
+    assert found is not None
+    assert found.content == content
+    assert found.proof.result()
     assert local.read(wanted, size - 1, dict) is None
     assert local.read({}, size, dict) is None
     assert LocalFiles(tmp_path / "elsewhere").read(wanted, size, dict) is None
@@ -31,7 +34,9 @@ def test_files_are_read_by_what_they_hold_and_only_whole(tmp_path: Path) -> None
         local.read(wanted, size, refuse)
     damaged = blobs(tmp_path)[0]
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
-    assert local.read(wanted, size, dict) is None
+    found = local.read(wanted, size, dict)
+    assert found is not None
+    assert not found.proof.result(), "what was made of it is nothing that may be used"
     assert local.read(wanted, size, refuse) is None, "other bytes say nothing of the checkpoint"
     damaged.unlink()
     assert local.read(wanted, size, dict) is None

@@ -4,19 +4,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tinsmithd.sampler.engines.transformers.model.lora_weights import Turning, turned
 from tinsmithd.sampler.engines.transformers.native import compiling as room
 from tinsmithd.sampler.engines.transformers.native.abi import GroupOf, Library, Matrix, SiteOf
 from tinsmithd.sampler.engines.transformers.native.draws import NativeWorkspace
 from tinsmithd.sampler.engines.transformers.sampling import Distributions, Workspace
 
-SHAPES = ((48, 32), (131, 259), (7, 5), (96, 64))
+SHAPES = ((48, 32), (131, 259), (7, 5), (96, 64), (70, 1088))
 ROWS_MAX = 33
 
 
-@pytest.fixture(scope="module", params=room.usable_widths())
+@pytest.fixture(scope="module", params=room.usable_variants())
 def library(request: pytest.FixtureRequest) -> Iterator[Library]:
     made = Library(room.compiled(request.param, room.kept_in("")), 2)
     yield made
@@ -44,8 +46,31 @@ def test_a_row_has_the_same_bits_among_any_number(
         assert torch.equal(library.product(matrix, rows[-count:]), every[-count:])
 
 
+def test_products_of_narrow_weights_are_exact_float32(library: Library) -> None:
+    """Also where a processor multiplies bfloat16 alone: rows lose nothing, small and large."""
+    weight = random(96, 1536).bfloat16().float()
+    rows = random(40, 1536, seed=1) * 10.0 ** torch.linspace(-30, 30, 40)[:, None]
+    panels = library.packed(weight, narrow=True)
+    found = library.product(Matrix(panels.data_ptr(), None, 96, 1536, True), rows)
+    exact = rows.double() @ weight.double().T
+    scale = rows.double().abs() @ weight.double().abs().T
+    assert ((found - exact).abs() / scale).max() <= 2**-22
+
+
+def test_other_libraries_of_the_thread_find_what_they_left(library: Library) -> None:
+    """Shapes of tiles are a thread's, and torch expects those that it has set itself."""
+    weight, rows = random(64, 64).bfloat16().float(), random(20, 64, seed=1)
+    panels = library.packed(weight, narrow=True)
+    matrix = Matrix(panels.data_ptr(), None, 64, 64, True)
+    own = [random(*shape, seed=2).bfloat16() for shape in ((40, 192), (80, 192))]
+    first, expected = library.product(matrix, rows), own[0] @ own[1].T
+    for _ in range(3):
+        assert torch.equal(own[0] @ own[1].T, expected)
+        assert torch.equal(library.product(matrix, rows), first)
+
+
 def test_both_forms_of_a_weight_give_the_same_bits(library: Library) -> None:
-    """A bfloat16 weight is a float32 one with less to read."""
+    """A bfloat16 weight is a float32 one with less to read; its k is not one of tiles here."""
     weight, rows = random(131, 259).bfloat16().float(), random(5, 259, seed=1)
     found = []
     for narrow in (True, False):
@@ -97,8 +122,8 @@ def test_without_a_compiler_there_is_no_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that fails, one that is not there; what was made before is taken without."""
-    width = room.usable_widths()[0]
-    kept = room.compiled(width, room.kept_in(""))
+    variant = room.usable_variants()[0]
+    kept = room.compiled(variant, room.kept_in(""))
     said: list[str] = []
     monkeypatch.setenv("CC", "false")
     assert room.load_library(str(tmp_path), 1, on_progress=said.append) is None
@@ -131,7 +156,7 @@ def test_without_a_home_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_file_that_is_no_library_is_none(tmp_path: Path) -> None:
     """Half a file, as a crash could leave where files are written in place."""
-    name = room.compiled(room.usable_widths()[0], room.kept_in("")).name
+    name = room.compiled(room.usable_variants()[0], room.kept_in("")).name
     (tmp_path / name).write_bytes(b"\x7fELF")
     said: list[str] = []
     assert room.load_library(str(tmp_path), 1, on_progress=said.append) is None
@@ -166,3 +191,20 @@ def test_logits_that_are_no_distribution_have_no_finite_sum(
         logits[0] = wrong
     every = Distributions(logits, [1.0, 1.0], NativeWorkspace(library))
     assert every.finite_N.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "shape", [(16, 576), (576, 16), (4, 4), (9, 17), (1, 40), (40, 1), (23, 8)]
+)
+def test_matrices_are_turned_round_into_columns_of_their_own(
+    library: Library, shape: tuple[int, int]
+) -> None:
+    """With the bits that numpy has, and nothing beside them is touched."""
+    given = [random(*shape, seed=seed).numpy() for seed in range(2)]
+    rooms = [np.full((shape[1], 2 * shape[0] + 3), np.nan, np.float32) for _ in range(2)]
+    for turn, room_of in zip((library.turn, turned), rooms, strict=True):
+        places = [room_of[:, at : at + shape[0]] for at in (1, shape[0] + 2)]
+        turn([Turning(given[0], places[0], 0.3), Turning(given[1], places[1], 1.0)])
+    assert np.array_equal(rooms[0].view(np.uint32), rooms[1].view(np.uint32))
+    assert np.array_equal(rooms[1][:, shape[0] + 2 : -1], given[1].T)
+    assert np.isnan(rooms[1]).sum() == 3 * shape[1]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients, host_copy
+from tinsmithd.modeling.device_copies import host_copy
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients
 
 
 def waiting(*values: float) -> PendingGradients:

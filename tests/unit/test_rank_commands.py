@@ -304,7 +304,7 @@ def test_only_rank_0_answers(engine: Pretender) -> None:
 
 
 def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
-    """What was exported is imported; the bytes are joined in order."""
+    """What was exported is imported; the bytes are joined in order, and never copied again."""
     taken: list[ModelState] = []
     engine.import_state = lambda _, state, *, optimizer: taken.append(state)  # type: ignore[attr-defined]
     commands, answers = commands_on(engine, world_size=1), list[pb.AttachRequest]()
@@ -316,6 +316,7 @@ def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
     assert done.done.step_count == 1
     for message in pieces:
         commands.apply(pb.AttachResponse(command_id=2, piece=message.piece), answers.append)
+    held = {name: np.frombuffer(content, np.uint8) for name, content in commands._pieces.items()}
     command = pb.ImportState(optimizer=True, create=True)
     commands.apply(pb.AttachResponse(command_id=2, import_state=command), answers.append)
     assert answers[-1].done.step_count == 1
@@ -323,4 +324,6 @@ def test_a_state_comes_in_as_pieces(engine: Pretender) -> None:
         "w.lora_A.weight": (2, 1_500_000),
         "w.lora_B.weight": (3, 2),
     }
+    for array in (*taken[0].weights.values(), *taken[0].optimizer.values()):
+        assert any(np.shares_memory(array, content) for content in held.values())
     assert all((array == 1).all() for array in taken[0].weights.values())

@@ -5,11 +5,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from sampler_recorder import ADAPTER_BYTES, Recorder, adapter, drain, new_admission
+from sampler_recorder import ADAPTER_BYTES, STATE, Recorder, adapter, drain, new_admission
 from tinsmithd.domain import LoraConfig, ModelState
-from tinsmithd.errors import FailedPrecondition, NotFound, Reason
+from tinsmithd.errors import FailedPrecondition, NotFound, Reason, Unavailable
 from tinsmithd.sampler.admission import Admission
-from tinsmithd.sampler.loaded_adapters import Adapter
+from tinsmithd.sampler.loaded_adapters import Adapter, Fetched
 from waiting import until
 
 
@@ -73,7 +73,7 @@ async def test_a_load_that_failed_is_tried_again(admission: Admission, engine: R
     """Also when everyone who waited for it had gone before it failed."""
     gate = asyncio.Event()
 
-    async def fail() -> ModelState:
+    async def fail() -> Fetched:
         await gate.wait()
         raise NotFound("no such checkpoint", Reason.CHECKPOINT_NOT_FOUND)
 
@@ -148,8 +148,8 @@ async def test_a_call_whose_adapter_finds_no_room_waits_until_another_is_idle(
     assert admission.loaded.nbytes == ADAPTER_BYTES
     large = ModelState(LoraConfig(), {"w": np.zeros(ADAPTER_BYTES, np.float32)}, {}, 0, {})
 
-    async def fetch() -> ModelState:
-        return large
+    async def fetch() -> Fetched:
+        return Fetched(large)
 
     with pytest.raises(FailedPrecondition, match="adapters_bytes_max"):
         await drain(admission, 4, 2, Adapter("large", fetch))
@@ -166,6 +166,83 @@ async def test_loading_an_adapter_stops_nobody(admission: Admission, engine: Rec
     assert engine.started == [2]
     engine.may_load.set()
     assert await loading == 2
+
+
+# --- adapters whose files are not proven yet ------------------------------------------------------
+
+
+def unproven(key: str) -> tuple[Adapter, "asyncio.Future[None]"]:
+    """One whose files are verified while it is loaded."""
+    proven = asyncio.get_running_loop().create_future()
+
+    async def fetch() -> Fetched:
+        return Fetched(STATE, proven)
+
+    return Adapter(key, fetch), proven
+
+
+def damaged() -> Unavailable:
+    return Unavailable("other files", Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=0.1)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_nobody_samples_with_an_adapter_before_its_files_are_proven(
+    engine: Recorder, ahead: bool
+) -> None:
+    admission = new_admission(engine, 8, 8, 8)
+    wanted, proven = unproven("a")
+    bringing = asyncio.create_task(admission.loaded.bring_ahead(wanted)) if ahead else None
+    await asyncio.sleep(0.01)
+    first = asyncio.create_task(drain(admission, 1, 2, wanted))
+    await until(lambda: engine.held == {"a"})
+    await asyncio.sleep(0.01)
+    assert engine.started == []
+    proven.set_result(None)
+    assert await first == 2
+    assert bringing is None or await bringing
+    await admission.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_files_that_are_others_are_as_if_nobody_had_them(
+    engine: Recorder, ahead: bool
+) -> None:
+    """Whoever waits is told to ask again, and nothing is left of them."""
+    admission = new_admission(engine, 8, 8, 8)
+    wanted, proven = unproven("a")
+    bringing = asyncio.create_task(admission.loaded.bring_ahead(wanted)) if ahead else None
+    await asyncio.sleep(0.01)
+    first = asyncio.create_task(drain(admission, 1, 2, wanted))
+    await until(lambda: engine.held == {"a"})
+    proven.set_exception(damaged())
+    for waiting in (first, bringing):
+        if waiting is not None:
+            with pytest.raises(Unavailable):
+                await waiting
+    assert engine.started == []
+    assert engine.held == set()
+    assert admission.loaded.nbytes == admission.loaded.count == 0
+    assert await drain(admission, 2, 2, adapter("a")) == 2
+    await admission.close()
+
+
+async def test_what_cannot_be_loaded_of_files_that_are_others_is_no_fault_of_the_adapter(
+    admission: Admission, engine: Recorder
+) -> None:
+    """Its own fault is what the engine says of files that are proven."""
+    engine.misfits.add("bad")
+    for proof, expected in ((damaged(), Unavailable), (None, FailedPrecondition)):
+        wanted, proven = unproven("bad")
+        waiting = asyncio.create_task(drain(admission, 1, 2, wanted))
+        await until(lambda: "bad" in engine.loads)
+        await asyncio.sleep(0.01)
+        if proof is None:
+            proven.set_result(None)
+        else:
+            proven.set_exception(proof)
+        with pytest.raises(expected):
+            await waiting
+        engine.loads.clear()
 
 
 # --- adapters that nobody has asked for yet -------------------------------------------------------
@@ -235,8 +312,8 @@ async def test_nothing_that_is_in_use_or_waited_for_gives_way_to_what_comes_ahea
     assert "ahead" not in engine.loads
     large = ModelState(LoraConfig(), {"w": np.zeros(ADAPTER_BYTES, np.float32)}, {}, 0, {})
 
-    async def fetch() -> ModelState:
-        return large
+    async def fetch() -> Fetched:
+        return Fetched(large)
 
     assert not await admission.loaded.bring_ahead(Adapter("large", fetch))
     await admission.close()
@@ -245,7 +322,7 @@ async def test_nothing_that_is_in_use_or_waited_for_gives_way_to_what_comes_ahea
 async def test_what_cannot_be_brought_ahead_is_fetched_when_a_call_asks(engine: Recorder) -> None:
     admission = new_admission(engine, 8, 8, 8)
 
-    async def gone() -> ModelState:
+    async def gone() -> Fetched:
         raise NotFound("gone", Reason.CHECKPOINT_NOT_FOUND)
 
     with pytest.raises(NotFound):

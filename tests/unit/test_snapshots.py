@@ -11,6 +11,7 @@ from tinsmithd.training.models.snapshot_store import (
     MANIFEST_FILE,
     PIECE_BYTES,
     DiskSnapshotStore,
+    check_snapshots,
 )
 
 FILES = {
@@ -120,8 +121,9 @@ async def test_only_what_is_named_stays_and_what_a_later_process_made(tmp_path: 
     for draft in drafts:
         await draft.write("weights", b"half")
     (tmp_path / "stray").mkdir()
+    check_snapshots(tmp_path)
     await snapshots.keep_only([kept])
-    assert {found.name for found in tmp_path.iterdir()} == {"staging", kept, newer}
+    assert {found.name for found in tmp_path.iterdir()} == {"staging", "format.json", kept, newer}
     assert len([*(tmp_path / "staging").iterdir()]) == 1
     last = await drafts[1].finish(optimizer=False, step_count=4)
     for folder in (kept, newer, last):
@@ -129,5 +131,5 @@ async def test_only_what_is_named_stays_and_what_a_later_process_made(tmp_path: 
     await snapshots.remove(kept)
     await snapshots.remove(swept)
     await later.keep_only([])
-    assert [found.name for found in tmp_path.iterdir()] == ["staging"]
+    assert {found.name for found in tmp_path.iterdir()} == {"staging", "format.json"}
     assert not [*(tmp_path / "staging").iterdir()]

@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from tinsmithd.trainer.process_group.stall import FACTOR, Report, Reports, StallRule, StallWatch
+from tinsmithd.trainer.process_group.stall import (
+    FACTOR,
+    Memory,
+    Report,
+    Reports,
+    StallRule,
+    StallWatch,
+)
 
 MINUTE_S = 60.0
 LIMIT_S = 5 * MINUTE_S
@@ -87,11 +94,15 @@ def test_ranks_that_are_told_by_another_one_end_too() -> None:
 
 def test_what_a_rank_says_comes_back_from_a_beat() -> None:
     """And what no rank says is taken for nothing."""
-    for report in (Report(), Report(3, 4, "optim_step"), Report(1, 2, "compute", ends=True)):
+    for report in (
+        Report(),
+        Report(3, 4, "optim_step", memory=Memory(5, 6, 7)),
+        Report(1, 2, "compute", ends=True),
+    ):
         assert Report.decode(report.encode()) == report
-    for text in ("", "left", "1", "1 2", "a b c d", "-1 2 0 x"):
+    for text in ("", "left", "1", "1 2 0 4 5 6", "a b c d e f g", "-1 2 0 4 5 6 x"):
         assert Report.decode(text) == Report()
-    assert "\n" not in Report.decode("1 2 0 a\nb").doing
+    assert Report.decode("1 2 0 4 5 6 a\nb").doing == "a\\nb"
 
 
 Watch = Callable[[Callable[[], Reports]], str | None]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from tinsmithd.fair_queue import PURGE_MIN
+from tinsmithd.owners import DEFAULT_OWNER
 from tinsmithd.training.lane.turns import Turns
 
 
@@ -55,7 +56,7 @@ def jain(values: Iterable[int]) -> float:
 
 
 def knows_nobody(turns: Turns) -> bool:
-    return not (len(turns._queue) or turns._queue._offers or turns._held)
+    return not (len(turns._queue) or turns._queue._names or turns._held)
 
 
 async def test_one_holds_the_turn_at_a_time_and_a_name_keeps_its_order() -> None:
@@ -246,7 +247,50 @@ async def test_idle_models_cost_nothing() -> None:
         await ranks.use_once(f"{n}", 1)
         for _ in range(3):  # what was busy has a turn
             await asyncio.sleep(0)
-        assert len(ranks.turns._queue._accounts) <= PURGE_MIN + 2
+        assert len(ranks.turns._queue._names[DEFAULT_OWNER]._accounts) <= PURGE_MIN + 2
     assert not busy.done()
     busy.cancel()
     await asyncio.gather(busy, return_exceptions=True)
+
+
+async def test_many_models_of_one_owner_have_one_share() -> None:
+    """Fifty models of one tenant beside two of others: each tenant gets a third."""
+    ranks = Ranks()
+    heavy = [ranks.use(f"heavy/{n}", [100] * 20) for n in range(50)]
+    light = [ranks.use("one/m", [100] * 100), ranks.use("default-m", [100] * 100)]
+    await asyncio.gather(*heavy, *light)
+    used: Counter[str] = Counter()
+    for name, cost in ranks.taken[:240]:
+        used[name.partition("/")[0]] += cost
+    assert max(used.values()) - min(used.values()) <= 200
+    of_heavy = [used for name, used in ranks.tokens(240).items() if name.startswith("heavy")]
+    assert len(of_heavy) == 50
+    assert max(of_heavy) - min(of_heavy) <= 100
+    assert knows_nobody(ranks.turns)
+
+
+async def test_a_new_owner_waits_for_one_turn_of_each_other() -> None:
+    """However many models and turns wait for the others."""
+    ranks = Ranks()
+    heavy = [asyncio.create_task(ranks.use(f"heavy/{n}", [50] * 4)) for n in range(30)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    begun = len(ranks.taken)
+    await ranks.use_once("new/m", 50)
+    names = [name for name, _ in ranks.taken[begun:]]
+    assert names.index("new/m") <= 2
+    await asyncio.gather(*heavy)
+
+
+async def test_turns_of_owners_who_leave_are_passed_on() -> None:
+    """A cancelled wait of one owner costs nobody a turn, and leaves nothing behind."""
+    ranks = Ranks()
+    async with ranks.turns.take("a/m", 5):
+        gone = [await ranks.begin(f"b/{n}", 5) for n in range(5)]
+        last = await ranks.begin("c/m", 5)
+        for task in gone:
+            task.cancel()
+        await asyncio.sleep(0)
+    await asyncio.gather(last, *gone, return_exceptions=True)
+    assert [name for name, _ in ranks.taken] == ["c/m"]
+    assert knows_nobody(ranks.turns)

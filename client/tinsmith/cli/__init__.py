@@ -1,13 +1,19 @@
-"""The `tinsmith` command. It comes with the client; what it runs may need more than that."""
+"""The `tinsmith` command. It comes with the client; what it runs may need more than that.
 
-import argparse
-import importlib.metadata
-import re
+typer and rich are imported when a command runs, and by nothing else of the client.
+"""
+
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from tinsmith.cli.extras import missing_for
 
 EXTRAS = {"up": "server", "config": "control", "plan": ""}
 """What a command needs beside the client, or nothing. These commands know their own arguments."""
+_COMPLETING = "_TINSMITH_COMPLETE"
+"""Set by a shell that asks what a line could go on with; the line is in the environment, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,16 +22,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given and given[0] in EXTRAS:
         _run(given[0], given)
         return
-    parser = argparse.ArgumentParser(prog="tinsmith", description="A training API that you run.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("up", help="run a cluster on this machine; `tinsmith up --help` says how")
-    commands.add_parser(
-        "config", help="print the settings of the servers, and where they come from"
-    )
-    commands.add_parser("plan", help="say what a base model takes of GPUs, before it is loaded")
-    commands.add_parser("version", help="print the version")
-    parser.parse_args(given)
-    print(f"tinsmith {_version()}")
+    try:
+        from tinsmith.cli import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tinsmith"):
+            raise
+        sys.exit(f"tinsmith: {error.name} is not installed: pip install tinsmith brings it")
+    if not given and _COMPLETING not in os.environ:
+        app.run(commands(), ["--help"])
+        sys.exit(2)
+    sys.exit(app.run(commands(), given))
+
+
+def commands() -> Any:
+    """All commands, a `typer.Typer`. Imports typer, rich and what they run."""
+    from tinsmith import __version__
+    from tinsmith.cli import app
+
+    return app.new_app(_run, __version__)
 
 
 def _run(command: str, argv: Sequence[str]) -> None:
@@ -52,39 +66,3 @@ def _run(command: str, argv: Sequence[str]) -> None:
 def _how_to_get(command: str, what: str) -> str:
     how = f"pip install 'tinsmith[{EXTRAS[command]}]'"
     return f"tinsmith: `{command}` needs the servers, and {what} is not installed: {how}"
-
-
-def missing_for(extra: str) -> list[str]:
-    """Distributions of an extra, and of those that it names, that are not installed.
-
-    Empty where this package is no installed distribution, which says what its extras are.
-    """
-    try:
-        requirements = importlib.metadata.requires("tinsmith") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    found: list[str] = []
-    for requirement in requirements:
-        named, _, marker = requirement.partition(";")
-        if not re.search(rf"extra == ['\"]{extra}['\"]", marker):
-            continue
-        name, inner = re.fullmatch(r"\s*([\w.-]+)(?:\[([\w,.-]+)\])?.*", named).groups()  # type: ignore[union-attr]
-        if name == "tinsmith":
-            found += [lost for each in inner.split(",") for lost in missing_for(each.strip())]
-        elif not _is_installed(name):
-            found.append(name)
-    return found
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _version() -> str:
-    from tinsmith import __version__
-
-    return __version__

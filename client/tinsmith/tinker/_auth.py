@@ -10,12 +10,12 @@ __all__ = ["get_tinker_token", "raise_if_tinker_not_accessible", "tinker_has_cre
 
 
 def get_tinker_token() -> str | None:
-    """`TINKER_API_KEY`; None where it is not set, which is no hindrance."""
+    """`TINKER_API_KEY`; None where it is not set, which only hinders where a cluster has keys."""
     return os.environ.get("TINKER_API_KEY") or None
 
 
 def tinker_has_credentials() -> bool:
-    """True: a cluster asks for none that a program would have to bring."""
+    """True: a cluster that asks for a key says so itself."""
     return True
 
 

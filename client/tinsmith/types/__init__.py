@@ -15,10 +15,14 @@ from tinsmith.types.inputs import (
     OptimParams,
     SamplingParams,
 )
+from tinsmith.types.losses import CustomLossInput, LossHandle
 from tinsmith.types.outputs import (
     Checkpoint,
+    CheckpointArchiveUrlResponse,
     CheckpointsListResponse,
     CheckpointType,
+    CurrentCheckpointStorageUsageItem,
+    CurrentCheckpointStorageUsageResponse,
     Cursor,
     ExternalWeightsUrlsResponse,
     ForwardBackwardOutput,
@@ -66,6 +70,15 @@ from tinsmith.types.samples import (
     StopReason,
     TopkLogprobs,
 )
+from tinsmith.types.sessions import (
+    AccessibleSearchOwner,
+    OwnSearchOwner,
+    SearchOwner,
+    SessionSearchCursor,
+    SessionSearchRequest,
+    SessionSearchResponse,
+    SessionSummary,
+)
 from tinsmith.types.tensor import TensorData, TensorDtype
 from tinsmith.types.unsupported import (
     UNSUPPORTED,
@@ -74,16 +87,20 @@ from tinsmith.types.unsupported import (
     DmelChunk,
     ImageAssetPointerChunk,
     ImageChunk,
-    LossHandle,
 )
 
 __all__ = [
+    "AccessibleSearchOwner",
     "AdamOptimizerConfig",
     "AdamParams",
     "Checkpoint",
+    "CheckpointArchiveUrlResponse",
     "CheckpointType",
     "CheckpointsListResponse",
+    "CurrentCheckpointStorageUsageItem",
+    "CurrentCheckpointStorageUsageResponse",
     "Cursor",
+    "CustomLossInput",
     "Datum",
     "DimuonOptimizerConfig",
     "DimuonParams",
@@ -114,6 +131,7 @@ __all__ = [
     "OptimStepRequest",
     "OptimStepResponse",
     "OptimizerConfig",
+    "OwnSearchOwner",
     "ParsedCheckpointTinkerPath",
     "PromptAltTokens",
     "PromptProvenanceSpan",
@@ -130,6 +148,11 @@ __all__ = [
     "SaveWeightsExternalResponse",
     "SaveWeightsForSamplerResponse",
     "SaveWeightsResponse",
+    "SearchOwner",
+    "SessionSearchCursor",
+    "SessionSearchRequest",
+    "SessionSearchResponse",
+    "SessionSummary",
     "StopReason",
     "SupportedModel",
     "TensorData",

@@ -53,7 +53,10 @@ class Model:
         known = cls.model_fields
         unknown = [name for name in obj if name not in known]
         if unknown and not cls._from_server:
-            raise refuse(f"{cls.__name__}.{unknown[0]}", "there is no such field")
+            name = unknown[0]
+            plain = isinstance(name, str) and name.isidentifier()
+            where = f"{cls.__name__}.{name if plain else shown(name)}"
+            raise refuse(where, "there is no such field")
         missing = [
             name
             for name, each in known.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -15,6 +15,12 @@ from tinsmith.types.inputs import AdamOptimizerConfig
 from tinsmith.types.tensor import TensorData
 
 CheckpointType = Literal["training", "sampler", "external"]
+CHECKPOINT_TYPES: Mapping[str, CheckpointType] = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+"""By what stands before the name in a path."""
 ModelID = str
 RequestID = str
 LossFnInputs = dict[str, TensorData]
@@ -107,6 +113,14 @@ class ExternalWeightsUrlsResponse(Response):
 
 
 @dataclass(frozen=True, eq=False)
+class CheckpointArchiveUrlResponse(Response):
+    """Where to get a checkpoint as a tar, and until when."""
+
+    url: str
+    expires: datetime
+
+
+@dataclass(frozen=True, eq=False)
 class LoadWeightsResponse(Response):
     """`path` names what was loaded."""
 
@@ -181,7 +195,7 @@ class Checkpoint(Response):
     tinker_path: str
     size_bytes: int | None = None
     public: bool = False
-    """Always False: nobody is kept from reading a checkpoint yet."""
+    """Whether it was published, which is a mark and changes nothing of who may read it."""
     user_metadata: dict[str, str] | None = None
     expires_at: datetime | None = None
 
@@ -210,11 +224,7 @@ class ParsedCheckpointTinkerPath(Response):
         Raises:
             InvalidArgumentError: It is no such path.
         """
-        kinds: dict[str, CheckpointType] = {
-            "weights": "training",
-            "sampler_weights": "sampler",
-            "external_weights": "external",
-        }
+        kinds = CHECKPOINT_TYPES
         scheme, _, rest = text(tinker_path, "tinker_path").partition("://")
         parts = rest.split("/")
         valid = scheme in ("tinsmith", "tinker") and len(parts) == 3 and all(parts)
@@ -286,6 +296,28 @@ class GetSamplerResponse(Response):
     sampler_id: str
     base_model: str
     model_path: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CurrentCheckpointStorageUsageItem(Response):
+    """What the checkpoints of one owner take; nothing here has a price."""
+
+    checkpoint_count: int
+    size_bytes: int
+    size_gigabytes: float
+    project_id: str | None = None
+    org_user_urn: str | None = None
+    user_email: str | None = None
+    user_name: str | None = None
+    estimated_monthly_cost_usd: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CurrentCheckpointStorageUsageResponse(Response):
+    """What checkpoints take, by owner."""
+
+    data: list[CurrentCheckpointStorageUsageItem]
+    effective_rate_usd_per_gigabyte_month: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,18 @@ class Absent:
         raise unsupported(self._name, self._why)
 
 
+class Holder(Absent):
+    """What `ServiceClient.holder` is: other clients are made with it, and it has nothing else.
+
+    Attributes:
+        connection: The cluster's, for this package alone.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__("holder", "what a client holds is its own; tinsmith.v1 has the stubs")
+        self.connection = connection
+
+
 class ImageChunk(Unsupported):
     """Tinker's image in a prompt; raises UnimplementedError."""
 
@@ -75,33 +87,27 @@ class DimuonParams(Unsupported):
     _why = "the optimizer is not supported, AdamW is"
 
 
-class LossHandle(Unsupported):
-    """Tinker's uploaded loss; raises UnimplementedError."""
-
-    _why = "losses are not uploaded; forward_backward_custom takes the function itself"
-
-
 _NAMES: Mapping[str, str] = {
     "there is no billing": """
         BillingEventInfo BillingUsageEvent BillingUsageResponse BillingUsageSession
         CheckpointBillingEvent
-        CurrentCheckpointStorageUsageItem CurrentCheckpointStorageUsageResponse
         GetBillingUsageRequest GetCurrentCheckpointStorageUsageRequest SamplingPrefillBillingEvent
         SamplingSampleBillingEvent StorageBillingEvent TrainingBillingEvent""",
     "there is no audit log; the servers log who asked for what": """
         AuditLogEntry AuditLogResponse AuditLogEventType""",
-    "sessions cannot be searched; RestClient.list_training_runs lists models": """
-        AccessibleSearchOwner ActiveSessionStatusQuery CancelledSessionStatusQuery
+    "sessions have no status here": """
+        ActiveSessionStatusQuery CancelledSessionStatusQuery
         ClientFinishedSessionStatusQuery ClientSessionFinishErrored ClientSessionFinishInterrupted
         ClientSessionFinishReason
         ClientSessionFinishReasonType ClientSessionFinishSuccess ClientSessionFinished
-        FailedSessionStatusQuery OwnSearchOwner SearchOwner SessionActive SessionCancelled
+        FailedSessionStatusQuery SessionActive SessionCancelled
         SessionFailed SessionFailedReason SessionFailedRequestReason
-        SessionFailedSamplingSessionReason SessionFailedTrainingRunReason SessionSearchCursor
-        SessionSearchRequest SessionSearchResponse SessionStatus SessionStatusQuery SessionSummary
+        SessionFailedSamplingSessionReason SessionFailedTrainingRunReason
+        SessionStatus SessionStatusQuery""",
+    "a search finds what the caller sees": """
         UserSearchOwner""",
     "losses are not uploaded; forward_backward_custom takes the function itself": """
-        CreateCustomLossRequest CreateCustomLossResponse CustomLossGraph CustomLossInput
+        CreateCustomLossRequest CreateCustomLossResponse CustomLossGraph
         CustomLossInputRank CustomLossJson CustomLossNode""",
     "there is no telemetry": """
         EventType GenericEvent SessionEndEvent SessionStartEvent Severity TelemetryBatch

@@ -137,6 +137,8 @@ class CheckpointLimits(_message.Message):
     WRITER_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
     WRITER_EPOCH_STEP_MAX_FIELD_NUMBER: _builtins.int
     LEASE_ID_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_STORED_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_URL_TTL_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     message_items_max: _builtins.int
@@ -179,6 +181,8 @@ class CheckpointLimits(_message.Message):
     """Most that a `writer_epoch` may be above the highest that was seen of its writer."""
     lease_id_characters_max: _builtins.int
     """Most characters of a `lease_id`."""
+    tenant_stored_bytes_max: _builtins.int
+    """Most bytes of checkpoints that the caller's tenant may have; 0: no limit."""
     @_builtins.property
     def stream_stall(self) -> _duration_pb2.Duration:
         """Longest time in which a stream may stand still because of its peer."""
@@ -190,6 +194,10 @@ class CheckpointLimits(_message.Message):
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
         """How long a lease on an ephemeral checkpoint lasts."""
+
+    @_builtins.property
+    def download_url_ttl_max(self) -> _duration_pb2.Duration:
+        """Longest `download_url_ttl`; 0: there are no such URLs."""
 
     def __init__(
         self,
@@ -217,10 +225,12 @@ class CheckpointLimits(_message.Message):
         writer_characters_max: _builtins.int = ...,
         writer_epoch_step_max: _builtins.int = ...,
         lease_id_characters_max: _builtins.int = ...,
+        tenant_stored_bytes_max: _builtins.int = ...,
+        download_url_ttl_max: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download_url_ttl_max", b"download_url_ttl_max", "lease", b"lease", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes_max", b"checkpoint_bytes_max", "concurrent_calls_max", b"concurrent_calls_max", "files_max", b"files_max", "lease", b"lease", "lease_id_characters_max", b"lease_id_characters_max", "leases_max", b"leases_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "model_ids_max", b"model_ids_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "staged_bytes_max", b"staged_bytes_max", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max", "writer_characters_max", b"writer_characters_max", "writer_epoch_step_max", b"writer_epoch_step_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes_max", b"checkpoint_bytes_max", "concurrent_calls_max", b"concurrent_calls_max", "download_url_ttl_max", b"download_url_ttl_max", "files_max", b"files_max", "lease", b"lease", "lease_id_characters_max", b"lease_id_characters_max", "leases_max", b"leases_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "model_ids_max", b"model_ids_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "staged_bytes_max", b"staged_bytes_max", "stream_stall", b"stream_stall", "tenant_stored_bytes_max", b"tenant_stored_bytes_max", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max", "writer_characters_max", b"writer_characters_max", "writer_epoch_step_max", b"writer_epoch_step_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -273,7 +283,7 @@ class Checkpoint(_message.Message):
     model_id: _builtins.str
     """The model that it was saved from."""
     owner: _builtins.str
-    """Who has it: `default` where keys are off."""
+    """The tenant that has it: `default` where there are no keys."""
     kind: _types_pb2.CheckpointKind.ValueType
     """Its kind."""
     name: _builtins.str
@@ -353,22 +363,26 @@ class CheckpointFile(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_URL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name without any folder."""
     size_bytes: _builtins.int
     """Length in bytes."""
     sha256: _builtins.bytes
     """SHA-256 of the content, 32 bytes."""
+    download_url: _builtins.str
+    """Where anybody can read it with HTTP GET for a while, see GetCheckpointRequest; empty: nowhere."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         sha256: _builtins.bytes = ...,
+        download_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["download_url", b"download_url", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,19 +430,28 @@ class GetCheckpointRequest(_message.Message):
 
     CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_URL_TTL_FIELD_NUMBER: _builtins.int
     checkpoint_path: _builtins.str
     """Its path."""
     lease_id: _builtins.str
     """The lease that this grants or renews, see the service."""
+    @_builtins.property
+    def download_url_ttl(self) -> _duration_pb2.Duration:
+        """Give each file a `download_url` of the object store that has it, for so long; longer than
+        `download_url_ttl_max` means that. Whoever has a URL can read the file until then, whatever
+        becomes of keys; what it reads should have the file's `sha256`. Unset: none.
+        """
+
     def __init__(
         self,
         *,
         checkpoint_path: _builtins.str = ...,
         lease_id: _builtins.str = ...,
+        download_url_ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download_url_ttl", b"download_url_ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "download_url_ttl", b"download_url_ttl", "lease_id", b"lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -874,7 +897,9 @@ class WriteCheckpointHeader(_message.Message):
     ephemeral: _builtins.bool
     """It lives as long as somebody uses it, see the service; `ttl` then counts from its last use."""
     writer: _builtins.str
-    """Who writes, where one writer may be replaced by another: a name that both have. Empty: nobody else."""
+    """Who writes, where one writer may be replaced by another: a name that both have. Empty: nobody else.
+    Where there are keys, this and `deposit` are for servers (PERMISSION_DENIED).
+    """
     writer_epoch: _builtins.int
     """Rises with every replacement of `writer`, and needs it. Below the highest that this server has seen
     of that writer, at the header or at the commit, the write is refused as STALE_EPOCH, a repeat too. It
@@ -892,7 +917,8 @@ class WriteCheckpointHeader(_message.Message):
     """A deposit: the folder `deposits/DEPOSIT` in the server's `data_folder`, of 32 random lower-case hex
     digits, which a writer on the same machine made and left files in instead of sending them. Files of the
     commit of which no piece came are moved out of it. Empty: there is none. It is no part of what a repeat
-    must have in common with the first request.
+    must have in common with the first request. The header may be sent before they are complete: the server
+    reads them meanwhile, so each is to be written from its beginning, and no byte twice.
     """
     @_builtins.property
     def lora_config(self) -> _types_pb2.LoraConfig:

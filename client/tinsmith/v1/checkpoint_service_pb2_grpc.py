@@ -258,7 +258,9 @@ class CheckpointServiceServicer:
         its sake; leases count all the same. For Training servers: the answer names the models of this writer
         whose newest one is still kept, so that a server that was away can say which of them are gone. A
         repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
-        FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
+        FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced; where there are keys,
+        PERMISSION_DENIED for one that is not of scope server or admin. Ids are then `tenant/id`, but those of
+        the tenant `default`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -121,7 +121,9 @@ class CheckpointServiceStub:
     its sake; leases count all the same. For Training servers: the answer names the models of this writer
     whose newest one is still kept, so that a server that was away can say which of them are gone. A
     repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
-    FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
+    FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced; where there are keys,
+    PERMISSION_DENIED for one that is not of scope server or admin. Ids are then `tenant/id`, but those of
+    the tenant `default`.
     """
     WatchCheckpoints: _grpc.UnaryStreamMultiCallable[_checkpoint_service_pb2.WatchCheckpointsRequest, _checkpoint_service_pb2.WatchCheckpointsResponse]
     """Tells of each checkpoint as it is committed, before the writer has its answer, so that whoever serves
@@ -228,7 +230,9 @@ class CheckpointServiceAsyncStub(CheckpointServiceStub):
     its sake; leases count all the same. For Training servers: the answer names the models of this writer
     whose newest one is still kept, so that a server that was away can say which of them are gone. A
     repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
-    FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
+    FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced; where there are keys,
+    PERMISSION_DENIED for one that is not of scope server or admin. Ids are then `tenant/id`, but those of
+    the tenant `default`.
     """
     WatchCheckpoints: _aio.UnaryStreamMultiCallable[_checkpoint_service_pb2.WatchCheckpointsRequest, _checkpoint_service_pb2.WatchCheckpointsResponse]  # type: ignore[assignment]
     """Tells of each checkpoint as it is committed, before the writer has its answer, so that whoever serves
@@ -392,7 +396,9 @@ class CheckpointServiceServicer(metaclass=_abc_1.ABCMeta):
         its sake; leases count all the same. For Training servers: the answer names the models of this writer
         whose newest one is still kept, so that a server that was away can say which of them are gone. A
         repeat changes nothing more. Errors: INVALID_ARGUMENT for too many models;
-        FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced.
+        FAILED_PRECONDITION (STALE_EPOCH) for a writer that was replaced; where there are keys,
+        PERMISSION_DENIED for one that is not of scope server or admin. Ids are then `tenant/id`, but those of
+        the tenant `default`.
         """
 
     @_abc_1.abstractmethod

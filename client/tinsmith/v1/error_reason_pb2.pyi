@@ -160,6 +160,26 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_MODEL_EXISTS: _ErrorReason.ValueType  # 44
     """CreateModel: a model has, or had, the id that was asked for. An id that was chosen is not given twice."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 45
+    """The cluster has keys, and the call shows none, or one that is none, was revoked or has expired. A key is
+    shown as metadata: `authorization: Bearer KEY`.
+    """
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 46
+    """The caller's key is not for calls of this kind: it is read-only, or they are for servers alone."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 47
+    """The call would take the caller's tenant over one of its limits. Nothing was done."""
+    ERROR_REASON_ISSUER_UNAVAILABLE: _ErrorReason.ValueType  # 48
+    """The call shows a token, and the keys of its issuer are not known here: the issuer does not answer. Who
+    shows a key is served all the same.
+    """
+    ERROR_REASON_MODEL_RESTORED: _ErrorReason.ValueType  # 49
+    """The cluster was restored from a back-up, and this `seq_id` is of before that: its call may be lost, and
+    the model goes on from an earlier state. Attach anew (see ATTACHING), or go on from a checkpoint.
+    """
+    ERROR_REASON_OTHER_SHARD: _ErrorReason.ValueType  # 50
+    """The models of the caller's tenant are at another Training server, `training_address` (see
+    GetCapabilities): make the call there. Nothing was done here.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed; see `ErrorRule` for how it is sent."""
@@ -273,6 +293,26 @@ that is no file of this server's user alone. What was left there can be sent ins
 """
 ERROR_REASON_MODEL_EXISTS: ErrorReason.ValueType  # 44
 """CreateModel: a model has, or had, the id that was asked for. An id that was chosen is not given twice."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 45
+"""The cluster has keys, and the call shows none, or one that is none, was revoked or has expired. A key is
+shown as metadata: `authorization: Bearer KEY`.
+"""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 46
+"""The caller's key is not for calls of this kind: it is read-only, or they are for servers alone."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 47
+"""The call would take the caller's tenant over one of its limits. Nothing was done."""
+ERROR_REASON_ISSUER_UNAVAILABLE: ErrorReason.ValueType  # 48
+"""The call shows a token, and the keys of its issuer are not known here: the issuer does not answer. Who
+shows a key is served all the same.
+"""
+ERROR_REASON_MODEL_RESTORED: ErrorReason.ValueType  # 49
+"""The cluster was restored from a back-up, and this `seq_id` is of before that: its call may be lost, and
+the model goes on from an earlier state. Attach anew (see ATTACHING), or go on from a checkpoint.
+"""
+ERROR_REASON_OTHER_SHARD: ErrorReason.ValueType  # 50
+"""The models of the caller's tenant are at another Training server, `training_address` (see
+GetCapabilities): make the call there. Nothing was done here.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -135,6 +135,8 @@ class SamplerLimits(_message.Message):
     ALTERNATIVES_MAX_FIELD_NUMBER: _builtins.int
     ADAPTERS_BYTES_MAX_FIELD_NUMBER: _builtins.int
     KV_CACHE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_SAMPLES_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_TOKENS_PER_MINUTE_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     message_items_max: _builtins.int
@@ -184,6 +186,12 @@ class SamplerLimits(_message.Message):
     """Bytes of keys and values that the sequences under way may have; a call that alone needs more is
     refused.
     """
+    tenant_samples_max: _builtins.int
+    """Most calls of the caller's tenant that are computed or wait for it; 0: no limit."""
+    tenant_tokens_per_minute_max: _builtins.int
+    """Most tokens of prompts, and of what may follow them, that the caller's tenant may have computed in a
+    minute; 0: no limit.
+    """
     @_builtins.property
     def stream_stall(self) -> _duration_pb2.Duration:
         """Longest time in which a stream may stand still because of its peer."""
@@ -212,10 +220,12 @@ class SamplerLimits(_message.Message):
         alternatives_max: _builtins.int = ...,
         adapters_bytes_max: _builtins.int = ...,
         kv_cache_bytes_max: _builtins.int = ...,
+        tenant_samples_max: _builtins.int = ...,
+        tenant_tokens_per_minute_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stream_stall", b"stream_stall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_bytes_max", b"adapters_bytes_max", "adapters_max", b"adapters_max", "alternatives_max", b"alternatives_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "kv_cache_bytes_max", b"kv_cache_bytes_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall", b"stream_stall", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes_max", b"adapter_bytes_max", "adapters_bytes_max", b"adapters_bytes_max", "adapters_max", b"adapters_max", "alternatives_max", b"alternatives_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "kv_cache_bytes_max", b"kv_cache_bytes_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "num_samples_max", b"num_samples_max", "peer_share_max", b"peer_share_max", "piece_bytes_max", b"piece_bytes_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "running_max", b"running_max", "sample_tokens_max", b"sample_tokens_max", "stop_characters_max", b"stop_characters_max", "stops_max", b"stops_max", "stream_stall", b"stream_stall", "tenant_samples_max", b"tenant_samples_max", "tenant_tokens_per_minute_max", b"tenant_tokens_per_minute_max", "topk_max", b"topk_max", "waiting_max", b"waiting_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,6 +22,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ReplayCheck:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReplayCheckEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplayCheck.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REPLAY_CHECK_UNSPECIFIED: _ReplayCheck.ValueType  # 0
+    """Not said."""
+    REPLAY_CHECK_CLOSE: _ReplayCheck.ValueType  # 1
+    """The same metrics but for rounding: the ranks add up in another order each time, as GPUs may, or the
+    server was told to be content with it.
+    """
+    REPLAY_CHECK_EXACT: _ReplayCheck.ValueType  # 2
+    """The same bits."""
+
+class ReplayCheck(_ReplayCheck, metaclass=_ReplayCheckEnumTypeWrapper):
+    """What a call that is made again must give."""
+
+REPLAY_CHECK_UNSPECIFIED: ReplayCheck.ValueType  # 0
+"""Not said."""
+REPLAY_CHECK_CLOSE: ReplayCheck.ValueType  # 1
+"""The same metrics but for rounding: the ranks add up in another order each time, as GPUs may, or the
+server was told to be content with it.
+"""
+REPLAY_CHECK_EXACT: ReplayCheck.ValueType  # 2
+"""The same bits."""
+Global___ReplayCheck: _TypeAlias = ReplayCheck  # noqa: Y015
+
 class _DurabilityMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -114,6 +142,10 @@ class GetCapabilitiesResponse(_message.Message):
     DURABILITY_MODE_FIELD_NUMBER: _builtins.int
     SAMPLER_ADDRESS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_ADDRESS_FIELD_NUMBER: _builtins.int
+    REPLAY_CHECK_FIELD_NUMBER: _builtins.int
+    TRAINING_ADDRESS_FIELD_NUMBER: _builtins.int
+    GATEWAY_URL_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
     """Version of the server."""
     engine: _types_pb2.Engine.ValueType
@@ -129,6 +161,18 @@ class GetCapabilitiesResponse(_message.Message):
     """
     checkpoint_address: _builtins.str
     """Address of the Checkpoint server, as `sampler_address`, but only one."""
+    replay_check: Global___ReplayCheck.ValueType
+    """What calls that are made again after ranks or servers died must give. Unset while there are no ranks."""
+    training_address: _builtins.str
+    """Address of the Training server that has the caller's models, as `checkpoint_address`; empty means the
+    one that was asked. Where it is another one, all calls but this are made there (OTHER_SHARD).
+    """
+    gateway_url: _builtins.str
+    """What the HTTP gateway is reached by, such as `https://host/prefix`; it gives URLs of downloads. Empty:
+    there is none, or nobody has said where.
+    """
+    owner: _builtins.str
+    """The tenant of whoever asks: what they make is theirs. `default` where there are no keys."""
     @_builtins.property
     def limits(self) -> Global___TrainingLimits:
         """Every limit that is enforced."""
@@ -153,10 +197,14 @@ class GetCapabilitiesResponse(_message.Message):
         durability_mode: Global___DurabilityMode.ValueType = ...,
         sampler_address: _builtins.str = ...,
         checkpoint_address: _builtins.str = ...,
+        replay_check: Global___ReplayCheck.ValueType = ...,
+        training_address: _builtins.str = ...,
+        gateway_url: _builtins.str = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_models", b"base_models", "checkpoint_address", b"checkpoint_address", "durability_mode", b"durability_mode", "engine", b"engine", "limits", b"limits", "loss_fns", b"loss_fns", "sampler_address", b"sampler_address", "server_version", b"server_version", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_models", b"base_models", "checkpoint_address", b"checkpoint_address", "durability_mode", b"durability_mode", "engine", b"engine", "gateway_url", b"gateway_url", "limits", b"limits", "loss_fns", b"loss_fns", "owner", b"owner", "replay_check", b"replay_check", "sampler_address", b"sampler_address", "server_version", b"server_version", "training_address", b"training_address", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,6 +247,9 @@ class TrainingLimits(_message.Message):
     MODELS_KEPT_MAX_FIELD_NUMBER: _builtins.int
     LEASE_ID_CHARACTERS_MAX_FIELD_NUMBER: _builtins.int
     STEPS_KEPT_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_MODELS_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_QUEUED_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    TENANT_TOKENS_PER_MINUTE_MAX_FIELD_NUMBER: _builtins.int
     message_bytes_max: _builtins.int
     """Largest single message, bytes."""
     message_items_max: _builtins.int
@@ -255,6 +306,12 @@ class TrainingLimits(_message.Message):
     """Most characters of a `lease_id`."""
     steps_kept_max: _builtins.int
     """Optimizer steps that ListSteps remembers of each model."""
+    tenant_models_max: _builtins.int
+    """Most models of the caller's tenant; 0: no limit but the others."""
+    tenant_queued_bytes_max: _builtins.int
+    """Most bytes of tensors that may wait in all lanes of the caller's tenant; 0: no limit."""
+    tenant_tokens_per_minute_max: _builtins.int
+    """Most tokens that the caller's tenant may have computed in a minute; 0: no limit."""
     @_builtins.property
     def stream_stall(self) -> _duration_pb2.Duration:
         """Longest time in which a stream may stand still because of its peer."""
@@ -299,10 +356,13 @@ class TrainingLimits(_message.Message):
         models_kept_max: _builtins.int = ...,
         lease_id_characters_max: _builtins.int = ...,
         steps_kept_max: _builtins.int = ...,
+        tenant_models_max: _builtins.int = ...,
+        tenant_queued_bytes_max: _builtins.int = ...,
+        tenant_tokens_per_minute_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gap_wait_max", b"gap_wait_max", "stream_stall", b"stream_stall", "ttl_max", b"ttl_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_max", b"gap_wait_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "lease_id_characters_max", b"lease_id_characters_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_kept_max", b"models_kept_max", "models_max", b"models_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "steps_kept_max", b"steps_kept_max", "stream_stall", b"stream_stall", "targets_per_position_max", b"targets_per_position_max", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes_kept_max", b"answer_bytes_kept_max", "answers_kept_max", b"answers_kept_max", "call_attempts_max", b"call_attempts_max", "call_bytes_max", b"call_bytes_max", "chunks_max", b"chunks_max", "concurrent_calls_max", b"concurrent_calls_max", "data_per_call_max", b"data_per_call_max", "gap_wait_max", b"gap_wait_max", "journal_bytes_max", b"journal_bytes_max", "lane_bytes_max", b"lane_bytes_max", "lane_calls_max", b"lane_calls_max", "lease_id_characters_max", b"lease_id_characters_max", "loss_fn_inputs_max", b"loss_fn_inputs_max", "message_bytes_max", b"message_bytes_max", "message_items_max", b"message_items_max", "models_kept_max", b"models_kept_max", "models_max", b"models_max", "page_size_max", b"page_size_max", "peer_share_max", b"peer_share_max", "rank_max", b"rank_max", "received_bytes_max", b"received_bytes_max", "request_id_characters_max", b"request_id_characters_max", "steps_kept_max", b"steps_kept_max", "stream_stall", b"stream_stall", "targets_per_position_max", b"targets_per_position_max", "tenant_models_max", b"tenant_models_max", "tenant_queued_bytes_max", b"tenant_queued_bytes_max", "tenant_tokens_per_minute_max", b"tenant_tokens_per_minute_max", "ttl_max", b"ttl_max", "user_metadata_entries_max", b"user_metadata_entries_max", "user_metadata_key_characters_max", b"user_metadata_key_characters_max", "user_metadata_value_characters_max", b"user_metadata_value_characters_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,7 +410,7 @@ class Model(_message.Message):
     model_id: _builtins.str
     """Its id: what CreateModel chose, else 32 random hex digits."""
     owner: _builtins.str
-    """Who made it: `default` where keys are off."""
+    """The tenant that made it: `default` where there are no keys."""
     base_model: _builtins.str
     """Name of its base model."""
     state: Global___ModelState.ValueType

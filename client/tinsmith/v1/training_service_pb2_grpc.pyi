@@ -38,7 +38,7 @@ class TrainingServiceStub:
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
     byte for byte, while that answer is kept (see TrainingLimits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
-    A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
+    A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP, MODEL_RESTORED and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
     RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
     have no number.
@@ -49,6 +49,11 @@ class TrainingServiceStub:
     is given up) and goes on with `next_seq_id`. Its first call should have content that no other
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
+    RESTORED. A cluster that was restored from a back-up may lack calls that were answered, so no client goes
+    on as if nothing had happened: each model's `next_seq_id` is far above all numbers before. A number from
+    before is answered where the back-up has its answer, and is FAILED_PRECONDITION / MODEL_RESTORED otherwise;
+    whoever wants to go on attaches.
 
     ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
     whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
@@ -71,9 +76,18 @@ class TrainingServiceStub:
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
+    KEYS. Where the cluster has keys, a call shows one as metadata, `authorization: Bearer KEY`; without a good
+    one it is UNAUTHENTICATED, whatever it asks for. A key belongs to a tenant, and so does everything that it
+    makes. What is another tenant's is not there, for any call: names and ids are each tenant's own, so two may
+    choose the same. A read-only key is for the calls that read (PERMISSION_DENIED for others). A key of scope
+    admin sees what is anybody's: an id means its own tenant's, else the newest of that id. A call that would
+    take the tenant over one of its limits (`tenant_...` of the limits) is RESOURCE_EXHAUSTED (QUOTA_EXCEEDED),
+    with the time to wait. The key of a call under way that is revoked, or expires, ends the call. Health needs
+    no key.
+
     BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
-    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
-    most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
+    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host, or where
+    there are keys one tenant, has at most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
     to wait. A call that is not complete and sends nothing for `stream_stall`, between two messages or
     within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
     whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
@@ -83,7 +97,8 @@ class TrainingServiceStub:
     answer ends. When ranks or this server die, the model is brought back from its newest snapshot
     and the calls after that, bit for bit; calls under way take longer, and a caller that lost its
     connection sends the same call again. A replayed call that gives another result than it gave
-    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. On GPUs it is "bit for bit" where
+    `replay_check` says EXACT; where it says CLOSE, results are the same but for rounding. A call during which the ranks died
     `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
     consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
     (STORAGE_FULL), with the time to wait.
@@ -188,8 +203,8 @@ class TrainingServiceStub:
     An answer that is an error is this call's error, with the same reason; an error after which the same
     call can be sent again means that.
     Errors: NOT_FOUND (MODEL_NOT_FOUND; CALL_NOT_FOUND: no such call was taken in, or it had no effect and
-    its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; SEQ_ID_GAP of a call that
-    waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
+    its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; MODEL_RESTORED; SEQ_ID_GAP of a
+    call that waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
     INVALID_ARGUMENT; and those of the call.
     """
 
@@ -206,7 +221,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
     byte for byte, while that answer is kept (see TrainingLimits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
-    A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
+    A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP, MODEL_RESTORED and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
     RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
     have no number.
@@ -217,6 +232,11 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     is given up) and goes on with `next_seq_id`. Its first call should have content that no other
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
+    RESTORED. A cluster that was restored from a back-up may lack calls that were answered, so no client goes
+    on as if nothing had happened: each model's `next_seq_id` is far above all numbers before. A number from
+    before is answered where the back-up has its answer, and is FAILED_PRECONDITION / MODEL_RESTORED otherwise;
+    whoever wants to go on attaches.
 
     ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
     whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
@@ -239,9 +259,18 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
+    KEYS. Where the cluster has keys, a call shows one as metadata, `authorization: Bearer KEY`; without a good
+    one it is UNAUTHENTICATED, whatever it asks for. A key belongs to a tenant, and so does everything that it
+    makes. What is another tenant's is not there, for any call: names and ids are each tenant's own, so two may
+    choose the same. A read-only key is for the calls that read (PERMISSION_DENIED for others). A key of scope
+    admin sees what is anybody's: an id means its own tenant's, else the newest of that id. A call that would
+    take the tenant over one of its limits (`tenant_...` of the limits) is RESOURCE_EXHAUSTED (QUOTA_EXCEEDED),
+    with the time to wait. The key of a call under way that is revoked, or expires, ends the call. Health needs
+    no key.
+
     BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
-    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
-    most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
+    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host, or where
+    there are keys one tenant, has at most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
     to wait. A call that is not complete and sends nothing for `stream_stall`, between two messages or
     within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
     whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
@@ -251,7 +280,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     answer ends. When ranks or this server die, the model is brought back from its newest snapshot
     and the calls after that, bit for bit; calls under way take longer, and a caller that lost its
     connection sends the same call again. A replayed call that gives another result than it gave
-    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. On GPUs it is "bit for bit" where
+    `replay_check` says EXACT; where it says CLOSE, results are the same but for rounding. A call during which the ranks died
     `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
     consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
     (STORAGE_FULL), with the time to wait.
@@ -353,8 +383,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     An answer that is an error is this call's error, with the same reason; an error after which the same
     call can be sent again means that.
     Errors: NOT_FOUND (MODEL_NOT_FOUND; CALL_NOT_FOUND: no such call was taken in, or it had no effect and
-    its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; SEQ_ID_GAP of a call that
-    waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
+    its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; MODEL_RESTORED; SEQ_ID_GAP of a
+    call that waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
     INVALID_ARGUMENT; and those of the call.
     """
 
@@ -370,7 +400,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     REPEATS. The same (model_id, seq_id) with the same content is answered with the first answer,
     byte for byte, while that answer is kept (see TrainingLimits; after that FAILED_PRECONDITION /
     ANSWER_EXPIRED). With other content it is ALREADY_EXISTS / SEQ_ID_CONFLICT and has no effect.
-    A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP and
+    A call refused as INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION (other than SEQ_ID_GAP, MODEL_RESTORED and
     ANSWER_EXPIRED) or INTERNAL has consumed its number, so the next one can run; UNAVAILABLE and
     RESOURCE_EXHAUSTED consume nothing and the same call may be sent again. Bytes that are no message
     have no number.
@@ -381,6 +411,11 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     is given up) and goes on with `next_seq_id`. Its first call should have content that no other
     client's has, such as a SaveCheckpoint without `kind` under a random name, which is refused and
     has no effect: the other client, if it is still there, meets SEQ_ID_CONFLICT with its next call.
+
+    RESTORED. A cluster that was restored from a back-up may lack calls that were answered, so no client goes
+    on as if nothing had happened: each model's `next_seq_id` is far above all numbers before. A number from
+    before is answered where the back-up has its answer, and is FAILED_PRECONDITION / MODEL_RESTORED otherwise;
+    whoever wants to go on attaches.
 
     ACCEPTED. A call that is written down will be made, or refused by its answer, whatever dies in between:
     whoever knows that may forget the call's data and let its caller go, and ask GetAnswer later. A
@@ -403,9 +438,18 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     "tinsmith"; bad input also carries google.rpc.BadRequest with the exact field. All RPCs may
     answer UNAVAILABLE (nothing was done; send it again) and INTERNAL (with a request id).
 
+    KEYS. Where the cluster has keys, a call shows one as metadata, `authorization: Bearer KEY`; without a good
+    one it is UNAUTHENTICATED, whatever it asks for. A key belongs to a tenant, and so does everything that it
+    makes. What is another tenant's is not there, for any call: names and ids are each tenant's own, so two may
+    choose the same. A read-only key is for the calls that read (PERMISSION_DENIED for others). A key of scope
+    admin sees what is anybody's: an id means its own tenant's, else the newest of that id. A call that would
+    take the tenant over one of its limits (`tenant_...` of the limits) is RESOURCE_EXHAUSTED (QUOTA_EXCEEDED),
+    with the time to wait. The key of a call under way that is revoked, or expires, ends the call. Health needs
+    no key.
+
     BOUNDS. A call under way, waiting ones included, has one of `concurrent_calls_max` places, and what it
-    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host has at
-    most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
+    has sent counts against `received_bytes_max` until the call waits in its model's lane. One host, or where
+    there are keys one tenant, has at most `peer_share_max` of either. Beyond that a call is RESOURCE_EXHAUSTED (SERVER_BUSY), with the time
     to wait. A call that is not complete and sends nothing for `stream_stall`, between two messages or
     within one, is ended as UNAVAILABLE (STREAM_STALLED): it was never there, its number is free. So is one
     whose caller reads nothing of the answer for as long: it took effect, and the same call again gets the
@@ -415,7 +459,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     answer ends. When ranks or this server die, the model is brought back from its newest snapshot
     and the calls after that, bit for bit; calls under way take longer, and a caller that lost its
     connection sends the same call again. A replayed call that gives another result than it gave
-    before makes that model DATA_LOSS (MODEL_LOST), and no other. A call during which the ranks died
+    before makes that model DATA_LOSS (MODEL_LOST), and no other. On GPUs it is "bit for bit" where
+    `replay_check` says EXACT; where it says CLOSE, results are the same but for rounding. A call during which the ranks died
     `call_attempts_max` times by themselves is refused as FAILED_PRECONDITION (CALL_POISONED) and
     consumes its number. Where a call cannot be written down it is refused: RESOURCE_EXHAUSTED
     (STORAGE_FULL), with the time to wait.
@@ -587,8 +632,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         An answer that is an error is this call's error, with the same reason; an error after which the same
         call can be sent again means that.
         Errors: NOT_FOUND (MODEL_NOT_FOUND; CALL_NOT_FOUND: no such call was taken in, or it had no effect and
-        its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; SEQ_ID_GAP of a call that
-        waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
+        its number is free, so send the call); FAILED_PRECONDITION (ANSWER_EXPIRED; MODEL_RESTORED; SEQ_ID_GAP of a
+        call that waited for its predecessor); ALREADY_EXISTS (SEQ_ID_CONFLICT: `call_digest` is another call's);
         INVALID_ARGUMENT; and those of the call.
         """
 

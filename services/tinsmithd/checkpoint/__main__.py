@@ -2,9 +2,9 @@
 
 from tinsmithd.checkpoint.catalogue import CatalogueUnusable
 from tinsmithd.checkpoint.server import CheckpointServer
-from tinsmithd.checkpoint.store import StoreBusy
+from tinsmithd.checkpoint.store import StoreBusy, StoreUnusable
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.processes import serve
 
 if __name__ == "__main__":
-    serve(CheckpointConfig, CheckpointServer, StoreBusy, CatalogueUnusable)
+    serve(CheckpointConfig, CheckpointServer, StoreBusy, StoreUnusable, CatalogueUnusable)

@@ -5,7 +5,7 @@ What is told is a hint: a watcher that does not keep up misses the oldest of it.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from tinsmithd.checkpoint.catalogue import Checkpoint
 
@@ -27,6 +27,11 @@ class Watchers:
         for queue, wants in self._wanted.items():
             if wants(committed):
                 _put(queue, committed)
+
+    def tell_all(self, committed: Iterable[Checkpoint]) -> None:
+        """Tell of several checkpoints."""
+        for checkpoint in committed:
+            self.tell(checkpoint)
 
     def close(self) -> None:
         """Let everybody go, now and from now on."""

@@ -7,12 +7,15 @@ read counts only once all of it is verified.
 
 import asyncio
 import contextlib
+import functools
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from tinsmith.addresses import SPREAD
+from tinsmith.keys import Metadata, nothing
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceStub
 from tinsmithd.checkpoint_client.digests import Digests
@@ -20,11 +23,19 @@ from tinsmithd.checkpoint_client.patience import ORDINARY, Patience, progress_wi
 from tinsmithd.checkpoint_client.reader import CheckpointReader, ReadStream
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.times import ttl_to_pb
-from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, content_digest
+from tinsmithd.domain import (
+    DEFAULT_OWNER,
+    CheckpointInfo,
+    CheckpointKind,
+    CheckpointPath,
+    content_digest,
+)
 from tinsmithd.errors import FailedPrecondition, Reason
+from tinsmithd.rpc.auth import NO_KEY, ClusterKey
 from tinsmithd.rpc.channels import open_aio_channel
 from tinsmithd.rpc.status import from_rpc_error
 from tinsmithd.saves import NewCheckpoint
+from tinsmithd.tls import Certificates
 
 if TYPE_CHECKING:
     from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceAsyncStub
@@ -44,7 +55,7 @@ RANK_MAX = 1 << 30
 
 
 class CheckpointWriter:
-    """One checkpoint on its way: `write` pieces, or name what is in a deposit, then `commit`.
+    """One checkpoint on its way: `write` pieces, or say what is in a deposit, then `commit`.
 
     `cancel` leaves nothing.
     """
@@ -54,8 +65,10 @@ class CheckpointWriter:
         stub: "CheckpointServiceAsyncStub",
         header: pb.WriteCheckpointHeader,
         patience: Patience,
+        metadata: Metadata | None = None,
     ) -> None:
         self._stub = stub
+        self._metadata = metadata
         self._call: Any = None  # until there is something to send: what is silent is ended
         self._header = header
         self._patience = patience
@@ -75,14 +88,18 @@ class CheckpointWriter:
             await self._send(pb.WriteCheckpointRequest(piece=piece))
             self._sizes[file_name] = offset + len(part)
 
-    def deposited(self, deposit: str, files: Mapping[str, int]) -> None:
-        """Say that the files, with their bytes, are in a deposit; nothing may have been written.
+    async def begin(self, deposit: str) -> None:
+        """Say that files are being left in a deposit: the server may read them meanwhile."""
+        self._header.deposit = deposit
+        await self._open()
+
+    def deposited(self, files: Mapping[str, int]) -> None:
+        """Say that the files, with their bytes, are in the deposit; nothing may have been written.
 
         The server makes their digests, of what it keeps.
         """
-        if self._call is not None:
+        if self._sizes or not self._header.deposit:
             raise RuntimeError("the files of a write come in one way")
-        self._header.deposit = deposit
         self._sizes = dict(files)
 
     async def commit(self) -> CheckpointInfo:
@@ -116,7 +133,7 @@ class CheckpointWriter:
 
     async def _open(self) -> None:
         if self._call is None:
-            self._call = self._stub.WriteCheckpoint()
+            self._call = self._stub.WriteCheckpoint(metadata=self._metadata)
             await self._send(pb.WriteCheckpointRequest(header=self._header))
 
     async def _send(self, request: pb.WriteCheckpointRequest) -> None:
@@ -141,18 +158,31 @@ class CheckpointWriter:
 class CheckpointClient:
     """The Checkpoint server, as other servers use it.
 
+    Each call that names a checkpoint is made for the owner in its path.
+
     Args:
-        target: Where it is.
+        target: Where it is; several servers with the same checkpoints may be behind it.
         patience: How long it is waited for.
+        key: What this process shows.
+        certificates: By what both sides know each other; None is plain text.
 
     Attributes:
         writer_name, writer_epoch: Fence off a Training server that was replaced.
     """
 
-    def __init__(self, target: str, patience: Patience = ORDINARY) -> None:
+    def __init__(
+        self,
+        target: str,
+        patience: Patience = ORDINARY,
+        key: ClusterKey = NO_KEY,
+        *,
+        certificates: Certificates | None = None,
+    ) -> None:
         self.writer_name, self.writer_epoch = "", 0
         self._patience = patience
-        self._channel = open_aio_channel(target)
+        self._key = key
+        shown = (lambda method: key.metadata()) if key.is_set else nothing
+        self._channel = open_aio_channel(target, shown, certificates=certificates, more=(SPREAD,))
         self._stub = CheckpointServiceStub(self._channel)
 
     async def close(self) -> None:
@@ -176,7 +206,8 @@ class CheckpointClient:
             writer=self.writer_name,
             writer_epoch=self.writer_epoch,
         )
-        return CheckpointWriter(self._stub, header, self._patience)
+        metadata = self._key.shown_for(options.path.owner)
+        return CheckpointWriter(self._stub, header, self._patience, metadata)
 
     async def get(self, path: CheckpointPath, lease_id: str = "") -> CheckpointInfo:
         """What a path means now; if it is ephemeral, it is held with that lease.
@@ -186,10 +217,13 @@ class CheckpointClient:
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
         request = pb.GetCheckpointRequest(checkpoint_path=str(path), lease_id=lease_id)
-        return _info((await self._ask(self._stub.GetCheckpoint, request)).checkpoint)
+        found = await self._ask(self._stub.GetCheckpoint, request, path.owner)
+        return _info(found.checkpoint)
 
     async def release_models(self, model_ids: Sequence[str]) -> Sequence[str]:
         """Say which models are gone; returns those that have ephemeral checkpoints of this cluster.
+
+        Ids are those inside, see `owners`.
 
         Raises:
             FailedPrecondition: This process was replaced (STALE_EPOCH).
@@ -211,19 +245,22 @@ class CheckpointClient:
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
         lease_s = 0.0
-        held, given_back = _leases(leases), _leases(released)
-        for start in range(0, max(len(held), len(given_back), 1), LEASES_MAX):
-            request = pb.RenewLeasesRequest(
-                leases=held[start : start + LEASES_MAX],
-                released=given_back[start : start + LEASES_MAX],
-            )
-            lease = (await self._ask(self._stub.RenewLeases, request)).lease
-            lease_s = lease.ToNanoseconds() / 1e9
+        owners = {path.owner for path in (*leases.values(), *released.values())}
+        for owner in sorted(owners) or [DEFAULT_OWNER]:
+            held, given_back = _leases(leases, owner), _leases(released, owner)
+            for start in range(0, max(len(held), len(given_back), 1), LEASES_MAX):
+                request = pb.RenewLeasesRequest(
+                    leases=held[start : start + LEASES_MAX],
+                    released=given_back[start : start + LEASES_MAX],
+                )
+                lease = (await self._ask(self._stub.RenewLeases, request, owner)).lease
+                lease_s = lease.ToNanoseconds() / 1e9
         return lease_s
 
-    async def _ask(self, method: Callable[..., Any], request: Any) -> Any:
+    async def _ask(self, method: Callable[..., Any], request: Any, owner: str | None = None) -> Any:
+        metadata = None if owner is None else self._key.shown_for(owner)
         try:
-            return await method(request, timeout=self._patience.answer_s_max)
+            return await method(request, timeout=self._patience.answer_s_max, metadata=metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, Reason.CHECKPOINT_UNAVAILABLE) from error
 
@@ -242,7 +279,9 @@ class CheckpointClient:
             Unavailable: The server does not answer (CHECKPOINT_UNAVAILABLE).
         """
         request = pb.ReadCheckpointRequest(checkpoint_path=str(path), lease_id=lease_id)
-        stream = ReadStream(self._stub.ReadCheckpoint, request, self._patience)
+        metadata = self._key.shown_for(path.owner)
+        read = functools.partial(self._stub.ReadCheckpoint, metadata=metadata)
+        stream = ReadStream(read, request, self._patience)
         try:
             yield CheckpointReader(_info(await stream.checkpoint()), stream)
         finally:
@@ -277,16 +316,19 @@ def check_digest(found: CheckpointInfo, wanted: bytes) -> None:
         )
 
 
-def _leases(leases: Mapping[str, CheckpointPath]) -> list[pb.Lease]:
+def _leases(leases: Mapping[str, CheckpointPath], owner: str) -> list[pb.Lease]:
     return [
-        pb.Lease(checkpoint_path=str(path), lease_id=lease_id) for lease_id, path in leases.items()
+        pb.Lease(checkpoint_path=str(path), lease_id=lease_id)
+        for lease_id, path in leases.items()
+        if path.owner == owner
     ]
 
 
 def _info(found: pb.Checkpoint) -> CheckpointInfo:
     files = {file.name: file.sha256 for file in found.files}
+    path = convert.path_from_pb(found.checkpoint_path, "checkpoint.checkpoint_path")
     return CheckpointInfo(
-        path=convert.path_from_pb(found.checkpoint_path, "checkpoint.checkpoint_path"),
+        path=path.of(found.owner or DEFAULT_OWNER),
         kind=convert.kind_from_pb(found.kind, "checkpoint.kind"),
         base_model=found.base_model,
         tuning=convert.tuning_from_pb(found, "checkpoint.", RANK_MAX),

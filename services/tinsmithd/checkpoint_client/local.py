@@ -6,14 +6,29 @@ is not there, or is not what it should be, is as if it were on another machine.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from tinsmithd.errors import DataLoss
 from tinsmithd.files import BLOBS_FOLDER, blob_file
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """What lies under the digests of some files.
+
+    Attributes:
+        content: What was made of it.
+        proof: Whether it is what those digests are of. As long as that is not known, or if it is
+            not, nothing may come of the content that anybody sees.
+    """
+
+    content: T
+    proof: Future[bool]
 
 
 class LocalFiles:
@@ -31,14 +46,14 @@ class LocalFiles:
         files: Mapping[str, bytes],
         bytes_max: int,
         parse: Callable[[Mapping[str, bytes]], T],
-    ) -> T | None:
+    ) -> Found[T] | None:
         """What files hold; None where one of them cannot be had here.
 
         Args:
             files: SHA-256 of each, by name.
             bytes_max: Maximum bytes of all of them.
-            parse: Makes it of their content, which is verified meanwhile: it takes any bytes, and
-                raises DataLoss for those that it cannot use.
+            parse: Makes it of their content, which is verified meanwhile and goes on to be: it
+                takes any bytes, and raises DataLoss for those that it cannot use.
 
         Raises:
             DataLoss: What `parse` raised of the right content.
@@ -47,15 +62,15 @@ class LocalFiles:
         if found is None:
             return None
         # Either takes long, and hashing leaves the interpreter to others.
-        with ThreadPoolExecutor(1) as beside:
-            verifying = beside.submit(_match, found, files)
-            try:
-                parsed = parse(found)
-            except DataLoss:
-                if verifying.result():
-                    raise
-                return None
-            return parsed if verifying.result() else None
+        beside = ThreadPoolExecutor(1, "verifying")
+        proof = beside.submit(_match, found, files)
+        beside.shutdown(wait=False)
+        try:
+            return Found(parse(found), proof)
+        except DataLoss:
+            if proof.result():
+                raise
+            return None
 
     def _read(self, files: Mapping[str, bytes], bytes_max: int) -> dict[str, bytes] | None:
         found: dict[str, bytes] = {}

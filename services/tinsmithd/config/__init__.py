@@ -11,7 +11,7 @@ To add a setting, write it with its docstring into the class of its process, use
 
 from collections.abc import Mapping
 
-from tinsmithd.config.base import Config, ServerConfig
+from tinsmithd.config.base import CalledConfig, Config, ServerConfig
 from tinsmithd.config.checkpoint import CheckpointConfig
 from tinsmithd.config.errors import ConfigError
 from tinsmithd.config.fields import LINK_ADDRESS
@@ -30,6 +30,7 @@ SECTIONS: Mapping[str, type[Config]] = {
 __all__ = [
     "LINK_ADDRESS",
     "SECTIONS",
+    "CalledConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",

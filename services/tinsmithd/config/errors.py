@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tinsmithd.config.fields import bounds_of, is_secret, kind_of
 from tinsmithd.text import bounded
@@ -31,6 +31,16 @@ class ConfigError(Exception):
     def __init__(self, message: str, unset: Collection[str] = ()) -> None:
         super().__init__(message)
         self.unset = unset
+
+
+def broken_rule(key: str, message: str) -> PydanticCustomError:
+    """What a rule over several settings raises.
+
+    Args:
+        key: The setting that somebody should change.
+        message: What it must be.
+    """
+    return PydanticCustomError(BROKEN_RULE, "{message}", {"key": key, "message": message})
 
 
 def nearest(name: str, known: Collection[str], form: Callable[[str], str] = str) -> str:

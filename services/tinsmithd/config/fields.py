@@ -43,6 +43,16 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def leaves_this_machine(target: str) -> bool:
+    """Whether calls to a target of gRPC go over a network, as far as its text says."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return False
+    try:
+        return not is_loopback(target)
+    except ValueError:  # such as `dns:///trainer:50054`
+        return True
+
+
 def _address(text: str) -> str:
     parse_address(text)
     return text
@@ -50,6 +60,14 @@ def _address(text: str) -> str:
 
 def _address_or_empty(text: str) -> str:
     return text and _address(text)
+
+
+def _endpoint(text: str) -> str:
+    scheme, separator, address = text.partition("://")
+    if text and (not separator or scheme not in ("http", "https")):
+        raise ValueError("must begin with http:// or https://")
+    _address_or_empty(address)
+    return text
 
 
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
@@ -67,6 +85,14 @@ Address = Annotated[str, AfterValidator(_address), Field(json_schema_extra={"is"
 OptionalAddress = Annotated[
     str, AfterValidator(_address_or_empty), Field(json_schema_extra={"is": "host:port or empty"})
 ]
+Endpoint = Annotated[
+    str,
+    AfterValidator(_endpoint),
+    Field(json_schema_extra={"is": "http://host:port, https://host:port or empty"}),
+]
+"""A collector that speaks gRPC."""
+LogFormat = Literal["text", "json"]
+"""How a line of a log is written."""
 ZeroStage = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, le=3)]
 """A stage of DeepSpeed's ZeRO."""
 Dtype = Literal["float32", "bfloat16"]
@@ -77,6 +103,8 @@ SamplerDtype = Literal["auto", "float32", "bfloat16"]
 """The same; `auto` leaves it to the Sampler."""
 SamplerEngine = Literal["transformers", "vllm"]
 """What computes in a Sampler."""
+Determinism = Literal["auto", "always", "never"]
+"""When GPUs are to give the same bits each time."""
 TrainerEngine = Literal["deepspeed", "reference"]
 """What computes on a rank."""
 

@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tinsmithd.config import SECTIONS, Config, ServerConfig
+from tinsmithd.config import SECTIONS, CalledConfig, Config, ServerConfig
 from tinsmithd.config.fields import MIB, NUMBERS, bounds_of, default_of, kind_of
+from tinsmithd.config.oidc import OidcSettings
 
 WIDTH = 100
 HEAD = """# Settings
@@ -41,18 +43,21 @@ def page() -> str:
     """The whole page, in Markdown."""
     parts = [HEAD]
     parts += _part("Every process", Config, "Each section has these.")
+    parts += _part("Every process that is called", CalledConfig, _CALLED)
+    parts += _part("Tokens of an issuer", OidcSettings, _CALLED)
     parts += _part("Every server", ServerConfig, _SERVERS)
     for section, kind in SECTIONS.items():
         parts += _part(f"`[{section}]`", kind, inspect.cleandoc(kind.__doc__ or ""))
     return "\n".join(parts)
 
 
+_CALLED = "`[training]`, `[sampler]`, `[checkpoint]` and `[gateway]` have these."
 _SERVERS = (
     "`[training]`, `[sampler]` and `[checkpoint]` have these; defaults of their own are there."
 )
 
 
-def _part(title: str, kind: type[Config], about: str) -> Iterator[str]:
+def _part(title: str, kind: type[BaseModel], about: str) -> Iterator[str]:
     yield f"## {title}\n\n{about}\n"
     own = inspect.get_annotations(kind)
     for key, field in kind.model_fields.items():

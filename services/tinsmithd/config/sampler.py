@@ -4,7 +4,8 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from tinsmithd.config.base import ServerConfig, broken_rule
+from tinsmithd.config.base import ServerConfig, check_cluster_key
+from tinsmithd.config.errors import broken_rule
 from tinsmithd.config.fields import (
     MIB,
     AboveZero,
@@ -37,8 +38,12 @@ class SamplerConfig(ServerConfig):
     `native`), else bfloat16 where it is native to the machine and a short test finds it faster;
     with engine `vllm` that of the model's files. Set it where several Samplers are to give the same
     tokens for a seed."""
+    cluster_key_file: str = ""
+    """File with the key of scope `server` that this process shows to other servers; needed with
+    `keys_file`. It is read again when it changes."""
     checkpoint_target: str = "127.0.0.1:50053"
-    """Where this server reaches the Checkpoint server."""
+    """Where this server reaches the Checkpoint server, or several over one object store: a name
+    with several addresses, or `ipv4:10.0.0.1:50053,10.0.0.2:50053`."""
     checkpoint_answer_s_max: AboveZero = 30.0
     """A call to the Checkpoint server that moves no data is given up after this long, and so is a
     read whose connection broke and that cannot go on."""
@@ -50,6 +55,12 @@ class SamplerConfig(ServerConfig):
     there. Empty: they are sent."""
     checkpoint_recheck_s: Number = 10.0
     """How often this server asks whether a checkpoint that it serves from memory is still there."""
+    tenant_samples_max: Count = 0
+    """Calls of one tenant that are computed here or wait for it; 0: no limit. The file of keys may
+    say another one for some tenants, as of the next."""
+    tenant_tokens_per_minute_max: Count = 0
+    """Tokens of prompts, and those that may follow them, that one tenant may have computed here in
+    a minute; 0: no limit. Those that were not made are given back."""
     num_samples_max: Count = 256
     """Sequences of one call."""
     chunks_max: Count = 1024
@@ -124,9 +135,18 @@ class SamplerConfig(ServerConfig):
     """With engine `vllm`: adapters of which sequences are computed at once. Room for them is taken
     at the start."""
 
+    def warnings(self) -> list[str]:
+        """Say what goes over a network that others may reach."""
+        return super().warnings() + self._plain_calls(self.checkpoint_target)
+
     @model_validator(mode="after")
     def _what_is_fetched_has_room(self) -> Self:
         if self.adapters_bytes_max < self.adapter_bytes_max:
             message = f"must be at least adapter_bytes_max, {self.adapter_bytes_max}"
             raise broken_rule("adapters_bytes_max", message)
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_has_a_key(self) -> Self:
+        check_cluster_key(self.keys_file, self.cluster_key_file)
         return self

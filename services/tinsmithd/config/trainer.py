@@ -4,10 +4,12 @@ from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from tinsmithd.config.base import Config, broken_rule
+from tinsmithd.config.base import Config
+from tinsmithd.config.errors import broken_rule
 from tinsmithd.config.fields import (
     LINK_ADDRESS,
     Count,
+    Determinism,
     Dtype,
     Number,
     OptionalAddress,
@@ -57,6 +59,9 @@ class TrainerConfig(Config):
     """Stage 3: bytes of the base that a rank keeps whole once they were gathered."""
     micro_batch_tokens_max: Positive = 2048
     """Tokens that a rank computes together; a longer datum goes alone."""
+    share_prefixes: bool = True
+    """Compute tokens that several data of a call begin with once: those of a prompt with many
+    rollouts."""
     sequence_parallel: Positive = 1
     """Neighbouring ranks that compute a longer datum together, each a share of its tokens, where it
     does not fit into one rank's memory or would keep the other ranks waiting; 1: none do."""
@@ -66,6 +71,10 @@ class TrainerConfig(Config):
     """Nothing but 1 is built: each rank computes all experts of its tokens."""
     activation_bytes_max: Count = 0
     """What a rank keeps for the way back before it recomputes; 0 is half of what is free."""
+    deterministic: Determinism = "auto"
+    """Whether GPUs give the same bits each time, so that calls that are made again after a crash
+    can be held to them: always, never, or where it costs at most 5 %, which is measured at the
+    start. CPUs always do."""
     resident_models_max: Positive = 16
     """Models on the device at once; the others wait in host memory."""
     threads: Count = 0
@@ -75,6 +84,10 @@ class TrainerConfig(Config):
     progress_timeout_s: Number = Field(300.0, ge=1)
     """A group that gets nothing done with a command for this long, no layer, micro-batch or
     collective on any rank, and for ten times as long as that ever took, ends."""
+
+    def warnings(self) -> list[str]:
+        """Say what goes over a network that others may reach."""
+        return self._plain_calls(self.training_target)
 
     @model_validator(mode="after")
     def _what_is_not_built_is_refused(self) -> Self:

@@ -4,7 +4,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tinsmithd.config.base import ServerConfig, broken_rule
+from tinsmithd.config.base import ServerConfig, check_cluster_key, names_in
+from tinsmithd.config.errors import broken_rule
 from tinsmithd.config.fields import (
     LINK_ADDRESS,
     MIB,
@@ -18,6 +19,7 @@ from tinsmithd.config.fields import (
     TrainerEngine,
     ZeroStage,
     is_loopback,
+    parse_address,
 )
 
 
@@ -31,13 +33,27 @@ class TrainingConfig(ServerConfig):
     stop_grace_s: Number = 3.0
     """How long SIGTERM lets the calls under way finish. Those that wait are told at once; they and
     what does not finish are made after the next start, where `durability` keeps them."""
+    cluster_key_file: str = ""
+    """File with the key of scope `server` that this process shows to other servers; needed with
+    `keys_file`. It is read again when it changes."""
     sampler_address: str = ":50052"
     """What clients are told: `host:port`, `:port` (this host), a list of those with commas, or
     empty (same address). A name may stand for many Samplers."""
     checkpoint_address: str = ":50053"
-    """What clients are told, as `sampler_address`, but only one."""
+    """What clients are told, as `sampler_address`, but only one. Several Checkpoint servers over
+    one object store may be behind it: a name with several addresses, or
+    `ipv4:10.0.0.1:50053,10.0.0.2:50053`."""
+    shard_addresses: str = ""
+    """Where clients find the Training servers of a cluster that has several, with commas, the same
+    list at each. A tenant's models are at one of them, which its name says. Empty: all are here."""
+    shard_address: str = ""
+    """This server's own among them; several with commas where they lead to it."""
+    gateway_url: str = ""
+    """What clients are told of the gateway, such as `https://host/prefix`: they ask it for URLs of
+    downloads. Empty: they are told of none."""
     checkpoint_target: str = "127.0.0.1:50053"
-    """Where this server itself reaches the Checkpoint server."""
+    """Where this server itself reaches the Checkpoint server, or several as in
+    `checkpoint_address`."""
     checkpoint_folder: str = ""
     """The Checkpoint server's `data_folder`, where this server and rank 0 run on its machine as its
     user: what is saved is left there, and not sent. Empty, or where that is not so: it is sent."""
@@ -63,13 +79,18 @@ class TrainingConfig(ServerConfig):
     """A snapshot of a model is also taken when no call of it came for this long."""
     replay_check: Literal["exact", "close"] = "exact"
     """What calls that are made again after a crash must give: exact (the same bits, on ranks of the
-    same kind) or close (the same metrics but for rounding). On GPUs it is always close."""
+    same kind) or close (the same metrics but for rounding). On GPUs that do not give the same bits
+    each time, see `[trainer] deterministic`, it is always close."""
     link_address: OptionalAddress = ""
     """Where ranks attach, and nobody else; empty is 127.0.0.1:50054, or a free port of 127.0.0.1
     where this server starts its ranks itself."""
     link_secret_file: str = ""
     """File with the secret that ranks must show, of 32 characters or more; empty makes one,
     `link.secret` in `data_folder`, which is enough on loopback alone."""
+    cluster_names: str = ""
+    """Names (DNS, URI such as `spiffe://cluster/trainer`, or IP address) of which the certificate
+    of a rank must have one, with commas; empty: any does. With `cluster_tls_certificate_file` ranks
+    attach with TLS, and must show a certificate that `cluster_tls_ca_file` vouches for."""
     link_port_file: str = ""
     """File to write the port of `link_address` into; empty writes none."""
     rank_lease_s: Number = Field(30.0, ge=1)
@@ -120,9 +141,19 @@ class TrainingConfig(ServerConfig):
     """The newest ephemeral sampler weights of a model are deleted after this long without use."""
     model_idle_ttl_s: Number = 7 * 86_400.0
     """A model without a call for this long is deleted; its checkpoints stay."""
+    tenant_models_max: Count = 0
+    """Models of one tenant; 0: no limit but `models_kept_max`. The file of keys may say another one
+    for some tenants, as of all settings that begin with `tenant_`."""
+    tenant_queued_bytes_max: Count = 0
+    """Bytes of one tenant's calls that wait, of all its models; 0: no limit."""
+    tenant_tokens_per_minute_max: Count = 0
+    """Tokens that one tenant may have computed in a minute, here; 0: no limit."""
     quantum_tokens: Positive = 16384
     """A larger call is computed in batches of this many tokens; others have turns in between.
     Several ranks have a batch of so many for each of them, or of four times its longest datum."""
+    peak_flops: Number = 0.0
+    """Operations that one rank can make in a second, for the share of it that is used (MFU) in
+    metrics; 0: what is known of its GPU, with bfloat16 weights, else none is said."""
     spawn_ranks: Count = 0
     """Start this many ranks on this machine; 0 waits for a rank group to attach."""
     spawn_spare_groups: Count = 0
@@ -137,6 +168,14 @@ class TrainingConfig(ServerConfig):
     """`trainer.zero_stage` of spawned ranks."""
     spawn_threads: Count = 0
     """`trainer.threads` of spawned ranks."""
+
+    def warnings(self) -> list[str]:
+        """Say what goes over a network that others may reach."""
+        said = super().warnings() + self._plain_calls(self.checkpoint_target)
+        if not is_loopback(self.link_bind_address) and not self.cluster_tls_certificate_file:
+            secure = "set cluster_tls_certificate_file, or keep the network private"
+            said.append(f"ranks attach at {self.link_bind_address} in plain text: {secure}")
+        return said
 
     @property
     def call_received_bytes_max(self) -> int:
@@ -155,8 +194,44 @@ class TrainingConfig(ServerConfig):
             raise broken_rule("link_secret_file", message)
         return self
 
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Each of `shard_addresses`."""
+        return names_in(self.shard_addresses)
+
+    @property
+    def own_shards(self) -> tuple[str, ...]:
+        """Each of `shard_address`."""
+        return names_in(self.shard_address)
+
+    @model_validator(mode="after")
+    def _shards_are_addresses(self) -> Self:
+        for address in self.shards:
+            try:
+                _, port = parse_address(address.removeprefix("https://"))
+            except ValueError:
+                port = 0
+            if not port or any(character.isspace() for character in address):
+                message = f"must be host:port, with commas between them, not {address[:100]!r}"
+                raise broken_rule("shard_addresses", message)
+        if len(set(self.shards)) < len(self.shards):
+            raise broken_rule("shard_addresses", "must name each address once")
+        return self
+
+    @model_validator(mode="after")
+    def _a_shard_is_one_of_them(self) -> Self:
+        own, others = set(self.own_shards), set(self.shards)
+        if bool(own) != bool(others) or not own <= others:
+            raise broken_rule("shard_address", "must be one of shard_addresses, or some of them")
+        return self
+
     @model_validator(mode="after")
     def _spawned_ranks_have_a_base_model(self) -> Self:
         if self.spawn_ranks and not self.spawn_base_model:
             raise broken_rule("spawn_base_model", "must be set where spawn_ranks is")
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_has_a_key(self) -> Self:
+        check_cluster_key(self.keys_file, self.cluster_key_file)
         return self

@@ -1,9 +1,11 @@
 """What `GetCapabilities` says of any server: its version and its limits, by their names.
 
 A limit has one name: that of the setting or constant which is enforced. But a span of time is a
-`Duration` on the wire, and its name has no unit there (`gap_wait_s_max` is `gap_wait_max`).
+`Duration` on the wire, and its name has no unit there (`gap_wait_s_max` is `gap_wait_max`). A limit
+of tenants is that of the caller's.
 """
 
+import functools
 import importlib.metadata
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from tinsmithd import keys
 from tinsmithd.convert.times import TTL_S_MAX, duration_to_pb
 from tinsmithd.convert.types import (
     LEASE_ID_CHARACTERS_MAX,
@@ -33,8 +36,9 @@ SHARED: Mapping[str, float] = {
 """Limits of every service that are no settings."""
 
 
+@functools.cache
 def server_version() -> str:
-    """Version of this server."""
+    """Version of this server; it is read once, which takes some milliseconds."""
     return importlib.metadata.version("tinsmith")
 
 
@@ -67,4 +71,5 @@ def _value(name: str, config: object, others: Mapping[str, float]) -> Any:
     for values in (others, SHARED):
         if name in values:
             return values[name]
-    return getattr(config, name)
+    value = getattr(config, name)
+    return keys.current().limit(name, value) if name in keys.LIMIT_NAMES else value

@@ -10,6 +10,7 @@ from tinsmith.v1 import types_pb2 as pb
 from tinsmithd.errors import InvalidArgument, Reason
 
 DIMENSIONS_MAX = 2
+_FORMATS = frozenset(pb.TensorFormat.values())
 _REASONS = {
     "shape": Reason.INVALID_SHAPE,
     "dtype": Reason.INVALID_DTYPE,
@@ -60,5 +61,5 @@ def check_format(value: int, field: str) -> None:
     Raises:
         InvalidArgument: Naming the field.
     """
-    if value not in pb.TensorFormat.values():
+    if value not in _FORMATS:
         raise InvalidArgument(field, f"unknown format {value}")

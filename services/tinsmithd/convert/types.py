@@ -42,6 +42,7 @@ _KINDS = {
     pb.CHECKPOINT_KIND_TRAINING: CheckpointKind.TRAINING,
     pb.CHECKPOINT_KIND_SAMPLER: CheckpointKind.SAMPLER,
 }
+_CODES = {kind: code for code, kind in _KINDS.items()}
 _DTYPES: Mapping[str, pb.Dtype.ValueType] = {
     "float32": pb.DTYPE_FLOAT32,
     "bfloat16": pb.DTYPE_BFLOAT16,
@@ -125,7 +126,7 @@ def loss_fn_to_pb(loss: LossFn) -> pb.LossFn:
     message = pb.LossFn()
     config = getattr(message, loss.name)
     config.SetInParent()
-    for name, value in dataclasses.asdict(loss).items():
+    for name, value in vars(loss).items():
         setattr(config, name, value)
     return message
 
@@ -157,7 +158,7 @@ def lora_from_pb(message: pb.LoraConfig, field: str, rank_max: int) -> LoraConfi
 
 def lora_to_pb(lora: LoraConfig) -> pb.LoraConfig:
     """Write an adapter's shape; a seed below 0, which earlier releases took, keeps its bits."""
-    return pb.LoraConfig(**{**dataclasses.asdict(lora), "seed": lora.seed % (1 << 64)})
+    return pb.LoraConfig(**{**vars(lora), "seed": lora.seed % (1 << 64)})
 
 
 def tuning_from_pb(message: Any, prefix: str, rank_max: int) -> Tuning:
@@ -202,7 +203,7 @@ def adam_from_pb(message: pb.AdamParams, field: str) -> AdamParams:
 
 def adam_to_pb(adam: AdamParams) -> pb.AdamParams:
     """Write the settings of an optimizer step."""
-    return pb.AdamParams(**dataclasses.asdict(adam))
+    return pb.AdamParams(**vars(adam))
 
 
 def base_model_to_pb(info: BaseModelInfo) -> pb.BaseModel:
@@ -236,7 +237,7 @@ def kind_from_pb(value: int, field: str) -> CheckpointKind:
 
 def kind_to_pb(kind: CheckpointKind) -> pb.CheckpointKind.ValueType:
     """Write a checkpoint kind."""
-    return next(code for code, value in _KINDS.items() if value is kind)
+    return _CODES[kind]
 
 
 def path_from_pb(text: str, field: str) -> CheckpointPath:

@@ -105,6 +105,8 @@ def _kind_of(error: TinsmithError) -> str:
 
 def headers_of(problem: Problem) -> dict[str, str]:
     """Headers that go with a problem, in whatever form its body has."""
+    if problem.status == 401:
+        return {"www-authenticate": "Bearer"}
     if problem.retry_after_s is None:
         return {"x-should-retry": "false"} if problem.status >= 500 else {}
     return {

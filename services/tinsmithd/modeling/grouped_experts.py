@@ -7,14 +7,15 @@ Token t passes through its k experts e, whose results are added up by their shar
 
 It computes the function of transformers and PEFT, which forms W + s B A of all experts in each
 forward and keeps it for the way back. Here no copy of a weight is made: the products are grouped
-ones, of rows that stand next to those of the same expert. For the way back x, (gate, up) and the
-shares are kept; what is made of them is made again.
+ones, of rows that stand next to those of the same expert. For the way back x, (gate, up), the
+shares and both narrow A_e x are kept; what is made of them is made again.
 
 Shapes: `T` tokens, `k` experts of a token, `S = T k` rows, `E` experts, `d` the residual stream,
 `f` the width of an expert, `r` the rank of each expert's adapter, `o` and `i` outputs and inputs of
 a product.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,15 +65,23 @@ class _Routing:
     ends_E: Tensor
     top_k: int
 
+    @functools.cached_property
+    def _rows_S(self) -> Tensor:
+        """For each pair its row. To take rows by number is faster than to put them, and on a GPU
+        needs no sorting to come out the same each time."""
+        return self.order_S.argsort()
+
     def spread(self, x_Td: Tensor) -> Tensor:
         """The rows of tokens: `(S, d)`."""
-        return x_Td[self.order_S // self.top_k]
+        return x_Td.index_select(0, self.order_S // self.top_k)
+
+    def in_place(self, rows: Tensor) -> Tensor:
+        """Rows in the order of their pairs."""
+        return rows.index_select(0, self._rows_S)
 
     def gather(self, rows_Sd: Tensor) -> Tensor:
         """Sum up the rows of each token, always in the same order: `(T, d)`."""
-        in_place = torch.empty_like(rows_Sd)
-        in_place[self.order_S] = rows_Sd
-        return in_place.view(-1, self.top_k, rows_Sd.shape[1]).sum(1)
+        return self.in_place(rows_Sd).view(-1, self.top_k, rows_Sd.shape[1]).sum(1)
 
 
 def use_grouped_experts(base: BaseModel) -> None:
@@ -139,27 +148,27 @@ class _Function(torch.autograd.Function):
     ) -> Tensor:
         routing = _Routing(order_S, ends_E, shares_Tk.shape[1])
         up_lora = _made(gate_up_a, gate_up_b, scalings[0], len(ends_E), x_Td.dtype)
-        both_S2f = _product(routing.spread(x_Td), gate_up, up_lora, ends_E)
-        inner_Sf = _gated(both_S2f, shares_Tk.reshape(-1)[order_S], act)
+        both_S2f, up_Sr = _product(routing.spread(x_Td), gate_up, up_lora, ends_E)
+        inner_Sf = _gated(both_S2f, shares_Tk.reshape(-1).index_select(0, order_S), act)
         down_lora = _made(down_a, down_b, scalings[1], len(ends_E), x_Td.dtype)
-        y_Td = routing.gather(_product(inner_Sf, down, down_lora, ends_E))
+        rows_Sd, down_Sr = _product(inner_Sf, down, down_lora, ends_E)
         trained = gate_up_a is not None or gate_up.requires_grad
         ctx.save_for_backward(
-            *(x_Td if trained else None, shares_Tk, both_S2f, order_S, ends_E),
+            *(x_Td if trained else None, shares_Tk, both_S2f, up_Sr, down_Sr, order_S, ends_E),
             *(gate_up, down, gate_up_a, gate_up_b, down_a, down_b),
         )
         ctx.scalings, ctx.act = scalings, act
-        return y_Td
+        return routing.gather(rows_Sd)
 
     @staticmethod
     def backward(ctx: Any, grad_Td: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x_Td, shares_Tk, both_S2f, order_S, ends_E, *weights = ctx.saved_tensors
+        x_Td, shares_Tk, both_S2f, up_Sr, down_Sr, order_S, ends_E, *weights = ctx.saved_tensors
         gate_up, down, gate_up_a, gate_up_b, down_a, down_b = weights
         needed = ctx.needs_input_grad
         routing = _Routing(order_S, ends_E, shares_Tk.shape[1])
         with torch.enable_grad():
             both = both_S2f.detach().requires_grad_()
-            shares_S = shares_Tk.detach().reshape(-1)[order_S].requires_grad_()
+            shares_S = shares_Tk.detach().reshape(-1).index_select(0, order_S).requires_grad_()
             inner_Sf = _gated(both, shares_S, ctx.act)
         of_down = _Backward(
             routing.spread(grad_Td),
@@ -169,7 +178,7 @@ class _Function(torch.autograd.Function):
             ends_E,
         )
         grad_both, grad_shares_S = torch.autograd.grad(inner_Sf, (both, shares_S), of_down.rows())
-        grad_down, grad_down_a, grad_down_b = of_down.weights(needed[3], down_a)
+        grad_down, grad_down_a, grad_down_b = of_down.weights(needed[3], down_a, down_Sr)
         of_up = _Backward(
             grad_both,
             None if x_Td is None else routing.spread(x_Td),
@@ -178,11 +187,9 @@ class _Function(torch.autograd.Function):
             ends_E,
         )
         grad_x = routing.gather(of_up.rows()) if needed[0] else None
-        grad_up, grad_up_a, grad_up_b = of_up.weights(needed[2], gate_up_a)
-        grad_shares = torch.empty_like(grad_shares_S)
-        grad_shares[order_S] = grad_shares_S
+        grad_up, grad_up_a, grad_up_b = of_up.weights(needed[2], gate_up_a, up_Sr)
         return (
-            *(grad_x, grad_shares.view_as(shares_Tk), grad_up, grad_down),
+            *(grad_x, routing.in_place(grad_shares_S).view_as(shares_Tk), grad_up, grad_down),
             *(grad_up_a, grad_up_b, grad_down_a, grad_down_b),
             *(None, None, None, None),
         )
@@ -212,20 +219,27 @@ def _made(
     rank = len(a) // experts
     more = -rank % (_ROW_BYTES // dtype.itemsize)
     a_Eri = a.detach().view(experts, rank, -1).to(dtype)
-    b_Eor = b.detach().view(-1, rank, experts).permute(2, 0, 1).to(dtype)
+    # Turned as a table of two sides, for which there is a kernel that goes by blocks.
+    b_Eor = b.detach().view(-1, experts).t().contiguous().view(experts, -1, rank).to(dtype)
     if more:
         a_Eri, b_Eor = pad(a_Eri, (0, 0, 0, more)), pad(b_Eor, (0, more))
-    return _Factors(a_Eri, b_Eor.contiguous(), scaling)
+    return _Factors(a_Eri, b_Eor, scaling)
 
 
-def _product(rows_Si: Tensor, weight_Eoi: Tensor, lora: _Factors | None, ends_E: Tensor) -> Tensor:
-    """Each row times its expert's weight, with what the adapter adds: `(S, o)`."""
+def _product(
+    rows_Si: Tensor, weight_Eoi: Tensor, lora: _Factors | None, ends_E: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Each row times its expert's weight, with what the adapter adds.
+
+    Returns:
+        `(S, o)`, and A times the rows `(S, r)` where there is an adapter.
+    """
     y_So = grouped_mm(rows_Si, weight_Eoi.transpose(1, 2), offs=ends_E)
-    if lora is not None:
-        update_Sr = grouped_mm(rows_Si, lora.a_Eri.transpose(1, 2), offs=ends_E)
-        more_So = grouped_mm(update_Sr, lora.b_Eor.transpose(1, 2), offs=ends_E)
-        y_So.add_(more_So, alpha=lora.scaling)
-    return y_So
+    if lora is None:
+        return y_So, None
+    update_Sr = grouped_mm(rows_Si, lora.a_Eri.transpose(1, 2), offs=ends_E)
+    more_So = grouped_mm(update_Sr, lora.b_Eor.transpose(1, 2), offs=ends_E)
+    return y_So.add_(more_So, alpha=lora.scaling), update_Sr
 
 
 class _Backward:
@@ -259,19 +273,24 @@ class _Backward:
             grad_Si.add_(self._grouped(self._grad_Sr, self._lora.a_Eri))
         return grad_Si
 
-    def weights(self, trained: bool, a: Tensor | None) -> Iterator[Tensor | None]:
-        """Of the weight, if it is trained, and of the adapter `a` and its b in their own shapes."""
+    def weights(
+        self, trained: bool, a: Tensor | None, update_Sr: Tensor | None
+    ) -> Iterator[Tensor | None]:
+        """Of the weight, if it is trained, and of the adapter `a` and its b in their own shapes.
+
+        `update_Sr` is what `_product` gave.
+        """
         rows_Si, lora = self._rows_Si, self._lora
         yield self._grouped(self._grad_So.t(), rows_Si) if trained and rows_Si is not None else None
-        if lora is None or a is None or rows_Si is None:
+        if lora is None or a is None or rows_Si is None or update_Sr is None:
             yield from (None, None)
             return
         rank = len(a) // len(self._ends_E)
         grad_Eri = self._grouped(self._grad_Sr.t(), rows_Si)[:, :rank]
         yield grad_Eri.to(a.dtype).reshape(a.shape)
-        update_Sr = self._grouped(rows_Si, lora.a_Eri.transpose(1, 2)).mul_(lora.scaling)
-        grad_Eor = self._grouped(self._grad_So.t(), update_Sr)[..., :rank]
-        yield grad_Eor.to(a.dtype).permute(1, 2, 0).flatten(1)
+        grad_Eor = self._grouped(self._grad_So.t(), update_Sr * lora.scaling)[..., :rank]
+        turned = grad_Eor.to(a.dtype).flatten(1).t().contiguous()  # (o * rank, E)
+        yield turned.view(grad_Eor.shape[1], -1)
 
     def _grouped(self, left: Tensor, right: Tensor) -> Tensor:
         return grouped_mm(left, right, offs=self._ends_E)

@@ -60,7 +60,7 @@ def float_product(hidden: Tensor, weight: Tensor, *, out: Tensor | None = None) 
         out = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     if weight.dtype == torch.float32:
         return torch.mm(hidden, weight.t(), out=out)
-    if weight.device.type == "cuda":
+    if weight.device.type != "cpu":
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
     # A CPU has no kernel for narrow factors and a wide sum. A bfloat16 is a float32 whose lower
     # half is zero, so widening loses nothing.

@@ -1,10 +1,11 @@
 """Several sequences in one forward without padding.
 
 Their tokens stand one after the other in a batch of one. Every linear layer sees them all at once,
-positions start anew with each sequence, and attention stays inside each. `segment_lengths` reaches
-the attention layers as an extra argument of the model's forward. One kernel computes all segments
-where the device has one (`varlen`), else each length is computed by itself. Whatever else a layer
-asks of its attention happens inside each segment, or the model is refused.
+positions start anew with each sequence, and attention stays inside each. A sequence may go on where
+others end (`segment_contexts`): its tokens see theirs, too. Both reach the attention layers as
+extra arguments of the model's forward. One kernel computes all segments where the device has one
+(`varlen`), else each length is computed by itself. Whatever else a layer asks of its attention
+happens inside each segment, or the model is refused.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tinsmithd.modeling import varlen
+from tinsmithd.modeling import in_context, varlen
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.weight_files import refused
 
@@ -27,6 +29,9 @@ ATTENTION = "tinsmith_packed"
 
 WINDOW_BLOCK_TOKENS_MIN = 256
 """Minimum queries that windowed attention computes together; with wider windows, a window's."""
+
+CONTEXT_BLOCK_TOKENS = 1024
+"""Queries that attention in a context computes together."""
 
 
 class SpreadOverRanks(Protocol):
@@ -79,6 +84,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     segment_lengths: Sequence[int] | None = None,
+    segment_contexts: varlen.Contexts | None = None,
     spread: SpreadOverRanks | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -98,6 +104,8 @@ def packed_attention(
         scaling: Factor on the scores.
         sliding_window: Tokens that a token sees, itself included; None lets it see all before.
         segment_lengths: Tokens of each segment, in order, T in all; None means one segment.
+        segment_contexts: For each segment the numbers of those that stand before its tokens, the
+            first of them first, all of smaller numbers; None means none has any.
         spread: Where other ranks have tokens of these segments; T is then this rank's number of
             them, and `segment_lengths` are those of all ranks.
         dropout: Must be 0.
@@ -125,23 +133,26 @@ def packed_attention(
     if spread is not None:
         query, key, value = spread.to_heads(query, key, value)
     lengths = segment_lengths or [query.shape[2]]
-    if kernel is None:
-        found = _by_segment(query, key, value, scaling, sliding_window, lengths)
+    contexts = segment_contexts or [()] * len(lengths)
+    if kernel is None or (any(contexts) and not kernel.in_contexts):
+        found = _by_segment(query, key, value, scaling, sliding_window, lengths, contexts)
     else:
-        starts = varlen.sequence_starts(tuple(lengths), query.device)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        found = kernel.compute(
-            *(q, k, v, starts, max(lengths)), scale=scaling, window=sliding_window
-        )[None]
+        found = varlen.attend(kernel, q, k, v, lengths, contexts, scaling, sliding_window)[None]
     return found if spread is None else spread.to_tokens(found), None
 
 
 def _loop(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    contexts: varlen.Contexts,
+    window: int | None,
 ) -> Tensor:
     """What a kernel must compute; see `varlen.Loop`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return _by_segment(q, k, v, None, window, lengths)[0]
+    return _by_segment(q, k, v, None, window, lengths, contexts)[0]
 
 
 def _by_segment(
@@ -151,59 +162,107 @@ def _by_segment(
     scaling: float | None,
     sliding_window: int | None,
     lengths: Sequence[int],
+    contexts: varlen.Contexts,
 ) -> Tensor:
     """Attention of one segment after the other; `(1, T, heads, head_dim)`."""
     # The layer's own number would be wrong where ranks share the heads.
     heads = _Heads(query.shape[1] // key.shape[1])
-    # Neighbours of equal length are one batch.
-    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
+    # Neighbours of equal length in the same context are one batch.
+    alike = groupby(zip(lengths, contexts, strict=True))
+    runs = [(length, context, len(list(run))) for (length, context), run in alike]
+    sizes = [length * count for length, _, count in runs]
     # Slices instead of a split would each fill a gradient of all tokens in the backward pass.
     tensors = (query, key, value)
     pieces = zip(*(tensor.split_with_sizes(sizes, dim=2) for tensor in tensors), strict=True)
     parts = []
-    for (length, count), piece in zip(runs, pieces, strict=True):
-        batch = [_unpack(tensor[0], count) for tensor in piece]
-        if sliding_window is None or length <= sliding_window:
+    has_contexts = any(contexts)
+    seen: list[tuple[Tensor, Tensor]] = []
+    """Keys and values of each segment so far, each a batch of one."""
+    for (length, context, count), piece in zip(runs, pieces, strict=True):
+        q, k, v = (_unpack(tensor[0], count) for tensor in piece)
+        if has_contexts:
+            seen.extend(zip(k.split(1), v.split(1), strict=True))
+        above = [seen[number] for number in context]
+        if sliding_window is None and in_context.serves(q, above):
+            found = in_context.attend(q, k, v, above, scaling)
+            parts.append(found.reshape(1, count * length, *found.shape[2:]))
+            continue
+        if above:
+            k, v = (
+                _after(some, own)
+                for some, own in zip(zip(*above, strict=True), (k, v), strict=True)
+            )
+        if not context and (sliding_window is None or length <= sliding_window):
             found, _weights = sdpa_attention_forward(
-                heads, *batch, attention_mask=None, scaling=scaling, is_causal=True
+                *(heads, q, k, v), attention_mask=None, scaling=scaling, is_causal=True
             )
         else:
-            found = _within_window(heads, *batch, scaling=scaling, window=sliding_window)
+            found = _masked(heads, q, k, v, scaling=scaling, window=sliding_window)
         parts.append(found.reshape(1, count * length, *found.shape[2:]))
     return torch.cat(parts, dim=1)
 
 
-def _within_window(
+def _after(above: Sequence[Tensor], own: Tensor) -> Tensor:
+    """Keys or values of some segments, each `(1, kv_heads, L, head_dim)`, in front of those of
+    each of a batch."""
+    return torch.cat([*(part.expand(len(own), -1, -1, -1) for part in above), own], dim=2)
+
+
+def _masked(
     heads: "_Heads",
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     scaling: float | None,
-    window: int,
+    window: int | None,
 ) -> Tensor:
-    """Attention of sequences in which a token sees the `window` tokens up to itself.
+    """Attention of sequences in which a token sees the `window` tokens up to itself, or all.
 
-    Some queries at a time meet all keys that any of them sees, so time and memory grow with tokens
-    times window.
+    There may be more keys than queries: the queries are those of the last tokens. Some queries at a
+    time meet all keys that any of them sees, so time and memory grow with tokens times window.
     """
-    count = query.shape[2]
-    size = max(window, WINDOW_BLOCK_TOKENS_MIN)
+    count, before = query.shape[2], key.shape[2] - query.shape[2]
+    size = CONTEXT_BLOCK_TOKENS if window is None else max(window, WINDOW_BLOCK_TOKENS_MIN)
     starts = range(0, count, size)
     pieces = query.split_with_sizes([min(size, count - start) for start in starts], dim=2)
     parts = []
     for start, queries in zip(starts, pieces, strict=True):
-        end, first = start + queries.shape[2], max(0, start - window + 1)
-        rows = torch.arange(start, end, device=query.device)[:, None]
+        row, end = before + start, before + start + queries.shape[2]
+        first = 0 if window is None else max(0, row - window + 1)
+        rows = torch.arange(row, end, device=query.device)[:, None]
         columns = torch.arange(first, end, device=query.device)[None]
-        mask = (columns <= rows) & (columns > rows - window)
+        mask = columns <= rows
+        if window is not None:
+            mask &= columns > rows - window
         seen = (tensor[:, :, first:end] for tensor in (key, value))
+        if before:
+            groups = heads.num_key_value_groups
+            parts.append(_folded(queries, *seen, mask=mask, groups=groups, scaling=scaling))
+            continue
         found, _weights = sdpa_attention_forward(
             heads, queries, *seen, attention_mask=mask[None, None], scaling=scaling
         )
         parts.append(found)
     return torch.cat(parts, dim=1)
+
+
+def _folded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor,
+    groups: int,
+    scaling: float | None,
+) -> Tensor:
+    """Masked attention in which the heads of a key head are rows: no key is copied for each."""
+    batch, heads, count, head_dim = query.shape
+    rows = query.reshape(batch, heads // groups, groups * count, head_dim)
+    found = functional.scaled_dot_product_attention(
+        rows, key, value, attn_mask=mask.repeat(groups, 1)[None, None], scale=scaling
+    )
+    return found.reshape(batch, heads, count, head_dim).transpose(1, 2)
 
 
 @dataclass(frozen=True)

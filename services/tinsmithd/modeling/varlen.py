@@ -9,17 +9,22 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tinsmithd.modeling.device_copies import to_device
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Those that have such kernels."""
 
 _TRIED_LENGTHS = (5, 1, 33, 33)
 _TRIED_WINDOWS = (None, 4)
+_NO_CONTEXTS = ((), (), (), ())
+_TRIED_CONTEXTS = ((), (0,), (0, 1), (0, 1))
 _NEAR = 0.05
 """How far a kernel may be from the loop, of the largest number: products are of 8 or 11 bits."""
 
@@ -35,7 +40,9 @@ class Compute(Protocol):
         key: Tensor,
         value: Tensor,
         starts: Tensor,
+        key_starts: Tensor,
         longest: int,
+        key_longest: int,
         *,
         scale: float | None,
         window: int | None,
@@ -44,10 +51,13 @@ class Compute(Protocol):
 
         Args:
             query: `(T, heads, D)`, one sequence after the other.
-            key: `(T, kv_heads, D)`.
+            key: `(S, kv_heads, D)`; a sequence may have more keys than queries, which are those of
+                its last tokens.
             value: As `key`.
-            starts: int32; where each sequence begins, and T.
-            longest: Tokens of the longest sequence.
+            starts: int32; where the queries of each sequence begin, and T.
+            key_starts: Likewise its keys, and S.
+            longest: Queries of the sequence that has most.
+            key_longest: Likewise keys.
             scale: Factor on the scores; None is `D ** -0.5`.
             window: Tokens that a token sees, itself included; None lets it see all before.
 
@@ -63,10 +73,12 @@ class Kernel:
     Attributes:
         name: What it is, for the log and the identity of ranks.
         compute: Calls it.
+        in_contexts: Whether it knows sequences that have more keys than queries.
     """
 
     name: str
     compute: Compute
+    in_contexts: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,13 @@ def flash_kernel() -> Kernel:
         ImportError: It is not there.
     """
     attend = importlib.import_module("flash_attn").flash_attn_varlen_func
-    return _kernel("flash-attn", attend, lambda scale, _: {"softmax_scale": scale, "causal": True})
+
+    def named(scale: float | None, _: bool) -> Mapping[str, Any]:
+        # torch's own kernels know by themselves; this one has to be told.
+        in_order = torch.are_deterministic_algorithms_enabled()
+        return {"softmax_scale": scale, "causal": True, "deterministic": in_order}
+
+    return _kernel("flash-attn", attend, named)
 
 
 def _kernel(
@@ -118,14 +136,16 @@ def _kernel(
         key: Tensor,
         value: Tensor,
         starts: Tensor,
+        key_starts: Tensor,
         longest: int,
+        key_longest: int,
         *,
         scale: float | None,
         window: int | None,
     ) -> Tensor:
         before = -1 if window is None else window - 1
         return attend(
-            *(query, key, value, starts, starts, longest, longest),
+            *(query, key, value, starts, key_starts, longest, key_longest),
             window_size=(before, 0),
             **named(scale, query.shape[1] != key.shape[1]),
         )
@@ -136,8 +156,56 @@ def _kernel(
 KERNELS = (torch_kernel, flash_kernel)
 """Makers, the one that is tried first in front."""
 
-Loop = Callable[[Tensor, Tensor, Tensor, Sequence[int], int | None], Tensor]
-"""What a kernel must give: of query, key, value `(T, heads, D)`, lengths and window."""
+Contexts = Sequence[tuple[int, ...]]
+"""For each sequence the numbers of those that stand before its tokens."""
+Loop = Callable[[Tensor, Tensor, Tensor, Sequence[int], Contexts, int | None], Tensor]
+"""What a kernel must give: of query, key, value `(T, heads, D)`, lengths, contexts and window."""
+
+
+def attend(
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    contexts: Contexts,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of sequences in their contexts, by a kernel; `(T, heads, D)`.
+
+    Args:
+        kernel: Computes it.
+        query: `(T, heads, D)`.
+        key: `(T, kv_heads, D)`.
+        value: As `key`.
+        lengths: Tokens of each sequence, T in all.
+        contexts: Their contexts.
+        scale, window: See `Compute`.
+    """
+    starts, longest = sequence_starts(tuple(lengths), query.device), max(lengths)
+    key_starts, key_longest = starts, longest
+    if any(contexts):
+        rows, key_starts, key_longest = _seen(tuple(lengths), tuple(contexts), query.device)
+        key, value = key.index_select(0, rows), value.index_select(0, rows)
+    return kernel.compute(
+        *(query, key, value, starts, key_starts, longest, key_longest), scale=scale, window=window
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _seen(
+    lengths: tuple[int, ...], contexts: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """The rows of the keys that each sequence sees, where they begin, and the most of one."""
+    ends = np.cumsum([0, *lengths])
+    rows = [
+        np.concatenate([np.arange(ends[n], ends[n + 1]) for n in (*context, number)])
+        for number, context in enumerate(contexts)
+    ]
+    counts = tuple(map(len, rows))
+    index = to_device(torch.from_numpy(np.concatenate(rows)), device)
+    return index, sequence_starts(counts, device), max(counts)
 
 
 def choose(device: torch.device, dtype: torch.dtype, shape: Shape, loop: Loop) -> Kernel | None:
@@ -148,30 +216,48 @@ def choose(device: torch.device, dtype: torch.dtype, shape: Shape, loop: Loop) -
 
 
 def first_that_works(
-    makers: Sequence[Callable[[], Kernel]], differs: Callable[[Compute], float]
+    makers: Sequence[Callable[[], Kernel]], differs: Callable[[Compute, Contexts], float]
 ) -> Kernel | None:
     """The first kernel that there is and that is right; a log says why others were passed over.
 
     Args:
         makers: Make the kernels.
-        differs: Tries a kernel; how far it is from what it should be, at most, of the largest.
+        differs: Tries a kernel on sequences in contexts; how far it is from what it should be, at
+            most, of the largest.
     """
     for make in makers:
         try:
             kernel = make()
-            found = differs(kernel.compute)
+            found = differs(kernel.compute, _NO_CONTEXTS)
         except Exception as error:  # whatever a kernel does not like, another one may
             _log.info("no %s: %s", make.__name__, str(error).partition("\n")[0])
             continue
-        if found <= _NEAR:
-            _log.info("packed attention is computed by %s", kernel.name)
-            return kernel
-        _log.warning("%s is off by %.2g and is not used", kernel.name, found)
+        if found > _NEAR:
+            _log.warning("%s is off by %.2g and is not used", kernel.name, found)
+            continue
+        _log.info("packed attention is computed by %s", kernel.name)
+        return replace(kernel, in_contexts=_knows_contexts(kernel, differs))
     return None
 
 
+def _knows_contexts(kernel: Kernel, differs: Callable[[Compute, Contexts], float]) -> bool:
+    try:
+        found = differs(kernel.compute, _TRIED_CONTEXTS)
+    except Exception as error:
+        _log.info("%s, in contexts: %s", kernel.name, str(error).partition("\n")[0])
+        return False
+    if found > _NEAR:
+        _log.info("%s is off by %.2g in contexts, which the loop computes", kernel.name, found)
+    return found <= _NEAR
+
+
 def difference(
-    device: torch.device, dtype: torch.dtype, shape: Shape, loop: Loop, compute: Compute
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    loop: Loop,
+    compute: Compute,
+    contexts: Contexts,
 ) -> float:
     """How far a kernel is from the loop, of the largest number: output and gradients."""
     total = sum(_TRIED_LENGTHS)
@@ -184,11 +270,11 @@ def difference(
     inputs = drawn(shape.heads), drawn(shape.kv_heads), drawn(shape.kv_heads)
     seed = drawn(shape.heads).detach()
     worst = 0.0
+    kernel = Kernel("tried", compute)
     for window in _TRIED_WINDOWS:
-        starts = sequence_starts(_TRIED_LENGTHS, device)
         outputs = (
-            loop(*inputs, _TRIED_LENGTHS, window),
-            compute(*inputs, starts, max(_TRIED_LENGTHS), scale=None, window=window),
+            loop(*inputs, _TRIED_LENGTHS, contexts, window),
+            attend(kernel, *inputs, _TRIED_LENGTHS, contexts, None, window),
         )
         right, ours = ((o.detach(), *torch.autograd.grad(o, inputs, seed)) for o in outputs)
         for a, b in zip(right, ours, strict=True):
@@ -201,7 +287,7 @@ def difference(
 def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """int32; where each sequence begins, and their sum. All layers of a forward share it."""
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return ends.to(device)
+    return to_device(ends, device)
 
 
 def slow_dtype(device: torch.device, dtype: str) -> str:

@@ -16,7 +16,6 @@ FOLLOW_INTERVAL_S = 0.1
 FOLLOW_BYTES = 256 * 1024
 """Maximum number of bytes of a log that are read at once; a longer burst shows its end alone."""
 LOG_BYTES_MAX = 32 * 1024 * 1024
-_WITH_TORCH = ("sampler",)
 LOGS_KEPT = 3
 """Older pieces of a log: `name.log.1` is the newest of them."""
 
@@ -128,16 +127,20 @@ class Child:
         name: `tinsmithd.<name>` is what runs.
         port: Its port; 0 takes a free one at the first start and keeps it.
         log: Where it writes to.
+        cluster: Whether it has a port for the other servers alone, beside that of its callers.
 
     Attributes:
         port: The port, once it listens.
+        cluster_port: The other one, where it has one; it keeps it, too.
         serving: Whether it has ever said that it serves.
         process: The process as it is now; None before the first start.
     """
 
-    def __init__(self, name: str, port: int, log: Log) -> None:
+    def __init__(self, name: str, port: int, log: Log, *, cluster: bool = False) -> None:
         self.name = name
         self.port = port
+        self.cluster_port = 0
+        self._has_cluster_port = cluster
         self.serving = False
         self.listening = asyncio.Event()
         self.process: template.Program | None = None
@@ -157,6 +160,10 @@ class Child:
                 "live_with_pid": os.getpid(),
                 **settings,
             }
+            cluster_file = Path(folder) / "cluster-port"
+            if self._has_cluster_port:
+                every["cluster_address"] = f"127.0.0.1:{self.cluster_port}"
+                every["cluster_port_file"] = cluster_file
             prefix = f"TINSMITH_{self.name.upper()}_"
             self.process = await self._start(
                 environment(**{prefix + key.upper(): str(v) for key, v in every.items()})
@@ -166,11 +173,13 @@ class Child:
                     raise Ended(self.process.returncode)
                 await asyncio.sleep(0.02)
             self.port = int(port_file.read_text())
+            if self._has_cluster_port:  # it was bound before
+                self.cluster_port = int(cluster_file.read_text())
             self.listening.set()
 
     async def _start(self, variables: Mapping[str, str]) -> template.Program:
         """Start it in a session of its own: Ctrl-C is for `up`, which stops all in order."""
-        shared = template.shared() if self.name in _WITH_TORCH else None
+        shared = template.shared()
         start = shared.start if shared is not None else template.start_anew
         log, nothing = self._log.open(), os.open(os.devnull, os.O_RDONLY)
         try:

@@ -5,8 +5,13 @@ import os
 import select
 import stat
 import sys
+import threading
+import traceback
 from types import TracebackType
+from typing import Any, Literal
 
+from tinsmithd.processes.json_lines import JsonFormatter, fields_of
+from tinsmithd.processes.messages import chain, error_text, message_of
 from tinsmithd.text import bounded
 
 MESSAGE_BYTES_MAX = 4096
@@ -17,27 +22,41 @@ WRITE_BYTES = 4096
 
 _TRACE_PREFIX = "  | "
 
+_log = logging.getLogger(__name__)
+
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
 class LineFormatter(logging.Formatter):
     """One line for each event; lines of a traceback are marked, so that none looks like an event.
 
-    Events and tracebacks quote what callers sent: both are escaped and cut.
+    Both are escaped and cut, and say nothing that callers sent (`messages`).
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
-        record.message = bounded(record.message, MESSAGE_BYTES_MAX)
+        said = "".join(f", {name} {value}" for name, value in fields_of(record).items())
+        record.message = bounded(message_of(record) + said, MESSAGE_BYTES_MAX)
         return super().formatMessage(record)
 
     def formatException(self, ei: ExcInfo) -> str:
         """See `logging.Formatter`."""
-        lines = super().formatException(ei).splitlines()
+        lines = _traceback_lines(ei[1])
         if len(lines) > TRACE_LINES_MAX:
             half = TRACE_LINES_MAX // 2
             lines = [*lines[:half], f"... {len(lines) - 2 * half} lines ...", *lines[-half:]]
         return "\n".join(_TRACE_PREFIX + bounded(line, TRACE_LINE_BYTES_MAX) for line in lines)
+
+
+def _traceback_lines(error: BaseException | None) -> list[str]:
+    lines: list[str] = []
+    for each in chain(error):
+        if lines:
+            lines.append("Of that came:")
+        lines.append("Traceback (most recent call last):")
+        lines += "".join(traceback.format_tb(each.__traceback__)).splitlines()
+        lines.append(f"{type(each).__qualname__}: {error_text(each)}")
+    return lines
 
 
 class StderrWriter:
@@ -89,9 +108,12 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one event, after a word on those that were dropped before it."""
         try:
-            text = f"{self.format(record)}\n"
-            if self._dropped_count:
-                text = f"(no room in this log: {self._dropped_count} events were dropped)\n{text}"
+            count, first = self._dropped_count, ""
+            if count and isinstance(self.formatter, JsonFormatter):
+                record.fields = {**fields_of(record), "dropped_events": count}
+            elif count:
+                first = f"(no room in this log: {count} events were dropped)\n"
+            text = f"{first}{self.format(record)}\n"
             self._dropped_count = (
                 0 if self._writer.write(text.encode()) else self._dropped_count + 1
             )
@@ -118,15 +140,45 @@ def _opened_anew(fd: int) -> tuple[int, bool]:
     return fd, False
 
 
-def log_to_stderr(level: str, name: str) -> None:
+def log_to_stderr(level: str, name: str, form: Literal["text", "json"] = "text") -> None:
     """Send all events of this process to standard error, one line each.
+
+    What ends the process or a thread of it is an event, too, and so are Python's warnings in JSON.
 
     Args:
         level: Events below it are left out.
         name: What the process is called there.
+        form: How they are written.
     """
     handler = StderrHandler()
-    handler.setFormatter(
-        LineFormatter(f"%(asctime)s {name} %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    )
+    if form == "json":
+        handler.setFormatter(JsonFormatter(name))
+        logging.captureWarnings(True)
+    else:
+        handler.setFormatter(
+            LineFormatter(f"%(asctime)s {name} %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        )
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+
+
+def is_json() -> bool:
+    """Whether this process logs JSON."""
+    return any(isinstance(each.formatter, JsonFormatter) for each in logging.root.handlers)
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        _log.critical("this process ends by an error", exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(found: Any) -> None:
+    error = found.exc_value
+    if error is not None and not isinstance(error, SystemExit):
+        name = found.thread.name if found.thread is not None else "unknown"
+        _log.critical("thread %s ends by an error", name, exc_info=error)

@@ -1,6 +1,7 @@
 """What every process of this project does around its own work: logging, Ctrl-C, ending in time."""
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -13,8 +14,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, Protocol, TypeVar
 
+from tinsmithd import tracing
 from tinsmithd.config import Config, ConfigError
-from tinsmithd.processes.logs import log_to_stderr
+from tinsmithd.formats import FormatUnknown
+from tinsmithd.processes.logs import is_json, log_to_stderr
 from tinsmithd.text import bounded
 
 C = TypeVar("C", bound=Config)
@@ -25,6 +28,8 @@ FILES_FEW = 4096
 """Fewer descriptors than this are soon used up by connections alone."""
 
 WHY_BYTES_MAX = 2000
+SPANS_S_MAX = 1.0
+"""How long a process that ends waits for its last spans to be taken."""
 UMASK = 0o077
 """What a server writes is for its own user alone."""
 
@@ -43,7 +48,10 @@ def give_up(section: str, why: object) -> NoReturn:
         section: What the process is called.
         why: What somebody has to change.
     """
-    print(f"tinsmithd.{section}: {bounded(str(why), WHY_BYTES_MAX)}", file=sys.stderr)
+    if is_json():
+        _log.critical("cannot run: %s", bounded(str(why), WHY_BYTES_MAX))
+    else:
+        print(f"tinsmithd.{section}: {bounded(str(why), WHY_BYTES_MAX)}", file=sys.stderr)
     sys.exit(EXIT_HOPELESS)
 
 
@@ -52,6 +60,9 @@ def load_or_exit(kind: type[C]) -> C:
     try:
         return kind.load()
     except ConfigError as error:
+        with contextlib.suppress(ConfigError, KeyError):
+            if kind.given()["log_format"].value == "json":
+                log_to_stderr("ERROR", kind.section, "json")
         give_up(kind.section, error)
 
 
@@ -63,7 +74,7 @@ def set_up(config: Config) -> None:
     # Journals hold what users sent, and the secrets of links and fences are files, too.
     os.umask(UMASK)
     wait_passively()
-    log_to_stderr(config.log_level, config.section)
+    log_to_stderr(config.log_level, config.section, config.log_format)
     for warning in config.warnings():
         _log.warning(warning)
     raise_files_limit()
@@ -131,13 +142,20 @@ class Server(Protocol):
         """Serve until a signal, then stop."""
 
 
-def serve(kind: type[C], make: Callable[[C], Server], *hopeless: type[Exception]) -> None:
+def serve(
+    kind: type[C],
+    make: Callable[[C], Server],
+    *hopeless: type[Exception],
+    new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> None:
     """Run a server as this process; Ctrl-C ends it quietly.
 
     Args:
         kind: Its settings, read from where this process takes them.
         make: Makes the server of its settings, on its event loop.
-        hopeless: Errors for which a restart cannot help: the process says why and gives up.
+        hopeless: Errors for which a restart cannot help, beside those of the settings and of their
+            files, and data of a later release: the process says why and gives up.
+        new_loop: Makes its event loop; None is asyncio's own.
     """
     config = load_or_exit(kind)
     set_up(config)
@@ -148,10 +166,15 @@ def serve(kind: type[C], make: Callable[[C], Server], *hopeless: type[Exception]
         await server.run()
 
     try:
-        asyncio.run(main())
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # such as a port that is taken
         give_up(config.section, error.strerror or error)
+    except (ConfigError, FormatUnknown) as error:
+        give_up(config.section, error)
     except hopeless as error:
         give_up(config.section, error)
+    finally:
+        tracing.stop(SPANS_S_MAX)

@@ -17,11 +17,14 @@ class Budget:
         limit: Name of the setting that bounds it.
         most: The bound.
         peer_share_max: Share of it, 0 to 1, that one peer may have; at least one unit.
+
+    Attributes:
+        most: The bound.
     """
 
     def __init__(self, limit: str, most: int, peer_share_max: float) -> None:
         self._limit = limit
-        self._most = most
+        self.most = most
         self._peer_most = max(1, int(most * peer_share_max))
         self._peer_share_max = peer_share_max
         self._lock = threading.Lock()
@@ -41,16 +44,16 @@ class Budget:
         """Take for a peer; see `Lease.take`."""
         with self._lock:
             taken, of_peer = self._taken + amount, self._by_peer.get(peer, 0) + amount
-            if taken <= self._most and of_peer <= self._peer_most:
+            if taken <= self.most and of_peer <= self._peer_most:
                 self._taken = taken
                 self._by_peer[peer] = of_peer
                 return
-        if taken > self._most:
-            message = f"the server is full: {self._limit} is {self._most}"
+        if taken > self.most:
+            message = f"the server is full: {self._limit} is {self.most}"
             raise server_busy(message, self._limit, taken)
         message = (
             f"{peer} has its share of the server: peer_share_max is {self._peer_share_max:g} of "
-            f"{self._limit}, {self._most}"
+            f"{self._limit}, {self.most}"
         )
         raise server_busy(message, "peer_share_max", of_peer)
 

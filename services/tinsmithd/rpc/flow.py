@@ -27,14 +27,20 @@ import grpc
 from grpc_health.v1 import health
 
 from tinsmithd.config import ServerConfig
-from tinsmithd.errors import InvalidArgument, Reason, Unavailable
+from tinsmithd.errors import InvalidArgument, Reason, Unauthenticated, Unavailable
+from tinsmithd.keys import Caller
+from tinsmithd.keys import current as current_caller
+from tinsmithd.owners import ANY_OWNER
 from tinsmithd.rpc.budget import Budget, Lease, server_busy
 from tinsmithd.rpc.reads import Reads
+from tinsmithd.rpc.ring import Ring
 
 INTERNAL_PREFIX = "/tinsmith.internal."
 CHECK_METHOD = f"/{health.SERVICE_NAME}/Check"
 WATCH_METHOD = f"/{health.SERVICE_NAME}/Watch"
 RETRY_AFTER_S = 1.0
+KEYS_INTERVAL_S = 0.25
+"""Between two looks whether the keys of calls under way still are good."""
 RECEIVE_SLACK = 2
 """A message that is up to this many times too large is still received, so that it is refused with a
 reason; grpc itself refuses a larger one."""
@@ -59,14 +65,21 @@ def is_exempt(method: str, behavior: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def peer_host(peer: str) -> str:
-    """The host of what grpc calls a peer, such as `ipv4:10.0.0.1:40000`.
-
-    One host may have a whole /64 of IPv6 addresses, so that counts as one.
-    """
+    """The host of what grpc calls a peer, such as `ipv4:10.0.0.1:40000`."""
     kind, _, address = peer.partition(":")
     if kind not in ("ipv4", "ipv6"):
         return kind
-    text = unquote(address).rpartition(":")[0].strip("[]").partition("%")[0]
+    return host_of(unquote(address).rpartition(":")[0].strip("[]"))
+
+
+@functools.lru_cache(maxsize=4096)
+def host_of(address: str) -> str:
+    """The host of an IP address. It may have a whole /64 of IPv6 addresses, so that counts as one.
+
+    Args:
+        address: Without port and brackets. What is none is a host by that name.
+    """
+    text = address.partition("%")[0]
     try:
         host = ipaddress.ip_address(text)
     except ValueError:
@@ -81,11 +94,17 @@ def peer_host(peer: str) -> str:
 class Gate:
     """What the calls of one server share.
 
+    Args:
+        config: Its limits.
+        ring: The keys of its callers; None where they have none.
+
     Attributes:
         reads: To be run while the server serves.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, ring: Ring | None = None) -> None:
+        self._ring = ring
+        self._by_key: dict[str, tuple[Caller, set[Flow]]] = {}
         share = config.peer_share_max
         calls = ("concurrent_calls_max", config.concurrent_calls_max, share)
         self._calls = Budget(*calls)
@@ -106,7 +125,7 @@ class Gate:
             method: `/package.Service/Method`.
             abort: Ends the call with an error while its servicer waits for a message.
         """
-        peer = peer_host(context.peer())
+        peer, caller = self._peer(context)
         internal = method.startswith(INTERNAL_PREFIX)
         places = self._watches if method == WATCH_METHOD else self._calls
         return Flow(
@@ -117,14 +136,44 @@ class Gate:
             place=places.lease(peer),
             received=None if internal else self._received.lease(peer),
             stall_s=None if internal else self._stall_s,
+            under=self._under(caller),
         )
+
+    def _peer(self, context: grpc.aio.ServicerContext) -> tuple[str, Caller | None]:
+        """Whose share a call is taken from, and who makes it, where that is known by a key."""
+        if self._ring is None:
+            return peer_host(context.peer()), None
+        caller = current_caller()
+        if not caller.key_id:  # as health, which needs none
+            return peer_host(context.peer()), None
+        if caller.owner == ANY_OWNER:
+            return peer_host(context.peer()), caller
+        return f"tenant {caller.owner}", caller
+
+    def _under(self, caller: Caller | None) -> "set[Flow] | None":
+        """The calls that end with the caller's key."""
+        if caller is None:
+            return None
+        return self._by_key.setdefault(caller.key_id, (caller, set()))[1]
+
+    async def watch_keys(self) -> None:
+        """End the calls whose keys were taken away, until cancelled."""
+        while self._ring is not None:
+            await asyncio.sleep(KEYS_INTERVAL_S)
+            for key_id, (caller, flows) in list(self._by_key.items()):
+                if not flows:
+                    del self._by_key[key_id]
+                elif not self._ring.holds(caller):
+                    for flow in flows:
+                        flow.lost_its_key()
 
 
 class Flow:
     """One call's messages, in and out; a context manager that gives back what it took.
 
     Attributes:
-        peer: The host that called.
+        peer: The host or the tenant that called.
+        received_bytes, sent_bytes: Of its messages so far; the latter where somebody counts them.
     """
 
     def __init__(
@@ -137,7 +186,10 @@ class Flow:
         place: Lease,
         received: Lease | None,
         stall_s: float | None,
+        under: "set[Flow] | None" = None,
     ) -> None:
+        self._under = under
+        self._task = asyncio.current_task()
         self._context: Any = context
         self._abort = abort
         self.peer = peer
@@ -146,13 +198,18 @@ class Flow:
         self._received = received
         self._stall_s = stall_s
         self._begun = False
+        self.received_bytes = self.sent_bytes = 0
         self._aborting: asyncio.Task[None] | None = None
 
     def __enter__(self) -> "Flow":
         _current.set(self)
+        if self._under is not None:
+            self._under.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._under is not None:
+            self._under.discard(self)
         self.handed_over()
         self._place.give_back()
 
@@ -206,6 +263,7 @@ class Flow:
                 self._reads.ended(self)
         if data is grpc.aio.EOF:
             return None
+        self.received_bytes += len(data)
         if self._received is not None:
             self._received.take(len(data))
         return bytes(data)
@@ -219,13 +277,20 @@ class Flow:
         """See `reads.Reader`."""
         self._end_soon(server_busy("half messages hold received_bytes_max", "received_bytes_max"))
 
-    def _end_soon(self, error: Exception) -> None:
-        if self._aborting is None:
-            self._aborting = asyncio.create_task(self._end(error))
+    def lost_its_key(self) -> None:
+        """The call's key was revoked, or has expired: it ends, whatever it waits for."""
+        message = "the key, or token, was revoked or has expired since the call began"
+        self._end_soon(Unauthenticated(message, Reason.UNAUTHENTICATED), cancels=True)
 
-    async def _end(self, error: Exception) -> None:
+    def _end_soon(self, error: Exception, *, cancels: bool = False) -> None:
+        if self._aborting is None:
+            self._aborting = asyncio.create_task(self._end(error, cancels))
+
+    async def _end(self, error: Exception, cancels: bool) -> None:
         with contextlib.suppress(grpc.aio.AbortError, asyncio.CancelledError):
             await self._abort(error)
+        if cancels and self._task is not None:
+            self._task.cancel()
 
     # --- responses ----------------------------------------------------------------------------
 

@@ -80,6 +80,7 @@ class Intake:
         message_bytes_max: A larger message is ResourceExhausted (MESSAGE_TOO_LARGE).
         message_items_max: One of more items is InvalidArgument (LIMIT_EXCEEDED).
         own: They come from another process of this cluster, and only their bytes are limited.
+        items_limit: What a refusal calls `message_items_max`.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Intake:
         message_items_max: int,
         *,
         own: bool = False,
+        items_limit: str = "message_items_max",
     ) -> None:
+        self._items_limit = items_limit
         self._kind = kind
         self._descriptor: Any = kind.DESCRIPTOR
         self._bytes_max = message_bytes_max
@@ -168,7 +171,7 @@ class Intake:
             return None if at is None else _unknown(path_at(data, self._descriptor, at))
         except _TooManyItems as error:
             field = path_at(data, self._descriptor, error.position).partition("[")[0]
-            return over_limit(field, "message_items_max", error.items, self._items_max)
+            return over_limit(field, self._items_limit, error.items, self._items_max)
         except IndexError:
             raise _malformed() from None
 

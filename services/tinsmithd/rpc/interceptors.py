@@ -15,7 +15,6 @@ import asyncio
 import functools
 import inspect
 import logging
-import secrets
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from grpc_status import rpc_status
 
 from tinsmithd.config import ServerConfig
 from tinsmithd.errors import Internal, TinsmithError
+from tinsmithd.rpc import calls, flow
 from tinsmithd.rpc.flow import Flow, Gate, is_exempt
 from tinsmithd.rpc.intake import Intake
 from tinsmithd.rpc.status import to_status
@@ -35,6 +35,12 @@ _log = logging.getLogger(__name__)
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
+
+
+def _serialize_counted(message: Message) -> bytes:
+    data = message.SerializeToString(deterministic=True)
+    flow.current().sent_bytes += len(data)
+    return data
 
 
 class WrappingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped base
@@ -90,12 +96,14 @@ class CallInterceptor(WrappingInterceptor):
             self._config.message_items_max,
             own=not method.startswith("/tinsmith.v1."),
         )
-        read = _Reading(self._gate, intake, method, streaming=handler.request_streaming)
+        logs = self._config.log_calls
+        read = _Reading(self._gate, intake, method, streaming=handler.request_streaming, logs=logs)
+        write = _serialize_counted if logs else _serialize
         if handler.response_streaming:
             stream = _guard_stream(_behavior(handler), read)
-            return grpc.stream_stream_rpc_method_handler(stream, response_serializer=_serialize)
+            return grpc.stream_stream_rpc_method_handler(stream, response_serializer=write)
         unary = _guard_unary(_behavior(handler), read)
-        return grpc.stream_unary_rpc_method_handler(unary, response_serializer=_serialize)
+        return grpc.stream_unary_rpc_method_handler(unary, response_serializer=write)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class _Reading:
     intake: Intake
     method: str
     streaming: bool
+    logs: bool
 
     def flow(self, context: Any) -> Flow:
         return self.gate.flow(context, self.method, functools.partial(self.abort, context))
@@ -119,6 +128,20 @@ class _Reading:
     async def abort(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
         """End a call with an error."""
         await _abort(context, error, self.method)
+
+
+def rebuilt(handler: Any, behavior: Any) -> Any:
+    """The handler of a method that `CallInterceptor` has wrapped, with another behavior."""
+    build = (
+        grpc.stream_stream_rpc_method_handler
+        if handler.response_streaming
+        else grpc.stream_unary_rpc_method_handler
+    )
+    return build(
+        behavior,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
 
 def _behavior(handler: Any) -> Any:
@@ -149,10 +172,12 @@ def _guard_stream(behavior: Any, reading: _Reading) -> Any:
 
 def _guarded(respond: Any, reading: _Reading) -> Any:
     async def guarded(_: Any, context: grpc.aio.ServicerContext) -> Any:
-        with reading.flow(context) as flow:
+        with calls.served(context, reading.method), reading.flow(context) as messages:
+            if reading.logs:
+                calls.log_at_end(reading.method, messages, context)
             try:
-                flow.take_place()
-                return await respond(flow, context)
+                messages.take_place()
+                return await respond(messages, context)
             except asyncio.CancelledError:
                 raise
             except grpc.aio.AbortError as error:
@@ -163,7 +188,7 @@ def _guarded(respond: Any, reading: _Reading) -> Any:
             # Out of the handler, so that what is raised now does not keep the failure. The status
             # may wait behind what the caller does not read: until then the call has its place, so
             # that nobody can pile such calls up, and nothing else.
-            flow.handed_over()
+            messages.handed_over()
             await reading.abort(context, failure)
 
     return guarded
@@ -182,11 +207,13 @@ def forget_frames(error: BaseException | None) -> None:
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
-    request_id = secrets.token_hex(8)
     if isinstance(error, TinsmithError) and not isinstance(error, Internal):
-        _log.info("%s refused [%s] %s: %s", method, request_id, error.reason, error.message)
+        request_id = calls.ended_with(str(error.reason))
+        # Its caller hears what it says; a log has nothing that a caller wrote.
+        _log.info("%s refused [%s] %s", method, request_id, error)
         status = to_status(error, request_id)
     else:
+        request_id = calls.ended_with(type(error).__name__)
         _log.error("%s failed [%s]", method, request_id, exc_info=error)
         status = to_status(Internal(), request_id)
     forget_frames(error)

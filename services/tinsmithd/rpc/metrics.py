@@ -2,7 +2,8 @@
 
 Calls are counted under the names that go-grpc-prometheus made customary (`grpc_server_*`), so the
 dashboards and alerts that the field has for gRPC servers fit. A server adds its own collectors,
-`tinsmith_*`. No label holds what a user chose: no model, no checkpoint, no metadata.
+`tinsmith_*`. No label holds what a user chose: no model, no checkpoint, no metadata. Tenants have
+one where settings say which, and how many.
 
 A scrape is answered by threads of their own: a collector reads what the event loop changes, and
 must neither change it nor wait for it.
@@ -10,33 +11,43 @@ must neither change it nor wait for it.
 
 import asyncio
 import contextlib
-import errno
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    start_http_server,
-)
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 
-from tinsmithd.rpc.interceptors import WrappingInterceptor
+from tinsmithd import keys
+from tinsmithd.rpc.collectors import BuildCollector
+from tinsmithd.rpc.interceptors import WrappingInterceptor, rebuilt
+from tinsmithd.rpc.scrapes import Scrapes
+from tinsmithd.rpc.series import Series, counter, histogram
+from tinsmithd.tenants import NO_TENANTS, Tenants
+from tinsmithd.tls import Certificates
 
 # A second series for each counter, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 Labels = tuple[str, str, str]
 _LABELS: Labels = ("grpc_type", "grpc_service", "grpc_method")
+STARTED = counter("grpc_server_started_total", "Calls that began.", *_LABELS)
+HANDLED = counter(
+    "grpc_server_handled_total", "Calls that ended, by status code.", *_LABELS, "grpc_code"
+)
+SECONDS = histogram(
+    "grpc_server_handling_seconds",
+    "From a call's arrival to its end, waiting for turns and ranks included.",
+    *_LABELS,
+)
+OF_TENANTS = counter(
+    "tinsmith_tenant_calls_total",
+    "Calls that ended, by tenant and status code.",
+    *("tenant", "grpc_code"),
+    only="with metrics_tenants or metrics_tenants_max",
+)
+SERIES: Sequence[Series] = (STARTED, HANDLED, SECONDS, OF_TENANTS)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _CODES = {code.value[0]: code.name.title().replace("_", "") for code in grpc.StatusCode}
 # As Go spells them.
@@ -48,55 +59,57 @@ _CODES[grpc.StatusCode.CANCELLED.value[0]] = _CANCELED
 class Metrics:
     """The metrics of one server: construct, `serve`, `close`.
 
+    Args:
+        tenants: Names tenants.
+
     Attributes:
         registry: Where collectors are registered.
+        tenants: Names tenants.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: Tenants = NO_TENANTS) -> None:
         self.registry = CollectorRegistry()
+        self.tenants = tenants
         ProcessCollector(registry=self.registry)
-        self._started = Counter(
-            "grpc_server_started", "Calls that began.", _LABELS, registry=self.registry
-        )
-        self._handled = Counter(
-            "grpc_server_handled",
-            "Calls that ended, by status code.",
-            (*_LABELS, "grpc_code"),
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "grpc_server_handling_seconds",
-            "From a call's arrival to its end, waiting for turns and ranks included.",
-            _LABELS,
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._http: Any = None
-        self._thread: Any = None
+        self.registry.register(BuildCollector())
+        self._started = STARTED.counter(self.registry)
+        self._handled = HANDLED.counter(self.registry)
+        self._seconds = SECONDS.histogram(self.registry, _SECONDS)
+        self._of_tenants = OF_TENANTS.counter(self.registry) if tenants.are_named else None
+        self._scrapes: Scrapes | None = None
 
-    def serve(self, address: str) -> int:
+    def expect(self, service: str) -> None:
+        """Begin the series of a service's methods at 0.
+
+        A series that begins with its first event never rises by it: an alert would miss the first
+        of those that matter most.
+        """
+        for method in descriptor_pool.Default().FindServiceByName(service).methods:
+            labels = (_type(service, method.name), service, method.name)
+            self._started.labels(*labels)
+            self._seconds.labels(*labels)
+            for code in _CODES.values():
+                self._handled.labels(*labels, code)
+
+    def serve(self, address: str, certificates: Certificates | None = None) -> int:
         """Answer scrapes at `host:port`; returns the port.
 
+        Args:
+            address: Where.
+            certificates: What is shown with TLS; None is plain text.
+
         Raises:
+            ConfigError: OpenSSL does not take the certificate.
             OSError: The address cannot be bound.
         """
-        host, _, port = address.rpartition(":")
-        try:
-            self._http, self._thread = start_http_server(
-                int(port), host.strip("[]"), registry=self.registry
-            )
-        except OSError as error:
-            message = f"cannot listen on {address} for metrics: {error.strerror}"
-            raise OSError(error.errno or errno.EADDRINUSE, message) from error
-        return int(self._http.server_port)
+        self._scrapes = Scrapes(address, self.registry, certificates)
+        return self._scrapes.port
 
     def close(self) -> None:
         """Answer no more scrapes; harmless where nothing was served."""
-        if self._http is not None:
-            self._http.shutdown()
-            self._http.server_close()
-            self._thread.join()
-            self._http = None
+        if self._scrapes is not None:
+            self._scrapes.close()
+            self._scrapes = None
 
     @contextlib.contextmanager
     def call(self, labels: Labels, context: grpc.aio.ServicerContext) -> Iterator[None]:
@@ -114,6 +127,9 @@ class Metrics:
             raise
         finally:
             self._handled.labels(*labels, code).inc()
+            if self._of_tenants is not None:
+                tenant = self.tenants.label(keys.current().account)
+                self._of_tenants.labels(tenant, code).inc()
             self._seconds.labels(*labels).observe(time.perf_counter() - begun_s)
 
 
@@ -141,16 +157,7 @@ class MetricsInterceptor(WrappingInterceptor):
             with metrics.call(labels, context):
                 return await behavior(requests, context)
 
-        build = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
-        return build(
-            counted,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        return rebuilt(handler, counted)
 
 
 def _type(service: str, name: str) -> str:
@@ -159,41 +166,3 @@ def _type(service: str, name: str) -> str:
     if method.client_streaming:
         return "bidi_stream" if method.server_streaming else "client_stream"
     return "server_stream" if method.server_streaming else "unary"
-
-
-class ServingCollector(Collector):
-    """What health says, by the name that health knows it by.
-
-    Args:
-        said: Name to whether it is SERVING.
-    """
-
-    def __init__(self, said: Mapping[str, bool]) -> None:
-        self._said = said
-
-    def collect(self) -> Iterable[Metric]:
-        """One gauge."""
-        family = GaugeMetricFamily(
-            "tinsmith_serving", "1 while health says SERVING of it.", labels=["service"]
-        )
-        for name, serving in list(self._said.items()):
-            if name:  # the empty one is the process, which answers
-                family.add_metric([name], float(serving))
-        yield family
-
-
-class DiskCollector(Collector):
-    """The room on the disk that holds a server's data."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def collect(self) -> Iterable[Metric]:
-        """Two gauges; none while the disk does not answer."""
-        try:
-            usage = shutil.disk_usage(self._folder)
-        except OSError:
-            return
-        text = "of the file system of data_folder."
-        yield GaugeMetricFamily("tinsmith_disk_free_bytes", f"Free bytes {text}", usage.free)
-        yield GaugeMetricFamily("tinsmith_disk_size_bytes", f"All bytes {text}", usage.total)

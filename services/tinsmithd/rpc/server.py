@@ -2,7 +2,8 @@
 
 Health (`grpc.health.v1`): the empty service name is SERVING while the process answers (liveness);
 the service's own name is SERVING while a real call would succeed (readiness). Reflection and
-channelz are on; metrics are at `metrics_address`, where that is set. SIGTERM and SIGINT: health
+channelz are on; metrics are at `metrics_address`, where that is set. With `tls_certificate_file`
+all of that speaks TLS. SIGTERM and SIGINT: health
 says NOT_SERVING, no new calls, calls under way get `stop_grace_s`, then the process ends.
 """
 
@@ -21,10 +22,17 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tinsmithd.config import ServerConfig
+from tinsmithd.rpc.auth import KeyInterceptor
+from tinsmithd.rpc.collectors import CertificateCollector, KeysCollector, ServingCollector
+from tinsmithd.rpc.credentials import server_credentials
 from tinsmithd.rpc.flow import RECEIVE_SLACK, Gate
 from tinsmithd.rpc.interceptors import CallInterceptor
-from tinsmithd.rpc.metrics import Metrics, MetricsInterceptor, ServingCollector
+from tinsmithd.rpc.metrics import Metrics, MetricsInterceptor
 from tinsmithd.rpc.reflection import add_reflection
+from tinsmithd.rpc.ring import open_ring
+from tinsmithd.tenants import Tenants
+from tinsmithd.tls import Certificates, of_callers, watch
+from tinsmithd.tracing.asked import start_spans
 
 INT32_MAX = 2**31 - 1
 OWN_FILES_MAX = 1024
@@ -71,13 +79,22 @@ def make_grpc_server(
     )
 
 
-def bind(server: grpc.aio.Server, address: str) -> int:
+def bind(
+    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None
+) -> int:
     """Let a server listen; returns the port.
+
+    Args:
+        server: Which.
+        address: host:port.
+        credentials: What it speaks TLS with; None is plain text.
 
     Raises:
         OSError: The address cannot be bound.
     """
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError as error:
         message = f"cannot listen on {address}: is the port taken?"
@@ -85,32 +102,61 @@ def bind(server: grpc.aio.Server, address: str) -> int:
 
 
 class RpcServer:
-    """One gRPC server with health, reflection and channelz.
+    """One gRPC server with health, reflection and channelz, and with keys where it has some.
 
     Use: construct, `add` services on `grpc_server`, `await start()`, `set_serving(True)` when real
     calls would succeed, `await stop()`.
 
+    Args:
+        config: Its settings.
+        service_name: The name that its health has.
+        more_names: What else health has a name for.
+        cluster: By what the cluster's other processes know this one, for its age in the metrics.
+
     Attributes:
         grpc_server: The server to register servicers on.
+        first: What a call passes first: a look at its key, and its count, as far as there are any.
+        ring: By what callers are known; None where they need no keys.
         metrics: The metrics to register collectors with.
         port: The port it listens on, after `start`.
         metrics_port: The port of its metrics, after `start`; 0 where they are not served.
         shutting_down: Set as soon as a stop began.
+
+    Raises:
+        ConfigError: The file of keys cannot be used.
     """
 
     def __init__(
-        self, config: ServerConfig, service_name: str, more_names: Sequence[str] = ()
+        self,
+        config: ServerConfig,
+        service_name: str,
+        more_names: Sequence[str] = (),
+        cluster: Certificates | None = None,
     ) -> None:
         self._config = config
         self.service_name = service_name
         self._more_names = more_names
         self.port = self.metrics_port = 0
-        self.metrics = Metrics()
-        counting = [MetricsInterceptor(self.metrics)] if config.metrics_address else []
+        named = config.metrics_tenant_names
+        self.metrics = Metrics(Tenants(named, config.metrics_tenants_max))
+        self._shown = of_callers(config)
+        self._certificates = [each for each in (self._shown, cluster) if each is not None]
+        self.metrics.registry.register(CertificateCollector(self._certificates))
+        self.ring = open_ring(config)
+        # Keys before all: the others keep the handler of a method for all callers.
+        self.first: list[grpc.aio.ServerInterceptor] = []
+        if self.ring is not None:
+            keys = KeyInterceptor(self.ring)
+            self.first.append(keys)
+            refusals = keys.refusals.counts
+            self.metrics.registry.register(KeysCollector(Path(config.keys_file), refusals))
+        if config.metrics_address:
+            self.first.append(MetricsInterceptor(self.metrics))
+            self.metrics.expect(service_name)
         self.shutting_down = asyncio.Event()
-        self._gate = Gate(config)
-        self._watching: asyncio.Task[None] | None = None
-        self.grpc_server = make_grpc_server(config, self._gate, counting)
+        self._gate = Gate(config, self.ring)
+        self._watching: list[asyncio.Task[None]] = []
+        self.grpc_server = make_grpc_server(config, self._gate, self.first)
         self._said: dict[str, bool] = {}
         self.metrics.registry.register(ServingCollector(self._said))
         self._health = health.aio.HealthServicer()
@@ -122,26 +168,41 @@ class RpcServer:
         """Bind and serve; the service itself is NOT_SERVING until `set_serving`.
 
         Raises:
+            ConfigError: A certificate cannot be used, or no spans can be made.
             OSError: The address cannot be bound.
         """
+        start_spans(self._config)
         await self._set("", True)
         for name in (self.service_name, *self._more_names):
             await self._set(name, False)
-        self.port = bind(self.grpc_server, self._config.listen_address)
+        credentials = None
+        if self._shown is not None:
+            asks = bool(self._config.tls_client_ca_file)
+            credentials = server_credentials(self._shown, asks=asks)
+            self._shown.warn_of_names(self._config.listen_address)
+        self.port = bind(self.grpc_server, self._config.listen_address, credentials)
         if self._config.metrics_address:
-            self.metrics_port = self.metrics.serve(self._config.metrics_address)
+            self.metrics_port = self.metrics.serve(self._config.metrics_address, self._shown)
         await self.grpc_server.start()
-        self._watching = asyncio.create_task(self._gate.reads.run())
+        if self.ring is not None:
+            self.ring.begin()
+        self._watching = [
+            asyncio.create_task(self._gate.reads.run()),
+            asyncio.create_task(watch(self._certificates)),
+            asyncio.create_task(self._gate.watch_keys()),
+        ]
         if self._config.port_file:
             write_whole(Path(self._config.port_file), f"{self.port}\n")
         host = self._config.listen_address.rpartition(":")[0]
         _log.info(
-            "%s listens on %s:%d, for %d connections",
-            *(self.service_name, host, self.port, connections_max(self._config)),
+            "%s listens on %s:%d%s, for %d connections",
+            *(self.service_name, host, self.port, " with TLS" if credentials else ""),
+            connections_max(self._config),
         )
         if self.metrics_port:
             host = self._config.metrics_address.rpartition(":")[0]
-            _log.info("metrics are at http://%s:%d/metrics", host, self.metrics_port)
+            scheme = "http" if self._shown is None else "https"
+            _log.info("metrics are at %s://%s:%d/metrics", scheme, host, self.metrics_port)
 
     async def set_serving(self, serving: bool, name: str = "") -> None:
         """Say whether a real call would succeed now; with a name, what else that health has."""
@@ -162,8 +223,8 @@ class RpcServer:
         self.shutting_down.set()
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(self._config.stop_grace_s)
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         await asyncio.to_thread(self.metrics.close)
 
     async def until_signal(self) -> None:

@@ -1,5 +1,7 @@
 """The one table from domain errors to gRPC statuses, and back for server-to-server calls."""
 
+import logging
+
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
@@ -10,9 +12,12 @@ from tinsmith.status import DOMAIN, read_status, status_of
 from tinsmithd import errors
 from tinsmithd.errors import Reason, TinsmithError
 from tinsmithd.reasons import RULES
+from tinsmithd.rpc.channels import tls_hint
 
 _CODES: dict[type[TinsmithError], int] = {
     errors.InvalidArgument: code_pb2.INVALID_ARGUMENT,
+    errors.Unauthenticated: code_pb2.UNAUTHENTICATED,
+    errors.PermissionDenied: code_pb2.PERMISSION_DENIED,
     errors.NotFound: code_pb2.NOT_FOUND,
     errors.AlreadyExists: code_pb2.ALREADY_EXISTS,
     errors.FailedPrecondition: code_pb2.FAILED_PRECONDITION,
@@ -24,6 +29,8 @@ _CODES: dict[type[TinsmithError], int] = {
 _CLASSES = {code: cls for cls, code in _CODES.items()}
 RETRY_AFTER_S_MAX = 3600.0
 """Maximum delay that another process can ask for, seconds."""
+
+_log = logging.getLogger(__name__)
 
 
 def to_status(error: TinsmithError, request_id: str) -> status_pb2.Status:
@@ -83,12 +90,22 @@ def from_rpc_error(error: grpc.RpcError, unreachable: Reason) -> TinsmithError:
     status = status_of(error)
     if status is None:
         code = error.code() if hasattr(error, "code") else None
-        server = unreachable.removesuffix("_UNAVAILABLE").capitalize()
-        text = (
-            f"the {server} server does not answer ({code.name if code else type(error).__name__})"
-        )
+        why = code.name if code else type(error).__name__
+        if hint := tls_hint(error):
+            why = f"{why}: {hint}"
+        text = f"the {_server(unreachable)} server does not answer ({why})"
         return errors.Unavailable(text, unreachable, retry_after_s=1.0)
-    return from_status(status) or errors.Internal()
+    found = from_status(status)
+    if isinstance(found, errors.Unauthenticated | errors.PermissionDenied):
+        # What is wrong is this process's key, and no caller's: calls wait until it is mended.
+        text = f"the {_server(unreachable)} server takes no key of this one: {found.message}"
+        _log.error("%s; look at cluster_key_file", text)
+        return errors.Unavailable(text, unreachable, retry_after_s=1.0)
+    return found or errors.Internal()
+
+
+def _server(unreachable: Reason) -> str:
+    return unreachable.removesuffix("_UNAVAILABLE").capitalize()
 
 
 def _pack(message: Message) -> any_pb2.Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from tinsmithd.config import ConfigError, SamplerConfig
+from tinsmithd.config import SamplerConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.processes import serve
 from tinsmithd.sampler.server import SamplerServer
@@ -13,4 +13,4 @@ answers both need it often and shortly. Python's own 5 ms would add up."""
 
 if __name__ == "__main__":
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    serve(SamplerConfig, SamplerServer, TinsmithError, ConfigError)
+    serve(SamplerConfig, SamplerServer, TinsmithError)

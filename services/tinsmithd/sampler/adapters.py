@@ -5,14 +5,15 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from concurrent.futures import Future
 
 from tinsmithd import failpoints
-from tinsmithd.checkpoint_client import CheckpointClient, LocalFiles, check_digest
+from tinsmithd.checkpoint_client import CheckpointClient, Found, LocalFiles, check_digest
 from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, ModelState, Tuning
 from tinsmithd.errors import FailedPrecondition, NotFound, Reason, TinsmithError, Unavailable
 from tinsmithd.sampler.leases import Lease, Leases
-from tinsmithd.sampler.loaded_adapters import Adapter
+from tinsmithd.sampler.loaded_adapters import Adapter, Fetched
 from tinsmithd.state import files as state_files
 
 REMEMBERED_MAX = 1024
@@ -50,14 +51,16 @@ class Adapters:
         self._adapter_bytes_max = adapter_bytes_max
         self._local = local
         self._seen_s: OrderedDict[str, float] = OrderedDict()
-        self._rechecks: set[asyncio.Task[None]] = set()
+        self._not_here: OrderedDict[bytes, None] = OrderedDict()
+        """Digests of what is damaged where it lies."""
+        self._beside: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Close the channel."""
-        rechecks = list(self._rechecks)
-        for task in rechecks:
+        beside = list(self._beside)
+        for task in beside:
             task.cancel()
-        await asyncio.gather(*rechecks, return_exceptions=True)
+        await asyncio.gather(*beside, return_exceptions=True)
         await self.leases.close()
         await self._client.close()
 
@@ -115,13 +118,13 @@ class Adapters:
                 "and serve the folder as a base model"
             )
             raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
-        rank = found.tuning.adapter_rank
-        if rank > self._rank_max or found.size_bytes > self._adapter_bytes_max:
-            message = (
-                f"{path} has rank {rank} and {found.size_bytes} bytes; rank_max is "
-                f"{self._rank_max}, adapter_bytes_max {self._adapter_bytes_max}"
-            )
-            raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
+        for what, value, limit, most in (
+            ("rank", found.tuning.adapter_rank, "rank_max", self._rank_max),
+            ("size in bytes", found.size_bytes, "adapter_bytes_max", self._adapter_bytes_max),
+        ):
+            if value > most:
+                message = f"the {what} of {path} is {value}; {limit} is {most}"
+                raise FailedPrecondition(message, Reason.INCOMPATIBLE_CHECKPOINT)
         key = _key(path, found.digest)
         self._saw(key)
         return Adapter(key, functools.partial(self._fetch, path, found.digest, found, lease))
@@ -132,11 +135,11 @@ class Adapters:
 
     async def _fetch(
         self, path: CheckpointPath, digest: bytes, found: CheckpointInfo | None, lease: Lease
-    ) -> ModelState:
-        if self._local is not None and found is not None:
+    ) -> Fetched:
+        if self._local is not None and found is not None and digest not in self._not_here:
             here = await asyncio.to_thread(_read_here, self._local, found)
             if here is not None:
-                return here
+                return Fetched(here.content, self._begin(self._proven(digest, here.proof)))
         files: dict[str, bytearray] = {}
         async with self._client.reader(path, lease.take()) as reader:
             if reader.info.digest != digest:  # whoever asks again is told what became of it
@@ -146,7 +149,35 @@ class Adapters:
                 files.setdefault(name, bytearray()).extend(data)
                 failpoints.hit("sampler_mid_swap")
         # Checking a large one takes longer than the event loop may stand still.
-        return await asyncio.to_thread(_read, files, reader.info.tuning)
+        return Fetched(await asyncio.to_thread(_read, files, reader.info.tuning))
+
+    async def _proven(self, digest: bytes, proof: Future[bool]) -> None:
+        """End once files that were read where they lie are seen to be those of a digest.
+
+        Raises:
+            Unavailable: They are not: whoever asks again has them sent (CHECKPOINT_UNAVAILABLE).
+        """
+        if await asyncio.wrap_future(proof):
+            return
+        self._not_here[digest] = None
+        if len(self._not_here) > REMEMBERED_MAX:
+            self._not_here.popitem(last=False)
+        message = f"files of {digest.hex()[:12]} are damaged where they lie"
+        _log.warning("%s", message)
+        raise Unavailable(message, Reason.CHECKPOINT_UNAVAILABLE, retry_after_s=0.1)
+
+    def _begin(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Do something beside all else; a TinsmithError is for whoever waits for it, if anybody."""
+        task = asyncio.create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._beside.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, TinsmithError):
+            _log.error("what was to be done beside calls failed", exc_info=error)
 
     # --- is it still there? -------------------------------------------------------------------
 
@@ -159,9 +190,7 @@ class Adapters:
     def _recheck_soon(self, path: CheckpointPath, key: str) -> None:
         if time.monotonic() - self._seen_s[key] > self._recheck_s:
             self._saw(key)
-            task = asyncio.create_task(self._recheck(path, key))
-            self._rechecks.add(task)
-            task.add_done_callback(self._rechecks.discard)
+            self._begin(self._recheck(path, key))
 
     async def _recheck(self, path: CheckpointPath, key: str) -> None:
         try:
@@ -173,14 +202,14 @@ class Adapters:
             _log.warning("whether %s is still there is not known: %s", path, error)
 
 
-def _read_here(local: LocalFiles, found: CheckpointInfo) -> ModelState | None:
-    parse = functools.partial(state_files.from_files, tuning=found.tuning)
-    return local.read(found.files, found.size_bytes, parse)
+def _read_here(local: LocalFiles, found: CheckpointInfo) -> Found[ModelState] | None:
+    return local.read(found.files, found.size_bytes, functools.partial(_read, tuning=found.tuning))
 
 
 def _key(path: CheckpointPath, digest: bytes) -> str:
-    return f"{path}@{digest.hex()}"
+    return f"{path.owner} {path}@{digest.hex()}"
 
 
-def _read(files: Mapping[str, bytearray], tuning: Tuning) -> ModelState:
-    return state_files.from_files({name: bytes(data) for name, data in files.items()}, tuning)
+def _read(files: Mapping[str, bytes | bytearray], tuning: Tuning) -> ModelState:
+    # The Checkpoint server has looked at the values of what has this digest.
+    return state_files.from_files(files, tuning, values=False)

@@ -9,11 +9,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from tinsmithd.domain import DEFAULT_OWNER, BaseModelInfo, ModelState, Output, SampleRequest
+from tinsmithd import tracing
+from tinsmithd.domain import DEFAULT_OWNER, BaseModelInfo, Output, SampleRequest
+from tinsmithd.durations import Durations
 from tinsmithd.sampler.engines.interface import EngineStats, EngineTraits, SamplingEngine
-from tinsmithd.sampler.loaded_adapters import Adapter, LoadedAdapters
-from tinsmithd.sampler.places import Demand, PlaceLimits, Places, full
+from tinsmithd.sampler.loaded_adapters import Adapter, Fetched, LoadedAdapters
+from tinsmithd.sampler.places import NO_QUOTA, Demand, PlaceLimits, Places, Quota, full
 from tinsmithd.sampler.unread import Unread
+from tinsmithd.tenants import NO_TENANTS, TenantCounter, Tenants
 
 MESSAGES_PER_S_MAX = 100
 """Messages that several streams give out in a second, together; see `Admission._pause_s`."""
@@ -27,10 +30,13 @@ class Admission:
         engine: Computes them.
         limits: Bounds of what is computed at once.
         adapters_max, adapters_bytes_max, fetches_max: See `LoadedAdapters`.
+        tenants: Names tenants for metrics.
 
     Attributes:
         loaded: The adapters in the engine's memory.
         prompt_tokens, sampled_tokens: So far, of requests begun and of all their samples.
+        prompt_tokens_of, sampled_tokens_of: The same by tenant, as far as metrics name them.
+        first_tokens: How long requests took to their first new token.
     """
 
     def __init__(
@@ -41,12 +47,16 @@ class Admission:
         adapters_max: int,
         adapters_bytes_max: int,
         fetches_max: int = 16,
+        tenants: Tenants = NO_TENANTS,
     ) -> None:
         self._engine = engine
         self._limits = limits
         self._places = Places(limits)
         self._streams = 0
         self.prompt_tokens = self.sampled_tokens = 0
+        self.prompt_tokens_of = TenantCounter(tenants)
+        self.sampled_tokens_of = TenantCounter(tenants)
+        self.first_tokens = Durations()
         self.loaded = LoadedAdapters(
             engine,
             adapters_max=adapters_max,
@@ -115,6 +125,7 @@ class Admission:
         adapter: Adapter | None,
         owner: str = DEFAULT_OWNER,
         *,
+        quota: Quota = NO_QUOTA,
         gather_s: float | None = None,
     ) -> AsyncIterator[Output]:
         """Run a request; closing the iterator early stops it.
@@ -123,13 +134,15 @@ class Admission:
             request: Checked.
             adapter: None for the base model.
             owner: Whose share it is taken from.
+            quota: What that one may have.
             gather_s: How long tokens may wait for the next output; None: see `_pause_s`.
 
         Raises:
-            ResourceExhausted: Too many wait already (QUEUE_FULL).
+            ResourceExhausted: Too many wait already (QUEUE_FULL), or the owner has as much as it
+                may have (QUOTA_EXCEEDED).
         """
         unread = Unread()
-        making = asyncio.create_task(self._make(request, adapter, owner, unread))
+        making = asyncio.create_task(self._make(request, adapter, owner, quota, unread))
         streams = gather_s is None
         self._streams += streams
         try:
@@ -150,22 +163,43 @@ class Admission:
         return min((self._streams - 1) / MESSAGES_PER_S_MAX, PAUSE_S_MAX)
 
     async def _make(
-        self, request: SampleRequest, adapter: Adapter | None, owner: str, unread: Unread
+        self,
+        request: SampleRequest,
+        adapter: Adapter | None,
+        owner: str,
+        quota: Quota,
+        unread: Unread,
     ) -> None:
         key = None if adapter is None else adapter.key
-
-        def take(output: Output) -> None:
-            self.sampled_tokens += sum(len(some.tokens) for some in output.tokens)
-            unread.put(output)
-
+        timing = _Timing()
+        clock = asyncio.get_running_loop().time
+        begun_s, is_first = clock(), True
         try:
-            async with self._place(request, adapter, owner):
-                self.prompt_tokens += len(request.prompt)
-                await self._engine.generate(request, key, take)
+            with self._places.within(owner, quota, Demand.of(request)) as made:
+
+                def take(output: Output) -> None:
+                    nonlocal is_first
+                    tokens = sum(len(some.tokens) for some in output.tokens)
+                    if is_first and tokens:
+                        is_first = False
+                        self.first_tokens.add(clock() - begun_s)
+                    self.sampled_tokens += tokens
+                    self.sampled_tokens_of.add(owner, tokens)
+                    made(tokens)
+                    timing.made(tokens)
+                    unread.put(output)
+
+                async with self._place(request, adapter, owner):
+                    timing.begins()
+                    self.prompt_tokens += len(request.prompt)
+                    self.prompt_tokens_of.add(owner, len(request.prompt))
+                    await self._engine.generate(request, key, take)
         except Exception as error:
             unread.end(error)
         else:
             unread.end()
+        finally:
+            timing.ended(len(request.prompt))
 
     @contextlib.asynccontextmanager
     async def _place(
@@ -178,14 +212,14 @@ class Admission:
         demand = Demand.of(request)
         while True:
             async with contextlib.AsyncExitStack() as fetched:
-                state = await fetched.enter_async_context(self._fetched(adapter))
+                found = await fetched.enter_async_context(self._fetched(adapter))
                 async with self._places.hold(owner, demand):
                     if adapter is None:
                         yield
                         return
-                    if await self.loaded.use(adapter, state):
+                    if await self.loaded.use(adapter, found):
                         try:
-                            del state  # the engine has its own
+                            del found  # the engine has its own
                             await fetched.aclose()
                             yield
                         finally:
@@ -194,7 +228,7 @@ class Admission:
             # it was evicted meanwhile
 
     @contextlib.asynccontextmanager
-    async def _fetched(self, adapter: Adapter | None) -> AsyncIterator[ModelState | None]:
+    async def _fetched(self, adapter: Adapter | None) -> AsyncIterator[Fetched | None]:
         """See `LoadedAdapters.fetched`; refuses where too many wait for theirs."""
         if adapter is None:
             yield None
@@ -202,5 +236,32 @@ class Admission:
         most = self._limits.running_max + self._limits.waiting_max
         if self.fetching >= most and not self.loaded.has(adapter.key):
             raise full(self._limits.waiting_max, self.fetching)
-        async with self.loaded.fetched(adapter) as state:
-            yield state
+        async with self.loaded.fetched(adapter) as found:
+            yield found
+
+
+class _Timing:
+    """What the time of one request went into, as spans; nothing where there are none."""
+
+    def __init__(self) -> None:
+        self._since_ns = tracing.now_ns()
+        self._begun_ns = self._first_ns = 0
+        self._tokens = 0
+
+    def begins(self) -> None:
+        """It has its place."""
+        if self._since_ns:
+            self._begun_ns = tracing.now_ns()
+
+    def made(self, tokens: int) -> None:
+        """It made so many tokens more."""
+        if self._since_ns and tokens:
+            self._first_ns = self._first_ns or tracing.now_ns()
+            self._tokens += tokens
+
+    def ended(self, prompt_tokens: int) -> None:
+        """It is over, or was cancelled."""
+        begun_ns, first_ns = self._begun_ns, self._first_ns
+        tracing.interval("wait", self._since_ns, end_ns=begun_ns)
+        tracing.interval("prefill", begun_ns, end_ns=first_ns, tokens=prompt_tokens)
+        tracing.interval("decode", first_ns, tokens=self._tokens)

@@ -68,7 +68,7 @@ class Ahead:
                         if found is not None and found.size_bytes <= self._bytes_max:
                             self._take(found)
             except TinsmithError as error:
-                _log.info("new adapters are fetched when they are asked for: %s", error.message)
+                _log.info("new adapters are fetched when they are asked for: %s", error)
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, RETRY_S_MAX)
 
@@ -90,6 +90,6 @@ class Ahead:
                     adapter = self._adapters.adapter_of(found, self._base_model, lease)
                     await self._loaded.bring_ahead(adapter)
             except TinsmithError as error:
-                _log.debug("%s is not fetched ahead: %s", found.path, error.message)
+                _log.debug("%s is not fetched ahead: %s", found.path, error)
             except Exception:
                 _log.exception("%s was not fetched ahead", found.path)

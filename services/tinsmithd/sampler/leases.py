@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from tinsmithd import tracing
 from tinsmithd.domain import CheckpointPath, is_ephemeral_name
 from tinsmithd.errors import TinsmithError
 
@@ -90,6 +91,7 @@ class Leases:
             await asyncio.gather(self._renewing, return_exceptions=True)
 
     async def _run(self) -> None:
+        tracing.forget()
         loop = asyncio.get_running_loop()
         due_s, wait_s = loop.time() + self._interval_s, self._interval_s
         try:
@@ -116,6 +118,6 @@ class Leases:
         try:
             self._interval_s = await self._renew(held, released) / RENEWALS_PER_LEASE
         except TinsmithError as error:
-            _log.warning("leases are renewed later: %s", error.message)
+            _log.warning("leases are renewed later: %s", error)
             return False
         return True

@@ -23,11 +23,30 @@ always room for one, if it is no larger than that."""
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """The state of an adapter.
+
+    Attributes:
+        state: As its files say.
+        proven: Ends once they are seen to be the files that were wanted, and raises Unavailable
+            where they are not; None: they are. Until then it may be loaded, but not used.
+    """
+
+    state: ModelState
+    proven: asyncio.Future[None] | None = None
+
+    async def are_proven(self) -> None:
+        """Wait until its files are; whoever does not wait any more ends nothing."""
+        if self.proven is not None:
+            await asyncio.shield(self.proven)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter that a request wants: its immutable key, and how to get it."""
 
     key: str
-    fetch: Callable[[], Awaitable[ModelState]]
+    fetch: Callable[[], Awaitable[Fetched]]
 
 
 class LoadedAdapters:
@@ -76,7 +95,7 @@ class LoadedAdapters:
         return loaded is not None and not _failed(loaded.loading)
 
     @contextlib.asynccontextmanager
-    async def fetched(self, adapter: Adapter) -> AsyncIterator[ModelState | None]:
+    async def fetched(self, adapter: Adapter) -> AsyncIterator[Fetched | None]:
         """Have an adapter's state for the body of the `async with`; None where it is loaded."""
         if self.has(adapter.key):
             yield None
@@ -89,10 +108,10 @@ class LoadedAdapters:
             self.fetching += 1
             try:
                 # One caller that goes away must not stop the fetching for the others.
-                state = await asyncio.shield(fetch.task)
+                fetched = await asyncio.shield(fetch.task)
             finally:
                 self.fetching -= 1
-            yield state
+            yield fetched
         finally:
             fetch.users -= 1
             if not fetch.users:
@@ -100,20 +119,20 @@ class LoadedAdapters:
                 if self._fetches.get(adapter.key) is fetch:
                     del self._fetches[adapter.key]
 
-    async def use(self, adapter: Adapter, state: ModelState | None) -> bool:
+    async def use(self, adapter: Adapter, fetched: Fetched | None) -> bool:
         """Keep an adapter in memory until `leave`, loading it first.
 
         Args:
             adapter: Which one.
-            state: As `fetched` gave it.
+            fetched: As `fetched` gave it.
 
         Returns:
             False where it is not in memory and its state is not given.
         """
         if not self.has(adapter.key):
-            if state is None:
+            if fetched is None:
                 return False
-            self._begin_load(adapter.key, state)
+            self._begin_load(adapter.key, fetched)
         loaded = self._loaded[adapter.key]
         self._loaded.move_to_end(adapter.key)
         loaded.users += 1
@@ -146,24 +165,24 @@ class LoadedAdapters:
         """
         if self.has(adapter.key) or adapter.key in self._fetches:
             return False
-        async with self.fetched(adapter) as state:
-            if state is None or self.has(adapter.key):
+        async with self.fetched(adapter) as fetched:
+            if fetched is None or self.has(adapter.key):
                 return False  # a call came for it meanwhile
-            nbytes = state_bytes(state)
+            nbytes = state_bytes(fetched.state)
             if not await self._make_room_ahead(nbytes):
                 return False
             if self.has(adapter.key):
                 self._give_room(nbytes)
                 return False
-            loading = asyncio.create_task(self._put_in(adapter.key, state, nbytes))
+            loading = asyncio.create_task(self._put_in(adapter.key, fetched, nbytes))
             self._keep(adapter.key, _Loaded(loading, nbytes, ahead=True))
         self.ahead += 1
         await asyncio.shield(loading)
         return True
 
-    def _begin_load(self, key: str, state: ModelState) -> None:
-        loading = asyncio.create_task(self._load(key, state))
-        self._keep(key, _Loaded(loading, state_bytes(state)))
+    def _begin_load(self, key: str, fetched: Fetched) -> None:
+        loading = asyncio.create_task(self._load(key, fetched))
+        self._keep(key, _Loaded(loading, state_bytes(fetched.state)))
 
     def _keep(self, key: str, loaded: "_Loaded") -> None:
         self._loaded[key] = loaded
@@ -174,19 +193,32 @@ class LoadedAdapters:
             del self._loaded[key]
         self._idle.set()
 
-    async def _load(self, key: str, state: ModelState) -> None:
-        nbytes = state_bytes(state)
+    async def _load(self, key: str, fetched: Fetched) -> None:
+        nbytes = state_bytes(fetched.state)
         if nbytes > self._bytes_max:
             text = f"the adapter has {nbytes} bytes, adapters_bytes_max is {self._bytes_max}"
             raise FailedPrecondition(text, Reason.INCOMPATIBLE_CHECKPOINT)
         await self._make_room(nbytes)
-        await self._put_in(key, state, nbytes)
+        await self._put_in(key, fetched, nbytes)
 
-    async def _put_in(self, key: str, state: ModelState, nbytes: int) -> None:
+    async def _put_in(self, key: str, fetched: Fetched, nbytes: int) -> None:
+        """Load an adapter into room that was taken for it. Nobody uses it before this ends."""
         try:
-            await self._engine.load_adapter(key, state)
+            await self._load_proven(key, fetched)
         except BaseException:
             self._give_room(nbytes)
+            raise
+
+    async def _load_proven(self, key: str, fetched: Fetched) -> None:
+        try:
+            await self._engine.load_adapter(key, fetched.state)
+        except Exception:
+            await fetched.are_proven()  # files that are others may be to blame
+            raise
+        try:
+            await fetched.are_proven()
+        except BaseException:
+            await self._engine.unload_adapter(key)
             raise
 
     async def _make_room(self, nbytes: int) -> None:
@@ -256,7 +288,7 @@ class _Fetch:
         self._has_place = False
         self.task = asyncio.create_task(self._run(adapter))
 
-    async def _run(self, adapter: Adapter) -> ModelState:
+    async def _run(self, adapter: Adapter) -> Fetched:
         await self._places.acquire()
         self._has_place = True
         return await adapter.fetch()
@@ -266,7 +298,7 @@ class _Fetch:
         self.task.cancel()
         self.task.add_done_callback(self._give_place)
 
-    def _give_place(self, task: "asyncio.Task[ModelState]") -> None:
+    def _give_place(self, task: "asyncio.Task[Fetched]") -> None:
         if self._has_place:
             self._places.release()
         if not task.cancelled():

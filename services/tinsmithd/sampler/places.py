@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from tinsmithd.domain import SampleRequest
-from tinsmithd.errors import Reason, ResourceExhausted
+from tinsmithd.errors import Reason, ResourceExhausted, quota_exceeded
 from tinsmithd.fair_queue import FairQueue, Waiter
+from tinsmithd.rates import Rates
 
 RETRY_S = 1.0
 """When a call that found no place may try again."""
@@ -29,17 +30,35 @@ class PlaceLimits:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """What one owner may have of a Sampler; 0: no limit.
+
+    Attributes:
+        samples_max: Calls that are computed or wait for it.
+        tokens_per_minute_max: Tokens, see `Demand`.
+    """
+
+    samples_max: int = 0
+    tokens_per_minute_max: int = 0
+
+
+NO_QUOTA = Quota()
+
+
+@dataclass(frozen=True)
 class Demand:
     """What a request takes up while it is computed, in the worst case."""
 
     sequences: int
     tokens: int
+    prompt_tokens: int = 0
 
     @classmethod
     def of(cls, request: SampleRequest) -> "Demand":
         """Of a checked request: its prompt once, and all new tokens that it may make."""
         new = request.num_samples * request.params.max_tokens
-        return cls(request.num_samples if new else 1, max(1, len(request.prompt) + new))
+        prompt = len(request.prompt)
+        return cls(request.num_samples if new else 1, max(1, prompt + new), prompt)
 
 
 class Places:
@@ -63,12 +82,46 @@ class Places:
         self._next: Waiter | None = None
         """Taken from the queue, and waits for room."""
         self._waiting_of: Counter[str] = Counter()
+        self._calls_of: Counter[str] = Counter()
+        self._tokens_of = Rates("tenant_tokens_per_minute_max")
         self.running = self.sequences = self.tokens = 0
 
     @property
     def waiting(self) -> int:
         """Calls that wait for a place."""
         return len(self._demands)
+
+    @contextlib.contextmanager
+    def within(self, owner: str, quota: Quota, demand: Demand) -> Iterator[Callable[[int], None]]:
+        """Count a call of an owner for the body of the `with`.
+
+        Yields:
+            Takes the number of tokens that were made, of those that the call may make; the others
+            are given back at the end.
+
+        Raises:
+            ResourceExhausted: The owner has as many calls, or has used as many tokens, as it may
+                (QUOTA_EXCEEDED).
+            InvalidArgument: The call alone may make too many tokens (LIMIT_EXCEEDED).
+        """
+        count, most = self._calls_of[owner] + 1, quota.tokens_per_minute_max
+        if 0 < quota.samples_max < count:
+            raise quota_exceeded("tenant_samples_max", quota.samples_max, count, RETRY_S)
+        self._tokens_of.take(owner, demand.tokens, most, "sampling_params.max_tokens")
+        self._calls_of[owner] = count
+        unused = demand.tokens - demand.prompt_tokens
+
+        def made(tokens: int) -> None:
+            nonlocal unused
+            unused -= tokens
+
+        try:
+            yield made
+        finally:
+            self._tokens_of.give_back(owner, max(unused, 0), most)
+            self._calls_of[owner] -= 1
+            if not self._calls_of[owner]:
+                del self._calls_of[owner]
 
     @contextlib.asynccontextmanager
     async def hold(self, owner: str, demand: Demand) -> AsyncIterator[None]:

@@ -8,16 +8,18 @@ from pathlib import Path
 from tinsmith.v1.sampler_service_pb2 import DESCRIPTOR
 from tinsmith.v1.sampler_service_pb2_grpc import add_SamplerServiceServicer_to_server
 from tinsmithd.checkpoint_client import CheckpointClient, LocalFiles, Patience
-from tinsmithd.config import ConfigError, SamplerConfig
+from tinsmithd.config import ConfigError, SamplerConfig, limits_from
 from tinsmithd.processes import collect_between_calls
+from tinsmithd.rpc.auth import ClusterKey
 from tinsmithd.rpc.server import RpcServer
 from tinsmithd.sampler.adapters import Adapters
 from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.ahead import Ahead
 from tinsmithd.sampler.engines.interface import SamplingEngine
-from tinsmithd.sampler.metrics import SamplerCollector
+from tinsmithd.sampler.metrics import Room, SamplerCollector
 from tinsmithd.sampler.places import PlaceLimits
 from tinsmithd.sampler.servicer import SamplerServicer
+from tinsmithd.tls import of_cluster
 
 SERVICE_NAME: str = DESCRIPTOR.services_by_name["SamplerService"].full_name
 _log = logging.getLogger(__name__)
@@ -98,7 +100,11 @@ class SamplerServer:
     def __init__(self, config: SamplerConfig) -> None:
         self._config = config
         patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
-        client = CheckpointClient(config.checkpoint_target, patience)
+        key = ClusterKey(config.cluster_key_file, "sampler.cluster_key_file")
+        certificates = of_cluster(config)
+        client = CheckpointClient(
+            config.checkpoint_target, patience, key, certificates=certificates
+        )
         folder = config.checkpoint_folder
         self._adapters = Adapters(
             client,
@@ -109,7 +115,7 @@ class SamplerServer:
         )
         self._ahead: Ahead | None = None
         self._servicer = SamplerServicer(config, self._adapters)
-        self._rpc = RpcServer(config, SERVICE_NAME)
+        self._rpc = RpcServer(config, SERVICE_NAME, cluster=certificates)
         add_SamplerServiceServicer_to_server(self._servicer, self._rpc.grpc_server)
         self._loading: asyncio.Task[None] | None = None
         self._failing: asyncio.Task[None] | None = None
@@ -149,6 +155,7 @@ class SamplerServer:
             adapters_max=config.adapters_max,
             adapters_bytes_max=config.adapters_bytes_max,
             fetches_max=config.fetches_max,
+            tenants=self._rpc.metrics.tenants,
         )
         self._ahead = Ahead(
             self._adapters,
@@ -160,7 +167,8 @@ class SamplerServer:
         self._failing = asyncio.create_task(engine.failed())
         # After half a million objects of torch, which stay.
         self._collecting = asyncio.create_task(collect_between_calls(lambda: admission.idle))
-        self._rpc.metrics.registry.register(SamplerCollector(admission))
+        room = limits_from(Room, config)
+        self._rpc.metrics.registry.register(SamplerCollector(admission, room))
         await self._rpc.set_serving(True)
 
     async def run(self) -> None:

@@ -1,11 +1,13 @@
 """The face of the Sampler service: parse, call the admission, encode. No rule lives here."""
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
 from tinsmith.v1 import sampler_service_pb2 as pb
 from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceServicer
+from tinsmithd import keys
 from tinsmithd.config import SamplerConfig
 from tinsmithd.convert import sampler as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
@@ -16,6 +18,7 @@ from tinsmithd.rpc.intake import off_loop
 from tinsmithd.sampler.adapters import Adapters
 from tinsmithd.sampler.admission import Admission
 from tinsmithd.sampler.loaded_adapters import Adapter
+from tinsmithd.sampler.places import Quota
 from tinsmithd.sampler.validate import RequestLimits, check_request
 
 PIECE_BYTES_MAX = 1024 * 1024
@@ -106,7 +109,19 @@ class SamplerServicer(SamplerServiceServicer):
                 yield pb.GetTokenizerResponse(file_name=name, data=part)
 
     def _check(self, admission: Admission, request: SampleRequest) -> SampleRequest:
+        caller = keys.current()
+        if caller.key_id:  # what one tenant sampled is none of another's business
+            request = dataclasses.replace(request, cache_salt=caller.account)
         return check_request(request, admission.info, self._limits)
+
+    def _quota(self, caller: keys.Caller) -> Quota:
+        """What the caller's tenant may have of this server."""
+        config = self._config
+        rate = "tenant_tokens_per_minute_max"
+        return Quota(
+            caller.limit("tenant_samples_max", config.tenant_samples_max),
+            caller.limit(rate, config.tenant_tokens_per_minute_max),
+        )
 
     @contextlib.asynccontextmanager
     async def _run(
@@ -118,14 +133,17 @@ class SamplerServicer(SamplerServiceServicer):
     ) -> AsyncIterator[AsyncIterator[Output]]:
         """Outputs of a request, whose checkpoint is held until it ends."""
         adapter: Adapter | None = None
-        digest = _digest(request)
+        digest, caller = _digest(request), keys.current()
         async with contextlib.AsyncExitStack() as stack:
             if request.checkpoint_path:
                 path = path_from_pb(request.checkpoint_path, "checkpoint_path")
+                path = path.of(caller.search)
                 name = admission.info.name
                 lease = await stack.enter_async_context(self._adapters.leases.held(path))
                 adapter = await self._adapters.find(path, name, digest, admission.has, lease)
-            outputs = admission.run(wanted, adapter, gather_s=gather_s)
+            outputs = admission.run(
+                wanted, adapter, caller.account, quota=self._quota(caller), gather_s=gather_s
+            )
             await stack.enter_async_context(contextlib.aclosing(outputs))  # type: ignore[type-var]
             yield outputs
 

@@ -5,12 +5,19 @@ really has in memory.
 """
 
 from tinsmithd.sizes.activations import Activations, activations, spread_bytes
-from tinsmithd.sizes.architecture import Architecture, Unreadable, read_architecture
+from tinsmithd.sizes.architecture import (
+    Architecture,
+    Unreadable,
+    architecture_of,
+    read_architecture,
+)
 from tinsmithd.sizes.plan import Layout, Machine, Plan, Wanted, make_plan
 from tinsmithd.sizes.ranks import RankBytes, rank_bytes
 from tinsmithd.sizes.weights import adapter_weights, base_weights, element_count
+from tinsmithd.sizes.work import NO_WORK, Work, peak_flops
 
 __all__ = [
+    "NO_WORK",
     "Activations",
     "Architecture",
     "Layout",
@@ -19,11 +26,14 @@ __all__ = [
     "RankBytes",
     "Unreadable",
     "Wanted",
+    "Work",
     "activations",
     "adapter_weights",
+    "architecture_of",
     "base_weights",
     "element_count",
     "make_plan",
+    "peak_flops",
     "rank_bytes",
     "read_architecture",
     "spread_bytes",

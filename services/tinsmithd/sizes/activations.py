@@ -15,6 +15,8 @@ _WIDE = 4
 """Bytes of a float32."""
 _INDEX = 8
 """Bytes of an int64."""
+_ROW_BYTES = 16
+"""Rows of grouped products have a multiple of these."""
 
 CHUNK_BYTES, CHUNK_TOKENS_MAX = 96 * 1024 * 1024, 512
 CHUNK_SHARE, CHUNK_STEP = 128, 128
@@ -167,4 +169,7 @@ class _Layer:
         # Where each row goes, its share, gate and up; for trained weights the input of all.
         kept = k * (_INDEX + b) + k * b * 2 * model.expert_ffn_size
         kept += b * model.hidden_size if trained else 0
+        if self._lora is not None and self._lora.train_mlp:  # A times the rows of both products
+            step = _ROW_BYTES // b
+            kept += 2 * k * b * step * -(-self._lora.expert_adapter_rank // step)
         return kept + (0 if begins else router)

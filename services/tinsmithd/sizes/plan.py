@@ -316,7 +316,7 @@ def _host_bytes(
         state = 12 * element_count(adapter_weights(model, tuning))
     else:
         state = 12 * element_count(base_weights(model))
-    # A save or a snapshot copies the state whole on each rank of a group.
+    # A state that is loaded is whole on each rank of a group; one that is saved on the first.
     return here * (PROCESS_BYTES + later + state)
 
 

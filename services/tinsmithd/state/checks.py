@@ -6,12 +6,13 @@ same files. The formats are safetensors and JSON; nothing here runs or unpacks a
 """
 
 import codecs
+import io
 import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, BinaryIO
+from typing import Any
 
 from tinsmithd.errors import Reason
 from tinsmithd.tunings import TUNINGS, LoraConfig, Tuning
@@ -79,9 +80,9 @@ def parse_json(file: str, data: bytes, bytes_max: int = JSON_BYTES_MAX) -> dict[
         found = json.loads(
             data.decode(),
             object_pairs_hook=_pairs,
-            parse_float=_number(float),
-            parse_int=_number(int),
-            parse_constant=_number(float),
+            parse_float=_number,
+            parse_int=_integer,
+            parse_constant=_number,
         )
     except (ValueError, RecursionError) as error:
         message = f"not JSON that is read here: {short(str(error))}"
@@ -98,13 +99,16 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        if len(text) > NUMBER_CHARACTERS_MAX or not math.isfinite(number := kind(text)):
-            raise ValueError(f"{text[:20]} is no finite number")
-        return number
+def _number(text: str) -> float:
+    if len(text) > NUMBER_CHARACTERS_MAX or not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
 
-    return read
+
+def _integer(text: str) -> int:
+    if len(text) > NUMBER_CHARACTERS_MAX:
+        raise ValueError(f"{text[:20]} has too many digits")
+    return int(text)
 
 
 # --- model_state.json -------------------------------------------------------------------------
@@ -306,7 +310,7 @@ def check_model_config(file: str, found: Mapping[str, Any]) -> None:
             check_integer(file, name, found[name], 1, (1 << 31) - 1)
 
 
-def check_text(file: str, content: BinaryIO, *, is_object: bool) -> None:
+def check_text(file: str, content: io.BufferedIOBase, *, is_object: bool) -> None:
     """Refuse a text that is not UTF-8 or, with `is_object`, does not look like a JSON object.
 
     It reads pieces and parses nothing: a parsed vocabulary takes many times its bytes.

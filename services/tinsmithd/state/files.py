@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -180,7 +180,7 @@ class ParsedFiles:
 
 def parse(
     names: Collection[str],
-    open_file: Callable[[str], BinaryIO],
+    open_file: Callable[[str], io.BufferedIOBase],
     tuning: Tuning | None,
     *,
     values: bool = True,
@@ -245,7 +245,7 @@ def _check_names(names: Collection[str], about: About) -> None:
             raise StateInvalid(name[:100], "", text, Reason.INVALID_NAME)
 
 
-def _check_tokenizer_file(name: str, file: BinaryIO) -> None:
+def _check_tokenizer_file(name: str, file: io.BufferedIOBase) -> None:
     most = bytes_max(name)
     assert most is not None
     size = file.seek(0, io.SEEK_END)
@@ -263,8 +263,36 @@ def _check_tokenizer_file(name: str, file: BinaryIO) -> None:
         state_checks.check_no_code(name, state_checks.parse_json(name, file.read(), most))
 
 
+class _InMemory(io.BufferedIOBase):
+    """A file of bytes in memory: `io.BytesIO` would copy a `bytearray`."""
+
+    def __init__(self, content: bytes | bytearray) -> None:
+        self._content = memoryview(content)
+        self._at = 0
+
+    def read(self, count: int | None = -1, /) -> bytes:
+        end = len(self._content) if count is None or count < 0 else self._at + count
+        found = bytes(self._content[self._at : end])
+        self._at += len(found)
+        return found
+
+    def readinto(self, buffer: Any, /) -> int:
+        found = self._content[self._at : self._at + len(buffer)]
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (len(self._content) if whence == io.SEEK_END else 0)
+        return self._at
+
+    def close(self) -> None:
+        self._content.release()
+        super().close()
+
+
 def from_files(
-    files: Mapping[str, bytes], tuning: Tuning | None, *, values: bool = True
+    files: Mapping[str, bytes | bytearray], tuning: Tuning | None, *, values: bool = True
 ) -> ModelState:
     """Check a state and read it; nothing is allocated for what a file only claims.
 
@@ -277,7 +305,7 @@ def from_files(
         DataLoss: A file is missing or wrong (CHECKPOINT_CORRUPT).
     """
     try:
-        parsed = parse(files.keys(), lambda name: io.BytesIO(files[name]), tuning, values=values)
+        parsed = parse(files.keys(), lambda name: _InMemory(files[name]), tuning, values=values)
         about = parsed.about
         return ModelState(
             tuning=about.tuning,
@@ -285,7 +313,7 @@ def from_files(
             optimizer=_arrays(files.get(OPTIMIZER_FILE, b""), parsed.moments),
             step_count=about.step_count,
             config=parsed.config,
-            files={name: files[name] for name in TOKENIZER_FILES if name in files},
+            files={name: bytes(files[name]) for name in TOKENIZER_FILES if name in files},
         )
     except StateInvalid as error:
         raise corrupt(str(error)) from error
@@ -301,7 +329,7 @@ def corrupt(message: str) -> DataLoss:
     return DataLoss(f"checkpoint files are damaged: {message}", Reason.CHECKPOINT_CORRUPT)
 
 
-def _arrays(data: bytes, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def _arrays(data: bytes | bytearray, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Tensors as float32 arrays; views of the data where that is float32 already."""
     found = {}
     for name, tensor in tensors.items():

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from tinsmithd.errors import Reason
 from tinsmithd.state.checks import (
     PIECE_BYTES,
     StateInvalid,
-    check_integer,
     is_name,
     over,
     parse_json,
@@ -30,8 +29,10 @@ HEADER_BYTES_MAX = 2 * 1024 * 1024
 TENSORS_MAX = 16_384
 DIMENSIONS_MAX = 4
 DIMENSION_MAX = 1 << 40
+OFFSET_MAX = 1 << 62
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_ABOUT = {"dtype", "shape", "data_offsets"}
 _LORA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*\.lora_[AB]\.weight")
 _EXPERTS = "experts."
 """Part of the names of LoRA tensors that have a slice for each expert."""
@@ -53,7 +54,7 @@ class Tensor:
     end: int
 
 
-def parse_tensors(file: str, content: BinaryIO) -> dict[str, Tensor]:
+def parse_tensors(file: str, content: io.BufferedIOBase) -> dict[str, Tensor]:
     """Read the header of a safetensors file, whose tensors follow each other and fill the file.
 
     Args:
@@ -100,29 +101,31 @@ def _check_metadata(file: str, found: object) -> None:
 
 
 def _tensor(file: str, name: str, about: object, begin: int) -> Tensor:
-    where = _of(name)
     if not is_name(name):
-        raise StateInvalid(file, where, "no name of a tensor", Reason.INVALID_NAME)
-    if not isinstance(about, dict) or about.keys() != {"dtype", "shape", "data_offsets"}:
-        raise StateInvalid(file, where, "not dtype, shape and data_offsets")
+        raise StateInvalid(file, _of(name), "no name of a tensor", Reason.INVALID_NAME)
+    if not isinstance(about, dict) or about.keys() != _ABOUT:
+        raise StateInvalid(file, _of(name), "not dtype, shape and data_offsets")
     dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         message = f"{short(dtype)} is not one of {', '.join(_DTYPES)}"
-        raise StateInvalid(file, where, message, Reason.INVALID_DTYPE)
+        raise StateInvalid(file, _of(name), message, Reason.INVALID_DTYPE)
     if not isinstance(shape, list) or not 1 <= len(shape) <= DIMENSIONS_MAX:
         message = f"a shape has 1 to {DIMENSIONS_MAX} dimensions"
-        raise StateInvalid(file, where, message, Reason.INVALID_SHAPE)
+        raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)
     for size in shape:
         if type(size) is not int or not 1 <= size <= DIMENSION_MAX:
             message = f"{short(size)} is no dimension in 1..{DIMENSION_MAX}"
-            raise StateInvalid(file, where, message, Reason.INVALID_SHAPE)
+            raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)
     if not isinstance(offsets, list) or len(offsets) != 2:
-        raise StateInvalid(file, where, "data_offsets are not two")
-    start, end = (check_integer(file, where, offset, 0, 1 << 62) for offset in offsets)
+        raise StateInvalid(file, _of(name), "data_offsets are not two")
+    start, end = offsets
+    if not (type(start) is type(end) is int and 0 <= start <= end <= OFFSET_MAX):
+        message = f"data_offsets {short(offsets)} are no range in 0..{OFFSET_MAX}"
+        raise StateInvalid(file, _of(name), message)
     nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - start != nbytes:
         message = f"shape {shape} has {short(nbytes)} bytes, data_offsets are {end - start} apart"
-        raise StateInvalid(file, where, message, Reason.INVALID_SHAPE)
+        raise StateInvalid(file, _of(name), message, Reason.INVALID_SHAPE)
     return Tensor(_DTYPES[dtype], tuple(shape), begin + start, begin + end)
 
 
@@ -177,7 +180,7 @@ def check_moments(file: str, tensors: Mapping[str, Tensor], weights: Mapping[str
             raise StateInvalid(file, _of(name), "moments are F32", Reason.INVALID_DTYPE)
 
 
-def check_values(file: str, tensors: Mapping[str, Tensor], content: BinaryIO) -> None:
+def check_values(file: str, tensors: Mapping[str, Tensor], content: io.BufferedIOBase) -> None:
     """Refuse values that training cannot go on from: values not finite, second moments below 0.
 
     Raises:
@@ -206,19 +209,23 @@ def _is_square(name: str) -> bool:
 
 
 def _problem(
-    file: str, first: Tensor, last: Tensor, name: str, content: BinaryIO
+    file: str, first: Tensor, last: Tensor, name: str, content: io.BufferedIOBase
 ) -> tuple[str, Reason] | None:
     """What is wrong with the values from one tensor to another that is alike, if anything."""
     content.seek(first.start)
     left = last.end - first.start
+    # Always the same memory, as in `files.file_digest`.
+    piece = memoryview(bytearray(min(left, PIECE_BYTES)))
+    values = np.frombuffer(piece, first.dtype)
+    finite = np.empty(len(values), bool)
     while left:
-        data = content.read(min(left, PIECE_BYTES))
-        if not data:
+        nbytes = content.readinto(piece[:left])
+        if nbytes != min(left, len(piece)):
             raise StateInvalid(file, "", "it is cut off")
-        left -= len(data)
-        values = np.frombuffer(data, first.dtype)
-        if not np.isfinite(values).all():
+        left -= nbytes
+        count = nbytes // first.dtype.itemsize
+        if not np.isfinite(values[:count], out=finite[:count]).all():
             return "a value is not finite", Reason.NON_FINITE
-        if _is_square(name) and values.min() < 0:
+        if _is_square(name) and values[:count].min() < 0:
             return "a second moment is below 0", Reason.INVALID_FIELD
     return None

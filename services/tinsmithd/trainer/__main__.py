@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from tinsmithd import tracing
 from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.domain import LoraConfig
 from tinsmithd.errors import TinsmithError
@@ -24,11 +25,15 @@ from tinsmithd.processes import (
     set_up,
 )
 from tinsmithd.rpc import link_secret
+from tinsmithd.tls import Certificates, of_cluster
+from tinsmithd.tracing.asked import start_spans
 from tinsmithd.trainer.process_group import keeper, nodes, starter
 from tinsmithd.trainer.process_group.devices import devices
 from tinsmithd.trainer.process_group.heartbeat import EXIT_GROUP_LOST, MeetError
 
 EXIT_DEVICE_LOST = 1
+LAST_SPANS_S_MAX = 0.5
+"""Seconds that the last spans get to leave this process."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,20 +42,25 @@ Words = list[Callable[[], None]]
 """Calls to make before the process ends."""
 
 
-def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
+def _serve(
+    config: TrainerConfig,
+    certificates: Certificates | None,
+    last_words: Words,
+    farewells: Words,
+) -> None:
     # Wrong settings must be found before heavy imports take their seconds.
     import torch
 
     from tinsmithd.trainer import link, progress
     from tinsmithd.trainer.commands import Commands
-    from tinsmithd.trainer.engines.factory import engine_makers
+    from tinsmithd.trainer.engines.factory import engine_makers, work_of
     from tinsmithd.trainer.engines.registry import Engines
-    from tinsmithd.trainer.process_group import distributed
+    from tinsmithd.trainer.process_group import alike, distributed
 
     if config.threads:
         torch.set_num_threads(config.threads)
     rank, world_size = distributed.rank_and_world_size()
-    server = link.LinkTarget(config.training_target, config.link_secret_file)
+    server = link.LinkTarget(config.training_target, config.link_secret_file, certificates)
     loading = link.LoadingLink(server) if rank == 0 else None
 
     def on_progress(message: str) -> None:
@@ -62,6 +72,7 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         on_progress(f"waiting for {world_size} ranks")
         distributed.init(config.collective_timeout_s)
         farewells.append(distributed.leave)
+        alike.check(config, rank, distributed.broadcast_bytes)
     distributed.watch(config.progress_timeout_s)
     engines = Engines(engine_makers(config, on_progress), LoraConfig)
     commands = Commands(engines, world_size=world_size, rank=rank)
@@ -70,18 +81,21 @@ def _serve(config: TrainerConfig, last_words: Words, farewells: Words) -> None:
         return
     loading.close()
     greeting = link.hello(
-        engines, config.engine, world_size, config.launch_token.get_secret_value()
+        *(engines, config.engine, world_size, config.launch_token.get_secret_value()),
+        work=work_of(config.base_model),
     )
 
     def on_link(begun: link.Link) -> None:
         last_words[:] = [begun.leave]
 
-    link.lead(commands, server, greeting, distributed.broadcast_bytes, on_link)
+    broadcast = distributed.broadcast_bytes
+    link.lead(commands, server, greeting, broadcast, on_link, distributed.memories)
 
 
 def _end(status: int, farewells: Sequence[Callable[[], None]]) -> NoReturn:
     for farewell in farewells:
         farewell()
+    tracing.stop(LAST_SPANS_S_MAX)
     # At the interpreter's own end, threads of the process group could abort.
     os._exit(status)
 
@@ -125,7 +139,8 @@ def _start_several(config: TrainerConfig) -> None:
             return
         secret = ""
         if place.nodes > 1:
-            log_to_stderr(config.log_level, config.section)  # of the time before they are there
+            # Of the time before they are there.
+            log_to_stderr(config.log_level, config.section, config.log_format)
             secret = link_secret.read(config.link_secret_file, link_secret.RANKS_KEY)
     except ConfigError as error:
         give_up(config.section, error)
@@ -146,18 +161,21 @@ def main() -> None:
     farewells: Words = []
     _end_on_signals(last_words, farewells)
     try:
+        certificates = None
         if rank in (None, "0"):
             link_secret.read(config.link_secret_file, link_secret.RANKS_KEY)
-        _serve(config, last_words, farewells)
+            certificates = of_cluster(config)
+            start_spans(config)
+        _serve(config, certificates, last_words, farewells)
     except ConfigError as error:
         _log.error("%s", error)
         _end(EXIT_HOPELESS, farewells)
     except TinsmithError as error:
-        _log.error("%s", error.message)
+        _log.error("%s", str(error))  # of what whoever runs this process has set
         _end(EXIT_HOPELESS, farewells)
     except MeetError as error:
         _log.error("%s", error)
-        sys.exit(EXIT_GROUP_LOST)
+        _end(EXIT_GROUP_LOST, farewells)
     except Exception as error:
         if farewells:
             _end_among_others(error)

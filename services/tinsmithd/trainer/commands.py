@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from tinsmith import tensors
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.v1 import training_service_pb2, types_pb2
-from tinsmithd import failpoints
+from tinsmithd import failpoints, tracing
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal, InvalidArgument, TinsmithError
 from tinsmithd.mismatch import Mismatch
 from tinsmithd.modeling.device_errors import is_sticky
+from tinsmithd.owners import logged_id, owner_of
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer import progress
 from tinsmithd.trainer.answers import computed, done_with, failed
@@ -28,6 +29,7 @@ from tinsmithd.trainer.engines.interface import (
     ModelBroken,
 )
 from tinsmithd.trainer.engines.registry import Engines
+from tinsmithd.trainer.process_group import memory
 from tinsmithd.trainer.state_sender import Later, StateSender
 
 RANK_MAX = 1 << 30
@@ -59,7 +61,7 @@ class Commands:
         self._engines = engines
         self._world_size = world_size
         self._model_ids: set[str] = set()
-        self._pieces: dict[str, list[bytes]] = {}
+        self._pieces: dict[str, bytearray] = {}
         self._state_sender = StateSender() if rank == 0 else None
         self._handlers: Mapping[str, Callable[[pb.AttachResponse, _Replies], pb.Done | None]] = {
             "create_model": self._create_model,
@@ -85,14 +87,23 @@ class Commands:
         """
         case = command.WhichOneof("command")
         if case == "piece":
-            self._pieces.setdefault(command.piece.file_name, []).append(command.piece.data)
+            # Never joined at the end: of a large state that takes seconds, in which no other thread
+            # of this process gets to say that it lives.
+            self._pieces.setdefault(command.piece.file_name, bytearray()).extend(command.piece.data)
             return
-        with progress.under_way(str(case)):
+        with progress.under_way(str(case)), _serving(command, str(case)):
             self._apply(command, _Replies(reply, later or _at_once(reply)))
+        memory.look()
 
     def _apply(self, command: pb.AttachResponse, replies: _Replies) -> None:
         case = command.WhichOneof("command")
         answer = pb.AttachRequest(command_id=command.command_id)
+        if case is None:
+            # All ranks read the same bytes, so none of them knows it, and they stay in step.
+            _log.error("the Training server of a later release asks for what this one cannot do")
+            answer.failed.CopyFrom(failed(Internal()))
+            replies.now(answer)
+            return
         try:
             done = self._handlers[str(case)](command, replies)
             if done is None:
@@ -109,7 +120,7 @@ class Commands:
         except Exception as error:
             if self._world_size > 1 or is_sticky(error):
                 raise
-            _log.exception("%s of model %s failed", case, command.model_id)
+            _log.exception("%s of model %s failed", case, logged_id(command.model_id))
             answer.failed.CopyFrom(failed(Internal()))
         replies.now(answer)
 
@@ -164,7 +175,8 @@ class Commands:
         mismatch = Mismatch() if "logprobs" in loss_fn.inputs else None
         batch = Batch(command.model_id, data, loss_fn, compute.backward, compute.composition)
         start_s = time.perf_counter()
-        result = self._engines.of(batch.model_id).forward(batch, on_output)
+        with tracing.span("engine compute", data=len(data), backward=compute.backward):
+            result = self._engines.of(batch.model_id).forward(batch, on_output)
         return computed(result, time.perf_counter() - start_s, mismatch)
 
     @contextlib.contextmanager
@@ -191,12 +203,14 @@ class Commands:
     def _optim_step(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
         adam = convert.adam_from_pb(command.optim_step.adam_params, "adam_params")
         engine = self._engines.of(command.model_id)
-        return pb.Done(metrics=engine.optim_step(command.model_id, adam))
+        with tracing.span("engine optimizer step"):
+            return pb.Done(metrics=engine.optim_step(command.model_id, adam))
 
     def _copy_state(self, command: pb.AttachResponse, replies: _Replies) -> None:
         def copy() -> ModelState:
             engine, optimizer = self._engines.of(command.model_id), command.copy_state.optimizer
-            return engine.export_state(command.model_id, optimizer=optimizer)
+            with tracing.span("engine export state"):
+                return engine.export_state(command.model_id, optimizer=optimizer)
 
         if self._state_sender is None:
             copy()  # the ranks do it together
@@ -207,8 +221,7 @@ class Commands:
             )
 
     def _import_state(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:
-        files = {name: b"".join(pieces) for name, pieces in self._pieces.items()}
-        self._pieces.clear()
+        files, self._pieces = self._pieces, {}
         state = _checked_state(files, command.import_state)
         optimizer = command.import_state.optimizer
         failpoints.hit("import_mid")
@@ -228,10 +241,28 @@ class Commands:
         return done_with(state)
 
     def _import(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
-        self._engines.of(model_id).import_state(model_id, state, optimizer=optimizer)
+        with tracing.span("engine import state"):
+            self._engines.of(model_id).import_state(model_id, state, optimizer=optimizer)
 
 
-def _checked_state(files: Mapping[str, bytes], command: pb.ImportState) -> ModelState:
+@contextlib.contextmanager
+def _serving(command: pb.AttachResponse, case: str) -> Iterator[None]:
+    """Serve the call that a command is part of, in the body of the `with`."""
+    call = tracing.ServedCall(
+        case,
+        owner_of(command.model_id) if command.request_id else "",
+        parent=tracing.read_traceparent(command.traceparent),
+        given_id=command.request_id,
+    )
+    with tracing.serving(call):
+        if call.parent is None:
+            yield
+            return
+        with tracing.served(f"rank {case}", {}):
+            yield
+
+
+def _checked_state(files: Mapping[str, bytearray], command: pb.ImportState) -> ModelState:
     """Read a state. All ranks have the same bytes, so all refuse the same states.
 
     Raises:

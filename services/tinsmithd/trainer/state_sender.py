@@ -15,6 +15,7 @@ from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd import failpoints
 from tinsmithd.domain import ModelState
 from tinsmithd.errors import Internal
+from tinsmithd.files import write_all
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer import progress
 from tinsmithd.trainer.answers import done_with, failed
@@ -137,11 +138,11 @@ def leave_state(state: ModelState, deposit: str) -> list[pb.DepositedFile] | Non
             left.append(pb.DepositedFile(file_name=name))
             # It must be a new file: nothing is written through a name that leads elsewhere.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            with open(os.open(name, flags, 0o600, dir_fd=holder), "wb", buffering=0) as file:
-                for buffer in buffers:
-                    while buffer:
-                        buffer = buffer[file.write(buffer) :]
-                left[-1].size_bytes = file.tell()
+            file = os.open(name, flags, 0o600, dir_fd=holder)
+            try:
+                left[-1].size_bytes = write_all(file, buffers)
+            finally:
+                os.close(file)
             failpoints.hit("mid_deposit")
     except OSError as error:
         _log.warning("a state is sent, since it cannot be left on the disk: %s", error)

@@ -1,6 +1,8 @@
 """`python -m tinsmithd.training`: the Training server as a process."""
 
-from tinsmithd.config import ConfigError, TrainingConfig
+import uvloop
+
+from tinsmithd.config import TrainingConfig
 from tinsmithd.processes import keep_freed_memory, serve
 from tinsmithd.training.journal import Fenced, StoreDamaged
 from tinsmithd.training.ranks.launcher import LaunchError
@@ -8,4 +10,5 @@ from tinsmithd.training.server import TrainingServer
 
 if __name__ == "__main__":
     keep_freed_memory()
-    serve(TrainingConfig, TrainingServer, ConfigError, LaunchError, StoreDamaged, Fenced)
+    hopeless = (LaunchError, StoreDamaged, Fenced)
+    serve(TrainingConfig, TrainingServer, *hopeless, new_loop=uvloop.new_event_loop)

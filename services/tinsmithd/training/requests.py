@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmithd.convert import types as convert
+from tinsmithd.convert.plain import PlainData
 from tinsmithd.convert.tensors import check_format
 from tinsmithd.domain import BaseModelInfo, CrossEntropy, LossFn
 from tinsmithd.errors import Internal, InvalidArgument, Reason, TinsmithError, over_limit
@@ -173,6 +174,7 @@ class _Reader:
             loss = convert.loss_fn_to_pb(self._loss_fn)
             self._loss = loss.SerializeToString(deterministic=True)
         self._refusal = next(iter(found), None)
+        self._plain = PlainData(self._loss_fn, info, limits.loss_fn_inputs_max)
 
     def call(self, seq_id: int) -> Call:
         """The call that was read."""
@@ -201,18 +203,30 @@ class _Reader:
             InvalidArgument: They are too many or too large: nobody reads on.
         """
         self._budget.check_count(len(message.data))
-        for datum in message.data:
-            packed = datum.SerializeToString(deterministic=True)
-            index = self._budget.spend(len(packed))
-            # Length first, so that two data cannot look like two others.
-            self._content.update(len(packed).to_bytes(8, "little"))
-            self._content.update(packed)
-            if self._refusal is None:
-                with refusals() as found:
-                    self._check(datum, packed, f"data[{index}]")
-                self._refusal = next(iter(found), None)
+        first, data = self._budget.data, message.data
+        packed = [self._pack(datum) for datum in data]
+        if self._refusal is not None:
+            return
+        with refusals() as found:
+            lengths = self._plain.lengths(data)
+            if lengths is None:
+                named = ((f"data[{first + index}]", datum) for index, datum in enumerate(data))
+                lengths = [self._checked(field, datum) for field, datum in named]
+            self._data += packed
+            self._lengths += lengths
+        self._refusal = next(iter(found), None)
 
-    def _check(self, message: types_pb2.Datum, packed: bytes, field: str) -> None:
+    def _pack(self, datum: types_pb2.Datum) -> bytes:
+        """The bytes of a datum, which are counted and digested."""
+        packed = datum.SerializeToString(deterministic=True)
+        self._budget.spend(len(packed))
+        # Length first, so that two data cannot look like two others.
+        self._content.update(len(packed).to_bytes(8, "little"))
+        self._content.update(packed)
+        return packed
+
+    def _checked(self, field: str, message: types_pb2.Datum) -> int:
+        """Tokens of a datum that is right, or what is wrong with it."""
         limits = self._limits
         datum = convert.datum_from_pb(
             message,
@@ -221,8 +235,7 @@ class _Reader:
             loss_fn_inputs_max=limits.loss_fn_inputs_max,
         ).completed(self._loss_fn)
         check_datum(field, datum, self._loss_fn, self._info, limits.targets_per_position_max)
-        self._data.append(packed)
-        self._lengths.append(len(datum.tokens))
+        return len(datum.tokens)
 
 
 class _Budget:
@@ -239,13 +252,12 @@ class _Budget:
         if self.data + more > self._data_max:
             raise over_limit("data", "data_per_call_max", self.data + more, self._data_max)
 
-    def spend(self, nbytes: int) -> int:
-        """Count one more datum of so many bytes; returns its index."""
+    def spend(self, nbytes: int) -> None:
+        """Count one more datum of so many bytes."""
         self.data += 1
         self._bytes += nbytes
         if self._bytes > self._bytes_max:
             raise over_limit("data", "call_bytes_max", self._bytes, self._bytes_max)
-        return self.data - 1
 
 
 def _check_no_header(message: ComputeRequest) -> None:

@@ -12,10 +12,15 @@ from tinsmith.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to
 from tinsmithd.checkpoint_client import CheckpointClient, Patience
 from tinsmithd.config import TrainingConfig, limits_from
 from tinsmithd.errors import TinsmithError
+from tinsmithd.files import SNAPSHOTS_FOLDER
+from tinsmithd.processes import collect_between_calls
 from tinsmithd.rpc import link_secret
-from tinsmithd.rpc.metrics import DiskCollector
-from tinsmithd.rpc.private import PrivateServer
+from tinsmithd.rpc.auth import ClusterKey
+from tinsmithd.rpc.collectors import DiskCollector
+from tinsmithd.rpc.private import NamesInterceptor, PrivateServer, SecretInterceptor
 from tinsmithd.rpc.server import RpcServer
+from tinsmithd.tenants import TenantCounter
+from tinsmithd.tls import names_of, of_cluster
 from tinsmithd.training.journal import Journal, NoJournal, SqliteStore
 from tinsmithd.training.lane import LaneLimits
 from tinsmithd.training.metrics import TrainingCollector
@@ -28,10 +33,12 @@ from tinsmithd.training.models import (
     DiskStaging,
     ModelLimits,
     Models,
+    QuotaLimits,
     Releases,
     SeatLimits,
     SnapshotRule,
     SnapshotStore,
+    check_snapshots,
 )
 from tinsmithd.training.ranks.launcher import Launcher
 from tinsmithd.training.ranks.link import TrainerLinkServicer
@@ -52,15 +59,17 @@ def _storage(config: TrainingConfig) -> tuple[Journal, SnapshotStore | None]:
         return NoJournal(), None
     folder = Path(config.data_folder)
     store = SqliteStore(folder, sync=config.durability == "fsync")
-    return Journal(store), DiskSnapshotStore(folder / "snapshots")
+    return Journal(store), DiskSnapshotStore(folder / SNAPSHOTS_FOLDER)
 
 
-def _limits(config: TrainingConfig) -> ModelLimits:
+def limits_of(config: TrainingConfig) -> ModelLimits:
+    """The bounds on models and calls that the settings say."""
     return limits_from(
         ModelLimits,
         config,
         seats=limits_from(SeatLimits, config),
         lane=limits_from(LaneLimits, config),
+        quotas=limits_from(QuotaLimits, config),
         calls=limits_from(
             CallLimits,
             config,
@@ -75,25 +84,30 @@ class TrainingServer:
 
     Attributes:
         port: The port it listens on, after `start`.
+
+    Raises:
+        ConfigError: A file of keys cannot be used.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
         patience = Patience(config.checkpoint_answer_s_max, config.checkpoint_stall_s_max)
-        self._client = CheckpointClient(config.checkpoint_target, patience)
+        self._certificates = of_cluster(config)
+        key = ClusterKey(config.cluster_key_file, "training.cluster_key_file")
+        self._client = CheckpointClient(
+            config.checkpoint_target, patience, key, certificates=self._certificates
+        )
         staging = DiskStaging(Path(config.data_folder) / "staged", config.staged_bytes_max)
         folder = config.checkpoint_folder
         deposits = Deposits(Path(folder).absolute() if folder else None)
         copies = Copies(config.state_copies_max)
         checkpoints = Checkpoints(self._client, staging, copies, deposits)
         self._journal, snapshots = _storage(config)
-        self._models = Models(_limits(config), checkpoints, self._journal, snapshots)
+        self._models = Models(limits_of(config), checkpoints, self._journal, snapshots)
         self._releases = Releases(self._client, self._models.exists)
         self._models.on_deleted(self._releases.deleted)
-        self._rpc = RpcServer(config, SERVICE_NAME, (RECOVERY_NAME,))
-        self._rpc.metrics.registry.register(TrainingCollector(self._models, self._journal))
-        if self._journal.keeps:
-            self._rpc.metrics.registry.register(DiskCollector(Path(config.data_folder)))
+        self._rpc = RpcServer(config, SERVICE_NAME, (RECOVERY_NAME,), self._certificates)
+        self._measure()
         add_TrainingServiceServicer_to_server(
             TrainingServicer(config, self._models), self._rpc.grpc_server
         )
@@ -102,6 +116,16 @@ class TrainingServer:
         )
         self._link_server: PrivateServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _measure(self) -> None:
+        """Let metrics say how everything is."""
+        config, metrics = self._config, self._rpc.metrics
+        self._models.place.counts.of_tenants = TenantCounter(metrics.tenants)
+        metrics.registry.register(
+            TrainingCollector(self._models, self._journal, metrics.tenants, config.peak_flops)
+        )
+        if self._journal.keeps:
+            metrics.registry.register(DiskCollector(Path(config.data_folder)))
 
     @property
     def port(self) -> int:
@@ -118,12 +142,15 @@ class TrainingServer:
 
         Raises:
             StoreDamaged: Nobody can use the journal.
+            FormatUnknown: A later release wrote the journal or the snapshots.
             Fenced: Another Training server has taken over.
             ConfigError: The secret of the rank link is not one.
             OSError: An address is not free.
         """
         if self._config.link_secret_file:  # refuse a wrong one before claiming anything
             link_secret.read(self._config.link_secret_file, link_secret.SERVER_KEY)
+        if self._journal.keeps:
+            check_snapshots(Path(self._config.data_folder) / SNAPSHOTS_FOLDER)
         contents = await self._journal.open()
         # A Training server that this one replaced may still run: it can write neither the journal
         # nor checkpoints any more.
@@ -148,6 +175,9 @@ class TrainingServer:
             asyncio.create_task(self._releases.run()),
             asyncio.create_task(self._link.watch()),
             asyncio.create_task(self._journal.failed()),
+            asyncio.create_task(
+                collect_between_calls(lambda: not self._models.counts.pending_calls)
+            ),
         ]
         if self._config.spawn_ranks:
             host = self._config.link_bind_address.rpartition(":")[0]
@@ -162,9 +192,15 @@ class TrainingServer:
         """Let ranks attach; returns the file with the secret that they must show."""
         config = self._config
         file = Path(config.link_secret_file or link_secret.made_in(Path(config.data_folder)))
-        self._link_server = PrivateServer(config, link_secret.read(file, link_secret.SERVER_KEY))
+        names = NamesInterceptor(names_of(config.cluster_names), "training.cluster_names")
+        secret = SecretInterceptor(link_secret.read(file, link_secret.SERVER_KEY))
+        # Without a certificate of its own this server has nothing to speak TLS with.
+        shown = self._certificates if config.cluster_tls_certificate_file else None
+        self._link_server = PrivateServer(config, [secret, names], shown)
         add_TrainerLinkServiceServicer_to_server(self._link, self._link_server.grpc_server)
-        await self._link_server.start(config.link_bind_address, config.link_port_file)
+        await self._link_server.start(
+            config.link_bind_address, "ranks attach", config.link_port_file
+        )
         return file
 
     async def run(self) -> None:
@@ -200,7 +236,7 @@ class TrainingServer:
         """Let health say what is true."""
         while True:
             await self._rpc.set_serving(self._models.ready)
-            await self._rpc.set_serving(not self._models.recovering, RECOVERY_NAME)
+            await self._rpc.set_serving(self._models.recovering == 0, RECOVERY_NAME)
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def _sweep(self) -> None:

@@ -7,24 +7,25 @@ from typing import Any, TypeVar
 
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1.training_service_pb2_grpc import TrainingServiceServicer
-from tinsmithd import failpoints
+from tinsmithd import failpoints, keys
 from tinsmithd.config import TrainingConfig
 from tinsmithd.convert import types as convert
 from tinsmithd.convert.limits import limits_to_pb, server_version
 from tinsmithd.convert.tensors import check_format
 from tinsmithd.convert.times import timestamp_to_pb, ttl_from_pb
 from tinsmithd.domain import (
-    DEFAULT_OWNER,
     LOSSES,
+    BaseModelInfo,
     CheckpointKind,
     CheckpointPath,
     new_ephemeral_name,
 )
-from tinsmithd.errors import InvalidArgument, Reason
+from tinsmithd.errors import FailedPrecondition, InvalidArgument, Reason
 from tinsmithd.rpc import flow
 from tinsmithd.rpc.intake import refusal_of_call
 from tinsmithd.rpc.paging import PAGE_SIZE_MAX, page_of, token_after
 from tinsmithd.saves import SaveOptions
+from tinsmithd.shards import shard_of
 from tinsmithd.training.call import (
     Call,
     LoadWork,
@@ -32,6 +33,7 @@ from tinsmithd.training.call import (
     SaveWork,
     StepWork,
     Work,
+    repeats_bits,
 )
 from tinsmithd.training.journal import StoredStep
 from tinsmithd.training.models import Model, Models, NewModel
@@ -81,12 +83,17 @@ class TrainingServicer(TrainingServiceServicer):
             durability_mode=_DURABILITY[self._config.durability],
             sampler_address=self._config.sampler_address,
             checkpoint_address=self._config.checkpoint_address,
+            training_address=self._elsewhere(),
+            gateway_url=self._config.gateway_url,
+            owner=keys.current().account,
         )
         group = self._models.place.current
         if group is not None:
             response.base_models.append(convert.base_model_to_pb(group.info))
             response.engine = convert.engine_to_pb(group.engine)
             response.world_size = group.world_size
+            exact = self._config.replay_check == "exact" and repeats_bits(group.identity)
+            response.replay_check = pb.REPLAY_CHECK_EXACT if exact else pb.REPLAY_CHECK_CLOSE
         return response
 
     # --- models -------------------------------------------------------------------------------
@@ -95,13 +102,16 @@ class TrainingServicer(TrainingServiceServicer):
         self, request: pb.CreateModelRequest, context: Any
     ) -> pb.CreateModelResponse:
         """Create a model."""
+        self._check_here()
         model = await self._models.create(self._new_model(request))
         return pb.CreateModelResponse(model=_model_to_pb(model))
 
     def _new_model(self, request: pb.CreateModelRequest) -> NewModel:
         path = tuning = None
+        caller = keys.current()
         if request.checkpoint_path:
             path = convert.path_from_pb(request.checkpoint_path, "checkpoint_path")
+            path = path.of(caller.search)
             if given := request.WhichOneof("tuning"):
                 raise InvalidArgument(given, "must be unset with checkpoint_path")
         else:
@@ -121,21 +131,45 @@ class TrainingServicer(TrainingServiceServicer):
             request_id=convert.request_id_from_pb(request.request_id, "request_id"),
             digest=digest_of(content),
             model_id=convert.model_id_from_pb(request.model_id, "model_id"),
+            owner=caller.account,
+            models_max=self._models.quotas.models_max,
         )
+
+    def _elsewhere(self) -> str:
+        """Where the caller's models are, if that is not here."""
+        shards = self._config.shards
+        if not shards or keys.current().sees_all:
+            return ""
+        found = shard_of(keys.current().owner, shards)
+        return "" if found in self._config.own_shards else found
+
+    def _check_here(self) -> None:
+        if address := self._elsewhere():
+            message = f"the models of this tenant are at {address}"
+            metadata = {"training_address": address}
+            raise FailedPrecondition(message, Reason.OTHER_SHARD, metadata=metadata)
+
+    def _find(self, model_id: str) -> Model:
+        """The model that the caller means.
+
+        Raises:
+            FailedPrecondition: This caller's are elsewhere (OTHER_SHARD).
+            NotFound: There is none for this caller (MODEL_NOT_FOUND).
+        """
+        self._check_here()
+        return self._models.find(keys.current(), model_id)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         """Return one model."""
-        return pb.GetModelResponse(model=_model_to_pb(self._models.get(request.model_id)))
+        return pb.GetModelResponse(model=_model_to_pb(self._find(request.model_id)))
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Any
     ) -> pb.ListModelsResponse:
         """Return a page of models, newest first."""
+        self._check_here()
         asked = page_of(request.page_size, request.page_token)
-        models = self._models.list()
-        total = len(models)
-        if asked.below is not None:
-            models = [m for m in models if m.number < asked.below]
+        models, total = self._models.page(keys.current(), asked.below, asked.size + 1)
         page = models[: asked.size]
         return pb.ListModelsResponse(
             models=[_model_to_pb(model) for model in page],
@@ -146,7 +180,7 @@ class TrainingServicer(TrainingServiceServicer):
     async def ListSteps(self, request: pb.ListStepsRequest, context: Any) -> pb.ListStepsResponse:
         """Return a page of a model's optimizer steps, newest first."""
         asked = page_of(request.page_size, request.page_token)
-        model = self._models.get(request.model_id)
+        model = self._find(request.model_id)
         steps, total = await self._models.steps(model, asked.below, asked.size + 1)
         page = steps[: asked.size]
         return pb.ListStepsResponse(
@@ -159,7 +193,7 @@ class TrainingServicer(TrainingServiceServicer):
         self, request: pb.DeleteModelRequest, context: Any
     ) -> pb.DeleteModelResponse:
         """Delete a model."""
-        await self._models.delete(request.model_id)
+        await self._models.delete(self._find(request.model_id).model_id)
         return pb.DeleteModelResponse()
 
     # --- calls on one model -------------------------------------------------------------------
@@ -184,9 +218,14 @@ class TrainingServicer(TrainingServiceServicer):
         context: Any,
         response_type: type[Response],
     ) -> AsyncIterator[Response]:
-        find = self._models.get
-        read = await read_call(requests, lambda name: find(name).info, self._data_limits)
-        model, tensor_format = find(read.model_id), read.tensor_format
+        def found(model_id: str) -> BaseModelInfo:
+            model = self._find(model_id)
+            self._models.quotas.check_queue(model)
+            return model.info
+
+        read = await read_call(requests, found, self._data_limits)
+        model, tensor_format = self._find(read.model_id), read.tensor_format
+        await self._models.wake(model)
         # To grpc a cancelled stream ends like a finished one. Answering tells them apart: it fails
         # on a call that is gone, and until it is done the cancellation has reached this task.
         # Who has this knows that the call arrived whole, and can ask for its answer.
@@ -252,7 +291,8 @@ class TrainingServicer(TrainingServiceServicer):
 
     async def _submit(self, request: Any, read: Callable[[], Work]) -> Mapping[str, Any]:
         # A call that cannot be read is refused in the model's order: it uses its number.
-        model = self._models.get(request.model_id)
+        model = self._find(request.model_id)
+        await self._models.wake(model)
         refusal = refusal_of_call()
         work = read_work(read) if refusal is None else RefusedWork(refusal)
         failpoints.hit("recv")
@@ -273,7 +313,8 @@ class TrainingServicer(TrainingServiceServicer):
         if request.seq_id < 1:
             raise InvalidArgument("seq_id", f"{request.seq_id} is no call's number: below 1")
         digest = convert.digest_from_pb(request.call_digest, "call_digest")
-        model = self._models.get(request.model_id)
+        model = self._find(request.model_id)
+        await self._models.wake(model)
         answer = self._models.answer(model, request.seq_id, digest)
         async for response in answer_to_pb(answer, request.tensor_format):
             yield response
@@ -297,8 +338,8 @@ def _model_to_pb(model: Model) -> pb.Model:
     elif model.lane.suspended:
         state = pb.MODEL_STATE_SUSPENDED
     return pb.Model(
-        model_id=model.model_id,
-        owner=DEFAULT_OWNER,
+        model_id=model.public_id,
+        owner=model.owner,
         base_model=model.info.name,
         **convert.tuning_to_pb(model.tuning),
         user_metadata=model.user_metadata,

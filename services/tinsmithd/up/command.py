@@ -17,8 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinsmith.addresses import GATEWAY_VARIABLE
+from tinsmith.channels import CA_VARIABLE
 from tinsmithd.config import Config, ConfigError, TrainerConfig, TrainingConfig
 from tinsmithd.config.fields import PORT_MAX, choices_of, default_of
+from tinsmithd.keys import KeyFileError
 from tinsmithd.processes import StderrWriter, log_to_stderr
 from tinsmithd.up import gateway
 from tinsmithd.up.embedded import EmbeddedCluster, Options, UpError
@@ -46,9 +49,19 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
         "taken, or --port is 0)",
     )
     gateways.add_argument("--no-gateway", action="store_true", help="start no gateway")
+    up.add_argument(
+        "--keys",
+        type=_absolute,
+        dest="keys_file",
+        metavar="FILE",
+        help="callers need a key of this file, which `tinsmith keys` looks after",
+    )
     for key in _OF_RANKS:
         _add_setting(up, TrainerConfig, key)
     _add_setting(up, TrainingConfig, "durability")
+    up.add_argument(
+        "--tls", action="store_true", help="speak TLS, with certificates that it makes for itself"
+    )
     up.add_argument("run", nargs="*", metavar="-- COMMAND", help="run this against it, then stop")
     args = vars(parser.parse_args(argv))
     del args["command"]
@@ -66,6 +79,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[Options, list[str]]:
     if args["ranks"] == 0:  # for pods one for each GPU, and of a Training server none at all
         parser.error("trainer.ranks: must be at least 1, is 0")
     return Options(**args), run
+
+
+def _absolute(text: str) -> Path:
+    return Path(text).absolute()
 
 
 def _port(text: str) -> int:
@@ -111,18 +128,26 @@ def _banner(cluster: EmbeddedCluster, options: Options) -> str:
     name = folder.resolve().name if folder.is_dir() else options.base_model
     lines = [f"Tinsmith is ready: {name}, {options.ranks} rank(s), {options.engine} engine"]
     lines += [f"  {name.capitalize():<11}{at}" for name, at in cluster.addresses.items()]
-    if cluster.gateway_url is not None:
-        lines += [f"{name}={value}" for name, value in _urls(cluster.gateway_url).items()]
+    lines += [f"{name}={value}" for name, value in _variables(cluster).items()]
     code = f'import tinsmith; print(tinsmith.ServiceClient(base_url="{cluster.address}").'
     code += "get_server_capabilities())"
-    lines.append(f"Try it:  {shlex.join([Path(sys.executable).name, '-c', code])}")
+    trust = "" if cluster.tls is None else f"{CA_VARIABLE}={cluster.tls.ca_file} "
+    lines.append(f"Try it:  {trust}{shlex.join([Path(sys.executable).name, '-c', code])}")
     lines.append("Ctrl-C stops it; saved checkpoints stay in " + str(options.data))
     return "\n".join(lines)
 
 
-def _urls(gateway_url: str) -> dict[str, str]:
-    """What programs of others find the cluster by."""
-    return {"TINKER_BASE_URL": gateway_url, "OPENAI_BASE_URL": f"{gateway_url}/v1"}
+def _variables(cluster: EmbeddedCluster) -> dict[str, str]:
+    """What programs of others find the cluster by, and whom they trust."""
+    found = {}
+    if cluster.tls is not None:
+        found = {CA_VARIABLE: str(cluster.tls.ca_file)}
+    if cluster.gateway_url is not None:
+        found["TINKER_BASE_URL"] = cluster.gateway_url
+        found["OPENAI_BASE_URL"] = f"{cluster.gateway_url}/v1"
+        if cluster.tls is not None:  # what Python's `ssl` reads, and with it the SDKs of others
+            found["SSL_CERT_FILE"] = str(cluster.tls.roots_file)
+    return found
 
 
 async def _up(options: Options, command: Sequence[str]) -> int:
@@ -157,11 +182,13 @@ async def _serve(cluster: EmbeddedCluster, options: Options, command: Sequence[s
     print(_banner(cluster, options), flush=True)
     if not command:
         await cluster.keep_running()
-    environment = {**os.environ, "TINSMITH_ADDRESS": cluster.address}
+    found = {"TINSMITH_ADDRESS": cluster.address, **_variables(cluster)}
+    keys: dict[str, str] = {}
     if cluster.gateway_url is not None:
-        # Their clients want a key, and there are none yet.
+        found[GATEWAY_VARIABLE] = cluster.gateway_url
+        # Their clients want a key, even where there are none.
         keys = {"TINKER_API_KEY": "tml-none", "OPENAI_API_KEY": "none"}
-        environment = {**keys, **environment, **_urls(cluster.gateway_url)}
+    environment = {**keys, **os.environ, **found}
     process = await asyncio.create_subprocess_exec(*command, env=environment)
     try:
         return await process.wait()
@@ -177,5 +204,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr("WARNING", "up")
     try:
         sys.exit(asyncio.run(_up(options, command)))
-    except (UpError, ConfigError, OSError) as error:
+    except (UpError, ConfigError, KeyFileError, OSError) as error:
         sys.exit(f"tinsmith: {error}")

@@ -11,11 +11,14 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tinsmith.addresses import PLAIN, SECURE
 from tinsmithd.config import GatewaySettings
 from tinsmithd.files import private_folder
 from tinsmithd.processes import EXIT_HOPELESS, Child, Ended, Log, describe_exit
 from tinsmithd.rpc.channels import open_aio_channel
+from tinsmithd.tls import Certificates, Files, ThrownAway, throw_away
 from tinsmithd.up.gateway import is_ready, loadable
+from tinsmithd.up.keys import cluster_key
 
 SERVICES = {
     "training": "tinsmith.v1.TrainingService",
@@ -28,6 +31,13 @@ RESTART_DELAY_S_FIRST = 1.0
 RESTART_DELAY_S_MAX = 30.0
 SETTLED_S = 10.0
 """A server that lived longer than this is started again without a longer delay."""
+
+LOUD = tuple(
+    form % level
+    for level in (b"WARNING", b"ERROR", b"CRITICAL")
+    for form in (b" %s ", b'"level": "%s"')
+)
+"""What a line of a log has that a person should see, as text and as JSON."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +63,10 @@ class Options:
     gateway_port: int | None = None
     durability: str = ""
     """Empty leaves it to the Training server's own settings."""
+    tls: bool = False
+    """All of them speak TLS, with a certificate and an authority of their own in `data`."""
+    keys_file: Path | None = None
+    """The keys of callers; None: they need none."""
 
 
 class EmbeddedCluster:
@@ -68,7 +82,11 @@ class EmbeddedCluster:
         keep: False leaves dead what dies once all have served.
 
     Attributes:
-        address: Training's `host:port`, the one that a client needs.
+        address: Training's, the one that a client needs: `host:port`, `https://` before it with
+            TLS.
+
+    Raises:
+        KeyFileError: The file of keys cannot be used.
     """
 
     def __init__(
@@ -83,6 +101,10 @@ class EmbeddedCluster:
         self._show = show
         logs = options.data / "logs"
         private_folder(logs)
+        self._tls = throw_away(options.data.resolve() / "tls") if options.tls else None
+        self._cluster_key: Path | None = None
+        if options.keys_file is not None:
+            self._cluster_key = cluster_key(options.keys_file, options.data).resolve()
         self._children: dict[str, Child] = {}
         self._logs: list[Log] = []
         # The gateway is stopped before, and started after, those that it stands before.
@@ -92,7 +114,9 @@ class EmbeddedCluster:
         for name, port in ports.items():
             log = Log(logs / f"{name}.log", lambda line, name=name: self._line(name, line))  # type: ignore[misc]
             self._logs.append(log)
-            self._children[name] = Child(name, port, log)
+            # With TLS the servers call the Checkpoint server where nobody else is let in.
+            cluster = options.tls and name == "checkpoint"
+            self._children[name] = Child(name, port, log, cluster=cluster)
         self._served = asyncio.Event()
         self._followers: list[asyncio.Task[None]] = []
         self._keepers: list[asyncio.Task[None]] = []
@@ -100,7 +124,12 @@ class EmbeddedCluster:
     @property
     def address(self) -> str:
         """Training's address."""
-        return self.addresses["training"]
+        return ("" if self._tls is None else SECURE) + self.addresses["training"]
+
+    @property
+    def tls(self) -> ThrownAway | None:
+        """What they speak TLS with; None where they speak plain text."""
+        return self._tls
 
     @property
     def addresses(self) -> Mapping[str, str]:
@@ -110,9 +139,9 @@ class EmbeddedCluster:
 
     @property
     def gateway_url(self) -> str | None:
-        """`http://host:port` of the gateway; None where there is none."""
+        """`http://host:port` of the gateway, `https://` with TLS; None where there is none."""
         address = self.addresses.get(GATEWAY)
-        return address and f"http://{address}"
+        return address and f"{PLAIN if self._tls is None else SECURE}{address}"
 
     def pid(self, name: str) -> int:
         """Process id of a server; of one that died and is not started again yet, the old one."""
@@ -121,11 +150,39 @@ class EmbeddedCluster:
         return process.pid
 
     def _line(self, name: str, line: bytes) -> None:
-        loud = b" WARNING " in line or b" ERROR " in line
+        loud = any(mark in line for mark in LOUD)
         if loud or not self._children[name].serving:
             self._show(line)
 
+    def _certificates(self) -> Mapping[str, object]:
+        """Settings of each of them: what it shows to callers, and to the others."""
+        if self._tls is None:
+            return {}
+        made = self._tls
+        every: dict[str, object] = {"cluster_tls_ca_file": made.ca_file}
+        for prefix in ("tls", "cluster_tls"):
+            every[f"{prefix}_certificate_file"] = made.certificate_file
+            every[f"{prefix}_key_file"] = made.key_file
+        return every
+
     def _settings(self, name: str) -> Mapping[str, object]:
+        return {**self._own_settings(name), **self._key_settings(name)}
+
+    def _key_settings(self, name: str) -> Mapping[str, object]:
+        if self._cluster_key is None:
+            return {}
+        found: dict[str, object] = {"keys_file": self._options.keys_file}
+        if name != "checkpoint":  # which calls nobody
+            found["cluster_key_file"] = self._cluster_key
+        return found
+
+    @property
+    def _checkpoint_target(self) -> str:
+        """Where the servers call the Checkpoint server."""
+        child = self._children["checkpoint"]
+        return f"127.0.0.1:{child.cluster_port or child.port}"
+
+    def _own_settings(self, name: str) -> Mapping[str, object]:
         options, addresses = self._options, self.addresses
         base_model = options.base_model
         if Path(base_model).is_dir():
@@ -139,14 +196,16 @@ class EmbeddedCluster:
                 "base_model": base_model,
                 "dtype": options.dtype,
                 "threads": options.threads,
-                "checkpoint_target": addresses["checkpoint"],
+                "checkpoint_target": self._checkpoint_target,
                 "checkpoint_folder": options.data.resolve() / "checkpoints",
             }
         return {
             "data_folder": options.data.resolve() / "training",
             "sampler_address": f":{self._children['sampler'].port}",
             "checkpoint_address": f":{self._children['checkpoint'].port}",
-            "checkpoint_target": addresses["checkpoint"],
+            # One on a free port is started after this one: the command that runs on it is told.
+            **({"gateway_url": self.gateway_url} if options.gateway_port else {}),
+            "checkpoint_target": self._checkpoint_target,
             "checkpoint_folder": options.data.resolve() / "checkpoints",
             **({"durability": options.durability} if options.durability else {}),
             "spawn_ranks": options.ranks,
@@ -196,18 +255,26 @@ class EmbeddedCluster:
 
     async def _until_serving(self, child: Child) -> None:
         if child.name == GATEWAY:
+            ca_file = None if self._tls is None else self._tls.ca_file
             while not child.serving:
-                child.serving = await is_ready(child.port)
+                child.serving = await is_ready(child.port, ca_file)
                 await asyncio.sleep(0.1)
             return
         request = health_pb2.HealthCheckRequest(service=SERVICES[child.name])
-        async with open_aio_channel(f"127.0.0.1:{child.port}") as channel:
+        address = f"127.0.0.1:{child.port}"
+        async with open_aio_channel(address, certificates=self._trusted()) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while not child.serving:
                 with contextlib.suppress(grpc.RpcError):
                     response = await stub.Check(request, timeout=5)
                     child.serving = response.status == health_pb2.HealthCheckResponse.SERVING
                 await asyncio.sleep(0.1)
+
+    def _trusted(self) -> Certificates | None:
+        """By what this process knows them."""
+        if self._tls is None:
+            return None
+        return Certificates(Files("up", "tls", "", "", str(self._tls.ca_file), "ca_file"))
 
     async def _keep(self, child: Child) -> None:
         """Start a server, and start it again whenever it ends."""
@@ -216,7 +283,7 @@ class EmbeddedCluster:
         while True:
             started_s = loop.time()
             try:
-                await child.start(self._settings(child.name))
+                await child.start({**self._certificates(), **self._settings(child.name)})
                 status = await child.wait()
             except Ended as ended:
                 status = ended.status

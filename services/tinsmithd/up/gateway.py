@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import importlib.util
 import socket
+import ssl
 from pathlib import Path
 
 PORT = 8080
 """Its port where nobody says another one; if that is taken, a free one."""
-_MODULES = ("starlette", "uvicorn", "httptools", "zstandard", "tokenizers", "jinja2")
+_MODULES = ("starlette", "uvicorn", "httptools", "uvloop", "zstandard", "tokenizers", "jinja2")
 """What the extra `gateway` brings."""
 _ANSWER_S_MAX = 5.0
 
@@ -36,11 +37,17 @@ def loadable(folder: Path) -> str:
     return f"/.{path}" if path.count("/") == 2 else path
 
 
-async def is_ready(port: int) -> bool:
-    """Whether a gateway on this machine serves, and its cluster with it."""
+async def is_ready(port: int, ca_file: Path | None = None) -> bool:
+    """Whether a gateway on this machine serves, and its cluster with it.
+
+    Args:
+        port: Its port.
+        ca_file: The authority that vouches for it; None where it speaks plain text.
+    """
+    context = ssl.create_default_context(cafile=ca_file) if ca_file else None
     with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
         async with asyncio.timeout(_ANSWER_S_MAX):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
             try:
                 writer.write(b"GET /healthz HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n")
                 status = await reader.readline()

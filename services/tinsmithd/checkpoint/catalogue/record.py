@@ -12,6 +12,8 @@ from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointKind, CheckpointPath, FullConfig, Tuning
 from tinsmithd.errors import DataLoss, Reason
 
+_KINDS: Mapping[str, CheckpointKind] = {kind.value: kind for kind in CheckpointKind}
+
 
 @dataclass(frozen=True)
 class Ephemeral:
@@ -73,7 +75,7 @@ def read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
             raise ValueError("the digest differs")
         record = json.loads(row["record"])
         return Checkpoint(
-            path=CheckpointPath(row["model_id"], CheckpointKind(row["kind"]), row["name"]),
+            path=CheckpointPath(row["model_id"], _KINDS[row["kind"]], row["name"]),
             base_model=record["base_model"],
             tuning=_tuning(record),
             step_count=record["step_count"],
@@ -88,9 +90,13 @@ def read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
             number=row["number"],
         )
     except (ValueError, TypeError, KeyError) as error:
-        subject = subject or f"{row['model_id']!r} {row['kind']!r} {row['name']!r}"
-        message = f"{subject}: entry {row['number']} of the catalogue is damaged: {error}"
-        raise DataLoss(message, Reason.CHECKPOINT_CORRUPT) from error
+        raise _damaged(row, error, subject) from error
+
+
+def _damaged(row: sqlite3.Row, error: Exception, subject: str = "") -> DataLoss:
+    subject = subject or f"{row['model_id']!r} {row['kind']!r} {row['name']!r}"
+    message = f"{subject}: entry {row['number']} of the catalogue is damaged: {error}"
+    return DataLoss(message, Reason.CHECKPOINT_CORRUPT)
 
 
 def text_of(checkpoint: Checkpoint) -> str:
@@ -105,11 +111,15 @@ def text_of(checkpoint: Checkpoint) -> str:
             "user_metadata": dict(checkpoint.user_metadata),
             # Absent, as in records of earlier versions, where it is an ordinary one.
             **({} if ephemeral is None else {"ephemeral": asdict(ephemeral)}),
-            "files": [[blob.name, blob.size_bytes, blob.sha256] for blob in checkpoint.files],
+            "files": [_file(blob) for blob in checkpoint.files],
             "request_id": checkpoint.request_id,
             "request_digest": checkpoint.request_digest,
         }
     )
+
+
+def _file(blob: Blob) -> list[object]:
+    return [blob.name, blob.size_bytes, blob.sha256, *([blob.key] if blob.key else [])]
 
 
 def _tuning(record: Mapping[str, Any]) -> Tuning:
@@ -120,3 +130,17 @@ def _tuning(record: Mapping[str, Any]) -> Tuning:
 def _ephemeral(record: Mapping[str, Any]) -> Ephemeral | None:
     found = record.get("ephemeral")
     return None if found is None else Ephemeral(**found)
+
+
+def places_of(row: sqlite3.Row) -> Sequence[str]:
+    """Where the files of a row's checkpoint are, see `Blob.place`.
+
+    Raises:
+        DataLoss: It is not what was written (CHECKPOINT_CORRUPT).
+    """
+    try:
+        if not intact(row):
+            raise ValueError("the digest differs")
+        return [file[-1] for file in json.loads(row["record"])["files"]]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise _damaged(row, error) from error

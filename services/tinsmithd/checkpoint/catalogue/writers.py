@@ -6,8 +6,8 @@ What is kept of it is the table `writers` of the catalogue.
 import sqlite3
 from dataclasses import dataclass, field
 
-from tinsmithd.checkpoint.catalogue import schema
 from tinsmithd.checkpoint.catalogue.record import intact
+from tinsmithd.checkpoint.catalogue.rows import Rows
 from tinsmithd.errors import DataLoss, FailedPrecondition, Reason, over_limit
 
 EPOCH_STEP_MAX = 1_000_000
@@ -29,24 +29,21 @@ class Writer:
     where: str = field(default="header.", compare=False)
 
 
-def admit(db: sqlite3.Connection, writer: Writer, step_max: int) -> None:
+def admit(rows: Rows, writer: Writer, step_max: int) -> None:
     """Keep a writer's epoch as the highest, in the transaction that is open.
 
     Raises:
         FailedPrecondition, DataLoss: See `highest_epoch`.
         InvalidArgument: It is more than `step_max` above the highest that was seen.
     """
-    highest = highest_epoch(db, writer)
+    highest = highest_epoch(rows.db, writer)
     step = writer.epoch - (highest or 0)
     if step > step_max:
         # An epoch is one restart. A number that no restarts explain would fence off, for ever,
         # everybody who counts them.
         raise over_limit(f"{writer.where}writer_epoch", "writer_epoch_step_max", step, step_max)
     if highest is None or highest < writer.epoch:
-        db.execute(
-            "INSERT OR REPLACE INTO writers VALUES (?,?,?)",
-            (writer.name, writer.epoch, schema.digest_of(writer.name, writer.epoch)),
-        )
+        rows.write_writer(writer.name, writer.epoch)
 
 
 def highest_epoch(db: sqlite3.Connection, writer: Writer) -> int | None:

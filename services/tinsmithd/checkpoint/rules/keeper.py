@@ -3,6 +3,7 @@
 Everything here blocks on disk; the servicer calls it from threads.
 """
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,15 +16,19 @@ from tinsmithd.checkpoint.catalogue import (
     Ephemeral,
     Writer,
     check_repeat,
+    check_stored,
     digest_of,
 )
 from tinsmithd.checkpoint.rules.clocks import Clocks
+from tinsmithd.checkpoint.rules.collector import Collector
 from tinsmithd.checkpoint.rules.leases import Leases
 from tinsmithd.checkpoint.rules.write import Header, Write
 from tinsmithd.checkpoint.store import Blob, Staging, Store, storage_errors
 from tinsmithd.domain import CheckpointPath
 from tinsmithd.errors import (
+    AlreadyExists,
     DataLoss,
+    FailedPrecondition,
     InvalidArgument,
     NotFound,
     Reason,
@@ -34,6 +39,8 @@ from tinsmithd.errors import (
 
 EXPIRY_GRACE_S = 600.0
 """How long sweeps must have seen a checkpoint expired before they remove its bytes."""
+EXPIRED_AT_ONCE = 20
+"""Checkpoints that one transaction removes: nobody waits longer for it than some milliseconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,35 +73,72 @@ class Keeper:
     ) -> None:
         self._store = store
         self.catalogue = catalogue
-        self.leases = Leases(catalogue, lease_s, clocks)
+        self.shared = store.shared
+        self.leases = Leases(catalogue, lease_s, clocks, shared=store.shared)
         self._bytes_max = checkpoint_bytes_max
         self._clocks = clocks
         self._expired_since: dict[int, float] = {}
-        # What `removals` was when unused blobs were last looked for; None where some are likely.
-        self._swept: int | None = None
         # Held from a blob's arrival to its first reference, so that no sweep comes between.
-        self._publishing = threading.Lock()
+        self._publishing = _lock(store)
         # Held from a lookup until the blobs are open, so that no sweep comes between.
-        self._opening = threading.Lock()
+        self._opening = _lock(store)
+        self._collector = Collector(store, catalogue, self._publishing, self._opening)
 
     def close(self) -> None:
         """Close everything once no blob is being moved: the next server may come at once."""
+        self._collector.close()
         with self._publishing:
             self.catalogue.close()
             self._store.close()
 
-    def begin(self, header: Header) -> Write:
+    def begin(self, header: Header, stored_max: int = 0) -> Write:
         """Begin to write a checkpoint.
+
+        Args:
+            header: What it says of itself.
+            stored_max: Bytes that its owner may have stored; 0: any number.
 
         Raises:
             FailedPrecondition: The writer was replaced (STALE_EPOCH).
             InvalidArgument: Its epoch jumps (LIMIT_EXCEEDED).
+            ResourceExhausted: Its owner has stored all that he may (QUOTA_EXCEEDED).
         """
-        if header.writer is not None:
+        if header.writer is None:
+            self.catalogue.refresh()  # a store that is away is said before any byte is taken
+        else:
             self.catalogue.admit(header.writer)
-        return Write(header, lambda: self._store.stage(self._bytes_max), self._publish)
 
-    def _publish(self, header: Header, staging: Staging, files: Sequence[Blob]) -> Checkpoint:
+        is_there = stored_max and self._is_repeat(header)
+
+        def check(nbytes: int) -> None:
+            if not is_there:
+                self._check_stored(header.path.owner, nbytes, stored_max)
+
+        check(1)
+
+        def publish(header: Header, staging: Staging, files: Sequence[Blob]) -> Checkpoint:
+            return self._publish(header, staging, files, stored_max)
+
+        return Write(header, lambda: self._store.stage(self._bytes_max), publish, check)
+
+    def _is_repeat(self, header: Header) -> bool:
+        """Whether a checkpoint is there that a request with this id made."""
+        if not header.request_id or header.overwrite:
+            return False
+        try:
+            found = self.catalogue.find(header.path, fresh=False)
+        except DataLoss:
+            return False
+        return found is not None and found.request_id == header.request_id
+
+    def _check_stored(self, owner: str, nbytes: int, stored_max: int) -> None:
+        """Refuse so many bytes more than an owner may have stored."""
+        if stored_max:
+            check_stored(self.catalogue.stored_bytes(owner) + nbytes, stored_max)
+
+    def _publish(
+        self, header: Header, staging: Staging, files: Sequence[Blob], stored_max: int
+    ) -> Checkpoint:
         now_s = self._clocks.wall()
         checkpoint = Checkpoint(
             path=header.path,
@@ -115,11 +159,19 @@ class Keeper:
                     staging.publish(durable=header.durable)
                     failpoints.hit("ckpt_post_rename")
                     added = self.catalogue.add(
-                        checkpoint, overwrite=header.overwrite, writer=header.writer
+                        checkpoint,
+                        overwrite=header.overwrite,
+                        writer=header.writer,
+                        stored_max=stored_max,
                     )
+                if [blob.place for blob in added.files] != [blob.place for blob in files]:
+                    staging.refused()  # it was there, by the same request
                 self.leases.grant(added, header.lease_id)
             except Exception as error:
-                self._swept = None
+                if isinstance(error, AlreadyExists | FailedPrecondition) or _is_quota(error):
+                    staging.refused()
+                if not self.shared:
+                    self._collector.suspect(files)
                 if isinstance(error, ResourceExhausted | Unavailable):
                     self._give_room_back()
                 raise
@@ -129,7 +181,7 @@ class Keeper:
     def _give_room_back(self) -> None:
         # A full disk must not stay full until the next sweep with what was refused.
         try:
-            self._remove_unused()
+            self._remove_unused(waits=True)
         except (OSError, TinsmithError) as error:
             _log.warning("files of a refused write stay until the next sweep: %s", error)
 
@@ -139,8 +191,9 @@ class Keeper:
         destination: CheckpointPath,
         ttl_seconds: int | None,
         request_id: str = "",
+        stored_max: int = 0,
     ) -> Checkpoint:
-        """Give a checkpoint's files another name."""
+        """Give a checkpoint's files another name; see `begin` for `stored_max`."""
         if source.kind is not destination.kind:
             message = f"the original is of kind {source.kind}"
             raise InvalidArgument("destination_checkpoint_path", message, Reason.INVALID_NAME)
@@ -151,6 +204,7 @@ class Keeper:
                 check_repeat(found, request_id, digest)  # whatever became of the original
                 return found
             original = self.catalogue.get(source)
+            self._check_stored(destination.owner, original.size_bytes, stored_max)
             self._make_durable(original)
             copied = replace(
                 original,
@@ -161,7 +215,7 @@ class Keeper:
                 request_digest=digest,
                 ephemeral=None,
             )
-            return self.catalogue.add(copied, overwrite=False)
+            return self.catalogue.add(copied, overwrite=False, stored_max=stored_max)
 
     def set_ttl(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> Checkpoint:
         """Make a checkpoint ordinary and let it live this long from now on.
@@ -177,7 +231,7 @@ class Keeper:
         self, path: CheckpointPath, change: Callable[[Checkpoint], Checkpoint]
     ) -> Checkpoint:
         """Change a checkpoint, see `Catalogue.update`."""
-        self.leases.renew(path)
+        self._use(path)
 
         def change_durably(checkpoint: Checkpoint) -> Checkpoint:
             changed = change(checkpoint)
@@ -197,8 +251,14 @@ class Keeper:
 
     def get(self, path: CheckpointPath, lease_id: str = "") -> Checkpoint:
         """Look up one checkpoint, which counts as a use of it; see `Catalogue.get`."""
+        self._use(path, lease_id)
+        return self.catalogue.get(path, fresh=False)
+
+    def _use(self, path: CheckpointPath, lease_id: str = "") -> None:
+        """Renew the lease of who uses a checkpoint, so that no server removes it."""
+        self.catalogue.refresh()
         self.leases.renew(path, lease_id)
-        return self.catalogue.get(path)
+        self.leases.tell()
 
     def renew(self, leases: Iterable[tuple[CheckpointPath, str]]) -> Sequence[CheckpointPath]:
         """Renew leases, each a path and an id; returns those paths with nothing there.
@@ -206,15 +266,17 @@ class Keeper:
         Raises:
             Unavailable: The catalogue cannot be read.
         """
+        self.catalogue.refresh()
+        unknown = [path for path, lease_id in leases if not self.leases.renew(path, lease_id)]
+        self.leases.tell()
         missing = []
-        for path, lease_id in leases:
-            if not self.leases.renew(path, lease_id):
-                try:
-                    self.catalogue.get(path)
-                except NotFound:
-                    missing.append(path)
-                except DataLoss:
-                    continue  # there is something, and whoever reads it hears more
+        for path in unknown:
+            try:
+                self.catalogue.get(path, fresh=False)
+            except NotFound:
+                missing.append(path)
+            except DataLoss:
+                continue  # there is something, and whoever reads it hears more
         return missing
 
     def release(self, model_ids: Collection[str], writer: Writer | None) -> Sequence[str]:
@@ -235,8 +297,9 @@ class Keeper:
             DataLoss, ResourceExhausted, Unavailable, OSError: As `sweep`.
         """
         if removed := self.leases.reclaim():
-            with self._publishing:
-                self._remove_unused()
+            if not self.shared:
+                with self._publishing:
+                    self._remove_unused()
             _log.debug("reclaimed %d ephemeral checkpoints", removed)
 
     def open(
@@ -268,6 +331,14 @@ class Keeper:
             wanted = [blob for blob in found.files if not names or blob.name in names]
             return found, [(blob, self._store.read(blob)) for blob in wanted]
 
+    def urls(self, checkpoint: Checkpoint, seconds: float) -> Sequence[str]:
+        """Where anybody can read each file of a checkpoint for a while; empty: nowhere.
+
+        Raises:
+            Unavailable: The store cannot say (CHECKPOINT_UNAVAILABLE).
+        """
+        return [self._store.url(blob, seconds) for blob in checkpoint.files]
+
     def sweep(self) -> None:
         """Remove what expired and what nothing refers to any more.
 
@@ -279,22 +350,23 @@ class Keeper:
         expired = self.catalogue.expired()
         self._expired_since = {n: self._expired_since.get(n, now_s) for n in expired}
         due = [n for n, since_s in self._expired_since.items() if now_s - since_s >= EXPIRY_GRACE_S]
-        removed = self.catalogue.delete_expired(due) if due else 0
+        removed = sum(
+            self.catalogue.delete_expired(due[start : start + EXPIRED_AT_ONCE])
+            for start in range(0, len(due), EXPIRED_AT_ONCE)
+        )
         self.leases.forget_deleted()
         self._store.forget_deposits()
-        with self._publishing:
-            blobs = self._remove_unused() if self._swept != self.catalogue.removals else 0
+        self.catalogue.tidy()
+        blobs = self._remove_unused()
         if removed or blobs:
             _log.info("removed %d expired checkpoints, %d unused blobs", removed, blobs)
 
-    def _remove_unused(self) -> int:
-        """Remove blobs that nothing refers to; the caller holds `_publishing`."""
-        removals = self.catalogue.removals
-        kept = self.catalogue.contents()
-        with self._opening:
-            removed = self._store.sweep(kept)
-        self._swept = removals
-        return removed
+    def _remove_unused(self, *, waits: bool = False) -> int:
+        """Remove blobs that nothing refers to; where somebody `waits`, only if that is quick."""
+        if self.shared:
+            # Such a store finds by itself what may go.
+            return 0 if waits else self._store.sweep(self.catalogue.unused)
+        return 0 if waits and not self._collector.quick else self._collector.collect()
 
     def probe(self) -> None:
         """Do nothing, as long as an intact checkpoint could be read.
@@ -304,6 +376,15 @@ class Keeper:
         """
         self.catalogue.probe()
         self._store.probe()
+
+
+def _is_quota(error: Exception) -> bool:
+    return isinstance(error, ResourceExhausted) and error.reason is Reason.QUOTA_EXCEEDED
+
+
+def _lock(store: Store) -> contextlib.AbstractContextManager[object]:
+    """A lock against sweeps; where several servers sweep none helps, and a grace does."""
+    return contextlib.nullcontext() if store.shared else threading.RLock()
 
 
 def _ephemeral(header: Header) -> Ephemeral | None:

@@ -1,6 +1,6 @@
 """What may be stored: the files of a state, checked. Nothing that runs when it is read."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from tinsmithd.checkpoint.store import Staging
 from tinsmithd.domain import CheckpointKind, Tuning
@@ -28,6 +28,12 @@ def check_file_name(field: str, name: str, kind: CheckpointKind, tuning: Tuning)
     if name not in allowed:
         message = f"a {kind} checkpoint has {', '.join(allowed)}, not {name[:100]!r}"
         raise InvalidArgument(field, message, Reason.INVALID_NAME)
+
+
+def followed_names(kind: CheckpointKind, tuning: Tuning) -> Sequence[str]:
+    """The files of a checkpoint that may be large, in the order in which they are written."""
+    weights, _, _ = state_files.required_files(tuning)
+    return [weights, *[state_files.OPTIMIZER_FILE] * (kind is CheckpointKind.TRAINING)]
 
 
 def check_length(field: str, name: str, size_bytes: int) -> None:

@@ -2,14 +2,25 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from tinsmithd.checkpoint.catalogue import Checkpoint, Writer, digest_of
-from tinsmithd.checkpoint.rules.safety import check_file_name, check_files, check_length
+from tinsmithd.checkpoint.rules.safety import (
+    check_file_name,
+    check_files,
+    check_length,
+    followed_names,
+)
 from tinsmithd.checkpoint.store import Blob, Staging, storage_errors
 from tinsmithd.domain import CheckpointPath, Tuning
 from tinsmithd.errors import DataLoss, InvalidArgument, Reason
+
+CHECK_BYTES = 32 * 1024 * 1024
+"""Bytes that come in between two looks whether there is room for more."""
+_FINISHING = 64
+_beside = ThreadPoolExecutor(_FINISHING, thread_name_prefix="finish")
+"""Writes that wait for the store while their files are looked at."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Write:
         header: What it says of itself.
         stage: Makes room for its files.
         publish: Makes finished files a checkpoint that is visible.
+        check_room: Refuses so many bytes as all files have, if that is too much.
     """
 
     def __init__(
@@ -65,7 +77,11 @@ class Write:
         header: Header,
         stage: Callable[[], Staging],
         publish: Callable[[Header, Staging, Sequence[Blob]], Checkpoint],
+        check_room: Callable[[int], None],
     ) -> None:
+        self._check_room = check_room
+        self._nbytes = 0
+        self._checked_bytes = 0
         self._header = header
         self._stage = stage
         self._publish = publish
@@ -85,8 +101,17 @@ class Write:
         check_file_name("piece.file_name", name, self._header.path.kind, self._header.tuning)
         check_length("piece.data", name, offset + len(data))
         with self._lock:
+            self._comes(len(data))
             self._staged().append(name, offset, data)
             self._sent.add(name)
+
+    def follow(self) -> None:
+        """Begin to read what its writer leaves in the deposit, if there is one."""
+        header = self._header
+        if header.deposit:
+            with self._lock:
+                names = followed_names(header.path.kind, header.tuning)
+                self._staged().follow(header.deposit, names)
 
     def take(self, promised: Sequence[Blob]) -> int:
         """Take the files that were not sent out of the deposit, if there is one.
@@ -110,6 +135,7 @@ class Write:
                     check_length("commit.files", blob.name, size)
                     self._taken.add(blob.name)
                     nbytes += size
+                    self._comes(size)
         return nbytes
 
     def commit(self, promised: Sequence[Blob]) -> Checkpoint:
@@ -125,16 +151,26 @@ class Write:
         """
         with self._lock:
             staging, header = self._staged(), self._header
+            self._check_room(self._nbytes)
             staging.flush()
-            with ThreadPoolExecutor(1) as beside:
-                finishing = beside.submit(staging.finish, durable=header.durable)
+            finishing = _beside.submit(staging.finish, durable=header.durable)
+            try:
                 refusal = self._refusal(staging)
-                found = finishing.result()
+            finally:
+                wait([finishing])
+            found = finishing.result()
             # Damage on the way may make of a file what no file may be: that is no fault of it.
             self._check_promised(found, promised)
             if refusal is not None:
                 raise refusal
             return self._publish(header, staging, found)
+
+    def _comes(self, nbytes: int) -> None:
+        """So many bytes come; looks now and then whether all of them find room."""
+        self._nbytes += nbytes
+        if self._nbytes - self._checked_bytes >= CHECK_BYTES:
+            self._check_room(self._nbytes)
+            self._checked_bytes = self._nbytes
 
     def _refusal(self, staging: Staging) -> InvalidArgument | None:
         """Why the files are not what a checkpoint is, if they are not."""

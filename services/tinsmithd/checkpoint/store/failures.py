@@ -29,6 +29,11 @@ def storage_errors() -> Iterator[None]:
         raise of_disk(error) from error
 
 
+def whole(error: TinsmithError) -> str:
+    """What an error says to who operates the server: more than to callers."""
+    return ": ".join([error.message, *getattr(error, "__notes__", ())])
+
+
 def of_disk(error: OSError) -> TinsmithError:
     """The error that says what an OSError means for checkpoints."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

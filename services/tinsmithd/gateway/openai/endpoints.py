@@ -25,6 +25,7 @@ from tinsmithd.gateway.openai.models import Models
 from tinsmithd.gateway.openai.stream import CallerLeft, EventStream, until_left
 from tinsmithd.gateway.openai.templates import TemplateProblem
 from tinsmithd.gateway.openai.tokenizer import Tokenizer
+from tinsmithd.gateway.openai.turns import Turns
 from tinsmithd.gateway.problems import Problem
 
 PREFIXES = ("/v1", "/oai/api/v1")
@@ -34,7 +35,7 @@ SEED_BITS = 62
 SMALL_BYTES = 64 * 1024
 """A body up to this size is read at once, a larger one beside the event loop."""
 READERS = 2
-"""Large bodies, long texts and chats that are read at once."""
+"""Large bodies, long texts and chats that are read at once; callers take turns."""
 _GONE = 499
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -52,9 +53,8 @@ class OpenAI:
         self._cluster = cluster
         self._settings = settings
         self._models = Models(cluster, names)
-        most = min(settings.openai_body_bytes_max, settings.body_bytes_max)
-        self._bodies = Bodies(settings.model_copy(update={"body_bytes_max": most}))
-        self._reading = asyncio.Semaphore(READERS)
+        self._bodies = Bodies(settings, "openai_body_bytes_max")
+        self._turns = Turns(READERS)
         self._started_s = int(time.time())
 
     # --- what there is ------------------------------------------------------------------------
@@ -90,17 +90,16 @@ class OpenAI:
     @answered
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
-        asked = await self._asked(request, CompletionAsked)
+        asked, size = await self._asked(request, CompletionAsked)
         base_model, path = await self._models.find(asked.model)
         tokenizer = await self._models.tokenizer(base_model)
         most = self._settings.openai_choices_max
         if len(asked.prompt) * asked.samples > most:
-            why = (
-                f"prompt: {len(asked.prompt)} prompts, n is {asked.samples}, at most {most} choices"
-            )
+            why = f"prompt: {len(asked.prompt)} prompts and n is {asked.samples}, "
+            why += f"openai_choices_max is {most}"
             raise Problem(400, why, "LIMIT_EXCEEDED", "prompt")
         context = (await self._models.held())[base_model]
-        prompts = await self._off_loop(_prompts_of, tokenizer, asked.prompt, context)
+        prompts = await self._off_loop(size, _prompts_of, tokenizer, asked.prompt, context)
         max_tokens = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
         echoes = None
         if asked.echo:
@@ -132,18 +131,18 @@ class OpenAI:
     @answered
     async def chat_completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        asked = await self._asked(request, ChatAsked)
+        asked, size = await self._asked(request, ChatAsked)
         if asked.top_logprobs and not asked.logprobs:
             raise Problem(400, "top_logprobs: needs logprobs", "INVALID_FIELD", "top_logprobs")
         if asked.max_tokens == 0:
             raise Problem(400, "max_tokens: must be at least 1", "INVALID_FIELD", "max_tokens")
         if asked.samples > self._settings.openai_choices_max:
-            why = f"n: {asked.samples}, there may be {self._settings.openai_choices_max} choices"
+            why = f"n: {asked.samples}, openai_choices_max is {self._settings.openai_choices_max}"
             raise Problem(400, why, "LIMIT_EXCEEDED", "n")
         base_model, path = await self._models.find(asked.model)
         tokenizer = await self._models.tokenizer(base_model)
         context = (await self._models.held())[base_model]
-        prompt = await self._off_loop(_chat_of, tokenizer, asked, context)
+        prompt = await self._off_loop(size, _chat_of, tokenizer, asked, context)
         max_tokens = asked.max_completion_tokens or asked.max_tokens
         job = Job(
             model=asked.model,
@@ -159,14 +158,15 @@ class OpenAI:
         made = [self._call(base_model, path, prompt, asked, max_tokens, job.top, scores=False)]
         return await self._answer(request, asked, job, made)
 
-    async def _asked(self, request: Request, kind: type[Any]) -> Any:
+    async def _asked(self, request: Request, kind: type[Any]) -> tuple[Any, int]:
+        """What is asked for, and the bytes in which it was."""
         async with self._bodies.read(request) as body:
             if len(body) <= SMALL_BYTES:
-                return read(kind, body)
-            return await self._off_loop(read, kind, body)
+                return read(kind, body), len(body)
+            return await self._off_loop(len(body), read, kind, body), len(body)
 
-    async def _off_loop(self, work: Any, *arguments: Any) -> Any:
-        async with self._reading:
+    async def _off_loop(self, size: int, work: Any, *arguments: Any) -> Any:
+        async with self._turns.turn(size):
             return await asyncio.to_thread(work, *arguments)
 
     def _call(

@@ -55,6 +55,11 @@ def error_of(problem: Problem, path: str) -> Mapping[str, Any]:
     }
 
 
+def error_response(problem: Problem, path: str) -> Response:
+    """The answer to a request to a path that is refused."""
+    return JSONResponse(error_of(problem, path), problem.status, headers_of(problem))
+
+
 def _parameter(field: str, *, chat: bool) -> str:
     if field.startswith(_IN_PARAMS):
         return re.split(r"[.\[]", field.removeprefix(_IN_PARAMS))[0]
@@ -66,12 +71,12 @@ def _parameter(field: str, *, chat: bool) -> str:
     return _PARAMETERS.get(name) or field.partition(".")[0]
 
 
-def foreseen(error: BaseException, path: str) -> Problem:
+def foreseen(error: BaseException) -> Problem:
     """An error as what HTTP says of it; a fault of the gateway is logged."""
     problem = problem_of(error) if isinstance(error, Exception) else None
     if problem is None:
         fault = secrets.token_hex(8)
-        _log.error("fault %s at %s", fault, path, exc_info=error)
+        _log.error("fault %s", fault, exc_info=error)
         problem = Problem(500, f"a fault of the gateway; its log has {fault}", "INTERNAL")
     return problem
 
@@ -84,9 +89,6 @@ def answered(handler: Handler) -> Handler:
         try:
             return await handler(self, request)
         except Exception as error:
-            problem = foreseen(error, request.url.path)
-            return JSONResponse(
-                error_of(problem, request.url.path), problem.status, headers_of(problem)
-            )
+            return error_response(foreseen(error), request.url.path)
 
     return handle

@@ -120,7 +120,7 @@ def _tool_calls(value: object) -> list[dict[str, Any]] | None:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = json.loads(arguments or "{}")  # a call without any
             except (ValueError, RecursionError):
                 raise _wrong(f"[{index}].function.arguments must be JSON") from None
         found.append({**call, "function": {**function, "arguments": arguments}})

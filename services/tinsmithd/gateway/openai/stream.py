@@ -108,7 +108,7 @@ class EventStream(Response):
             raise
         except Exception as error:
             path = scope["path"]
-            await self._event(send, _data(error_of(foreseen(error, path), path)))
+            await self._event(send, _data(error_of(foreseen(error), path)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _event(self, send: Send, data: bytes) -> None:

@@ -6,7 +6,7 @@ would bring all of itself into a process that only writes text.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -19,6 +19,8 @@ import jinja2.sandbox
 
 RENDER_S_MAX = 5.0
 """Longest time that a template may take."""
+CLOCK = "tinsmith_clock"
+"""Name of what each round of a loop, and each call of a macro, calls."""
 
 
 class TemplateProblem(Exception):
@@ -67,6 +69,25 @@ def _environment() -> jinja2.Environment:
     return found
 
 
+def _clocked(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """A template that looks at the clock wherever it could go on for ever."""
+    repeated = (jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)
+    found: list[Any] = list(tree.find_all(repeated))
+    for node in found:
+        name = jinja2.nodes.Name(CLOCK, "load")
+        look = jinja2.nodes.ExprStmt(jinja2.nodes.Call(name, [], [], None, None))
+        node.body.insert(0, look.set_lineno(node.lineno))
+    return tree
+
+
+def _clock(end_s: float) -> Callable[[], None]:
+    def look() -> None:
+        if time.monotonic() > end_s:
+            raise TemplateProblem("the model's chat template takes too long with this chat")
+
+    return look
+
+
 class ChatTemplate:
     """One template.
 
@@ -81,8 +102,9 @@ class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
         environment = _environment()
         try:
-            self._template = environment.from_string(source)
-            self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            tree = environment.parse(source)
+            self._variables = jinja2.meta.find_undeclared_variables(tree)
+            self._template = environment.from_string(_clocked(tree))
         except jinja2.TemplateError as error:
             raise TemplateProblem(f"the model's chat template cannot be read: {error}") from None
         self._special = special
@@ -110,6 +132,7 @@ class ChatTemplate:
         Raises:
             TemplateProblem: The template refuses the messages, or takes too long.
         """
+        look = _clock(time.monotonic() + RENDER_S_MAX)
         variables = {
             **{k: v for k, v in arguments.items() if k in self._variables},
             **self._special,
@@ -117,16 +140,16 @@ class ChatTemplate:
             "tools": tools,
             "documents": None,
             "add_generation_prompt": True,
+            CLOCK: look,
         }
         parts: list[str] = []
-        length, end_s = 0, time.monotonic() + RENDER_S_MAX
+        length = 0
         try:
             for part in self._template.generate(variables):
                 length += len(part)
                 if length > characters_max:
                     raise TemplateProblem(f"the chat has more than {characters_max} characters")
-                if time.monotonic() > end_s:
-                    raise TemplateProblem("the model's chat template takes too long with this chat")
+                look()
                 parts.append(part)
         except TemplateProblem:
             raise

@@ -11,14 +11,17 @@ from starlette.routing import BaseRoute, Mount
 
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.cluster import Cluster
+from tinsmithd.gateway.metrics import HttpMetrics
 from tinsmithd.gateway.tinker import config, futures, refused, runs, samples, sessions, training
 from tinsmithd.gateway.tinker.room import Room
 
 
 def routes(
-    cluster: Cluster, settings: GatewaySettings, stopping: asyncio.Event
+    cluster: Cluster, settings: GatewaySettings, stopping: asyncio.Event, metrics: HttpMetrics
 ) -> Sequence[BaseRoute]:
     """All routes of the SDK."""
     room = Room(cluster, settings, stopping)
-    parts = (config, sessions, training, futures, samples, runs, refused)
+    metrics.held = room.counts
+    # They are looked through in this order: what each step asks for comes first.
+    parts = (futures, training, samples, sessions, config, runs, refused)
     return [Mount("/api/v1", routes=[route for part in parts for route in part.routes(room)])]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from tinsmith.gateway.v1 import tinker_pb2
 from tinsmith.v1 import training_service_pb2, types_pb2
+from tinsmithd.gateway.cluster import ComputeRequest
 from tinsmithd.gateway.problems import Problem
 
 MESSAGE_BYTES = 256 * 1024
@@ -18,7 +19,6 @@ DENSE_BYTES_MAX = 64 * 1024 * 1024
 """Bytes of a call's matrices whose rows came compressed, once they are whole: some bytes of a body
 could stand for any number of them."""
 OUTPUT_TYPE = "ArrayRecord"
-ComputeRequest = training_service_pb2.ForwardRequest | training_service_pb2.ForwardBackwardRequest
 _NOT_HERE = {
     "custom": "an uploaded loss is not computed here; pass the function itself to "
     "forward_backward_custom, which computes it in your process",

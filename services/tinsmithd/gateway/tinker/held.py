@@ -18,6 +18,7 @@ import grpc
 from tinsmith.errors import TinsmithError
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmith.v1 import types_pb2
+from tinsmithd import tracing
 from tinsmithd.config import GatewaySettings
 from tinsmithd.domain import is_ephemeral_name
 from tinsmithd.gateway.cluster import CHECKPOINT, Cluster
@@ -129,6 +130,11 @@ class HeldSamplers:
             for path in list(known.samplers):
                 self._release(known.samplers, path)
 
+    @property
+    def sessions_count(self) -> int:
+        """Sessions that are remembered."""
+        return len(self._sessions)
+
     def sessions(self) -> Set[str]:
         """Sessions that were heard of and have not ended."""
         now_s, most_s = asyncio.get_running_loop().time(), self._settings.session_idle_s
@@ -177,8 +183,9 @@ class HeldSamplers:
             return None
 
     async def _run(self) -> None:
+        tracing.forget()
         renew_s = FIRST_RENEWAL_S
-        while True:
+        while self._sessions or self._released:
             try:
                 self._let_silent_ones_go()
                 lease_s = await self._tell()
@@ -192,6 +199,7 @@ class HeldSamplers:
                 async with asyncio.timeout(renew_s):
                     await self._given_back.wait()
             self._given_back.clear()
+        self._renewing = None
 
     def _let_silent_ones_go(self) -> None:
         now_s = asyncio.get_running_loop().time()

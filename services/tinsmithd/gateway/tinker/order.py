@@ -9,6 +9,7 @@ wait for it; one that is known here to be under way is not.
 
 import asyncio
 import contextlib
+import heapq
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -18,8 +19,10 @@ import grpc
 from tinsmith.connection import USES_NUMBER, WINDOW
 from tinsmith.errors import TinsmithError
 from tinsmith.v1 import training_service_pb2 as pb
+from tinsmithd import tracing
 from tinsmithd.gateway.cluster import Cluster
 from tinsmithd.gateway.problems import Problem
+from tinsmithd.owners import logged_id
 
 T = TypeVar("T")
 
@@ -44,15 +47,37 @@ class _Numbers:
         self.moved_s = 0.0
         self.under_way: dict[int, int] = {}
         self.held: dict[int, asyncio.Event] = {}
+        self._sorted: list[int] = []  # a heap of these numbers, and of some that have ended
+
+    def come(self, seq_id: int) -> None:
+        """A call is under way."""
+        if seq_id not in self.under_way:
+            heapq.heappush(self._sorted, seq_id)
+            if len(self._sorted) > 2 * len(self.under_way) + WINDOW:  # most of them have ended
+                self._sorted = sorted({*self.under_way, seq_id})
+        self.under_way[seq_id] = self.under_way.get(seq_id, 0) + 1
+
+    def go(self, seq_id: int) -> None:
+        """A call has ended: those go on that are in the window now."""
+        self.under_way[seq_id] -= 1
+        if not self.under_way[seq_id]:
+            del self.under_way[seq_id]
+        if self.held and self.under_way:
+            first = self.first
+            for each in range(first, first + WINDOW):
+                if (waiting := self.held.pop(each, None)) is not None:
+                    waiting.set()
+
+    @property
+    def first(self) -> int:
+        """The smallest number under way; there is one."""
+        while self._sorted[0] not in self.under_way:
+            heapq.heappop(self._sorted)
+        return self._sorted[0]
 
     def in_window(self, seq_id: int) -> bool:
         """Whether a call may be sent."""
-        return seq_id < min(self.under_way) + WINDOW
-
-    def wake(self) -> None:
-        """Let those go on that are in the window now."""
-        for seq_id in [each for each in self.held if self.in_window(each)]:
-            self.held.pop(seq_id).set()
+        return seq_id < self.first + WINDOW
 
 
 class Order:
@@ -101,22 +126,19 @@ class Order:
         if numbers is None:
             numbers = self._models[model_id] = _Numbers()
             self._spawn(self._watch(model_id, numbers))
-        numbers.under_way[seq_id] = numbers.under_way.get(seq_id, 0) + 1
+        numbers.come(seq_id)
         numbers.moved_s = asyncio.get_running_loop().time()
         try:
             yield numbers
         finally:
             numbers.moved_s = asyncio.get_running_loop().time()
-            numbers.under_way[seq_id] -= 1
-            if not numbers.under_way[seq_id]:
-                del numbers.under_way[seq_id]
-            if numbers.under_way:
-                numbers.wake()
-            elif self._models.get(model_id) is numbers:
+            numbers.go(seq_id)
+            if not numbers.under_way and self._models.get(model_id) is numbers:
                 del self._models[model_id]
 
     async def _watch(self, model_id: str, numbers: _Numbers) -> None:
         """Give up numbers that nobody sees to, for as long as calls of a model are under way."""
+        tracing.forget()  # it is for all of them
         request = pb.GetModelRequest(model_id=model_id)
         before = 0
         while True:
@@ -131,9 +153,10 @@ class Order:
             except grpc.RpcError:
                 continue
             missing = found.model.next_seq_id
-            first = min(numbers.under_way, default=missing)
+            first = numbers.first if numbers.under_way else missing
             if missing == before < first:
-                _log.warning("calls %d to %d of model %s never came", missing, first - 1, model_id)
+                name = logged_id(model_id)
+                _log.warning("calls %d to %d of model %s never came", missing, first - 1, name)
                 for number in range(missing, first):
                     await self._quietly(self.use_up(model_id, number))
             before = missing

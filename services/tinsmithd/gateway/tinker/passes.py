@@ -15,11 +15,15 @@ from google.protobuf.message import Message
 
 from tinsmith.errors import TinsmithError
 from tinsmith.v1 import training_service_pb2 as pb
+from tinsmithd.errors import ResourceExhausted
+from tinsmithd.gateway.callers import part, peer
+from tinsmithd.gateway.cluster import ComputeRequest
 from tinsmithd.gateway.problems import RETRY_S, Problem, problem_of
-from tinsmithd.gateway.tinker.data import ComputeRequest, output_of
+from tinsmithd.gateway.tinker.data import output_of
 from tinsmithd.gateway.tinker.json_data import output_as_json
 from tinsmithd.gateway.tinker.promises import promise_id
 from tinsmithd.gateway.tinker.room import INT64_MAX, Room, int_of, text_of
+from tinsmithd.rpc.budget import Budget
 
 KIND = "pass"
 CALL_DIGEST = "tinsmith-call-digest-bin"
@@ -42,10 +46,14 @@ class Passes:
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._under_way: dict[tuple[str, int], _Pass] = {}
+        # By the caller, too: one may say the id of another one's model.
+        self._under_way: dict[tuple[str, str, int], _Pass] = {}
         self._asking = asyncio.Semaphore(ASKING_MAX)
         self.streams = 0
-        self.held_bytes = 0
+        settings = room.settings
+        self.held = Budget(
+            "received_bytes_max", settings.received_bytes_max, settings.peer_share_max
+        )
         room.promises.add_kind(KIND, self._again, output_as_json)
 
     async def send(self, model_id: str, seq_id: int, requests: Sequence[ComputeRequest]) -> str:
@@ -55,12 +63,11 @@ class Passes:
             Problem: It is refused; or it waits for too long, or there is no room for its data: then
                 the same call may come again.
         """
-        key = model_id, seq_id
-        requests[0].model_id, requests[0].seq_id = key
+        key = part(), model_id, seq_id
+        requests[0].model_id, requests[0].seq_id = model_id, seq_id
         found = self._under_way.get(key)
         # One whose content is another is sent, too, and the Training server refuses it.
         if found is None or not found.is_same(requests):
-            self._check_room(requests)
             found = self._under_way[key] = _Pass(self, self._room, model_id, seq_id, requests)
             found.task.add_done_callback(functools.partial(self._ended, key, found))
         done, _ = await asyncio.wait([found.promise], timeout=self._room.settings.request_s_max)
@@ -69,14 +76,7 @@ class Passes:
             raise Problem(503, text, "QUEUE_FULL", retry_after_s=RETRY_S)
         return found.promise.result()
 
-    def _check_room(self, requests: Sequence[ComputeRequest]) -> None:
-        # A call that waits keeps its data when its request has ended, so they count by themselves.
-        nbytes = sum(each.ByteSize() for each in requests)
-        if self.held_bytes + nbytes > self._room.settings.received_bytes_max:
-            text = "too many bytes of calls are under way; the same call may be sent again"
-            raise Problem(429, text, "QUEUE_FULL", retry_after_s=RETRY_S)
-
-    def _ended(self, key: tuple[str, int], made: "_Pass", _: "asyncio.Task[None]") -> None:
+    def _ended(self, key: tuple[str, str, int], made: "_Pass", _: "asyncio.Task[None]") -> None:
         if self._under_way.get(key) is made:
             del self._under_way[key]
 
@@ -124,6 +124,9 @@ class _Pass:
     Attributes:
         promise: The name of its result, once it may be given.
         task: Makes it.
+
+    Raises:
+        Problem: 429, there is no room for its data, in all or of this caller's.
     """
 
     def __init__(
@@ -139,8 +142,13 @@ class _Pass:
         self._model_id = model_id
         self._seq_id = seq_id
         self._requests = requests
-        self._nbytes = sum(each.ByteSize() for each in requests)
-        passes.held_bytes += self._nbytes
+        # A call that waits keeps its data when its request has ended, so they count by themselves.
+        self._held = passes.held.lease(peer())
+        try:
+            self._held.take(sum(each.ByteSize() for each in requests))
+        except ResourceExhausted:
+            text = "too many bytes of calls are under way; the same call may be sent again"
+            raise Problem(429, text, "QUEUE_FULL", retry_after_s=RETRY_S) from None
         self._digest = b""
         loop = asyncio.get_running_loop()
         self._result: asyncio.Future[Message] = loop.create_future()
@@ -169,8 +177,7 @@ class _Pass:
 
     def _drop_data(self) -> None:
         self._requests = ()
-        self._passes.held_bytes -= self._nbytes
-        self._nbytes = 0
+        self._held.give_back()
 
     def _give_promise(self) -> None:
         if not self.promise.done():
@@ -188,10 +195,7 @@ class _Pass:
                     raise
                 if not self._requests:
                     raise Problem(410, _LOST, error.reason, is_servers=True) from None
-        stub = self._room.cluster.training
-        is_forward = isinstance(self._requests[0], pb.ForwardRequest)
-        method: Any = stub.Forward if is_forward else stub.ForwardBackward
-        call = method(iter(self._requests))
+        call = self._room.cluster.compute(self._requests)
         self._passes.streams += 1
         try:
             return await self._read(call)
@@ -208,7 +212,7 @@ class _Pass:
             if response.accepted:
                 self._digest = digest
                 self._give_promise()
-                if self._passes.held_bytes > KEPT_SHARE * self._room.settings.received_bytes_max:
+                if self._passes.held.taken > KEPT_SHARE * self._passes.held.most:
                     self._drop_data()
                 if self._passes.streams > STREAMS_MAX:
                     call.cancel()

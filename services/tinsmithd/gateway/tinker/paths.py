@@ -10,10 +10,10 @@ transformers; only their name tells them apart.
 
 import re
 
+from tinsmith.checkpoints import EXTERNAL_PREFIX
 from tinsmithd.gateway.problems import Problem
 
 KINDS = ("weights", "sampler_weights", "external_weights")
-EXTERNAL_PREFIX = "external."
 _PATH = re.compile(r"(?:tinker|tinsmith)://([^/\s]{1,200})/([a-z_]{1,20})/([^/\s]{1,200})")
 
 

@@ -11,46 +11,35 @@ import base64
 import binascii
 import json
 import logging
+import re
 import zlib
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from google.protobuf.message import Message
 
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.bodies import has_half_characters
+from tinsmithd.gateway.callers import part, peer
 from tinsmithd.gateway.problems import RETRY_S, Problem, failure_of, problem_of
+from tinsmithd.gateway.tinker.kept import Answer, KeptAnswers
+from tinsmithd.rpc.budget import Budget, Lease
 
 CONTENT_BYTES_MAX = 64 * 1024
 """Largest content of a promise: what a call needs to be made again."""
-UNDER_WAY_MAX = 16_384
-"""Results under way at once."""
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
-_OVERHEAD_BYTES = 1024
+_LATER = re.compile(r"[a-z]+\.([0-9]{1,4})-", re.ASCII)
+"""What promises of other formats begin with. Format 1 says no number; a later one does, so that
+gateways of two releases side by side, and SDKs that poll both, get on."""
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A result as it is sent.
-
-    Attributes:
-        body: The bytes.
-        media_type: What they are.
-    """
-
-    body: bytes
-    media_type: str
-
-    @classmethod
-    def of(cls, result: "Message | Mapping[str, Any]") -> "Answer":
-        """A message of `tinsmith.gateway.v1`, or what is sent as JSON."""
-        if isinstance(result, Message):
-            return cls(result.SerializeToString(), PROTOBUF)
-        return cls(json.dumps(result, separators=(",", ":")).encode(), JSON)
+def _answer_of(result: "Message | Mapping[str, Any]") -> Answer:
+    """The result that a message of `tinsmith.gateway.v1` is, or what is sent as JSON."""
+    if isinstance(result, Message):
+        return Answer(result.SerializeToString(), PROTOBUF)
+    return Answer(json.dumps(result, separators=(",", ":")).encode(), JSON)
 
 
 def promise_id(kind: str, content: Mapping[str, Any]) -> str:
@@ -75,9 +64,12 @@ def read_promise(request_id: str) -> tuple[str, dict[str, Any]]:
     """Kind and content of a promise.
 
     Raises:
-        Problem: 404, it is none.
+        Problem: 404, it is none; 503, a gateway of a later release made it.
     """
     kind, _, packed = request_id.partition("-")
+    if (later := _LATER.match(request_id)) is not None:
+        why = f"request_id: a gateway of a later release made it (format {later[1]}); ask that one"
+        raise Problem(503, why, field="request_id", retry_after_s=RETRY_S, is_servers=True)
     try:
         data = base64.b64decode(packed + "=" * (-len(packed) % 4), b"-_", validate=True)
         unpacker = zlib.decompressobj()
@@ -90,6 +82,11 @@ def read_promise(request_id: str) -> tuple[str, dict[str, Any]]:
     except (ValueError, RecursionError, binascii.Error, zlib.error):
         raise _unknown() from None
     return kind, content
+
+
+def _name(request_id: str) -> str:
+    """What a result is kept under: a promise, and who asked for it."""
+    return f"{part()} {request_id}"
 
 
 def _unknown() -> Problem:
@@ -108,15 +105,15 @@ class Promises:
     """
 
     def __init__(self, settings: GatewaySettings, stopping: asyncio.Event) -> None:
-        self._settings = settings
         self._stopping = stopping
         self._stopped: asyncio.Task[Any] | None = None
         self._kinds: dict[str, Make] = {}
         self._as_json: dict[str, Callable[[bytes], Mapping[str, Any]]] = {}
         self._under_way: dict[str, asyncio.Task[Answer]] = {}
-        self._under_way_bytes = 0
-        self._answers: OrderedDict[str, Answer] = OrderedDict()
-        self._answers_bytes = 0
+        share = settings.peer_share_max
+        self._places = Budget("results_under_way_max", settings.results_under_way_max, share)
+        self._bytes = Budget("received_bytes_max", settings.received_bytes_max, share)
+        self._answers = KeptAnswers(settings.results_bytes_max)
         self._pauses: dict[str, str] = {}
 
     def add_kind(
@@ -140,65 +137,103 @@ class Promises:
             self._as_json[kind] = as_json
 
     def start(
-        self, request_id: str, result: "Awaitable[Message | Mapping[str, Any]] | None" = None
+        self,
+        request_id: str,
+        result: "Awaitable[Message | Mapping[str, Any]] | None" = None,
+        nbytes: int = 0,
     ) -> None:
         """Find a result from now on, whether or not somebody waits for it.
 
         Args:
             request_id: The promise.
             result: Finds it this time; None leaves it to the promise's kind.
+            nbytes: What the result holds meanwhile, besides its name, which may carry a request.
 
         Raises:
-            Problem: 404, it is no promise; 503, too many are under way.
+            Problem: 404, it is no promise; 429, too many are under way, in all or of this caller.
         """
-        if request_id in self._answers or request_id in self._under_way:
+        name = _name(request_id)
+        if name in self._answers or name in self._under_way:
             if asyncio.iscoroutine(result):
                 result.close()
             return
-        if result is None:
-            kind, content = read_promise(request_id)
-            if kind not in self._kinds:
-                raise _unknown()
-            result = self._kinds[kind](content)
-        # A name may carry a whole request.
-        nbytes = self._under_way_bytes + len(request_id)
-        if len(self._under_way) >= UNDER_WAY_MAX or nbytes > self._settings.received_bytes_max:
-            if asyncio.iscoroutine(result):
-                result.close()
-            raise Problem(503, "too many results are waited for", retry_after_s=RETRY_S)
-        task = asyncio.create_task(self._find(request_id, result))
-        self._under_way[request_id] = task
-        self._under_way_bytes = nbytes
-        task.add_done_callback(lambda _: self._gone(request_id))
+        room = self._places.lease(peer()), self._bytes.lease(peer())
+        try:
+            for lease, amount in zip(room, (1, len(name) + nbytes), strict=True):
+                lease.take(amount)
+            if result is None:
+                kind, content = read_promise(request_id)
+                if kind not in self._kinds:
+                    raise _unknown()
+                result = self._kinds[kind](content)
+        except Exception as error:
+            _give_back(room, result)
+            # 429 of what is full, also to a poll: after 503 an SDK asks again at once.
+            raise (problem_of(error) or error) from None
+        task = asyncio.create_task(self._find(name, result))
+        self._under_way[name] = task
+        task.add_done_callback(lambda _: self._gone(name, room, result))
+
+    def counts(self) -> tuple[int, int]:
+        """Results under way, and bytes of those that are kept."""
+        return len(self._under_way), self._answers.nbytes
 
     def is_known(self, request_id: str) -> bool:
         """Whether a result is under way or here."""
-        return request_id in self._under_way or request_id in self._answers
+        name = _name(request_id)
+        return name in self._under_way or name in self._answers
 
     def plain(self, request_id: str, answer: Answer) -> Answer:
         """A result for a caller that takes no protobuf: as JSON, where its kind has that form."""
         read = self._as_json.get(request_id.partition("-")[0])
         if answer.media_type != PROTOBUF or read is None:
             return answer
-        return Answer.of(read(answer.body))
+        return _answer_of(read(answer.body))
 
     def pauses(self, request_id: str, why: str) -> None:
         """Say that a result under way waits for the cluster; `queue_state` of its polls has it."""
-        if request_id in self._under_way:
-            self._pauses[request_id] = why
+        name = _name(request_id)
+        if name in self._under_way:
+            self._pauses[name] = why
 
     def queue_state(self, request_id: str) -> Mapping[str, str]:
         """What a poll that has to come again says of the queue."""
-        why = self._pauses.get(request_id)
+        why = self._pauses.get(_name(request_id))
         if why is None:
             return {"queue_state": "active"}
         return {"queue_state": "paused_capacity", "queue_state_reason": why}
 
     def cancel(self, request_id: str) -> None:
         """Stop to find a result, if that is under way; whoever waits for it is told to ask anew."""
-        task = self._under_way.get(request_id)
+        task = self._under_way.get(_name(request_id))
         if task is not None:
             task.cancel()
+
+    def when_done(self, request_id: str, tell: Callable[[Answer | None], None]) -> None:
+        """Have a result's end told once it is there; None tells of one that was cancelled."""
+        name = _name(request_id)
+        if (answer := self._answers.get(name)) is not None or name not in self._under_way:
+            tell(answer)
+            return
+        task = self._under_way[name]
+        task.add_done_callback(lambda done: tell(None if done.cancelled() else done.result()))
+
+    def forget(self, request_id: str) -> None:
+        """Keep a result no longer: nobody will ask for it again."""
+        self._answers.forget(_name(request_id))
+
+    async def unless_stopping(self, work: Coroutine[Any, Any, object]) -> None:
+        """Wait for work, or until the process is about to end."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait([task, self._end()], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            task.cancel()
+
+    def _end(self) -> "asyncio.Task[Any]":
+        if self._stopped is None:
+            self._stopped = asyncio.create_task(self._stopping.wait())
+        return self._stopped
 
     async def wait(self, request_id: str, within_s: float) -> Answer | None:
         """A promise's result; None where it is not there in time, or the process is about to end.
@@ -207,14 +242,12 @@ class Promises:
             Problem: As `start`; 410, somebody cancelled it.
         """
         self.start(request_id)
-        if (answer := self._answers.get(request_id)) is not None:
-            self._answers.move_to_end(request_id)
+        name = _name(request_id)
+        if (answer := self._answers.get(name)) is not None:
             return answer
-        if self._stopped is None:
-            self._stopped = asyncio.create_task(self._stopping.wait())
-        task = self._under_way[request_id]
+        task = self._under_way[name]
         done, _ = await asyncio.wait(
-            [task, self._stopped], timeout=within_s, return_when=asyncio.FIRST_COMPLETED
+            [task, self._end()], timeout=within_s, return_when=asyncio.FIRST_COMPLETED
         )
         if task not in done:
             return None
@@ -222,31 +255,26 @@ class Promises:
             raise Problem(410, "the request was cancelled; send it again")
         return task.result()
 
-    def _gone(self, request_id: str) -> None:
-        if self._under_way.pop(request_id, None) is not None:
-            self._under_way_bytes -= len(request_id)
-        self._pauses.pop(request_id, None)
+    def _gone(self, name: str, room: Iterable[Lease], result: object) -> None:
+        self._under_way.pop(name, None)
+        self._pauses.pop(name, None)
+        _give_back(room, result)
 
-    async def _find(
-        self, request_id: str, result: "Awaitable[Message | Mapping[str, Any]]"
-    ) -> Answer:
+    async def _find(self, name: str, result: "Awaitable[Message | Mapping[str, Any]]") -> Answer:
         try:
-            answer = Answer.of(await result)
+            answer = _answer_of(await result)
         except Exception as error:
             problem = problem_of(error)
             if problem is None:
                 _log.exception("a result could not be found")
                 problem = Problem(500, "a fault of the gateway; its log has it", is_servers=True)
-            answer = Answer.of(failure_of(problem))
-        self._keep(request_id, answer)
+            answer = _answer_of(failure_of(problem))
+        self._answers.keep(name, answer)
         return answer
 
-    def _keep(self, request_id: str, answer: Answer) -> None:
-        size = len(answer.body) + len(request_id) + _OVERHEAD_BYTES
-        if size > self._settings.results_bytes_max:
-            return
-        self._answers[request_id] = answer
-        self._answers_bytes += size
-        while self._answers_bytes > self._settings.results_bytes_max:
-            name, gone = self._answers.popitem(last=False)
-            self._answers_bytes -= len(gone.body) + len(name) + _OVERHEAD_BYTES
+
+def _give_back(room: Iterable[Lease], result: object) -> None:
+    for lease in room:
+        lease.give_back()
+    if asyncio.iscoroutine(result):  # it may never have begun
+        result.close()

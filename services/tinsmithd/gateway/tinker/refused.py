@@ -15,14 +15,10 @@ from tinsmithd.gateway.tinker.room import Room
 BILLING = "nothing is billed here; the servers' metrics count tokens and steps (docs/operations.md)"
 REFUSED = {
     "/billing/usage/events": BILLING,
-    "/billing/usage/checkpoints/current": BILLING,
     "/audit": "there is no audit log here; the servers' own logs say what was asked of them",
-    "/sessions/{session_id}/trace_export": "sessions are not traced here",
-    "/sessions/{session_id}/project": "there are no projects here: all sessions are in one",
-    "/auth/token": "there are no identities here: every key is taken",
-    "/auth/apikey/me": "keys are not told apart here: every key is taken",
+    "/auth/token": "there are no tokens here: a key is shown with each request",
+    "/auth/apikey/me": "what a key is for is not told here: administrators have `tinsmith keys ls`",
     "/create_custom_loss": "custom losses are computed by the SDK here: give the function itself",
-    "/join_sampling_session": "clients number themselves here: leave the flag for it off",
     "/external_weights_upload_start": "weights come in through the Checkpoint server alone",
     "/external_weights_upload_finish": "weights come in through the Checkpoint server alone",
 }

@@ -6,7 +6,9 @@ from typing import Any
 
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.bodies import Bodies
+from tinsmithd.gateway.callers import part
 from tinsmithd.gateway.cluster import Cluster
+from tinsmithd.gateway.metrics import Held
 from tinsmithd.gateway.names import BaseModelNames
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker.held import HeldSamplers
@@ -28,8 +30,6 @@ class Room:
         bodies: Reads bodies.
         names: Those of base models.
         promises: Results that are waited for.
-        held: Samplers without a name that are held for sessions.
-        order: Gets numbered calls through.
     """
 
     def __init__(
@@ -41,8 +41,30 @@ class Room:
         self.bodies = Bodies(settings)
         self.names = BaseModelNames(settings.base_models, settings.tokenizer_ids)
         self.promises = Promises(settings, stopping)
-        self.held = HeldSamplers(cluster, settings)
-        self.order = Order(cluster)
+        # Apart for each key: what one caller has here is nothing to another, and what goes on
+        # after a request goes on with its key.
+        self._held: dict[str, HeldSamplers] = {}
+        self._orders: dict[str, Order] = {}
+
+    def counts(self) -> Held:
+        """What is in memory now; another thread may ask."""
+        under_way, kept_bytes = self.promises.counts()
+        sessions = sum(held.sessions_count for held in list(self._held.values()))
+        return Held(under_way, self.settings.results_under_way_max, kept_bytes, sessions)
+
+    @property
+    def held(self) -> HeldSamplers:
+        """Samplers without a name that are held for sessions of the caller."""
+        if part() not in self._held:
+            self._held[part()] = HeldSamplers(self.cluster, self.settings)
+        return self._held[part()]
+
+    @property
+    def order(self) -> Order:
+        """Gets numbered calls of the caller through."""
+        if part() not in self._orders:
+            self._orders[part()] = Order(self.cluster)
+        return self._orders[part()]
 
 
 def text_of(body: Mapping[str, Any], key: str, default: str | None = None) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from tinsmith.checkpoints import EXTERNAL_PREFIX
 from tinsmith.v1 import training_service_pb2 as pb
 from tinsmith.v1 import types_pb2
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker.ids import session_of_model
 from tinsmithd.gateway.tinker.models import check_optimizer
-from tinsmithd.gateway.tinker.paths import EXTERNAL_PREFIX, shown, stored
+from tinsmithd.gateway.tinker.paths import shown, stored
 from tinsmithd.gateway.tinker.promises import promise_id
 from tinsmithd.gateway.tinker.room import (
     INT64_MAX,

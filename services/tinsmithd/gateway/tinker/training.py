@@ -10,9 +10,10 @@ from starlette.routing import BaseRoute, Route
 
 from tinsmith.gateway.v1 import tinker_pb2
 from tinsmithd.gateway.bodies import json_object
+from tinsmithd.gateway.cluster import ComputeRequest
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker import json_data
-from tinsmithd.gateway.tinker.data import ComputeRequest, requests_of
+from tinsmithd.gateway.tinker.data import requests_of
 from tinsmithd.gateway.tinker.models import Models, creation_of, loaded_creation_of
 from tinsmithd.gateway.tinker.passes import Passes
 from tinsmithd.gateway.tinker.room import Room, text_of
@@ -69,7 +70,10 @@ def _pass_routes(room: Room) -> Sequence[BaseRoute]:
     passes = Passes(room)
     settings = room.settings
     intake = Intake(
-        tinker_pb2.ForwardBackwardRequest, settings.body_bytes_max, settings.body_items_max
+        tinker_pb2.ForwardBackwardRequest,
+        settings.body_bytes_max,
+        settings.body_items_max,
+        items_limit="body_items_max",
     )
 
     async def forward_backward(request: Request) -> Response:
@@ -91,7 +95,8 @@ def _pass_routes(room: Room) -> Sequence[BaseRoute]:
 
     async def in_json(request: Request, part: str) -> Response:
         async with room.bodies.read(request) as packed:
-            body = await off_loop(len(packed), lambda: json_object(packed))
+            most = settings.body_items_max
+            body = await off_loop(len(packed), lambda: json_object(packed, most))
             model_id, seq_id = json_data.header_of(body)
             return await sent(
                 *(model_id, seq_id, len(packed)),

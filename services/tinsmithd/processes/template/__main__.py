@@ -1,8 +1,9 @@
-"""`python -m tinsmithd.processes.template SOCKET STARTER MODULE... ROOM`: imports once, then forks.
+"""`python -m tinsmithd.processes.template SOCKET STARTER FORM MODULE... ROOM`: imports, then forks.
 
 A program that is forked here is, to others and to itself, as if it had been started anew: it has
-the variables, the arguments, the descriptors and the session that were asked for, and its name in
-the list of processes. What it does not have is to import what the template has imported.
+the variables, the arguments, the descriptors, the session and the resource limits that were asked
+for, and its name in the list of processes. What it does not have is to import what the template
+has imported.
 
 The template has one thread, and never touches an accelerator. It ends with whoever started it, and
 all its programs end with it; each ends with the connection over which it was asked for, too.
@@ -13,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -20,11 +22,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from tinsmithd.processes.process import EXIT_HOPELESS, die_with_parent, wait_passively
+from tinsmithd.processes.logs import log_to_stderr
+from tinsmithd.processes.process import die_with_parent, give_up, wait_passively
 from tinsmithd.processes.template.program import become
 
-Wanted = tuple[str, Sequence[str], Mapping[str, str], str]
-"""Module, arguments, environment, current folder."""
+Limits = Sequence[tuple[int, tuple[int, int]]]
+Wanted = tuple[str, Sequence[str], Mapping[str, str], str, Limits]
+"""Module, arguments, environment, current folder, resource limits."""
 REQUEST_S_MAX = 5.0
 """How long somebody who connects may take to say what they want."""
 
@@ -34,11 +38,12 @@ def main() -> None:
     source = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(int(sys.argv[2]))
     wait_passively()
-    for name in sys.argv[3:-1]:
+    for name in sys.argv[4:-1]:
         importlib.import_module(name)
     if why := _why_not():
-        print(f"tinsmithd.processes.template: {why}", file=sys.stderr)
-        sys.exit(EXIT_HOPELESS)
+        if sys.argv[3] == "json":
+            log_to_stderr("ERROR", "template", "json")
+        give_up("processes.template", why)
     gc.collect()
     gc.freeze()  # the collector would write to, and so copy, pages that programs share
     _Server(source).run()
@@ -99,8 +104,10 @@ class _Server:
             for target, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, target)
                 os.close(descriptor)
-            module, arguments, environment, folder = wanted
+            module, arguments, environment, folder, limits = wanted
             os.chdir(folder)
+            for number, (soft, hard) in limits:
+                resource.setrlimit(number, (soft, hard))
             become(module, arguments, environment)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -147,8 +154,8 @@ def _read(connection: socket.socket) -> tuple[Wanted, Sequence[int]]:
         body = file.read(int.from_bytes(said, "big"))
     if len(descriptors) != 3 or not body:
         raise EOFError
-    module, arguments, environment, folder = json.loads(body)
-    return (module, arguments, environment, folder), descriptors
+    module, arguments, environment, folder, limits = json.loads(body)
+    return (module, arguments, environment, folder, limits), descriptors
 
 
 def _say(connection: socket.socket, **reply: int) -> None:

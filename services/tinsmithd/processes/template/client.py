@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -13,11 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinsmithd.processes.logs import is_json
+
 _log = logging.getLogger(__name__)
 
 SOCKET_VARIABLE = "TINSMITH_TEMPLATE"
 """Names the socket of a template that is there already. The tests have one for all clusters."""
 STOP_S_MAX = 5.0
+_LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 _ROOM = " " * 256
 """Makes the template's command line so long that programs can put theirs in its place."""
 
@@ -218,7 +222,8 @@ def spawn(modules: Sequence[str], source: socket.socket) -> subprocess.Popen[byt
     return subprocess.Popen(
         [
             *(sys.executable, "-P", "-m", "tinsmithd.processes.template"),
-            *(str(source.fileno()), str(os.getpid()), *modules, _ROOM),
+            *(str(source.fileno()), str(os.getpid()), "json" if is_json() else "text"),
+            *(*modules, _ROOM),
         ],
         # Of numpy's threads there is no need, and a process with threads should not fork.
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
@@ -238,6 +243,8 @@ def ask(
 ) -> None:
     """Ask a template for a program; two lines of JSON answer, when it starts and when it ends.
 
+    The program has the resource limits of this process, as one that it starts by itself would.
+
     Args:
         connection: A new one to the template.
         module: What to run.
@@ -246,7 +253,8 @@ def ask(
         descriptors: Its standard input, output and error.
         folder: Its current folder; empty for this process's.
     """
-    wanted = [module, list(arguments), dict(environment), folder or os.getcwd()]
+    limits = {number: resource.getrlimit(number) for number in _LIMITS}
+    wanted = [module, list(arguments), dict(environment), folder or os.getcwd(), [*limits.items()]]
     body = json.dumps(wanted).encode()
     socket.send_fds(connection, [len(body).to_bytes(4, "big")], list(descriptors))
     connection.sendall(body)

@@ -1,15 +1,71 @@
 """Chooses the composition of a batch: what is computed together, and on which rank."""
 
 import heapq
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from tinsmithd.trainer import prefixes
 from tinsmithd.trainer.composition import micro_batches
 from tinsmithd.trainer.composition.rounds import MicroBatch, Round
 
 ATTENTION_TOKENS = 32_768
 """A datum of so many tokens costs as much in its attention as in all else: from 8 thousand in small
 models to 100 thousand in large ones."""
+
+
+def compose_data(
+    tokens: Sequence[np.ndarray],
+    *,
+    share: bool,
+    tokens_max: int,
+    plain_tokens_max: int | None,
+    world_size: int,
+    in_step: bool,
+    sequence_parallel: int = 1,
+    long_tokens_max: int = sys.maxsize,
+    context_key_tokens: float = 0.0,
+) -> list[Round]:
+    """Compose data, of which those that begin alike are kept together.
+
+    Args:
+        tokens: Of each datum, int64 `(N,)`.
+        share: Whether what several data begin with is computed once.
+        tokens_max, plain_tokens_max, world_size, in_step, sequence_parallel: See `compose`.
+        long_tokens_max: Maximum tokens of data that share with one that is longer than
+            `tokens_max`, see `prefixes.units`.
+        context_key_tokens: What a key of a segment above keeps for the backward pass, in tokens.
+    """
+    every = [prefixes.Unit((index,), len(row), len(row)) for index, row in enumerate(tokens)]
+    if share and len(tokens) > 1:
+        if in_step and plain_tokens_max is not None:
+            # Running out of memory would end the group: no more than is known to fit.
+            long_tokens_max = min(long_tokens_max, plain_tokens_max)
+        every = prefixes.units(
+            tokens,
+            tokens_max=_most(tokens_max, plain_tokens_max),
+            world_size=world_size,
+            # Where several ranks compute a long datum, it is alone.
+            long_tokens_max=long_tokens_max if sequence_parallel == 1 else 0,
+            context_key_tokens=0.0 if plain_tokens_max is None else context_key_tokens,
+        )
+    composed = compose(
+        [unit.size for unit in every],
+        tokens_max=tokens_max,
+        plain_tokens_max=plain_tokens_max,
+        world_size=world_size,
+        in_step=in_step,
+        sequence_parallel=sequence_parallel,
+    )
+
+    def data_of(micro_batch: MicroBatch) -> MicroBatch:
+        some = [every[index].data for index in micro_batch.indices]
+        data = tuple(datum for unit in some for datum in unit)
+        return replace(micro_batch, indices=data, shares=len(data) > len(some))
+
+    return [tuple(tuple(map(data_of, of_rank)) for of_rank in round_) for round_ in composed]
 
 
 def compose(
@@ -38,8 +94,7 @@ def compose(
         sequence_parallel: Number of ranks that may compute a datum together; it divides
             `world_size`.
     """
-    if plain_tokens_max is not None:
-        tokens_max = min(tokens_max, max(plain_tokens_max, 1))
+    tokens_max = _most(tokens_max, plain_tokens_max)
     memory = _Memory(lengths, plain_tokens_max)
     long: list[int] = []
     if sequence_parallel > 1:
@@ -47,6 +102,11 @@ def compose(
     spread = _spread(long, memory, world_size // sequence_parallel, sequence_parallel, in_step)
     rest = sorted(set(range(len(lengths))) - set(long))
     return spread + _whole(rest, memory, tokens_max, world_size, in_step)
+
+
+def _most(tokens_max: int, plain_tokens_max: int | None) -> int:
+    """Tokens of a micro-batch, if no datum is longer."""
+    return tokens_max if plain_tokens_max is None else min(tokens_max, max(plain_tokens_max, 1))
 
 
 @dataclass(frozen=True)

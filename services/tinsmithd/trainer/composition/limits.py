@@ -1,7 +1,7 @@
 """What memory turned out to hold: what did not fit once is not tried again."""
 
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinsmithd.trainer.composition.rounds import MicroBatch, Round
@@ -38,10 +38,15 @@ class FoundLimits:
         plain = None if plain_tokens_max is None else min(plain_tokens_max, found.plain_tokens_max)
         return min(tokens_max, found.tokens_max), plain
 
+    def tokens_max(self, kind: Hashable) -> int:
+        """Most tokens that were found to fit; the largest number where none were not."""
+        found = self._found.get(kind)
+        return sys.maxsize if found is None else found.tokens_max
+
     def learn(
         self,
         kind: Hashable,
-        lengths: Sequence[int],
+        tokens_of: Callable[[MicroBatch], int],
         composed: Sequence[Round],
         executed: Sequence[Round],
     ) -> None:
@@ -49,13 +54,13 @@ class FoundLimits:
 
         Args:
             kind: See `apply`.
-            lengths: Number of tokens of each datum of the batch.
+            tokens_of: Number of tokens that a micro-batch of this call computes.
             composed: What was to be executed.
             executed: What was.
         """
         for before, pieces in _changed(composed, executed):
             limit = self._found.setdefault(kind, _Limit())
-            tokens = [sum(lengths[index] for index in piece.indices) for piece in pieces]
+            tokens = [tokens_of(piece) for piece in pieces]
             if len(pieces) > 1:
                 limit.tokens_max = min(limit.tokens_max, max(tokens))
             alone = [n for n, piece in zip(tokens, pieces, strict=True) if piece.recompute]

@@ -4,15 +4,17 @@ A batch is computed in rounds. In a round each rank computes its micro-batches o
 then all ranks share the outputs. Or the micro-batches of a round are spread: as many neighbours
 compute each together, and it stands at the first of them. The rounding of a number depends on which
 data are computed together, on how many ranks, on whether layers are recomputed in the backward
-pass, and on the rank that adds them up. It depends on nothing else that a setting or free memory
-may change. So a batch that is computed again in its composition gives the same bits.
+pass, on whether common beginnings are computed once, and on the rank that adds them up. It depends
+on nothing else that a setting or free memory may change. So a batch that is computed again in its
+composition gives the same bits.
 
 As bytes a composition is compact JSON:
 
-    {"ranks": 2, "rounds": [[[[0, [4], 2]], []], [[[0, [3, 1]]], [[0, [2]], [1, [0]]]]]}
+    {"ranks": 2, "rounds": [[[[0, [4], 2]], []], [[[0, [3, 1]]], [[0, [2, 5], 1, 1], [1, [0]]]]]}
 
-A round is a list of ranks, a rank a list of micro-batches as `[recompute, indices of the data]`,
-and a third number where one is spread: over so many ranks.
+A round is a list of ranks, a rank a list of micro-batches as `[recompute, indices of the data]`, a
+third number where one is spread, over so many ranks, and a fourth, 1, where what the data begin
+with is computed once: a release that does not know that refuses it.
 """
 
 import json
@@ -34,11 +36,18 @@ class MicroBatch:
         indices: Of the data in the batch, in the order in which they stand in the micro-batch.
         recompute: Whether the backward pass computes each layer again.
         ranks: Number of ranks that compute it together, each a share of its tokens.
+        shares: Whether what several data begin with is computed once (`prefixes`).
     """
 
     indices: tuple[int, ...]
     recompute: bool = False
     ranks: int = 1
+    shares: bool = False
+
+    @property
+    def how(self) -> int:
+        """How it is computed, as one number below 4, for `marks`."""
+        return self.recompute + 2 * self.shares
 
 
 Round = tuple[tuple[MicroBatch, ...], ...]
@@ -52,8 +61,8 @@ def encode(rounds: Sequence[Round], world_size: int) -> bytes:
 
 
 def _encoded(m: MicroBatch) -> list[Any]:
-    spread = [m.ranks] if m.ranks > 1 else []
-    return [int(m.recompute), list(m.indices), *spread]
+    more = [m.ranks, 1] if m.shares else [m.ranks] if m.ranks > 1 else []
+    return [int(m.recompute), list(m.indices), *more]
 
 
 def decode(composition: bytes, *, data_count: int, world_size: int, in_step: bool) -> list[Round]:
@@ -93,11 +102,17 @@ def _round(found: Any) -> Round:
     return tuple(tuple(_micro_batch(*pair) for pair in of_rank) for of_rank in found)
 
 
-def _micro_batch(recompute: Any, indices: Any, ranks: Any = 1) -> MicroBatch:
-    numbers = [recompute, ranks, *indices]
+def _micro_batch(recompute: Any, indices: Any, ranks: Any = 1, shares: Any = 0) -> MicroBatch:
+    numbers = [recompute, ranks, shares, *indices]
     if not indices or ranks < 1 or not all(type(number) is int for number in numbers):
         raise ValueError("a micro-batch has one or more indices")
-    return MicroBatch(tuple(indices), bool(recompute), ranks)
+    if shares and (shares != 1 or ranks > 1):
+        raise ValueError("a micro-batch shares or is spread")
+    return MicroBatch(tuple(indices), bool(recompute), ranks, bool(shares))
+
+
+def _computed(indices: tuple[int, ...], how: int, ranks: int) -> MicroBatch:
+    return MicroBatch(indices, bool(how & 1), ranks, shares=bool(how & 2))
 
 
 def spread_over(round_: Round) -> int:
@@ -141,7 +156,7 @@ def marks(composed: Round, rank: int, executed: Sequence[MicroBatch]) -> list[in
             found += [0] * len(indices_of(of_rank))
             continue
         for place, micro_batch in enumerate(executed, 1):
-            found += [2 * place + micro_batch.recompute] * len(micro_batch.indices)
+            found += [4 * place + micro_batch.how] * len(micro_batch.indices)
     return found
 
 
@@ -158,9 +173,7 @@ def from_marks(composed: Round, summed: Sequence[int]) -> Round:
         pairs = [(next(rest), index) for index in indices_of(of_rank)]
         executed.append(
             tuple(
-                MicroBatch(
-                    tuple(index for _, index in group), bool(mark % 2), spread_over(composed)
-                )
+                _computed(tuple(index for _, index in group), mark % 4, spread_over(composed))
                 for mark, group in groupby(pairs, key=lambda pair: pair[0])
             )
         )

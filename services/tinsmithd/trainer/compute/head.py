@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tinsmithd.domain import LossFn
+from tinsmithd.modeling.device_copies import to_device
 from tinsmithd.modeling.logits import float_logits
 from tinsmithd.trainer.compute.losses import (
     SEQUENCE_RATIO,
@@ -26,6 +27,7 @@ from tinsmithd.trainer.compute.losses import (
     loss_sum,
     sequence_ratios,
 )
+from tinsmithd.trainer.compute.shared_rows import SharedRows
 from tinsmithd.trainer.compute.spread import Spread
 
 CHUNK_BYTES = 96 * 1024 * 1024
@@ -93,11 +95,12 @@ def head_pass(
     backward: bool,
     spread: Spread | None = None,
     positions: np.ndarray | None = None,
+    shared: SharedRows | None = None,
 ) -> HeadResult:
     """Compute logprobs and loss and, with `backward`, the loss's gradients.
 
     Args:
-        hidden: Hidden states `(T, d)`.
+        hidden: Hidden states `(T, d)`; with `shared` one of each of its rows, `(U, d)`.
         head: The head.
         loss_fn: The loss.
         inputs: Inputs of the loss, each `(T, K)`; `target_tokens` int64, the others float32. The
@@ -108,6 +111,8 @@ def head_pass(
             this rank's tokens, `inputs` and `segment_lengths` of those of all ranks.
         positions: Numbers of the rows of `hidden` that may have a gradient, ascending; None looks
             at the gradients, for which a device other than a CPU would be waited for.
+        shared: Where several positions have the same hidden state; not with `spread`. The gradient
+            of hidden states is then of its rows, too.
     """
     own = slice(None) if spread is None else spread.own
     wanted = inputs["target_tokens"][own]
@@ -116,26 +121,37 @@ def head_pass(
     if is_sequence_wise(loss_fn):
         # A token's loss needs the logprobs of its whole datum, which a first pass computes.
         for chunk in scratch.chunks():
-            logprobs[chunk], _ = scratch.logprobs(hidden[chunk], wanted[chunk])
+            at, rows = _members(chunk, shared)
+            logprobs[at], _ = scratch.logprobs(hidden[chunk], wanted[at], rows)
         whole = logprobs if spread is None else spread.whole(logprobs)
         inputs = {**inputs, SEQUENCE_RATIO: sequence_ratios(whole, inputs, segment_lengths)}
     inputs = {name: value[own] for name, value in inputs.items()}
-    gradients = _Gradients(hidden, head, positions) if backward else None
+    gradients = _Gradients(hidden, head, positions, shared) if backward else None
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for chunk in scratch.chunks():
-        lp, probabilities = scratch.logprobs(hidden[chunk], wanted[chunk])
-        logprobs[chunk] = lp
-        here = {name: value[chunk] for name, value in inputs.items()}
+        at, rows = _members(chunk, shared)
+        lp, probabilities = scratch.logprobs(hidden[chunk], wanted[at], rows)
+        logprobs[at] = lp
+        here = {name: value[at] for name, value in inputs.items()}
         with torch.enable_grad():
             leaf = lp.requires_grad_(backward)
             part = loss_sum(loss_fn, leaf, here)
         loss += part.detach()
         if gradients is not None:
             (g,) = torch.autograd.grad(part, leaf)
-            gradients.add(chunk, hidden[chunk], probabilities, wanted[chunk], g)
+            gradients.add(chunk, hidden[chunk], probabilities, wanted[at], g)
     if gradients is None:
         return HeadResult(logprobs, loss)
     return HeadResult(logprobs, loss, gradients.hidden, gradients.a, gradients.b, gradients.weight)
+
+
+def _members(chunk: slice, shared: SharedRows | None) -> tuple[slice | Tensor, Tensor | None]:
+    """Which positions are in the rows of a chunk, and in which of them; None where each is its own
+    row."""
+    if shared is None:
+        return chunk, None
+    members = shared.members(chunk)
+    return members.positions, members.rows
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
@@ -164,25 +180,44 @@ class _Scratch:
             slice(i, min(i + self._step, self._count)) for i in range(0, self._count, self._step)
         ]
 
-    def logprobs(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Logprobs `(c, K)` of the wanted tokens, and all probabilities `(c, V)`, a buffer."""
+    def logprobs(
+        self, hidden: Tensor, wanted: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logprobs of the wanted tokens, and all probabilities `(c, V)`, a buffer.
+
+        Args:
+            hidden: `(c, d)`.
+            wanted: `(m, K)`.
+            rows: `(m,)`, the row of each; None where m is c, each its own.
+
+        Returns:
+            Logprobs `(m, K)`, probabilities.
+        """
         head = self._head
         out = self._logits[: len(hidden)]
         logits = float_logits(hidden, head.weight, head.lora_a, head.lora_b, head.scaling, out=out)
         p = torch.softmax(logits, dim=1, out=self._p[: len(hidden)])
         # The largest probability is 1 / sum(exp(logit - largest logit)).
         logsumexp = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+        if rows is not None:
+            return logits[rows[:, None], wanted] - logsumexp[rows], p
         return logits.gather(1, wanted) - logsumexp, p
 
 
 class _Gradients:
     """Sums up the gradients of hidden states and head, chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, head: Head, positions: np.ndarray | None) -> None:
-        self._head = head
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        positions: np.ndarray | None,
+        shared: SharedRows | None,
+    ) -> None:
+        self._head, self._shared = head, shared
         self._positions = positions
-        if positions is not None:
-            self._on_device = torch.from_numpy(positions).to(hidden.device)
+        if positions is not None and shared is None:
+            self._on_device = to_device(torch.from_numpy(positions), hidden.device)
         self.hidden = torch.zeros_like(hidden)
         self.a = None if head.lora_a is None else torch.zeros_like(head.lora_a)
         self.b = None if head.lora_b is None else torch.zeros_like(head.lora_b)
@@ -198,16 +233,29 @@ class _Gradients:
 
     def add(self, chunk: slice, hidden: Tensor, p: Tensor, wanted: Tensor, g: Tensor) -> None:
         """Add one chunk; `p` is overwritten."""
-        head = self._head
-        rows = self._rows(chunk, g)
+        parts = None if self._shared is None else self._shared.parts(chunk)
+        rows = self._rows(chunk, g) if parts is None else parts.rows
         if not len(rows):
             return
-        if some := len(rows) < len(g):
-            hidden, p, wanted, g = hidden[rows], p[rows], wanted[rows], g[rows]
-        d_logits = p.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, wanted, g)
-        d_hidden = torch.mm(
-            d_logits.to(head.weight.dtype), head.weight, out=None if some else self.hidden[chunk]
-        )
+        if some := len(rows) < len(hidden):
+            hidden, p = hidden[rows], p[rows]
+        if parts is not None:
+            g = g[parts.members]
+            d_logits = p.mul_(-parts.summed(g.sum(1))[:, None])
+            # Of one dimension, where equal targets of a row are summed in their order.
+            at = parts.places[:, None] * p.shape[1] + wanted[parts.members]
+            d_logits.view(-1).scatter_add_(0, at.view(-1), g.reshape(-1))
+        else:
+            if some:
+                wanted, g = wanted[rows], g[rows]
+            d_logits = p.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, wanted, g)
+        self._take(chunk, hidden, d_logits, rows if some else None)
+
+    def _take(self, chunk: slice, hidden: Tensor, d_logits: Tensor, rows: Tensor | None) -> None:
+        """Add what follows of the gradients of some logits, of `rows` of a chunk or of all."""
+        head = self._head
+        whole = self.hidden[chunk] if rows is None else None
+        d_hidden = torch.mm(d_logits.to(head.weight.dtype), head.weight, out=whole)
         if self.weight is not None:
             self.weight.addmm_(d_logits.t(), hidden.float())
         if self.a is not None and self.b is not None:
@@ -218,5 +266,5 @@ class _Gradients:
             self.a.addmm_(d_update.t(), wide)
             self.b.addmm_(d_logits.t(), wide @ head.lora_a.t(), alpha=head.scaling)
             d_hidden += (d_update @ head.lora_a).to(d_hidden.dtype)
-        if some:
+        if rows is not None:
             self.hidden[chunk][rows] = d_hidden

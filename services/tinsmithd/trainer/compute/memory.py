@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tinsmithd.errors import Reason, ResourceExhausted
 from tinsmithd.modeling.device_errors import is_out_of_memory
+from tinsmithd.trainer.compute.container import free_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -44,14 +44,8 @@ def activation_bytes_max(configured: int, device: torch.device, ranks_here: int)
 def _available_bytes() -> int:
     """Bytes that this process may still take of the machine, or of its container."""
     free: int = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except OSError:
-        pass  # no control group says anything
-    return free
+    ours = free_bytes()
+    return free if ours is None else min(free, ours)
 
 
 def activation_bytes_per_token(run: Callable[[int], Any]) -> int:

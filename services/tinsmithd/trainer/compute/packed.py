@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tinsmithd.domain import Datum, LossFn
+from tinsmithd.modeling.device_copies import to_device
 from tinsmithd.modeling.trained import HeadLayer
 from tinsmithd.trainer.compute.head import Head, HeadResult, head_pass
 from tinsmithd.trainer.compute.losses import may_have_gradient
+from tinsmithd.trainer.compute.shared_rows import SharedRows
 from tinsmithd.trainer.compute.spread import Spread
+from tinsmithd.trainer.prefixes import Layout, lay_out
 
 Sink = Callable[[Tensor, Tensor], None]
 """Takes a parameter and its gradient, as soon as there is one."""
@@ -28,14 +31,16 @@ class PackedResult:
     """Result of some data.
 
     Attributes:
-        logprobs: Per datum, float32, shaped like its `target_tokens`.
-        loss: Their summed loss; of this rank's tokens, where the data are spread over ranks.
+        logprobs: float32 on the device, flat: of one datum after the other, each in the order of
+            its `target_tokens`.
+        loss: Their summed loss, a scalar in float64 on the device; of this rank's tokens, where the
+            data are spread over ranks.
         gradients: One per parameter, or None where it has none; empty without backward, or if a
             sink took them.
     """
 
-    logprobs: list[np.ndarray]
-    loss: float
+    logprobs: Tensor
+    loss: Tensor
     gradients: list[Tensor | None]
 
 
@@ -51,8 +56,11 @@ def compute_packed(
     recompute: bool = False,
     sink: Sink | None = None,
     spread: Spread | None = None,
+    shares: bool = False,
 ) -> PackedResult:
     """Compute loss, logprobs and gradients of some data.
+
+    No number is read back from the device, so one call follows the other without a pause there.
 
     Args:
         causal_lm: The Hugging Face model with the right adapter active, which takes
@@ -67,17 +75,23 @@ def compute_packed(
         sink: Takes the head's gradient; it gets those of all other parameters by hooks.
         spread: Where other ranks compute a share of the data's tokens; gradients are then those
             that go through this rank's.
+        shares: Whether tokens that several data begin with are computed once; not where they are
+            spread.
     """
+    layout = lay_out([datum.tokens for datum in data], share=shares)
     lengths = [len(datum.tokens) for datum in data]
     arrays = {name: _stack(data, name) for name in data[0].loss_fn_inputs}
-    inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    inputs = {n: to_device(torch.from_numpy(array), device) for n, array in arrays.items()}
     own = slice(None) if spread is None else spread.own
-    positions = None
-    if device.type != "cpu":  # there it costs nothing to look
-        positions = may_have_gradient(loss_fn, arrays)[own].nonzero()[0]
+    positions = shared = None
+    if device.type != "cpu" or layout.shares:  # else it costs nothing to look
+        found: np.ndarray = may_have_gradient(loss_fn, arrays)[own].nonzero()[0]
+        positions = found
+        shared = SharedRows(layout.places(), found, device) if layout.shares else None
     with torch.set_grad_enabled(backward), _recomputing(causal_lm, backward and recompute):
-        hidden = _hidden(causal_lm, data, lengths, device, spread)
-    settings: dict[str, Any] = {"backward": backward, "spread": spread, "positions": positions}
+        hidden = _hidden(causal_lm, layout, device, spread)
+    settings: dict[str, Any] = {"backward": backward, "spread": spread}
+    settings |= {"positions": positions, "shared": shared}
     result = _through_head(head, hidden.detach(), loss_fn, inputs, lengths, **settings)
     gradients: list[Tensor | None] = []
     if backward and sink is not None:
@@ -85,30 +99,17 @@ def compute_packed(
     elif backward:
         gradients = _backward(hidden, head, parameters, result)
     of_all = result.logprobs if spread is None else spread.whole(result.logprobs)
-    rows = np.split(of_all.cpu().numpy(), np.cumsum(lengths)[:-1])
-    logprobs = []
-    for row, datum in zip(rows, data, strict=True):
-        shape = datum.loss_fn_inputs["target_tokens"].shape
-        width = shape[1] if len(shape) == 2 else 1
-        logprobs.append(row[:, :width].reshape(shape))
-    return PackedResult(logprobs, float(result.loss), gradients)
+    return PackedResult(_without_padding(of_all, data), result.loss, gradients)
 
 
-def _hidden(
-    causal_lm: Any,
-    data: Sequence[Datum],
-    lengths: Sequence[int],
-    device: torch.device,
-    spread: Spread | None,
-) -> Tensor:
+def _hidden(causal_lm: Any, layout: Layout, device: torch.device, spread: Spread | None) -> Tensor:
     """Hidden states `(T, d)` below the head, of this rank's tokens."""
     own = slice(None) if spread is None else spread.own
-    tokens = np.concatenate([datum.tokens for datum in data])[own]
-    positions = np.concatenate([np.arange(length) for length in lengths])[own]
     output = causal_lm.model(
-        input_ids=torch.from_numpy(tokens).to(device)[None],
-        position_ids=torch.from_numpy(positions).to(device)[None],
-        segment_lengths=list(lengths),
+        input_ids=to_device(torch.from_numpy(layout.row()[own]), device)[None],
+        position_ids=to_device(torch.from_numpy(layout.positions()[own]), device)[None],
+        segment_lengths=layout.lengths,
+        segment_contexts=layout.contexts if layout.shares else None,
         spread=spread,
         use_cache=False,
     )
@@ -122,6 +123,16 @@ def _stack(data: Sequence[Datum], name: str) -> np.ndarray:
     width = max(array.shape[1] for array in wide)
     padded = [np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in wide]
     return np.concatenate(padded)
+
+
+def _without_padding(rows_TK: Tensor, data: Sequence[Datum]) -> Tensor:
+    """Rows of some data, flat, without what stands there for targets that a datum has not."""
+    counts = [datum.loss_fn_inputs["target_tokens"].size for datum in data]
+    if sum(counts) == rows_TK.numel():
+        return rows_TK.reshape(-1)
+    lengths = [len(datum.tokens) for datum in data]
+    parts = zip(rows_TK.split(lengths), counts, lengths, strict=True)
+    return torch.cat([rows[:, : count // length].reshape(-1) for rows, count, length in parts])
 
 
 def _through_head(

@@ -5,8 +5,9 @@ from functools import partial
 
 from tinsmithd.config import ConfigError, TrainerConfig
 from tinsmithd.domain import Tuning
-from tinsmithd.modeling.base import BaseModel, Keep, load_base
+from tinsmithd.modeling.base import BaseModel, Keep, load_base, read_config
 from tinsmithd.modeling.weights import FUSED_WEIGHTS, WEIGHTS, MakeWeights
+from tinsmithd.sizes import NO_WORK, Unreadable, Work, architecture_of
 from tinsmithd.trainer import progress
 from tinsmithd.trainer.compute.spread import problem
 from tinsmithd.trainer.engines.interface import TrainingEngine
@@ -47,8 +48,10 @@ def engine_makers(config: TrainerConfig, on_progress: Callable[[str], None]) -> 
 
         return _makers(WEIGHTS, make_reference)
     on_progress("starting DeepSpeed")
+    from tinsmithd.trainer.compute.determinism import Determinism, prepare
     from tinsmithd.trainer.process_group import distributed
 
+    prepare()
     distributed.init()  # before loading: it chooses this rank's device
     from tinsmithd.trainer.engines.deepspeed.engine import DeepSpeedEngine
     from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
@@ -57,6 +60,7 @@ def engine_makers(config: TrainerConfig, on_progress: Callable[[str], None]) -> 
     check_ranks(config.sequence_parallel, distributed.rank_and_world_size()[1])
     zero = ZeroConfig(config.zero_stage, config.offload, config.gathered_bytes_max)
     keep = share(zero) if zero.stage == 3 else None
+    determinism = Determinism(config.deterministic)
 
     def make_deepspeed(tuning: type[Tuning], make_weights: MakeWeights) -> TrainingEngine:
         base = load(tuning, keep)
@@ -67,9 +71,11 @@ def engine_makers(config: TrainerConfig, on_progress: Callable[[str], None]) -> 
             changes_base=not tuning.is_adapter,
             zero=zero,
             micro_batch_tokens_max=config.micro_batch_tokens_max,
+            share_prefixes=config.share_prefixes,
             sequence_parallel=config.sequence_parallel,
             resident_models_max=config.resident_models_max,
             activation_bytes_max=config.activation_bytes_max,
+            determinism=determinism,
         )
 
     return _makers(FUSED_WEIGHTS, make_deepspeed)
@@ -101,3 +107,15 @@ def _makers(
     make: Callable[[type[Tuning], MakeWeights], TrainingEngine],
 ) -> EngineMakers:
     return {tuning: partial(make, tuning, of_base) for tuning, of_base in weights.items()}
+
+
+def work_of(base_model: str) -> Work:
+    """What a token of a base model costs, which was loaded before; nothing where that is not known.
+
+    Raises:
+        NotFound: There is no such model.
+    """
+    try:
+        return Work.of(architecture_of(read_config(base_model).to_dict(), base_model))
+    except Unreadable:
+        return NO_WORK

@@ -1,7 +1,8 @@
 """All that the last bit of a result depends on, besides calls and their compositions.
 
-Two rank groups of equal identity compute the same bits on CPUs. On GPUs they compute the same up to
-rounding, since kernels there may add up in another order each time.
+Two rank groups of equal identity compute the same bits on CPUs, and on GPUs where it says
+`deterministic`. On other GPUs they compute the same up to rounding, since kernels there may add up
+in another order each time.
 """
 
 import os
@@ -15,8 +16,12 @@ import torch
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.supported import has_windows
 
-PACKAGES = ("tinsmith", "transformers", "peft", "deepspeed")
-"""Packages whose code decides how something is computed, besides torch."""
+NUMBERS_SINCE = "0.1.0"
+"""The first release that computes the bits that this one computes. Ranks of a later release make
+calls again that earlier ones recorded, while it stays: whoever changes a bit on purpose puts the
+next release here, or gives what changed an entry of its own below."""
+PACKAGES = ("transformers", "peft", "deepspeed")
+"""Packages whose code decides how something is computed, besides torch and this one."""
 
 VARIABLES = (
     "ATEN_CPU_CAPABILITY",
@@ -57,6 +62,7 @@ def describe(
         "cuda": torch.version.cuda or "",
         "environment": " ".join(chosen),
         "torch": torch.__version__,
+        "tinsmith": NUMBERS_SINCE,
         **{name: _version(name) for name in PACKAGES},
     }
     # Earlier releases computed these in another way under the same versions. Models to which that

@@ -1,9 +1,10 @@
 """What a training engine is. Two implementations: `engines.reference` and `engines.deepspeed`.
 
 Every rank of a group calls its engine in the same order with the same arguments (SPMD). The engine
-splits the data over the ranks itself, and every rank returns the same result. The Training server
-has checked the arguments against base model and loss (shapes, dtypes, finite, vocabulary), so an
-engine checks only what it alone can know.
+splits the data over the ranks itself, and every rank returns the same result, but for copies of
+states, which only the first rank has. The Training server has checked the arguments against base
+model and loss (shapes, dtypes, finite, vocabulary), so an engine checks only what it alone can
+know.
 
 A method takes effect wholly or not at all. An engine that cannot undo a half-made change raises
 `ModelBroken`, and that model is gone.
@@ -59,7 +60,8 @@ class ForwardResult:
     Attributes:
         metrics: Named `name:reduction`; `loss:sum` is always there.
         composition: The composition as it was executed. The same batch in this composition, on a
-            model in the same state and an engine of equal `identity`, gives the same bits on a CPU.
+            model in the same state and an engine of equal `identity`, gives the same bits; on a GPU
+            only where that says `deterministic`.
         non_finite: With `backward`, whether the model's pending gradients are no longer all
             finite, on whichever rank; else False.
     """
@@ -132,7 +134,10 @@ class TrainingEngine(Protocol):
         """
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
-        """Copy a model's state, with or without its optimizer state; no later call changes it."""
+        """Copy a model's state, with or without its optimizer state; no later call changes it.
+
+        Ranks but the first give it their shares, and get a state without arrays.
+        """
 
     def import_state(self, model_id: str, state: ModelState, *, optimizer: bool) -> None:
         """Replace a model's weights by `state`'s and drop its pending gradients.

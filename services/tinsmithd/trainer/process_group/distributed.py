@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from tinsmithd.trainer import progress
+from tinsmithd.trainer.process_group import memory
 from tinsmithd.trainer.process_group.heartbeat import (
     EXIT_GROUP_LOST,
     EXIT_RANK_SILENT,
@@ -24,7 +26,7 @@ from tinsmithd.trainer.process_group.heartbeat import (
     Member,
     meet,
 )
-from tinsmithd.trainer.process_group.stall import Report, Reports, StallWatch
+from tinsmithd.trainer.process_group.stall import Memory, Report, Reports, StallWatch
 from tinsmithd.trainer.process_group.starter import STORE_FD, loopback_alone
 
 COLLECTIVE_TIMEOUT_S = 30.0
@@ -204,13 +206,22 @@ def _report() -> Report:
     if dist.is_initialized():
         assert dist.group.WORLD is not None
         collectives = dist.group.WORLD._get_sequence_number_for_group()  # type: ignore[attr-defined]
-    return Report(progress.current.count, collectives, progress.current.doing, _stalled)
+    done = progress.current
+    return Report(done.count, collectives, done.doing, _stalled, memory.current())
 
 
 def _reports() -> Reports:
     rank, _ = rank_and_world_size()
     others = {} if _heartbeat is None else _heartbeat.reports()
     return {rank: _report(), **{other: Report.decode(text) for other, text in others.items()}}
+
+
+def memories() -> Mapping[int, Memory]:
+    """What each rank of the group has of memory, as far as it said so, by rank."""
+    rank, _ = rank_and_world_size()
+    others = {} if _heartbeat is None else _heartbeat.reports()
+    found = {other: Report.decode(text).memory for other, text in others.items()}
+    return {rank: memory.current(), **{r: m for r, m in found.items() if m.resident_bytes}}
 
 
 def _stack() -> str:

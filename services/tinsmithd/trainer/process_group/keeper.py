@@ -38,7 +38,7 @@ async def _run() -> int:
     asked: asyncio.Future[int] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _answer, asked, 128 + number)
-    source, pauses = template.Template(PRELOAD), restarts.Pauses()
+    source, pauses = template.shared() or template.Template(PRELOAD), restarts.Pauses()
     try:
         while True:
             started_s = loop.time()

@@ -125,20 +125,25 @@ async def _lead(here: Place, secret: str) -> Meeting:
         listener.setblocking(False)
         _log.info("machine 0 of %d waits for the others at %s", here.nodes, here.address)
         complaining = asyncio.create_task(_complain(here, found))
+        # Not `loop.sock_accept`: asyncio fails where that is cancelled as somebody comes.
+        news = asyncio.Event()
+        loop.add_reader(listener, news.set)
         waiting = asyncio.create_task(everyone.wait())
+        waiting.add_done_callback(lambda _: news.set())
         while not everyone.is_set():
-            accepting = asyncio.create_task(loop.sock_accept(listener))
-            await asyncio.wait([accepting, waiting], return_when=asyncio.FIRST_COMPLETED)
-            if not accepting.done():
-                accepting.cancel()
-                break
-            connection, _ = accepting.result()
+            await news.wait()
+            news.clear()
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
             if len(greetings) >= GREETINGS_MAX:
                 connection.close()
                 continue
             task = asyncio.create_task(_greet(here, secret, connection, found, everyone))
             greetings.add(task)
             task.add_done_callback(greetings.discard)
+        loop.remove_reader(listener)
         complaining.cancel()
         for task in greetings:
             task.cancel()

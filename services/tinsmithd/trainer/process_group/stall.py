@@ -19,6 +19,23 @@ FACTOR = 10
 INTERVAL_S_MAX = 2.0
 LOOKS_PER_TIMEOUT = 6
 DOING_BYTES_MAX = 100
+_NUMBERS = 6
+"""That a beat begins with."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank; 0 where nobody knows.
+
+    Attributes:
+        resident_bytes: Of the machine's memory.
+        device_bytes: Of its GPU's memory: what torch has taken, whether tensors fill it or not.
+        device_size_bytes: All memory of that GPU.
+    """
+
+    resident_bytes: int = 0
+    device_bytes: int = 0
+    device_size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,25 +47,30 @@ class Report:
         collectives: Collectives that it has entered.
         doing: The command under way; empty while it waits for one.
         ends: It found that the ranks get nothing done, and ends.
+        memory: What it has of memory.
     """
 
     count: int = 0
     collectives: int = 0
     doing: str = ""
     ends: bool = False
+    memory: Memory = Memory()
 
     def encode(self) -> str:
         """As a beat carries it."""
-        return f"{self.count} {self.collectives} {int(self.ends)} {self.doing}"
+        memory = self.memory
+        taken = f"{memory.resident_bytes} {memory.device_bytes} {memory.device_size_bytes}"
+        return f"{self.count} {self.collectives} {int(self.ends)} {taken} {self.doing}"
 
     @classmethod
     def decode(cls, text: str) -> "Report":
         """What another rank said; of one that has not said anything, nothing."""
-        numbers, doing = text.split(" ")[:3], text.split(" ", 3)[-1]
-        if len(numbers) < 3 or not all(map(str.isdecimal, numbers)):
+        *numbers, doing = text.split(" ", _NUMBERS)
+        if len(numbers) < _NUMBERS or not all(map(str.isdecimal, numbers)):
             return cls()
-        count, collectives, ends = map(int, numbers)
-        return cls(count, collectives, bounded(doing, DOING_BYTES_MAX), ends == 1)
+        count, collectives, ends, *memory = map(int, numbers)
+        doing = bounded(doing, DOING_BYTES_MAX)
+        return cls(count, collectives, doing, ends == 1, Memory(*memory))
 
 
 Reports = Mapping[int, Report]

@@ -9,7 +9,12 @@ from tinsmithd.training.call.batches import (
     batches_of,
 )
 from tinsmithd.training.call.call import Call
-from tinsmithd.training.call.composition import Composition, are_close, differing_keys
+from tinsmithd.training.call.composition import (
+    Composition,
+    are_close,
+    differing_keys,
+    repeats_bits,
+)
 from tinsmithd.training.call.encoding import (
     answer_digest,
     decode_answer,
@@ -22,8 +27,10 @@ from tinsmithd.training.call.errors import (
     call_poisoned,
     model_lost,
     model_not_found,
+    model_restored,
     shutting_down,
 )
+from tinsmithd.training.call.numbers import last_before
 from tinsmithd.training.call.validate import check_datum
 from tinsmithd.training.call.work import (
     ComputeWork,
@@ -65,7 +72,10 @@ __all__ = [
     "encode_answer",
     "encode_work",
     "kind_of",
+    "last_before",
     "model_lost",
     "model_not_found",
+    "model_restored",
+    "repeats_bits",
     "shutting_down",
 ]

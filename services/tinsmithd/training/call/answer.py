@@ -58,10 +58,9 @@ class Answer:
         self._value: Mapping[str, Any] = {}
         self._error: TinsmithError | None = None
         self._done = stored is not None
-        self._written = asyncio.Event()
-        if self._done:
-            self._written.set()
-        self._changed = asyncio.Event()
+        self._written = self._done
+        # Those who wait for it to change in any way.
+        self._waiting: set[asyncio.Future[None]] = set()
         self.nbytes = 0
         """Bytes of its outputs."""
         self.engine_s = 0.0
@@ -99,31 +98,43 @@ class Answer:
 
     def accept(self) -> None:
         """The call is written down."""
-        self._written.set()
+        if not self._written:
+            self._written = True
+            self._wake()
 
     async def accepted(self) -> bool:
         """Wait until the call is written down; False where it ended with an error before.
 
         An error that an earlier process recorded counts as a call that was written down.
         """
-        await self._written.wait()
+        while not self._written:
+            await self._change()
         return self._error is None
 
     def finish(self, value: Mapping[str, Any]) -> None:
         """End it with a value."""
-        self._value, self._done = value, True
-        self._written.set()
+        self._value, self._done, self._written = value, True, True
         self._wake()
 
     def fail(self, error: TinsmithError) -> None:
         """End it with an error; its outputs are void."""
         self._error, self._done, self._outputs, self.nbytes = error, True, [], 0
-        self._written.set()
+        self._written = True
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def _change(self) -> None:
+        """Wait until anything changes."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(future)
+        try:
+            await future
+        finally:
+            self._waiting.discard(future)
 
     async def _read_stored(self) -> None:
         assert self._stored is not None
@@ -148,7 +159,6 @@ class Answer:
             await self._read_stored()
         index = 0
         while True:
-            changed = self._changed
             while index < len(self._outputs):
                 yield self._outputs[index]
                 index += 1
@@ -156,8 +166,7 @@ class Answer:
                 raise self._error
             if self._done:
                 return
-            if changed is self._changed:
-                await changed.wait()
+            await self._change()
 
     async def value(self) -> Mapping[str, Any]:
         """The value, once it is there.
@@ -165,6 +174,10 @@ class Answer:
         Raises:
             TinsmithError: The answer is an error.
         """
-        async for _ in self.outputs():
-            pass
+        if self._stored is not None:
+            await self._read_stored()
+        while not self._done:
+            await self._change()
+        if self._error is not None:
+            raise self._error
         return self._value

@@ -70,10 +70,13 @@ def batches_of(work: ComputeWork, sizes: Sequence[int]) -> Iterator[tuple[BatchP
 
     A call that adds no gradients has nothing to take back: all of its batches are WHOLE.
     """
+    if len(sizes) == 1:
+        yield BatchPlace.WHOLE, work
+        return
     start = 0
     for size in sizes:
         end = start + size
-        if not work.backward or len(sizes) == 1:
+        if not work.backward:
             place = BatchPlace.WHOLE
         else:
             place = BatchPlace.FIRST if start == 0 else BatchPlace.LATER

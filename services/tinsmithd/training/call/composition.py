@@ -12,6 +12,9 @@ rounding, grown over the calls since a snapshot. A sum over tokens may differ by
 each of them: advantages of both signs make one near 0 of parts that are not."""
 
 
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 @dataclass(frozen=True)
 class Composition:
     """How a call was computed.
@@ -36,7 +39,7 @@ class Composition:
             "plans": [base64.b64encode(batch).decode() for batch in self.batches],
             "metrics": dict(self.metrics),
         }
-        return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+        return _json(values).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> "Composition":
@@ -52,6 +55,11 @@ def differing_keys(
     """The keys in which two identities differ, among some keys or all."""
     found = sorted(keys or {*ours, *theirs})
     return [key for key in found if ours.get(key) != theirs.get(key)]
+
+
+def repeats_bits(identity: Mapping[str, str]) -> bool:
+    """Whether ranks give the same bits each time: those on CPUs, and others that say so."""
+    return identity.get("device", "cpu") == "cpu" or identity.get("deterministic") == "True"
 
 
 def are_close(ours: Mapping[str, float], theirs: Mapping[str, float], tokens: int) -> bool:

@@ -25,6 +25,7 @@ from tinsmithd.training.call.work import (
 )
 
 _LENGTH = struct.Struct("<I")
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def encode_work(work: Work) -> bytes:
@@ -38,7 +39,7 @@ def encode_work(work: Work) -> bytes:
             }
             return _join(work.kind, head, [work.loss, *work.data])
         case StepWork():
-            return _join(work.kind, dataclasses.asdict(work.adam))
+            return _join(work.kind, vars(work.adam))
         case SaveWork():
             options = {**dataclasses.asdict(work.options), "path": str(work.options.path)}
             return _join(work.kind, options)
@@ -90,11 +91,11 @@ def answer_digest(answer: StoredAnswer) -> bytes:
         error = answer.error
         return hashlib.sha256(f"{type(error).__name__} {error.reason}".encode()).digest()
     # Without the kind, which is the call's and not of what came of it.
-    return hashlib.sha256(encode_answer(dataclasses.replace(answer, kind=None))).digest()
+    return hashlib.sha256(encode_answer(StoredAnswer(answer.outputs, answer.value))).digest()
 
 
 def _join(kind: str, head: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
-    text = json.dumps({"kind": kind, **head}, sort_keys=True, separators=(",", ":")).encode()
+    text = _json({"kind": kind, **head}).encode()
     return b"".join([_LENGTH.pack(len(text)), text, *blobs])
 
 

@@ -27,9 +27,17 @@ from tinsmithd.training.journal.records import (
     UnparkCalls,
     Write,
 )
-from tinsmithd.training.journal.sqlite_store import SqliteStore
+from tinsmithd.training.journal.sqlite_offline import (
+    begin_incarnation,
+    copy_journal,
+    forget_snapshot,
+    problems_in,
+    snapshots_in,
+)
+from tinsmithd.training.journal.sqlite_store import JOURNAL_FILE, SqliteStore
 
 __all__ = [
+    "JOURNAL_FILE",
     "USED_IDS_KEPT_MAX",
     "AddAnswer",
     "AddCall",
@@ -57,4 +65,9 @@ __all__ = [
     "Trim",
     "UnparkCalls",
     "Write",
+    "begin_incarnation",
+    "copy_journal",
+    "forget_snapshot",
+    "problems_in",
+    "snapshots_in",
 ]

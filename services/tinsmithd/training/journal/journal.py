@@ -14,12 +14,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from tinsmithd import failpoints
+from tinsmithd import failpoints, tracing
+from tinsmithd.durations import Durations
 from tinsmithd.errors import Reason, ResourceExhausted, TinsmithError, Unavailable
-from tinsmithd.training.call import StoredAnswer, Work
+from tinsmithd.training.call import StoredAnswer, Work, last_before
+from tinsmithd.training.journal.groups import Groups, Handed
 from tinsmithd.training.journal.records import (
     AddStep,
     Contents,
@@ -42,26 +43,18 @@ RETRY_S = 0.5
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Handed:
-    """Some writes that belong into one commit; with `must` they are tried until they succeed."""
-
-    writes: Sequence[Write]
-    must: bool
-    done: "asyncio.Future[None]"
-
-
 class Journal:
-    """Group commit over a store: what is handed in while one commit runs is in the next one.
+    """Group commit over a store: what is handed in while one commit runs is in the next ones.
 
     Attributes:
         store: What it writes to.
         cluster_id: Names this store, for ever.
         epoch: That of this process.
+        restored_at: Numbers of calls up to this one are of before the back-up that was restored; 0
+            where none was.
         fenced: Set once another process has the store; this one cannot write any more.
         writable: False while writing fails; the journal tries again until it works.
-        commits: Number of commits made.
-        commit_s: Seconds that they took.
+        commits: How long the commits took.
     """
 
     keeps: ClassVar[bool] = True
@@ -70,20 +63,27 @@ class Journal:
     def __init__(self, store: JournalStore) -> None:
         self.store = store
         self.cluster_id = ""
-        self.epoch = 0
+        self.epoch = self.restored_at = 0
         self.fenced = asyncio.Event()
         self.writable = True
-        self.commits, self.commit_s = 0, 0.0
-        self._waiting: list[_Handed] = []
+        self.commits = Durations()
+        self._waiting = Groups()
+        self._under_way: Sequence[Handed] = ()
         self._wake = asyncio.Event()
         self._busy = False
         self._writer: asyncio.Task[None] | None = None
         self._retry: asyncio.TimerHandle | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes on disk; another thread may ask."""
+        return self.store.nbytes()
+
     async def open(self) -> Contents:
         """Claim the store; from now on `commit` works."""
         contents = await self.store.claim()
         self.cluster_id, self.epoch = contents.cluster_id, contents.epoch
+        self.restored_at = last_before(contents.incarnation)
         self._writer = asyncio.create_task(self._write(), name="journal")
         return contents
 
@@ -128,9 +128,16 @@ class Journal:
             raise
 
     async def flush(self) -> None:
-        """Wait until all earlier commits are durable."""
-        if self._waiting or self._busy:
-            await self.commit(must=True)
+        """Wait until all earlier commits are durable.
+
+        Raises:
+            Fenced: Another process has the store.
+        """
+        earlier = [handed.settled for handed in (*self._under_way, *self._waiting)]
+        if earlier:
+            await asyncio.wait(earlier)
+        if self.fenced.is_set():
+            raise Fenced
 
     async def close(self) -> None:
         """Write what waits, as far as the disk takes it, and close the store."""
@@ -145,7 +152,7 @@ class Journal:
         """Make some writes, all of them or none; the future is done when they are durable.
 
         Args:
-            writes: In order; they come after those of all earlier commits.
+            writes: In order, of one model; they come after those of its owner's earlier commits.
             must: What they say has happened already: try until they succeed.
 
         Raises (the future):
@@ -153,23 +160,21 @@ class Journal:
             Unavailable: The disk cannot be written (STORAGE_FULL); never with `must`.
             Fenced: Another process has the store.
         """
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # The caller may be gone, and then nobody has to hear of a failure.
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        handed = Handed(writes, must)
         if self.fenced.is_set():
-            future.set_exception(Fenced())
+            handed.end(Fenced())
         else:
-            self._waiting.append(_Handed(writes, must, future))
+            self._waiting.add(handed)
             self._wake.set()
-        return future
+        return handed.done
 
     async def _write(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            group, self._waiting = self._waiting, []
+            group = self._under_way = self._waiting.take()
             self._busy = True
-            begun_s = time.perf_counter()
+            begun_s, begun_ns = time.perf_counter(), tracing.now_ns()
             try:
                 failpoints.hit("wal_append")
                 await self.store.commit([write for handed in group for write in handed.writes])
@@ -183,34 +188,35 @@ class Journal:
                 self._refuse(group, StoreUnwritable(str(error), full=error.errno == errno.ENOSPC))
                 continue
             finally:
-                self._busy = False
-            self.commits += 1
-            self.commit_s += time.perf_counter() - begun_s
+                self._busy, self._under_way = False, ()
+            self.commits.add(time.perf_counter() - begun_s)
             if not self.writable:
                 _log.info("the journal can be written again")
             self.writable = True
+            marks = [handed.mark for handed in group]
+            tracing.batch("journal commit", "journal write", begun_ns, marks)
             for handed in group:
-                if not handed.done.done():
-                    handed.done.set_result(None)
-            if not self._waiting:
+                handed.end()
+            if self._waiting:
+                self._wake.set()
+            else:
                 await self.store.tidy()
 
-    def _fence(self, group: Sequence[_Handed]) -> None:
+    def _fence(self, group: Sequence[Handed]) -> None:
         _log.error("another Training server has taken the journal over; this one must end")
         self.fenced.set()
         for handed in [*group, *self._waiting]:
-            if not handed.done.done():
-                handed.done.set_exception(Fenced())
+            handed.end(Fenced())
         self._waiting.clear()
 
-    def _refuse(self, group: Sequence[_Handed], error: StoreUnwritable) -> None:
+    def _refuse(self, group: Sequence[Handed], error: StoreUnwritable) -> None:
         if self.writable:
             _log.error("the journal cannot be written: %s", error)
         self.writable = False
-        for handed in group:
-            if not handed.must and not handed.done.done():
-                handed.done.set_exception(_refusal(error))
-        self._waiting[:0] = [handed for handed in group if handed.must]
+        self._waiting.put_back(group)
+        # All of them: what did not fit into this group would wait for the next try to hear it.
+        for handed in self._waiting.keep_only(lambda handed: handed.must):
+            handed.end(_refusal(error))
         # Try again even where nothing waits: somebody has to find out that it works again.
         if self._retry is not None:
             self._retry.cancel()
@@ -231,11 +237,16 @@ class NoJournal(Journal):
 
     def __init__(self) -> None:
         """There is no store."""
-        self.cluster_id, self.epoch = "", 0
+        self.cluster_id, self.epoch, self.restored_at = "", 0, 0
         self.writable = True
-        self.commits, self.commit_s = 0, 0.0
+        self.commits = Durations()
         self.fenced = asyncio.Event()
         self._steps: dict[str, deque[StoredStep]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """None."""
+        return 0
 
     async def open(self) -> Contents:
         """Nothing is there."""

@@ -13,6 +13,9 @@ DELETED_KEPT_MAX = 1_000
 """Number of deleted models that the journal remembers."""
 USED_IDS_KEPT_MAX = 100_000
 """Number of ids that were chosen for models since deleted; the journal remembers the newest."""
+CALLS_AT_START = 8
+"""Of a model of which no call waits, a start reads so many of the newest; the others when it is
+called. Most models of a cluster are at rest."""
 STARTS_KEPT_MAX = 1_000
 """Number of creations and checkpoints remembered because ranks died of them."""
 
@@ -180,10 +183,11 @@ class Trim:
 
 @dataclass(frozen=True)
 class DropAnswers:
-    """Nobody may ask again for answers of calls up to `position`."""
+    """Nobody may ask again for answers of calls up to `position`; those up to `after` are gone."""
 
     model_id: str
     position: int
+    after: int = 0
 
 
 Write = (
@@ -274,6 +278,8 @@ class StoredModel:
         last_request_time_s: When its newest call was written, by the wall clock; None where there
             was none, or an older release wrote it.
         parked: Numbers of the calls that wait for those before theirs, see `JournalStore.parked`.
+        asleep: No call waits, and `calls` has the newest alone, the newest with a number among
+            them: `JournalStore.calls` has all.
     """
 
     model_id: str
@@ -285,6 +291,7 @@ class StoredModel:
     snapshots: Sequence[StoredSnapshot]
     last_request_time_s: float | None = field(default=None, compare=False)
     parked: Sequence[int] = ()
+    asleep: bool = False
 
 
 @dataclass(frozen=True)
@@ -306,6 +313,8 @@ class Contents:
     deleted: Sequence[DeletedModel] = field(default_factory=list)
     starts: Mapping[str, int] = field(default_factory=dict)
     used_ids: Sequence[str] = field(default_factory=list)
+    incarnation: int = 0
+    """See `training.call.numbers`; 0 where no back-up was restored."""
 
 
 class JournalStore(Protocol):
@@ -328,6 +337,9 @@ class JournalStore(Protocol):
 
     async def tidy(self) -> None:
         """Do work that it has put off, now that nobody waits for a commit."""
+
+    def nbytes(self) -> int:
+        """Bytes that it takes on disk; any thread may ask."""
 
     async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
         """The calls of a model after a position, as they are now.

@@ -7,23 +7,23 @@ Each row has a CRC-32 over its values and its key (`seal`), which every read che
 itself finds damaged is damage, too.
 """
 
-import asyncio
 import contextlib
 import json
 import logging
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from tinsmithd import failpoints
+from tinsmithd import failpoints, formats
 from tinsmithd.files import private_folder
+from tinsmithd.owners import logged_id
 from tinsmithd.training.call import StoredAnswer, Work, decode_answer, decode_work
+from tinsmithd.training.journal.groups import nbytes_of
+from tinsmithd.training.journal.own_thread import OwnThread
 from tinsmithd.training.journal.records import (
     Contents,
-    DeletedModel,
     Fenced,
     ParkedCall,
     StoreDamaged,
@@ -34,10 +34,19 @@ from tinsmithd.training.journal.records import (
     StoreUnwritable,
     Write,
 )
+from tinsmithd.training.journal.sqlite_format import JOURNAL
+from tinsmithd.training.journal.sqlite_known import Known
+from tinsmithd.training.journal.sqlite_reading import (
+    deleted,
+    good,
+    newest_calls,
+    starts,
+    used_ids,
+)
+from tinsmithd.training.journal.sqlite_rows import write_all
 from tinsmithd.training.journal.sqlite_tables import (
     CALL,
     CALL_SEAL,
-    DELETED,
     MODEL,
     PARKED,
     SCHEMA,
@@ -45,9 +54,6 @@ from tinsmithd.training.journal.sqlite_tables import (
     SNAPSHOT_SEAL,
     STEP,
     STEP_SEAL,
-    USED_ID,
-    apply,
-    nbytes_of,
     seal,
 )
 
@@ -55,7 +61,8 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+JOURNAL_FILE = "journal.sqlite"
+"""Name of the file in a Training server's data folder."""
 BUSY_TIMEOUT_S = 10.0
 LOG_BYTES = 4 * 1024 * 1024
 """The store copies the write-ahead log into the file when it is about so long and nobody waits: a
@@ -64,6 +71,8 @@ LOG_PAGES_MAX = 16_384
 """A commit copies it all the same when it has so many pages."""
 COMMIT_BYTES = 16 * 1024
 """About what a commit adds to it besides data."""
+STATEMENTS_CACHED = 256
+"""More than there are texts of statements."""
 _UNWRITABLE = {
     sqlite3.SQLITE_FULL: True,
     sqlite3.SQLITE_IOERR: False,
@@ -86,13 +95,14 @@ class SqliteStore:
     def __init__(self, folder: Path, *, sync: bool) -> None:
         self._folder = folder
         self._sync = sync
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._thread = OwnThread("journal")
         self._db: sqlite3.Connection | None = None
         self._epoch = 0
         self._log_bytes = 0
+        self._known: Known | None = None
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return await self._thread.run(function)
 
     async def claim(self) -> Contents:
         """Take the store over and read it."""
@@ -106,6 +116,14 @@ class SqliteStore:
         """Copy the write-ahead log into the file, once it is long."""
         if self._log_bytes > LOG_BYTES:
             await self._in_thread(self._checkpoint)
+
+    def nbytes(self) -> int:
+        """Bytes of the file and of its write-ahead log."""
+        found = 0
+        for end in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                found += (self._folder / f"{JOURNAL_FILE}{end}").stat().st_size
+        return found
 
     async def calls(self, model_id: str, after: int) -> Sequence[StoredCall]:
         """The calls of a model after a position."""
@@ -137,18 +155,20 @@ class SqliteStore:
         """Close it."""
         if self._db is not None:
             await self._in_thread(self._db.close)
-        self._thread.shutdown()
+        self._thread.close()
 
     # --- in the thread ------------------------------------------------------------------------
 
     def _claim(self) -> Contents:
         try:
             private_folder(self._folder)
+            file = self._folder / JOURNAL_FILE
             db = sqlite3.connect(
-                self._folder / "journal.sqlite",
+                file,
                 isolation_level=None,
                 timeout=BUSY_TIMEOUT_S,
                 check_same_thread=False,
+                cached_statements=STATEMENTS_CACHED,
             )
             self._db = db
             db.create_function("seal", -1, seal, deterministic=True)
@@ -159,28 +179,28 @@ class SqliteStore:
             db.execute("PRAGMA secure_delete=FAST")
             db.execute("PRAGMA foreign_keys=ON")
             db.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES_MAX}")
+            JOURNAL.look(db, file)
+            # A server that had an older format finds the new one together with the higher epoch.
             with _transaction(db):
+                JOURNAL.bring_up(db)
                 for statement in filter(str.strip, SCHEMA.split(";")):
                     db.execute(statement)
                 self._epoch = self._claim_epoch(db)
-            cluster_id = db.execute("SELECT value FROM meta WHERE name='cluster_id'").fetchone()[0]
+            meta = dict(db.execute("SELECT name, value FROM meta"))
             return Contents(
-                *(cluster_id, self._epoch, self._models(db), _deleted(db), _starts(db)),
-                used_ids=_used_ids(db),
+                *(meta["cluster_id"], self._epoch, self._models(db), deleted(db), starts(db)),
+                used_ids=used_ids(db),
+                incarnation=meta.get("incarnation", 0),
             )
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             raise StoreDamaged(f"the journal in {self._folder} cannot be used: {error}") from error
 
     def _claim_epoch(self, db: sqlite3.Connection) -> int:
         meta = dict(db.execute("SELECT name, value FROM meta"))
-        version = meta.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise StoreDamaged(
-                f"the journal in {self._folder} has format {version}, this server {FORMAT_VERSION}"
-            )
         epoch = int(meta.get("epoch", 0)) + 1
         values = {
-            "format_version": FORMAT_VERSION,
+            "format_version": JOURNAL.known,
+            "release": formats.release(),
             "epoch": epoch,
             "cluster_id": meta.get("cluster_id", secrets.token_hex(16)),
         }
@@ -196,13 +216,17 @@ class SqliteStore:
         for row in db.execute(
             f"SELECT {MODEL}, crc32 IS seal({MODEL}) FROM models ORDER BY number"
         ):
-            model_id, number, about, lost, trimmed_to, good = row
-            if not good:
-                raise StoreDamaged(f"model {model_id} is damaged in the journal")
+            model_id, number, about, lost, trimmed_to, whole = row
+            if not whole:
+                raise StoreDamaged(f"model {logged_id(model_id)} is damaged in the journal")
             calls: list[StoredCall] = []
             snapshots: list[StoredSnapshot] = []
+            asleep = False
             try:
-                calls, snapshots = self._calls(model_id, 0), self._snapshots(model_id)
+                snapshots = self._snapshots(model_id)
+                calls, asleep = self._newest_calls(model_id)
+                if asleep and model_id in parked:
+                    calls, asleep = self._calls(model_id, 0), False
             except StoreDamaged as error:  # it concerns this model alone
                 lost = lost or f"model {model_id} is lost: {error}"
             content = json.loads(about)
@@ -211,9 +235,20 @@ class SqliteStore:
                     *(model_id, number, content, lost, trimmed_to, calls, snapshots),
                     last_request_time_s=times.get(model_id),
                     parked=tuple(parked.get(model_id, ())),
+                    asleep=asleep,
                 )
             )
+        self._check_epoch()  # last: rows may be missing because another process has the store
         return found
+
+    def _newest_calls(self, model_id: str) -> tuple[list[StoredCall], bool]:
+        """What a start needs of a model's calls, and whether there are others."""
+        assert self._db is not None
+        try:
+            found = newest_calls(self._db, model_id)
+        except sqlite3.Error as error:
+            raise StoreDamaged(f"the calls of {model_id} cannot be read: {error}") from error
+        return (self._calls(model_id, 0), False) if found is None else found
 
     def _snapshots(self, model_id: str) -> list[StoredSnapshot]:
         assert self._db is not None
@@ -222,7 +257,7 @@ class SqliteStore:
             "WHERE model_id=? ORDER BY position",
             (model_id,),
         )
-        return [StoredSnapshot(*_good(row, f"a snapshot of {model_id}")) for row in rows]
+        return [StoredSnapshot(*good(row, f"a snapshot of {model_id}")) for row in rows]
 
     def _check_epoch(self) -> None:
         assert self._db is not None
@@ -241,8 +276,8 @@ class SqliteStore:
             # Last: rows may be missing because another process has the store.
             self._check_epoch()
         except sqlite3.Error as error:
-            raise StoreDamaged(f"the calls of {model_id} cannot be read: {error}") from error
-        return [StoredCall(*_good(row, f"a call of {model_id}")) for row in rows]
+            raise StoreDamaged(f"its calls cannot be read: {error}") from error
+        return [StoredCall(*good(row, "a call")) for row in rows]
 
     def _parked(self, model_id: str) -> list[tuple[int, bytes, bytes]]:
         assert self._db is not None
@@ -253,7 +288,7 @@ class SqliteStore:
         ).fetchall()
         self._check_epoch()  # last, as above
         if not all(row[-1] for row in rows):
-            _log.error("some calls that waited for model %s are damaged in the journal", model_id)
+            _log.error("some calls that waited for model %s are damaged", logged_id(model_id))
         return [row[:-1] for row in rows if row[-1]]
 
     def _steps(self, model_id: str, below: int | None, size: int) -> tuple[list[StoredStep], int]:
@@ -269,9 +304,9 @@ class SqliteStore:
             (total,) = self._db.execute(count, (model_id,)).fetchone()
             self._check_epoch()  # last, as above
         except sqlite3.Error as error:
-            raise StoreDamaged(f"the steps of {model_id} cannot be read: {error}") from error
+            raise StoreDamaged(f"its steps cannot be read: {error}") from error
         if not all(row[-1] for row in rows):  # nothing but people's interest hangs on one
-            _log.error("some steps of model %s are damaged in the journal", model_id)
+            _log.error("some steps of model %s are damaged", logged_id(model_id))
         found = [
             StoredStep(position, seq_id, step_count, time_s, json.loads(metrics))
             for position, seq_id, step_count, time_s, metrics, good in rows
@@ -288,22 +323,25 @@ class SqliteStore:
             ).fetchone()
             self._check_epoch()  # last, as above
         except sqlite3.Error as error:
-            raise StoreDamaged(f"{table} of {model_id} cannot be read: {error}") from error
+            raise StoreDamaged(f"{table} cannot be read: {error}") from error
         if row is None or seal(model_id, position, row[1]) != row[0]:
             what = "is gone" if row is None else "is damaged"
-            raise StoreDamaged(f"call {position} of {model_id} {what} in {table}")
+            raise StoreDamaged(f"call {position} {what} in {table}")
         return bytes(row[1])
 
     def _commit(self, writes: Sequence[Write]) -> None:
         assert self._db is not None
+        done = False
         try:
             with _transaction(self._db):
                 self._check_epoch()
                 if not writes:  # somebody wants to know whether writing works
                     self._db.execute("INSERT OR REPLACE INTO meta VALUES ('probe', 0)")
-                for write in writes:
-                    apply(self._db, write)
+                if self._known is None:
+                    self._known = Known(self._db)
+                write_all(self._db, writes, self._known)
                 failpoints.hit("wal_fsync")
+            done = True
             self._log_bytes += COMMIT_BYTES + sum(map(nbytes_of, writes))
         except sqlite3.OperationalError as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -312,6 +350,9 @@ class SqliteStore:
             raise StoreUnwritable(str(error), full=_UNWRITABLE[code]) from error
         except OSError as error:
             raise StoreUnwritable(str(error), full=True) from error
+        finally:
+            if not done:
+                self._known = None
 
     def _checkpoint(self) -> None:
         assert self._db is not None
@@ -319,40 +360,6 @@ class SqliteStore:
         # Pages that stay, since the disk is full or somebody reads, are copied another time.
         with contextlib.suppress(sqlite3.OperationalError):
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-
-
-def _deleted(db: sqlite3.Connection) -> list[DeletedModel]:
-    rows = db.execute(
-        f"SELECT {DELETED}, crc32 IS seal({DELETED}) FROM deleted ORDER BY number"
-    ).fetchall()
-    if not all(row[-1] for row in rows):
-        # Only a repeat that comes late could miss one, which is no reason not to start.
-        _log.error("some of what the journal remembers of deleted models is damaged")
-    return [
-        DeletedModel(model_id, number, json.loads(about))
-        for model_id, number, about, good in rows
-        if good
-    ]
-
-
-def _used_ids(db: sqlite3.Connection) -> list[str]:
-    rows = db.execute(f"SELECT model_id, crc32 IS seal({USED_ID}) FROM used_ids ORDER BY number")
-    found = rows.fetchall()
-    if not all(good for _, good in found):
-        _log.error("some of what the journal remembers of chosen ids is damaged")
-    return [model_id for model_id, good in found if good]
-
-
-def _starts(db: sqlite3.Connection) -> dict[str, int]:
-    rows = db.execute("SELECT key, attempts FROM starts WHERE crc32 IS seal(key, attempts)")
-    return dict(rows.fetchall())
-
-
-def _good(row: Sequence[Any], what: str) -> Sequence[Any]:
-    """The row without its last column, which says whether the seal is right."""
-    if not row[-1]:
-        raise StoreDamaged(f"{what} is damaged in the journal")
-    return row[:-1]
 
 
 @contextlib.contextmanager

@@ -8,10 +8,9 @@ somebody relies is in the journal, too; from there on it is refused for nothing 
 
 import asyncio
 import functools
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+from tinsmithd import tracing
 from tinsmithd.errors import FailedPrecondition, Reason, ResourceExhausted, TinsmithError
 from tinsmithd.training.call import Answer, Call, ComputeWork, Work, kind_of
 from tinsmithd.training.journal import (
@@ -23,35 +22,10 @@ from tinsmithd.training.journal import (
     UnparkCalls,
 )
 from tinsmithd.training.lane.context import LaneContext
+from tinsmithd.training.lane.waiting import QueuedCall, Waiting
 
 Calls = Sequence[StoredCall]
 Parked = Sequence[ParkedCall]
-
-
-@dataclass(eq=False)
-class QueuedCall:
-    """A call in a lane.
-
-    Attributes:
-        call: What the client asked.
-        answer: What comes of it; the lane fills it in.
-        position: Its place in the order, once it is ready.
-        written: Done when the call is durable; None where it was before this process began.
-        attempts: Number of rank deaths during this call for which it is to blame.
-        gap_timer: Runs while the call is parked behind a gap.
-    """
-
-    call: Call
-    answer: Answer
-    position: int = 0
-    written: "asyncio.Future[None] | None" = None
-    attempts: int = 0
-    gap_timer: asyncio.TimerHandle | None = None
-
-    @property
-    def seq_id(self) -> int:
-        """The call's number, or 0."""
-        return self.call.seq_id
 
 
 class Admission:
@@ -70,43 +44,37 @@ class Admission:
     ) -> None:
         self._context = context
         self._refuse = refuse
-        self._parked: dict[int, QueuedCall] = {}
-        self._ready: deque[QueuedCall] = deque()
+        self._waiting = Waiting(context.queued)
         self._next_position = 1
         self.next_seq_id = 1
 
     @property
     def parked(self) -> bool:
         """True while calls wait for numbers before theirs."""
-        return bool(self._parked)
+        return bool(self._waiting.parked)
 
     @property
     def ready(self) -> bool:
         """True when there is a call to carry out."""
-        return bool(self._ready)
+        return bool(self._waiting.ready)
 
     @property
     def count(self) -> int:
         """Calls that wait, for whatever reason."""
-        return len(self._ready) + len(self._parked)
+        return len(self._waiting)
 
     def take(self) -> QueuedCall:
         """Remove and return the first call that is ready."""
-        return self._ready.popleft()
+        return self._waiting.pop()
 
     def put_back(self, queued: QueuedCall) -> None:
         """Make this call the first again."""
-        self._ready.appendleft(queued)
+        queued.mark = queued.mark.again()
+        self._waiting.push(queued, first=True)
 
     def clear(self) -> list[QueuedCall]:
         """Remove and return all calls that wait."""
-        found = [*self._ready, *self._parked.values()]
-        self._ready.clear()
-        self._parked.clear()
-        for queued in found:
-            if queued.gap_timer is not None:
-                queued.gap_timer.cancel()
-        return found
+        return self._waiting.clear()
 
     # --- in -----------------------------------------------------------------------------------
 
@@ -117,7 +85,7 @@ class Admission:
             ResourceExhausted: There is no room (QUEUE_FULL); the number is unused.
         """
         self._check_room(call)
-        queued = QueuedCall(call, Answer(kind=kind_of(call.work)))
+        queued = QueuedCall(call, Answer(kind=kind_of(call.work)), mark=tracing.mark())
         if not call.seq_id:
             self._make_ready(queued)
         else:
@@ -130,12 +98,11 @@ class Admission:
 
     def _check_room(self, call: Call) -> None:
         # The call that the parked ones wait for must always get in, or they would wait for ever.
-        waiting = list(self._ready)
-        if call.seq_id != self.next_seq_id:
-            waiting += self._parked.values()
-        nbytes = call.nbytes + sum(queued.call.nbytes for queued in waiting)
+        waiting, is_next = self._waiting, call.seq_id == self.next_seq_id
+        count = 1 + len(waiting.ready) + (0 if is_next else len(waiting.parked))
+        nbytes = call.nbytes + waiting.nbytes.ready + (0 if is_next else waiting.nbytes.parked)
         for limit, value, most in (
-            ("lane_calls_max", len(waiting) + 1, self._context.limits.lane_calls_max),
+            ("lane_calls_max", count, self._context.limits.lane_calls_max),
             ("lane_bytes_max", nbytes, self._context.limits.lane_bytes_max),
         ):
             if value > most:
@@ -146,9 +113,10 @@ class Admission:
                     metadata={"limit": limit, "value": str(value)},
                 )
         self._context.executor.check_room(call.nbytes)
+        self._context.admit(call, is_next)
 
     def _park(self, queued: QueuedCall) -> None:
-        self._parked[queued.seq_id] = queued
+        self._waiting.park(queued)
         if queued.seq_id != self.next_seq_id:
             loop = asyncio.get_running_loop()
             wait_s = self._context.limits.gap_wait_s_max
@@ -163,17 +131,12 @@ class Admission:
         error = None if written.cancelled() else written.exception()
         if error is None:
             queued.answer.accept()
-        elif isinstance(error, TinsmithError) and self._parked.get(queued.seq_id) is queued:
-            self._leave(queued)
+        elif isinstance(error, TinsmithError) and self._waiting.parked.get(queued.seq_id) is queued:
+            self._waiting.unpark(queued.seq_id)
             self._refuse(queued, error)
 
-    def _leave(self, queued: QueuedCall) -> None:
-        del self._parked[queued.seq_id]
-        if queued.gap_timer is not None:
-            queued.gap_timer.cancel()
-
     def _end_gap_wait(self, queued: QueuedCall) -> None:
-        self._leave(queued)
+        self._waiting.unpark(queued.seq_id)
         error = FailedPrecondition(
             f"seq_id {self.next_seq_id} did not arrive within "
             f"{self._context.limits.gap_wait_s_max:g} s; {queued.seq_id} is unused",
@@ -190,9 +153,7 @@ class Admission:
         forgotten.add_done_callback(lambda _: self._refuse(queued, error))
 
     def _admit(self) -> None:
-        while (queued := self._parked.pop(self.next_seq_id, None)) is not None:
-            if queued.gap_timer is not None:
-                queued.gap_timer.cancel()
+        while (queued := self._waiting.unpark(self.next_seq_id)) is not None:
             self.next_seq_id += 1
             self._make_ready(queued)
 
@@ -206,7 +167,14 @@ class Admission:
         queued.written = self._context.journal.commit(add, must=must)
         queued.written.add_done_callback(lambda written: self._check_written(queued, written))
         self._context.executor.wrote(queued.position, call.nbytes)
-        self._ready.append(queued)
+        self._waiting.push(queued)
+
+    def begin_after(self, calls: Calls) -> None:
+        """Go on behind the newest calls of a lane, whose others are read when it is used."""
+        for call in calls:
+            self._next_position = call.position + 1
+            if call.seq_id:
+                self.next_seq_id = call.seq_id + 1
 
     def recall(
         self,
@@ -244,7 +212,7 @@ class Admission:
                 )
                 queued.answer.accept()
                 self.next_seq_id += bool(call.seq_id)
-                self._ready.append(queued)
+                self._waiting.push(queued)
         if orphans:
             self._context.journal.commit(ForgetCalls(self._context.model_id, orphans), must=True)
         for waited in parked:
@@ -254,7 +222,7 @@ class Admission:
             queued = QueuedCall(again, Answer(kind=kind_of(work)))
             queued.answer.accept()
             self._park(queued)
-        found = [*self._ready, *self._parked.values()]
+        found = [*self._waiting.ready, *self._waiting.parked.values()]
         self._admit()
         return found
 
@@ -275,9 +243,9 @@ class Admission:
         waits: list[QueuedCall] = []
         if queued.seq_id:
             self.next_seq_id = queued.seq_id
-            later = [q for q in self._ready if q.seq_id and q.position > queued.position]
+            later = [q for q in self._waiting.ready if q.seq_id and q.position > queued.position]
             for waiting in later:
-                self._ready.remove(waiting)
+                self._waiting.remove(waiting)
                 free.append(waiting.position)
                 self._park(waiting)
                 if waiting.call.acknowledge:
@@ -297,7 +265,7 @@ class Admission:
         error = None if written.cancelled() else written.exception()
         if error is None:
             queued.answer.accept()
-        elif isinstance(error, TinsmithError) and queued in self._ready:
-            self._ready.remove(queued)
+        elif isinstance(error, TinsmithError) and queued in self._waiting.ready:
+            self._waiting.remove(queued)
             self.free(queued, written=False)
             self._refuse(queued, error)

@@ -1,16 +1,15 @@
 """Records what calls answer, and answers once that is durable."""
 
 import asyncio
-import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 
 from tinsmithd import failpoints
 from tinsmithd.errors import Reason, TinsmithError, Unavailable
 from tinsmithd.training.call import Answer, StoredAnswer, call_not_found, kind_of, shutting_down
 from tinsmithd.training.journal import AddAnswer, DropAnswers, StoredCall, Write
-from tinsmithd.training.lane.admission import QueuedCall
 from tinsmithd.training.lane.context import LaneContext
 from tinsmithd.training.lane.kept_answers import KeptAnswers
+from tinsmithd.training.lane.waiting import QueuedCall
 
 ReadAnswer = Callable[[int], Callable[[], Awaitable[StoredAnswer]]]
 """Makes, for a position, what reads the answer there."""
@@ -30,7 +29,10 @@ class AnswerRecorder:
     def __init__(self, context: LaneContext) -> None:
         self._context = context
         limits = context.limits
-        self._kept = KeptAnswers(limits.answers_kept_max, limits.answer_bytes_kept_max)
+        self._kept = KeptAnswers(
+            limits.answers_kept_max, limits.answer_bytes_kept_max, context.journal.restored_at
+        )
+        self._dropped = 0  # the position up to which no answer is kept
         self.recording = 0
         self.closed = False
 
@@ -104,10 +106,9 @@ class AnswerRecorder:
     ) -> None:
         """Record what a call answers, and answer once that is durable."""
         if answer.error is None:
-            answer = dataclasses.replace(answer, kind=kind_of(queued.call.work))
+            kind = kind_of(queued.call.work)
+            answer = StoredAnswer(answer.outputs, answer.value, kind=kind)
         keep = bool(queued.seq_id)
-        if keep:
-            self._kept.settle(queued.seq_id, queued.position)
         add = AddAnswer(self._context.model_id, queued.position, answer, composition, keep)
         self.recording += 1
         if not composition:
@@ -127,6 +128,8 @@ class AnswerRecorder:
             queued.answer.fail(answer.error)
         else:
             queued.answer.finish(answer.value)
-        dropped = self._kept.trim()
+        dropped = self._kept.recorded(queued.seq_id, queued.position) if queued.seq_id else 0
         if dropped and not self.closed:
-            self._context.journal.commit(DropAnswers(self._context.model_id, dropped), must=True)
+            drop = DropAnswers(self._context.model_id, dropped, self._dropped)
+            self._context.journal.commit(drop, must=True)
+            self._dropped = dropped

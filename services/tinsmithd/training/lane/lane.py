@@ -6,18 +6,18 @@ the call itself, and before anybody hears it (`AnswerRecorder`). Lanes share the
 call takes one turn, or one for each of its batches, so that a lane with a long queue or large calls
 delays another by one batch at most. When the ranks die the lane brings its model back
 (`CallExecutor.restore`) and goes on with the call that was under way; its callers just wait. A
-model without calls stays on disk then, so that those with calls need not share the ranks with it:
-it comes back in the same way, with its next call. So does a suspended model, which leaves the ranks
-between two calls. A lane at `Rest` has a snapshot taken, so that the way back is short.
+model without calls stays on disk then, as a suspended one that left the ranks between two calls:
+its next call brings it back. A lane at `Rest` has a snapshot taken, so that the way back is short.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 
-from tinsmithd import failpoints
+from tinsmithd import failpoints, tracing
 from tinsmithd.errors import DataLoss, Internal, ResourceExhausted, TinsmithError, Unavailable
+from tinsmithd.owners import logged_id
 from tinsmithd.training.call import (
     Answer,
     Call,
@@ -32,12 +32,13 @@ from tinsmithd.training.call import (
     shutting_down,
 )
 from tinsmithd.training.journal import CountAttempt, Fenced, LoseModel
-from tinsmithd.training.lane.admission import Admission, Calls, Parked, QueuedCall
+from tinsmithd.training.lane.admission import Admission, Calls, Parked
 from tinsmithd.training.lane.answer_recorder import AnswerRecorder, ReadAnswer
 from tinsmithd.training.lane.context import LaneContext
 from tinsmithd.training.lane.presence import Presence
 from tinsmithd.training.lane.rest import Rest
-from tinsmithd.training.lane.turns import Turns
+from tinsmithd.training.lane.turns import Turn, Turns
+from tinsmithd.training.lane.waiting import QueuedCall
 from tinsmithd.training.ranks import ModelBroken, RankGroupLost
 
 _log = logging.getLogger(__name__)
@@ -56,11 +57,12 @@ class Lane:
 
     def __init__(self, context: LaneContext, turns: Turns) -> None:
         self._context = context
-        self._model_id = context.model_id
+        self._model_id, self._name = context.model_id, logged_id(context.model_id)
         self._journal = context.journal
         self.executor = context.executor
         self._turns = turns
         self._admission = Admission(context, self._refuse)
+        self.begin_after = self._admission.begin_after
         self._answers = AnswerRecorder(context)
         self._presence = Presence(context, lambda: self._closed is None)
         self._rest = Rest(context.limits.snapshot_idle_s, self._start)
@@ -142,8 +144,7 @@ class Lane:
             if answer is not None:
                 return answer
         stopping = shutting_down() if self._stopping else None
-        refusal = self._closed or stopping or self._presence.blocked
-        if refusal is not None:
+        if refusal := self._closed or stopping or self._presence.blocked:
             raise refusal
         queued = self._admission.add(call)
         self._answers.keep(queued)
@@ -192,11 +193,13 @@ class Lane:
         self._start()
 
     def _start(self) -> None:
+        self._context.census.stirs(self._model_id, self)
         if self._runner is None and self._has_work:
             self._ended.clear()
             self._runner = asyncio.create_task(self._run(), name=f"lane {self._model_id}")
 
     async def _run(self) -> None:
+        tracing.forget()  # the call that it was begun by is one of many
         came_back = False
         try:
             while self._has_work:
@@ -216,7 +219,7 @@ class Lane:
             # This process ends: the journal and the model belong to another one.
             self._give_up(shutting_down())
         except Exception:
-            _log.exception("the lane of model %s ended", self._model_id)
+            _log.exception("the lane of model %s ended", self._name)
             self._give_up(Internal())
         finally:
             self._runner = None
@@ -225,7 +228,8 @@ class Lane:
     async def _apply_next(self) -> None:
         self._rest.call_begins()
         self._under_way = self._admission.take()
-        await self._apply(self._under_way)
+        with tracing.at(self._under_way.mark, waited="queue"):
+            await self._apply(self._under_way)
         self._under_way = None
         self._rest.call_ended()
 
@@ -237,19 +241,19 @@ class Lane:
         try:
             await self._presence.come_back(self._turn)
         except DataLoss as error:
-            _log.error("model %s is lost: %s", self._model_id, error)
+            _log.error("model %s is lost: %s", self._name, error)
             # Written first: a process that was replaced finds things gone, too.
             await self._journal.commit(LoseModel(self._model_id, error.message), must=True)
             self.close(error)
         return not self._presence.absent
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, tokens: int) -> AsyncIterator[None]:
-        async with self._turns.take(self._model_id, tokens):
-            # While it waited the model may have been deleted, or lost with its ranks.
-            if self._closed is not None:
-                raise self._closed
-            yield
+    def _turn(self, tokens: int) -> Turn:
+        return self._turns.take(self._model_id, tokens, self._check_open)
+
+    def _check_open(self) -> None:
+        # While it waited the model may have been deleted, or lost with its ranks.
+        if self._closed is not None:
+            raise self._closed
 
     async def _apply(self, queued: QueuedCall) -> None:
         work = queued.call.work
@@ -287,12 +291,8 @@ class Lane:
             await self.executor.settled(queued.position, work, self._turn)
 
     async def _is_written(self, queued: QueuedCall, *, begun: bool = False) -> bool:
-        """Wait until a call is durable; one that cannot be written is refused, and its effect goes.
-
-        Args:
-            queued: The call.
-            begun: Whether the ranks may have its effect.
-        """
+        """Wait until a call is durable; one that cannot be written is refused, and its effect goes,
+        which the ranks may have if it was `begun`."""
         try:
             if queued.written is not None:
                 await queued.written
@@ -328,13 +328,13 @@ class Lane:
         elif isinstance(error, Fenced):
             raise error
         else:
-            _log.error("a call of model %s failed", self._model_id, exc_info=error)
+            _log.error("a call of model %s failed", self._name, exc_info=error)
             self._answers.settle(queued, StoredAnswer(error=Internal()))
 
     async def _again(self, queued: QueuedCall, why: str, *, blamed: bool) -> None:
         """The ranks died during this call: bring the model back, and make the call once more."""
         if not self._journal.keeps:
-            _log.error("model %s is lost: %s", self._model_id, why)
+            _log.error("model %s is lost: %s", self._name, why)
             lost = model_lost(self._model_id)
             self.close(lost)
             queued.answer.fail(lost)
@@ -342,7 +342,7 @@ class Lane:
         self._presence.lose()
         queued.attempts += blamed
         if queued.attempts >= self._context.limits.call_attempts_max:
-            _log.error("call %d of model %s is refused: %s", queued.seq_id, self._model_id, why)
+            _log.error("call %d of model %s is refused: %s", queued.seq_id, self._name, why)
             error = call_poisoned(queued.attempts, why)
             self._answers.settle(queued, StoredAnswer(error=error))
             return
@@ -352,9 +352,7 @@ class Lane:
         if self._closed is not None:
             queued.answer.fail(self._closed)
             return
-        _log.warning(
-            "call %d of model %s has to be made again: %s", queued.seq_id, self._model_id, why
-        )
+        _log.warning("call %d of model %s is made again: %s", queued.seq_id, self._name, why)
         queued.answer.rewind()
         self._admission.put_back(queued)
 
@@ -363,8 +361,7 @@ class Lane:
     def stop(self, *, under_way: bool = False) -> None:
         """This process ends: who waits hears it now, and what comes is refused.
 
-        What was taken in stays in the journal. The next process makes those calls, and who sends
-        one again gets its answer.
+        What was taken in stays in the journal: the next process makes it, and repeats its answer.
 
         Args:
             under_way: Whether the caller of the call under way hears it, too.
@@ -386,6 +383,7 @@ class Lane:
         """Fail all that waits and all that comes with `error`; kept answers stay."""
         self._closed = error
         self._answers.closed = True
+        self._context.census.closed(self._model_id, lost=self.lost)
         for queued in self._admission.clear():
             if not queued.answer.done:
                 queued.answer.fail(error)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 from tinsmithd.errors import DataLoss, TinsmithError, Unavailable
+from tinsmithd.owners import logged_id
 from tinsmithd.training.lane.context import LaneContext
 from tinsmithd.training.lane.interface import TakeTurn
 from tinsmithd.training.ranks import ModelBroken, RankGroupLost
@@ -32,7 +33,7 @@ class Presence:
 
     def __init__(self, context: LaneContext, is_open: Callable[[], bool]) -> None:
         self._context = context
-        self._model_id = context.model_id
+        self._model_id, self._name = context.model_id, logged_id(context.model_id)
         self._is_open = is_open
         self.leaving = self.suspended = self.resuming = self.went_with_ranks = False
         self.blocked: TinsmithError | None = None
@@ -52,6 +53,8 @@ class Presence:
         """It left the ranks."""
         self.lose()
         self.leaving, self.suspended = False, True
+        if self._is_open():
+            self._context.census.suspended.add(self._model_id)
 
     def stay_on_disk(self) -> None:
         """Nobody waits for it: others come first. Its next call finds out what ranks there are."""
@@ -67,7 +70,7 @@ class Presence:
         except (TinsmithError, RankGroupLost, ModelBroken) as error:
             # Whatever the ranks still hold of it, they drop it before they get it again.
             if self._is_open():
-                _log.warning("model %s left the ranks with an error: %s", self._model_id, error)
+                _log.warning("model %s left the ranks with an error: %s", self._name, error)
         self.stay_on_disk()
 
     async def come_back(self, turn: TakeTurn) -> None:
@@ -78,19 +81,20 @@ class Presence:
         """
         self.resuming = self.resuming or self.suspended
         self.suspended = False
+        self._context.census.suspended.discard(self._model_id)
         losses = self._losses
         try:
             await self._context.executor.restore(turn)
         except DataLoss:
             raise
         except RankGroupLost as error:
-            _log.warning("model %s has to be brought back again: %s", self._model_id, error)
+            _log.warning("model %s has to be brought back again: %s", self._name, error)
         except ModelBroken as error:
-            _log.error("model %s could not be brought back yet: %s", self._model_id, error)
+            _log.error("model %s could not be brought back yet: %s", self._name, error)
             await asyncio.sleep(BROKEN_PAUSE_S)
         except TinsmithError as error:
             if self._is_open():
-                _log.error("model %s could not be brought back yet: %s", self._model_id, error)
+                _log.error("model %s could not be brought back yet: %s", self._name, error)
                 self.blocked = error if isinstance(error, Unavailable) else None
                 await asyncio.sleep(BROKEN_PAUSE_S)
         else:

@@ -97,7 +97,14 @@ class Changes:
             add_metrics(metrics, computed.metrics)
             made.append(computed.composition)
             engine_s += computed.engine_s
-            self._counts.computed(kind, tokens, computed.engine_s, computed.mismatch)
+            flops = group.work.flops(
+                batch.lengths, backward=work.backward, frozen=self._model.tuning.is_adapter
+            )
+            self._counts.computed(
+                *(kind, tokens, computed.engine_s, computed.mismatch),
+                flops=flops,
+                owner=self._model.owner,
+            )
             if work.backward and computed.non_finite:
                 self._model.became_non_finite(call)
         if not work.backward:  # it changed nothing: there is nothing to make again

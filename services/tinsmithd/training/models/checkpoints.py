@@ -26,7 +26,7 @@ class CheckpointReader(Protocol):
 
 
 class CheckpointWriter(Protocol):
-    """One checkpoint on its way: `write` pieces, or name what is in a deposit, then `commit`.
+    """One checkpoint on its way: `write` pieces, or say what is in a deposit, then `commit`.
 
     `cancel` leaves nothing.
     """
@@ -34,8 +34,12 @@ class CheckpointWriter(Protocol):
     async def write(self, file_name: str, data: bytes) -> None:
         """Append bytes to a file; files come one after the other."""
 
-    def deposited(self, deposit: str, files: Mapping[str, int]) -> None:
-        """Say that the files, with their bytes, are in a deposit; nothing may have been written."""
+    async def begin(self, deposit: str) -> None:
+        """Say that files are being left in a deposit, or else are written after this."""
+
+    def deposited(self, files: Mapping[str, int]) -> None:
+        """Say that the files, with their bytes, are in the deposit; nothing may have been
+        written."""
 
     async def commit(self) -> CheckpointInfo:
         """Make it durable and visible; returns what it is now."""
@@ -125,7 +129,7 @@ class Checkpoints:
         Args:
             new: What it is to be.
             staged: Where it comes in.
-            deposit: Where it is instead, if that has files.
+            deposit: Where it is instead, if that has files; it is told when they begin to come.
             before_commit: Begins with the save, and is awaited before others can see it.
 
         Yields:
@@ -139,8 +143,8 @@ class Checkpoints:
             staged.complete()
             try:
                 return await begun
-            except Unavailable:
-                if not came_first:
+            except Unavailable as error:
+                if not came_first and error.reason is not Reason.STREAM_STALLED:
                     raise
                 # That server was away, or the ranks slow to send: now all of it is here.
                 return await self._save(new, staged.pieces(), deposit, before_commit)
@@ -166,10 +170,13 @@ class Checkpoints:
         writer = self._server.writer(new)
         ready = asyncio.ensure_future(before_commit())
         try:
+            if deposit is not None:
+                await deposit.begun.wait()
+                await writer.begin(deposit.name)
             async for name, data in pieces:
                 await writer.write(name, data)
             if deposit is not None and deposit.files:
-                writer.deposited(deposit.name, deposit.files)
+                writer.deposited(deposit.files)
             await ready
             return await writer.commit()
         except AlreadyExists as error:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 
 from tinsmithd.domain import CheckpointInfo, CheckpointKind, Tuning
 from tinsmithd.errors import NotFound, Reason, Unavailable
+from tinsmithd.owners import inner_id
 from tinsmithd.training.call import NOMINAL_TOKENS, shutting_down
 from tinsmithd.training.journal import AddModel, Fenced
 from tinsmithd.training.models.checkpoints import check_base_model, check_claim, wrong_kind
@@ -13,7 +14,7 @@ from tinsmithd.training.models.known_requests import KnownRequests
 from tinsmithd.training.models.model import Model, NewModel
 from tinsmithd.training.models.model_snapshots import ModelSnapshots
 from tinsmithd.training.models.registry import Registry
-from tinsmithd.training.models.shared import COMING_AND_GOING, Shared
+from tinsmithd.training.models.shared import Shared, coming_and_going
 from tinsmithd.training.models.staging import Staged, whole
 from tinsmithd.training.models.starts import key_of_checkpoint, key_of_request
 from tinsmithd.training.ranks import ModelBroken, RankGroup, RankGroupLost, StateInfo
@@ -50,11 +51,11 @@ class Creation:
     async def create(self, request: NewModel) -> Model:
         """Create a model, or return the one that this `request_id` created before."""
         return await self._requests.once(
-            request.request_id, request.digest, lambda: self._create(request)
+            *(request.owner, request.request_id, request.digest), lambda: self._create(request)
         )
 
     async def _create(self, request: NewModel) -> Model:
-        with self._registry.reserved(request.model_id):
+        with self._registry.reserved(request.chosen_id):
             return await self._create_reserved(request)
 
     async def _create_reserved(self, request: NewModel) -> Model:
@@ -93,10 +94,12 @@ class Creation:
         """Put a new model onto the ranks and write it down; from then on it is there."""
         group = self._shared.place.need()
         step_count = found.step_count if found is not None and request.with_optimizer else 0
-        key = key_of_checkpoint(found.digest) if found else key_of_request(request.request_id)
+        # As other callers' requests may have this id, too.
+        request_id = request.request_id and inner_id(request.owner, request.request_id)
+        key = key_of_checkpoint(found.digest) if found else key_of_request(request_id)
         number = self._registry.next_number()
         model = Model(
-            request.model_id or self._new_id(),
+            request.chosen_id or inner_id(request.owner, self._new_id()),
             group.info,
             tuning,
             request.user_metadata,
@@ -108,14 +111,15 @@ class Creation:
             chose_id=bool(request.model_id),
             step_count=step_count,
         )
-        self._registry.check_room()
+        room = (request.owner, request.models_max)
+        self._registry.check_room(*room)
         seats, starts = self._shared.seats, self._shared.starts
         await seats.enter(model)
         try:
             if self._shared.place.need() is not group:  # while it waited for its seat
                 raise RankGroupLost("the rank group was replaced")
             async with starts.attempt(key):
-                await self._put(model, group, staged, optimizer=request.with_optimizer)
+                await self._put(model, group, staged, room, optimizer=request.with_optimizer)
         except BaseException as error:
             seats.leave(model)
             if isinstance(error, RankGroupLost | ModelBroken):
@@ -128,22 +132,28 @@ class Creation:
         return model
 
     async def _put(
-        self, model: Model, group: RankGroup, staged: Staged | None, *, optimizer: bool
+        self,
+        model: Model,
+        group: RankGroup,
+        staged: Staged | None,
+        room: tuple[str, int],
+        *,
+        optimizer: bool,
     ) -> None:
         shared = self._shared
         snapshots = ModelSnapshots(model.model_id, shared.journal, shared.snapshot_store)
         if staged is not None:
-            await self._import(model, snapshots, group, staged, optimizer=optimizer)
+            await self._import(model, snapshots, group, staged, room, optimizer=optimizer)
             return
-        async with self._turn_of_new():
+        async with self._turn_of_new(*room):
             await group.create_model(model.model_id, model.tuning)
             await self._write_down(model, snapshots, group)
 
     @contextlib.asynccontextmanager
-    async def _turn_of_new(self) -> AsyncIterator[None]:
+    async def _turn_of_new(self, owner: str, owner_max: int) -> AsyncIterator[None]:
         """A turn in which a model may be added."""
-        async with self._shared.turns.take(COMING_AND_GOING, NOMINAL_TOKENS):
-            self._registry.check_room()
+        async with self._shared.turns.take(coming_and_going(owner), NOMINAL_TOKENS):
+            self._registry.check_room(owner, owner_max)
             yield
 
     async def _import(
@@ -152,6 +162,7 @@ class Creation:
         snapshots: ModelSnapshots,
         group: RankGroup,
         staged: Staged,
+        room: tuple[str, int],
         *,
         optimizer: bool,
     ) -> None:
@@ -161,7 +172,7 @@ class Creation:
         try:
             async with self._shared.checkpoints.copies.coming:
                 pieces = await whole(staged)
-                async with self._turn_of_new():
+                async with self._turn_of_new(*room):
                     await group.import_state(
                         model.model_id, pieces, optimizer=optimizer, create=True, said=said
                     )

@@ -11,7 +11,7 @@ from tinsmithd.training.call import NOMINAL_TOKENS, model_not_found, shutting_do
 from tinsmithd.training.journal import DeleteModel, Fenced
 from tinsmithd.training.models.model import Model
 from tinsmithd.training.models.registry import Registry
-from tinsmithd.training.models.shared import COMING_AND_GOING, Shared
+from tinsmithd.training.models.shared import Shared, coming_and_going
 from tinsmithd.training.ranks import RankGroupLost
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Deletion:
         if not self._registry.remove(model_id):
             return  # somebody else deleted it in the same moment
         was_lost = model.lane.lost
-        gone = model_not_found(model_id)
+        gone = model_not_found(model.public_id)
         model.lane.close(gone)
         model.lane.forget()
         seats.give_up(model, gone)
@@ -59,9 +59,13 @@ class Deletion:
     async def delete_idle(self) -> None:
         """Delete the models that no call used for `model_idle_ttl_s`."""
         oldest_s = time.monotonic() - self._shared.limits.model_idle_ttl_s
-        for model in self._registry.oldest_first:
-            if model.last_used_s < oldest_s and model.lane.idle:
-                _log.info("model %s was idle too long and is deleted", model.model_id)
+        for model in self._registry.unused_since(oldest_s):
+            if (
+                model.last_used_s < oldest_s
+                and model.lane.idle
+                and model.model_id in self._registry
+            ):
+                _log.info("model %s was idle too long and is deleted", model.log_name)
                 await self.delete(model.model_id)
 
     def evict(self, model: Model) -> "asyncio.Task[None]":
@@ -77,7 +81,7 @@ class Deletion:
     async def _drop(self, model: Model) -> None:
         group, seats = self._shared.place.current, self._shared.seats
         if group is not None and model in seats:
-            async with self._shared.turns.take(COMING_AND_GOING, NOMINAL_TOKENS):
+            async with self._shared.turns.take(coming_and_going(model.owner), NOMINAL_TOKENS):
                 with contextlib.suppress(RankGroupLost):  # then the model went with its ranks
                     await group.delete_model(model.model_id)
         seats.leave(model)

@@ -35,11 +35,13 @@ class Deposit:
         name: That of the folder, which the Checkpoint server is told.
         folder: The folder.
         files: Bytes of each file, once they are there.
+        begun: Set when they begin to come.
     """
 
     def __init__(self, path: Path) -> None:
         self.name, self.folder = path.name, str(path)
         self.files: Mapping[str, int] = {}
+        self.begun = asyncio.Event()
 
     async def pieces(self) -> AsyncIterator[tuple[str, bytes]]:
         """The files piece by piece, for a server that does not find them.

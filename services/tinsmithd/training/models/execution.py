@@ -33,7 +33,12 @@ from tinsmithd.training.ranks import OnOutput, RankGroup, RankGroupLost, StateIn
 def give_lane(model: Model, snapshots: ModelSnapshots, shared: Shared) -> None:
     """Let a model take calls from now on."""
     executor = ModelExecutor(model, snapshots, shared)
-    context = LaneContext(model.model_id, shared.limits.lane, shared.journal, executor)
+    context = LaneContext(
+        *(model.model_id, shared.limits.lane, shared.journal, executor),
+        admit=lambda call, is_next: shared.quotas.admit(model, call, is_next=is_next),
+        queued=shared.quotas.queued_of(model.owner),
+        census=shared.census,
+    )
     model.open(Lane(context, shared.turns))
 
 
@@ -90,7 +95,7 @@ class ModelExecutor:
                 effect = await self._changes.make(group, call, work, None, on_output, turn)
                 if isinstance(work, StepWork) and effect.error is None:
                     step = self._step_made(position, seq_id, work, effect)
-                    return dataclasses.replace(effect, writes=[step])
+                    return Effect(effect.value, composition=effect.composition, writes=[step])
                 return effect
             case SaveWork():
                 return await self._save(group, work, turn)
@@ -159,6 +164,7 @@ class ModelExecutor:
     async def forget(self) -> None:
         """The model is deleted and its lane has ended: remove its snapshots."""
         await self._taker.quiet()
+        self._taker.forget()
         await self._snapshots.forget()
 
     # --- checkpoints --------------------------------------------------------------------------
@@ -166,7 +172,9 @@ class ModelExecutor:
     async def _save(self, group: RankGroup, work: SaveWork, turn: TakeTurn) -> Effect:
         # A save that is made again after a crash is the same request to the Checkpoint server,
         # which knows it again.
-        model, options = self._model, work.options
+        model = self._model
+        # In calls paths are as callers say them.
+        options = dataclasses.replace(work.options, path=work.options.path.of(model.owner))
         new = NewCheckpoint(options, model.info.name, model.tuning, model.step_count)
         optimizer = options.path.kind is CheckpointKind.TRAINING
         # What others can see must not rest on answers that this process alone knows.
@@ -184,6 +192,8 @@ class ModelExecutor:
                         on_piece=staged.write,
                         deposit="" if deposit is None else deposit.folder,
                     )
+                    if deposit is not None:
+                        deposit.begun.set()
                 sent = await sending
             if deposit is not None:
                 deposit.files = sent.deposited
@@ -195,9 +205,10 @@ class ModelExecutor:
         self, group: RankGroup, position: int, work: LoadWork, turn: TakeTurn
     ) -> Effect:
         model = self._model
-        if work.path.kind is not CheckpointKind.TRAINING:
-            raise wrong_kind(work.path)
-        async with self._checkpoints.fetched(work.path, self._check_fits) as (found, staged):
+        path = work.path.of(model.owner)
+        if path.kind is not CheckpointKind.TRAINING:
+            raise wrong_kind(path)
+        async with self._checkpoints.fetched(path, self._check_fits) as (found, staged):
             step_count = found.step_count if work.optimizer else 0
             said = StateInfo(found.tuning, step_count)
             key = key_of_checkpoint(found.digest)
@@ -223,7 +234,7 @@ class ModelExecutor:
                 await self._snapshots.remove(snapshot)
                 raise
         model.set_state(step_count)
-        value = {"path": str(work.path)}
+        value = {"path": str(path)}
         if snapshot is None:
             return Effect(value)
         self._taker.loaded(step_count)

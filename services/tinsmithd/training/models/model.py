@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmithd import tunings
-from tinsmithd.domain import BaseModelInfo, CheckpointPath, Tuning
+from tinsmithd.domain import DEFAULT_OWNER, BaseModelInfo, CheckpointPath, Tuning
+from tinsmithd.owners import inner_id, logged_id, owner_of, public_id
 from tinsmithd.training.lane import Lane
 
 
 @dataclass(frozen=True)
 class NewModel:
-    """A checked request for a model; `tuning` or `path`, never both; empty `model_id` for any."""
+    """A checked request for a model; `tuning` or `path`, never both; empty `model_id` for any.
+
+    `owner` is whose it is to be, who may have `models_max` models, or with 0 any number.
+    """
 
     base_model: str
     tuning: Tuning | None
@@ -23,6 +27,13 @@ class NewModel:
     request_id: str
     digest: bytes
     model_id: str = ""
+    owner: str = DEFAULT_OWNER
+    models_max: int = 0
+
+    @property
+    def chosen_id(self) -> str:
+        """The id that was chosen, as it is inside; empty where none was."""
+        return self.model_id and inner_id(self.owner, self.model_id)
 
 
 @dataclass
@@ -30,6 +41,7 @@ class Model:
     """One model. Only its own methods change it.
 
     Attributes:
+        model_id: As it is inside, see `owners`.
         number: Rises with every model created; orders pages.
         identity: That of the ranks on which it was created.
         from_checkpoint: Whether it began as a checkpoint.
@@ -41,6 +53,7 @@ class Model:
         non_finite_since: The call that made the pending gradients non-finite; empty while they are
             finite.
         state_message: What is being done with it, for a person.
+        asleep: Its calls of before the start are not read yet, see `Recall.wake`.
         lane: Its calls.
     """
 
@@ -60,7 +73,23 @@ class Model:
     step_count: int = 0
     non_finite_since: str = ""
     state_message: str = ""
+    asleep: bool = False
     lane: Lane = field(init=False)
+
+    @property
+    def owner(self) -> str:
+        """Whose it is."""
+        return owner_of(self.model_id)
+
+    @property
+    def public_id(self) -> str:
+        """Its id as callers say it."""
+        return public_id(self.model_id)
+
+    @property
+    def log_name(self) -> str:
+        """Its id as logs have it."""
+        return logged_id(self.model_id)
 
     @property
     def created(self) -> bool:

@@ -1,5 +1,10 @@
-"""Takes models up where an earlier process left them."""
+"""Takes models up where an earlier process left them.
 
+Most of them are at rest. Of such a one a start reads its newest calls; the others, which say what
+its repeats are answered, are read when it is called.
+"""
+
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -9,10 +14,12 @@ from tinsmithd.training.journal import (
     DeletedModel,
     Fenced,
     Journal,
+    LoseModel,
     ParkedCall,
     StoreDamaged,
     StoredModel,
 )
+from tinsmithd.training.lane import ReadAnswer
 from tinsmithd.training.models.creation import Creation
 from tinsmithd.training.models.execution import give_lane
 from tinsmithd.training.models.model import Model
@@ -36,6 +43,7 @@ class Recall:
         self._shared = shared
         self._registry = registry
         self._creation = creation
+        self._waking: dict[str, asyncio.Task[None]] = {}
 
     async def recall(
         self,
@@ -62,7 +70,7 @@ class Recall:
             model = Model.recalled(gone.model_id, gone.number, gone.about)
             give_lane(model, self._snapshots_of(gone.model_id), shared)
             self._creation.remember(model)
-            model.lane.close(model_not_found(gone.model_id))
+            model.lane.close(model_not_found(model.public_id))
         for found in stored:
             await self._recall(found)
         if shared.snapshot_store is not None:
@@ -87,9 +95,40 @@ class Recall:
         self._creation.remember(model)
         self._registry.add(model)
         if found.lost:
-            metadata = {"model_id": model.model_id}
+            metadata = {"model_id": model.public_id}
             model.lane.close(DataLoss(found.lost, Reason.MODEL_LOST, metadata=metadata))
-        await _recall_calls(self._shared.journal, model, found)
+        model.asleep = found.asleep
+        if found.asleep:
+            model.lane.begin_after(found.calls)
+        else:
+            await _recall_calls(self._shared.journal, model, found)
+
+    async def wake(self, model: Model) -> None:
+        """Read the calls of a model that is asleep; whoever asks meanwhile waits for the same.
+
+        Raises:
+            Unavailable: This process ends (SHUTTING_DOWN).
+        """
+        waking = self._waking.get(model.model_id)
+        if waking is None:
+            waking = self._waking[model.model_id] = asyncio.create_task(self._wake(model))
+            waking.add_done_callback(lambda _: self._waking.pop(model.model_id, None))
+        await asyncio.shield(waking)
+
+    async def _wake(self, model: Model) -> None:
+        journal = self._shared.journal
+        try:
+            calls = await journal.calls(model.model_id)
+        except Fenced as error:
+            raise shutting_down() from error
+        except StoreDamaged as error:
+            _log.error("model %s is lost: %s", model.log_name, error)
+            lost = model_lost(model.model_id, str(error))
+            await journal.commit(LoseModel(model.model_id, lost.message), must=True)
+            model.lane.close(lost)
+        else:
+            model.lane.recall(calls, {}, (), _reader(journal, model))
+        model.asleep = False
 
     def _bring_back(self) -> None:
         """Those with calls, of them those used last first; the others stay on disk."""
@@ -114,9 +153,15 @@ async def _recall_calls(journal: Journal, model: Model, found: StoredModel) -> N
         if found.parked:
             parked = await journal.parked(model.model_id)
     except StoreDamaged as error:
-        _log.error("model %s is lost: %s", model.model_id, error)
+        _log.error("model %s is lost: %s", model.log_name, error)
         # Its answers stay: what was acknowledged can be asked for again.
         model.lane.close(model_lost(model.model_id, str(error)))
+
+    model.lane.recall(found.calls, works, parked, _reader(journal, model))
+
+
+def _reader(journal: Journal, model: Model) -> ReadAnswer:
+    """Reads a model's recorded answers."""
 
     def read(position: int) -> Callable[[], Awaitable[StoredAnswer]]:
         async def answer() -> StoredAnswer:
@@ -127,4 +172,4 @@ async def _recall_calls(journal: Journal, model: Model, found: StoredModel) -> N
 
         return answer
 
-    model.lane.recall(found.calls, works, parked, read)
+    return read

@@ -22,6 +22,7 @@ from tinsmithd.training.call import (
     are_close,
     differing_keys,
     model_lost,
+    repeats_bits,
 )
 from tinsmithd.training.journal import StoreDamaged, StoredCall
 from tinsmithd.training.lane import Effect, TakeTurn
@@ -142,7 +143,7 @@ class Recovery:
             failpoints.hit("restore_mid")
         _log.info(
             "model %s is back at step %d: snapshot of step %d and %d calls",
-            *(model.model_id, model.step_count, snapshot_step, len(calls)),
+            *(model.log_name, model.step_count, snapshot_step, len(calls)),
         )
 
     async def _put(self, group: RankGroup, snapshot: Snapshot | None) -> None:
@@ -167,7 +168,7 @@ class Recovery:
             try:
                 return found.position, await self._snapshots.read(found)
             except StoreDamaged as error:
-                _log.error("model %s: %s", model.model_id, error)
+                _log.error("model %s: %s", model.log_name, error)
                 self._snapshots.strike_out(found)
                 self._taker.damaged(found)
         if model.from_checkpoint or self._snapshots.trimmed:
@@ -178,9 +179,11 @@ class Recovery:
 
     def _check_fits(self, group: RankGroup, compositions: Sequence[Composition]) -> None:
         identity = group.identity
-        keys = () if self._is_exact(group) else CLOSE_KEYS
         pairs: list[tuple[Mapping[str, str], Sequence[str]]] = [(self._model.identity, BASE_KEYS)]
-        pairs += [(composition.identity, keys) for composition in compositions]
+        pairs += [
+            (composition.identity, () if self._is_exact(group, composition) else CLOSE_KEYS)
+            for composition in compositions
+        ]
         for ours, compared in pairs:
             differing = differing_keys(ours, identity, compared)
             if differing:
@@ -191,18 +194,22 @@ class Recovery:
     ) -> Unavailable:
         """The ranks are of another kind. Callers hear which settings differ, and the log how."""
         differ = f"{', '.join(keys)} {'differs' if len(keys) == 1 else 'differ'}"
-        message = f"model {self._model.model_id} cannot go on with these ranks: {differ}"
+        message = f"model {self._model.public_id} cannot go on with these ranks: {differ}"
         was = [
             f"{key} was {ours.get(key, 'unset')} and is {theirs.get(key, 'unset')}" for key in keys
         ]
         if was != self._said:  # it is tried again and again
-            _log.error("model %s: %s", self._model.model_id, "; ".join(was))
+            _log.error("model %s: %s", self._model.log_name, "; ".join(was))
             self._said = was
         self._model.doing(message)
-        return Unavailable(message, Reason.RANK_GROUP_MISMATCH, retry_after_s=5.0)
+        error = Unavailable(message, Reason.RANK_GROUP_MISMATCH, retry_after_s=5.0)
+        error.logged = differ
+        return error
 
-    def _is_exact(self, group: RankGroup) -> bool:
-        return self._exact and group.identity.get("device", "cpu") == "cpu"
+    def _is_exact(self, group: RankGroup, composition: Composition) -> bool:
+        """Whether a call must give the same bits: only where it could when it was made first."""
+        both = (group.identity, composition.identity)
+        return self._exact and all(repeats_bits(identity) for identity in both)
 
     async def _replay(
         self, group: RankGroup, call: StoredCall, composition: Composition, turn: TakeTurn
@@ -221,7 +228,7 @@ class Recovery:
         if effect.error is not None:
             answer = StoredAnswer(error=effect.error)
         same = answer_digest(answer) == call.answer_digest
-        if not same and not self._is_exact(group):
+        if not same and not self._is_exact(group, composition):
             tokens = sum(work.lengths) if isinstance(work, ComputeWork) else 0
             same = are_close(composition.metrics, effect.value.get("metrics", {}), tokens)
         if not same:

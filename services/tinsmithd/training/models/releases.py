@@ -57,9 +57,8 @@ class Releases:
                 await self._tell()
             except TinsmithError as error:
                 if not self._failing:
-                    _log.warning(
-                        "the Checkpoint server hears later which models are gone: %s", error.message
-                    )
+                    text = "the Checkpoint server hears later which models are gone: %s"
+                    _log.warning(text, error)
                 self._failing = True
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -75,5 +74,6 @@ class Releases:
         kept = await self._client.release_models(told)
         for model_id in told:
             self._gone.pop(model_id, None)
-        unknown = [found for found in kept if found not in told and not self._exists(found)]
+        known = set(told)
+        unknown = [found for found in kept if found not in known and not self._exists(found)]
         self._gone.update(dict.fromkeys(unknown))

@@ -2,17 +2,21 @@
 
 from dataclasses import dataclass
 
+from tinsmithd.owners import inner_id
 from tinsmithd.training.journal import Journal
-from tinsmithd.training.lane import LaneLimits, Turns
+from tinsmithd.training.lane import Census, LaneLimits, Turns
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.model_snapshots import SnapshotRule
+from tinsmithd.training.models.quotas import NO_QUOTAS, QuotaLimits, Quotas
 from tinsmithd.training.models.seats import SeatLimits, Seats
 from tinsmithd.training.models.snapshot_store import SnapshotStore
 from tinsmithd.training.models.starts import Starts
 from tinsmithd.training.ranks import RankGroupPlace
 
-COMING_AND_GOING = ""
-"""Whose turns create and delete models: all of these together count as one model."""
+
+def coming_and_going(owner: str) -> str:
+    """Whose turns create and delete models: all of these of an owner count as one model of his."""
+    return inner_id(owner, "")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class ModelLimits:
     seats: SeatLimits
     lane: LaneLimits
     calls: CallLimits
+    quotas: QuotaLimits = NO_QUOTAS
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Shared:
         turns: Turns at it.
         seats: Seats at it.
         starts: What ended ranks at its start.
+        quotas: What each tenant may have.
+        census: Counts their lanes.
     """
 
     limits: ModelLimits
@@ -67,3 +74,5 @@ class Shared:
     turns: Turns
     seats: Seats
     starts: Starts
+    quotas: Quotas
+    census: Census

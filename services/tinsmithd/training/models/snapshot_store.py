@@ -1,7 +1,8 @@
 """States of models on disk: whole and verified, or absent.
 
     <folder>/<snapshot>/<file>...        as `state_files` has them
-    <folder>/<snapshot>/manifest.json    name, size and SHA-256 of each; written last
+    <folder>/<snapshot>/manifest.json    name, size and SHA-256 of each, and a format; written last
+    <folder>/format.json                 the newest of these formats
     <folder>/staging/<snapshot>/         a draft; emptied at start
 
 Files are synced before the manifest, the folder before it is renamed into place, and the parent
@@ -24,10 +25,13 @@ from typing import Any, Protocol
 from tinsmithd import failpoints
 from tinsmithd.errors import DataLoss, Reason
 from tinsmithd.files import file_digest, is_plain_name, sync_file
+from tinsmithd.formats import FOLDER_FILE, check_folder
 from tinsmithd.training.journal import StoreDamaged
 from tinsmithd.training.ranks import Pieces
 
 MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+"""Of manifests and of the folder. A manifest of the first release says none, and is format 1."""
 PIECE_BYTES = 1024 * 1024
 
 
@@ -184,6 +188,7 @@ class DiskSnapshotDraft:
             {"name": name, "size_bytes": size, "sha256": self._digests[name].hexdigest()}
             for name, size in self._sizes.items()
         ]
+        about = {"format": FORMAT, **about}
         manifest = json.dumps({**about, "files": files}, indent=1).encode()
         sealed = {"sha256": hashlib.sha256(manifest).hexdigest(), "manifest": manifest.decode()}
         with (self._staging / MANIFEST_FILE).open("xb") as file:
@@ -197,8 +202,17 @@ class DiskSnapshotDraft:
         failpoints.hit("snapshot_post_rename")
 
 
+def check_snapshots(folder: Path) -> None:
+    """Refuse a folder of snapshots of a later release, and mark it as one of this release.
+
+    Raises:
+        FormatUnknown: A later release wrote snapshots there.
+    """
+    check_folder(folder, "the folder of snapshots", FORMAT)
+
+
 class DiskSnapshotStore:
-    """See `SnapshotStore`."""
+    """See `SnapshotStore`; `check_snapshots` comes before it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -210,7 +224,7 @@ class DiskSnapshotStore:
 
     def name(self, model_id: str, position: int, unique: str) -> str:
         """A folder's name; it says which process made it."""
-        model = model_id.replace(":", "_")  # which not every disk takes
+        model = model_id.replace(":", "_").replace("/", "_")  # which not every disk takes
         return f"{self.epoch:08d}-{model}-{position:010d}-{unique}"
 
     def may_remove(self, name: str) -> bool:
@@ -235,10 +249,11 @@ class DiskSnapshotStore:
         await asyncio.to_thread(shutil.rmtree, self._folder / folder, ignore_errors=True)
 
     def _keep_only(self, folders: Collection[str]) -> None:
-        staging = self._folder / "staging"
+        staging, folders = self._folder / "staging", set(folders)
         staging.mkdir(parents=True, exist_ok=True)
         for found in [*self._folder.iterdir(), *staging.iterdir()]:
-            if found != staging and found.name not in folders and self.may_remove(found.name):
+            known = found == staging or found.name == FOLDER_FILE or found.name in folders
+            if not known and self.may_remove(found.name):
                 shutil.rmtree(found, ignore_errors=True)
 
     def _read(self, name: str) -> Snapshot:
@@ -263,7 +278,9 @@ def _damage(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreDamaged(f"snapshot {name}: {error}") from error
+        # The name has the model's id in it.
+        short = "-".join((name.partition("-")[0], *name.rsplit("-", 2)[1:]))
+        raise StoreDamaged(f"snapshot {short}: {error}") from error
 
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
@@ -272,6 +289,8 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     if hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
         raise ValueError(f"{MANIFEST_FILE} is damaged")
     manifest: Mapping[str, Any] = json.loads(text)
+    if manifest.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{MANIFEST_FILE} has format {manifest['format']}, not {FORMAT}")
     return manifest
 
 

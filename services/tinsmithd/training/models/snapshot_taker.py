@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable
 
 from tinsmithd.errors import TinsmithError
@@ -29,7 +30,7 @@ class SnapshotTaker:
     def __init__(self, model: Model, snapshots: ModelSnapshots, shared: Shared) -> None:
         self._model = model
         self._snapshots = snapshots
-        self._place = shared.place
+        self._place, self._counts = shared.place, shared.place.counts
         self._copies = shared.checkpoints.copies
         self._rule = shared.limits.calls.snapshots
         # 0 after a start, however old the newest snapshot is: the first step then takes one, so
@@ -46,9 +47,11 @@ class SnapshotTaker:
     def loaded(self, step_count: int) -> None:
         """The model loaded a checkpoint of so many steps, which is a snapshot now."""
         self._taken_step = step_count
+        self._kept(None)
 
     def damaged(self, snapshot: StoredSnapshot) -> None:
         """A snapshot is damaged: the next one is due soon, and must not count on this one."""
+        self._counts.snapshots_damaged += 1
         self._taken_step = snapshot.step_count - self._rule.steps
 
     async def stepped(self, position: int, turn: TakeTurn, *, full: bool) -> None:
@@ -64,6 +67,8 @@ class SnapshotTaker:
         steps = self._model.step_count - self._taken_step
         now_s = asyncio.get_running_loop().time()
         self._taken_s = self._taken_s or now_s
+        if self._snapshots.are_kept:
+            self._counts.unkept_since_s.setdefault(self._model.model_id, time.monotonic())
         late = now_s - self._taken_s > self._rule.interval_s
         if not self._snapshots.are_kept or self._taking is not None or steps < 1:
             return
@@ -103,14 +108,15 @@ class SnapshotTaker:
             await draft.discard()
             if not isinstance(error, TinsmithError | OSError):
                 raise
-            _log.warning("no snapshot of model %s: %s", model.model_id, error)
+            self._failed(error)
             return False
         self._taken_step = model.step_count
-        self._taking = asyncio.create_task(self._write(position, draft, sending))
+        taken_s = time.monotonic()
+        self._taking = asyncio.create_task(self._write(position, draft, sending, taken_s))
         return True
 
     async def _write(
-        self, position: int, draft: SnapshotDraft, sending: Awaitable[StateInfo]
+        self, position: int, draft: SnapshotDraft, sending: Awaitable[StateInfo], taken_s: float
     ) -> None:
         try:
             try:
@@ -120,8 +126,24 @@ class SnapshotTaker:
             finally:
                 self._copies.leaving.release()
             await self._snapshots.add(draft, position, state.step_count)
+            self._counts.snapshots += 1
+            self._kept(None if state.step_count == self._model.step_count else taken_s)
         except (TinsmithError, RankGroupLost, StoreDamaged, OSError, Fenced) as error:
-            _log.warning("no snapshot of model %s: %s", self._model.model_id, error)
+            self._failed(error)
             await draft.discard()
         finally:
             self._taking = None
+
+    def _failed(self, error: Exception) -> None:
+        self._counts.snapshots_failed += 1
+        _log.warning("no snapshot of model %s: %s", self._model.log_name, error)
+
+    def _kept(self, since_s: float | None) -> None:
+        """A snapshot has the model's steps up to then; None: all of them."""
+        self._counts.unkept_since_s.pop(self._model.model_id, None)
+        if since_s is not None:
+            self._counts.unkept_since_s[self._model.model_id] = since_s
+
+    def forget(self) -> None:
+        """The model is deleted."""
+        self._kept(None)

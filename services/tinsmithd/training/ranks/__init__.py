@@ -12,7 +12,9 @@ from tinsmithd.training.ranks.interface import (
     Pieces,
     RankGroup,
     RankGroupLost,
+    RankMemory,
     StateInfo,
+    Vitals,
 )
 from tinsmithd.training.ranks.place import RankGroupPlace
 
@@ -26,6 +28,8 @@ __all__ = [
     "RankGroup",
     "RankGroupLost",
     "RankGroupPlace",
+    "RankMemory",
     "StateInfo",
+    "Vitals",
     "WorkKind",
 ]

@@ -9,7 +9,10 @@ from tinsmithd.convert import types as convert
 from tinsmithd.domain import BaseModelInfo
 from tinsmithd.errors import InvalidArgument, over_limit
 from tinsmithd.mismatch import BOUNDS_NATS, Mismatch
+from tinsmithd.rpc import link_version
+from tinsmithd.sizes import NO_WORK, Work
 from tinsmithd.text import bounded
+from tinsmithd.training.ranks.interface import RankMemory
 
 WORLD_SIZE_MAX = 65_536
 IDENTITY_ENTRIES_MAX = 64
@@ -17,6 +20,8 @@ NAME_BYTES_MAX = 256
 VALUE_BYTES_MAX = 1024
 COUNT_MAX = 1 << 62
 PROGRESS_BYTES_MAX = 200
+MEMORIES_MAX = 256
+"""Ranks of which memory is kept: a series each."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class GroupClaim:
         engine: Name of the engine.
         identity: All that the last bit of a result depends on, besides commands and compositions.
         launch_token: The launcher gave it to the group that it started; else empty.
+        release: Its release, for a person; may be empty.
+        work: What a token costs.
     """
 
     info: BaseModelInfo
@@ -36,6 +43,8 @@ class GroupClaim:
     engine: str
     identity: Mapping[str, str]
     launch_token: str
+    release: str = ""
+    work: Work = NO_WORK
 
     @classmethod
     def of(cls, hello: pb.Hello) -> "GroupClaim":
@@ -44,6 +53,10 @@ class GroupClaim:
         Raises:
             InvalidArgument: Something in it is impossible; the field says what.
         """
+        _check_name("hello.release", hello.release)
+        # First of all: what else it says could mean something else.
+        if why := link_version.why_not(*link_version.read(hello), hello.release):
+            raise InvalidArgument("hello.link_version", why)
         info = convert.base_model_from_pb(hello.base_model, "hello.base_model")
         for key in ("name", "architecture"):
             _check_name(f"hello.base_model.{key}", getattr(info, key))
@@ -61,7 +74,13 @@ class GroupClaim:
         for key, value in hello.identity.items():
             _check_name("hello.identity", key)
             _check_name(f'hello.identity["{key}"]', value, VALUE_BYTES_MAX)
-        return cls(info, hello.world_size, hello.engine, dict(hello.identity), hello.launch_token)
+        for key in ("token_weights", "attention_width"):
+            _check_count(f"hello.{key}", getattr(hello, key), COUNT_MAX, least=0)
+        work = Work(hello.token_weights, hello.attention_width)
+        return cls(
+            *(info, hello.world_size, hello.engine, dict(hello.identity)),
+            *(hello.launch_token, hello.release, work),
+        )
 
 
 def mismatch_of(done: pb.Done, tokens_max: int) -> Mismatch | None:
@@ -81,14 +100,34 @@ def mismatch_of(done: pb.Done, tokens_max: int) -> Mismatch | None:
     return found
 
 
+def memory_of(alive: pb.Alive, world_size: int) -> Mapping[int, RankMemory]:
+    """What rank 0 says of its group's memory, by rank.
+
+    Raises:
+        InvalidArgument: It is impossible.
+    """
+    if len(alive.memory) > MEMORIES_MAX:
+        count = len(alive.memory)
+        raise over_limit("alive.memory", "rank_memories_max", count, MEMORIES_MAX)
+    found: dict[int, RankMemory] = {}
+    for said in alive.memory:
+        if not 0 <= said.rank < world_size or said.rank in found:
+            raise InvalidArgument("alive.memory.rank", f"{said.rank} is no rank, or comes twice")
+        values = {key: getattr(said, key) for key in RankMemory.__dataclass_fields__}
+        for key, value in values.items():
+            _check_count(f"alive.memory.{key}", value, COUNT_MAX, least=0)
+        found[said.rank] = RankMemory(**values)
+    return found
+
+
 def progress(loading: pb.Loading) -> str:
     """What a rank group says that it does while it loads: one short line."""
     return bounded(loading.message, PROGRESS_BYTES_MAX)
 
 
-def _check_count(field: str, value: int, value_max: int) -> None:
-    if not 1 <= value <= value_max:
-        raise InvalidArgument(field, f"is {value}, not between 1 and {value_max}")
+def _check_count(field: str, value: int, value_max: int, least: int = 1) -> None:
+    if not least <= value <= value_max:
+        raise InvalidArgument(field, f"is {value}, not between {least} and {value_max}")
 
 
 def _check_name(field: str, text: str, bytes_max: int = NAME_BYTES_MAX) -> None:

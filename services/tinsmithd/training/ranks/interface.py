@@ -6,6 +6,7 @@ from typing import Protocol
 
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
 from tinsmithd.mismatch import Mismatch
+from tinsmithd.sizes import Work
 from tinsmithd.training.call import BatchPlace, ComputeWork
 
 OnOutput = Callable[[bytes], None]
@@ -50,6 +51,35 @@ class Computed:
     mismatch: Mismatch | None = None
 
 
+@dataclass(frozen=True)
+class RankMemory:
+    """What a rank says that it has of memory; 0 where it does not know.
+
+    Attributes:
+        resident_bytes: Of the machine's.
+        device_bytes, device_size_bytes: Of its device's, and all that this has.
+    """
+
+    resident_bytes: int
+    device_bytes: int
+    device_size_bytes: int
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """How a rank group is.
+
+    Attributes:
+        silence_s: Since it last said anything.
+        command_s: Since it was given the oldest command that it has not finished; 0: it has none.
+        memory: Of its ranks, as far as they said so.
+    """
+
+    silence_s: float
+    command_s: float
+    memory: Mapping[int, RankMemory]
+
+
 class RankGroup(Protocol):
     """One rank group. It does one thing at a time; whoever calls sees to that.
 
@@ -71,6 +101,14 @@ class RankGroup(Protocol):
     @property
     def identity(self) -> Mapping[str, str]:
         """All that the last bit of a result depends on, besides commands and compositions."""
+
+    @property
+    def work(self) -> Work:
+        """What a token costs, as far as the group says."""
+
+    @property
+    def vitals(self) -> Vitals:
+        """How it is now; another thread may ask."""
 
     async def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model; one that trains all weights must be alone."""

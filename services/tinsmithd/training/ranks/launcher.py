@@ -24,6 +24,7 @@ _FROM_OUTSIDE = [
     for status in (-number, 128 + number)
 ]
 """Of a process that ended so, and as a rank group reports one of its ranks."""
+_CERTIFICATE = ("cluster_tls_certificate_file", "cluster_tls_key_file", "cluster_tls_ca_file")
 _OF_ANOTHER_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -146,7 +147,13 @@ class Launcher:
             "zero_stage": config.spawn_zero_stage,
             "threads": config.spawn_threads,
             "log_level": config.log_level,
+            "log_format": config.log_format,
+            "otlp_endpoint": config.otlp_endpoint,
         }
+        if (
+            config.cluster_tls_certificate_file
+        ):  # they are this server's, on its machine, as its user
+            settings |= {key: Path(getattr(config, key)).resolve() for key in _CERTIFICATE}
         ours = {f"TINSMITH_TRAINER_{k.upper()}": str(v) for k, v in settings.items()}
         # This server may be part of a job that numbers ranks: those are other ranks.
         return {k: v for k, v in environment(**ours).items() if k not in _OF_ANOTHER_JOB}

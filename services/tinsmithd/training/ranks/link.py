@@ -10,12 +10,16 @@ import grpc
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmith.internal.v1.trainer_link_service_pb2_grpc import TrainerLinkServiceServicer
 from tinsmithd.errors import TinsmithError
+from tinsmithd.formats import release
+from tinsmithd.rpc import link_version
+from tinsmithd.text import bounded
 from tinsmithd.training.ranks.claims import GroupClaim, progress
 from tinsmithd.training.ranks.place import RankGroupPlace
 from tinsmithd.training.ranks.rank_group import AttachedRankGroup
 
 LEAVE_S_MAX = 1.0
 """The stream of a group that lost its place has so long to end."""
+PROGRESS_BYTES_MAX = 500
 EPOCH_BITS = 20
 """The low bits of a group's epoch count the groups of one server; the others are its own epoch."""
 
@@ -54,6 +58,7 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         self._leaving: set[asyncio.Task[None]] = set()
         self._attached_count = 0
         self._closing = False
+        self._refused = ""
 
     async def Attach(  # type: ignore[override]  # grpc.aio's form of the method
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Any
@@ -118,13 +123,14 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
         self._attached_count += 1
         info = group.info
         _log.info(
-            "rank group attached: %s, %d rank(s), %s engine, %s",
-            *(info.name, group.world_size, group.engine, info.dtype),
+            "rank group attached: %s, %d rank(s), %s engine, %s, release %s",
+            *(info.name, group.world_size, group.engine, info.dtype, group.release or "unknown"),
         )
         self._place.attach(group)
         # It rises over restarts of this server, too: the server's epoch does.
         epoch = (self._epoch() << EPOCH_BITS) + self._attached_count
-        return pb.AttachResponse(welcome=pb.Welcome(epoch=epoch))
+        welcome = pb.Welcome(epoch=epoch, link_version=link_version.said(), release=release())
+        return pb.AttachResponse(welcome=welcome)
 
     async def watch(self) -> None:
         """Take the place from groups that fall silent, until cancelled."""
@@ -155,9 +161,20 @@ class TrainerLinkServicer(TrainerLinkServiceServicer):
                 _log.info("a rank group starts: %s", message)
                 self._place.progress = message
             elif request.WhichOneof("content") == "hello":
-                claim = GroupClaim.of(request.hello)
+                claim = self._claim(request.hello)
                 return AttachedRankGroup(claim, asyncio.get_running_loop().time)
         return None
+
+    def _claim(self, hello: pb.Hello) -> GroupClaim:
+        try:
+            return GroupClaim.of(hello)
+        except TinsmithError as error:
+            # Whoever waits for ranks hears why there are none; they hear it, too, and try again.
+            self._place.progress = bounded(error.message, PROGRESS_BYTES_MAX)
+            if self._place.progress != self._refused:
+                self._refused = self._place.progress
+                _log.error("a rank group is refused: %s", str(error))
+            raise
 
     async def _read(
         self, group: AttachedRankGroup, requests: AsyncIterator[pb.AttachRequest]

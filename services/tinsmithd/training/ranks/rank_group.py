@@ -12,17 +12,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 from google.rpc.status_pb2 import Status
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
+from tinsmithd import tracing
 from tinsmithd.convert import types as convert
 from tinsmithd.domain import AdamParams, BaseModelInfo, Tuning
 from tinsmithd.errors import InvalidArgument, TinsmithError
 from tinsmithd.files import is_plain_name
 from tinsmithd.rpc.status import from_status
+from tinsmithd.sizes import Work
 from tinsmithd.text import bounded
 from tinsmithd.training.call import BatchPlace, ComputeWork
-from tinsmithd.training.ranks.claims import GroupClaim, mismatch_of
+from tinsmithd.training.ranks.claims import GroupClaim, memory_of, mismatch_of
 from tinsmithd.training.ranks.interface import (
     Computed,
     ModelBroken,
@@ -30,8 +33,11 @@ from tinsmithd.training.ranks.interface import (
     OnPiece,
     Pieces,
     RankGroupLost,
+    RankMemory,
     StateInfo,
+    Vitals,
 )
+from tinsmithd.training.ranks.replies import Replies
 
 NONSENSE_BYTES_MAX = 200
 """Maximum bytes that are shown of a reply that makes no sense."""
@@ -63,7 +69,8 @@ class AttachedRankGroup:
         self._clock = clock
         self._next_command_id = 1
         self._outgoing: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue(maxsize=16)
-        self._replies: dict[int, asyncio.Queue[pb.AttachRequest | None]] = {}
+        self._replies: dict[int, Replies] = {}
+        self._memory: Mapping[int, RankMemory] = {}
         self._lost: RankGroupLost | None = None
         self.gone = asyncio.Event()
         """Set when it will say nothing more."""
@@ -82,9 +89,17 @@ class AttachedRankGroup:
             yield message
 
     def answered(self, message: pb.AttachRequest) -> None:
-        """Take in what rank 0 said."""
+        """Take in what rank 0 said.
+
+        Raises:
+            InvalidArgument: No rank says that.
+        """
         self.heard_s = self._clock()
+        if message.HasField("alive"):
+            self._memory = memory_of(message.alive, self.world_size)
         self.leaving = self.leaving or message.HasField("leaving")
+        if message.WhichOneof("content") is None and len(UnknownFieldSet(message)):
+            return  # a later release says more than this one has to know
         replies = self._replies.get(message.command_id)
         if replies is not None:
             replies.put_nowait(message)
@@ -124,9 +139,26 @@ class AttachedRankGroup:
         return self._claim.identity
 
     @property
+    def work(self) -> Work:
+        """What a token costs, as far as the group says."""
+        return self._claim.work
+
+    @property
+    def vitals(self) -> Vitals:
+        """How the group is now; another thread may ask."""
+        now_s = self._clock()
+        begun_s = min((each.begun_s for each in list(self._replies.values())), default=now_s)
+        return Vitals(now_s - self.heard_s, now_s - begun_s, self._memory)
+
+    @property
     def launch_token(self) -> str:
         """What the launcher that started it gave it; empty where there is none."""
         return self._claim.launch_token
+
+    @property
+    def release(self) -> str:
+        """Its release; empty where it does not say it."""
+        return self._claim.release
 
     async def create_model(self, model_id: str, tuning: Tuning) -> None:
         """Add a model."""
@@ -168,14 +200,16 @@ class AttachedRankGroup:
             for output in some.outputs:
                 on_output(output)
 
-        done = await self._finish(await self._begin(command), "outputs", take)
+        tokens = sum(batch.lengths)
+        with tracing.span("ranks compute", tokens=tokens, data=expected, backward=batch.backward):
+            done = await self._finish(await self._begin(command), "outputs", take)
         add(done.outputs)
         if expected:
             raise self._nonsense(f"{expected} outputs are missing")
         if not 0 <= done.engine_s < math.inf:
             raise self._nonsense(f"{done.engine_s} seconds of work")
         try:
-            mismatch = mismatch_of(done, sum(batch.lengths))
+            mismatch = mismatch_of(done, tokens)
         except InvalidArgument as error:
             raise self._nonsense(error.message) from error
         return Computed(
@@ -193,8 +227,9 @@ class AttachedRankGroup:
         """Copy the model's state; what is returned sends it to `on_piece`, or leaves it."""
         copying = pb.CopyState(optimizer=optimizer, deposit=deposit)
         command = pb.AttachResponse(model_id=model_id, copy_state=copying)
-        replies = await self._begin(command)
-        first = await self._next(replies)
+        with tracing.span("ranks copy_state"):
+            replies = await self._begin(command)
+            first = await self._next(replies)
         case = first.WhichOneof("content")
         if case != "copied":
             self._replies.pop(replies.command_id)
@@ -259,12 +294,15 @@ class AttachedRankGroup:
 
     async def _execute(self, model_id: str, **command: Any) -> pb.Done:
         message = pb.AttachResponse(model_id=model_id, **command)
-        return await self._finish(await self._begin(message))
+        with tracing.span(f"ranks {next(iter(command))}"):
+            return await self._finish(await self._begin(message))
 
-    async def _begin(self, command: pb.AttachResponse) -> "_Replies":
-        replies = _Replies(self._take_command_id())
+    async def _begin(self, command: pb.AttachResponse) -> Replies:
+        replies = Replies(self._take_command_id(), self._clock())
         self._replies[replies.command_id] = replies
         command.command_id = replies.command_id
+        if (place := tracing.here()) is not None:
+            command.request_id, command.traceparent = place.call.request_id, tracing.traceparent()
         try:
             await self._send(command)
         except BaseException:
@@ -272,7 +310,7 @@ class AttachedRankGroup:
             raise
         return replies
 
-    async def _next(self, replies: "_Replies") -> pb.AttachRequest:
+    async def _next(self, replies: Replies) -> pb.AttachRequest:
         message = await replies.get()
         if message is None:
             assert self._lost is not None
@@ -280,7 +318,7 @@ class AttachedRankGroup:
         return message
 
     async def _finish(
-        self, replies: "_Replies", early: str = "", on_early: OnReply | None = None
+        self, replies: Replies, early: str = "", on_early: OnReply | None = None
     ) -> pb.Done:
         """Read the replies to a command up to the last one.
 
@@ -352,11 +390,3 @@ class AttachedRankGroup:
         _log.error("%s", why)
         self.lose(why, blamed=True)
         return RankGroupLost(why, blamed=True)
-
-
-class _Replies(asyncio.Queue[pb.AttachRequest | None]):
-    """What rank 0 replies to one command; None when it is gone."""
-
-    def __init__(self, command_id: int) -> None:
-        super().__init__()
-        self.command_id = command_id

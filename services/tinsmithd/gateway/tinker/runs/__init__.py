@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from starlette.routing import BaseRoute
 
 from tinsmithd.gateway.tinker.room import Room
-from tinsmithd.gateway.tinker.runs import changes, downloads, lists, sessions
+from tinsmithd.gateway.tinker.runs import changes, downloads, lists, sessions, traces
+from tinsmithd.gateway.tinker.runs.catalogue import Catalogue
 
 
 def routes(room: Room) -> Sequence[BaseRoute]:
     """Routes of these parts."""
-    parts = (lists, changes, downloads, sessions)
-    return [route for part in parts for route in part.routes(room)]
+    catalogue = Catalogue(room.cluster)
+    parts = (lists, changes, downloads, sessions, traces)
+    return [route for part in parts for route in part.routes(room, catalogue)]

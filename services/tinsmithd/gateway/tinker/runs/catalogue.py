@@ -13,18 +13,18 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 from starlette.requests import Request
 
+from tinsmith.checkpoints import PUBLIC_MARK
 from tinsmith.errors import NotFoundError
 from tinsmith.v1 import checkpoint_service_pb2, training_service_pb2
 from tinsmithd.gateway.cluster import CHECKPOINT, Cluster
 from tinsmithd.gateway.names import BaseModelNames
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker import paths
+from tinsmithd.gateway.tinker.runs.together import Together
 
 PAGE_SIZE = 1000
 PAGES_MAX = 200
 """Pages that one request looks through; what is beyond is not listed."""
-PUBLIC_MARK = "tinsmith.public"
-"""Key of a checkpoint's metadata that says that it was published."""
 EXTERNAL_SINCE = (0, 28)
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
@@ -43,6 +43,11 @@ class Run:
     model: training_service_pb2.Model | None = None
     checkpoints: list[checkpoint_service_pb2.Checkpoint] = field(default_factory=list)
 
+    @property
+    def owner(self) -> str:
+        """Whose it is."""
+        return (self.model or self.checkpoints[0]).owner
+
     def as_json(self, names: BaseModelNames) -> Mapping[str, Any]:
         """`TrainingRun`."""
         said = self.model or self.checkpoints[0]
@@ -52,7 +57,7 @@ class Run:
         return {
             "training_run_id": self.run_id,
             "base_model": names.public(said.base_model),
-            "model_owner": said.owner,
+            "model_owner": self.owner,
             "is_lora": is_lora,
             "lora_rank": said.lora_config.rank or None if is_lora else None,
             "corrupted": self.model is not None and self.model.state == lost,
@@ -118,9 +123,13 @@ class Catalogue:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self._together = Together()
 
     async def runs(self) -> Sequence[Run]:
         """All runs: models newest first, then what is left of others."""
+        return await self._together.look("runs", self._runs)
+
+    async def _runs(self) -> Sequence[Run]:
         async with asyncio.TaskGroup() as group:
             models = group.create_task(self._models())
             checkpoints = group.create_task(self.checkpoints())
@@ -149,9 +158,20 @@ class Catalogue:
                 raise Problem(404, message, "MODEL_NOT_FOUND", "training_run_id") from None
         return run
 
-    async def checkpoints(self, run_id: str = "") -> Sequence[checkpoint_service_pb2.Checkpoint]:
-        """Checkpoints with a name, of one run or of all, newest first."""
-        return [each async for each in self._checkpoints(run_id) if not each.ephemeral]
+    async def checkpoints(
+        self, run_id: str = "", *, named: bool = True
+    ) -> Sequence[checkpoint_service_pb2.Checkpoint]:
+        """Checkpoints of one run or of all, newest first.
+
+        Args:
+            run_id: The run; empty for all.
+            named: Leave out those without a name.
+        """
+        found = await self._together.look(("checkpoints", run_id), lambda: self._all(run_id))
+        return [each for each in found if not (named and each.ephemeral)]
+
+    async def _all(self, run_id: str) -> Sequence[checkpoint_service_pb2.Checkpoint]:
+        return [each async for each in self._checkpoints(run_id)]
 
     async def checkpoint(self, path: str) -> checkpoint_service_pb2.Checkpoint:
         """What a path of the Checkpoint server's means.

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tinsmith.checkpoints import PUBLIC_MARK
 from tinsmith.errors import NotFoundError
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.gateway.cluster import CHECKPOINT
@@ -18,7 +19,7 @@ from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker import paths
 from tinsmithd.gateway.tinker.ids import check_session_id, model_id_of
 from tinsmithd.gateway.tinker.room import Room, int_of, text_of
-from tinsmithd.gateway.tinker.runs.catalogue import PUBLIC_MARK, Catalogue
+from tinsmithd.gateway.tinker.runs.catalogue import Catalogue
 
 TTL_S_MAX = 10 * 366 * 24 * 3600
 """The SDK's own bound; the Checkpoint server has one too."""
@@ -49,9 +50,8 @@ def ttl_of(body: dict[str, Any]) -> Duration | None:
     return Duration(seconds=int_of(body, "ttl_seconds", least=1, most=TTL_S_MAX))
 
 
-def routes(room: Room) -> Sequence[BaseRoute]:
+def routes(room: Room, catalogue: Catalogue) -> Sequence[BaseRoute]:
     """Routes of this module."""
-    catalogue = Catalogue(room.cluster)
 
     async def delete(request: Request) -> Response:
         ask = pb.DeleteCheckpointRequest(checkpoint_path=path_of(request))

@@ -15,7 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tinsmith.checkpoints import OWN_FILES
 from tinsmith.v1 import checkpoint_service_pb2 as pb
+from tinsmithd.domain import DEFAULT_OWNER
+from tinsmithd.gateway.callers import act_for, part
 from tinsmithd.gateway.problems import RETRY_S, Problem
 from tinsmithd.gateway.tinker import paths
 from tinsmithd.gateway.tinker.pieces import Pieces
@@ -23,20 +26,18 @@ from tinsmithd.gateway.tinker.room import Room
 from tinsmithd.gateway.tinker.runs.catalogue import Catalogue
 from tinsmithd.gateway.tinker.runs.changes import ONE, path_of
 from tinsmithd.gateway.tinker.runs.files import FileStream, Slots
-from tinsmithd.gateway.tinker.runs.signing import Signer
+from tinsmithd.gateway.tinker.runs.signing import Signer, public_base
 
 FILES = "/files/{run}/{kind}/{name}/{file}"
 ARCHIVE = "checkpoint.tar"
 COMPLETE = "checkpoint_complete"
 """An empty file that SDKs up to 0.35 look for in an archive."""
-_OURS = ("model_state.json", "optimizer.safetensors")
-"""Files that only this cluster reads."""
 DOWNLOADS_MAX = 64
 
 
-def routes(room: Room) -> Sequence[BaseRoute]:
+def routes(room: Room, catalogue: Catalogue) -> Sequence[BaseRoute]:
     """Routes of this module."""
-    catalogue, signer = Catalogue(room.cluster), Signer(room.settings)
+    signer = Signer(room.settings)
     slots = Slots(DOWNLOADS_MAX)
 
     async def urls(request: Request) -> Response:
@@ -59,7 +60,8 @@ def routes(room: Room) -> Sequence[BaseRoute]:
 
     async def file(request: Request) -> Response:
         path, name = path_of(request), request.path_params["file"]
-        digest = signer.check(path, name, request.query_params)
+        digest, owner = signer.check(path, name, request.query_params)
+        act_for(owner or DEFAULT_OWNER)
         found = await catalogue.checkpoint(path)
         if found.digest != digest:
             message = "the checkpoint was replaced since the URL was made; ask for another one"
@@ -99,7 +101,7 @@ def routes(room: Room) -> Sequence[BaseRoute]:
 
 def _files(found: pb.Checkpoint) -> Sequence[str]:
     """Names of the files that others read."""
-    return [each.name for each in found.files if each.name not in _OURS]
+    return [each.name for each in found.files if each.name not in OWN_FILES]
 
 
 def _url(
@@ -110,12 +112,10 @@ def _url(
     name: str,
     expires: datetime,
 ) -> str:
-    base = room.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
-    # What a proxy cut off before `/api` only `public_url` knows.
     parts = "/".join(quote(part, safe="") for part in (*paths.split(found.checkpoint_path), name))
-    base = base.removesuffix("/api/v1")
-    query = signer.query(found.checkpoint_path, name, found.digest, expires)
-    return f"{base}/api/v1/files/{parts}?{query}"
+    owner = found.owner if part() else ""
+    query = signer.query(found.checkpoint_path, name, found.digest, expires, owner)
+    return f"{public_base(request, room.settings)}/api/v1/files/{parts}?{query}"
 
 
 async def _tar(stream: FileStream) -> AsyncIterator[bytes]:

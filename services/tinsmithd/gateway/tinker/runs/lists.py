@@ -1,5 +1,6 @@
-"""What there is: runs, checkpoints, and what a checkpoint holds."""
+"""What there is: runs, checkpoints, what a checkpoint holds, and how much they all take."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,22 +8,25 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tinsmith.v1.checkpoint_service_pb2 import Checkpoint
 from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker import paths
+from tinsmithd.gateway.tinker.pieces import answer_of
 from tinsmithd.gateway.tinker.room import INT64_MAX, Room, text_of
 from tinsmithd.gateway.tinker.runs.catalogue import Catalogue, checkpoint_as_json, knows_external
 
+PROJECT = "default"
+"""The one project that there is."""
 LIMIT_MAX = 1000
+GIGABYTE = 10**9
 
 
-def routes(room: Room) -> Sequence[BaseRoute]:
+def routes(room: Room, catalogue: Catalogue) -> Sequence[BaseRoute]:
     """Routes of this module."""
-    catalogue = Catalogue(room.cluster)
 
     async def training_runs(request: Request) -> Response:
         offset, limit = page_of(request, 20)
-        if request.query_params.get("project_id"):
-            raise Problem(400, "project_id: there are no projects here", field="project_id")
+        check_project(request.query_params.get("project_id") or PROJECT)
         runs = await catalogue.runs()
         found = [each.as_json(room.names) for each in runs[offset : offset + limit]]
         return JSONResponse({"training_runs": found, "cursor": cursor(offset, limit, len(runs))})
@@ -34,7 +38,8 @@ def routes(room: Room) -> Sequence[BaseRoute]:
     async def run_checkpoints(request: Request) -> Response:
         found = await catalogue.checkpoints(request.path_params["run"])
         known = knows_external(request)
-        return JSONResponse({"checkpoints": [checkpoint_as_json(each, known) for each in found]})
+        listed = {"checkpoints": [checkpoint_as_json(each, known) for each in found]}
+        return answer_of(json.dumps(listed).encode(), "application/json")
 
     async def all_checkpoints(request: Request) -> Response:
         offset, limit = page_of(request, 100)
@@ -59,6 +64,10 @@ def routes(room: Room) -> Sequence[BaseRoute]:
             }
         return JSONResponse(info)
 
+    async def storage(request: Request) -> Response:
+        check_project(request.query_params.get("project_id") or PROJECT)
+        return JSONResponse({"data": _storage(await catalogue.checkpoints(named=False))})
+
     return [
         Route("/training_runs", training_runs),
         Route("/training_runs/{run}", training_run),
@@ -66,6 +75,34 @@ def routes(room: Room) -> Sequence[BaseRoute]:
         Route("/models/{run}/checkpoints", run_checkpoints),
         Route("/checkpoints", all_checkpoints),
         Route("/weights_info", weights_info, methods=["POST"]),
+        Route("/billing/usage/checkpoints/current", storage),
+    ]
+
+
+def check_project(name: str) -> None:
+    """Refuse any other project than the one that there is.
+
+    Raises:
+        Problem: 400: it is another one.
+    """
+    if name != PROJECT:
+        message = f"project_id: there is one project here, {PROJECT!r}, and all is in it"
+        raise Problem(400, message, "INVALID_FIELD", "project_id")
+
+
+def _storage(checkpoints: Sequence[Checkpoint]) -> Sequence[Mapping[str, Any]]:
+    """What the checkpoints of each owner take. Nothing is billed, so nothing has a price."""
+    owners: dict[str, list[int]] = {}
+    for each in checkpoints:
+        owners.setdefault(each.owner, []).append(each.size_bytes)
+    return [
+        {
+            "user_name": owner,
+            "checkpoint_count": len(sizes),
+            "size_bytes": sum(sizes),
+            "size_gigabytes": sum(sizes) / GIGABYTE,
+        }
+        for owner, sizes in sorted(owners.items())
     ]
 
 

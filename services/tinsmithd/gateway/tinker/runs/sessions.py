@@ -16,16 +16,13 @@ from tinsmithd.gateway.problems import Problem
 from tinsmithd.gateway.tinker.ids import check_session_id, session_of_model
 from tinsmithd.gateway.tinker.room import Room, int_of, object_of, text_of
 from tinsmithd.gateway.tinker.runs.catalogue import Catalogue, Run
-from tinsmithd.gateway.tinker.runs.lists import page_of
+from tinsmithd.gateway.tinker.runs.lists import PROJECT, check_project, page_of
 
-PROJECT = "default"
-"""The one project that there is."""
 SEARCH_LIMIT_MAX = 200
 
 
-def routes(room: Room) -> Sequence[BaseRoute]:
+def routes(room: Room, catalogue: Catalogue) -> Sequence[BaseRoute]:
     """Routes of this module."""
-    catalogue = Catalogue(room.cluster)
 
     async def listed(request: Request) -> Response:
         offset, limit = page_of(request, 20)
@@ -67,8 +64,15 @@ def routes(room: Room) -> Sequence[BaseRoute]:
             }
         return JSONResponse(answer)
 
+    async def project(request: Request) -> Response:
+        body = await room.bodies.json(request)
+        check_session_id(request.path_params["session_id"])
+        check_project(text_of(body, "project_id"))  # it is there already
+        return JSONResponse({})
+
     return [
         Route("/sessions", listed),
+        Route("/sessions/{session_id}/project", project, methods=["PUT"]),
         Route("/sessions/search", search, methods=["POST"]),
         Route("/sessions/{session_id}", one),
     ]

@@ -8,10 +8,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlencode
 
+from starlette.requests import Request
+
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.problems import Problem
 
 _FORM = "tinsmith file 1"
+
+
+def public_base(request: Request, settings: GatewaySettings) -> str:
+    """What URLs of this gateway begin with, for whoever makes a request."""
+    base = settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
+    # What a proxy cut off before `/api` only `public_url` knows.
+    return base.removesuffix("/api/v1")
 
 
 class Signer:
@@ -30,7 +39,7 @@ class Signer:
         """When a URL that is made now expires; whole seconds."""
         return (datetime.now(UTC) + self._lasts).replace(microsecond=0)
 
-    def query(self, path: str, file: str, digest: bytes, expires: datetime) -> str:
+    def query(self, path: str, file: str, digest: bytes, expires: datetime, owner: str = "") -> str:
         """The query of a file's URL.
 
         Args:
@@ -38,26 +47,31 @@ class Signer:
             file: The file's name.
             digest: The checkpoint's content.
             expires: When it expires.
+            owner: Whose the checkpoint is; empty where there are no keys.
         """
         said = {"digest": digest.hex(), "expires": str(int(expires.timestamp()))}
-        signature = self._signature(path, file, said["digest"], said["expires"])
+        signature = self._signature(path, file, said["digest"], said["expires"], owner)
+        if owner:
+            said["owner"] = owner
         return urlencode({**said, "signature": signature})
 
-    def check(self, path: str, file: str, query: Mapping[str, str]) -> bytes:
-        """The content that a URL is for.
+    def check(self, path: str, file: str, query: Mapping[str, str]) -> tuple[bytes, str]:
+        """The content that a URL is for, and its owner.
 
         Raises:
             Problem: 403, the signature is none of ours, or has expired.
         """
         digest, expires = query.get("digest", ""), query.get("expires", "")
-        wanted = self._signature(path, file, digest, expires)
+        owner = query.get("owner", "")
+        wanted = self._signature(path, file, digest, expires, owner)
         given = query.get("signature", "")
         if not hmac.compare_digest(wanted.encode(), given.encode("utf-8", "replace")):
             raise Problem(403, "this URL was not made here, or was changed since; ask for another")
         if int(expires) < time.time():
             raise Problem(403, "this URL has expired; ask for another one")
-        return bytes.fromhex(digest)
+        return bytes.fromhex(digest), owner
 
-    def _signature(self, path: str, file: str, digest: str, expires: str) -> str:
-        text = "\n".join((_FORM, path, file, digest, expires))
+    def _signature(self, path: str, file: str, digest: str, expires: str, owner: str) -> str:
+        parts = (_FORM, path, file, digest, expires, *([owner] if owner else []))
+        text = "\n".join(parts)
         return hmac.new(self._key, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()

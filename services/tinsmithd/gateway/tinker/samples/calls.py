@@ -10,10 +10,11 @@ import numpy as np
 from tinsmith import tensors
 from tinsmith.gateway.v1 import tinker_pb2
 from tinsmithd.gateway.cluster import SAMPLER, Work
-from tinsmithd.gateway.problems import RETRY_S, Problem, problem_of
+from tinsmithd.gateway.problems import Problem, problem_of
 from tinsmithd.gateway.tinker.promises import promise_id
 from tinsmithd.gateway.tinker.room import Room
 from tinsmithd.gateway.tinker.samples.answers import Answer, as_json
+from tinsmithd.gateway.tinker.samples.completions import Completions
 from tinsmithd.gateway.tinker.samples.requests import (
     Asked,
     derived_seed,
@@ -39,11 +40,14 @@ class Samples:
 
     Args:
         room: Where the promises are.
+
+    Attributes:
+        completions: Which of them are done.
     """
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._held_bytes = 0
+        self.completions = Completions(room.promises)
         room.promises.add_kind(KIND, self._again, _read)
 
     def submit(
@@ -57,9 +61,9 @@ class Samples:
         asked = read_sample(body)
         request_id = _promise(session, seq_id, body)
         if not self._room.promises.is_known(request_id):
-            self._check_room(asked)
             result = self._sample(request_id, session, seq_id, asked)
-            self._room.promises.start(request_id, result)
+            self._room.promises.start(request_id, result, asked.request.ByteSize())
+            self.completions.note(session, seq_id, request_id)
         count = asked.request.num_samples
         return {
             "request_id": request_id,
@@ -76,30 +80,19 @@ class Samples:
             message = "this gateway was started after the request came, and it was too large to be "
             raise Problem(410, f"{message}carried by its promise; send it again")
         asked = read_sample(body)
-        self._check_room(asked)
         return self._sample(promise_id(KIND, content), session, seq_id, asked)
-
-    def _check_room(self, asked: Asked) -> None:
-        most = self._room.settings.received_bytes_max
-        if self._held_bytes + asked.request.ByteSize() > most:
-            raise Problem(429, "too many bytes of prompts at once", retry_after_s=RETRY_S)
 
     async def _sample(
         self, request_id: str, session: SamplingSession, seq_id: int, asked: Asked
     ) -> tinker_pb2.SampleResponse:
         request, weights = asked.request, session.weights
-        size = request.ByteSize() + len(request_id)
-        self._held_bytes += size
-        try:
-            request.base_model = weights.base_model
-            request.checkpoint_path = weights.checkpoint_path
-            request.checkpoint_digest = weights.digest
-            if not request.sampling_params.HasField("seed"):
-                request.sampling_params.seed = derived_seed(session.sampler_id, seq_id)
-            self._room.held.hold(session.session_id, weights.checkpoint_path)
-            return await self._made(request_id, session, asked)
-        finally:
-            self._held_bytes -= size
+        request.base_model = weights.base_model
+        request.checkpoint_path = weights.checkpoint_path
+        request.checkpoint_digest = weights.digest
+        if not request.sampling_params.HasField("seed"):
+            request.sampling_params.seed = derived_seed(session.sampler_id, seq_id)
+        self._room.held.hold(session.session_id, weights.checkpoint_path)
+        return await self._made(request_id, session, asked)
 
     async def _made(
         self, request_id: str, session: SamplingSession, asked: Asked

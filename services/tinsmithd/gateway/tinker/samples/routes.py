@@ -1,5 +1,6 @@
 """Paths of sampling."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from tinsmithd.gateway.tinker import paths
 from tinsmithd.gateway.tinker.ids import check_session_id, new_session_id
 from tinsmithd.gateway.tinker.room import Room, int_of, text_of
 from tinsmithd.gateway.tinker.samples.calls import Samples
+from tinsmithd.gateway.tinker.samples.completions import CLONE
 from tinsmithd.gateway.tinker.samples.weights import SamplingSession, Weights
 
 
@@ -52,6 +54,16 @@ def routes(room: Room) -> Sequence[BaseRoute]:
             number = 0
         return JSONResponse(samples.submit(session, number, body))
 
+    async def join_sampling_session(request: Request) -> Response:
+        # Drawn, as a clone draws it that does not ask: whatever gateway it asks, nobody counts.
+        SamplingSession.read(text_of(await room.bodies.json(request), "sampling_session_id"))
+        number = 1 + secrets.randbelow(CLONE - 1)
+        return JSONResponse({"client_counter": number, "type": "join_sampling_session"})
+
+    async def retrieve_futures(request: Request) -> Response:
+        body = await room.bodies.json(request)
+        return JSONResponse(await samples.completions.poll(body, room.settings.poll_s_max))
+
     async def cancel_future(request: Request) -> Response:
         body = await room.bodies.json(request)
         room.promises.cancel(text_of(body, "request_id"))
@@ -62,6 +74,8 @@ def routes(room: Room) -> Sequence[BaseRoute]:
         Route("/samplers/{sampler_id}", sampler),
         Route("/asample", asample, methods=["POST"]),
         Route("/cancel_future", cancel_future, methods=["POST"]),
+        Route("/join_sampling_session", join_sampling_session, methods=["POST"]),
+        Route("/retrieve_futures", retrieve_futures, methods=["POST"]),
     ]
 
 

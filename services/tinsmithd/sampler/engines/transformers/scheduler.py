@@ -173,7 +173,7 @@ class Scheduler:
             scored = PromptScorer.wanted(job.request)
             job.prompt = self._cache.open_prompt(
                 reservation,
-                BASE_WEIGHTS if job.adapter is None else job.adapter,
+                f"{job.request.cache_salt} {job.adapter or BASE_WEIGHTS}",
                 tokens,
                 cached_tokens_max=job.request.logits_from if scored else None,
             )

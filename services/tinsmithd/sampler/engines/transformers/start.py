@@ -109,7 +109,7 @@ def start(
     if made is not None and not _torch_reads_prompts(made):
         layout = LoraLayout.of(base.model)
         _drop_weights(base.model)
-        pool = LoraPool(layout, made.shape, RowRule())
+        pool = LoraPool(layout, made.shape, RowRule(), made.kernels.turn)
         return _with_native(made, None, pool, True)
     built = build(base, rows_max=rows_max, keep_rows_apart=keep_rows_apart, on_progress=on_progress)
     if made is not None:

@@ -184,7 +184,8 @@ class VllmEngine:
     ) -> AsyncIterator[Run]:
         if self._closed:
             raise unavailable("the Sampler is stopping")
-        run = Run(self._llm, str(next(self._names)), request.prompt.tolist(), lora, params)
+        prompt = (request.prompt.tolist(), request.cache_salt)
+        run = Run(self._llm, str(next(self._names)), *prompt, lora, params)
         self._runs.add(run)
         try:
             yield run

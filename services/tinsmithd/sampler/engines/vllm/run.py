@@ -24,14 +24,22 @@ class Run:
         llm: vLLM's `AsyncLLM`.
         name: Another one for each run.
         prompt: Token ids.
+        salt: See `SampleRequest.cache_salt`.
         lora: vLLM's `LoRARequest`, or None for the base model.
         params: vLLM's `SamplingParams` of each request.
     """
 
     def __init__(
-        self, llm: Any, name: str, prompt: list[int], lora: Any, params: Sequence[Any]
+        self,
+        llm: Any,
+        name: str,
+        prompt: list[int],
+        salt: str,
+        lora: Any,
+        params: Sequence[Any],
     ) -> None:
         self._llm = llm
+        self._salt = salt
         self._made: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._tasks = [
             asyncio.create_task(self._follow(place, f"{name}.{place}", prompt, lora, each))
@@ -42,7 +50,10 @@ class Run:
         self, place: int, name: str, prompt: list[int], lora: Any, params: Any
     ) -> None:
         try:
-            outputs = self._llm.generate(tokens_input(prompt), params, name, lora_request=lora)
+            given = tokens_input(prompt)
+            if self._salt:
+                given["cache_salt"] = self._salt
+            outputs = self._llm.generate(given, params, name, lora_request=lora)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     self._made.put_nowait((place, output))

@@ -1,15 +1,23 @@
-"""Computes the data of one batch on this rank and the others, round by round."""
+"""Computes the data of one batch on this rank and the others, round by round.
+
+The device is given one micro-batch after the other, and nothing waits for it in between. A rank
+that is alone hands results on as they arrive. Several share all of a batch at its end, in one
+message of each: what it says, and how often, does not grow with the number of micro-batches.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tinsmithd import failpoints
 from tinsmithd.domain import CrossEntropy, Datum, LossFn
 from tinsmithd.errors import Reason, ResourceExhausted
+from tinsmithd.modeling.device_copies import ToHost
 from tinsmithd.trainer import progress
 from tinsmithd.trainer.composition import rounds
 from tinsmithd.trainer.composition.rounds import MicroBatch, Round
@@ -35,7 +43,7 @@ class BatchRun:
         batch: The batch.
 
     Attributes:
-        loss: This rank's share of the summed loss so far.
+        loss: This rank's share of the summed loss so far, a scalar in float64 on the device.
         executed: The rounds so far, as all ranks executed them.
     """
 
@@ -47,11 +55,14 @@ class BatchRun:
         self._slot = slot
         self._batch = batch
         self._lengths = [len(datum.tokens) for datum in batch.data]
+        self._shapes = [datum.loss_fn_inputs["target_tokens"].shape for datum in batch.data]
         # A second attempt would add again what the first added while it computed.
         self._whole = bool(batch.composition) or slot.zero.adds_while_computing
         self._failpoint = "mid_backward" if batch.backward else "mid_forward"
         self._computed_count = 0
-        self.loss = 0.0
+        self._computed: list[tuple[Sequence[int], Tensor]] = []
+        """Of this rank, not handed on yet: indices, and logprobs flat on the device."""
+        self.loss = torch.zeros((), dtype=torch.float64, device=context.device)
         self.executed: list[Round] = []
 
     def run(self, composed: Sequence[Round], on_output: OnOutput) -> None:
@@ -61,26 +72,35 @@ class BatchRun:
             ResourceExhausted: On all ranks alike, where memory does not suffice on one.
         """
         in_order = _InOrder(on_output)
+        on_their_way: ToHost[Sequence[int]] = ToHost()
         for number, round_ in enumerate(composed, 1):
-            logprobs = self._compute_together(round_)
+            self._compute_together(round_)
             if number == len(composed) and self._computed_count == 1:
                 failpoints.hit(self._failpoint)  # a single micro-batch has no other place for it
-            self._share(round_, logprobs, in_order)
+            if self._context.world_size == 1:
+                for indices, logprobs in self._computed:
+                    on_their_way.put(indices, logprobs)
+                self._computed.clear()
+                self._hand_on(on_their_way.arrived(), in_order)
+        if self._context.world_size > 1:
+            self._share(composed, on_their_way)
+        self._hand_on(on_their_way.rest(), in_order)
 
-    def _compute_together(self, round_: Round) -> dict[int, np.ndarray]:
+    def _compute_together(self, round_: Round) -> None:
         """Compute this rank's share of a round.
 
         A failure on one rank is raised on all of them, so that they stay in step, and every rank
-        learns what another one split.
-
-        Returns:
-            Logprobs by index of the datum.
+        learns what another one split. Where ranks need each other while they compute, none splits
+        anything, and running out of memory ends the group.
         """
-        logprobs: dict[int, np.ndarray] = {}
         executed: list[MicroBatch] = []
         failure: ResourceExhausted | None = None
+        if self._context.in_step or rounds.spread_over(round_) > 1:
+            self._take_part(round_, executed)
+            self.executed.append(round_)
+            return
         try:
-            self._take_part(round_, logprobs, executed)
+            self._take_part(round_, executed)
         except ResourceExhausted as error:
             failure = error
         how = _SPLIT if tuple(executed) != round_[self._context.rank] else _AS_COMPOSED
@@ -89,7 +109,6 @@ class BatchRun:
             message = "a datum of this call does not fit into the memory of another rank"
             raise failure or ResourceExhausted(message, Reason.OUT_OF_MEMORY)
         self.executed.append(round_ if how == _AS_COMPOSED else self._exchange(round_, executed))
-        return logprobs
 
     def _largest(self, how: int) -> int:
         if self._context.world_size == 1:
@@ -104,46 +123,44 @@ class BatchRun:
         dist.all_reduce(shared)
         return rounds.from_marks(round_, shared.tolist())
 
-    def _take_part(
-        self, round_: Round, logprobs: dict[int, np.ndarray], executed: list[MicroBatch]
-    ) -> None:
-        """Compute this rank's micro-batches into `logprobs`, and note them in `executed`."""
+    def _take_part(self, round_: Round, executed: list[MicroBatch]) -> None:
+        """Compute this rank's micro-batches, and note them in `executed`."""
         batch, model, slot = self._batch, self._model, self._slot
         over = rounds.spread_over(round_)
         rank = self._context.rank
         first_of_group = rank - rank % over
 
-        def compute(indices: Sequence[int], recompute: bool) -> None:
+        def compute(shares: bool, indices: Sequence[int], recompute: bool) -> None:
             if self._computed_count:
                 failpoints.hit(self._failpoint)
             data = [batch.data[i] for i in indices]
-            result = self._packed(data, batch.loss_fn, recompute, over)
+            how = MicroBatch(tuple(indices), recompute, over, shares)
+            result = self._packed(data, batch.loss_fn, how)
             if result.gradients:
                 model.pending.add(result.gradients, slot.zero.layout, slot.zero.padded_count)
             self.loss += result.loss
             self._computed_count += 1
             progress.made()
             if rank == first_of_group:  # the others took part
-                logprobs.update(zip(indices, result.logprobs, strict=True))
-                executed.append(MicroBatch(tuple(indices), recompute, over))
+                self._computed.append((indices, result.logprobs))
+                executed.append(how)
 
         mine = round_[first_of_group]
         if not mine and self._context.in_step:
             first = next(of_rank[0] for of_rank in round_ if of_rank)
             nothing = _without_weight(batch.data[first.indices[0]])
-            self._packed([nothing], CrossEntropy(), first.recompute, over)
+            self._packed([nothing], CrossEntropy(), first)
         for micro_batch in mine:
-            indices, recompute = micro_batch.indices, micro_batch.recompute
+            some, recompute = micro_batch.indices, micro_batch.recompute
+            run = partial(compute, micro_batch.shares)
             if self._context.in_step or over > 1:
-                compute(indices, recompute)  # running out of memory ends the group
+                run(some, recompute)  # running out of memory ends the group
             else:
                 memory.compute_within_memory(
-                    *(compute, indices, recompute, self._lengths), together=self._whole
+                    *(run, some, recompute, self._lengths), together=self._whole
                 )
 
-    def _packed(
-        self, data: Sequence[Datum], loss_fn: LossFn, recompute: bool, over: int
-    ) -> PackedResult:
+    def _packed(self, data: Sequence[Datum], loss_fn: LossFn, how: MicroBatch) -> PackedResult:
         weights, slot = self._context.weights, self._slot
         tokens = sum(len(datum.tokens) for datum in data)
         with (
@@ -158,34 +175,40 @@ class BatchRun:
                 loss_fn,
                 self._context.device,
                 backward=self._batch.backward,
-                recompute=recompute,
+                recompute=how.recompute,
                 sink=sink,
-                spread=self._context.spread(tokens, over),
+                spread=self._context.spread(tokens, how.ranks),
+                shares=how.shares,
             )
 
-    def _share(
-        self, round_: Round, logprobs: Mapping[int, np.ndarray], in_order: "_InOrder"
+    def _share(self, composed: Sequence[Round], to: ToHost[Sequence[int]]) -> None:
+        """Give every rank the logprobs of all data, and then to `to`.
+
+        A rank's data come in the order in which they were composed, however they were split.
+        """
+        owned = [
+            [index for round_ in composed for index in rounds.indices_of(round_[rank])]
+            for rank in range(self._context.world_size)
+        ]
+        counts = [sum(math.prod(self._shapes[index]) for index in of_rank) for of_rank in owned]
+        own = torch.zeros(max(counts), device=self._context.device)
+        if self._computed:
+            parts = [logprobs for _, logprobs in self._computed]
+            torch.cat(parts, out=own[: counts[self._context.rank]])
+        of_all = own.new_empty(len(counts) * len(own))
+        dist.all_gather_into_tensor(of_all, own)
+        for of_rank, count, indices in zip(of_all.split(len(own)), counts, owned, strict=True):
+            if indices:
+                to.put(indices, of_rank[:count])
+
+    def _hand_on(
+        self, arrived: Iterator[tuple[Sequence[int], np.ndarray]], in_order: "_InOrder"
     ) -> None:
-        """Give every rank the logprobs of one round, and their outputs to `in_order`."""
-        data = self._batch.data
-        for owner, of_rank in enumerate(round_):
-            indices = rounds.indices_of(of_rank)
-            if not indices:
-                continue
-            shapes = [data[index].loss_fn_inputs["target_tokens"].shape for index in indices]
-            if self._context.world_size == 1:
-                pieces = [logprobs[index] for index in indices]
-            else:
-                flat = np.empty(sum(map(math.prod, shapes)), np.float32)
-                if owner == self._context.rank:
-                    flat = np.concatenate([logprobs[index].reshape(-1) for index in indices])
-                shared = torch.from_numpy(flat).to(self._context.device)
-                dist.broadcast(shared, src=owner)
-                pieces = np.split(
-                    shared.cpu().numpy(), np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-                )
-            for index, shape, piece in zip(indices, shapes, pieces, strict=True):
-                in_order.take(index, piece.reshape(shape))
+        for indices, flat in arrived:
+            progress.made()
+            ends = np.cumsum([math.prod(self._shapes[index]) for index in indices])
+            for index, piece in zip(indices, np.split(flat, ends[:-1]), strict=True):
+                in_order.take(index, piece.reshape(self._shapes[index]))
 
 
 class _InOrder:

@@ -21,21 +21,24 @@ from tinsmithd.domain import AdamParams, BaseModelInfo, ModelState, Tuning
 from tinsmithd.modeling.base import BaseModel
 from tinsmithd.modeling.grouped_experts import use_grouped_experts
 from tinsmithd.modeling.packing import use_packed_attention
-from tinsmithd.modeling.varlen import slow_dtype
+from tinsmithd.modeling.varlen import shape_of, slow_dtype
 from tinsmithd.modeling.weight_files import refused
 from tinsmithd.modeling.weights import MakeWeights
 from tinsmithd.trainer.composition import rounds
-from tinsmithd.trainer.composition.compose import compose
+from tinsmithd.trainer.composition.compose import compose_data
 from tinsmithd.trainer.composition.limits import FoundLimits
-from tinsmithd.trainer.composition.rounds import Round
+from tinsmithd.trainer.composition.rounds import MicroBatch, Round
 from tinsmithd.trainer.compute import memory, spread
+from tinsmithd.trainer.compute.determinism import Determinism, layer_trial
 from tinsmithd.trainer.engines import identity
 from tinsmithd.trainer.engines.checks import check_state, non_finite_gradient
+from tinsmithd.trainer.engines.deepspeed import sums
 from tinsmithd.trainer.engines.deepspeed.batch_run import BatchRun
 from tinsmithd.trainer.engines.deepspeed.residency import RankContext, ResidentModels, Slot
 from tinsmithd.trainer.engines.deepspeed.zero_adapter import ZeroConfig
 from tinsmithd.trainer.engines.deepspeed.zero_base import init_deepspeed, start, without_weights
 from tinsmithd.trainer.engines.interface import Batch, ForwardResult, ModelBroken, OnOutput
+from tinsmithd.trainer.prefixes import lay_out
 from tinsmithd.trainer.process_group import distributed
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -52,11 +55,13 @@ class DeepSpeedEngine:
         zero: How models are spread over the ranks.
         micro_batch_tokens_max: Maximum tokens that a rank computes together; a longer datum is a
             micro-batch by itself.
+        share_prefixes: Whether what data of a call begin with is computed once.
         sequence_parallel: Number of ranks that may compute a longer datum together; it divides
             their number, and the model's heads can be shared out to them (`compute.spread`).
         resident_models_max: Maximum models on the device at once; others wait in host memory.
         activation_bytes_max: Maximum bytes that a rank keeps for the backward pass before it
             recomputes layers instead; 0 takes half of what is free now.
+        determinism: Decides whether GPUs give the same bits each time.
     """
 
     def __init__(
@@ -67,9 +72,11 @@ class DeepSpeedEngine:
         changes_base: bool,
         zero: ZeroConfig,
         micro_batch_tokens_max: int,
+        share_prefixes: bool,
         sequence_parallel: int,
         resident_models_max: int,
         activation_bytes_max: int,
+        determinism: Determinism,
     ) -> None:
         self._device = distributed.init()
         init_deepspeed()
@@ -77,9 +84,9 @@ class DeepSpeedEngine:
         if not changes_base and (why := slow_dtype(self._device, base.info.dtype)):
             _log.warning("%s", why)
         self._micro_batch_tokens_max = micro_batch_tokens_max
+        self._share_prefixes = share_prefixes
         self._sequence_parallel = sequence_parallel
         self._base = base
-        self._zero = zero
         # Gathered copies of trained weights get stale, so none may be kept.
         if changes_base:
             zero = replace(zero, gathered_bytes_max=0)
@@ -89,6 +96,10 @@ class DeepSpeedEngine:
         else:
             self._attention_kernel = use_packed_attention(base)
         use_grouped_experts(base)
+        in_order = determinism.decide(
+            self._device, lambda: layer_trial(base.model.config, self._device, base.model.dtype)
+        )
+        self._zero = zero = replace(zero, in_order=bool(_smallest(in_order, self._device)))
         self._partition = start(base.model, zero) if zero.stage == 3 else None
         self._weights = make_weights(base)
         self._context = RankContext(
@@ -115,17 +126,18 @@ class DeepSpeedEngine:
     @property
     def identity(self) -> Mapping[str, str]:
         """All that the last bit of a result depends on, besides calls and their compositions."""
-        # No number depends on `micro_batch_tokens_max`, `sequence_parallel` or
+        # No number depends on `micro_batch_tokens_max`, `share_prefixes`, `sequence_parallel` or
         # `activation_bytes_max`, which decide a batch's composition alone; on `gathered_bytes_max`,
         # since weights have the same values whenever they are gathered; or on
         # `resident_models_max`, since a model leaves the device and comes back by copying.
         # A kernel that computes attention is named where there is one.
-        kernel = {"attention_kernel": self._attention_kernel} if self._attention_kernel else {}
+        said = {"attention_kernel": self._attention_kernel} if self._attention_kernel else {}
+        said |= {"deterministic": "True"} if self._zero.in_order else {}
         return identity.describe(
             "deepspeed",
             self._base,
             self._device,
-            **kernel,
+            **said,
             world_size=self._context.world_size,
             zero_stage=self._zero.stage,
             offload=self._zero.offload,
@@ -174,11 +186,15 @@ class DeepSpeedEngine:
                 model.pending.put_back(before)
             raise
         if given is None:
-            lengths = [len(datum.tokens) for datum in batch.data]
-            self._limits.learn((slot.shape, batch.backward), lengths, composed, run.executed)
+
+            def tokens_of(micro_batch: MicroBatch) -> int:
+                rows = [batch.data[index].tokens for index in micro_batch.indices]
+                return lay_out(rows, share=micro_batch.shares).count
+
+            self._limits.learn((slot.shape, batch.backward), tokens_of, composed, run.executed)
         non_finite = batch.backward and not model.pending.all_finite()
-        totals = torch.tensor([run.loss, non_finite], dtype=torch.float64, device=self._device)
-        dist.all_reduce(totals)
+        totals = torch.stack([run.loss, torch.full_like(run.loss, non_finite)])
+        sums.all_reduce(totals, in_order=self._zero.in_order)
         loss, non_finite_ranks = totals.tolist()
         composition = rounds.encode(run.executed, self._context.world_size)
         return ForwardResult({"loss:sum": loss}, composition, non_finite=non_finite_ranks > 0)
@@ -199,19 +215,32 @@ class DeepSpeedEngine:
         return found
 
     def _compose(self, slot: Slot, batch: Batch) -> list[Round]:
+        kind = slot.shape, batch.backward
         tokens_max, plain_tokens_max = self._limits.apply(
-            (slot.shape, batch.backward),
+            kind,
             self._micro_batch_tokens_max,
             self._plain_tokens_max(slot) if batch.backward else None,
         )
-        return compose(
-            [len(datum.tokens) for datum in batch.data],
+        return compose_data(
+            [datum.tokens for datum in batch.data],
+            share=self._share_prefixes,
             tokens_max=tokens_max,
             plain_tokens_max=plain_tokens_max,
             world_size=self._context.world_size,
             in_step=self._context.in_step,
             sequence_parallel=self._sequence_parallel,
+            long_tokens_max=self._limits.tokens_max(kind),
+            context_key_tokens=self._context_key_tokens(slot),
         )
+
+    def _context_key_tokens(self, slot: Slot) -> float:
+        """What a key of a segment above keeps for the backward pass, in tokens."""
+        if not self._attention_kernel:  # the loop keeps none, see `modeling.in_context`
+            return 0.0
+        shape, base = shape_of(self._base.model.config), self._base.model
+        layers = base.config.num_hidden_layers
+        key_bytes: int = 2 * layers * shape.kv_heads * shape.head_size * base.dtype.itemsize
+        return key_bytes / max(self._bytes_per_token.get(slot.shape, key_bytes), key_bytes)
 
     def _plain_tokens_max(self, slot: Slot) -> int:
         """Maximum tokens whose activations fit into memory, so that no layer is recomputed."""
@@ -263,7 +292,7 @@ class DeepSpeedEngine:
         return {"grad_norm:last": norm, "step:last": float(slot.zero.step_count)}
 
     def export_state(self, model_id: str, *, optimizer: bool) -> ModelState:
-        """Copy a model's state, with or without its optimizer state."""
+        """Copy a model's state to the first rank, with or without its optimizer state."""
         model, slot = self._models.use(model_id)
         return ModelState(
             tuning=model.tuning,

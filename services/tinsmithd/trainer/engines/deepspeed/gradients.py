@@ -102,10 +102,3 @@ class PendingGradients:
             self._flat = self._flat.to(device)
         if self._savepoint is not None and self._savepoint[0] is not None:
             self._savepoint = (self._savepoint[0].to(device),)
-
-
-def host_copy(flat: Tensor) -> Tensor:
-    """Make a float32 copy in host memory, in one pass, from any device."""
-    # numpy asks the kernel for large pages; a copy into a fresh buffer of torch's spends most of
-    # its time on page faults.
-    return torch.from_numpy(np.empty(flat.shape, np.float32)).copy_(flat.detach())

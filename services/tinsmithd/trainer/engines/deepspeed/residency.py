@@ -228,5 +228,5 @@ def sharded(
         release: Makes DeepSpeed drop every weight that is gathered.
     """
     if all(is_partitioned(parameter) for parameter in parameters.values()):
-        return ZeroPartitioned(parameters, release)
+        return ZeroPartitioned(parameters, release, in_order=zero.in_order)
     return ZeroAdapter(parameters, zero)

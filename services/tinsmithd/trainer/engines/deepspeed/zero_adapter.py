@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinsmithd.domain import MOMENTS
-from tinsmithd.trainer.engines.deepspeed.gradients import Layout, host_copy
+from tinsmithd.trainer.engines.deepspeed import sums, whole_states
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout
 from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
 
 
@@ -32,11 +33,13 @@ class ZeroConfig:
         offload: Keep optimizer states and, with stage 3, the base in host memory.
         gathered_bytes_max: With stage 3, bytes of the base's weights that each rank keeps whole
             once they were gathered. They are frozen, so they never go stale.
+        in_order: Add up what ranks have in their order, see `sums`.
     """
 
     stage: int = 1
     offload: bool = False
     gathered_bytes_max: int = 0
+    in_order: bool = False
 
 
 class _Flat(torch.nn.Module):
@@ -55,6 +58,7 @@ class ZeroAdapter(ZeroSlice):
         self.layout = Layout(parameters)
         self.parameters = list(parameters.values())
         self.step_count = 0
+        self._in_order = config.in_order
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
         module = _Flat(torch.cat([p.detach().reshape(-1) for p in self.parameters]))
         self._adamw = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
@@ -87,11 +91,9 @@ class ZeroAdapter(ZeroSlice):
         if self._world_size == 1:
             return gradients
         if len(self._slices) == 1:
-            dist.all_reduce(gradients)
+            sums.all_reduce(gradients, in_order=self._in_order)
             return gradients
-        own = torch.empty_like(self._slices[self._rank])
-        dist.reduce_scatter_tensor(own, gradients)
-        return own
+        return sums.reduce_scatter(gradients, in_order=self._in_order)
 
     def _publish(self) -> None:
         mine = self._slices[self._own_index]
@@ -103,21 +105,23 @@ class ZeroAdapter(ZeroSlice):
     # --- state in and out ---------------------------------------------------------------------
 
     def values(self) -> dict[str, np.ndarray]:
-        """A copy of all values, by name."""
-        return self.layout.by_name(host_copy(self._whole[: self.layout.count]))
+        """A copy of all values, by name; none but on the first rank."""
+        return self._named(whole_states.of_first(self._kept_values()))
 
     def moments(self) -> dict[str, np.ndarray]:
-        """A copy of all moments, as `<kind>.<name>`; empty before the first step."""
+        """A copy of all moments, as `<kind>.<name>`; none before the first step, nor but on the
+        first rank."""
         found: dict[str, np.ndarray] = {}
         for kind, own in zip(MOMENTS, self._own_moments(), strict=False):
             if self._is_slice:
-                gathered = torch.empty_like(self._whole)
-                dist.all_gather(list(gathered.chunk(self._world_size)), own.to(gathered.device))
-                whole = gathered[: self.layout.count].detach().cpu()
+                whole = whole_states.of_all(own, self._whole.device)
             else:
-                whole = host_copy(own[: self.layout.count])
-            found.update({f"{kind}.{n}": a for n, a in self.layout.by_name(whole).items()})
+                whole = whole_states.of_first(own[: self.layout.count])
+            found.update({f"{kind}.{name}": a for name, a in self._named(whole).items()})
         return found
+
+    def _named(self, whole: Tensor | None) -> dict[str, np.ndarray]:
+        return {} if whole is None else self.layout.by_name(whole)
 
     def _kept_values(self) -> Tensor:
         return self._whole[: self.layout.count]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tinsmithd.domain import MOMENTS
 from tinsmithd.trainer.compute.packed import Sink
-from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients, host_copy
+from tinsmithd.trainer.engines.deepspeed import sums, whole_states
+from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients
 from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
 
 
@@ -34,16 +35,19 @@ class ZeroPartitioned(ZeroSlice):
     Args:
         parameters: By name, sorted, partitioned.
         release: Makes DeepSpeed drop every weight that is gathered.
+        in_order: Add up what ranks have in their order, see `sums`.
     """
 
     adds_while_computing = True
 
-    def __init__(self, parameters: Mapping[str, Any], release: Callable[[], None]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Any], release: Callable[[], None], *, in_order: bool
+    ) -> None:
         shapes = {name: torch.empty(p.ds_shape, device="meta") for name, p in parameters.items()}
         self.layout = Layout(shapes)
         self.parameters: list[Any] = list(parameters.values())  # with what DeepSpeed gave them
         self.step_count = 0
-        self._release = release
+        self._release, self._in_order = release, in_order
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
         self._counts = [p.ds_tensor.numel() for p in self.parameters]
         shares = [p.ds_tensor.detach().reshape(-1).float() for p in self.parameters]
@@ -94,9 +98,7 @@ class ZeroPartitioned(ZeroSlice):
             return flat
         count = -(-flat.numel() // self._world_size)
         padded = torch.nn.functional.pad(flat, (0, count * self._world_size - flat.numel()))
-        own = torch.empty_like(padded[:count])
-        dist.reduce_scatter_tensor(own, padded)
-        return own
+        return sums.reduce_scatter(padded, in_order=self._in_order)
 
     def _reduce(self, gradients: Tensor) -> Tensor:
         return gradients  # `collecting` summed them
@@ -110,11 +112,12 @@ class ZeroPartitioned(ZeroSlice):
     # --- state in and out ---------------------------------------------------------------------
 
     def values(self) -> dict[str, np.ndarray]:
-        """All values, by name."""
+        """All values, by name, gathered from the ranks; none but on the first."""
         return self._whole(self._own.data)
 
     def moments(self) -> dict[str, np.ndarray]:
-        """All moments, gathered from the ranks, as `<kind>.<name>`; empty before the first step."""
+        """All moments, as `<kind>.<name>`, gathered from the ranks; none before the first step, nor
+        but on the first rank."""
         return {
             f"{kind}.{name}": array
             for kind, own in zip(MOMENTS, self._own_moments(), strict=False)
@@ -126,13 +129,9 @@ class ZeroPartitioned(ZeroSlice):
         for name, shape, share in zip(
             self.layout.names, self.layout.shapes, self._shares(own), strict=True
         ):
-            if self._world_size > 1:
-                whole = torch.empty(share.numel() * self._world_size, device=share.device)
-                dist.all_gather_into_tensor(whole, share.contiguous())
-                whole = whole[: shape.numel()].cpu()
-            else:
-                whole = host_copy(share[: shape.numel()])
-            found[name] = whole.view(shape).numpy()
+            whole = whole_states.of_all(share, share.device)
+            if whole is not None:
+                found[name] = whole[: shape.numel()].view(shape).numpy()
         return found
 
     def _kept_values(self) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tinsmithd import failpoints
 from tinsmithd.domain import MOMENTS, AdamParams
+from tinsmithd.modeling.device_copies import host_copy
 from tinsmithd.trainer.compute.adamw import clip_scale, eps_of
 from tinsmithd.trainer.compute.packed import Sink
+from tinsmithd.trainer.engines.deepspeed import sums
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout, PendingGradients
 
 NORM_PIECE = 65_536
@@ -52,6 +53,7 @@ class ZeroSlice(ABC):
     layout: Layout
     parameters: list[Any]
     step_count: int
+    _in_order: bool
     _own: Tensor
     _adamw: torch.optim.AdamW
 
@@ -62,11 +64,12 @@ class ZeroSlice(ABC):
 
     @abstractmethod
     def values(self) -> dict[str, np.ndarray]:
-        """A copy of all values, by name."""
+        """A copy of all values, by name; none but on the first rank."""
 
     @abstractmethod
     def moments(self) -> dict[str, np.ndarray]:
-        """A copy of all moments, as `<kind>.<name>`; empty before the first step."""
+        """A copy of all moments, as `<kind>.<name>`; none before the first step, nor but on the
+        first rank."""
 
     @abstractmethod
     def close(self) -> None:
@@ -136,7 +139,7 @@ class ZeroSlice(ABC):
         norm = torch.stack(torch._foreach_norm(torch.split(own, NORM_PIECE))).double().norm()
         if self._is_slice:
             norm = norm.square()
-            dist.all_reduce(norm)
+            sums.all_reduce(norm, in_order=self._in_order)
             norm = norm.sqrt()
         return float(norm)
 
@@ -159,8 +162,8 @@ class ZeroSlice(ABC):
 
     def copy_state(self) -> StateCopy:
         """Copy what this rank holds to host memory."""
-        moments = [moment.cpu().clone() for moment in self._own_moments()]
-        return StateCopy(self._kept_values().cpu().clone(), moments, self.step_count)
+        moments = [host_copy(moment) for moment in self._own_moments()]
+        return StateCopy(host_copy(self._kept_values()), moments, self.step_count)
 
     def restore(self, copy: StateCopy) -> None:
         """Go on from a copy of this or of another model of the same shape."""

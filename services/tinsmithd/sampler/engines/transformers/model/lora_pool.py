@@ -8,8 +8,14 @@ from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
 from tinsmithd.sampler.engines.transformers.model.lora_rows import LoraRows
 from tinsmithd.sampler.engines.transformers.model.lora_stack import LoraStacks
-from tinsmithd.sampler.engines.transformers.model.lora_weights import LoraWeights, lora_weights
+from tinsmithd.sampler.engines.transformers.model.lora_weights import (
+    LoraWeights,
+    Turn,
+    lora_weights,
+    turned,
+)
 from tinsmithd.sampler.engines.transformers.model.shape import ModelShape
+from tinsmithd.sampler.engines.transformers.model.spare_memory import SpareMemory
 
 
 class LoraPool:
@@ -22,10 +28,14 @@ class LoraPool:
         layout: Where adapters can stand.
         shape: Of the decoder.
         rule: How many rows its products have.
+        turn: Turns their matrices round.
     """
 
-    def __init__(self, layout: LoraLayout, shape: ModelShape, rule: RowRule) -> None:
+    def __init__(
+        self, layout: LoraLayout, shape: ModelShape, rule: RowRule, turn: Turn = turned
+    ) -> None:
         self._layout, self._shape, self._rule = layout, shape, rule
+        self._turn, self._spare = turn, SpareMemory()
         self._lock = threading.Lock()
         self._adapters: dict[str, LoraWeights] = {}
         self._stacks = LoraStacks()
@@ -39,14 +49,20 @@ class LoraPool:
         Raises:
             FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
         """
-        dtype, device = self._shape.dtype, self._shape.device
-        adapter = lora_weights(self._layout, state, dtype=dtype, device=device)
+        adapter = lora_weights(
+            *(self._layout, state),
+            dtype=self._shape.dtype,
+            device=self._shape.device,
+            memory=self._spare.take,
+            turn=self._turn,
+        )
         with self._lock:
             self._adapters[key] = adapter
         return adapter.bytes
 
     def speed_up(self, key: str) -> bool:
-        """Let a part of an adapter be computed faster from now on, with the same bits.
+        """Let a part of an adapter be computed faster from now on, with the same bits; or else have
+        some of the memory ready that the next one needs.
 
         An unknown key is no error.
 
@@ -55,7 +71,9 @@ class LoraPool:
         """
         with self._lock:
             adapter = self._adapters.get(key)
-        return adapter is not None and adapter.reorder_some()
+        if adapter is not None and adapter.reorder_some():
+            return True
+        return self._spare.touch_some()
 
     def unload(self, key: str) -> None:
         """Drop an adapter; an unknown key is no error. `LoraRows` that have it keep it."""

@@ -11,6 +11,7 @@ There are two forms, of which a site has one:
 - else a product for all A and one for each part's B.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -58,9 +59,16 @@ class SiteLora:
         adapters: How many.
 
     Attributes:
-        a, b, d_outs, rank: As given; s may be in b.
+        d_outs, rank: As given.
         columns: Of what `down` gives: count, and zeros.
     """
+
+    _a: Tensor
+    _b: Tensor
+    """Of the first form."""
+    _a_turned: Tensor
+    _b_turned: Tensor
+    """Of the second."""
 
     def __init__(
         self,
@@ -71,33 +79,63 @@ class SiteLora:
         scaling: float,
         adapters: int = 1,
     ) -> None:
-        self._count = rank * adapters * len(d_outs)
-        self.d_outs, self.rank, self._adapters = list(d_outs), rank, adapters
+        self._shape(d_outs, rank, adapters)
         takes_narrow = a.dtype == torch.bfloat16 and can_reorder(a)
         # oneDNN takes no s, and only a power of two in B leaves the rounding of bfloat16 as it is.
         self._is_narrow = takes_narrow and math.frexp(scaling)[0] == 0.5
         self._is_tried = self._is_narrow or not takes_narrow
-        self._reordered: tuple[Tensor, Tensor] | None = None
         if self._is_narrow:
             self.columns, rows = columns_of(self._count)
-            self.a = a if len(a) == rows else F.pad(a, (0, 0, 0, rows - len(a)))
+            self._a = a if len(a) == rows else F.pad(a, (0, 0, 0, rows - len(a)))
             missing = self.columns - b.shape[1]
-            self.b = (F.pad(b, (0, missing)) if missing else b).mul_(scaling)
-            self._scaling = 1.0
+            self._b = (F.pad(b, (0, missing)) if missing else b).mul_(scaling)
             return
-        self.columns, self._scaling = self._count, scaling
+        self._scaling = scaling
         # In this order MKL has the same bits at more numbers of rows.
         self._a_turned = a[: self._count].t().contiguous()
-        b_turned = b[:, : self._count].t().contiguous()
-        if b.dtype == torch.float32:
+        self._b_turned = b[:, : self._count].t().contiguous()
+        if b.dtype == torch.float32 and scaling != 1:
             # MKL multiplies with s sooner or later; how many rows there are decides.
-            b_turned.mul_(scaling)
+            self._b_turned.mul_(scaling)
             self._scaling = 1.0
-        self.a, self.b = self._a_turned.t(), b_turned.t()
-        self._parts = [
-            part.chunk(len(d_outs))[number]
-            for number, part in enumerate(b_turned.split_with_sizes(self.d_outs, 1))
-        ]
+
+    @classmethod
+    def turned(cls, a: Tensor, b: Tensor, d_outs: Sequence[int], rank: int) -> "SiteLora":
+        """One adapter's weights, in float32 and in the order in which products take them.
+
+        Args:
+            a: `(d_in, count)`; it and b are taken over.
+            b: `(count, d_out)`, with s.
+            d_outs, rank: As for others.
+        """
+        made = cls.__new__(cls)
+        made._shape(d_outs, rank, adapters=1)
+        made._a_turned, made._b_turned = a, b
+        return made
+
+    def _shape(self, d_outs: Sequence[int], rank: int, adapters: int) -> None:
+        count = rank * adapters * len(d_outs)
+        self._count, self.columns = count, count
+        self.d_outs, self.rank, self._adapters = list(d_outs), rank, adapters
+        self._is_narrow, self._is_tried = False, True
+        self._scaling = 1.0
+        self._reordered: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def a(self) -> Tensor:
+        """All A, as given."""
+        return self._a if self._is_narrow else self._a_turned.t()
+
+    @property
+    def b(self) -> Tensor:
+        """All B, as given; s may be in it."""
+        return self._b if self._is_narrow else self._b_turned.t()
+
+    @functools.cached_property
+    def _parts(self) -> list[Tensor]:
+        """B of each part."""
+        parts = self._b_turned.split_with_sizes(self.d_outs, 1)
+        return [part.chunk(len(self.d_outs))[number] for number, part in enumerate(parts)]
 
     @classmethod
     def beside(cls, sites: Sequence["SiteLora | None"]) -> "SiteLora | None":
@@ -123,7 +161,7 @@ class SiteLora:
         made = cls(a, b, like.d_outs, rank, like._scaling, adapters)
         if made._is_narrow:
             made.reorder()
-            made.a = made.b = a.new_empty(0)  # not needed any more
+            made._a = made._b = a.new_empty(0)  # not needed any more
         return made
 
     def wide(self) -> tuple[Tensor, Tensor]:
@@ -131,6 +169,8 @@ class SiteLora:
 
         The rows of B are by part, as the columns of A; what meets another part is zero.
         """
+        if not self._is_narrow and self._scaling == 1 and self._b_turned.dtype == torch.float32:
+            return self._a_turned, self._b_turned
         a, b = self.a[: self._count].t(), self.b[:, : self._count].t().float()
         return a.float().contiguous(), (b if self._scaling == 1 else b * self._scaling).contiguous()
 
@@ -204,7 +244,7 @@ class SiteLora:
     def down(self, x: Tensor) -> Tensor:
         """`A x` of all adapters and zeros behind it, `(T, columns)`."""
         if self._is_narrow:
-            a = self.a if self._reordered is None else self._reordered[0]
+            a = self._a if self._reordered is None else self._reordered[0]
             made: Tensor = LINEAR(x, a, None, "none", [], "")
             return made if made.shape[1] == self.columns else made[:, : self.columns].contiguous()
         a = self._a_turned
@@ -216,7 +256,7 @@ class SiteLora:
     def up(self, update: Tensor, y: Tensor) -> Tensor:
         """`y + s B A x`, of what `down` gives; y may be changed."""
         if self._is_narrow:
-            b = self.b if self._reordered is None else self._reordered[1]
+            b = self._b if self._reordered is None else self._reordered[1]
             total: Tensor = LINEAR_PLUS(update, y, b, None, "add")
             return total
         if len(self._parts) == 1:

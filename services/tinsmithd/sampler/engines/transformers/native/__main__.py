@@ -6,8 +6,8 @@ python -m tinsmithd.sampler.engines.transformers.native FOLDER makes those of al
 
 import sys
 
-from tinsmithd.sampler.engines.transformers.native.compiling import WIDTHS, compiled, kept_in
+from tinsmithd.sampler.engines.transformers.native.compiling import VARIANTS, compiled, kept_in
 
 if __name__ == "__main__":
-    for width in WIDTHS:
-        print(compiled(width, kept_in("".join(sys.argv[1:2]))))
+    for variant in VARIANTS:
+        print(compiled(variant, kept_in("".join(sys.argv[1:2]))))

@@ -1,12 +1,15 @@
 """The interface of the compiled part, as `source/step.h` has it: structures and functions."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tinsmithd.sampler.engines.transformers.model.lora_weights import Turning
 
 SITES = 4
 """Sites of adapters in a layer, in the order of `Site`."""
@@ -82,6 +85,20 @@ class GroupOf(Structure):
     _fields_ = (("sites", POINTER(SiteOf)), ("rows", c_void_p), ("count", c_int64))
 
 
+class TurnOf(Structure):
+    """A matrix that is to be turned round."""
+
+    _fields_ = (
+        ("given", c_void_p),
+        ("to", c_void_p),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("ld", c_int64),
+        ("scale", c_float),
+        ("unused", c_int32),
+    )
+
+
 class StoreOf(Structure):
     """Keys and values of slots, a pointer per layer."""
 
@@ -117,9 +134,13 @@ class StepOf(Structure):
 
 def _layout() -> int:
     """As `tin_layout` computes it."""
-    few = sum(map(ctypes.sizeof, (GroupOf, StoreOf, RowOf)))
+    few = sum(map(ctypes.sizeof, (GroupOf, StoreOf, RowOf, TurnOf)))
     sizes = (ModelOf, LayerOf, StepOf, SiteOf)
     return reduce(lambda rest, each: ctypes.sizeof(each) + 1000 * rest, reversed(sizes), few)
+
+
+class NotUsableError(OSError):
+    """The system does not allow the instructions that a library was compiled for."""
 
 
 class Library:
@@ -131,6 +152,7 @@ class Library:
 
     Raises:
         OSError: It cannot be loaded.
+        NotUsableError: This process may not use its instructions.
         ValueError: It was made for another interface.
         MemoryError: There is none for its threads.
     """
@@ -147,9 +169,12 @@ class Library:
             *(c_void_p, POINTER(Matrix), c_void_p, c_int, c_void_p),
             *(POINTER(GroupOf), c_int),
         )
+        c.tin_turn.argtypes, c.tin_turn.restype = (POINTER(TurnOf), c_int), None
         c.tin_weigh.argtypes = (c_void_p, c_void_p, c_int, c_int, *(c_void_p,) * 4)
         if c.tin_layout() != _layout():
             raise ValueError(f"{path} was made for another interface")
+        if not c.tin_usable():
+            raise NotUsableError(f"{path} needs instructions that the system does not allow")
         self._context: int | None = c.tin_open(threads)
         if self._context is None:
             raise MemoryError("no memory for the threads of a compiled library")
@@ -199,6 +224,15 @@ class Library:
         if self._c.tin_product(self._context, *inputs):
             raise MemoryError("no memory for the rows of a product")
         return made
+
+    def turn(self, matrices: Sequence[Turning]) -> None:
+        """Turn matrices round, on this thread alone; another one may compute meanwhile."""
+        each = (TurnOf * len(matrices))()
+        for at, (given, to, scale) in zip(each, matrices, strict=True):
+            at.given, at.to = given.ctypes.data, to.ctypes.data
+            at.rows, at.columns = given.shape
+            at.ld, at.scale = to.strides[0] // to.itemsize, scale
+        self._c.tin_turn(each, len(each))
 
     def weigh(self, logits: Tensor, inverse_N: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of draws; see `Workspace.weigh`, which says the shapes.

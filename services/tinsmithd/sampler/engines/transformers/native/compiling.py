@@ -7,6 +7,7 @@ source is another file.
 
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -20,14 +21,21 @@ from pathlib import Path
 
 import torch
 
-from tinsmithd.sampler.engines.transformers.native.abi import Library, Matrix
+from tinsmithd.sampler.engines.transformers.native.abi import Library, Matrix, NotUsableError
 
 SOURCE = Path(__file__).parent / "source"
 COMPILED = ("step.c", "pool.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-w")
 """Nothing that lets a compiler sum in another order."""
-WIDTHS = {16: ("-mavx512f", "-mfma"), 8: ("-mavx2", "-mfma")}
-"""Elements of a vector, widest first, and the instructions that they need."""
+_WIDE = ("-DWIDTH=16", "-mavx512f", "-mfma")
+VARIANTS = {
+    "amx": (*_WIDE, "-DAMX", "-mamx-tile", "-mamx-bf16", "-mavx512bw", "-mavx512bf16"),
+    "avx512": _WIDE,
+    "avx2": ("-DWIDTH=8", "-mavx2", "-mfma"),
+}
+"""What a library is compiled with for the instructions of a kind of processor, the best first."""
+AMX_FLAGS = frozenset({"amx_tile", "amx_bf16", "avx512bw", "avx512_bf16"})
+"""As `/proc/cpuinfo` has them."""
 COMPILE_S_MAX = 120
 GAP_MAX = 1e-4
 """Of a product of a few hundred terms of about 1."""
@@ -46,13 +54,16 @@ def load_library(folder: str, threads: int, *, on_progress: OnProgress) -> Libra
     Returns:
         None where it cannot be had; a line says why.
     """
-    widths = usable_widths()
-    if not widths:
+    variants = usable_variants()
+    if not variants:
         on_progress("no compiled kernels: they are for x86-64 Linux with AVX2")
         return None
-    for width in widths:
+    for variant in variants:
         try:
-            library = Library(compiled(width, kept_in(folder)), threads)
+            library = Library(compiled(variant, kept_in(folder)), threads)
+        except NotUsableError:
+            on_progress(f"compiled kernels for {variant}: the system does not allow them")
+            continue
         except (
             *(OSError, ValueError, MemoryError, subprocess.SubprocessError),
             RuntimeError,  # there is no home for a cache
@@ -62,24 +73,36 @@ def load_library(folder: str, threads: int, *, on_progress: OnProgress) -> Libra
         if multiplies(library):
             return library
         library.close()
-        on_progress(f"compiled kernels of {width} elements multiply wrongly here: not used")
+        on_progress(f"compiled kernels for {variant} multiply wrongly here: not used")
     return None
 
 
 def can_be_had(folder: str) -> bool:
     """Whether `load_library` has something to load; compiles it where need be."""
     try:
-        return any(compiled(width, kept_in(folder)) for width in usable_widths()[:1])
+        return any(compiled(variant, kept_in(folder)) for variant in usable_variants()[:1])
     except (OSError, subprocess.SubprocessError):
         return False
 
 
-def usable_widths() -> list[int]:
-    """Widths of vectors that this machine has, widest first; `ATEN_CPU_CAPABILITY` may say less."""
+def usable_variants() -> list[str]:
+    """Those that this processor can run, best first; `ATEN_CPU_CAPABILITY` may say less."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return []
     capability: str = torch.backends.cpu.get_cpu_capability()
-    return {"AVX512": [16, 8], "AVX2": [8]}.get(capability, [])
+    found = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(capability, [])
+    if "avx512" in found and _flags() >= AMX_FLAGS:
+        found.insert(0, "amx")
+    return found
+
+
+def _flags() -> set[str]:
+    """What the kernel says that the first processor can."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def kept_in(folder: str) -> Path:
@@ -90,8 +113,8 @@ def kept_in(folder: str) -> Path:
     return Path(cache) / "tinsmith" / "native"
 
 
-def compiled(width: int, folder: Path) -> Path:
-    """The library of a width, compiled unless it is there.
+def compiled(variant: str, folder: Path) -> Path:
+    """The library of a variant, compiled unless it is there.
 
     Raises:
         OSError: There is no compiler, or the folder is not ours alone.
@@ -102,9 +125,9 @@ def compiled(width: int, folder: Path) -> Path:
     check_private(folder)
     for parent in folder.parents:
         check_private(parent, sticky=True)
-    path = folder / f"kernels-{width}-{_digest(width)}.so"
+    path = folder / f"kernels-{variant}-{_digest(variant)}.so"
     if not path.exists():
-        _compile(width, path)
+        _compile(variant, path)
     check_private(path)
     return path
 
@@ -130,10 +153,10 @@ def check_private(path: Path, *, sticky: bool = False) -> None:
 def multiplies(library: Library) -> bool:
     """Whether its products are those of torch, of weights of both kinds."""
     dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(131, 259, generator=dice).bfloat16().float()
-    rows = torch.randn(19, 259, generator=dice)
-    expected = rows @ weight.T
-    for narrow in (False, True):
+    for k, narrow in itertools.product((256, 259), (False, True)):
+        weight = torch.randn(131, k, generator=dice).bfloat16().float()
+        rows = torch.randn(19, k, generator=dice)
+        expected = rows @ weight.T
         panels = library.packed(weight, narrow=narrow)
         matrix = Matrix(panels.data_ptr(), None, *weight.shape, narrow)
         found = library.product(matrix, rows)
@@ -143,14 +166,14 @@ def multiplies(library: Library) -> bool:
 
 
 @functools.cache
-def _digest(width: int) -> str:
-    made = hashlib.sha256(repr((FLAGS, WIDTHS[width])).encode())
+def _digest(variant: str) -> str:
+    made = hashlib.sha256(repr((FLAGS, VARIANTS[variant])).encode())
     for path in sorted(SOURCE.iterdir()):
         made.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return made.hexdigest()[:32]
 
 
-def _compile(width: int, path: Path) -> None:
+def _compile(variant: str, path: Path) -> None:
     found = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc"))), "")
     compiler = shlex.split(found)
     if not compiler:
@@ -159,7 +182,7 @@ def _compile(width: int, path: Path) -> None:
         made = Path(scratch) / path.name
         sources = [str(SOURCE / name) for name in COMPILED]
         subprocess.run(
-            [*compiler, *FLAGS, *WIDTHS[width], f"-DWIDTH={width}", *sources, "-o", made, "-lm"],
+            [*compiler, *FLAGS, *VARIANTS[variant], *sources, "-o", made, "-lm"],
             check=True,
             capture_output=True,
             text=True,

@@ -127,6 +127,16 @@ static void summed(
     }
 }
 
+/* Sums of columns from panel p on, and the bias, in a row of y; where `adds`, added to it. */
+INLINE void put(const matrix *w, int p, const float *sums, int columns, float *y, int adds) {
+    float *to = y + p * PANEL;
+    const float *bias = w->bias ? w->bias + p * PANEL : NULL;
+    for (int c = 0; c < columns; c++) {
+        float made = bias ? sums[c] + bias[c] : sums[c];
+        to[c] = adds ? to[c] + made : made;
+    }
+}
+
 /* Panels [first, last) of `x W^T + b`; where `adds`, added to y. `ldx` and `ldy` are the elements
  * from a row to the next. */
 static void product(
@@ -148,14 +158,8 @@ static void product(
                 for (int r = 0; r < count; r++) own[r] = x + (row + r) * ldx;
                 tile_of some = w->narrow ? tile_narrow : tile_wide;
                 summed(some, count, panel, PANEL, w->narrow ? 2 : 1, w->k, own, sums, PANEL);
-                for (int r = 0; r < count; r++) {
-                    float *to = y + (row + r) * ldy + p * PANEL;
-                    const float *bias = w->bias ? w->bias + p * PANEL : NULL;
-                    for (int c = 0; c < columns; c++) {
-                        float made = bias ? sums[r][c] + bias[c] : sums[r][c];
-                        to[c] = adds ? to[c] + made : made;
-                    }
-                }
+                for (int r = 0; r < count; r++)
+                    put(w, p, sums[r], columns, y + (row + r) * ldy, adds);
             }
         }
     }

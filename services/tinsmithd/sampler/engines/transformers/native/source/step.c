@@ -10,9 +10,10 @@
 
 #include "attention.h"
 #include "pool.h"
+#include "tiles.h"
 
 #define BLOCK_ROWS 64
-#define PHASES_OF_LAYER 20
+#define PHASES_OF_LAYER 24
 #define DRAW_BLOCK 128 /* as `sampling.BLOCK_TOKENS` */
 #define PIECE_COLUMNS (8 * PANEL)
 
@@ -28,6 +29,7 @@ struct context {
 typedef struct {
     context *in;
     int threads, phase;
+    uint16_t *splits; /* room for those of an input */
 } team;
 
 static int next_piece(team *us) { return atomic_fetch_add(&us->in->taken[us->phase], 1); }
@@ -40,6 +42,36 @@ static void meet(team *us) {
 static int pieces(int count, int size) { return (count + size - 1) / size; }
 
 static int smaller(int a, int b) { return a < b ? a : b; }
+
+/* --- inputs of products ------------------------------------------------------------------------ */
+
+/* Rows as a weight, and all of its shape, take them; in a phase of its own where they are split. */
+static input taken_by(team *us, const matrix *w, const float *x, size_t ldx, int rows) {
+    input made = {x, ldx, rows, NULL};
+    if (!tiled(w)) return made;
+    made.splits = us->splits;
+    for (int i; (i = next_piece(us)) < pieces(rows, TILE_ROWS);) {
+        size_t first = (size_t)i * TILE_ROWS;
+        split_rows(
+            x + first * ldx, ldx, smaller(TILE_ROWS, rows - (int)first), w->k,
+            us->splits + first * w->k * SPLITS
+        );
+    }
+    meet(us);
+    return made;
+}
+
+/* Panels [first, last) of a product, of `rows` rows from `start` on; y is that of all rows. */
+static void panels_of(
+    const matrix *w, int first, int last, input from, int start, int rows, float *y, size_t ldy,
+    int adds
+) {
+    if (from.splits != NULL)
+        product_of_tiles(w, first, last, from, start, rows, y, ldy, adds);
+    else
+        product(
+            w, first, last, from.x + start * from.ldx, from.ldx, rows, y + start * ldy, ldy, adds);
+}
 
 /* --- products with what adapters add ---------------------------------------------------------- */
 
@@ -106,15 +138,16 @@ static void multiplied(
     team *us, const matrix *w, const float *x, size_t ldx, int rows, float *y, size_t ldy, int adds,
     adapters of
 ) {
+    input from = taken_by(us, w, x, ldx, rows);
     int panels = pieces(w->n, PANEL), blocks = pieces(rows, BLOCK_ROWS);
     int chunk = panels / (us->threads * 4);
-    chunk = chunk > 8 ? 8 : chunk < 1 ? 1 : chunk;
+    chunk = chunk > 8 ? 8 : chunk < 2 ? 2 : chunk / 2 * 2;
     int all = pieces(panels, chunk) * blocks;
     for (int i; (i = next_piece(us)) < all;) {
         int first = i / blocks * chunk, start = i % blocks * BLOCK_ROWS;
-        product(
-            w, first, smaller(first + chunk, panels), x + start * ldx, ldx,
-            smaller(BLOCK_ROWS, rows - start), y + start * ldy, ldy, adds
+        panels_of(
+            w, first, smaller(first + chunk, panels), from, start,
+            smaller(BLOCK_ROWS, rows - start), y, ldy, adds
         );
     }
     us->phase++; /* the adapters' pieces are counted apart, and nobody needs to wait */
@@ -173,14 +206,15 @@ static void gated_up(
     int ffn = own->gate.n, panels = pieces(ffn, PANEL), blocks = pieces(rows, BLOCK_ROWS);
     size_t ldy = 2 * (size_t)ffn;
     int chunk = panels / (us->threads * 4), later = any(of);
-    chunk = chunk > 4 ? 4 : chunk < 1 ? 1 : chunk;
+    input from = taken_by(us, own->up.narrow ? &own->gate : &own->up, x, ldx, rows);
+    chunk = chunk > 4 ? 4 : chunk < 2 ? 2 : chunk / 2 * 2;
     int all = pieces(panels, chunk) * blocks;
     for (int i; (i = next_piece(us)) < all;) {
         int first = i / blocks * chunk, last = smaller(first + chunk, panels);
         int start = i % blocks * BLOCK_ROWS, count = smaller(BLOCK_ROWS, rows - start);
         float *to = y + start * ldy;
-        product(&own->gate, first, last, x + start * ldx, ldx, count, to, ldy, 0);
-        product(&own->up, first, last, x + start * ldx, ldx, count, to + ffn, ldy, 0);
+        panels_of(&own->gate, first, last, from, start, count, y, ldy, 0);
+        panels_of(&own->up, first, last, from, start, count, y + ffn, ldy, 0);
         for (int r = 0; r < count && !later; r++) {
             float *part = to + r * ldy + first * PANEL;
             gated(part, part + ffn, smaller(last * PANEL, ffn) - first * PANEL);
@@ -281,6 +315,7 @@ typedef struct {
     const step *s;
     float *x, *qkv, *found, *both, *between;
     size_t ld_between;
+    uint16_t *splits;
 } forward;
 
 static void forward_part(void *given, int thread) {
@@ -288,7 +323,8 @@ static void forward_part(void *given, int thread) {
     forward *f = given;
     const model *m = f->m;
     const step *s = f->s;
-    team us = {f->in, pool_threads(f->in->all), 0};
+    team us = {f->in, pool_threads(f->in->all), 0, f->splits};
+    tile_shapes before = tiles_begun();
     int count = s->count, hidden = m->hidden, dims = m->heads * m->head_dim;
     size_t ld = (size_t)dims + 2 * (size_t)m->kv_heads * m->head_dim;
     for (int i = 0; i < m->layers; i++) {
@@ -308,6 +344,7 @@ static void forward_part(void *given, int thread) {
             &us, &own->down, f->both, 2 * (size_t)m->ffn, count, s->h, hidden, 1, of[SITE_DOWN]);
     }
     norms(&us, s->h, m->norm, count, hidden, m->eps, s->out);
+    tiles_ended(before);
 }
 
 /* Have memory for so many floats, and counters for so many phases, all zero. */
@@ -348,8 +385,11 @@ int tin_forward(context *in, const model *m, const step *s) {
     forward f = {.in = in, .m = m, .s = s};
     f.ld_between = between_of(s->groups, s->groups_count, SITES * m->layers);
     size_t floats = rows * (m->hidden + ld + dims + 2 * (size_t)m->ffn + f.ld_between) + 64;
-    if (prepared(in, floats, m->layers * PHASES_OF_LAYER + 2)) return -1;
-    f.x = in->memory;
+    size_t most = m->hidden > m->ffn ? m->hidden : m->ffn;
+    size_t splits = split_floats(rows, most > dims ? most : dims);
+    if (prepared(in, splits + floats, m->layers * PHASES_OF_LAYER + 2)) return -1;
+    f.splits = (uint16_t *)in->memory;
+    f.x = in->memory + splits;
     f.qkv = f.x + rows * m->hidden;
     f.found = f.qkv + rows * ld;
     f.both = f.found + rows * dims;
@@ -365,22 +405,26 @@ typedef struct {
     float *y;
     int rows;
     adapters of;
+    uint16_t *splits;
 } one_product;
 
 static void product_part(void *given, int thread) {
     (void)thread;
     one_product *p = given;
-    team us = {p->in, pool_threads(p->in->all), 0};
+    team us = {p->in, pool_threads(p->in->all), 0, p->splits};
+    tile_shapes before = tiles_begun();
     multiplied(&us, p->w, p->x, p->w->k, p->rows, p->y, p->w->n, 0, p->of);
+    tiles_ended(before);
 }
 
 /* y = x W^T + b, with what adapters add; x is (rows, k), y (rows, n). Returns as `tin_forward`. */
 int tin_product(
     context *in, const matrix *w, const float *x, int rows, float *y, const group *groups, int count
 ) {
-    size_t ld = between_of(groups, count, 1);
-    if (prepared(in, rows * ld + 64, 4)) return -1;
-    one_product p = {in, w, x, y, rows, {groups, count, 0, in->memory, ld}};
+    size_t ld = between_of(groups, count, 1), splits = split_floats(rows, w->k);
+    if (prepared(in, splits + rows * ld + 64, 5)) return -1;
+    adapters of = {groups, count, 0, in->memory + splits, ld};
+    one_product p = {in, w, x, y, rows, of, (uint16_t *)in->memory};
     pool_run(in->all, product_part, &p);
     return 0;
 }
@@ -430,7 +474,7 @@ static void weighed(const weighing *w, int r) {
 static void weighing_part(void *given, int thread) {
     (void)thread;
     weighing *w = given;
-    team us = {w->in, pool_threads(w->in->all), 0};
+    team us = {w->in, pool_threads(w->in->all)};
     for (int r; (r = next_piece(&us)) < w->rows;) weighed(w, r);
 }
 
@@ -447,7 +491,31 @@ int tin_weigh(
     return 0;
 }
 
+/* --- weights of adapters ------------------------------------------------------------------------ */
+
+static void turned(const turning *m) {
+    size_t columns = (size_t)m->columns, ld = (size_t)m->ld;
+    for (size_t row = 0; row < (size_t)m->rows; row += SQUARE) {
+        size_t rows = (size_t)smaller(SQUARE, m->rows - (int)row), c = 0;
+        const float *from = m->given + row * columns;
+        float *to = m->to + row;
+        if (rows == SQUARE)
+            for (; c + SQUARE <= columns; c += SQUARE)
+                v_square(from + c, columns, m->scale, to + c * ld, ld);
+        for (; c < columns; c++)
+            for (size_t r = 0; r < rows; r++) to[c * ld + r] = m->scale * from[r * columns + c];
+    }
+}
+
+/* Turn matrices round, on the thread that calls. */
+void tin_turn(const turning *all, int count) {
+    for (int i = 0; i < count; i++) turned(&all[i]);
+}
+
 /* --- set up ------------------------------------------------------------------------------------ */
+
+/* Whether this machine lets the process use the instructions that this was compiled for. */
+int tin_usable(void) { return tiles_granted(); }
 
 /* NULL where memory lacks. */
 context *tin_open(int threads) {
@@ -472,7 +540,8 @@ void tin_close(context *in) {
 /* Bytes of what of this interface could be laid out otherwise. */
 int64_t tin_layout(void) {
     return (int64_t)(sizeof(model) + 1000 * (sizeof(layer) + 1000 * (sizeof(step) + 1000 * (
-        sizeof(site) + 1000 * (sizeof(group) + sizeof(store) + sizeof(row))))));
+        sizeof(site) + 1000 * (
+            sizeof(group) + sizeof(store) + sizeof(row) + sizeof(turning))))));
 }
 
 int64_t tin_packed_bytes(int n, int k, int narrow) {
@@ -506,7 +575,7 @@ static void packed_panel(const packing *p, int at) {
 static void packing_part(void *given, int thread) {
     (void)thread;
     packing *p = given;
-    team us = {p->in, pool_threads(p->in->all), 0};
+    team us = {p->in, pool_threads(p->in->all)};
     for (int at; (at = next_piece(&us)) < pieces(p->n, PANEL);) packed_panel(p, at);
 }
 

@@ -61,5 +61,15 @@ typedef struct {
     int32_t count, groups_count;
 } step;
 
+/* A matrix that is to be turned round: `to[c][r] = scale * given[r][c]`. */
+typedef struct {
+    const float *given;    /* (rows, columns) */
+    float *to;             /* (columns, ld), of which the first `rows` columns are written */
+    int32_t rows, columns;
+    int64_t ld;
+    float scale;
+    int32_t unused;
+} turning;
+
 typedef struct context context;
 #endif

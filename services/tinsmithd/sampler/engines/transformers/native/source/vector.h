@@ -145,4 +145,26 @@ INLINE float exp_of(float x) {
     v_store(all, v_exp(v_all(x)));
     return all[0];
 }
+
+/* A square of SQUARE rows of x, turned round and multiplied, in y; `ld` from a row to the next. */
+#define SQUARE 8
+INLINE void v_square(const float *x, size_t ldx, float times, float *y, size_t ldy) {
+    __m256 r[SQUARE], s[SQUARE];
+    for (int i = 0; i < SQUARE; i++)
+        r[i] = _mm256_mul_ps(_mm256_loadu_ps(x + i * ldx), _mm256_set1_ps(times));
+    for (int i = 0; i < SQUARE; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < SQUARE; i += 4) {
+        r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(y + i * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4) * ldy, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
 #endif

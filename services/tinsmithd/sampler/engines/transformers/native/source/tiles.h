@@ -1,0 +1,171 @@
+/* Products on AMX, whose tiles multiply bfloat16 and sum in float32.
+ *
+ * A float32 is the sum of three bfloat16, to 24 bits: its nearest, the nearest of what is left, and
+ * again. Where weights are bfloat16 themselves, each term of a product is exact, and a result is as
+ * good as a sum in float32. The instructions sum a row by itself, in one order whatever the rows
+ * beside it.
+ */
+#ifndef TIN_TILES_H
+#define TIN_TILES_H
+
+#include "products.h"
+
+#define TILE_ROWS 16
+#define TILE_K 32
+#define SPLITS 3
+/* Elements of a block of rows, per TILE_K. */
+#define SPLIT_BLOCK (SPLITS * TILE_ROWS * TILE_K)
+
+/* Rows as they are, and their splits where products of them go by tiles: blocks of TILE_ROWS rows,
+ * `[k / TILE_K][SPLITS][TILE_ROWS][TILE_K]` each. */
+typedef struct {
+    const float *x;
+    size_t ldx;
+    int rows;
+    const uint16_t *splits;
+} input;
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} tile_shapes;
+
+#ifdef AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Chains of this many k are summed, and then their sums. */
+#define TILED_K 1024
+#define REQUEST_PERMISSION 0x1023
+#define TILE_DATA 18
+
+/* Whether the kernel lets this process have tiles. */
+static int tiles_granted(void) {
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+INLINE int tiled(const matrix *w) { return w->narrow && w->k % TILE_K == 0; }
+
+/* Floats that the splits of so many rows take. */
+INLINE size_t split_floats(size_t rows, size_t k) {
+    size_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    return blocks * ((k + TILE_K - 1) / TILE_K) * SPLIT_BLOCK / 2;
+}
+
+/* The shapes of a thread's tiles: those of inputs and sums have `rows` rows. */
+static void tiles_shaped(int rows) {
+    tile_shapes own = {.palette = 1};
+    for (int t = 0; t < 8; t++) {
+        own.bytes[t] = 64;
+        own.rows[t] = t == 7 ? TILE_ROWS : rows;
+    }
+    _tile_loadconfig(&own);
+}
+
+/* The shapes that a thread had before: its other libraries rely on them. */
+INLINE tile_shapes tiles_begun(void) {
+    tile_shapes before;
+    _tile_storeconfig(&before);
+    return before;
+}
+
+INLINE void tiles_ended(tile_shapes before) {
+    if (before.palette) _tile_loadconfig(&before);
+    else _tile_release();
+}
+
+INLINE vec widened_half(__m512bh both, const int half) {
+    __m512i bits = (__m512i)both;
+    __m256i own = half ? _mm512_extracti64x4_epi64(bits, 1) : _mm512_castsi512_si256(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16));
+}
+
+/* The splits of a block of at most TILE_ROWS rows. */
+static void split_rows(const float *x, size_t ldx, int rows, int k, uint16_t *to) {
+    for (int i = 0; i < k; i += TILE_K, to += SPLIT_BLOCK)
+        for (int r = 0; r < rows; r++) {
+            vec low = v_load(x + r * ldx + i), high = v_load(x + r * ldx + i + WIDTH);
+            for (int s = 0; s < SPLITS; s++) {
+                __m512bh near = _mm512_cvtne2ps_pbh(high, low);
+                _mm512_storeu_si512(to + (s * TILE_ROWS + r) * TILE_K, (__m512i)near);
+                low = _mm512_sub_ps(low, widened_half(near, 0));
+                high = _mm512_sub_ps(high, widened_half(near, 1));
+            }
+        }
+}
+
+/* Sums of a block of rows times two panels that lie `step` bytes apart, `(rows, 2 * PANEL)`. */
+INLINE void tile_sums(
+    const char *panel, size_t step, int k, const uint16_t *splits, int rows, float *sums
+) {
+    const size_t pairs = PANEL * 4, columns = 2 * PANEL;
+    float more[TILE_ROWS * 2 * PANEL];
+    for (int start = 0; start < k; start += TILED_K) {
+        int end = start + TILED_K < k ? start + TILED_K : k;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int i = start; i < end; i += TILE_K) {
+            const uint16_t *own = splits + i / TILE_K * SPLIT_BLOCK;
+            const char *w = panel + i / 2 * pairs;
+            _tile_loadd(4, own, 64);
+            _tile_loadd(5, own + TILE_ROWS * TILE_K, 64);
+            _tile_loadd(6, own + 2 * TILE_ROWS * TILE_K, 64);
+#define TIMES(SUM, AT) \
+    _tile_loadd(7, AT, pairs); \
+    _tile_dpbf16ps(SUM, 4, 7); \
+    _tile_dpbf16ps(SUM, 5, 7); \
+    _tile_dpbf16ps(SUM, 6, 7)
+            TIMES(0, w);
+            TIMES(1, w + 64);
+            TIMES(2, w + step);
+            TIMES(3, w + step + 64);
+#undef TIMES
+        }
+        float *to = start ? more : sums;
+        _tile_stored(0, to, columns * 4);
+        _tile_stored(1, to + 16, columns * 4);
+        _tile_stored(2, to + 32, columns * 4);
+        _tile_stored(3, to + 48, columns * 4);
+        for (int j = 0; start && j < rows * 2 * PANEL; j += WIDTH)
+            v_store(sums + j, v_add(v_load(sums + j), v_load(more + j)));
+    }
+}
+
+/* As `product`, of rows [start, start + rows) whose splits there are. */
+static void product_of_tiles(
+    const matrix *w, int first, int last,
+    input from, int start, int rows, float *y, size_t ldy, int adds
+) {
+    size_t bytes = panel_bytes(w->k, 1);
+    int shaped = 0;
+    for (int p = first; p < last; p += 2) {
+        const char *panel = (const char *)w->panels + p * bytes;
+        size_t step = p + 1 < last ? bytes : 0;
+        int most = step ? 2 * PANEL : PANEL, left = w->n - p * PANEL;
+        int columns = left < most ? left : most;
+        for (int row = start; row < start + rows; row += TILE_ROWS) {
+            int count = start + rows - row < TILE_ROWS ? start + rows - row : TILE_ROWS;
+            float sums[TILE_ROWS * 2 * PANEL];
+            if (shaped != count) tiles_shaped(shaped = count);
+            tile_sums(panel, step, w->k, from.splits + (size_t)row * w->k * SPLITS, count, sums);
+            for (int r = 0; r < count; r++)
+                put(w, p, sums + r * 2 * PANEL, columns, y + (row + r) * ldy, adds);
+        }
+    }
+}
+#else
+static int tiles_granted(void) { return 1; }
+INLINE int tiled(const matrix *w) { return 0; }
+INLINE size_t split_floats(size_t rows, size_t k) { return 0; }
+INLINE tile_shapes tiles_begun(void) { return (tile_shapes){0}; }
+INLINE void tiles_ended(tile_shapes before) {}
+INLINE void split_rows(const float *x, size_t ldx, int rows, int k, uint16_t *to) {}
+INLINE void product_of_tiles(
+    const matrix *w, int first, int last,
+    input from, int start, int rows, float *y, size_t ldy, int adds
+) {}
+#endif
+#endif
