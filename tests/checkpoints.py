@@ -1,11 +1,9 @@
 """Checkpoints for tests: their files, the messages that write them, and servers in processes."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import secrets
 import signal
 import time
 import zlib
@@ -25,6 +23,7 @@ from tinsmithd.checkpoint.opening import ObjectPlace, open_keeper
 from tinsmithd.checkpoint.rules import Clocks, Header, Keeper
 from tinsmithd.checkpoint.store import Blob
 from tinsmithd.domain import CheckpointInfo, CheckpointPath, LoraConfig, ModelState
+from tinsmithd.files import DEPOSITS_FOLDER, hold_deposit
 from tinsmithd.state import files as state_files
 from tinsmithd.state import tensors as state_tensors
 
@@ -144,12 +143,11 @@ def leave(folder: Path, content: Mapping[str, bytes], *, held: bool = True) -> s
 
     It is held by this process for as long as that runs, or by nobody.
     """
-    deposit = folder / "deposits" / secrets.token_hex(16)
-    deposit.mkdir(mode=0o700)
-    if held:
-        fcntl.flock(os.open(deposit, os.O_RDONLY), fcntl.LOCK_SH)
+    deposit, holder = hold_deposit(folder / DEPOSITS_FOLDER)
     for file, data in content.items():
         (deposit / file).write_bytes(data)
+    if not held:
+        os.close(holder)
     return deposit.name
 
 

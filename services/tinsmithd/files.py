@@ -1,10 +1,12 @@
 """What every server that keeps files does with them."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
 import re
+import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +36,38 @@ def is_plain_name(name: str) -> bool:
 def is_deposit(name: str) -> bool:
     """Whether a name that another process gave may be that of a deposit."""
     return _DEPOSIT.fullmatch(name) is not None
+
+
+def hold_deposit(deposits: Path) -> tuple[Path, int]:
+    """Make a deposit that is held by this process: no sweep removes it while it is.
+
+    A sweep may come between the two steps of it, of which the system knows no one that is both.
+
+    Args:
+        deposits: The folder of deposits of a Checkpoint server, on this machine.
+
+    Returns:
+        Its folder, and the descriptor that holds it until it is closed.
+
+    Raises:
+        OSError: It cannot be made; nothing is left then.
+    """
+    while True:
+        path = deposits / secrets.token_hex(16)
+        path.mkdir(mode=0o700)
+        with contextlib.suppress(FileNotFoundError):
+            holder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(holder, fcntl.LOCK_SH)
+                path.stat()
+            except FileNotFoundError:
+                os.close(holder)
+            except BaseException:
+                os.close(holder)
+                path.rmdir()
+                raise
+            else:
+                return path, holder
 
 
 def blob_file(blobs: Path, sha256: str) -> Path:

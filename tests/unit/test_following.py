@@ -147,3 +147,25 @@ def test_few_are_followed_at_once_and_all_are_taken(store: DirectoryStore, tmp_p
         staging = followed(store, folder)
         assert following_of(staging) is not None
         staging.discard()
+
+
+def test_where_no_thread_is_to_be_had_all_is_hashed_in_the_end(
+    store: DirectoryStore, deposit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody else's place is lost."""
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    for _ in range(FOLLOWED_MAX + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none)
+            staging = followed(store, deposit)
+        assert following_of(staging) is None
+        (deposit / "weights").write_bytes(PARTS[0])
+        staging.take(deposit.name, "weights")
+        assert digests(staging) == {"weights": sha256(PARTS[0])}
+        staging.discard()
+    staging = followed(store, deposit)
+    assert following_of(staging) is not None
+    staging.discard()

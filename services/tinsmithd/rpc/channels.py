@@ -82,16 +82,20 @@ _TLS_HINTS = {
     "Hostname Verification": "its certificate is for another name than it is called by here",
     "security handshaker": "the files of cluster_tls_... cannot be used",
 }
-_HUNG_UP = ("failed to connect", "Socket closed")
+_NO_CONNECTION = "failed to connect"
+_HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe", "End of TCP stream")
 
 
 def tls_hint(error: grpc.RpcError) -> str:
     """What an operator should look at where a connection failed for TLS; empty for other failures.
 
+    gRPC tells what failed last: where a name has several addresses, and another one answers
+    nothing, that may be all there is to see.
+
     Args:
         error: What a stub raised.
     """
     text = (error.details() or "") if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else ""
-    if all(part in text for part in _HUNG_UP):
+    if _NO_CONNECTION in text and any(part in text for part in _HUNG_UP):
         return "it hung up: it may speak TLS, or not know the certificate that was shown"
     return next((hint for part, hint in _TLS_HINTS.items() if part in text), "")

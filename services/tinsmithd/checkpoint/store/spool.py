@@ -133,7 +133,10 @@ class Spool:
     def follow(self, deposit: str, names: Sequence[str]) -> None:
         """See `Staging`."""
         if self._following is None and self._places.acquire(blocking=False):
-            self._following = Following(self._deposits, deposit, names)
+            try:
+                self._following = Following(self._deposits, deposit, names)
+            except RuntimeError:  # no thread is to be had: all is hashed in the end
+                self._places.release()
 
     def take(self, deposit: str, name: str) -> int:
         """See `Staging`."""

@@ -8,17 +8,15 @@ lock on the folder says that this process lives, so that what it leaves is remov
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tinsmithd.errors import Reason, Unavailable
-from tinsmithd.files import DEPOSITS_FOLDER
+from tinsmithd.files import DEPOSITS_FOLDER, hold_deposit
 
 READ_BYTES = 1024 * 1024
 
@@ -88,12 +86,11 @@ class Deposits:
         if self._folder is None:
             yield None
             return
-        path = self._folder / secrets.token_hex(16)
-        making = asyncio.ensure_future(asyncio.to_thread(_make, path))
+        making = asyncio.ensure_future(asyncio.to_thread(hold_deposit, self._folder))
         try:
-            lock = await asyncio.shield(making)
+            path, holder = await asyncio.shield(making)
         except asyncio.CancelledError:
-            making.add_done_callback(lambda made: _unmake(path, made))
+            making.add_done_callback(_unmake)
             raise
         except OSError as error:
             _log.info("a state is sent, since no deposit can be made: %s", error)
@@ -102,7 +99,7 @@ class Deposits:
         try:
             yield Deposit(path)
         finally:
-            await asyncio.to_thread(_remove, path, lock)
+            await asyncio.to_thread(_remove, path, holder)
 
     def are_not_found(self) -> None:
         """The Checkpoint server does not find what is left: from now on all is sent."""
@@ -110,28 +107,15 @@ class Deposits:
         self._folder = None
 
 
-def _make(path: Path) -> int:
-    """Make a folder; returns the descriptor that holds it."""
-    path.mkdir(mode=0o700)
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-    except BaseException:
-        os.close(lock)
-        path.rmdir()
-        raise
-    return lock
-
-
-def _remove(path: Path, lock: int) -> None:
+def _remove(path: Path, holder: int) -> None:
     shutil.rmtree(path, ignore_errors=True)
-    os.close(lock)
+    os.close(holder)
 
 
-def _unmake(path: Path, made: asyncio.Future[int]) -> None:
+def _unmake(made: asyncio.Future[tuple[Path, int]]) -> None:
     """Remove a folder whose caller went away while it was made."""
     if not made.cancelled() and made.exception() is None:
-        _remove(path, made.result())
+        _remove(*made.result())
 
 
 def _gone(name: str, why: str) -> Unavailable:
