@@ -20,7 +20,7 @@ from tinsmith.addresses import is_resolved_here, service_address
 from tinsmith.errors import ResourceExhaustedError, UnavailableError
 
 PROMPT = tinsmith.ModelInput.from_ints([1])
-TWO = "10.0.0.1:1,10.0.0.2:1"
+TWO = "127.0.0.1:1,127.0.0.2:1"
 
 
 class Spread:
