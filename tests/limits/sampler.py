@@ -24,6 +24,7 @@ MIB = 1024 * 1024
 RANK = 4
 COLUMNS = 900
 RUNNING = 1
+TRIES_MAX = 20
 SETTINGS: dict[str, object] = {
     "message_bytes_max": 32 * MIB,
     "message_items_max": 20_000,
@@ -161,8 +162,15 @@ class SamplerLimits(Limits):
         self._sample(prompt=prompt([1] * count), topk_prompt_logprobs=1)
 
     def _waiting(self, count: int) -> None:
-        """All that may run and wait, at once; above, one more."""
-        params = {"max_tokens": 200}
+        """All that may run and wait, at once; above, one more.
+
+        Where there is little processor some have ended when the last one comes: then again.
+        """
+        for _ in range(TRIES_MAX if self.above else 1):
+            self._together(count)
+
+    def _together(self, count: int) -> None:
+        params = {"max_tokens": 400}
         with ThreadPoolExecutor(RUNNING + count) as beside:
             calls = [beside.submit(self._sample, params=params) for _ in range(RUNNING + count)]
         for each in calls:
