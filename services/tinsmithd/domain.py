@@ -4,6 +4,7 @@ No gRPC, no protobuf, no torch: a scheduler, a catalogue and an engine can all s
 Shapes: `N` tokens of one datum, `K` targets per position.
 """
 
+import functools
 import hashlib
 import math
 import secrets
@@ -337,5 +338,10 @@ def content_digest(files: Mapping[str, bytes]) -> bytes:
     """
     whole = hashlib.sha256()
     for name in sorted(files):
-        whole.update(hashlib.sha256(name.encode()).digest() + files[name])
+        whole.update(_digest_of_name(name) + files[name])
     return whole.digest()
+
+
+@functools.lru_cache(maxsize=256)  # checkpoints have files of the same few names
+def _digest_of_name(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()

@@ -11,6 +11,7 @@ from checkpoints import PATH, ServerProcess, files, keep, kept, left_staged, mes
 from tinsmith.v1 import checkpoint_service_pb2 as pb
 from tinsmithd.checkpoint.catalogue import Writer
 from tinsmithd.checkpoint.opening import open_keeper
+from tinsmithd.checkpoint.store.spool import KEPT_BYTES
 from tinsmithd.errors import DataLoss, FailedPrecondition
 from wire import reason_and_field
 
@@ -96,7 +97,7 @@ def test_a_writer_that_is_replaced_while_it_streams_is_refused_at_the_commit(
     server: ServerProcess, tmp_path: Path
 ) -> None:
     """Row 11: the header was in time, the commit is not: what the other wrote stays."""
-    content = files(9)
+    content = files(9, columns=KEPT_BYTES)
     begun, replaced = threading.Event(), threading.Event()
 
     def stream() -> Iterator[pb.WriteCheckpointRequest]:

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import programs
 from clusters import RunningCluster
 from tinsmith.v1 import checkpoint_service_pb2, checkpoint_service_pb2_grpc
+from tinsmithd.checkpoint.store.spool import KEPT_BYTES
 
 SERVICES = {
     "training": ("tinsmith.v1.TrainingService", "ForwardBackward"),
@@ -103,7 +104,7 @@ def test_a_taken_port_is_one_line(cluster: RunningCluster, tmp_path: Path) -> No
 
 def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
     """A write that is under way is answered; new calls are not taken; the process ends with 0."""
-    content = b"{}"
+    content = b"{}".ljust(KEPT_BYTES + 1)  # more than stays in memory until the commit
     port_file = tmp_path / "port"
     settings = {
         "listen_address": "127.0.0.1:0",

@@ -168,7 +168,7 @@ def test_a_page_of_an_owner_is_read_in_the_order_of_an_index(
     for _ in range(20):
         change(catalogue, rng)
     catalogue._db.set_trace_callback(asked.append)
-    list(owned.newest_first(catalogue._db, owner, model_id, kind, 1000, NOW_S))
+    owned.newest_first(catalogue._db, owner, model_id, kind, 1000, NOW_S, 100)
     owned.count(catalogue._db, owner, model_id, kind, NOW_S)
     catalogue._db.set_trace_callback(None)
     queries = [query for query in asked if query.startswith("SELECT")]

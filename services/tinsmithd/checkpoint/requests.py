@@ -118,7 +118,12 @@ async def read_pieces(
             _check_piece(request.piece)
             piece = request.piece
             staged.take(len(piece.data))
-            await asyncio.to_thread(write.append, piece.file_name, piece.offset, piece.data)
+            name, offset, data = piece.file_name, piece.offset, piece.data
+            if write.keeps(name, len(data)):
+                write.append(name, offset, data)  # into memory: a thread would cost more
+            else:
+                await asyncio.to_thread(write.append, name, offset, data)
+            del data
             flow.current().handed_over()
             del piece
         elif case == "commit":

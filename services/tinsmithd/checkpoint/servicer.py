@@ -11,7 +11,7 @@ from tinsmith.v1.checkpoint_service_pb2_grpc import CheckpointServiceServicer
 from tinsmithd import keys, tracing
 from tinsmithd.checkpoint.catalogue import Checkpoint
 from tinsmithd.checkpoint.export import exported_files, tar_of
-from tinsmithd.checkpoint.messages import checkpoint_to_pb, digest_of, format_of, page_to_pb
+from tinsmithd.checkpoint.messages import checkpoint_to_pb, digest_of, format_of, listed, page_to_pb
 from tinsmithd.checkpoint.requests import (
     LEASES_MAX,
     PIECE_BYTES_MAX,
@@ -116,8 +116,9 @@ class CheckpointServicer(CheckpointServiceServicer):
         kind = convert.kind_from_pb(request.kind, "kind") if request.kind else None
         owner = keys.current().search
 
-        def listed() -> pb.ListCheckpointsResponse:
-            found, total = self._keeper.catalogue.page(
+        def page() -> pb.ListCheckpointsResponse:
+            found, total = self._keeper.catalogue.page_of(
+                listed,
                 owner=owner,
                 model_id=request.model_id,
                 kind=kind,
@@ -126,7 +127,7 @@ class CheckpointServicer(CheckpointServiceServicer):
             )
             return page_to_pb(found, asked.size, total)
 
-        return await asyncio.to_thread(listed)
+        return await asyncio.to_thread(page)
 
     async def UpdateCheckpoint(
         self, request: pb.UpdateCheckpointRequest, context: Any
@@ -216,8 +217,10 @@ class CheckpointServicer(CheckpointServiceServicer):
             except BaseException:
                 await asyncio.shield(asyncio.to_thread(write.discard))
                 raise
-        # Nobody waits for what a write that was committed leaves on the disk.
-        asyncio.get_running_loop().run_in_executor(None, write.discard)
+        if write.is_clean:
+            write.discard()
+        else:  # nobody waits for what a write that was committed leaves on the disk
+            asyncio.get_running_loop().run_in_executor(None, write.discard)
         if header.ephemeral:
             self._reclaimable.set()  # the one before is not the newest any more
         return pb.WriteCheckpointResponse(checkpoint=checkpoint_to_pb(committed))

@@ -4,7 +4,7 @@ from tinsmithd.checkpoint.catalogue.catalogue import Catalogue, open_local
 from tinsmithd.checkpoint.catalogue.failures import catalogue_errors
 from tinsmithd.checkpoint.catalogue.file import CatalogueUnusable
 from tinsmithd.checkpoint.catalogue.offline import CatalogueBusy, blobs_in, copy_catalogue
-from tinsmithd.checkpoint.catalogue.record import Checkpoint, Ephemeral
+from tinsmithd.checkpoint.catalogue.record import Checkpoint, Ephemeral, read
 from tinsmithd.checkpoint.catalogue.refusals import check_repeat, check_stored
 from tinsmithd.checkpoint.catalogue.schema import digest_of
 from tinsmithd.checkpoint.catalogue.shared import SharedTransactions
@@ -29,4 +29,5 @@ __all__ = [
     "copy_catalogue",
     "digest_of",
     "open_local",
+    "read",
 ]

@@ -7,7 +7,6 @@ Each row is checked against its digest whenever it is read. One that is damaged 
 whoever asks for it; it is left out of pages, never expires, and can be deleted or overwritten.
 """
 
-import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -239,11 +238,27 @@ class Catalogue:
         before: int | None,
         size: int,
     ) -> tuple[Sequence[Checkpoint], int]:
-        """Checkpoints, newest first, and how many match in all.
+        """Checkpoints, newest first, and how many match in all; see `page_of`."""
+        which = (owner, model_id, kind)
+        return self.page_of(read, *which, before=before, size=size)
+
+    def page_of(
+        self,
+        make: Callable[[Row], T],
+        owner: str,
+        model_id: str,
+        kind: CheckpointKind | None,
+        *,
+        before: int | None,
+        size: int,
+    ) -> tuple[Sequence[T], int]:
+        """What is made of the rows of checkpoints, newest first, and how many match in all.
 
         What is damaged is left out, and logged; it is counted.
 
         Args:
+            make: Checks a row and makes something of it, while others use the catalogue; raises
+                DataLoss where the row is damaged, as `read` does.
             owner: Only this one's; `ANY_OWNER` means all.
             model_id: Only this model's, as its owner says it; empty means all.
             kind: Only this kind; None means all.
@@ -254,16 +269,19 @@ class Catalogue:
         below = 2**62 if before is None else before
         with self._reading(fresh=True):
             total = owned.count(self._db, *which, now_s)
-            found: list[Checkpoint] = []
-            with contextlib.closing(owned.newest_first(self._db, *which, below, now_s)) as rows:
-                for row in rows:
-                    try:
-                        found.append(read(row))
-                    except DataLoss as error:
-                        log(error)
-                    if len(found) >= size:
-                        break
-            return found, total
+            rows = owned.newest_first(self._db, *which, below, now_s, size)
+        found: list[T] = []
+        while True:
+            for row in rows:
+                try:
+                    found.append(make(row))
+                except DataLoss as error:
+                    log(error)
+            if len(found) >= size or not rows:
+                return found, total
+            with self._reading():  # in place of those that are damaged, if there are more
+                below = rows[-1]["number"]
+                rows = owned.newest_first(self._db, *which, below, now_s, size - len(found))
 
     def count(self, kind: CheckpointKind) -> int:
         """How many of a kind there are, damaged ones included."""

@@ -5,8 +5,8 @@ No query looks at more rows than it gives, but for those that have expired and w
 
 import contextlib
 import heapq
+import itertools
 import sqlite3
-from collections.abc import Generator
 
 from tinsmithd.checkpoint.catalogue import tallies
 from tinsmithd.checkpoint.catalogue.tallies import FILES, NBYTES, OWNER
@@ -46,7 +46,8 @@ def newest_first(
     kind: CheckpointKind | None,
     below: int,
     now_s: float,
-) -> Generator[sqlite3.Row, None, None]:
+    size: int,
+) -> list[sqlite3.Row]:
     """Rows of checkpoints that live, those of the highest numbers first.
 
     Args:
@@ -56,6 +57,7 @@ def newest_first(
         kind: Only this kind; None means all.
         below: Only lower numbers.
         now_s: Only those that are not expired then.
+        size: Maximum number of them.
     """
     kinds = list(CheckpointKind) if kind is None else [kind]
     source = "checkpoints"
@@ -82,7 +84,8 @@ def newest_first(
             )
             for one, of in each
         ]
-        yield from heapq.merge(*orders, key=lambda row: -row["number"])
+        merged = heapq.merge(*orders, key=lambda row: -row["number"])
+        return list(itertools.islice(merged, size))
 
 
 def count(

@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class Checkpoint:
         return sum(blob.size_bytes for blob in self.files)
 
 
-def intact(row: sqlite3.Row) -> bool:
+def intact(row: Iterable[Any]) -> bool:
     """Whether a row is what was written: its digest says so."""
     *columns, digest = tuple(row)
     try:
@@ -64,38 +64,40 @@ def intact(row: sqlite3.Row) -> bool:
         return False
 
 
-def read(row: sqlite3.Row, subject: str = "") -> Checkpoint:
-    """The checkpoint of a row.
+def read(row: Iterable[Any], subject: str = "") -> Checkpoint:
+    """The checkpoint of a row, all columns of it in order.
 
     Raises:
         DataLoss: It is not what was written (CHECKPOINT_CORRUPT).
     """
+    number, model_id, kind, name, expire_time_s, text, _ = row
     try:
         if not intact(row):
             raise ValueError("the digest differs")
-        record = json.loads(row["record"])
+        record = json.loads(text)
         return Checkpoint(
-            path=CheckpointPath(row["model_id"], _KINDS[row["kind"]], row["name"]),
+            path=CheckpointPath(model_id, _KINDS[kind], name),
             base_model=record["base_model"],
             tuning=_tuning(record),
             step_count=record["step_count"],
             create_time_s=record["create_time_s"],
-            expire_time_s=row["expire_time_s"],
+            expire_time_s=expire_time_s,
             user_metadata=record["user_metadata"],
             ephemeral=_ephemeral(record),
             files=[Blob(*file) for file in record["files"]],
             # Those of older releases have none.
             request_id=record.get("request_id", ""),
             request_digest=record.get("request_digest", ""),
-            number=row["number"],
+            number=number,
         )
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(row, error, subject) from error
 
 
-def _damaged(row: sqlite3.Row, error: Exception, subject: str = "") -> DataLoss:
-    subject = subject or f"{row['model_id']!r} {row['kind']!r} {row['name']!r}"
-    message = f"{subject}: entry {row['number']} of the catalogue is damaged: {error}"
+def _damaged(row: Iterable[Any], error: Exception, subject: str = "") -> DataLoss:
+    number, model_id, kind, name, *_ = row
+    subject = subject or f"{model_id!r} {kind!r} {name!r}"
+    message = f"{subject}: entry {number} of the catalogue is damaged: {error}"
     return DataLoss(message, Reason.CHECKPOINT_CORRUPT)
 
 

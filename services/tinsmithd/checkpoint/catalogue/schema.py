@@ -14,7 +14,8 @@ import hashlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from tinsmithd import formats
 from tinsmithd.checkpoint.catalogue import owned, tallies
@@ -129,7 +130,17 @@ def digest_of(*values: object) -> str:
     Raises:
         TypeError: One is of a type that no column has.
     """
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    text = ", ".join([_JSON.get(type(value), json.dumps)(value) for value in values])
+    return hashlib.sha256(f"[{text}]".encode()).hexdigest()
+
+
+_JSON: Mapping[type, Callable[[Any], str]] = {
+    str: json.encoder.encode_basestring_ascii,
+    int: int.__repr__,
+    type(None): lambda _: "null",
+}
+"""How the columns of a row are written, as `json.dumps` does it, which takes twice as long for a
+list of them."""
 
 
 def _execute(db: sqlite3.Connection, statements: str) -> None:

@@ -91,6 +91,12 @@ class Write:
         self._taken: set[str] = set()
         self._ended = False
 
+    def keeps(self, name: str, nbytes: int) -> bool:
+        """Whether `append` of so many bytes waits for nothing."""
+        with self._lock:
+            is_looked_at = self._nbytes + nbytes - self._checked_bytes >= CHECK_BYTES
+            return not is_looked_at and self._staged().keeps(name, nbytes)
+
     def append(self, name: str, offset: int, data: bytes) -> None:
         """Add the next bytes of a file.
 
@@ -192,6 +198,11 @@ class Write:
             if not unsaid and ours.sha256 != theirs.sha256:
                 message = f"{ours.name} does not have the digest that the commit names"
                 raise DataLoss(message, Reason.CHECKPOINT_CORRUPT)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether `discard` waits for nothing."""
+        return self._staging is None or self._staging.is_clean
 
     def discard(self) -> None:
         """Leave nothing behind; harmless after a commit."""

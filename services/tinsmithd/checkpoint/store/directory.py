@@ -8,6 +8,7 @@ a name that `DirectoryStaging.publish` returned for has its bytes, whatever happ
 Where another one was there that may not be durable, that one is synced.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from typing import Any
 from tinsmithd import failpoints
 from tinsmithd.checkpoint.store.failures import of_disk, storage_errors
 from tinsmithd.checkpoint.store.interface import Blob, Guard, Staging, Unused
-from tinsmithd.checkpoint.store.spool import Spool, SpoolFolder
+from tinsmithd.checkpoint.store.spool import KEPT_BYTES, Spool, SpoolFolder
 from tinsmithd.checkpoint.store.verified import corrupt, verified
 from tinsmithd.errors import TinsmithError
 from tinsmithd.files import BLOBS_FOLDER, blob_file, sync_file
@@ -75,8 +76,11 @@ class DirectoryStaging(Spool):
     """
 
     def __init__(self, within: SpoolFolder, blobs: BlobFolder, bytes_max: int) -> None:
-        super().__init__(within, bytes_max)
+        super().__init__(within, bytes_max, KEPT_BYTES)
         self._blobs = blobs
+
+    def _is_stored(self, blob: Blob) -> bool:
+        return _holds(self._blobs.place(blob), blob)
 
     def publish(self, *, durable: bool = True) -> None:
         """See `Staging`."""
@@ -89,12 +93,25 @@ class DirectoryStaging(Spool):
                     failpoints.hit("ckpt_mid_rename")
                 if _holds(place, blob):
                     there.append(place)
-                else:
-                    self._blobs.make_room(place)
-                    os.replace(self._path(blob.name), place)
+                    continue
+                if blob.name not in self._files:
+                    self._write_now(blob.name)
+                self._blobs.make_room(place)
+                os.replace(self._path(blob.name), place)
             # Also for what was there: its writer may have died before it came to this.
             if durable:
                 self._blobs.sync(places, there)
+            if self._is_made:
+                with contextlib.suppress(OSError):  # what is left `discard` removes
+                    self._folder.rmdir()
+                    self._is_made = False
+
+    def _write_now(self, name: str) -> None:
+        """Write a file that was stored when the others were written, and was removed since."""
+        self._begin(name, self._kept[name])
+        with self._files[name] as file:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class DirectoryStore:

@@ -53,6 +53,15 @@ class Staging(Protocol):
     (CHECKPOINT_UNAVAILABLE) where the store does not take it.
     """
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether `discard` has nothing to remove, and waits for nothing."""
+        ...
+
+    def keeps(self, name: str, nbytes: int) -> bool:
+        """Whether `append` of so many bytes waits for nothing."""
+        ...
+
     def append(self, name: str, offset: int, data: bytes) -> None:
         """Add the next bytes of a file; files come one after the other.
 
@@ -85,7 +94,7 @@ class Staging(Protocol):
         """End what came, durably or not; returns it, sorted by name."""
         ...
 
-    def open(self, name: str) -> io.BufferedReader:
+    def open(self, name: str) -> io.BufferedIOBase:
         """Read a file that is flushed or finished, seekable, before it is published."""
         ...
 

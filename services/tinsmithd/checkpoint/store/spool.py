@@ -33,6 +33,11 @@ FORMAT = 1
 """Of the folder."""
 SYNCS = 32
 """Files that are waited for at a time, of all that are on their way in."""
+KEPT_BYTES = 64 * 1024
+"""Bytes of a write's small files that stay in memory until it ends: whoever sends them waits for no
+disk, and what is there already is not written again."""
+KEEPERS_MAX = 256
+"""Writes at a time that keep some."""
 
 
 class SpoolFolder:
@@ -42,6 +47,7 @@ class SpoolFolder:
         staging: The folder that has those that are being written.
         deposits: What is there to be taken.
         places: A place is had by whoever follows one of them.
+        keepers: A place is had by whoever keeps small files in memory.
 
     Raises:
         StoreBusy: Another server has the folder.
@@ -59,6 +65,7 @@ class SpoolFolder:
         check_folder(folder, "the folder of checkpoints", FORMAT)
         self.deposits = Deposits(folder / DEPOSITS_FOLDER)
         self.places = threading.BoundedSemaphore(FOLLOWED_MAX)
+        self.keepers = threading.BoundedSemaphore(KEEPERS_MAX)
         self.staging = folder / "staging"
         self.staging.mkdir(exist_ok=True)
         for left in self.staging.iterdir():
@@ -96,10 +103,16 @@ class Spool:
     Args:
         within: Gets that folder.
         bytes_max: Maximum number of bytes in all files.
+        kept_max: Bytes of small files that may stay in memory until `finish`.
     """
 
-    def __init__(self, within: SpoolFolder, bytes_max: int) -> None:
+    def __init__(self, within: SpoolFolder, bytes_max: int, kept_max: int = 0) -> None:
         self._folder = within.staging / secrets.token_hex(16)
+        self._is_made = False
+        self._keepers = within.keepers
+        self._is_keeper = kept_max > 0 and self._keepers.acquire(blocking=False)
+        self._kept_max = kept_max
+        self._kept: dict[str, bytearray] = {}
         self._together = within.together
         self._deposits, self._places = within.deposits, within.places
         self._following: Following | None = None
@@ -110,8 +123,17 @@ class Spool:
         self._files: dict[str, Any] = {}
         self._last_name = ""
         self._finished: Sequence[Blob] = ()
-        with storage_errors():
-            self._folder.mkdir()
+
+    def keeps(self, name: str, nbytes: int) -> bool:
+        """See `Staging`."""
+        is_small = name in self._kept or name not in self._sizes
+        kept = sum(map(len, self._kept.values()))
+        return self._is_keeper and is_small and kept + nbytes <= self._kept_max
+
+    @property
+    def is_clean(self) -> bool:
+        """See `Staging`."""
+        return not self._is_made and self._following is None
 
     def append(self, name: str, offset: int, data: bytes) -> None:
         """See `Staging`."""
@@ -123,12 +145,27 @@ class Spool:
         with storage_errors():
             if name not in self._sizes:
                 self._last_name = name
-                self._files[name] = self._path(name).open("wb")
                 self._digests[name] = hashlib.sha256()
-            self._files[name].write(data)
+            if self.keeps(name, len(data)):
+                self._kept.setdefault(name, bytearray()).extend(data)
+            else:
+                if name not in self._files:
+                    self._begin(name, self._kept.pop(name, b""))
+                self._files[name].write(data)
             failpoints.hit("ckpt_mid_write")
         self._sizes[name] = expected + len(data)
         self._digests[name].update(data)
+
+    def _begin(self, name: str, data: bytes | bytearray) -> None:
+        """Begin a file on the disk."""
+        self._make_folder()
+        self._files[name] = self._path(name).open("wb")
+        self._files[name].write(data)
+
+    def _make_folder(self) -> None:
+        if not self._is_made:
+            self._folder.mkdir()
+            self._is_made = True
 
     def follow(self, deposit: str, names: Sequence[str]) -> None:
         """See `Staging`."""
@@ -141,6 +178,7 @@ class Spool:
     def take(self, deposit: str, name: str) -> int:
         """See `Staging`."""
         with storage_errors():
+            self._make_folder()
             file = self._files[name] = self._deposits.move(deposit, name, self._path(name))
             size = self._sizes[name] = os.fstat(file.fileno()).st_size
             failpoints.hit("ckpt_mid_take")
@@ -156,13 +194,18 @@ class Spool:
         """See `Staging`."""
         with storage_errors():
             for name in self._digests:
-                self._files[name].flush()
+                if name in self._files:
+                    self._files[name].flush()
 
     def finish(self, *, durable: bool = True) -> list[Blob]:
         """See `Staging`."""
-        self.flush()
         if self._following is not None:
             self._following.stop()
+        with storage_errors():
+            for name, data in self._kept.items():
+                if not self._is_stored(self._blob(name)):
+                    self._begin(name, data)
+        self.flush()
         with storage_errors():
             for name in self._files.keys() - self._digests.keys():
                 # Of what was taken: nobody here has read it so far, or not all of it.
@@ -176,16 +219,20 @@ class Spool:
                 self._together([functools.partial(_sync, number) for number in numbers])
             for file in self._files.values():
                 file.close()
-        finished = [
-            Blob(name, self._sizes[name], self._digests[name].hexdigest())
-            for name in sorted(self._sizes)
-        ]
-        self._finished = finished
-        return finished
+        self._finished = [self._blob(name) for name in sorted(self._sizes)]
+        return list(self._finished)
 
-    def open(self, name: str) -> io.BufferedReader:
+    def _blob(self, name: str) -> Blob:
+        return Blob(name, self._sizes[name], self._digests[name].hexdigest())
+
+    def _is_stored(self, blob: Blob) -> bool:
+        """Whether a file that is kept in memory needs not be written, as far as that is known."""
+        return False
+
+    def open(self, name: str) -> io.BufferedIOBase:
         """See `Staging`."""
-        return self._path(name).open("rb")
+        kept = self._kept.get(name)
+        return open(self._path(name), "rb") if kept is None else io.BytesIO(kept)
 
     def refused(self) -> None:
         """See `Staging`; nothing happens where another checkpoint may have the same files."""
@@ -199,7 +246,11 @@ class Spool:
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._is_keeper:
+            self._is_keeper = False
+            self._keepers.release()
+        if self._is_made:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         # A name that someone sent is hashed before it meets the file system.

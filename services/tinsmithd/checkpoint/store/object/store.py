@@ -82,6 +82,11 @@ class ObjectStaging(Spool):
         self._visible_s: float | None = None
         self._published = False
 
+    @property
+    def is_clean(self) -> bool:
+        """See `Staging`."""
+        return False
+
     def append(self, name: str, offset: int, data: bytes) -> None:
         """See `Staging`."""
         super().append(name, offset, data)
