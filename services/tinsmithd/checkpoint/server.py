@@ -27,6 +27,7 @@ from tinsmithd.checkpoint.watchers import Watchers
 from tinsmithd.config import CheckpointConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.files import private_folder
+from tinsmithd.processes import collect_between_calls
 from tinsmithd.rpc.budget import Budget
 from tinsmithd.rpc.collectors import DiskCollector
 from tinsmithd.rpc.private import NamesInterceptor, PrivateServer
@@ -109,6 +110,7 @@ class CheckpointServer:
             asyncio.create_task(self._sweep()),
             asyncio.create_task(self._reclaim()),
             asyncio.create_task(self._watch()),
+            asyncio.create_task(collect_between_calls(lambda: self._rpc.is_idle)),
         ]
         if self._keeper.shared:
             loop = asyncio.get_running_loop()

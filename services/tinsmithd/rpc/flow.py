@@ -117,6 +117,11 @@ class Gate:
             RECEIVE_SLACK * config.message_bytes_max,
         )
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is under way, but for those that watch health."""
+        return not self._calls.taken
+
     def flow(self, context: grpc.aio.ServicerContext, method: str, abort: Abort) -> "Flow":
         """The flow of a call that has just begun; it has no place yet.
 

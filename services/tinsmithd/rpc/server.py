@@ -164,6 +164,11 @@ class RpcServer:
         add_reflection(self.grpc_server, [service_name, health.SERVICE_NAME])
         channelz.add_channelz_servicer(self.grpc_server)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is under way, but for those that watch health."""
+        return self._gate.is_idle
+
     async def start(self) -> None:
         """Bind and serve; the service itself is NOT_SERVING until `set_serving`.
 
