@@ -1,6 +1,7 @@
 """Models and checkpoints at rest: what a server of many takes, and what calls take there."""
 
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from scale.servers import Keys, Server, idle_ranks, nbytes
 from scale.sizes import Sizes
 from tinsmith import v1 as pb
 from tinsmithd.domain import CheckpointPath
+from tinsmithd.rpc.paging import PAGE_SIZE_DEFAULT, token_after
 
 CALL_TARGET_MS = 20.0
 START_TARGET_S = 10.0
@@ -117,19 +119,20 @@ def checkpoints(sizes: Sizes) -> Iterator[Figure]:
     """Checkpoints in the catalogue, at several numbers of them."""
     for count in sizes.points(sizes.checkpoints):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(sizes.kept) / f"checkpoints-{count}" if sizes.kept else Path(scratch)
-            yield from _checkpoints(folder, sizes, count)
+            kept = Path(sizes.kept) / f"checkpoints-{count}" if sizes.kept else Path(scratch)
+            at = f"{count:,} checkpoints"
+            begun_s = time.perf_counter()
+            population.write_checkpoints(
+                kept / "data", count, sizes.owners, soon=count // 100, many=count // 20
+            )
+            yield Figure("checkpoints", at, "population", time.perf_counter() - begun_s, "s")
+            if sizes.kept and not sizes.only_populate:  # what is kept stays as it was written
+                shutil.copytree(kept / "data", Path(scratch) / "data")
+            if not sizes.only_populate:
+                yield from _checkpoints(Path(scratch), sizes, count, at)
 
 
-def _checkpoints(folder: Path, sizes: Sizes, count: int) -> Iterator[Figure]:
-    at = f"{count:,} checkpoints"
-    begun_s = time.perf_counter()
-    population.write_checkpoints(
-        folder / "data", count, sizes.owners, soon=count // 100, many=count // 20
-    )
-    yield Figure("checkpoints", at, "population", time.perf_counter() - begun_s, "s")
-    if sizes.only_populate:
-        return
+def _checkpoints(folder: Path, sizes: Sizes, count: int, at: str) -> Iterator[Figure]:
     keys = Keys(folder, population.owner(count // 20, sizes.owners), population.LARGE)
     yield Figure("checkpoints", at, "catalogue", nbytes(folder / "data") / MIB, "MiB")
     settings: dict[str, object] = {"sweep_interval_s": 5}
@@ -175,6 +178,12 @@ def _calls_on_checkpoints(server: Server, at: str, count: int, sizes: Sizes) -> 
             population.LARGE,
         ),
         ("list of an administrator", "ListCheckpoints", [pb.ListCheckpointsRequest()] * CALLS, ""),
+        (
+            "list of an administrator, page after page",
+            "ListCheckpoints",
+            _pages(server, min(CALLS, count // PAGE_SIZE_DEFAULT)),
+            "",
+        ),
         ("get", "GetCheckpoint", get, one),
         ("get of an administrator", "GetCheckpoint", get, ""),
         ("expire", "UpdateCheckpoint", [_expiring(path) for path in of_one[:CALLS]], one),
@@ -191,6 +200,14 @@ def _calls_on_checkpoints(server: Server, at: str, count: int, sizes: Sizes) -> 
         server.stub.WriteCheckpoint(iter(stream), metadata=server.shown(one))
         written.append((time.perf_counter() - begun_s) * 1e3)
     yield from percentiles("checkpoints", at, "create", written, CALL_TARGET_MS)
+
+
+def _pages(server: Server, count: int) -> Iterator[pb.ListCheckpointsRequest]:
+    """Asks for one page after the other: no row of a page was in one before."""
+    at = server.stub.ListCheckpoints(pb.ListCheckpointsRequest(), metadata=server.shown())
+    number = int(at.checkpoints[0].user_metadata["number"]) + 1
+    for below in range(number, number - PAGE_SIZE_DEFAULT * count, -PAGE_SIZE_DEFAULT):
+        yield pb.ListCheckpointsRequest(page_token=token_after(below))
 
 
 def _expiring(path: str) -> pb.UpdateCheckpointRequest:

@@ -16,7 +16,8 @@ class Sizes:
         rate: Small calls in a second.
         seconds: How long they come.
         turn_ms: What a turn of the ranks takes where tenants share them.
-        kept: Folder in which populations stay for another run; empty: none does.
+        kept: Folder in which populations of checkpoints stay, as they were written, for another
+            run; empty: none does.
         points_from: The smallest point of a row that is measured.
         only_populate: Write populations of checkpoints, and measure nothing on them.
     """
