@@ -21,7 +21,7 @@ def tied() -> "weakref.ref[Knot]":
 
 
 async def test_cycles_are_found_while_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not before; and the process is as it was when nobody collects so any more."""
+    """Not before, where they are not new; and the process is as it was when nobody collects so."""
     monkeypatch.setattr(collector, "INTERVAL_S", 0.001)
     before, looked = gc.get_threshold(), 0
     idle = False
@@ -34,8 +34,11 @@ async def test_cycles_are_found_while_nothing_is_under_way(monkeypatch: pytest.M
     collecting = asyncio.create_task(collect_between_calls(is_idle))
     await asyncio.sleep(0)
     try:
-        knot = tied()
-        many = [[] for _ in range(10 * before[0])]  # type: ignore[var-annotated]
+        tie = Knot()
+        many = [[] for _ in range(10 * collector.YOUNG_MAX)]  # type: ignore[var-annotated]
+        knot = weakref.ref(tie)
+        del tie
+        many += [[] for _ in range(10 * collector.YOUNG_MAX)]
         while looked < 3:
             await asyncio.sleep(0.001)
         assert knot() is not None
@@ -51,13 +54,43 @@ async def test_cycles_are_found_while_nothing_is_under_way(monkeypatch: pytest.M
     assert gc.get_threshold() == before
 
 
+async def test_a_look_beside_calls_is_at_few_objects() -> None:
+    """However many there are: all threads wait for it."""
+    looks: list[int] = []
+
+    def look(phase: str, about: dict[str, int]) -> None:
+        if phase == "start":
+            looks.append(about["generation"])
+
+    collecting = asyncio.create_task(collect_between_calls(lambda: False))
+    await asyncio.sleep(0)
+    gc.callbacks.append(look)
+    try:
+        knot = tied()
+        many = [[] for _ in range(collector.OLDER_MAX // 4)]  # type: ignore[var-annotated]
+        assert knot() is None
+        assert len(looks) >= len(many) // collector.YOUNG_MAX - 1
+        assert set(looks) == {0}
+    finally:
+        gc.callbacks.remove(look)
+        collecting.cancel()
+        await asyncio.wait([collecting])
+        gc.unfreeze()
+
+
 async def test_much_garbage_is_found_whatever_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "YOUNG_MAX", 1000)
+    """Even where it is not new any more."""
+    monkeypatch.setattr(collector, "OLDER_MAX", 10 * collector.YOUNG_MAX)
     collecting = asyncio.create_task(collect_between_calls(lambda: False))
     await asyncio.sleep(0)
     try:
-        knots = [tied() for _ in range(2000)]
-        assert not all(knot() is not None for knot in knots)
+        tie = Knot()
+        many = [[] for _ in range(2 * collector.YOUNG_MAX)]  # type: ignore[var-annotated]
+        knot = weakref.ref(tie)
+        del tie
+        many += [[] for _ in range(20 * collector.YOUNG_MAX)]
+        assert knot() is None
+        del many
     finally:
         collecting.cancel()
         await asyncio.wait([collecting])

@@ -217,6 +217,8 @@ class Flow:
             self._under.discard(self)
         self.handed_over()
         self._place.give_back()
+        # The task has a context, which has this flow: a cycle, and with it all that the call had.
+        self._task = None
 
     def take_place(self) -> None:
         """Take the call's place.
