@@ -1,5 +1,7 @@
 """`python -m tinsmithd.checkpoint`: the Checkpoint server as a process."""
 
+import uvloop
+
 from tinsmithd.checkpoint.catalogue import CatalogueUnusable
 from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.checkpoint.store import StoreBusy, StoreUnusable
@@ -7,4 +9,5 @@ from tinsmithd.config import CheckpointConfig
 from tinsmithd.processes import serve
 
 if __name__ == "__main__":
-    serve(CheckpointConfig, CheckpointServer, StoreBusy, StoreUnusable, CatalogueUnusable)
+    hopeless = (StoreBusy, StoreUnusable, CatalogueUnusable)
+    serve(CheckpointConfig, CheckpointServer, *hopeless, new_loop=uvloop.new_event_loop)

@@ -1,4 +1,4 @@
-"""The event loop of each server, which may have thousands of calls at once.
+"""The event loop of a server that has thousands of calls at once.
 
 It is uvloop's, but for one thing. A thread of gRPC's tells a loop of events through a socket, a
 byte for each, and grpcio takes one byte in a turn, though it looks at all events then. So bytes

@@ -17,7 +17,6 @@ from typing import NoReturn, Protocol, TypeVar
 from tinsmithd import tracing
 from tinsmithd.config import Config, ConfigError
 from tinsmithd.formats import FormatUnknown
-from tinsmithd.processes.event_loop import EventLoop
 from tinsmithd.processes.logs import is_json, log_to_stderr
 from tinsmithd.text import bounded
 
@@ -147,6 +146,7 @@ def serve(
     kind: type[C],
     make: Callable[[C], Server],
     *hopeless: type[Exception],
+    new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> None:
     """Run a server as this process; Ctrl-C ends it quietly.
 
@@ -155,6 +155,7 @@ def serve(
         make: Makes the server of its settings, on its event loop.
         hopeless: Errors for which a restart cannot help, beside those of the settings and of their
             files, and data of a later release: the process says why and gives up.
+        new_loop: Makes its event loop; None is asyncio's own.
     """
     config = load_or_exit(kind)
     set_up(config)
@@ -165,7 +166,7 @@ def serve(
         await server.run()
 
     try:
-        with asyncio.Runner(loop_factory=EventLoop) as runner:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(main())
     except KeyboardInterrupt:
         sys.exit(130)

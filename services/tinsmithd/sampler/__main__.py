@@ -5,6 +5,7 @@ import sys
 from tinsmithd.config import SamplerConfig
 from tinsmithd.errors import TinsmithError
 from tinsmithd.processes import serve
+from tinsmithd.processes.event_loop import EventLoop
 from tinsmithd.sampler.server import SamplerServer
 
 SWITCH_INTERVAL_S = 0.001
@@ -13,4 +14,4 @@ answers both need it often and shortly. Python's own 5 ms would add up."""
 
 if __name__ == "__main__":
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    serve(SamplerConfig, SamplerServer, TinsmithError)
+    serve(SamplerConfig, SamplerServer, TinsmithError, new_loop=EventLoop)
