@@ -42,7 +42,9 @@ class Figure:
 def percentiles(
     row: str, at: str, what: str, times_ms: Sequence[float], target_ms: float | None = None
 ) -> list[Figure]:
-    """The middle of some times, and the 99th percentile."""
+    """The middle of some times, and the 99th percentile; nothing where there are none."""
+    if not times_ms:
+        return []
     count = f"{len(times_ms)} calls, longest {max(times_ms):.1f} ms"
     return [
         Figure(row, at, f"{what} p50", float(np.percentile(times_ms, 50)), "ms"),

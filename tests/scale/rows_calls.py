@@ -58,6 +58,7 @@ def _calls(rate: int, seconds: float) -> Iterator[Figure]:
             yield from percentiles("calls", at, "call", times.took_ms)
             late_ms = float(np.percentile(times.late_ms, 99))
             yield Figure("calls", at, "of that, late sent p99", late_ms, "ms")
+            count = max(1, count)
             used_ms = (server.cpu_s - cpu_s) / count * 1e3
             yield Figure("calls", at, "processor of the server", used_ms, "ms/call")
             yield Figure("calls", at, "memory", server.memory_mib, "MiB")
