@@ -55,19 +55,20 @@ def hold_deposit(deposits: Path) -> tuple[Path, int]:
     while True:
         path = deposits / secrets.token_hex(16)
         path.mkdir(mode=0o700)
-        with contextlib.suppress(FileNotFoundError):
+        holder = None
+        try:
             holder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(holder, fcntl.LOCK_SH)
-                path.stat()
-            except FileNotFoundError:
+            fcntl.flock(holder, fcntl.LOCK_SH)
+            path.stat()
+        except BaseException as error:
+            if holder is not None:
                 os.close(holder)
-            except BaseException:
-                os.close(holder)
+            if isinstance(error, FileNotFoundError):  # it was swept: another one
+                continue
+            with contextlib.suppress(OSError):
                 path.rmdir()
-                raise
-            else:
-                return path, holder
+            raise
+        return path, holder
 
 
 def blob_file(blobs: Path, sha256: str) -> Path:

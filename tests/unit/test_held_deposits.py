@@ -53,13 +53,17 @@ def test_sweeps_without_end_take_nothing_that_is_held(tmp_path: Path) -> None:
         sweeping.join()
 
 
+@pytest.mark.parametrize("step", ["open", "flock"])
 def test_nothing_is_left_where_none_can_be_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def refused(descriptor: int, operation: int) -> None:
-        raise OSError(37, "no locks available")
+    """Neither descriptors nor locks to be had."""
 
-    monkeypatch.setattr(files.fcntl, "flock", refused)  # type: ignore[attr-defined]
-    with pytest.raises(OSError, match="no locks"):
-        hold_deposit(tmp_path)
+    def refused(*_: object) -> None:
+        raise OSError(37, "none available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os if step == "open" else fcntl, step, refused)
+        with pytest.raises(OSError, match="none available"):
+            hold_deposit(tmp_path)
     assert not list(tmp_path.iterdir())
