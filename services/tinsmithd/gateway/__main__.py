@@ -1,10 +1,8 @@
 """`python -m tinsmithd.gateway`: the gateway as a process."""
 
-import uvloop
-
 from tinsmithd.config import GatewaySettings
 from tinsmithd.gateway.server import Gateway
 from tinsmithd.processes import serve
 
 if __name__ == "__main__":
-    serve(GatewaySettings, Gateway, new_loop=uvloop.new_event_loop)
+    serve(GatewaySettings, Gateway)

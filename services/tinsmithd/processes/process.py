@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, Protocol, TypeVar
 
+import uvloop
+
 from tinsmithd import tracing
 from tinsmithd.config import Config, ConfigError
 from tinsmithd.formats import FormatUnknown
@@ -146,7 +148,7 @@ def serve(
     kind: type[C],
     make: Callable[[C], Server],
     *hopeless: type[Exception],
-    new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
 ) -> None:
     """Run a server as this process; Ctrl-C ends it quietly.
 
@@ -155,7 +157,7 @@ def serve(
         make: Makes the server of its settings, on its event loop.
         hopeless: Errors for which a restart cannot help, beside those of the settings and of their
             files, and data of a later release: the process says why and gives up.
-        new_loop: Makes its event loop; None is asyncio's own.
+        new_loop: Makes its event loop.
     """
     config = load_or_exit(kind)
     set_up(config)

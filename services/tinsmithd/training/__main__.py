@@ -1,7 +1,5 @@
 """`python -m tinsmithd.training`: the Training server as a process."""
 
-import uvloop
-
 from tinsmithd.config import TrainingConfig
 from tinsmithd.processes import keep_freed_memory, serve
 from tinsmithd.training.journal import Fenced, StoreDamaged
@@ -11,4 +9,4 @@ from tinsmithd.training.server import TrainingServer
 if __name__ == "__main__":
     keep_freed_memory()
     hopeless = (LaunchError, StoreDamaged, Fenced)
-    serve(TrainingConfig, TrainingServer, *hopeless, new_loop=uvloop.new_event_loop)
+    serve(TrainingConfig, TrainingServer, *hopeless)
