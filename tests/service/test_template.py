@@ -5,9 +5,11 @@ import json
 import os
 import re
 import resource
+import select
 import signal
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 
 import programs
 from clusters import until_gone
-from tinsmithd.processes.template import Forked, Launch, Template, TemplateError
+from faults.processes import hung
+from tinsmithd.processes.template import Forked, Launch, Template, TemplateError, client
 
 PROBE = "template_probe"
 
@@ -100,6 +103,50 @@ def test_nothing_outlives_whoever_started_a_template(tmp_path: Path) -> None:
     holder.kill()
     holder.wait()
     until_gone(pids)
+
+
+class Asker:
+    """Asks a template that listens for a program that sleeps."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(str(path))
+        client.ask(self._connection, PROBE, ["sleep"], programs.variables(), (0, 1, 2))
+        with self._connection.makefile("rb") as lines:
+            self.pid: int = json.loads(lines.readline())["pid"]
+
+    def kill(self) -> None:
+        """End the program; returns when only its parent does not know."""
+        os.kill(self.pid, signal.SIGKILL)
+        select.select([os.pidfd_open(self.pid)], [], [])
+
+    def go(self) -> None:
+        """Want it no more."""
+        self._connection.close()
+
+
+@pytest.mark.parametrize("steps", [(Asker.kill, Asker.go), (Asker.go, Asker.kill)])
+def test_what_ends_while_its_asker_goes_ends_nothing_else(
+    tmp_path: Path, steps: Sequence[Callable[[Asker], None]]
+) -> None:
+    """A program has ended, and who wanted it has gone, by the time that the template looks."""
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        template = client.spawn(("json",), listener)
+    try:
+        stays, *going = (Asker(path) for _ in range(4))
+        with hung(template.pid):
+            for step in steps:
+                for asker in going:
+                    step(asker)
+        until_gone([asker.pid for asker in going])
+        assert Asker(path).pid
+        assert os.path.exists(f"/proc/{stays.pid}")
+    finally:
+        template.kill()
+        template.wait()
 
 
 async def test_a_template_that_has_threads_does_not_fork(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ class _Server:
     def run(self) -> NoReturn:
         while True:
             for key, _ in self._selector.select():
+                if self._selector.get_map().get(key.fd) is not key:
+                    continue  # it was let go for an event that came with this one
                 if key.fileobj is self._source:
                     self._accept()
                 elif isinstance(key.fileobj, socket.socket):
@@ -94,7 +96,14 @@ class _Server:
             connection.close()
             return
         template = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # there is no room for one more; those that run go on
+            print(f"no fork of {wanted[0]}: {error}", file=sys.stderr, flush=True)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            connection.close()
+            return
         if not pid:
             die_with_parent(template)
             os.setsid()
