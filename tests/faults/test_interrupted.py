@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -22,17 +21,20 @@ from tinsmith import v1 as pb
 from tinsmith.cluster import connect
 from tinsmith.v1 import types_pb2
 from tinsmithd.up import SERVICES
+from tiny_models import write_tiny_model
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 PROMPT = [1, 2, 3]
-LONG = 200
-"""Tokens of a sample that takes a while."""
+LONG = 1000
+"""Tokens of a sample that takes a while, on every machine."""
 
 
 @pytest.fixture(scope="module")
-def kept(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """A cluster that starts again what dies."""
-    with RunningCluster(tiny_model, tmp_path_factory.mktemp("kept"), keep=True) as running:
+    folder = tmp_path_factory.mktemp("kept")
+    model = write_tiny_model(folder / "tiny-llama", context_length=2 * LONG)
+    with RunningCluster(model, folder / "cluster", keep=True) as running:
         yield running
 
 
@@ -125,6 +127,8 @@ def test_a_deadline_that_is_shorter_than_the_computing_counts_the_call_once(
 
 OTHER_CALLS = 1
 """Creating the model."""
+UPLOADS = 6
+"""Before each step."""
 
 
 async def test_connections_that_end_by_age_during_uploads_lose_nothing(
@@ -139,14 +143,15 @@ async def test_connections_that_end_by_age_during_uploads_lose_nothing(
     async with ChaosProxy(kept.address, 1, share=0.0, options=options) as proxy:
         service = tinsmith.ServiceClient(base_url=proxy.address)
         client = await service.create_lora_training_client_async(kept.base_model, rank=2, seed=1)
-        # About 2 MB each: the connection ends in the middle of some of them.
+        # About 2 MB each, and several at once, so that there is always one which an end can meet.
         long = [tinsmith.Datum(types.ModelInput.from_ints([1] * 256), _wide(256))] * 16
         began_s, steps, again = time.monotonic(), [], 0
         while again < 3 and time.monotonic() - began_s < 60:
-            client.forward_backward(long, "cross_entropy")
+            for _ in range(UPLOADS):
+                client.forward_backward(long, "cross_entropy")
             steps.append(client.optim_step(ADAM))
             await steps[-1]
-            again = sum(proxy.done.values()) - OTHER_CALLS - 2 * len(steps)
+            again = sum(proxy.done.values()) - OTHER_CALLS - (UPLOADS + 1) * len(steps)
         metrics = [(await step).metrics for step in steps]
     assert [m["step:last"] for m in metrics] == [*range(1, len(steps) + 1)]
     assert again >= 3, "nothing had to be sent again"
@@ -194,11 +199,12 @@ def test_a_sampler_killed_in_the_middle_of_a_sample_makes_the_same_tokens_again(
             base_model=kept.base_model
         )
         params = types.SamplingParams(max_tokens=LONG, seed=7, stop=[])
+        sampling = kept.pid("sampler")
         through_client = sampler.sample_stream(types.ModelInput.from_ints(PROMPT), 1, params)
         given = list(next(through_client).tokens)
         stream = stubs.sampler.Sample(sample_request(), timeout=600)
         begun = tokens_of(itertools.islice(stream, 2))
-        kill(kept, "sampler")
+        os.kill(sampling, signal.SIGKILL)
         with pytest.raises(grpc.RpcError) as gone:
             begun += tokens_of(stream)
         assert gone.value.code() is grpc.StatusCode.UNAVAILABLE
