@@ -37,6 +37,8 @@ LORAS = (LoraConfig(rank=4, alpha=8.0, seed=1), LoraConfig(rank=9, alpha=20.0, s
 READ, MADE = 70, 9
 """Tokens that are read at once, and those that follow; together more than a block of keys."""
 
+SAMPLES = (1, 3, 21)
+
 
 class Both(NamedTuple):
     """One model, twice."""
@@ -155,10 +157,11 @@ def test_it_computes_what_torch_does(pair: Both) -> None:
 
 
 def test_samples_of_a_shared_prompt_are_as_one_sequence_each(pair: Both) -> None:
-    """Long prompts are kept once for all samples: where keys lie changes no bit."""
+    """Long prompts are kept once for all samples, and many samples meet their keys together: where
+    keys lie, and who reads them, changes no bit."""
     decoder, prompt_tokens, rest = pair.native.decoder, tokens(1, 300), tokens(2, 4)
     found = {}
-    for samples in (1, 3):
+    for samples in SAMPLES:
         cache = KvCache(decoder.shape, bytes_max=1 << 30, prefix_bytes_max=0, chunk_tokens=512)
         room_of = cache.reserve(300, 5, samples)
         assert room_of is not None
@@ -176,8 +179,9 @@ def test_samples_of_a_shared_prompt_are_as_one_sequence_each(pair: Both) -> None
             )
             step.commit()
         found[samples] = torch.stack(rows)
-    for sample in range(3):
-        assert torch.equal(found[3][:, sample], found[1][:, 0])
+    for samples in SAMPLES:
+        for sample in range(samples):
+            assert torch.equal(found[samples][:, sample], found[1][:, 0])
 
 
 @pytest.mark.parametrize("torch_reads", [False, True])

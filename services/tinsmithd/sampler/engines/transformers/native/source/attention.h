@@ -14,6 +14,8 @@
 #define GROUP_MAX 16
 /* Of a block of keys, and what fills its last vector. */
 #define ROOM (BLOCK_KEYS + 16)
+/* Rows that may meet the same keys together. */
+#define JOINED 8
 /* Queries at once. */
 #define SCORED 3
 #define VALUED 4
@@ -150,10 +152,7 @@ INLINE float scaled(float *scores, int count, float scaling, float most) {
         /* NaN goes on into the weights, not into the maximum. */
         highest = v_max(made, highest);
     }
-    float lanes[WIDTH];
-    v_store(lanes, highest);
-    for (int i = 0; i < WIDTH; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
+    return v_highest(highest);
 }
 
 /* Weights e^(s - max) in place of scores, zeros behind the last; their sum. */
@@ -168,54 +167,92 @@ INLINE float weights_of(float *scores, int count, float most) {
     return v_sum(sum);
 }
 
-/* Queries of one key head over keys [first, last], of which those before `split` are in `shared`,
- * and the others, counted from there, in `own`. `q` and `to` are (group, dim). */
-INLINE void attend_with(
-    const float *q, int group, int dim, run shared, int64_t split, run own,
-    int64_t first, int64_t last, float scaling, const int narrow, float *to
-) {
+/* What the queries of one row and one key head have found so far. */
+typedef struct {
+    const float *q; /* (group, dim) */
+    float *to;      /* (group, dim): sums of values, by weights */
+    run own;        /* keys from `split` on, counted from there */
+    int64_t last;   /* the last key that they meet */
     float most[GROUP_MAX], sums[GROUP_MAX];
+} meeting;
+
+/* Weights of the keys [start, start + count), of which those before `split` are in `shared`. */
+INLINE void weighed_keys(
+    meeting *m, int group, int dim, run shared, int64_t split, int64_t start, int count,
+    float scaling, const int narrow, float p[][ROOM]
+) {
+    int before = start >= split ? 0 : split - start < count ? (int)(split - start) : count;
+    size_t after = before ? 0 : (size_t)(start - split);
+    if (before) all_scores(group, m->q, shared.keys, start, before, dim, narrow, 0, p);
+    all_scores(group, m->q, m->own.keys, after, count - before, dim, narrow, before, p);
     for (int g = 0; g < group; g++) {
-        most[g] = -INFINITY;
-        sums[g] = 0;
-    }
-    memset(to, 0, sizeof *to * (size_t)(group * dim));
-    for (int64_t start = first; start <= last; start += BLOCK_KEYS) {
-        int count = last + 1 - start < BLOCK_KEYS ? (int)(last + 1 - start) : BLOCK_KEYS;
-        int before = 0;
-        if (start < split) before = split - start < count ? (int)(split - start) : count;
-        size_t after = before ? 0 : (size_t)(start - split);
-        float p[GROUP_MAX][ROOM];
-        if (before) all_scores(group, q, shared.keys, start, before, dim, narrow, 0, p);
-        all_scores(group, q, own.keys, after, count - before, dim, narrow, before, p);
-        for (int g = 0; g < group; g++) {
-            float *acc = to + g * dim, highest = scaled(p[g], count, scaling, most[g]);
-            if (highest > most[g]) {
-                float less = exp_of(most[g] - highest);
-                sums[g] *= less;
-                for (int d = 0; d < dim; d++) acc[d] *= less;
-                most[g] = highest;
-            }
-            sums[g] += weights_of(p[g], count, highest);
+        float *acc = m->to + g * dim, highest = scaled(p[g], count, scaling, m->most[g]);
+        if (highest > m->most[g]) {
+            float less = exp_of(m->most[g] - highest);
+            m->sums[g] *= less;
+            for (int d = 0; d < dim; d++) acc[d] *= less;
+            m->most[g] = highest;
         }
-        if (before) all_values(group, to, p, 0, shared.values, start, before, dim, narrow);
-        all_values(group, to, p, before, own.values, after, count - before, dim, narrow);
+        m->sums[g] += weights_of(p[g], count, highest);
     }
-    for (int g = 0; g < group; g++)
-        for (int d = 0; d < dim; d++) to[g * dim + d] /= sums[g];
+}
+
+/* Their values, by these weights. */
+INLINE void added_values(
+    meeting *m, int group, int dim, run shared, int64_t split, int64_t start, int count,
+    const int narrow, float p[][ROOM]
+) {
+    int before = start >= split ? 0 : split - start < count ? (int)(split - start) : count;
+    size_t after = before ? 0 : (size_t)(start - split);
+    if (before) all_values(group, m->to, p, 0, shared.values, start, before, dim, narrow);
+    all_values(group, m->to, p, before, m->own.values, after, count - before, dim, narrow);
+}
+
+/* Queries of one key head, of `rows` rows that see keys from `first` on. Those before `alike` are
+ * the same for all of them: they are read once for all. What a row does is the same without others. */
+INLINE void attend_with(
+    meeting *all, int rows, int group, int dim, run shared, int64_t split, int64_t first,
+    int64_t alike, float scaling, const int narrow
+) {
+    float p[JOINED][GROUP_MAX][ROOM];
+    int64_t start = first;
+    for (int r = 0; r < rows; r++) {
+        for (int g = 0; g < group; g++) {
+            all[r].most[g] = -INFINITY;
+            all[r].sums[g] = 0;
+        }
+        memset(all[r].to, 0, sizeof(float) * (size_t)(group * dim));
+    }
+    for (; rows > 1 && start + BLOCK_KEYS <= alike; start += BLOCK_KEYS) {
+        for (int r = 0; r < rows; r++)
+            weighed_keys(
+                &all[r], group, dim, shared, split, start, BLOCK_KEYS, scaling, narrow, p[r]);
+        for (int r = 0; r < rows; r++)
+            added_values(&all[r], group, dim, shared, split, start, BLOCK_KEYS, narrow, p[r]);
+    }
+    for (int r = 0; r < rows; r++) {
+        meeting *m = &all[r];
+        for (int64_t at = start; at <= m->last; at += BLOCK_KEYS) {
+            int count = m->last + 1 - at < BLOCK_KEYS ? (int)(m->last + 1 - at) : BLOCK_KEYS;
+            weighed_keys(m, group, dim, shared, split, at, count, scaling, narrow, p[0]);
+            added_values(m, group, dim, shared, split, at, count, narrow, p[0]);
+        }
+        for (int g = 0; g < group; g++)
+            for (int d = 0; d < dim; d++) m->to[g * dim + d] /= m->sums[g];
+    }
 }
 
 static void attend_wide(
-    const float *q, int group, int dim, run shared, int64_t split, run own,
-    int64_t first, int64_t last, float scaling, float *to
+    meeting *all, int rows, int group, int dim, run shared, int64_t split, int64_t first,
+    int64_t alike, float scaling
 ) {
-    attend_with(q, group, dim, shared, split, own, first, last, scaling, 0, to);
+    attend_with(all, rows, group, dim, shared, split, first, alike, scaling, 0);
 }
 
 static void attend_narrow(
-    const float *q, int group, int dim, run shared, int64_t split, run own,
-    int64_t first, int64_t last, float scaling, float *to
+    meeting *all, int rows, int group, int dim, run shared, int64_t split, int64_t first,
+    int64_t alike, float scaling
 ) {
-    attend_with(q, group, dim, shared, split, own, first, last, scaling, 1, to);
+    attend_with(all, rows, group, dim, shared, split, first, alike, scaling, 1);
 }
 #endif

@@ -282,7 +282,22 @@ static void placed(team *us, const model *m, const step *s, int index, float *qk
     meet(us);
 }
 
-/* What the queries find, `(count, heads * head_dim)`. */
+static int64_t first_key(const row *at, int64_t window) {
+    return window && at->position >= window ? at->position - window + 1 : 0;
+}
+
+/* Before which key two rows see the same: in what they share, or because they are of one sequence;
+ * -1 where they do not begin with the same. */
+static int64_t alike(const row *a, const row *b, int64_t window) {
+    if (a->split != b->split || first_key(a, window) != first_key(b, window)) return -1;
+    if (a->split && a->shared != b->shared) return -1;
+    if (a->store == b->store && a->slot == b->slot)
+        return (a->position < b->position ? a->position : b->position) + 1;
+    return a->split ? a->split : -1;
+}
+
+/* What the queries find, `(count, heads * head_dim)`. Rows beside each other that see the same keys
+ * meet them together. */
 static void attended(team *us, const model *m, const step *s, int index, const float *qkv, float *to) {
     int dim = m->head_dim, group_heads = m->heads / m->kv_heads;
     size_t ld = (size_t)(m->heads + 2 * m->kv_heads) * dim;
@@ -290,19 +305,33 @@ static void attended(team *us, const model *m, const step *s, int index, const f
     /* Few rows are shared out by the query head. */
     int each = s->count * m->kv_heads < 4 * us->threads ? 1 : smaller(group_heads, GROUP_MAX);
     int parts = pieces(group_heads, each);
-    int all = m->kv_heads * parts * s->count;
+    int most = smaller(JOINED, s->count * m->kv_heads * parts / (4 * us->threads));
+    if (most < 1) most = 1;
+    int joins = pieces(s->count, most);
+    int all = m->kv_heads * parts * joins;
     for (int i; (i = next_piece(us)) < all;) {
-        int r = i % s->count, part = i / s->count % parts, h = i / s->count / parts;
-        const row *at = &s->rows[r];
+        int part = i / joins % parts, h = i / joins / parts;
         int first_head = h * group_heads + part * each;
         int count = smaller(each, group_heads - part * each);
-        run own = head_of(m, &s->stores[at->store], at->slot, index, h), shared = own;
-        if (at->split) shared = head_of(m, &s->stores[at->shared], 0, index, h);
-        int64_t first = window && at->position >= window ? at->position - window + 1 : 0;
-        (m->kv_narrow ? attend_narrow : attend_wide)(
-            qkv + r * ld + first_head * dim, count, dim, shared, at->split, own, first,
-            at->position, m->scaling, to + ((size_t)r * m->heads + first_head) * dim
-        );
+        int end = smaller(s->count, (i % joins + 1) * most);
+        for (int r = i % joins * most, rows; r < end; r += rows) {
+            const row *at = &s->rows[r];
+            meeting met[JOINED];
+            int64_t bound = at->position + 1, next;
+            for (rows = 0; r + rows < end; rows++) {
+                const row *one = &s->rows[r + rows];
+                if (rows && (next = alike(at, one, window)) < 0) break;
+                if (rows && next < bound) bound = next;
+                met[rows].q = qkv + (r + rows) * ld + first_head * dim;
+                met[rows].to = to + ((size_t)(r + rows) * m->heads + first_head) * dim;
+                met[rows].own = head_of(m, &s->stores[one->store], one->slot, index, h);
+                met[rows].last = one->position;
+            }
+            run shared = met[0].own;
+            if (at->split) shared = head_of(m, &s->stores[at->shared], 0, index, h);
+            (m->kv_narrow ? attend_narrow : attend_wide)(
+                met, rows, count, dim, shared, at->split, first_key(at, window), bound, m->scaling);
+        }
     }
     meet(us);
 }

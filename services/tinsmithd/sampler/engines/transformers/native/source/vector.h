@@ -86,7 +86,22 @@ INLINE vec v_load_narrow(const uint16_t *p) {
 INLINE __m256 v_half(vec x) { return x; }
 #endif
 
-/* The sums of eight vectors. */
+/* The sums of eight vectors: halves are added, then neighbours, twice, then halves. */
+#if WIDTH == 16
+INLINE __m512 v_halves(vec x, vec y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+}
+INLINE __m512 v_neighbours(__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd));
+}
+INLINE void v_sums(const vec x[8], float *to) {
+    __m512 a = v_neighbours(v_halves(x[0], x[4]), v_halves(x[1], x[5]));
+    __m512 b = v_neighbours(v_halves(x[2], x[6]), v_halves(x[3], x[7]));
+    a = v_neighbours(a, b);
+    a = _mm512_add_ps(_mm512_shuffle_f32x4(a, a, 0x08), _mm512_shuffle_f32x4(a, a, 0x0d));
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(a));
+}
+#else
 INLINE void v_sums(const vec x[8], float *to) {
     __m256 a = _mm256_hadd_ps(v_half(x[0]), v_half(x[1]));
     __m256 b = _mm256_hadd_ps(v_half(x[2]), v_half(x[3]));
@@ -97,6 +112,20 @@ INLINE void v_sums(const vec x[8], float *to) {
     b = _mm256_permute2f128_ps(a, c, 0x20);
     d = _mm256_permute2f128_ps(a, c, 0x31);
     _mm256_storeu_ps(to, _mm256_add_ps(b, d));
+}
+#endif
+
+/* The largest element of one vector, which has no NaN. */
+INLINE float v_highest(vec x) {
+#if WIDTH == 16
+    x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+    x = _mm512_max_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+    __m128 four = _mm512_castps512_ps128(x);
+#else
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+#endif
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
 /* The sum of one vector. */
