@@ -165,6 +165,38 @@ static void product(
     }
 }
 
+/* Vectors of columns that one row meets at once: long reads of a weight that is read once. */
+#define LONG 8
+
+/* One row times V vectors of columns, as `summed`. */
+INLINE void long_sums(const int V, const float *w, size_t ldw, int k, const float *x, float *to) {
+    for (int start = 0; start < k; start += BLOCK_K) {
+        int end = start + BLOCK_K < k ? start + BLOCK_K : k;
+        vec acc[LONG];
+        for (int v = 0; v < V; v++) acc[v] = v_all(0);
+        for (int i = start; i < end; i++) {
+            vec own = v_all(x[i]);
+            for (int v = 0; v < V; v++)
+                acc[v] = v_fma(own, v_load(w + i * ldw + v * WIDTH), acc[v]);
+        }
+        for (int v = 0; v < V; v++) {
+            vec before = start ? v_load(to + v * WIDTH) : v_all(0);
+            v_store(to + v * WIDTH, start ? v_add(before, acc[v]) : acc[v]);
+        }
+    }
+}
+
+/* Of whole vectors of `columns`, as many as there are registers for; returns how many columns. */
+static int long_row(int columns, const float *w, size_t ldw, int k, const float *x, float *to) {
+    int count = columns / WIDTH < LONG ? columns / WIDTH : LONG;
+    switch (count) {
+#define LONG_OF(V) case V: long_sums(V, w, ldw, k, x, to); break
+        LONG_OF(1); LONG_OF(2); LONG_OF(3); LONG_OF(4);
+        LONG_OF(5); LONG_OF(6); LONG_OF(7); LONG_OF(8);
+    }
+    return count * WIDTH;
+}
+
 /* Rows times float32 columns [start, end) of `w`, `(k, ldw)`: what adapters are made of. Rows of x
  * and y are those of an index. */
 static void product_of_columns(
@@ -182,6 +214,13 @@ static void product_of_columns(
             to[r] = y + (y_rows ? (size_t)y_rows[row + r] : (size_t)(row + r)) * ldy;
         }
         int at = start;
+        while (count == 1 && end - at >= WIDTH) {
+            float made[LONG * WIDTH];
+            int columns = long_row(end - at, w + at, ldw, k, rows_of_x[0], made);
+            for (int c = 0; c < columns; c++)
+                to[0][at + c] = adds ? to[0][at + c] + made[c] : made[c];
+            at += columns;
+        }
         while (at < end) {
             int left = end - at, made = left >= PANEL ? PANEL : left >= WIDTH ? WIDTH : left;
             const float *own[TILE];

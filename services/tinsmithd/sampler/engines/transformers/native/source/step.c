@@ -91,17 +91,18 @@ static int any(adapters of) {
 /* What A makes; in the phase of the product beside it. */
 static void adapters_down(team *us, adapters of, int k, const float *x, size_t ldx) {
     int seen = 0, own = next_piece(us);
+    int piece = of.groups_count < 2 * us->threads ? PANEL : PIECE_COLUMNS;
     for (int g = 0; g < of.groups_count; g++) {
         const group *rows = &of.groups[g];
         const site *s = &rows->sites[of.index];
         if (s->a == NULL) continue;
         int columns = s->parts * s->rank;
         for (int start = 0; start < rows->count; start += BLOCK_ROWS)
-            for (int at = 0; at < columns; at += PANEL) {
+            for (int at = 0; at < columns; at += piece) {
                 if (seen++ != own) continue;
                 const int32_t *index = rows->rows + start;
                 product_of_columns(
-                    s->a, columns, k, at, smaller(at + PANEL, columns), x, ldx, index,
+                    s->a, columns, k, at, smaller(at + piece, columns), x, ldx, index,
                     smaller(BLOCK_ROWS, (int)rows->count - start), of.between, of.ld_between, index, 0
                 );
                 own = next_piece(us);
