@@ -1,9 +1,12 @@
 """Both ends of a deposit: rank 0 leaves a state; the Training server has it taken, or sends it."""
 
 import asyncio
+import dataclasses
 import fcntl
 import os
+import queue
 import resource
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +16,12 @@ import pytest
 
 from checkpoints import PEFT_CONFIG, NeverRead, to_files
 from deposits import hand_over
+from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
 from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, LoraConfig, ModelState
 from tinsmithd.errors import NotFound, Reason, Unavailable
 from tinsmithd.saves import NewCheckpoint, SaveOptions
 from tinsmithd.state.tensors import MOMENTS
-from tinsmithd.trainer.state_sender import leave_state
+from tinsmithd.trainer.state_sender import StateSender, leave_state
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.deposits import Deposit, Deposits
 from tinsmithd.training.models.staging import Copies, DiskStaging
@@ -80,6 +84,45 @@ def test_nothing_is_written_through_a_name_that_is_taken(state: ModelState, tmp_
     assert leave_state(state, str(deposit)) is None
     assert secret.read_bytes() == b"as it was"
     assert [path.name for path in deposit.iterdir()] == []
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_what_is_urgent_passes_what_is_not(state: ModelState, tmp_path: Path, left: bool) -> None:
+    """Weights for a Sampler come while a snapshot is being sent, or left, and are there before it:
+    the snapshot is as whole as without them."""
+    sender, sent = StateSender(), queue.SimpleQueue[pb.AttachRequest]()
+    begun, taken = threading.Event(), threading.Event()
+
+    class Slow(dict[str, np.ndarray]):
+        """Arrays that are looked at only when the other copy is there."""
+
+        def __getitem__(self, name: str) -> np.ndarray:
+            begun.set()
+            assert taken.wait(10)
+            return super().__getitem__(name)
+
+    def later(message: pb.AttachRequest) -> bool:
+        sent.put(message)
+        return True
+
+    snapshot = dataclasses.replace(state, optimizer=Slow(state.optimizer))
+    deposit = str(tmp_path) if left else ""
+    sender.take(1, lambda: snapshot, lambda _: None, later, deposit)
+    assert begun.wait(10)
+    sender.take(2, lambda: state, lambda _: None, later, urgent=True)
+    taken.set()
+    messages: list[pb.AttachRequest] = []
+    while len(ended := [m.command_id for m in messages if m.HasField("done")]) < 2:
+        messages.append(sent.get(timeout=10))
+    assert ended == [2, 1]
+    for command_id in (2,) if left else (1, 2):
+        files: dict[str, bytes] = {}
+        for message in messages:
+            if message.command_id == command_id and message.HasField("piece"):
+                name = message.piece.file_name
+                files[name] = files.get(name, b"") + message.piece.data
+        assert files == to_files(state)
+    assert not left or found_in(tmp_path) == to_files(state)
 
 
 @contextmanager

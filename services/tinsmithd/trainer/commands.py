@@ -218,6 +218,7 @@ class Commands:
             self._state_sender.take(
                 *(command.command_id, copy, replies.now, replies.later),
                 command.copy_state.deposit,
+                urgent=not command.copy_state.optimizer,  # it is for a Sampler
             )
 
     def _import_state(self, command: pb.AttachResponse, replies: _Replies) -> pb.Done:

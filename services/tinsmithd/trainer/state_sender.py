@@ -1,14 +1,16 @@
 """Sends copies of models' states to the Training server while the ranks go on with other work.
 
 Where a copy has a deposit, its files are left there instead, for the Checkpoint server to take.
+Weights for a Sampler, for which somebody waits, do not wait for a snapshot, which is three times as
+large and for which nobody does.
 """
 
 import contextlib
 import logging
 import os
-import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tinsmith.internal.v1 import trainer_link_service_pb2 as pb
@@ -41,11 +43,15 @@ class _Copy:
 
 
 class StateSender:
-    """Writes and sends copies of states, one after the other, on a thread of its own."""
+    """Writes and sends copies of states on a thread of its own, one after the other, but that what
+    is urgent passes what is not, between two pieces of that."""
 
     def __init__(self) -> None:
         self._room = threading.BoundedSemaphore(COPIES_MAX)
-        self._copies: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
+        self._urgent: deque[_Copy] = deque()
+        self._others: deque[_Copy] = deque()
+        self._there = threading.Semaphore(0)
+        """Counts both."""
         self._thread: threading.Thread | None = None
 
     def take(
@@ -55,6 +61,8 @@ class StateSender:
         reply: Callable[[pb.AttachRequest], None],
         later: Later,
         deposit: str = "",
+        *,
+        urgent: bool = False,
     ) -> None:
         """Copy a state, say so, and let the thread send it.
 
@@ -66,6 +74,7 @@ class StateSender:
             reply: Sends a message at once.
             later: Takes the pieces, and `done` or `failed` at last.
             deposit: The folder to leave the files in, where it is there; empty: none is.
+            urgent: Whether it goes before what is not.
 
         Raises:
             Exception: The state could not be copied.
@@ -77,22 +86,37 @@ class StateSender:
             self._room.release()
             raise
         reply(pb.AttachRequest(command_id=command_id, copied=pb.Copied()))
-        self._copies.put(_Copy(command_id, state, later, deposit))
+        copies = self._urgent if urgent else self._others
+        copies.append(_Copy(command_id, state, later, deposit))
+        self._there.release()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="state-sender", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
         while True:
-            self._send_next()
-            self._room.release()  # here nothing holds the copy any more
+            self._there.acquire()
+            if self._urgent:
+                self._send_urgent()
+            else:
+                self._send(self._others.popleft(), self._let_pass)
+                self._room.release()  # here nothing holds the copy any more
 
-    def _send_next(self) -> None:
-        copy = self._copies.get()
+    def _send_urgent(self) -> None:
+        self._send(self._urgent.popleft(), _nobody)
+        self._room.release()
+
+    def _let_pass(self) -> None:
+        """Send one that is urgent, if there is any; only one, so that the other gets on."""
+        if self._urgent:
+            self._there.acquire()
+            self._send_urgent()
+
+    def _send(self, copy: _Copy, between: Callable[[], None]) -> None:
         try:
-            deposited = leave_state(copy.state, copy.deposit) if copy.deposit else None
+            deposited = leave_state(copy.state, copy.deposit, between) if copy.deposit else None
             if deposited is None:
-                send_state(copy.command_id, copy.state, copy.later)
+                send_state(copy.command_id, copy.state, copy.later, between)
             else:
                 done = done_with(copy.state)
                 done.deposited.extend(deposited)
@@ -102,15 +126,23 @@ class StateSender:
             copy.later(pb.AttachRequest(command_id=copy.command_id, failed=failed(Internal())))
 
 
-def send_state(command_id: int, state: ModelState, later: Later) -> None:
+def _nobody() -> None:
+    """Nobody passes."""
+
+
+def send_state(
+    command_id: int, state: ModelState, later: Later, between: Callable[[], None] = _nobody
+) -> None:
     """Send a state's files and then `done`, until the stream ends.
 
     Args:
         command_id: Of the command that this answers.
         state: The state, which must not change meanwhile.
         later: Sends the messages, in this order.
+        between: Called before each piece.
     """
     for file_name, data in state_files.to_pieces(state, PIECE_BYTES_MAX):
+        between()
         piece = pb.StatePiece(file_name=file_name, data=data)
         if not later(pb.AttachRequest(command_id=command_id, piece=piece)):
             return
@@ -118,12 +150,15 @@ def send_state(command_id: int, state: ModelState, later: Later) -> None:
     later(pb.AttachRequest(command_id=command_id, done=done_with(state)))
 
 
-def leave_state(state: ModelState, deposit: str) -> list[pb.DepositedFile] | None:
+def leave_state(
+    state: ModelState, deposit: str, between: Callable[[], None] = _nobody
+) -> list[pb.DepositedFile] | None:
     """Leave a state's files in a deposit.
 
     Args:
         state: The state, which must not change meanwhile.
         deposit: Its folder.
+        between: Called before each buffer.
 
     Returns:
         The files; None where the folder is not there, as on another machine, or does not take them.
@@ -140,7 +175,7 @@ def leave_state(state: ModelState, deposit: str) -> list[pb.DepositedFile] | Non
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             file = os.open(name, flags, 0o600, dir_fd=holder)
             try:
-                left[-1].size_bytes = write_all(file, buffers)
+                left[-1].size_bytes = write_all(file, _with(between, buffers))
             finally:
                 os.close(file)
             failpoints.hit("mid_deposit")
@@ -153,3 +188,9 @@ def leave_state(state: ModelState, deposit: str) -> list[pb.DepositedFile] | Non
     finally:
         os.close(holder)
     return left
+
+
+def _with(between: Callable[[], None], buffers: Iterable[memoryview]) -> Iterator[memoryview]:
+    for buffer in buffers:
+        between()
+        yield buffer
