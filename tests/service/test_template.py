@@ -65,7 +65,12 @@ def test_forks_draw_other_numbers_than_each_other() -> None:
 
 @asynccontextmanager
 async def template(*modules: str) -> AsyncIterator[Template]:
-    with contextlib.closing(Template(*modules)) as opened:
+    """One that finds what this folder has."""
+    path = programs.variables()["PYTHONPATH"]
+    with (
+        programs.environment(PYTHONPATH=path),
+        contextlib.closing(Template(*modules)) as opened,
+    ):
         yield opened
 
 
@@ -105,6 +110,11 @@ def test_nothing_outlives_whoever_started_a_template(tmp_path: Path) -> None:
     until_gone(pids)
 
 
+def parent_of(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[1])
+
+
 class Asker:
     """Asks a template that listens for a program that sleeps."""
 
@@ -117,8 +127,10 @@ class Asker:
 
     def kill(self) -> None:
         """End the program; returns when only its parent does not know."""
+        process = os.pidfd_open(self.pid)
         os.kill(self.pid, signal.SIGKILL)
-        select.select([os.pidfd_open(self.pid)], [], [])
+        select.select([process], [], [])
+        os.close(process)
 
     def go(self) -> None:
         """Want it no more."""
@@ -149,11 +161,34 @@ def test_what_ends_while_its_asker_goes_ends_nothing_else(
         template.wait()
 
 
-async def test_a_template_that_has_threads_does_not_fork(tmp_path: Path) -> None:
+async def test_a_program_for_which_there_is_no_room_ends_no_other() -> None:
+    """Neither a process nor a descriptor for it is to be had; and an asker that goes half-way
+    leaves nothing behind."""
+    async with template("template_full") as opened:
+        launch = Launch(PROBE, ["sleep"], programs.variables())
+        stays = await opened.fork(launch)
+        descriptors = Path(f"/proc/{parent_of(stays.pid)}/fd")
+        held = len(list(descriptors.iterdir()))
+        for length in (1, 1 << 31):
+            with opened._connect() as connection:
+                socket.send_fds(connection, [length.to_bytes(4, "big")], [0, 1, 2])
+        for _ in range(2):  # see `template_full`
+            with pytest.raises(TemplateError, match="no room"):
+                await opened.fork(launch)
+            assert len(list(descriptors.iterdir())) == held
+        program = await opened.fork(Launch(PROBE, ["exit", "3"], programs.variables()))
+        assert await program.wait() == 3
+        assert stays.returncode is None
+
+
+async def test_a_template_that_has_threads_does_not_fork(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Its starter is told at once, and programs start in the ordinary way."""
     async with template("template_threads") as opened:
         with pytest.raises(TemplateError, match="the template process ended"):
             await opened.fork(Launch(PROBE, ["exit", "0"], programs.variables()))
+        assert "it has 2 threads after its imports" in capfd.readouterr().err
         program = await opened.start(Launch(PROBE, ["exit", "3"], programs.variables()))
         assert not isinstance(program, Forked)
         assert await program.wait() == 3

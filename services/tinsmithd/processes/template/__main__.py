@@ -98,11 +98,8 @@ class _Server:
         template = os.getpid()
         try:
             pid = os.fork()
-        except OSError as error:  # there is no room for one more; those that run go on
-            print(f"no fork of {wanted[0]}: {error}", file=sys.stderr, flush=True)
-            for descriptor in descriptors:
-                os.close(descriptor)
-            connection.close()
+        except OSError as error:
+            _refuse(connection, descriptors, wanted, error)
             return
         if not pid:
             die_with_parent(template)
@@ -118,9 +115,14 @@ class _Server:
             for number, (soft, hard) in limits:
                 resource.setrlimit(number, (soft, hard))
             become(module, arguments, environment)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        process = os.pidfd_open(pid)
+        try:
+            process = os.pidfd_open(pid)
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            _refuse(connection, descriptors, wanted, error)
+            return
+        _close(descriptors)
         self._connections[process] = connection
         self._selector.register(process, selectors.EVENT_READ, pid)
         self._selector.register(connection, selectors.EVENT_READ, pid)
@@ -159,12 +161,30 @@ class _Server:
 
 def _read(connection: socket.socket) -> tuple[Wanted, Sequence[int]]:
     said, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
-    with connection.makefile("rb") as file:
-        body = file.read(int.from_bytes(said, "big"))
-    if len(descriptors) != 3 or not body:
-        raise EOFError
-    module, arguments, environment, folder, limits = json.loads(body)
+    try:
+        with connection.makefile("rb") as file:
+            body = file.read(int.from_bytes(said, "big"))
+        if len(descriptors) != 3 or not body:
+            raise EOFError
+        module, arguments, environment, folder, limits = json.loads(body)
+    except BaseException:
+        _close(descriptors)
+        raise
     return (module, arguments, environment, folder, limits), descriptors
+
+
+def _refuse(
+    connection: socket.socket, descriptors: Sequence[int], wanted: Wanted, error: OSError
+) -> None:
+    """There is no room for one more program; those that run go on."""
+    print(f"no fork of {wanted[0]}: {error}", file=sys.stderr, flush=True)
+    _close(descriptors)
+    connection.close()
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _say(connection: socket.socket, **reply: int) -> None:

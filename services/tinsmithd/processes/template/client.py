@@ -145,7 +145,7 @@ class Template:
         try:
             reply = await _reply(connection)  # after the template's imports
             if not reply:
-                raise TemplateError("the template process ended; its log says why")
+                raise TemplateError("the template process ended, or has no room; its log says why")
             self._has_forked = True
             return Forked(connection, int(reply["pid"]))
         except BaseException:
