@@ -176,12 +176,17 @@ typedef struct {
     float most[GROUP_MAX], sums[GROUP_MAX];
 } meeting;
 
+/* How many of the keys [start, start + count) are before `split`. */
+INLINE int keys_before(int64_t split, int64_t start, int count) {
+    return start >= split ? 0 : split - start < count ? (int)(split - start) : count;
+}
+
 /* Weights of the keys [start, start + count), of which those before `split` are in `shared`. */
 INLINE void weighed_keys(
     meeting *m, int group, int dim, run shared, int64_t split, int64_t start, int count,
     float scaling, const int narrow, float p[][ROOM]
 ) {
-    int before = start >= split ? 0 : split - start < count ? (int)(split - start) : count;
+    int before = keys_before(split, start, count);
     size_t after = before ? 0 : (size_t)(start - split);
     if (before) all_scores(group, m->q, shared.keys, start, before, dim, narrow, 0, p);
     all_scores(group, m->q, m->own.keys, after, count - before, dim, narrow, before, p);
@@ -202,7 +207,7 @@ INLINE void added_values(
     meeting *m, int group, int dim, run shared, int64_t split, int64_t start, int count,
     const int narrow, float p[][ROOM]
 ) {
-    int before = start >= split ? 0 : split - start < count ? (int)(split - start) : count;
+    int before = keys_before(split, start, count);
     size_t after = before ? 0 : (size_t)(start - split);
     if (before) all_values(group, m->to, p, 0, shared.values, start, before, dim, narrow);
     all_values(group, m->to, p, before, m->own.values, after, count - before, dim, narrow);

@@ -180,8 +180,8 @@ INLINE void long_sums(const int V, const float *w, size_t ldw, int k, const floa
                 acc[v] = v_fma(own, v_load(w + i * ldw + v * WIDTH), acc[v]);
         }
         for (int v = 0; v < V; v++) {
-            vec before = start ? v_load(to + v * WIDTH) : v_all(0);
-            v_store(to + v * WIDTH, start ? v_add(before, acc[v]) : acc[v]);
+            if (start) acc[v] = v_add(v_load(to + v * WIDTH), acc[v]);
+            v_store(to + v * WIDTH, acc[v]);
         }
     }
 }

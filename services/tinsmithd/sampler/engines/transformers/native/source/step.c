@@ -91,6 +91,7 @@ static int any(adapters of) {
 /* What A makes; in the phase of the product beside it. */
 static void adapters_down(team *us, adapters of, int k, const float *x, size_t ldx) {
     int seen = 0, own = next_piece(us);
+    /* All columns of a row lie beside each other; but few adapters have to be shared out. */
     int piece = of.groups_count < 2 * us->threads ? PANEL : PIECE_COLUMNS;
     for (int g = 0; g < of.groups_count; g++) {
         const group *rows = &of.groups[g];
