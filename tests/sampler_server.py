@@ -2,10 +2,13 @@
 
 import contextlib
 import hashlib
+import itertools
+import threading
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,6 +25,7 @@ from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.convert.types import lora_to_pb
 from tinsmithd.domain import ModelState
+from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
 
 PROMPT = [10, 20, 30, 40]
@@ -115,6 +119,24 @@ async def serving(base_model: Path, folder: Path, **settings: Any) -> AsyncItera
         await channel.close()
     await sampler.stop()
     await checkpoint.stop()
+
+
+@contextlib.contextmanager
+def held_at(step: int) -> Iterator[threading.Event]:
+    """Engines of this process stop before a step, counted from now on, until the event is set: a
+    test does in the midst of a request what it has to do there, however quick they are."""
+    go, steps, batch = threading.Event(), itertools.count(), KvCache.batch
+
+    def counted(*arguments: Any) -> Any:
+        if next(steps) >= step:
+            assert go.wait(60), "nobody let the engine go on"
+        return batch(*arguments)
+
+    with mock.patch.object(KvCache, "batch", counted):
+        try:
+            yield go
+        finally:
+            go.set()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 
 from data import make_data
-from sampler_server import CONTEXT, PATH, PROMPT, Served, prompt, sample_request, serving
+from sampler_server import (
+    CONTEXT,
+    PATH,
+    PROMPT,
+    Served,
+    held_at,
+    prompt,
+    sample_request,
+    serving,
+)
 from tinsmith.tensors import decode
 from tinsmith.v1 import checkpoint_service_pb2 as checkpoint_pb
 from tinsmith.v1 import sampler_service_pb2 as pb
@@ -19,10 +29,13 @@ from tinsmith.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from tinsmithd.config import SamplerConfig
 from tinsmithd.domain import AdamParams, CrossEntropy, LoraConfig, ModelState
 from tinsmithd.modeling.base import load_base
+from tinsmithd.sampler import server as server_module
+from tinsmithd.sampler.engines.interface import SamplingEngine
 from tinsmithd.sampler.engines.transformers.kv import KvCache
-from tinsmithd.sampler.server import SamplerServer
+from tinsmithd.sampler.server import SamplerServer, load_engine
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
+from waiting import until
 from wire import reason_and_field, unlimited
 
 
@@ -48,13 +61,20 @@ def states(tiny_model: Path) -> list[ModelState]:
 
 
 async def test_tokens_stream_and_every_sequence_ends(served: Served) -> None:
-    """More messages than one, 8 tokens each, LENGTH; prompt scores in the first message only."""
+    """Tokens come while the next ones are not made yet; 8 each, LENGTH; prompt scores in the first
+    message only."""
     request = sample_request(num_samples=3, include_prompt_logprobs=True, topk_prompt_logprobs=2)
-    responses = [response async for response in served.stub.Sample(request)]
+    responses = []
+    with held_at(4) as go:
+        async for response in served.stub.Sample(request):
+            responses.append(response)
+            if response.deltas:
+                go.set()
     assert [r.HasField("prompt_logprobs") for r in responses] == [True] + [False] * (
         len(responses) - 1
     )
-    assert len(responses) > 2
+    first = next(r for r in responses if r.deltas)
+    assert not any(delta.stop_reason for delta in first.deltas)
     scores = responses[0].prompt_logprobs
     assert decode(scores.topk_token_ids).shape == (len(PROMPT), 2)
     made = await served.sample(num_samples=3)
@@ -211,20 +231,21 @@ async def test_cancelling_stops_the_work(served: Served) -> None:
     assert admission is not None
     for timeout_s in (None, 0.5):
         request = sample_request(num_samples=64, params={"max_tokens": 500})
-        call = served.stub.Sample(request, timeout=timeout_s)
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            async for _ in call:
-                if timeout_s is None:
-                    call.cancel()
-                    break
-        async with asyncio.timeout(60):
-            while admission.running or admission.stats().sequences:
-                await asyncio.sleep(0.01)
+        with held_at(3) as go:
+            call = served.stub.Sample(request, timeout=timeout_s)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for _ in call:
+                    if timeout_s is None:
+                        call.cancel()
+                        break
+            await until(lambda: admission.idle)
+            made = admission.stats().sampled_tokens
+            go.set()
+            await until(lambda: not admission.stats().sequences)
+        assert admission.stats().sampled_tokens <= made + 64
         made = admission.stats().sampled_tokens
-        assert 0 < made < 64 * 500
-        await asyncio.sleep(0.3)
-        assert admission.stats().sampled_tokens == made
         assert len(await asyncio.gather(*(served.sample() for _ in range(8)))) == 8
+        assert admission.stats().sampled_tokens == made + 8 * 8
 
 
 async def test_a_step_that_fails_ends_the_server(
@@ -369,8 +390,17 @@ async def test_a_damaged_checkpoint_is_data_loss(served: Served, states: list[Mo
     assert await served.sample()
 
 
-async def test_a_checkpoint_server_that_is_away_is_unavailable(tiny_model: Path) -> None:
+async def test_a_checkpoint_server_that_is_away_is_unavailable(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The base model is still sampled from."""
+    asked = threading.Event()
+
+    def load(config: SamplerConfig) -> SamplingEngine:
+        assert asked.wait(60)
+        return load_engine(config)
+
+    monkeypatch.setattr(server_module, "load_engine", load)
     config = SamplerConfig(
         listen_address="127.0.0.1:0",
         base_model=str(tiny_model),
@@ -386,10 +416,12 @@ async def test_a_checkpoint_server_that_is_away_is_unavailable(tiny_model: Path)
             error = await refusal(stub.Sample(sample_request()))
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert reason_and_field(error)[0] == "SAMPLER_UNAVAILABLE"
+            asked.set()
             await server.loaded()
             assert [r async for r in stub.Sample(sample_request())]
             error = await refusal(stub.Sample(sample_request(checkpoint_path=PATH)))
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert reason_and_field(error)[0] == "CHECKPOINT_UNAVAILABLE"
     finally:
+        asked.set()
         await server.stop()
