@@ -221,7 +221,7 @@ class TrainingLimits(Limits):
             own = [("grpc.use_local_subchannel_pool", 1)]  # one connection holds no more streams
             with grpc.insecure_channel(self._server.address, own) as channel:
                 stub = TrainingServiceStub(channel)
-                grpc.channel_ready_future(channel).result(10)
+                grpc.channel_ready_future(channel).result(60)
                 with self.sending():
                     stub.ListModels(pb.ListModelsRequest(), metadata=self._shown)
         finally:

@@ -55,7 +55,7 @@ def text_of(cluster: RunningCluster, name: str) -> str:
     """What a scrape of a server gives."""
     log = (cluster.logs / f"{name}.log").read_text()
     url = re.findall(r"metrics are at (http://\S+)", log)[-1]
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         return str(response.read().decode())
 
 
