@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import programs
@@ -25,7 +26,6 @@ from tinsmithd.checkpoint.server import CheckpointServer
 from tinsmithd.config import CheckpointConfig, SamplerConfig
 from tinsmithd.convert.types import lora_to_pb
 from tinsmithd.domain import ModelState
-from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.sampler.server import SERVICE_NAME, SamplerServer
 
 PROMPT = [10, 20, 30, 40]
@@ -125,6 +125,8 @@ async def serving(base_model: Path, folder: Path, **settings: Any) -> AsyncItera
 def held_at(step: int) -> Iterator[threading.Event]:
     """Engines of this process stop before a step, counted from now on, until the event is set: a
     test does in the midst of a request what it has to do there, however quick they are."""
+    from tinsmithd.sampler.engines.transformers.kv import KvCache  # and torch, for who has it here
+
     go, steps, batch = threading.Event(), itertools.count(), KvCache.batch
 
     def counted(*arguments: Any) -> Any:
@@ -160,6 +162,14 @@ def sampler_process(base_model: Path, folder: Path) -> Iterator[tuple[int, str]]
             )
             next(s for s in watch if s.status == health_pb2.HealthCheckResponse.SERVING)
         yield running.pid, address
+
+
+async def refusal(call: AsyncIterator[pb.SampleResponse]) -> grpc.aio.AioRpcError:
+    """How a call is refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        async for _ in call:
+            pass
+    return refused.value
 
 
 def prompt(tokens: list[int]) -> types_pb2.ModelInput:

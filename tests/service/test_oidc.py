@@ -206,8 +206,7 @@ async def test_a_key_of_the_same_name_is_another_one(issuer: Issuer, tmp_path: P
 async def test_an_issuer_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
     """Who shows a key is served; who shows a token is told when to come again, and served once the
     issuer is there."""
-    # A port that nobody is given meanwhile, for it has to be had again.
-    with Issuer(port=free_ports()) as issuer:
+    with Issuer(port=free_ports()) as issuer:  # nobody is given that port meanwhile
         pass
     async with taking(issuer, tmp_path) as asked:
         assert await asked.reason(issuer.token()) == "ISSUER_UNAVAILABLE"
@@ -259,7 +258,6 @@ async def test_keys_that_are_known_stay_good(issuer: Issuer, tmp_path: Path, how
             assert await asked.reason(issuer.token(f"user-{number}")) == GOOD
             await asyncio.sleep(0.02)
         await until(lambda: issuer.asked[CONFIGURATION] > fetched or how == "is gone")
-        assert await asked.reason(issuer.token()) == GOOD
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -18,6 +18,7 @@ from sampler_server import (
     Served,
     held_at,
     prompt,
+    refusal,
     sample_request,
     serving,
 )
@@ -98,15 +99,6 @@ async def test_tokens_gather_for_whom_it_is_all_the_same(served: Served) -> None
     assert streamed == {d.sequence_index: decode(d.tokens).tolist() for d in gathered[1].deltas}
 
 
-@pytest.mark.parametrize("said", ["", "-1", "61", "nan", "soon"])
-async def test_what_is_no_time_to_gather_is_refused(served: Served, said: str) -> None:
-    error = await refusal(
-        served.stub.Sample(sample_request(), metadata=(("tinsmith-gather-s", said),))
-    )
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert reason_and_field(error) == ("INVALID_FIELD", "metadata['tinsmith-gather-s']")
-
-
 async def test_a_seed_gives_the_same_samples_whatever_else_runs(served: Served) -> None:
     """Bit for bit, alone and in a crowd; without a seed they differ."""
     alone = await served.sample(num_samples=2)
@@ -144,84 +136,6 @@ async def test_a_stop_token_is_returned_and_ends(served: Served) -> None:
     ((tokens, _, reason),) = await served.sample(params={"stop": wanted})
     assert tokens == free[: free.index(free[3]) + 1]
     assert reason == pb.STOP_REASON_STOP
-
-
-def _sampling(**values: object) -> Callable[[], pb.SampleRequest]:
-    return lambda: sample_request(params=values)
-
-
-BAD: list[tuple[str, Callable[[], pb.SampleRequest], str, str]] = [
-    ("no prompt", lambda: pb.SampleRequest(), "MISSING_FIELD", "prompt.chunks"),
-    (
-        "no token",
-        lambda: sample_request(prompt=types_pb2.ModelInput(chunks=[types_pb2.ModelInputChunk()])),
-        "MISSING_FIELD",
-        "prompt.chunks[0]",
-    ),
-    ("token", lambda: sample_request(prompt=prompt([1, 320])), "TOKEN_OUT_OF_RANGE", "prompt"),
-    ("below", lambda: sample_request(prompt=prompt([-1])), "TOKEN_OUT_OF_RANGE", "prompt"),
-    ("full", lambda: sample_request(prompt=prompt([1] * CONTEXT)), "LIMIT_EXCEEDED", "prompt"),
-    ("long", lambda: sample_request(prompt=prompt([1] * 513)), "LIMIT_EXCEEDED", "prompt"),
-    ("room", _sampling(max_tokens=509), "LIMIT_EXCEEDED", "sampling_params.max_tokens"),
-    ("no tokens", _sampling(max_tokens=0), "INVALID_FIELD", "sampling_params.max_tokens"),
-    ("cold", _sampling(temperature=-1.0), "INVALID_FIELD", "sampling_params.temperature"),
-    ("nan", _sampling(temperature=float("nan")), "NON_FINITE", "sampling_params.temperature"),
-    ("inf", _sampling(temperature=float("inf")), "NON_FINITE", "sampling_params.temperature"),
-    ("top_p 0", _sampling(top_p=0.0), "INVALID_FIELD", "sampling_params.top_p"),
-    ("top_p 2", _sampling(top_p=1.5), "INVALID_FIELD", "sampling_params.top_p"),
-    ("top_p nan", _sampling(top_p=float("nan")), "NON_FINITE", "sampling_params.top_p"),
-    ("top_k", _sampling(top_k=-2), "INVALID_FIELD", "sampling_params.top_k"),
-    (
-        "stop token",
-        _sampling(stop=pb.StopCondition(tokens=[1, 320])),
-        "TOKEN_OUT_OF_RANGE",
-        "sampling_params.stop.tokens[1]",
-    ),
-    (
-        "empty stop",
-        _sampling(stop=pb.StopCondition(strings=["a", ""])),
-        "INVALID_FIELD",
-        "sampling_params.stop.strings[1]",
-    ),
-    (
-        "stops",
-        _sampling(stop=pb.StopCondition(strings=["a"] * 65)),
-        "LIMIT_EXCEEDED",
-        "sampling_params.stop.strings",
-    ),
-    ("samples", lambda: sample_request(num_samples=257), "LIMIT_EXCEEDED", "num_samples"),
-    ("minus", lambda: sample_request(num_samples=-1), "INVALID_FIELD", "num_samples"),
-    (
-        "topk",
-        lambda: sample_request(topk_prompt_logprobs=65),
-        "LIMIT_EXCEEDED",
-        "topk_prompt_logprobs",
-    ),
-    ("path", lambda: sample_request(checkpoint_path="x"), "INVALID_NAME", "checkpoint_path"),
-]
-
-
-async def refusal(call: AsyncIterator[pb.SampleResponse]) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        async for _ in call:
-            pass
-    return refused.value
-
-
-async def test_bad_input_names_its_field(served: Served) -> None:
-    """Every way to get it wrong is INVALID_ARGUMENT with the reason and the field."""
-    for name, make, reason, field in BAD:
-        error = await refusal(served.stub.Sample(make()))
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, name
-        assert reason_and_field(error) == (reason, field), name
-
-
-async def test_an_unknown_base_model_is_not_found(served: Served) -> None:
-    """The right name and none are both fine."""
-    error = await refusal(served.stub.Sample(sample_request(base_model="other")))
-    assert error.code() is grpc.StatusCode.NOT_FOUND
-    assert reason_and_field(error)[0] == "BASE_MODEL_NOT_FOUND"
-    assert await served.sample(base_model="tiny-llama") == await served.sample()
 
 
 async def test_cancelling_stops_the_work(served: Served) -> None:
