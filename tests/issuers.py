@@ -124,8 +124,8 @@ class Issuer:
         return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """Settings of a process that takes its tokens, in a hurry."""
-        quick = {"oidc_unknown_key_s": 0.05, "oidc_timeout_s": 2.0, "oidc_leeway_s": 0.0}
+        """Settings of a process that takes its tokens, and soon looks for new keys."""
+        quick = {"oidc_unknown_key_s": 0.05, "oidc_timeout_s": 30.0, "oidc_leeway_s": 0.0}
         return {"oidc_issuer": self.url, "oidc_audience": AUDIENCE, **quick, **more}
 
     def claims(self, subject: str = "alice", **more: Any) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 import contextlib
 import hashlib
+import itertools
+import threading
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import programs
@@ -118,6 +122,26 @@ async def serving(base_model: Path, folder: Path, **settings: Any) -> AsyncItera
 
 
 @contextlib.contextmanager
+def held_at(step: int) -> Iterator[threading.Event]:
+    """Engines of this process stop before a step, counted from now on, until the event is set: a
+    test does in the midst of a request what it has to do there, however quick they are."""
+    from tinsmithd.sampler.engines.transformers.kv import KvCache  # and torch, for who has it here
+
+    go, steps, batch = threading.Event(), itertools.count(), KvCache.batch
+
+    def counted(*arguments: Any) -> Any:
+        if next(steps) >= step:
+            assert go.wait(60), "nobody let the engine go on"
+        return batch(*arguments)
+
+    with mock.patch.object(KvCache, "batch", counted):
+        try:
+            yield go
+        finally:
+            go.set()
+
+
+@contextlib.contextmanager
 def sampler_process(base_model: Path, folder: Path) -> Iterator[tuple[int, str]]:
     """A Sampler as `tinsmith up` starts it, when it serves: its process id, and `host:port`.
 
@@ -138,6 +162,14 @@ def sampler_process(base_model: Path, folder: Path) -> Iterator[tuple[int, str]]
             )
             next(s for s in watch if s.status == health_pb2.HealthCheckResponse.SERVING)
         yield running.pid, address
+
+
+async def refusal(call: AsyncIterator[pb.SampleResponse]) -> grpc.aio.AioRpcError:
+    """How a call is refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        async for _ in call:
+            pass
+    return refused.value
 
 
 def prompt(tokens: list[int]) -> types_pb2.ModelInput:

@@ -65,7 +65,7 @@ async def health(port: int, credentials: grpc.ChannelCredentials | None) -> str:
     async with channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
         except grpc.aio.AioRpcError as error:
             return str(error.code().name)
         return "OK"
@@ -88,7 +88,7 @@ def serial_at(port: int, ca: Path) -> str:
     """The serial number of what a port shows to a new connection."""
     context = ssl.create_default_context(cafile=ca)
     with (
-        socket.create_connection(("127.0.0.1", port), 5) as plain,
+        socket.create_connection(("127.0.0.1", port), 60) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as secure,
     ):
         return str((secure.getpeercert() or {})["serialNumber"])
@@ -98,7 +98,7 @@ def fetched(url: str, ca: Path) -> tuple[int, str]:
     """Status and text of a page."""
     context = ssl.create_default_context(cafile=ca)
     try:
-        with urllib.request.urlopen(url, timeout=10, context=context) as response:
+        with urllib.request.urlopen(url, timeout=60, context=context) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -31,8 +31,9 @@ class Watched:
         self.keyed, self.collector = keyed, collector
 
     def log(self, name: str) -> str:
-        """What a server, and the ranks with the Training server, wrote."""
-        return (self.keyed.cluster.logs / f"{name}.log").read_text()
+        """What a server, and the ranks with the Training server, wrote: whole lines."""
+        text = (self.keyed.cluster.logs / f"{name}.log").read_text()
+        return text[: text.rfind("\n") + 1]
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The same, of one that writes JSON."""
@@ -53,7 +54,7 @@ class Watched:
         found = {}
         for name in ("training", "sampler", "checkpoint", "gateway"):
             url = re.findall(r"metrics are at (http://[^\s\"]+)", self.log(name))[-1]
-            with urllib.request.urlopen(url, timeout=10) as response:
+            with urllib.request.urlopen(url, timeout=60) as response:
                 found[name] = response.read()
         return found
 

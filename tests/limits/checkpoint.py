@@ -147,7 +147,7 @@ class CheckpointLimits(Limits):
                 next(watch)  # it has its place
             with grpc.insecure_channel(self._server.address, own) as channel:
                 stub = CheckpointServiceStub(channel)
-                grpc.channel_ready_future(channel).result(10)
+                grpc.channel_ready_future(channel).result(60)
                 with self.sending():
                     stub.ListCheckpoints(pb.ListCheckpointsRequest(), metadata=self._shown)
         finally:

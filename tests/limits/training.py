@@ -180,23 +180,33 @@ class TrainingLimits(Limits):
         self._park(model_id, [call(model_id, n) for n in range(2, count + 2)])
 
     def _park(self, model_id: str, requests: list[pb.ForwardBackwardRequest]) -> None:
-        """Calls that wait for the first; the last of them comes when the others are there."""
+        """Calls that wait for the first; the last of them comes when the others are there, and the
+        first when that one is there, too, or was refused."""
         waiting = [self._begin(request) for request in requests[:-1]]
-        asked = pb.GetModelRequest(model_id=model_id)
-        while True:
-            model = self._stub.GetModel(asked, metadata=self._shown).model
-            if model.pending_calls >= len(waiting):
-                break
+        while self._pending(model_id) < len(waiting):
             time.sleep(0.01)
-        first = threading.Timer(0.2, lambda: self._compute(model_id, 1))
+        is_over = threading.Event()
+
+        def compute() -> None:
+            while self._pending(model_id) < len(requests) and not is_over.wait(0.05):
+                pass
+            self._compute(model_id, 1)
+
+        first = threading.Thread(target=compute)
         first.start()
         try:
             with self.sending():
                 list(self._begin(requests[-1]))
         finally:
+            is_over.set()
             first.join()
             for each in waiting:
                 list(each)
+
+    def _pending(self, model_id: str) -> int:
+        """Calls of a model that wait."""
+        asked = pb.GetModelRequest(model_id=model_id)
+        return int(self._stub.GetModel(asked, metadata=self._shown).model.pending_calls)
 
     def _begin(self, request: pb.ForwardBackwardRequest) -> Any:
         return self._stub.ForwardBackward(iter([request]), metadata=self._shown, timeout=60)
@@ -211,7 +221,7 @@ class TrainingLimits(Limits):
             own = [("grpc.use_local_subchannel_pool", 1)]  # one connection holds no more streams
             with grpc.insecure_channel(self._server.address, own) as channel:
                 stub = TrainingServiceStub(channel)
-                grpc.channel_ready_future(channel).result(10)
+                grpc.channel_ready_future(channel).result(60)
                 with self.sending():
                     stub.ListModels(pb.ListModelsRequest(), metadata=self._shown)
         finally:

@@ -54,7 +54,7 @@ def attach(server: Training, request: link.AttachRequest) -> link.AttachResponse
     secret = link_secret.read(server.data / "link.secret", link_secret.RANKS_KEY)
     with grpc.insecure_channel(f"127.0.0.1:{server.server.link_port}") as channel:
         call = TrainerLinkServiceStub(channel).Attach(
-            requests(), metadata=link_secret.shown(secret), timeout=30
+            requests(), metadata=link_secret.shown(secret), timeout=60
         )
         try:
             return next(call)
@@ -81,7 +81,7 @@ def test_ranks_of_another_major_version_are_refused_with_a_sentence(server: Trai
     with grpc.insecure_channel(server.address) as channel:
         stub = pb.TrainingServiceStub(channel)
         with pytest.raises(grpc.RpcError) as waits:
-            stub.CreateModel(pb.CreateModelRequest(base_model="m"), timeout=30)
+            stub.CreateModel(pb.CreateModelRequest(base_model="m"), timeout=60)
     assert waits.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "upgrade the Training server" in waits.value.details()
 

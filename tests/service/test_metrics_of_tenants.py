@@ -22,7 +22,7 @@ async def text_of(port: int) -> str:
     """What a scrape gives, which needs no key."""
 
     def read() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
             return str(response.read().decode())
 
     return await asyncio.to_thread(read)

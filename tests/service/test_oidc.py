@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from certificates import Issued
+from clusters import free_ports
 from issuers import ALGORITHMS, CONFIGURATION, KEYS_PATH, Issuer, jwk, unsigned
 from keyed import shown
 from tinsmith.keys import CHARACTERS_MAX
@@ -205,7 +206,7 @@ async def test_a_key_of_the_same_name_is_another_one(issuer: Issuer, tmp_path: P
 async def test_an_issuer_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
     """Who shows a key is served; who shows a token is told when to come again, and served once the
     issuer is there."""
-    with Issuer() as issuer:
+    with Issuer(port=free_ports()) as issuer:  # nobody is given that port meanwhile
         pass
     async with taking(issuer, tmp_path) as asked:
         assert await asked.reason(issuer.token()) == "ISSUER_UNAVAILABLE"
@@ -243,7 +244,7 @@ async def test_keys_that_are_known_stay_good(issuer: Issuer, tmp_path: Path, how
     """Whatever becomes of the issuer; and so do tokens that nobody has shown yet."""
     settings = {"oidc_refresh_s": 0.02, "oidc_timeout_s": 0.1}
     async with taking(issuer, tmp_path, **settings) as asked:
-        assert await asked.reason(issuer.token()) == GOOD
+        await asked.until(issuer.token(), GOOD)  # a fetch may take longer than that
         fetched = issuer.asked[CONFIGURATION]
         if how == "hangs":
             issuer.answers.clear()
@@ -256,7 +257,7 @@ async def test_keys_that_are_known_stay_good(issuer: Issuer, tmp_path: Path, how
         for number in range(20):
             assert await asked.reason(issuer.token(f"user-{number}")) == GOOD
             await asyncio.sleep(0.02)
-        assert issuer.asked[CONFIGURATION] > fetched or how == "is gone"
+        await until(lambda: issuer.asked[CONFIGURATION] > fetched or how == "is gone")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +343,8 @@ async def test_few_wait_for_an_issuer_at_once(
 async def test_a_token_that_ends_ends_its_streams(issuer: Issuer, tmp_path: Path) -> None:
     """As a key that is revoked."""
     async with taking(issuer, tmp_path) as asked:
-        short = issuer.token(exp=issuer.claims()["iat"] + 2)
+        assert await asked.reason(issuer.token()) == GOOD  # the keys are there, and a connection
+        short = issuer.token(exp=issuer.claims()["iat"] + 4)
         ends, goes_on = await asked.watching(short), await asked.watching(issuer.token())
         await until(ends.done)
         assert await ends.code() is grpc.StatusCode.UNAUTHENTICATED

@@ -17,6 +17,8 @@ from tinsmithd.rpc import probe
 from tinsmithd.rpc.server import RpcServer
 
 SERVICE = checkpoint_service_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name
+PATIENT = "--seconds=60"
+"""For an answer that comes, be it late."""
 
 
 @pytest.fixture
@@ -28,7 +30,8 @@ async def server() -> AsyncIterator[RpcServer]:
 
 
 async def status(server: RpcServer, *arguments: str) -> int:
-    return await asyncio.to_thread(probe.main, [f"127.0.0.1:{server.port}", *arguments])
+    command = [f"127.0.0.1:{server.port}", *arguments, PATIENT]
+    return await asyncio.to_thread(probe.main, command)
 
 
 async def test_it_says_what_health_says(
@@ -70,7 +73,7 @@ async def test_it_speaks_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     address = f"localhost:{server.add_secure_port('127.0.0.1:0', credentials)}"
     await server.start()
     for arguments, expected in (([f"--ca={ours[0]}"], 0), ([f"--ca={other[0]}"], 1), ([], 1)):
-        command = [address, "--seconds=2", *arguments]
+        command = [address, PATIENT, *arguments]
         assert await asyncio.to_thread(probe.main, command) == expected
     assert await asyncio.to_thread(probe.main, [address, "--ca=/absent.pem"]) == 1
     assert "/absent.pem" in capsys.readouterr().err
@@ -86,7 +89,7 @@ def _certificate(openssl: str, folder: Path) -> tuple[Path, Path]:
     command = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     command += ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([openssl, *command], check=True, capture_output=True, timeout=30)
+    subprocess.run([openssl, *command], check=True, capture_output=True, timeout=120)
     return certificate, key
 
 
@@ -94,7 +97,7 @@ async def test_as_a_command_it_imports_little(server: RpcServer) -> None:
     """It runs every few seconds: no settings, no server, no numpy."""
     program = (
         "import sys\nfrom tinsmithd.rpc import probe\n"
-        f"status = probe.main(['127.0.0.1:{server.port}'])\n"
+        f"status = probe.main(['127.0.0.1:{server.port}', '{PATIENT}'])\n"
         "heavy = {'pydantic', 'numpy', 'torch', 'tinsmith', 'cryptography'}\n"
         "print(status, sorted(heavy & sys.modules.keys()))"
     )

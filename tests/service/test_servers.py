@@ -45,10 +45,10 @@ def test_health_is_answered_per_service(server: tuple[str, str]) -> None:
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", SERVICES[name][0]):
-            found = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            found = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
             assert found.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as refusal:
-            stub.Check(health_pb2.HealthCheckRequest(service="absent"), timeout=5)
+            stub.Check(health_pb2.HealthCheckRequest(service="absent"), timeout=60)
         assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
 
 
@@ -72,7 +72,7 @@ def test_channelz_is_on(server: tuple[str, str]) -> None:
     """A live server can be looked into."""
     with grpc.insecure_channel(server[1]) as channel:
         stub = channelz_pb2_grpc.ChannelzStub(channel)
-        assert stub.GetServers(channelz_pb2.GetServersRequest(), timeout=5).server
+        assert stub.GetServers(channelz_pb2.GetServersRequest(), timeout=60).server
 
 
 def variables_of(name: str, **settings: str) -> dict[str, str]:
@@ -117,7 +117,7 @@ def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
         grpc.insecure_channel(f"127.0.0.1:{process.port_in(port_file)}") as channel,
     ):
         stub = checkpoint_service_pb2_grpc.CheckpointServiceStub(channel)
-        stub.ListCheckpoints(checkpoint_service_pb2.ListCheckpointsRequest(), timeout=5)
+        stub.ListCheckpoints(checkpoint_service_pb2.ListCheckpointsRequest(), timeout=60)
 
         def requests() -> Iterator[checkpoint_service_pb2.WriteCheckpointRequest]:
             header = checkpoint_service_pb2.WriteCheckpointHeader(
@@ -142,7 +142,7 @@ def test_sigterm_lets_calls_finish(tmp_path: Path) -> None:
             yield checkpoint_service_pb2.WriteCheckpointRequest(commit=commit)
 
         with pytest.raises(grpc.RpcError) as refusal:
-            stub.WriteCheckpoint(requests(), timeout=15)
+            stub.WriteCheckpoint(requests(), timeout=60)
         # Its own answer (no adapter among the files), not that of a connection that was cut.
         assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert process.wait() == 0

@@ -130,7 +130,7 @@ def test_a_client_goes_where_it_is_sent(peers: list[Peer]) -> None:
 
     first.servicer.create_faults.append(elsewhere)
     with tinsmith.ServiceClient(base_url=first.address) as service:
-        service.create_lora_training_client("base", rank=2).result(10)
+        service.create_lora_training_client("base", rank=2).result(60)
     assert len(second.servicer.created) == 1
     first.servicer.capabilities.training_address = f":{second.port}"
     with connect(first.address) as cluster:

@@ -161,12 +161,20 @@ def test_what_ends_while_its_asker_goes_ends_nothing_else(
         template.wait()
 
 
+def until_done(opened: Template) -> None:
+    """Wait until a template has done all that it was asked for: it takes one after the other."""
+    with opened._connect() as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert not connection.recv(1)
+
+
 async def test_a_program_for_which_there_is_no_room_ends_no_other() -> None:
     """Neither a process nor a descriptor for it is to be had; and an asker that goes half-way
     leaves nothing behind."""
     async with template("template_full") as opened:
         launch = Launch(PROBE, ["sleep"], programs.variables())
         stays = await opened.fork(launch)
+        until_done(opened)  # the program has said who it is, maybe before the template went on
         descriptors = Path(f"/proc/{parent_of(stays.pid)}/fd")
         held = len(list(descriptors.iterdir()))
         for length in (1, 1 << 31):

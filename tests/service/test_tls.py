@@ -75,7 +75,10 @@ async def test_a_connection_that_says_nothing_is_closed(shown: Issued, tmp_path:
     async with serving(checkpoint(tmp_path, **settings)) as server:
         halves = [await silent(server.port), await silent(server.port, b"\x16\x03\x01\x02\x00\x01")]
         await asyncio.gather(*halves)
-        assert await health(server.port, shown.credentials()) == "OK"
+        # Where there is little processor a true handshake may take longer than this, too.
+        async with asyncio.timeout(60):
+            while await health(server.port, shown.credentials()) != "OK":
+                pass
 
 
 async def test_a_program_of_others_speaks_with_it(shown: Issued, tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def client_of(
     """A server's client, with that server's own settings."""
     certificates_ = of_cluster(TrainingConfig(**issued.settings("cluster_tls", ca)))
     # By its address: of a name that has two of them an error tells of the last that was tried.
-    return CheckpointClient(f"127.0.0.1:{port}", Patience(5, 5), key, certificates=certificates_)
+    return CheckpointClient(f"127.0.0.1:{port}", Patience(), key, certificates=certificates_)
 
 
 async def test_servers_know_each_other_by_their_names(tmp_path: Path) -> None:

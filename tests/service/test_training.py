@@ -168,10 +168,10 @@ def test_a_cancelled_stream_has_no_effect(stubs: Cluster, model: pb.Model) -> No
     def requests() -> Iterator[pb.ForwardBackwardRequest]:
         yield call(model.model_id, 1)
         sent.set()
-        release.wait(10)
+        release.wait(60)
 
     stream = stubs.training.ForwardBackward(requests())
-    assert sent.wait(10)
+    assert sent.wait(60)
     time.sleep(0.2)
     stream.cancel()
     release.set()
