@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 import tinsmith
@@ -13,6 +14,15 @@ from replicas import Replicas
 from sampler_recorder import Recorder, new_admission
 from tinsmith import _retry
 from tinsmithd.sampler.admission import Admission
+
+# The same texts and shapes each time, however long the machine stands still in between.
+hypothesis.settings.register_profile(
+    "unit",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("unit")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -14,7 +15,7 @@ import pytest
 
 import tinsmith
 from faults.peer import Peer
-from tinsmith import _replicas
+from tinsmith import _loop, _replicas
 from tinsmith._replicas import Replica, Replicas, Work
 from tinsmith.addresses import is_resolved_here, service_address
 from tinsmith.errors import ResourceExhaustedError, UnavailableError
@@ -141,7 +142,9 @@ async def test_samplers_that_come_and_go_are_found(
 
     async def targets() -> set[str]:
         await spread.replicas.find("samplers.test:7")
-        await asyncio.sleep(0.05)
+        look = spread.replicas._resolving
+        assert look is not None
+        await look
         return set(spread.channels)
 
     assert await targets() == {"10.1.0.1:7", "10.1.0.2:7"}
@@ -179,9 +182,10 @@ def sampler_of(peer: Peer) -> tinsmith.SamplingClient:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_breaks_is_made_again_elsewhere_with_its_seed(
-    pair: list[Peer], stream: bool
+    pair: list[Peer], stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the first attempt made counts only where it is given out, and then once."""
+    monkeypatch.setattr(_replicas, "AWAY_S", 600.0)
     pair[1].servicer.sample_breaks = 0
     pair[0].servicer.sample_breaks = 99
     client = sampler_of(pair[0])
@@ -201,7 +205,10 @@ def test_calls_go_on_while_one_of_two_samplers_is_away(pair: list[Peer]) -> None
     for peer in pair:
         peer.servicer.sample_breaks = 0
     client = sampler_of(pair[0])
+    blocked = threading.Event()
+    _loop.loop().call_soon_threadsafe(blocked.wait, 60)  # all have begun before one can end
     both = [client.sample(PROMPT) for _ in range(8)]
+    blocked.set()
     assert {len(f.result(10).sequences[0].tokens) for f in both} == {5}
     assert [len(peer.servicer.sample_seeds) for peer in pair] == [4, 4]
     pair[1].go_away()

@@ -24,7 +24,7 @@ from faults.peer import (
     too_large,
     unavailable,
 )
-from tinsmith import _lane, _retry, _waiting
+from tinsmith import _lane, _loop, _retry, _waiting
 from tinsmith.v1 import training_service_pb2 as pb
 
 ADAM = tinsmith.AdamParams()
@@ -63,7 +63,7 @@ def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def until_said(caplog: pytest.LogCaptureFixture, text: str) -> str:
     """Wait for a line with a text; returns it."""
-    give_up_s = time.monotonic() + 10
+    give_up_s = time.monotonic() + 60
     while time.monotonic() < give_up_s:
         for line in lines_of(caplog):
             if text in line:
@@ -97,8 +97,11 @@ def test_however_many_calls_wait_there_is_one_line(
     assert [line for line in lines if "going on" in line] == lines[-1:]
 
 
-def test_a_short_blip_is_not_worth_a_line(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_short_blip_is_not_worth_a_line(
+    peer: Peer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is retried and nobody is told."""
+    monkeypatch.setattr(_waiting, "FIRST_LINE_S", 600.0)
     trainer = client_of(peer)
     peer.servicer.before[1] = [unavailable]
     trainer.optim_step(ADAM).result(10)
@@ -109,18 +112,13 @@ def test_a_short_blip_is_not_worth_a_line(peer: Peer, caplog: pytest.LogCaptureF
 def test_a_model_that_is_brought_back_is_said(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
     """A call without an answer and without an error may wait for that; the model is asked."""
     trainer = client_of(peer)
-    held = threading.Event()
-
-    async def hold(context: Any) -> None:
-        await peer.loop.run_in_executor(None, held.wait, 10)
-
-    peer.servicer.before[1] = [hold]
+    held = first_call_held(peer)
     peer.servicer.model = pb.Model(
         model_id="m", state=pb.MODEL_STATE_RECOVERING, state_message="replaying call 7 of 12"
     )
     futures = [trainer.optim_step(ADAM) for _ in range(3)]
-    line = until_said(caplog, "replaying call 7 of 12")
-    assert "waiting for the service (3 calls" in line
+    line = until_said(caplog, "waiting for the service (3 calls")
+    assert "replaying call 7 of 12" in line
     held.set()
     for future in futures:
         future.result(10)
@@ -194,19 +192,28 @@ def test_a_busy_service_is_never_given_up(peer: Peer) -> None:
     assert len(peer.servicer.arrived) == 31
 
 
-def test_answers_to_other_calls_keep_hope_alive(peer: Peer) -> None:
+def test_answers_to_other_calls_keep_hope_alive(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the same service: as long as it answers somebody, the failing call is not given up."""
     peer.servicer.sample_breaks = 0
-    service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=0.5)
+    service = tinsmith.ServiceClient(base_url=peer.address, give_up_after_s=60)
     sampler = service.create_sampling_client(base_model="base").result()
     peer.servicer.sample_breaks = 10**6
     failing = sampler.sample(PROMPT)
+    loop = _loop.loop()
+    time_s, ahead_s = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: time_s() + ahead_s)
     for _ in range(10):
-        time.sleep(0.1)
+        attempts = len(peer.servicer.sample_seeds)
+        ahead_s += 40  # less than the client gives up after, and all together more
+        while len(peer.servicer.sample_seeds) < attempts + 3 and not failing.future().done():
+            time.sleep(0.01)
         sampler.compute_logprobs(PROMPT).result(10)
     assert not failing.future().done()
+    ahead_s += 100
     with pytest.raises(tinsmith.UnavailableError):
-        failing.result(10)
+        failing.result(60)
 
 
 def first_call_held(peer: Peer) -> threading.Event:
@@ -214,7 +221,7 @@ def first_call_held(peer: Peer) -> threading.Event:
     held = threading.Event()
 
     async def hold(context: Any) -> None:
-        await peer.loop.run_in_executor(None, held.wait, 10)
+        await peer.loop.run_in_executor(None, held.wait, 60)
 
     peer.servicer.before[1] = [hold]
     return held

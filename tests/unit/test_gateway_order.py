@@ -8,6 +8,7 @@ import pytest
 
 from tinsmith.connection import WINDOW
 from tinsmithd.gateway.tinker.order import Order
+from waiting import until
 
 CALLS = 3000
 
@@ -51,7 +52,7 @@ async def test_calls_are_sent_that_are_in_the_window() -> None:
     await asyncio.sleep(0.01)
     assert max(calls.sent) == WINDOW
     calls.gates[1].set()
-    await asyncio.sleep(0.01)
+    await until(lambda: len(calls.sent) == WINDOW + 2)
     assert max(calls.sent) == WINDOW + 2
     for gate in calls.gates.values():
         gate.set()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tinsmithd.trainer.process_group import heartbeat
 from tinsmithd.trainer.process_group.heartbeat import (
     Group,
     Heartbeat,
@@ -20,6 +22,25 @@ from tinsmithd.trainer.process_group.heartbeat import (
 )
 
 TIMEOUT_S = 1.0
+
+
+class Polls(threading.local):
+    """A clock of each thread, which goes on while that one waits for its next look alone: on a
+    machine that stands still nobody is late."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.now_s += seconds
+
+
+@pytest.fixture(autouse=True)
+def _time_is_counted_in_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "time", Polls())
 
 
 class Losses:

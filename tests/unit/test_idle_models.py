@@ -62,8 +62,9 @@ async def test_row_36_a_clock_that_is_set_deletes_no_model(
 
 async def test_a_model_that_nobody_used_for_its_ttl_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not a moment earlier."""
-    models = await one_model()
     now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    models = await one_model()
     monkeypatch.setattr(time, "monotonic", lambda: now_s + TTL_S - 1)
     await models.delete_idle()
     assert len(models.list()) == 1

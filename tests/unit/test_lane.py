@@ -305,12 +305,11 @@ async def test_a_model_that_nobody_waits_for_stays_on_disk_when_its_ranks_are_go
 
 async def test_a_model_without_calls_rests_once() -> None:
     """`snapshot_idle_s` after its last call, unless it is not at the ranks then."""
-    limits = LaneLimits(8, 1000, 30, 4, 1000, snapshot_idle_s=0.05)
+    limits = LaneLimits(8, 1000, 30, 4, 1000, snapshot_idle_s=0.5)
     there, gone = Recorder(limits), Recorder(limits)
-    for seq_id in (1, 2):
-        for recorder in (there, gone):
-            await recorder.submit(seq_id, str(seq_id)).value()
+    await asyncio.gather(*(gone.submit(n, str(n)).value() for n in (1, 2)))
     gone.lane.lose_ranks()
+    await asyncio.gather(*(there.submit(n, str(n)).value() for n in (1, 2)))
     await until(lambda: there.moves)
     for recorder in (there, gone):
         await recorder.lane.ended()

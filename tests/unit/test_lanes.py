@@ -21,6 +21,11 @@ def stage(name: str, code: str) -> stages.Stage:
     return stages.Stage(name, (sys.executable, "-c", code))
 
 
+def until_there(file: str) -> str:
+    """Code that waits until another stage has made a file."""
+    return f"import os, time\nwhile not os.path.exists({file!r}): time.sleep(0.01)\n"
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -30,8 +35,10 @@ def test_a_failure_ends_both_lanes_and_comes_last(
     monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     """The other lane's stage is stopped, and no later one starts."""
-    slow = stage("slow", "import time; print('begun', flush=True); time.sleep(600)")
-    failing = stage("failing", "import time; time.sleep(0.5); print('why'); raise SystemExit(3)")
+    slow = stage(
+        "slow", "import time; print('begun', flush=True); open('slow', 'w'); time.sleep(600)"
+    )
+    failing = stage("failing", until_there("slow") + "print('why'); raise SystemExit(3)")
     never = stage("never", "open('ran', 'w')")
     monkeypatch.setattr(lanes, "QUEUE", (slow, failing, never))
     assert lanes.main() == 1
@@ -57,10 +64,9 @@ def test_all_that_passes_is_shown_once(
 
 def test_a_lane_that_is_free_takes_the_next_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """All others are run beside the one that waits for the last of them."""
-    wait = "import os, time\nwhile not os.path.exists('last'): time.sleep(0.01)"
     others = [stage(f"other-{n}", "") for n in range(2)]
     last = stage("last", "open('last', 'w')")
-    monkeypatch.setattr(lanes, "QUEUE", [stage("waits", wait), *others, last])
+    monkeypatch.setattr(lanes, "QUEUE", [stage("waits", until_there("last")), *others, last])
     assert lanes.main() == 0
 
 

@@ -25,6 +25,7 @@ from tinsmithd.trainer.state_sender import StateSender, leave_state
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.deposits import Deposit, Deposits
 from tinsmithd.training.models.staging import Copies, DiskStaging
+from waiting import until
 
 PATH = CheckpointPath.parse("tinsmith://run/weights/one")
 NEW = NewCheckpoint(SaveOptions(PATH, None, False, {}, "r"), "tiny", LoraConfig(), 1)
@@ -98,7 +99,7 @@ def test_what_is_urgent_passes_what_is_not(state: ModelState, tmp_path: Path, le
 
         def __getitem__(self, name: str) -> np.ndarray:
             begun.set()
-            assert taken.wait(10)
+            assert taken.wait(60)
             return super().__getitem__(name)
 
     def later(message: pb.AttachRequest) -> bool:
@@ -108,12 +109,12 @@ def test_what_is_urgent_passes_what_is_not(state: ModelState, tmp_path: Path, le
     snapshot = dataclasses.replace(state, optimizer=Slow(state.optimizer))
     deposit = str(tmp_path) if left else ""
     sender.take(1, lambda: snapshot, lambda _: None, later, deposit)
-    assert begun.wait(10)
+    assert begun.wait(60)
     sender.take(2, lambda: state, lambda _: None, later, urgent=True)
     taken.set()
     messages: list[pb.AttachRequest] = []
     while len(ended := [m.command_id for m in messages if m.HasField("done")]) < 2:
-        messages.append(sent.get(timeout=10))
+        messages.append(sent.get(timeout=60))
     assert ended == [2, 1]
     for command_id in (2,) if left else (1, 2):
         files: dict[str, bytes] = {}
@@ -190,9 +191,7 @@ async def test_a_caller_that_goes_away_leaves_nothing(data_folder: Path) -> None
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    async with asyncio.timeout(10):
-        while list((data_folder / "deposits").iterdir()):
-            await asyncio.sleep(0.01)
+    await until(lambda: not list((data_folder / "deposits").iterdir()))
 
 
 class Server(NeverRead):
@@ -279,7 +278,7 @@ async def test_the_server_hears_of_a_deposit_once_the_ranks_begin_to_leave_it(
         await asyncio.sleep(0.01)
         assert server.begun == []
         deposit.begun.set()
-        await asyncio.sleep(0.01)
+        await until(lambda: server.begun)
         assert server.begun == [deposit.name]
         deposit.files = {WEIGHTS: 1}
         await saved()

@@ -44,12 +44,18 @@ def test_outputs_that_wait_together_are_one_message() -> None:
 
 def test_outputs_wait_a_moment_for_the_end_of_their_command() -> None:
     """Both leave together when the end comes at once; without it, the outputs leave alone."""
-    for wait_s, expected in ((60, [done(1, 1)]), (0, [outputs(1), done(1)])):
-        outgoing = Outgoing(outputs_wait_s=wait_s)
-        outgoing.put(outputs(1))
-        end = threading.Timer(0.1, lambda to: (to.put(done(1)), to.end()), [outgoing])
-        end.start()
-        assert list(outgoing) == expected
+    outgoing = Outgoing(outputs_wait_s=60)
+    outgoing.put(outputs(1))
+    end = threading.Timer(0.1, lambda: (outgoing.put(done(1)), outgoing.end()))
+    end.start()
+    assert list(outgoing) == [done(1, 1)]
+    without = Outgoing(outputs_wait_s=0)
+    messages = iter(without)
+    without.put(outputs(1))
+    assert next(messages) == outputs(1)
+    without.put(done(1))
+    without.end()
+    assert list(messages) == [done(1)]
 
 
 def test_large_outputs_are_not_put_together() -> None:

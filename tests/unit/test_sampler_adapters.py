@@ -84,7 +84,7 @@ async def test_a_load_that_failed_is_tried_again(admission: Admission, engine: R
     await asyncio.sleep(0)
     gate.set()
     await until(gone.done)
-    await asyncio.sleep(0.01)
+    await until(lambda: admission.adapters == 0)
     assert await drain(admission, 2, 1, adapter("a")) == 1
     with pytest.raises(NotFound):
         await drain(admission, 3, 1, Adapter("b", fail))

@@ -16,6 +16,7 @@ from tinsmithd.errors import Reason, Unavailable
 from tinsmithd.saves import NewCheckpoint, SaveOptions
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.staging import Copies, DiskStaging, Staged
+from waiting import until
 
 PATH = CheckpointPath.parse("tinsmith://run/weights/one")
 WHOLE = ["begin", "1", "2", "commit", "end"]
@@ -70,13 +71,14 @@ async def save(server: Recorder, folder: Path, *, breaks: bool = False) -> None:
 async def _save(
     server: Recorder, checkpoints: Checkpoints, staged: Staged, before_commit: object, breaks: bool
 ) -> None:
+    others = asyncio.all_tasks()  # a save that fails has ended when they are all there are
     async with checkpoints.saving(NEW, staged, None, before_commit) as saved:  # type: ignore[arg-type]
         await staged.write("a", b"1")
-        await asyncio.sleep(0.01)
+        await until(lambda: "1" in server.events or asyncio.all_tasks() <= others)
         if breaks:
             raise RuntimeError("the ranks are gone")
         await staged.write("b", b"2")
-        await asyncio.sleep(0.01)
+        await until(lambda: "2" in server.events or asyncio.all_tasks() <= others)
         assert "commit" not in server.events, "it was not said to be complete"
         await saved()
 
@@ -94,6 +96,7 @@ async def test_it_counts_once_what_came_before_it_is_durable(
     """Which is waited for beside the sending."""
     server.durable.clear()
     saving = asyncio.create_task(save(server, tmp_path))
+    await until(lambda: "2" in server.events)
     await asyncio.sleep(0.1)
     assert server.events == WHOLE[:3]
     server.durable.set()

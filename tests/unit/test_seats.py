@@ -97,8 +97,8 @@ async def test_a_model_in_use_keeps_its_seat_for_a_while() -> None:
     """It is spared until it was idle for long enough, or there for long enough."""
     room = Room(1, idle_s=0.2, busy_s=60)
     first = room.model("a")
-    await room.enter(first)
     start_s = asyncio.get_running_loop().time()
+    await room.enter(first)
     await room.enter(room.model("b"))
     assert asyncio.get_running_loop().time() - start_s >= 0.2
     room = Room(1, idle_s=60, busy_s=0.2)

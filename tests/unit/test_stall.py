@@ -105,15 +105,15 @@ def test_what_a_rank_says_comes_back_from_a_beat() -> None:
     assert Report.decode("1 2 0 4 5 6 a\nb").doing == "a\\nb"
 
 
-Watch = Callable[[Callable[[], Reports]], str | None]
+Watch = Callable[..., str | None]
 
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    """Watches with a limit of 0.1 s; what is told within ten times that."""
+    """Watches with a limit of 0.1 s; what is told within ten times that, or so many seconds."""
     running: list[StallWatch] = []
 
-    def told(reports: Callable[[], Reports]) -> str | None:
+    def told(reports: Callable[[], Reports], seconds: float = 1) -> str | None:
         messages: list[str] = []
         came = threading.Event()
 
@@ -123,7 +123,7 @@ def watch() -> Iterator[Watch]:
 
         running.append(StallWatch(reports, timeout_s=0.1, on_stall=on_stall))
         running[-1].start()
-        came.wait(1)
+        came.wait(seconds)
         return messages[0] if messages else None
 
     yield told
@@ -134,7 +134,7 @@ def watch() -> Iterator[Watch]:
 def test_the_watch_says_what_each_rank_is_at(watch: Watch) -> None:
     """Only where one has a command; a rank that counts is no alarm."""
     stuck = {0: Report(7, 3, "compute"), 1: Report(9, 4, "")}
-    message = watch(lambda: stuck)
+    message = watch(lambda: stuck, 60)
     assert message is not None
     assert message.startswith("nothing was done for 0 s (rank 0: compute, 3 collectives; rank 1: ")
     counts = iter(range(1_000_000))
