@@ -5,6 +5,8 @@ is not there, or is not what it should be, is as if it were on another machine.
 """
 
 import hashlib
+import io
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,8 +15,11 @@ from typing import Generic, TypeVar
 
 from tinsmithd.errors import DataLoss
 from tinsmithd.files import BLOBS_FOLDER, blob_file
+from tinsmithd.reused_memory import ReusedMemory
 
 T = TypeVar("T")
+KEPT_BYTES_MAX = 64 * 1024 * 1024
+"""Of memory for the next files: as large as what a Sampler brings in ahead, by default."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,13 @@ class LocalFiles:
 
     def __init__(self, data_folder: Path) -> None:
         self._blobs = data_folder / BLOBS_FOLDER
+        self._memory = ReusedMemory(KEPT_BYTES_MAX)
 
     def read(
         self,
         files: Mapping[str, bytes],
         bytes_max: int,
-        parse: Callable[[Mapping[str, bytes]], T],
+        parse: Callable[[Mapping[str, memoryview]], T],
     ) -> Found[T] | None:
         """What files hold; None where one of them cannot be had here.
 
@@ -72,20 +78,34 @@ class LocalFiles:
                 raise
             return None
 
-    def _read(self, files: Mapping[str, bytes], bytes_max: int) -> dict[str, bytes] | None:
-        found: dict[str, bytes] = {}
+    def _read(self, files: Mapping[str, bytes], bytes_max: int) -> dict[str, memoryview] | None:
+        found: dict[str, memoryview] = {}
         left = bytes_max
         for name, sha256 in files.items():
             try:
-                with blob_file(self._blobs, sha256.hex()).open("rb") as file:
-                    found[name] = file.read(left + 1)
+                with blob_file(self._blobs, sha256.hex()).open("rb", buffering=0) as file:
+                    content = self._content(file, left)
             except OSError:
                 return None
-            left -= len(found[name])
-            if left < 0:
+            if content is None:
                 return None
+            found[name] = content
+            left -= len(content)
         return found if found else None
 
+    def _content(self, file: io.FileIO, bytes_max: int) -> memoryview | None:
+        """All bytes of a file; None where they are too many, or fewer than the file had."""
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > bytes_max:
+            return None
+        content, end = self._memory.take(nbytes).data, 0
+        while end < nbytes:
+            count = file.readinto(content[end:])
+            if not count:
+                return None
+            end += count
+        return content
 
-def _match(found: Mapping[str, bytes], files: Mapping[str, bytes]) -> bool:
+
+def _match(found: Mapping[str, memoryview], files: Mapping[str, bytes]) -> bool:
     return all(hashlib.sha256(found[name]).digest() == sha256 for name, sha256 in files.items())

@@ -5,16 +5,22 @@ that: it waits until the device has done everything before it. One from or to pi
 not. On a CPU nothing of this matters, and a copy is a copy.
 """
 
+import math
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinsmithd.reused_memory import ReusedMemory
+
 STAGE_BYTES = 32 * 1024 * 1024
 """Bytes of a pinned buffer through which large tensors go; there are two."""
+COPIES_BYTES_MAX = 256 * 1024 * 1024
+"""Host memory that is kept for the next copies: a snapshot's and a save's of an adapter's state."""
+_memory = ReusedMemory(COPIES_BYTES_MAX)
 
 K = TypeVar("K", bound=Hashable)
 
@@ -89,17 +95,29 @@ def host_copy(flat: Tensor, into: Tensor | None = None) -> Tensor:
 
     Args:
         flat: float32 of one dimension.
-        into: Where to; None makes new memory.
+        into: Where to; None is memory that no other copy has.
     """
-    # numpy asks the kernel for large pages; a copy into a fresh buffer of torch's spends most of
-    # its time on page faults.
-    copy = torch.from_numpy(np.empty(flat.shape, np.float32)) if into is None else into
+    copy = host_memory(flat.shape) if into is None else into
     flat = flat.detach()
     if flat.device.type == "cuda":
         _through_pinned(flat, copy)
     else:
         copy.copy_(flat)
     return copy
+
+
+def host_memory(shape: Sequence[int]) -> Tensor:
+    """Host memory for a copy, float32 of any content."""
+    nbytes = math.prod(shape) * np.dtype(np.float32).itemsize
+    return torch.from_numpy(_memory.take(nbytes).view(np.float32).reshape(shape))
+
+
+def prepare_host_memory(count: int, copies: int) -> None:
+    """Have memory for so many copies of `count` elements made beside all else, if it may be kept.
+
+    Whoever makes the first ones waits less then.
+    """
+    _memory.prepare(count * np.dtype(np.float32).itemsize, copies)
 
 
 def _through_pinned(flat: Tensor, copy: Tensor) -> None:

@@ -25,8 +25,9 @@ from grpc_status import rpc_status
 
 from tinsmithd.config import ServerConfig
 from tinsmithd.errors import Internal, TinsmithError
+from tinsmithd.processes.event_loop import take_turns
 from tinsmithd.rpc import calls, flow
-from tinsmithd.rpc.flow import Flow, Gate, is_exempt
+from tinsmithd.rpc.flow import CHECK_METHOD, Flow, Gate, is_exempt
 from tinsmithd.rpc.intake import Intake
 from tinsmithd.rpc.status import to_status
 
@@ -82,6 +83,12 @@ class CallInterceptor(WrappingInterceptor):
         super().__init__()
         self._gate = gate
         self._config = config
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """See `WrappingInterceptor`."""
+        if details.method != CHECK_METHOD:
+            take_turns()
+        return await super().intercept_service(continuation, details)
 
     def covers(self, method: str, handler: Any) -> bool:
         """See `WrappingInterceptor`; covers standard services too, except for `is_exempt` ones."""

@@ -22,6 +22,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from tinsmithd.config import ServerConfig
+from tinsmithd.processes.event_loop import go_first
 from tinsmithd.rpc.auth import KeyInterceptor
 from tinsmithd.rpc.collectors import CertificateCollector, KeysCollector, ServingCollector
 from tinsmithd.rpc.credentials import server_credentials
@@ -188,7 +189,7 @@ class RpcServer:
         self.port = bind(self.grpc_server, self._config.listen_address, credentials)
         if self._config.metrics_address:
             self.metrics_port = self.metrics.serve(self._config.metrics_address, self._shown)
-        await self.grpc_server.start()
+        await asyncio.create_task(self._take_calls())
         if self.ring is not None:
             self.ring.begin()
         self._watching = [
@@ -208,6 +209,11 @@ class RpcServer:
             host = self._config.metrics_address.rpartition(":")[0]
             scheme = "http" if self._shown is None else "https"
             _log.info("metrics are at %s://%s:%d/metrics", scheme, host, self.metrics_port)
+
+    async def _take_calls(self) -> None:
+        # Calls begin first, and health's go on so; `CallInterceptor` has the others wait.
+        go_first()
+        await self.grpc_server.start()
 
     async def set_serving(self, serving: bool, name: str = "") -> None:
         """Say whether a real call would succeed now; with a name, what else that health has."""

@@ -210,6 +210,6 @@ def _key(path: CheckpointPath, digest: bytes) -> str:
     return f"{path.owner} {path}@{digest.hex()}"
 
 
-def _read(files: Mapping[str, bytes | bytearray], tuning: Tuning) -> ModelState:
+def _read(files: Mapping[str, state_files.Content], tuning: Tuning) -> ModelState:
     # The Checkpoint server has looked at the values of what has this digest.
     return state_files.from_files(files, tuning, values=False)

@@ -45,6 +45,8 @@ TOKENIZER_FILES = (
 """Names of files that a tokenizer may have in a Hugging Face folder; none has all of them."""
 LARGE_TEXT_FILES = (TOKENIZER_FILE, "vocab.json", "merges.txt", "vocab.txt")
 """Files of a tokenizer that grow with its vocabulary."""
+Content = bytes | bytearray | memoryview
+"""Of a file in memory."""
 ADAPTER_FILES = (WEIGHTS_FILE, PEFT_CONFIG_FILE, STATE_FILE)
 MODEL_FILES = (FULL_WEIGHTS_FILE, FULL_CONFIG_FILE, STATE_FILE)
 VOCABULARY_BYTES_MAX = 64 * 1024 * 1024
@@ -266,7 +268,7 @@ def _check_tokenizer_file(name: str, file: io.BufferedIOBase) -> None:
 class _InMemory(io.BufferedIOBase):
     """A file of bytes in memory: `io.BytesIO` would copy a `bytearray`."""
 
-    def __init__(self, content: bytes | bytearray) -> None:
+    def __init__(self, content: Content) -> None:
         self._content = memoryview(content)
         self._at = 0
 
@@ -292,7 +294,7 @@ class _InMemory(io.BufferedIOBase):
 
 
 def from_files(
-    files: Mapping[str, bytes | bytearray], tuning: Tuning | None, *, values: bool = True
+    files: Mapping[str, Content], tuning: Tuning | None, *, values: bool = True
 ) -> ModelState:
     """Check a state and read it; nothing is allocated for what a file only claims.
 
@@ -329,7 +331,7 @@ def corrupt(message: str) -> DataLoss:
     return DataLoss(f"checkpoint files are damaged: {message}", Reason.CHECKPOINT_CORRUPT)
 
 
-def _arrays(data: bytes | bytearray, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def _arrays(data: Content, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Tensors as float32 arrays; views of the data where that is float32 already."""
     found = {}
     for name, tensor in tensors.items():

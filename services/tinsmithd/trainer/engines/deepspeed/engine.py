@@ -287,6 +287,8 @@ class DeepSpeedEngine:
             failpoints.hit("post_optim_pre_ack")
         except Exception as error:
             raise ModelBroken(f"the step failed half-way: {error}") from error
+        if slot.zero.step_count == 1:
+            slot.zero.prepare_copies()
         if not math.isfinite(norm):
             raise non_finite_gradient()
         return {"grad_norm:last": norm, "step:last": float(slot.zero.step_count)}

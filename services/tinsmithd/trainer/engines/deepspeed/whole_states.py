@@ -4,12 +4,11 @@ Nobody asks the others for it. They send their shares, some megabytes at a time,
 host memory: the state of an adapter on many experts has as many bytes as a model.
 """
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinsmithd.modeling.device_copies import host_copy
+from tinsmithd.modeling.device_copies import host_copy, host_memory
 
 GATHERED_BYTES = 256 * 1024 * 1024
 """Maximum bytes that the first rank's device holds of all shares at once."""
@@ -33,7 +32,7 @@ def of_all(share: Tensor, device: torch.device) -> Tensor | None:
     step = max(1, GATHERED_BYTES // (ranks * share.element_size()))
     whole = None
     if rank == 0:
-        whole = torch.from_numpy(np.empty((ranks, len(share)), np.float32))
+        whole = host_memory((ranks, len(share)))
     for start in range(0, len(share), step):
         part = share.detach()[start : start + step].to(device).contiguous()
         if whole is None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinsmithd.domain import MOMENTS
+from tinsmithd.modeling.device_copies import prepare_host_memory
 from tinsmithd.trainer.engines.deepspeed import sums, whole_states
 from tinsmithd.trainer.engines.deepspeed.gradients import Layout
 from tinsmithd.trainer.engines.deepspeed.zero_slice import ZeroSlice
@@ -119,6 +120,11 @@ class ZeroAdapter(ZeroSlice):
                 whole = whole_states.of_first(own[: self.layout.count])
             found.update({f"{kind}.{name}": a for name, a in self._named(whole).items()})
         return found
+
+    def prepare_copies(self) -> None:
+        """See `ZeroSlice`: those of a snapshot, and of a save meanwhile."""
+        if self._rank == 0:
+            prepare_host_memory(self.layout.count, 2 + len(MOMENTS))
 
     def _named(self, whole: Tensor | None) -> dict[str, np.ndarray]:
         return {} if whole is None else self.layout.by_name(whole)

@@ -124,6 +124,9 @@ class ZeroPartitioned(ZeroSlice):
             for name, array in self._whole(own).items()
         }
 
+    def prepare_copies(self) -> None:
+        """See `ZeroSlice`: nothing here, where each parameter's copy has a size of its own."""
+
     def _whole(self, own: Tensor) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         for name, shape, share in zip(

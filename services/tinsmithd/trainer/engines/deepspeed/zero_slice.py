@@ -75,6 +75,10 @@ class ZeroSlice(ABC):
     def close(self) -> None:
         """Free what DeepSpeed holds; the parameters keep their values."""
 
+    @abstractmethod
+    def prepare_copies(self) -> None:
+        """Make ready for copies of the state, which come when training must not wait for them."""
+
     @property
     @abstractmethod
     def _is_slice(self) -> bool:
