@@ -274,7 +274,7 @@ def test_weights_that_are_swapped_while_a_sequence_is_made_do_not_get_into_it(
             for other in others:
                 tokens_of(stubs.sampler.Sample(sample_request(other)))
             for reader in readers:
-                reader.join(60)
+                reader.join(120)
             for first, rest in zip(begun, found, strict=True):
                 assert first + rest == wanted[-1]
             wanted.append(tokens_of(stubs.sampler.Sample(sample_request(path))))
