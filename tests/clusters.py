@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -54,6 +54,22 @@ def until_health(address: str, *, serving: bool, service: str = SERVICES["traini
                 if stub.Check(asked, timeout=5).status == wanted:
                     return
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def until_back(address: str, *, service: str = SERVICES["training"]) -> Iterator[None]:
+    """After the body of the `with`, wait until a server that served said of its service that it
+    does not, and then that it serves again: it may say the first for a moment only."""
+    states = health_pb2.HealthCheckResponse
+    with grpc.insecure_channel(address) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=service), wait_for_ready=True
+        )
+        assert next(watching).status == states.SERVING
+        yield
+        for wanted in (states.NOT_SERVING, states.SERVING):
+            while next(watching).status != wanted:
+                pass
 
 
 def until_gone(pids: Sequence[int]) -> None:

@@ -68,7 +68,11 @@ class CuttingProxy:
             writer.close()
             return
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            other_reader, other_writer = await asyncio.open_connection(self._host, self._port)
+            try:
+                other_reader, other_writer = await asyncio.open_connection(self._host, self._port)
+            except OSError:
+                writer.close()  # as the target itself, which is not there
+                raise
             self._writers |= {writer, other_writer}
             await asyncio.gather(
                 self._pump(reader, other_writer, out=True),

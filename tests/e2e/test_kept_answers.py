@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from answers import answer, calls_of
@@ -23,7 +24,7 @@ def test_answers_are_there_after_a_kill(tiny_model: Path, tmp_path: Path) -> Non
         old = cluster.pid("training")
         os.kill(old, signal.SIGKILL)
         while cluster.pid("training") == old:
-            pass
+            time.sleep(0.01)
         until_health(cluster.address, serving=True)
         after = [answer(stubs, model_id, seq_id) for seq_id in range(1, len(given) + 1)]
         assert after == before

@@ -6,7 +6,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import pytest
 
 import programs
 import tinsmith
-from clusters import RunningCluster, children, until_gone, until_health
+from clusters import RunningCluster, children, free_ports, until_back, until_gone, until_health
 from faults.amount import amount
 from faults.processes import Process
 from tinsmith import tensors, types
@@ -99,9 +98,8 @@ def test_a_group_ends_with_any_of_its_ranks_and_comes_back(
             assert len(old) == 2
             said = len((cluster.logs / "training.log").read_text())
             answers = long_call(stubs) if under_way else iter([])
-            os.kill(old[rank], signum)
-            until_health(cluster.address, serving=False)
-            until_health(cluster.address, serving=True)
+            with until_back(cluster.address):
+                os.kill(old[rank], signum)
             if under_way:
                 # Made again by the next group, and the caller waited.
                 assert list(answers)[-1].metrics
@@ -140,7 +138,7 @@ def test_a_rank_that_computes_without_end_ends_its_group_and_the_call_is_made_ag
 ) -> None:
     """Its heart beats on, and the other one waits in a collective: both say so, and where they are.
     The next group answers, and the caller waited."""
-    monkeypatch.setenv("TINSMITH_TRAINER_PROGRESS_TIMEOUT_S", "1")
+    monkeypatch.setenv("TINSMITH_TRAINER_PROGRESS_TIMEOUT_S", "4")
     monkeypatch.setenv("TINSMITH_FAILPOINTS", "mid_forward:spin@2")
     with RunningCluster(tiny_model, tmp_path, ranks=2) as cluster:
         service = tinsmith.ServiceClient(base_url=cluster.address)
@@ -169,12 +167,6 @@ def test_the_end_of_a_cluster_leaves_no_stopped_rank_behind(
 
 
 # --- more than one node -----------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Nodes:
@@ -232,7 +224,7 @@ class Nodes:
 
 def rendezvous_of(kind: str) -> list[Sequence[str]]:
     """What tells each of the two agents how to find the other."""
-    port = free_port()
+    port = free_ports()
     if kind == "static":
         return [
             ("--master-addr=127.0.0.1", f"--master-port={port}", f"--node-rank={node}")
@@ -253,9 +245,8 @@ def test_two_nodes_are_one_group_and_come_back_when_a_rank_is_killed(
         for victim in amount((0,), full=(1, 0)):
             old = nodes.ranks()
             assert len(old) == 2
-            os.kill(old[victim], signal.SIGKILL)
-            until_health(nodes.address, serving=False)
-            until_health(nodes.address, serving=True)
+            with until_back(nodes.address):
+                os.kill(old[victim], signal.SIGKILL)
             until_gone(old)
             assert_trains(nodes.address)
         assert [agent.process.poll() for agent in nodes.agents] == [None, None]

@@ -20,6 +20,6 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> S
 
 @pytest.fixture
 def training(tiny_model: Path, tmp_path: Path) -> Iterator[Training]:
-    """A Training server without ranks, whose groups lose their place after 2 s of silence."""
-    with Training(tiny_model, tmp_path, rank_lease_s=2) as running:
+    """A Training server without ranks, whose groups lose their place after 5 s of silence."""
+    with Training(tiny_model, tmp_path, rank_lease_s=5) as running:
         yield running

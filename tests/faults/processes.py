@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import programs
+from clusters import free_ports
 
 
 @contextlib.contextmanager
@@ -63,7 +64,9 @@ class Training:
         self.folder = folder
         self._settings = {"data_folder": folder / "data", "snapshot_steps": 3, **settings}
         self.data = Path(str(self._settings["data_folder"]))
-        self.server = self.start_server()
+        port = free_ports()
+        at = {"listen_address": f"127.0.0.1:{port}", "link_address": f"127.0.0.1:{port + 1}"}
+        self.server = self.start_server(**at)
         self.ranks: list[Process] = []
 
     @property

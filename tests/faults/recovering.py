@@ -65,4 +65,4 @@ def state(training: Training, model_id: str) -> pb.Model:
     """What the server says of a model."""
     with grpc.insecure_channel(training.address) as channel:
         stub = pb.TrainingServiceStub(channel)
-        return stub.GetModel(pb.GetModelRequest(model_id=model_id), timeout=10).model
+        return stub.GetModel(pb.GetModelRequest(model_id=model_id), timeout=60).model

@@ -51,7 +51,7 @@ def die_writing(folder: Path, failpoint: str, content: dict[str, bytes], **write
     with ServerProcess(folder, failpoint) as server:
         with pytest.raises(grpc.RpcError):
             server.write(content, **write)
-        assert server.process.wait(10) == -signal.SIGKILL, f"{failpoint} was not reached"
+        assert server.wait() == -signal.SIGKILL, f"{failpoint} was not reached"
 
 
 @pytest.mark.timeout(300)
@@ -122,7 +122,7 @@ def test_a_crash_while_writing_a_new_name_leaves_it_whole_or_absent(
 def until_swept(folder: Path, expected: dict[str, dict[str, bytes]]) -> None:
     """Wait until only the files of these checkpoints are kept: the start begins with a sweep."""
     wanted = {data for content in expected.values() for data in content.values()}
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(blobs(folder)) != len(wanted):
         assert time.monotonic() < deadline, f"{len(blobs(folder))} blobs, {len(wanted)} are used"
         time.sleep(0.01)
@@ -152,7 +152,7 @@ def test_a_kill_at_any_moment_loses_no_acknowledged_checkpoint(tmp_path: Path) -
                     acknowledged = tried
             except grpc.RpcError:
                 killer.join()
-                server.process.wait(10)
+                server.wait()
         with ServerProcess(folder) as server:
             found = server.read()
         assert found in (files(acknowledged), files(tried))

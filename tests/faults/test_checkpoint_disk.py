@@ -276,7 +276,7 @@ async def test_health_says_whether_checkpoints_can_be_read(
         stub = health_pb2_grpc.HealthStub(channel)
 
         async def becomes(name: str, wanted: int) -> None:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             request = health_pb2.HealthCheckRequest(service=name)
             while (await stub.Check(request)).status != wanted:
                 assert time.monotonic() < deadline
@@ -304,7 +304,7 @@ def test_a_server_does_not_start_on_a_read_only_disk(small_disk: Path, tmp_path:
         server.stop()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     server = ServerProcess(folder, beside=tmp_path)
-    assert server.process.wait(10) == EXIT_HOPELESS
+    assert server.wait() == EXIT_HOPELESS
     (line,) = [line for line in server.said.splitlines() if " INFO " not in line]
     assert "Read-only file system" in line
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
@@ -319,6 +319,6 @@ def test_a_list_goes_on_where_nothing_can_be_written(small_disk: Path, tmp_path:
         for n in range(30):
             server.write(files(0), f"{PATH}-{n}")
         fill(small_disk)
-        listed = server.stub.ListCheckpoints(pb.ListCheckpointsRequest(page_size=7), timeout=10)
+        listed = server.stub.ListCheckpoints(pb.ListCheckpointsRequest(page_size=7), timeout=60)
         assert listed.total_size == 30
         assert len(server.paths()) == 30

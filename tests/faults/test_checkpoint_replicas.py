@@ -5,6 +5,7 @@ import itertools
 import shutil
 import signal
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import deque
@@ -120,7 +121,7 @@ def test_a_death_during_an_upload_leaves_nothing_to_see(
     with ServerProcess(tmp_path / "dies", failpoint + ":kill", place=place) as server:
         with pytest.raises(grpc.RpcError):
             server.write(content, name, request_id=request)
-        assert server.process.wait(10) == -signal.SIGKILL, f"{failpoint} was not reached"
+        assert server.wait() == -signal.SIGKILL, f"{failpoint} was not reached"
     committed = failpoint == AFTER_COMMIT
     assert other.paths() == ([name] if committed else []) + before
     other.write(content, name, request_id=request)
@@ -181,6 +182,7 @@ def test_no_acknowledged_save_is_lost_or_made_twice_whenever_servers_die(
                 enough = len(saved) + 5
                 while len(saved) < enough:
                     assert not any(writer.done() for writer in writers)
+                    time.sleep(0.01)
                 servers[name].kill()
                 servers[name] = ServerProcess(tmp_path / name, place=place)
             killed.set()

@@ -1,7 +1,6 @@
 """A collector of spans that hangs, or is not there, is nothing to whoever trains and samples."""
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 
 import tinsmith
-from clusters import RunningCluster
-from collector import FAST, collecting
+from clusters import RunningCluster, until_gone
+from collector import FAST, WAIT_S, collecting
 from programs import environment
 from tinsmith import types
 
@@ -64,11 +63,9 @@ def test_a_collector_that_hangs_or_is_not_there_changes_nothing(
             running = RunningCluster(tiny_model, tmp_path)
         with running as away:
             assert work(away, away.base_model) == wanted
-            assert hanging.asked.is_set()
+            assert hanging.asked.wait(WAIT_S)
             pids = [away.pid(name) for name in away.addresses] + list(away.rank_pids())
-        for pid in pids:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
+        until_gone(pids)
         for line in (away.logs / "checkpoint.log").read_text().splitlines():
             json.loads(line)
         assert hanging.bodies == []

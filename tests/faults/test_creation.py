@@ -29,7 +29,7 @@ def training(tiny_model: Path, tmp_path: Path) -> Iterator[Training]:
         header = {"base_model": tiny_model.name, "lora_config": lora, "step_count": STEPS}
         checkpoints.write(good_files(), PATH, **header)
         target = {"checkpoint_target": checkpoints.address}
-        with Training(tiny_model, tmp_path, rank_lease_s=2, **target) as running:
+        with Training(tiny_model, tmp_path, rank_lease_s=5, **target) as running:
             yield running
 
 

@@ -71,7 +71,7 @@ def test_a_crash_while_a_deposit_is_taken_leaves_the_old_or_the_new_checkpoint(
         with ServerProcess(folder, f"{place}:kill@{n}") as server:
             with pytest.raises(grpc.RpcError):
                 take(server, folder, new)
-            assert server.process.wait(10) == -signal.SIGKILL, f"{place} was not reached"
+            assert server.wait() == -signal.SIGKILL, f"{place} was not reached"
         with ServerProcess(folder) as server:
             assert server.read() == (new if place == AFTER_COMMIT else old)
             assert left_staged(folder) == []

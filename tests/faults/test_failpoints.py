@@ -123,7 +123,7 @@ def test_a_kill_at_this_place_changes_no_number(
     state = saved(kept, client)
     pid = victims.armed_pid(kind)
     assert pid is not None, "nobody took the failpoint"
-    wait_until(lambda: not alive(pid), 10)
+    wait_until(lambda: not alive(pid))
     delete_models(kept.address)
     assert seen == undisturbed[0]
     assert state == undisturbed[1]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attack.amount import SEED
-from clusters import RunningCluster
+from clusters import RunningCluster, free_ports
 from gateways import RunningGateway, running_gateway
 from sdk_calls import Sdk, call
 
@@ -46,7 +46,8 @@ def program(sdk: Sdk) -> Any:
 @pytest.fixture
 def gateway_to_kill(cluster: RunningCluster, tmp_path: Path) -> Any:
     """A gateway of this test's own."""
-    with running_gateway(cluster.address, tmp_path) as gateway:
+    at = f"127.0.0.1:{free_ports()}"  # so that it gets its port back
+    with running_gateway(cluster.address, tmp_path, listen_address=at) as gateway:
         yield gateway
 
 
@@ -64,7 +65,7 @@ def test_a_program_ends_with_the_same_bits(gateway_to_kill: RunningGateway) -> N
         running.join(rng.uniform(0.02, 0.25))
         gateway_to_kill.kill()
         gateway_to_kill.start()
-    running.join(90)
+    running.join(200)
     assert found == [undisturbed]
 
 

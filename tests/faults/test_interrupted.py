@@ -13,6 +13,7 @@ import pytest
 
 import tinsmith
 from clusters import RunningCluster, until_health
+from cutting_proxy import CuttingProxy
 from faults.operations import LOSSES, make_datum
 from faults.processes import hung
 from faults.proxy import ChaosProxy
@@ -26,7 +27,12 @@ from tiny_models import write_tiny_model
 ADAM = types.AdamParams(learning_rate=1e-2)
 PROMPT = [1, 2, 3]
 LONG = 1000
-"""Tokens of a sample that takes a while, on every machine."""
+"""Tokens of a sample that takes a while."""
+SAMPLES, BEGUN_BYTES = 4, 4000
+"""So many samples are answered with 48 KB. So much has come before a Sampler dies, and no more than
+what is read at once, 16 KB."""
+Tokens = dict[int, list[int]]
+"""Tokens of samples, by their index."""
 
 
 @pytest.fixture(scope="module")
@@ -167,51 +173,73 @@ def _wide(length: int) -> dict[str, np.ndarray]:
 # --- the Sampler ----------------------------------------------------------------------------------
 
 
-def sample_request(path: str = "") -> pb.SampleRequest:
+def sample_request(path: str = "", count: int = 1) -> pb.SampleRequest:
     chunk = types_pb2.ModelInputChunk(tokens=tensors.encode(np.array(PROMPT)))
     params = pb.SamplingParams(max_tokens=LONG, seed=7, stop=pb.StopCondition())
     prompt = types_pb2.ModelInput(chunks=[chunk])
-    return pb.SampleRequest(checkpoint_path=path, prompt=prompt, sampling_params=params)
+    return pb.SampleRequest(
+        checkpoint_path=path, prompt=prompt, sampling_params=params, num_samples=count
+    )
+
+
+def sequences_of(responses: Iterator[pb.SampleResponse], made: Tokens) -> Tokens:
+    """Add what comes to what was made so far; returns it."""
+    for response in responses:
+        for delta in response.deltas:
+            made.setdefault(delta.sequence_index, []).extend(tensors.decode(delta.tokens).tolist())
+    return made
 
 
 def tokens_of(responses: Iterator[pb.SampleResponse]) -> list[int]:
-    return [
-        int(token)
-        for response in responses
-        for delta in response.deltas
-        for token in tensors.decode(delta.tokens)
-    ]
+    return sequences_of(responses, {}).get(0, [])
 
 
 def _read(stream: Iterator[pb.SampleResponse], tokens: list[int]) -> None:
     tokens.extend(tokens_of(stream))
 
 
+def kill_in_the_middle(proxy: CuttingProxy, pid: int) -> None:
+    """Let a Sampler die once something of its answers has come, however fast it makes them."""
+
+    def kill(received: int) -> bool:
+        if proxy.cuts or received < BEGUN_BYTES:
+            return False
+        os.kill(pid, signal.SIGKILL)
+        return True
+
+    proxy.cut_after = kill
+
+
 def test_a_sampler_killed_in_the_middle_of_a_sample_makes_the_same_tokens_again(
-    kept: RunningCluster,
+    kept: RunningCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """UNAVAILABLE, long before the deadline; the same seed gives the same tokens, and to a user of
     the client nothing has happened (row 7)."""
     with connect(kept.address) as stubs:
-        whole = tokens_of(stubs.sampler.Sample(sample_request()))
-        assert len(whole) == LONG
-        sampler = tinsmith.ServiceClient(base_url=kept.address).create_sampling_client(
-            base_model=kept.base_model
-        )
-        params = types.SamplingParams(max_tokens=LONG, seed=7, stop=[])
-        sampling = kept.pid("sampler")
-        through_client = sampler.sample_stream(types.ModelInput.from_ints(PROMPT), 1, params)
-        given = list(next(through_client).tokens)
-        stream = stubs.sampler.Sample(sample_request(), timeout=600)
-        begun = tokens_of(itertools.islice(stream, 2))
-        os.kill(sampling, signal.SIGKILL)
-        with pytest.raises(grpc.RpcError) as gone:
-            begun += tokens_of(stream)
-        assert gone.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert len(begun) < LONG
-        given += [token for part in through_client for token in part.tokens]
-        again = tokens_of(stubs.sampler.Sample(sample_request(), wait_for_ready=True))
-    assert again == given == whole
+        whole = sequences_of(stubs.sampler.Sample(sample_request(count=SAMPLES)), {})
+    assert [len(tokens) for tokens in whole.values()] == [LONG] * SAMPLES
+    with CuttingProxy(kept.addresses["sampler"]) as proxy:
+        monkeypatch.setenv("TINSMITH_ADDRESS_SAMPLER", proxy.address)
+        kill_in_the_middle(proxy, kept.pid("sampler"))
+        with (
+            connect(kept.address) as stubs,
+            tinsmith.ServiceClient(base_url=kept.address) as service,
+        ):
+            sampler = service.create_sampling_client(base_model=kept.base_model)
+            params = types.SamplingParams(max_tokens=LONG, seed=7, stop=[])
+            stream = stubs.sampler.Sample(sample_request(count=SAMPLES), timeout=600)
+            given: Tokens = {}
+            for part in sampler.sample_stream(types.ModelInput.from_ints(PROMPT), SAMPLES, params):
+                given.setdefault(part.sequence_index, []).extend(part.tokens)
+            begun: Tokens = {}
+            with pytest.raises(grpc.RpcError) as gone:
+                sequences_of(stream, begun)
+            assert proxy.cuts == 1
+            assert gone.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert sum(map(len, begun.values())) < SAMPLES * LONG
+            again = sample_request(count=SAMPLES)
+            made_again = sequences_of(stubs.sampler.Sample(again, wait_for_ready=True), {})
+    assert made_again == given == whole
 
 
 def test_weights_that_are_swapped_while_a_sequence_is_made_do_not_get_into_it(
@@ -246,7 +274,7 @@ def test_weights_that_are_swapped_while_a_sequence_is_made_do_not_get_into_it(
             for other in others:
                 tokens_of(stubs.sampler.Sample(sample_request(other)))
             for reader in readers:
-                reader.join(60)
+                reader.join(120)
             for first, rest in zip(begun, found, strict=True):
                 assert first + rest == wanted[-1]
             wanted.append(tokens_of(stubs.sampler.Sample(sample_request(path))))

@@ -19,12 +19,14 @@ from tinsmith import v1 as pb
 from tinsmith.cluster import connect
 
 SAVES = amount(40, full=1000)
-LEASE_S = amount(4.0, full=10.0)
-"""Longer than a few rounds of a loop: what goes before was given back, and did not run out."""
+LEASE_S = amount(8.0, full=10.0)
+"""Longer than a few rounds of a loop: what goes before was given back, and did not run out. Renewed
+three times meanwhile, so a machine may stand still for more than half of it."""
 SETS_MAX = 3
 """Sets of weights on disk for each live client of a training loop."""
-SETTLE_S = 1.0
-"""How long after a save there may be more, where the machine is busy."""
+SETTLE_S = LEASE_S / 2
+"""How long after a save there may be more, where the machine is busy; less than any lease has left
+when it is renewed for the last time."""
 MODELS, MODELS_MAX = amount((7, 2), full=(200, 64))
 ROUNDS = 2
 PROMPT = ModelInput.from_ints([5, 6, 7])
@@ -134,6 +136,7 @@ def test_ephemeral_weights_are_reclaimed_when_nobody_holds_them(lifetimes: Lifet
     first_path = str(first.model_path)
     first.close()
     del first
+    trainer.delete().result()
     time.sleep(1.5 * LEASE_S)
     assert tokens_of(copy) == held[1]
     assert tokens_of(sampler) == newest
@@ -143,8 +146,6 @@ def test_ephemeral_weights_are_reclaimed_when_nobody_holds_them(lifetimes: Lifet
     gone = lifetimes.service.create_rest_client().get_weights_info_by_tinker_path(first_path)
     with pytest.raises(tinsmith.NotFoundError, match="reclaimed when no client holds them"):
         gone.result()
-    trainer.delete().result()
-    time.sleep(1.5 * LEASE_S)
     assert tokens_of(sampler) == newest
     del sampler
     until(lambda: sets() < 0.5, f"{sets():.1f} sets are on disk")

@@ -5,7 +5,6 @@ The machines are processes here, as pods are on one node.
 
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tinsmith
-from clusters import children, rank_groups, until_gone
+from clusters import children, free_ports, rank_groups, until_gone
 from faults.processes import Process, Training
 from kube.worker import batch
 from tinsmith import types
@@ -36,9 +35,7 @@ class Machines:
     def __init__(self, base_model: Path, folder: Path) -> None:
         self.training = Training(base_model, folder)
         self.address = self.training.address
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._meet = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._meet = f"127.0.0.1:{free_ports()}"
         # The second first: it waits for the other.
         self.machines = {node: self.start(node) for node in (1, 0)}
 

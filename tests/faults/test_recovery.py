@@ -77,7 +77,7 @@ def test_row_11_a_stopped_group_is_replaced_and_cannot_come_back(
     seen += train(client, 3, 5)
     first.signal(signal.SIGCONT)
     training.server.until(
-        lambda: training.server.log.read_text().count("a rank group stands by") == 2
+        lambda: training.server.log.read_text().count("a rank group stands by") >= 2
     )
     seen += train(client, 5, STEPS)
     second.kill()
@@ -99,7 +99,7 @@ def test_row_11_a_training_server_that_was_replaced_writes_nothing(
         stub = pb.TrainingServiceStub(channel)
         request = pb.OptimStepRequest(model_id=client.model_id, seq_id=2 * STEPS + 1)
         with pytest.raises(grpc.RpcError) as refusal:
-            stub.OptimStep(request, timeout=30)
+            stub.OptimStep(request, timeout=60)
         assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
     assert old.wait() != 0
     assert old.log.read_text().count("has taken") >= 1
@@ -220,7 +220,7 @@ def test_row_39_other_ranks_than_those_that_computed_are_refused_and_nothing_is_
     with grpc.insecure_channel(training.address) as channel:
         stub = pb.TrainingServiceStub(channel)
         with pytest.raises(grpc.RpcError) as refusal:
-            stub.OptimStep(pb.OptimStepRequest(model_id=client.model_id), timeout=10)
+            stub.OptimStep(pb.OptimStepRequest(model_id=client.model_id), timeout=60)
     assert reason_and_field(refusal.value)[0] == "RANK_GROUP_MISMATCH"
     found = state(training, client.model_id)
     assert found.state == pb.ModelState.MODEL_STATE_RECOVERING

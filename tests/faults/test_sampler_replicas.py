@@ -3,6 +3,7 @@
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,16 @@ import pytest
 
 import tinsmith
 from clusters import SERVICES, RunningCluster, until_health
-from faults.processes import Process
+from cutting_proxy import CuttingProxy
+from faults.processes import Process, hung
+from faults.victims import wait_until
 
 CALLS = 16
-TOKENS = 150
+SEQUENCES = 2
+TOKENS = 300
+BEGUN_BYTES = 2000
+"""Of the answers of half the calls, 60 KB together: so much comes before the kill, and no more than
+what is read at once, 16 KB."""
 
 
 def made_by(
@@ -23,14 +30,34 @@ def made_by(
     prompt = tinsmith.ModelInput.from_ints([1 + index % 5, 7, 9])
     params = tinsmith.SamplingParams(max_tokens=TOKENS, seed=index, stop=[])
     if index % 2 == 0:
-        found = sampler.sample(prompt, 2, params).result(90).sequences
+        found = sampler.sample(prompt, SEQUENCES, params).result(90).sequences
         return [list(s.tokens) for s in found], [list(s.logprobs or ()) for s in found]
     tokens: list[list[int]] = [[], []]
     logprobs: list[list[float]] = [[], []]
-    for part in sampler.sample_stream(prompt, 2, params):
+    for part in sampler.sample_stream(prompt, SEQUENCES, params):
         tokens[part.sequence_index] += list(part.tokens)
         logprobs[part.sequence_index] += list(part.logprobs)
     return tokens, logprobs
+
+
+def under_way(sampler: tinsmith.SamplingClient) -> int:
+    """How many sequences a client has asked for and not got."""
+    replicas = sampler._connection._samplers._replicas
+    return sum(replica.sequences for replica in replicas.values())
+
+
+def kill_in_the_middle(proxy: CuttingProxy, victim: Process) -> None:
+    """Let a Sampler die once callers have something of its answers, however fast it makes them."""
+    enough = proxy.received + BEGUN_BYTES
+
+    def kill(received: int) -> bool:
+        if proxy.refuses or received < enough:
+            return False
+        proxy.refuses = True
+        os.kill(victim.pid, signal.SIGKILL)
+        return True
+
+    proxy.cut_after = kill
 
 
 def test_calls_end_with_what_their_seeds_stand_for(
@@ -40,7 +67,8 @@ def test_calls_end_with_what_their_seeds_stand_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """With an adapter: whole answers and streams, tokens and the bits of their logprobs."""
+    """With an adapter: whole answers and streams, tokens and the bits of their logprobs. Nothing of
+    a call is made before all of them are under way."""
     settings = {"base_model": tiny_model, "checkpoint_target": cluster.addresses["checkpoint"]}
     with (
         Process("sampler", tmp_path, settings, OMP_NUM_THREADS="1") as victim,
@@ -67,21 +95,20 @@ def test_calls_end_with_what_their_seeds_stand_for(
             service = tinsmith.ServiceClient(base_url=cluster.address)
             return service.create_sampling_client(path).result()
 
-        with ThreadPoolExecutor(CALLS) as pool:
+        with ThreadPoolExecutor(CALLS) as pool, ExitStack() as stack:
             alone = client_of(addresses[1])
             undisturbed = list(pool.map(lambda index: made_by(alone, index), range(CALLS)))
-            both = client_of(",".join(addresses))
+            proxy = stack.enter_context(CuttingProxy(addresses[0]))
+            both = client_of(f"{proxy.address},{addresses[1]}")
             first = both.sample_stream(
                 tinsmith.ModelInput.from_ints([5]), 1, tinsmith.SamplingParams(max_tokens=2)
             )
             assert list(first)
-            calls = [pool.submit(made_by, both, index) for index in range(CALLS)]
-            started = both.sample(
-                tinsmith.ModelInput.from_ints([3]), 1, tinsmith.SamplingParams(max_tokens=3)
-            )
-            started.result(60)
             caplog.set_level("DEBUG", "tinsmith")
-            os.kill(victim.pid, signal.SIGKILL)
+            with hung(victim.pid, other.pid):
+                calls = [pool.submit(made_by, both, index) for index in range(CALLS)]
+                wait_until(lambda: under_way(both) == CALLS * SEQUENCES)
+                kill_in_the_middle(proxy, victim)
             disturbed = [call.result(90) for call in calls]
     moved = [record for record in caplog.records if "moves" in record.message]
     assert len(moved) >= 3, "it was under load"

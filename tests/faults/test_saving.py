@@ -20,7 +20,15 @@ from faults.amount import FULL, amount
 from faults.harness import victims_of
 from faults.script import make_data
 from faults.users import delete_models, read_files
-from faults.victims import CHECKPOINT_POINTS, RANK_POINTS, TRAINING_POINTS, Victims, alive, kind_of
+from faults.victims import (
+    CHECKPOINT_POINTS,
+    RANK_POINTS,
+    TRAINING_POINTS,
+    Victims,
+    alive,
+    kind_of,
+    wait_until,
+)
 from tinsmith import types
 from tinsmith import v1 as pb
 
@@ -229,6 +237,7 @@ def test_what_is_published_is_whole_whoever_dies_while_it_is_saved(
             train_and_save(client, number)
             found = {name: published.read(name) for name in published.names()}
             assert found == rounds[number]
+        wait_until(lambda: reader.count > 0 or bool(reader.wrong))
     assert reader.wrong == []
     assert reader.count > 0
     delete_models(cluster.address)
