@@ -27,8 +27,7 @@ from tinsmithd.rpc import link_secret
 
 ATTACH = "/tinsmith.internal.v1.TrainerLinkService/Attach"
 LEASE_S = 8
-"""Long enough that the cluster's own ranks, which say every two seconds that they are there, keep
-their place on a machine that does nothing for some seconds."""
+"""The cluster's own ranks say every two seconds that they are there, on a busy machine later."""
 WAIT_S = 60
 HELLO = link_pb.Hello(
     base_model=pb.BaseModel(
