@@ -3,30 +3,27 @@
 import asyncio
 import contextlib
 import os
-import random
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import ports
 import programs
 from tinsmithd.up import SERVICES, EmbeddedCluster, Options
 
 START_S_MAX = 100.0
-PORTS = range(20_000, 30_000, 3)
-"""Below those that the kernel gives to whoever asks: a server must get its port back."""
 
 
 def children(pid: int) -> Sequence[int]:
     """Process ids of a process's children, in the order in which they were started."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # a thread that has ended
+            found += map(int, (task / "children").read_text().split())
     return sorted(found)
 
 
@@ -80,13 +77,7 @@ def until_gone(pids: Sequence[int]) -> None:
 
 def free_ports() -> int:
     """The first of three free ports that follow each other."""
-    for first in random.sample(PORTS, len(PORTS)):
-        with ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + 3):
-                probe = stack.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", port))
-            return first
-    raise RuntimeError("no free ports")
+    return ports.take(3)
 
 
 class RunningCluster:

@@ -69,7 +69,7 @@ class RunningGateway:
         """Stop it gracefully."""
         self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(20)
+            self._process.wait(programs.START_S_MAX)
         finally:
             self._process.kill()
 

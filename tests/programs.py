@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Self
 
+import ports
 from tinsmithd.processes.template import client
 
 SERVERS = ("tinsmithd.training", "tinsmithd.checkpoint", "tinsmithd.gateway")
@@ -187,7 +188,7 @@ def run(
     module: str,
     *arguments: str,
     ranks: int = 0,
-    timeout_s: float = 100,
+    timeout_s: float = 250,
     folder: Path | None = None,
     forked: bool | None = None,
     **more: str,
@@ -233,9 +234,7 @@ def _groups(ranks: int) -> Sequence[Mapping[str, str]]:
     """What torchrun would say to each rank."""
     if not ranks:
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.take()
     return [
         {
             "GLOO_SOCKET_IFNAME": "lo",
@@ -311,8 +310,11 @@ class Logged:
             Ended: It does not run any more.
         """
         end_s = time.monotonic() + START_S_MAX
-        while not true():
-            if self.process.poll() is not None:
+        while True:
+            ended = self.process.poll() is not None  # before the look: the last thing counts, too
+            if true():
+                return
+            if ended:
                 raise Ended(self.said[-3000:])
             assert time.monotonic() < end_s, self.said[-3000:]
             time.sleep(0.005)

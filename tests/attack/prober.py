@@ -2,7 +2,8 @@
 
 `python -m attack.prober PID ADDRESS` prints one line for each answer until its standard input ends:
 the seconds that it took, and how many of them the server's event loop or this process was ready to
-run and had no core. A process of its own: what the attack itself computes must not be measured.
+run and had no core, or had one that was taken from this machine. A process of its own: what the
+attack itself computes must not be measured.
 """
 
 import contextlib
@@ -31,10 +32,15 @@ def waits_s(process: int, *, whole: bool) -> dict[str, float]:
     return waits
 
 
+def stolen_s() -> float:
+    """Seconds for which cores of this machine, if it is a virtual one, were somebody else's."""
+    return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
+
+
 def probe(pid: int, address: str) -> None:
     """Ask once and say how long it took; a failure is said as its code in place of the seconds."""
     before_s = waits_s(pid, whole=False) | waits_s(os.getpid(), whole=True)
-    begun_s = time.monotonic()
+    stolen_before_s, begun_s = stolen_s(), time.monotonic()
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
@@ -46,6 +52,7 @@ def probe(pid: int, address: str) -> None:
     after_s = waits_s(pid, whole=False) | waits_s(os.getpid(), whole=True)
     # By thread: one that has ended took what it had waited with it, and is not counted.
     waited_s = sum(seconds - before_s.get(task, 0.0) for task, seconds in after_s.items())
+    waited_s += stolen_s() - stolen_before_s
     print(f"{took_s:.4f} {waited_s:.4f}", flush=True)
 
 

@@ -52,7 +52,7 @@ def test_connections_beyond_what_a_server_takes_leave_its_own_files_alone(
 ) -> None:
     """A checkpoint is written while every connection is taken: those leave descriptors to it."""
     folder = tmp_path_factory.mktemp("few")
-    settings = {"data_folder": folder / "data", "connections_max": 20, "connection_idle_s_max": 2}
+    settings = {"data_folder": folder / "data", "connections_max": 20}
     with Process("checkpoint", folder, settings) as running, ExitStack() as stack:
         target = target_of("checkpoint", running)
         with grpc.insecure_channel(target.address) as channel:

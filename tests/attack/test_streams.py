@@ -211,7 +211,8 @@ def test_a_write_that_stalls_leaves_nothing_behind(
         with watching([target_of("checkpoint", running)]), Peer(address_of(running)) as peer:
             first = peer.open(f"/{SERVICE}/WriteCheckpoint")
             peer.push(first, len(body), content=body)
-            until(lambda: len(list(staging.iterdir())) == 1)
+            # All of it counts by then, and not what comes next in its place.
+            until(lambda: sum(path.stat().st_size for path in staging.rglob("*")) >= 3 * MIB)
             with Peer(address_of(running)) as other:
                 second = other.open(f"/{SERVICE}/WriteCheckpoint")
                 other.push(second, len(body), content=body)

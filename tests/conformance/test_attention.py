@@ -227,7 +227,7 @@ def test_a_keyword_that_says_nothing_is_taken(tiny_model: Path) -> None:
 
 
 def test_a_datum_is_computed_as_if_its_neighbours_were_not_there(tmp_path: Path) -> None:
-    """With every rope that is served, of whatever type: beside a longer one to 1e-6."""
+    """With every rope that is served, of whatever type: beside a longer one to 5e-6."""
     ropes: Mapping[str, Mapping[str, Any]] = {
         "dynamic": {"factor": 2.0},
         "linear": {"factor": 2.0},
@@ -247,4 +247,4 @@ def test_a_datum_is_computed_as_if_its_neighbours_were_not_there(tmp_path: Path)
         engine.create_model("m", LORA)
         _, (alone,) = collect(engine, "m", [short], backward=False)
         _, (_, beside) = collect(engine, "m", [long, short], backward=False)
-        np.testing.assert_allclose(beside, alone, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(beside, alone, atol=5e-6, err_msg=kind)

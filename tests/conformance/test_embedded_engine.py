@@ -32,6 +32,7 @@ from tinsmithd.sampler.engines.transformers.engine import (
 from tinsmithd.sampler.engines.transformers.jobs import Job, Made
 from tinsmithd.sampler.engines.transformers.kv import KvCache
 from tinsmithd.trainer.engines.reference import ReferenceEngine
+from waiting import until
 
 torch.set_num_threads(1)
 PROMPT = np.arange(10, 18)
@@ -66,21 +67,43 @@ def request(
 
 
 async def settled(engine: TransformersEngine) -> None:
-    """Wait until it has nothing to do."""
-    async with asyncio.timeout(30):
-        while engine._commands or not engine._scheduler.idle:
-            await asyncio.sleep(0.01)
-    await asyncio.sleep(0.05)  # it takes note of what the cache holds
+    """Wait until it has nothing to do, and has taken note of what the cache holds."""
+
+    def rests() -> bool:
+        return not engine._commands and engine._scheduler.idle
+
+    await until(rests)
+    engine._wake.set()  # its thread sees this when it is done with the last step, notes and all
+    await until(lambda: not engine._wake.is_set() and rests())
+
+
+class Steps:
+    """Lets an engine make so many steps and no more until it is told to, however quick it is."""
+
+    def __init__(self, engine: TransformersEngine, count: int) -> None:
+        self._allowed = threading.Semaphore(count)
+        self._step = engine._scheduler.step
+        engine._scheduler.step = self._held  # type: ignore[method-assign]
+
+    def _held(self) -> list[Made]:
+        assert self._allowed.acquire(timeout=60)
+        return self._step()
+
+    def go_on(self, count: int = 10_000) -> None:
+        """Allow more."""
+        self._allowed.release(count)
 
 
 async def test_a_request_that_is_closed_computes_nothing_more(engine: TransformersEngine) -> None:
     """At most the step under way; its room is free, also where it waited or was being read."""
+    steps = Steps(engine, 3)
     async with aclosing(outputs_of(engine, request(400, samples=8))) as reading:
         for _ in range(3):
             await anext(reading)
+    steps.go_on()
     await settled(engine)
     made = engine.stats().sampled_tokens
-    assert 0 < made < 8 * 400
+    assert 8 * 3 <= made <= 8 * 4
     await asyncio.sleep(0.3)
     assert (engine.stats().sampled_tokens, engine.stats().kv_tokens) == (made, 0)
     tasks = [asyncio.create_task(drained(engine, request(400), None)) for _ in range(20)]
@@ -235,15 +258,16 @@ async def test_a_step_that_fails_ends_the_engine_and_tells_everybody(
 ) -> None:
     """Those under way and those that come later; `failed` raises what it was."""
     engine = new_engine(tiny_model)
+    steps = Steps(engine, 3)
     watching = asyncio.create_task(engine.failed())
     calls = [asyncio.create_task(drained(engine, request(400), None)) for _ in range(3)]
-    while not engine._scheduler._sampled_tokens:
-        await asyncio.sleep(0.001)
+    await until(lambda: engine._scheduler._sampled_tokens)
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(KvCache, "batch", fail)
+    steps.go_on()
     for call in calls:
         with pytest.raises(Unavailable) as ended:
             await call
@@ -261,16 +285,19 @@ async def test_a_step_that_lacks_memory_ends_the_largest_request_and_the_engine_
 ) -> None:
     """Those beside it are told to ask again, and get what they would have got."""
     alone = (await drained(engine, request(400), None)).sequences
+    steps = Steps(engine, 0)
     small = [asyncio.create_task(drained(engine, request(400), None)) for _ in range(2)]
     large = asyncio.create_task(drained(engine, request(300, samples=2), None))
-    while engine.stats().sequences < 4:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(engine._streams) == 3)
+    steps.go_on(2)  # in the first it may not know of all of them
+    await until(lambda: engine.stats().sequences == 4)
 
     def fail(*_: object) -> None:
         monkeypatch.undo()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(KvCache, "batch", fail)
+    steps.go_on()
     with pytest.raises(ResourceExhausted, match="a request of 608 tokens") as refused:
         await large
     assert refused.value.reason is Reason.OUT_OF_MEMORY
@@ -308,10 +335,13 @@ async def test_an_adapter_that_does_not_fit_is_refused_and_a_lost_device_ends_th
 async def test_closing_ends_what_is_under_way(tiny_model: Path) -> None:
     """UNAVAILABLE, and `failed` returns; a second time does nothing."""
     engine = new_engine(tiny_model)
+    steps = Steps(engine, 3)
     call = asyncio.create_task(drained(engine, request(400), None))
-    while not engine._scheduler._sampled_tokens:
-        await asyncio.sleep(0.001)
-    await engine.close()
+    await until(lambda: engine._scheduler._sampled_tokens)
+    closing = asyncio.create_task(engine.close())
+    await until(lambda: engine._closing)
+    steps.go_on()
+    await closing
     with pytest.raises(Unavailable):
         await call
     await engine.failed()
