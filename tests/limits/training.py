@@ -57,6 +57,7 @@ ELSEWHERE = {
     "tenant_tokens_per_minute_max": "tests/service/test_key_limits.py",
 }
 """Limits that are no matter of one request more, and who holds them."""
+WAIT_S = 60.0
 
 
 @contextlib.contextmanager
@@ -188,11 +189,13 @@ class TrainingLimits(Limits):
             if model.pending_calls >= len(waiting):
                 break
             time.sleep(0.01)
-        first = threading.Timer(0.2, lambda: self._compute(model_id, 1))
-        first.start()
+        first = threading.Thread(target=self._compute, args=(model_id, 1))
         try:
             with self.sending():
-                list(self._begin(requests[-1]))
+                last = self._begin(requests[-1])
+                last.initial_metadata()  # it has its place, or is refused
+                first.start()
+                list(last)
         finally:
             first.join()
             for each in waiting:
@@ -211,7 +214,7 @@ class TrainingLimits(Limits):
             own = [("grpc.use_local_subchannel_pool", 1)]  # one connection holds no more streams
             with grpc.insecure_channel(self._server.address, own) as channel:
                 stub = TrainingServiceStub(channel)
-                grpc.channel_ready_future(channel).result(10)
+                grpc.channel_ready_future(channel).result(WAIT_S)
                 with self.sending():
                     stub.ListModels(pb.ListModelsRequest(), metadata=self._shown)
         finally:
