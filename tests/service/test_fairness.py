@@ -368,11 +368,9 @@ def test_results_stream_in_order_and_losses_add_up_over_parts(stubs: Cluster) ->
 async def test_a_light_call_is_answered_long_before_a_heavy_one(
     small_parts: RunningCluster,
 ) -> None:
-    """While one call of 800 data is computed, five small ones of another model are answered that
-    came after it. How few parts each waits for is counted above, where rank 0 is in this process.
-
-    All are there before the ranks go on with the first part; then only the order of answers counts,
-    however quick the ranks are, and however late somebody reads."""
+    """Five small ones of another model are, that come while one call of 800 data is computed: the
+    ranks stand in its first part until all are there. How few parts each waits for is counted
+    above, where the rank can be held."""
     async with grpc.aio.insecure_channel(small_parts.address) as channel:
         stub: Any = pb.TrainingServiceStub(channel)
         lora = pb.LoraConfig(rank=2)
@@ -389,9 +387,8 @@ async def test_a_light_call_is_answered_long_before_a_heavy_one(
 
         async def begin(*calls: tuple[str, int, Sequence[pb.Datum]]) -> list[asyncio.Task[None]]:
             reading = [asyncio.create_task(read(*call)) for call in calls]
-            model_id, last, _ = calls[-1]
-            asked = pb.GetModelRequest(model_id=model_id)
-            while (await stub.GetModel(asked)).model.next_seq_id <= last:
+            asked = pb.GetModelRequest(model_id=calls[-1][0])
+            while (await stub.GetModel(asked)).model.next_seq_id <= calls[-1][1]:
                 await asyncio.sleep(0.01)
             return reading
 
