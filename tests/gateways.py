@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,12 @@ class RunningGateway:
     def __init__(self, training_address: str, folder: Path, **settings: object) -> None:
         self._folder = folder
         self._settings = {"training_address": training_address, **settings}
-        self._port = 0
+        # Bound for as long as the gateway is wanted: nobody else gets its port while it is away.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self._port = self._place.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "gateway.log"
         self.start()
@@ -52,8 +58,6 @@ class RunningGateway:
             assert self._process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < until, "the gateway did not start"
             time.sleep(0.01)
-        self._port = int(port_file.read_text())
-        self.url = f"http://127.0.0.1:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -72,6 +76,7 @@ class RunningGateway:
             self._process.wait(programs.START_S_MAX)
         finally:
             self._process.kill()
+            self._place.close()
 
 
 def _flag(key: str) -> str:

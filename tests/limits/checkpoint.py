@@ -1,6 +1,7 @@
 """The named limits of a Checkpoint server."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from checkpoints import commit, files, messages, piece
-from limits.held import Case, Limits, Refusal, refusal_of
+from limits.held import Case, Limits, Refusal
 from scale.servers import Keys, Server
 from tinsmith import v1 as pb
 from tinsmith.keys import AUTHORIZATION, SCHEME
@@ -45,7 +46,7 @@ SMALL = "small"
 PATH = "tinsmith://run/weights/one"
 LORA = pb.LoraConfig(rank=4)
 PIECE_BYTES = 1 * MIB
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 @contextlib.contextmanager
@@ -147,7 +148,7 @@ class CheckpointLimits(Limits):
                 next(watch)  # it has its place
             with grpc.insecure_channel(self._server.address, own) as channel:
                 stub = CheckpointServiceStub(channel)
-                grpc.channel_ready_future(channel).result(60)
+                grpc.channel_ready_future(channel).result(WAIT_S)
                 with self.sending():
                     stub.ListCheckpoints(pb.ListCheckpointsRequest(), metadata=self._shown)
         finally:
@@ -180,29 +181,31 @@ class CheckpointLimits(Limits):
     def _staged(self, nbytes: int) -> None:
         """A write that stays open with some of the bytes, and one with the rest."""
         held = nbytes // 2
-        ends = False
+        ends = threading.Event()
 
         def first() -> Iterator[pb.WriteCheckpointRequest]:
             yield _header(f"{PATH}-first")
             for offset in range(0, held, PIECE_BYTES):
                 data = bytes(min(PIECE_BYTES, held - offset))
                 yield piece("adapter_model.safetensors", offset, data)
-            while not ends:
-                time.sleep(0.01)
+            ends.wait()
 
         writing = self._stub.WriteCheckpoint.future(first(), metadata=self._shown)
         try:
-            until_s = time.monotonic() + (WAIT_S if self.above else 0.0)
-            while True:
-                try:
-                    self._write(PATH, _cut(nbytes - held))
-                except grpc.RpcError as error:
-                    # Until all of the first has come the second is not too much.
-                    if refusal_of(error).limit or time.monotonic() > until_s:
-                        raise
+            self._until_staged(held)  # before, the second is not too much
+            self.measure()
+            self._write(PATH, _cut(nbytes - held))
         finally:
-            ends = True
             writing.cancel()
+            ends.set()
+            self._until_staged(0)
+
+    def _until_staged(self, nbytes: int) -> None:
+        """Wait until writes that are open have brought so many bytes to the disk."""
+        staging, end_s = self._server.folder / "data" / "staging", time.monotonic() + WAIT_S
+        while sum(_size(file) for file in staging.glob("*/*")) != nbytes:
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
 
     def _leases(self, count: int) -> None:
         leases = [pb.Lease(checkpoint_path=f"{PATH}-{n}", lease_id="l") for n in range(count)]
@@ -235,6 +238,12 @@ def _header(path: str, **fields: Any) -> pb.WriteCheckpointRequest:
     return pb.WriteCheckpointRequest(
         header=pb.WriteCheckpointHeader(checkpoint_path=path, **values)
     )
+
+
+def _size(file: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+        return file.stat().st_size
+    return 0
 
 
 def _cut(nbytes: int) -> list[int]:

@@ -67,6 +67,7 @@ class Limits:
         self._process = psutil.Process(pid)
         self.above = ""
         self._took_ms, self._sent_bytes, self._is_refused = 0.0, 0, False
+        self._before_bytes = 0
 
     @property
     def names(self) -> list[str]:
@@ -110,10 +111,9 @@ class Limits:
         self.tidy()
         self.above = limit
         self.prepare()
-        self._reset_peak()
-        before_bytes = self._process.memory_info().rss
+        self.measure()
         refusal = self._refusal(case, most + 1)
-        grew_bytes = self._peak() - before_bytes
+        grew_bytes = self._peak() - self._before_bytes
         self.tidy()
         assert refusal is not None, f"{limit}: {most + 1} passes"
         return Held(limit, refusal, self._took_ms, self._sent_bytes, grew_bytes)
@@ -121,13 +121,12 @@ class Limits:
     def grew_by(self, call: Callable[[], object]) -> tuple[grpc.StatusCode | None, int]:
         """How a call ended, and how much more memory the server had meanwhile, at most."""
         code = None
-        self._reset_peak()
-        before_bytes = self._process.memory_info().rss
+        self.measure()
         try:
             call()
         except grpc.RpcError as error:
             code = error.code()  # type: ignore[attr-defined]
-        return code, self._peak() - before_bytes
+        return code, self._peak() - self._before_bytes
 
     def _refusal(self, case: Case, count: int) -> Refusal | None:
         begun_s = time.perf_counter()
@@ -142,11 +141,14 @@ class Limits:
             self._took_ms = self._took_ms or (time.perf_counter() - begun_s) * 1e3
         return None
 
-    def _reset_peak(self) -> None:
+    def measure(self) -> None:
+        """Look from now on at what memory the server takes: a case that makes a call which may well
+        take some says when that is over."""
         Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+        self._before_bytes = self._process.memory_info().rss
 
     def _peak(self) -> int:
-        """The most memory that the process had since `_reset_peak`."""
+        """The most memory that the process had since `measure`."""
         for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

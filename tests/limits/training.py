@@ -57,6 +57,7 @@ ELSEWHERE = {
     "tenant_tokens_per_minute_max": "tests/service/test_key_limits.py",
 }
 """Limits that are no matter of one request more, and who holds them."""
+WAIT_S = 60.0
 
 
 @contextlib.contextmanager
@@ -221,7 +222,7 @@ class TrainingLimits(Limits):
             own = [("grpc.use_local_subchannel_pool", 1)]  # one connection holds no more streams
             with grpc.insecure_channel(self._server.address, own) as channel:
                 stub = TrainingServiceStub(channel)
-                grpc.channel_ready_future(channel).result(60)
+                grpc.channel_ready_future(channel).result(WAIT_S)
                 with self.sending():
                     stub.ListModels(pb.ListModelsRequest(), metadata=self._shown)
         finally:

@@ -23,6 +23,7 @@ from tinsmithd.sampler.server import SamplerServer
 from tinsmithd.state import files as state_files
 from tinsmithd.trainer.engines.interface import Batch
 from tinsmithd.trainer.engines.reference import ReferenceEngine
+from waiting import until
 
 EPHEMERAL = "tinsmith://run/sampler_weights/ephemeral-0000000000000001"
 
@@ -68,6 +69,8 @@ async def serving(
     await sampler.start()
     await sampler.loaded()
     served = Served(sampler, checkpoint, folder)
+    if settings.get("ahead_bytes_max") != 0:
+        await until(lambda: checkpoint._watchers._wanted)  # what is written from now on is told
     try:
         yield served
     finally:
@@ -194,6 +197,7 @@ async def test_large_ones_and_those_of_other_models_are_left_alone(
             await asyncio.sleep(0.2)
             assert len(admission_of(served).loaded) == 0
             assert len((await served.sample(checkpoint_path=PATH))[0][0]) == 8
+        await until(lambda: not checkpoint._watchers._wanted)
         async with serving(tiny_model, checkpoint, tmp_path, ahead_bytes_max=0) as served:
             assert not checkpoint._watchers._wanted
             assert len((await served.sample(checkpoint_path=PATH))[0][0]) == 8

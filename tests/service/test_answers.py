@@ -13,7 +13,7 @@ import tinsmith
 from answers import LOSS, WAIT_S, answer, calls_of, data_of
 from clusters import RunningCluster
 from cutting_proxy import CuttingProxy
-from tinsmith import tensors, types
+from tinsmith import _calls, tensors, types
 from tinsmith import v1 as pb
 from tinsmith.cluster import Cluster
 from wire import reason_and_field
@@ -99,12 +99,21 @@ def test_what_there_is_no_answer_to_is_said_by_its_reason(stubs: Cluster, model_
     assert reason_and_field(error.value) == ("INVALID_FIELD", "500")
 
 
-def test_the_client_sends_a_large_call_once(cluster: RunningCluster, stubs: Cluster) -> None:
+def test_the_client_sends_a_large_call_once(
+    cluster: RunningCluster, stubs: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its connection is cut while the call waits; it gets the answer, and no data is sent twice."""
     datum = types.Datum(
         types.ModelInput.from_ints([5, 6, 7] * 20),
         {"target_tokens": np.full(60, 3), "weights": np.ones(60, np.float32)},
     )
+    receipt, digest_in = threading.Event(), _calls._digest_in
+
+    def read(metadata: Any) -> bytes:
+        receipt.set()
+        return digest_in(metadata)
+
+    monkeypatch.setattr(_calls, "_digest_in", read)
     with CuttingProxy(cluster.address) as proxy:
         service = tinsmith.ServiceClient(base_url=proxy.address)
         made = service.create_lora_training_client(cluster.base_model, rank=2, seed=1).result()
@@ -116,11 +125,12 @@ def test_the_client_sends_a_large_call_once(cluster: RunningCluster, stubs: Clus
             time.sleep(0.05)
         before = proxy.sent
         assert before > LARGE * 60 * 8
-        time.sleep(0.5)  # the receipt is on its way back
+        assert receipt.wait(WAIT_S)
         proxy.cut()
+        while not proxy.cuts:
+            time.sleep(0.01)
         stubs.training.OptimStep(pb.OptimStepRequest(model_id=made.model_id, seq_id=1))
         result = future.result(WAIT_S)
         assert len(result.loss_fn_outputs) == LARGE
-        assert proxy.cuts
         assert proxy.sent - before < 20_000
         stubs.training.DeleteModel(pb.DeleteModelRequest(model_id=made.model_id))

@@ -53,7 +53,7 @@ async def test_a_server_that_stops_lets_its_watchers_go(tmp_path: Path) -> None:
     served = Served(tmp_path, stop_grace_s=60)
     await served.start()
     call = await watch(served)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await served.server.stop()
         assert await call.read() is grpc.aio.EOF
     await served.channel.close()

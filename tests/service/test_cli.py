@@ -22,18 +22,21 @@ from clusters import RunningCluster
 from commands import Done
 from tinsmith import AdamParams, Datum, ModelInput
 from tinsmith import v1 as pb
+from tinsmith.cli import servers
 from tinsmith.cli.text import prose
 from tinsmith.cluster import Cluster
 from tinsmithd.rpc.metrics import Metrics
 
 Run = Callable[..., Done]
 HOSTILE = "\x1b[2J[bold]x[/]\n:smile:\u202e"
+WAIT_S = 60.0
 
 
 @pytest.fixture
 def run(cluster: RunningCluster, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs command lines on the shared cluster."""
     monkeypatch.setenv("TINSMITH_ADDRESS", cluster.address)
+    monkeypatch.setattr(servers, "ASK_TIMEOUT_S", WAIT_S)  # a busy machine is no server away
     return commands.tinsmith
 
 
@@ -339,7 +342,7 @@ def test_ctrl_c_and_a_reader_that_has_gone(cluster: RunningCluster, trained: str
         stopped.send_signal(signal.SIGINT)
         assert unread.stdout is not None
         unread.stdout.close()
-        assert (stopped.wait(20), unread.wait(20)) == (130, 141)
+        assert (stopped.wait(WAIT_S), unread.wait(WAIT_S)) == (130, 141)
         for each in (stopped, unread):
             assert each.stderr is not None
             assert each.stderr.read() == b""
@@ -358,7 +361,7 @@ def test_top_on_a_terminal(cluster: RunningCluster, trained: str) -> None:
         with contextlib.suppress(OSError):
             while more := os.read(leader, 65_536):
                 shown += more
-        assert live.wait(20) == 130
+        assert live.wait(WAIT_S) == 130
     os.close(leader)
     assert shown.rstrip().endswith(b"\x1b[?25h")
     assert b"Traceback" not in shown
@@ -367,7 +370,8 @@ def test_top_on_a_terminal(cluster: RunningCluster, trained: str) -> None:
 def test_completion_offers_what_the_cluster_has(cluster: RunningCluster, trained: str) -> None:
     """Ids after `models show`; nothing, and no error, where nobody answers."""
     path = os.pathsep.join(part for part in sys.path if part)
-    for address, offered in ((cluster.address, trained), ("127.0.0.1:1", "")):
+    patient = f"from tinsmith.cli import complete; complete.TIMEOUT_S = {WAIT_S}; "
+    for address, offered, before in ((cluster.address, trained, patient), ("127.0.0.1:1", "", "")):
         env = {
             **os.environ,
             "TINSMITH_ADDRESS": address,
@@ -377,7 +381,7 @@ def test_completion_offers_what_the_cluster_has(cluster: RunningCluster, trained
             "COMP_CWORD": "3",
         }
         done = subprocess.run(
-            [sys.executable, "-m", "tinsmith.cli"], env=env, capture_output=True, text=True,
-            timeout=60, check=False,
+            [sys.executable, "-c", f"{before}from tinsmith.cli import main; main()"], env=env,
+            capture_output=True, text=True, timeout=2 * WAIT_S, check=False,
         )  # fmt: skip
         assert (done.stdout.strip(), done.stderr) == (offered, "")

@@ -20,6 +20,7 @@ import torch
 from clusters import RunningCluster
 from data import datum_to_pb, make_data
 from engines import make_engine
+from faults.processes import hung
 from recorded_cluster import (
     ADAM,
     CROSS_ENTROPY,
@@ -367,8 +368,9 @@ def test_results_stream_in_order_and_losses_add_up_over_parts(stubs: Cluster) ->
 async def test_a_light_call_is_answered_long_before_a_heavy_one(
     small_parts: RunningCluster,
 ) -> None:
-    """While one call of 800 data is computed, five small ones of another model are answered, one
-    after the other. How few parts each waits for is counted above, where the rank can be held."""
+    """Five small ones of another model are, that come while one call of 800 data is computed: the
+    ranks stand in its first part until all are there. How few parts each waits for is counted
+    above, where the rank can be held."""
     async with grpc.aio.insecure_channel(small_parts.address) as channel:
         stub: Any = pb.TrainingServiceStub(channel)
         lora = pb.LoraConfig(rank=2)
@@ -376,22 +378,23 @@ async def test_a_light_call_is_answered_long_before_a_heavy_one(
             (await stub.CreateModel(pb.CreateModelRequest(lora_config=lora))).model.model_id
             for _ in range(2)
         ]
-        received = 0
-        begun = asyncio.Event()
+        came: list[str] = []
 
-        async def read() -> None:
-            nonlocal received
-            data = data_of(1, 800, 30, targets=16)
-            async for response in stub.ForwardBackward(iter([forward_backward(heavy, 1, data)])):
-                received += len(response.outputs)
-                begun.set()
+        async def read(model_id: str, seq_id: int, data: Sequence[pb.Datum]) -> None:
+            call = forward_backward(model_id, seq_id, data)
+            async for response in stub.ForwardBackward(iter([call])):
+                came.extend([model_id] * len(response.outputs))
 
-        reading = asyncio.create_task(read())
-        await begun.wait()
-        for seq_id in range(1, 6):
-            call = forward_backward(light, seq_id, data_of(seq_id, 1, 10))
-            assert [len(r.outputs) async for r in stub.ForwardBackward(iter([call]))] == [1]
-            assert received < 800
-        assert not reading.done()
-        await reading
-        assert received == 800
+        async def begin(*calls: tuple[str, int, Sequence[pb.Datum]]) -> list[asyncio.Task[None]]:
+            reading = [asyncio.create_task(read(*call)) for call in calls]
+            asked = pb.GetModelRequest(model_id=calls[-1][0])
+            while (await stub.GetModel(asked)).model.next_seq_id <= calls[-1][1]:
+                await asyncio.sleep(0.01)
+            return reading
+
+        with hung(*small_parts.rank_pids()):
+            reading = await begin((heavy, 1, data_of(1, 800, 30, targets=16)))
+            reading += await begin(*((light, n, data_of(n, 1, 10)) for n in range(1, 6)))
+        await asyncio.gather(*reading)
+    assert Counter(came) == {heavy: 800, light: 5}
+    assert light not in came[-100:], "the last message of the heavy call has more than 100 data"

@@ -287,28 +287,38 @@ def test_a_url_is_for_one_file_and_one_content(gateway: RunningGateway, external
 
 
 @pytest.fixture
-def short(cluster: RunningCluster, tmp_path: Path) -> Iterator[RunningGateway]:
-    """A gateway with a key of its own, whose URLs end soon."""
-    settings = {"signing_key": "k" * 32, "download_url_s": 1, "public_url": "https://h.example/p/"}
-    with running_gateway(cluster.address, tmp_path, **settings) as running:
-        yield running
+def pair(
+    cluster: RunningCluster, tmp_path: Path
+) -> Iterator[tuple[RunningGateway, RunningGateway]]:
+    """Gateways with one key, which is not that of `gateway`; the URLs of the first end soon."""
+    settings = {"signing_key": "k" * 32, "public_url": "https://h.example/p/"}
+    with (
+        running_gateway(cluster.address, tmp_path / "a", **settings, download_url_s=1) as short,
+        running_gateway(cluster.address, tmp_path / "b", **settings) as other,
+    ):
+        yield short, other
 
 
 def test_urls_begin_with_the_public_url_and_end_when_they_say(
-    short: RunningGateway, external: str, gateway: RunningGateway
+    pair: tuple[RunningGateway, RunningGateway], external: str, gateway: RunningGateway
 ) -> None:
     """With one key, gateways take each other's; with another, they do not."""
-    url = ask(short, f"{external}/external_weights_urls")[1]["urls"]["adapter_config.json"]
-    assert url.startswith(f"https://h.example/p{API}/files/")
-    here = url.replace("https://h.example/p", short.url)
-    fetched(here)
-    short.kill()
-    short.start()
-    assert status_of(url.replace("https://h.example/p", gateway.url)) == 403
+    short, _ = pair
+    urls = [
+        ask(each, f"{external}/external_weights_urls")[1]["urls"]["adapter_config.json"]
+        for each in pair
+    ]
+    assert all(url.startswith(f"https://h.example/p{API}/files/") for url in urls)
+    ends, lasts = [url.replace("https://h.example/p", short.url) for url in urls]
+    fetched(lasts)
+    assert status_of(lasts.replace(short.url, gateway.url)) == 403
     until = time.monotonic() + 30
-    while status_of(here) == 200 and time.monotonic() < until:
+    while status_of(ends) == 200 and time.monotonic() < until:
         time.sleep(0.1)
-    assert status_of(here) == 403
+    for each in pair:
+        status, said = ask(each, ends.removeprefix(short.url))
+        assert (status, "has expired" in said["detail"]) == (403, True)
+    fetched(lasts)
 
 
 def test_a_session_has_a_timeline(

@@ -38,7 +38,7 @@ def asample(gateway: RunningGateway, sampler: str, seq_id: int, **changes: Any) 
         "seq_id": seq_id,
         "num_samples": 2,
         "prompt": PROMPT,
-        "sampling_params": {"max_tokens": 6},
+        "sampling_params": {"max_tokens": 6, "stop": []},  # its seed is drawn: none ends early
         **changes,
     }
     status, promise = ask(gateway, "/api/v1/asample", body)

@@ -7,6 +7,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
+from faults.processes import hung
 from keyed import LIMITS, TRAINING, Keyed
 from tinsmith import v1 as pb
 from tinsmith.status import status_of
@@ -91,11 +92,11 @@ def test_a_tenant_has_so_many_samples_at_once(keyed: Keyed) -> None:
     short = pb.SampleRequest(
         prompt=tokens_of([1, 2, 3]), sampling_params=pb.SamplingParams(max_tokens=1), num_samples=1
     )
-    stream = stubs.sampler.Sample(long)
-    next(stream)
-    over("tenant_samples_max", lambda: list(stubs.sampler.Sample(short)))
+    with hung(keyed.cluster.pid("sampler")):  # so that both come at once, one after the other
+        stream, beside = stubs.sampler.Sample(long), stubs.sampler.Sample(short)
+    over("tenant_samples_max", lambda: list(beside))
     stream.cancel()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 30
     while True:
         try:
             assert list(stubs.sampler.Sample(short))

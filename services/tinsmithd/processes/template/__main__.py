@@ -96,15 +96,20 @@ class _Server:
             connection.close()
             return
         template = os.getpid()
+        own: Sequence[int] = ()
         try:
+            own = go, may_go = os.pipe()
             pid = os.fork()
         except OSError as error:
+            _close(own)
             _refuse(connection, descriptors, wanted, error)
             return
         if not pid:
             die_with_parent(template)
             os.setsid()
-            # Not before: whoever knows the process id may stop it at once.
+            # Not before: it may still be refused, and whoever knows its id may stop it at once.
+            os.read(go, 1)
+            _close(own)
             _say(connection, pid=os.getpid())
             self._close(connection)
             for target, descriptor in enumerate(descriptors):
@@ -120,8 +125,11 @@ class _Server:
         except OSError as error:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+            _close(own)
             _refuse(connection, descriptors, wanted, error)
             return
+        os.write(may_go, b"+")
+        _close(own)
         _close(descriptors)
         self._connections[process] = connection
         self._selector.register(process, selectors.EVENT_READ, pid)
