@@ -25,6 +25,8 @@ from tinsmithd.sampler.engines.transformers.kv.attention import (
     probe,
 )
 
+Attended = tuple[Tensor, Tensor]
+
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "windows"),
@@ -197,3 +199,27 @@ def test_the_probe_sees_how_sums_are_split(monkeypatch: pytest.MonkeyPatch) -> N
     assert KeyCounts([64, 512]).padded(65) == 512
     assert KeyCounts([64, 512]).padded(570) == 576
     assert KeyCounts([64, 512]).padded(577) == 1024
+
+
+def test_a_kernel_whose_rows_differ_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some BLAS sums each row of a product in another way: then whole blocks are read, and a row
+    keeps its place, so that neighbours change no bit."""
+
+    def uneven(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Attended:
+        out, sums = attend(q, k, v, mask, scaling)
+        return out + 1e-7 * torch.arange(q.shape[2])[:, None], sums
+
+    monkeypatch.setattr(attention, "attend", uneven)
+    counts, same = probe(torch.float32, torch.device("cpu"), 16, 4, 0.25)
+    assert (counts.padded(1), counts.padded(BLOCK_KEYS + 1)) == (BLOCK_KEYS, 2 * BLOCK_KEYS)
+    assert not same
+    shape = shape_of()
+    found = []
+    for neighbours in (0, 3):
+        cache = cache_of(shape)
+        one = Request(cache, shape, 1, 700, 5, 3)
+        beside = [Request(cache, shape, 2 + n, 90, 9) for n in range(neighbours)]
+        run(cache, shape, [one, *beside])
+        assert_plain(one, 1e-5)
+        found.append(one)
+    assert_same(*found)

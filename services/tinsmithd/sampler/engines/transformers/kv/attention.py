@@ -98,8 +98,9 @@ def probe(
         scaling: Factor on the scores.
 
     Returns:
-        Good numbers of keys, and whether a row's bits are the same at all `PROBE_ROWS`. On other
-        devices than a CPU nothing is known: all multiples, False.
+        Good numbers of keys, and whether a row's bits are the same at all `PROBE_ROWS`. Where even
+        rows of one product differ no number is good: whole blocks, False. On other devices than a
+        CPU nothing is known: all multiples, False.
     """
     steps = range(KEYS_STEP, BLOCK_KEYS + 1, KEYS_STEP)
     if device.type != "cpu":
@@ -117,7 +118,7 @@ def probe(
         for count in (n for n in PROBE_ROWS if n != rows):
             other = _probed(query, keys, values, lengths[3::4], lengths[-1], count, scaling)
             same = same and all(map(torch.equal, other, found[-1][3::4]))
-    return KeyCounts(sorted(good)), same
+    return KeyCounts(sorted(good | {BLOCK_KEYS})), same
 
 
 def _cancelling(dtype: torch.dtype, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
