@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attack.amount import SEED
-from clusters import RunningCluster, free_ports
+from clusters import RunningCluster
 from gateways import RunningGateway, running_gateway
 from sdk_calls import Sdk, call
 
@@ -46,8 +46,7 @@ def program(sdk: Sdk) -> Any:
 @pytest.fixture
 def gateway_to_kill(cluster: RunningCluster, tmp_path: Path) -> Any:
     """A gateway of this test's own."""
-    at = f"127.0.0.1:{free_ports()}"  # so that it gets its port back
-    with running_gateway(cluster.address, tmp_path, listen_address=at) as gateway:
+    with running_gateway(cluster.address, tmp_path) as gateway:
         yield gateway
 
 
