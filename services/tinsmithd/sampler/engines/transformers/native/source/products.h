@@ -16,6 +16,9 @@
 /* Bytes of rows that are multiplied with a panel before the next panel comes. */
 #define BLOCK_BYTES (128 * 1024)
 
+/* Rows of one piece of work, at most. */
+#define BLOCK_ROWS 64
+
 /* Longer chains round more: each addition by as much as the sum so far is large. */
 #define BLOCK_K 192
 

@@ -13,7 +13,6 @@
 #include "tiled_attention.h"
 #include "tiles.h"
 
-#define BLOCK_ROWS 64
 #define PHASES_OF_LAYER 24
 #define DRAW_BLOCK 128 /* as `sampling.BLOCK_TOKENS` */
 #define PIECE_COLUMNS (8 * PANEL)

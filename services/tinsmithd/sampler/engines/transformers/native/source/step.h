@@ -17,7 +17,7 @@ typedef struct {
 
 typedef struct {
     int32_t layers, heads, kv_heads, head_dim, hidden, ffn;
-    /* Keys and values are bfloat16, and all else is rounded to it where torch does; else float32. */
+    /* Keys and values are bfloat16, and all else is rounded to it where torch does. */
     int32_t narrow;
     float eps, qk_eps, scaling;
     const layer *each;

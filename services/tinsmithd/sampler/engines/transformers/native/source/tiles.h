@@ -152,48 +152,41 @@ INLINE int chain_of(int k) {
     return ((k + chains - 1) / chains + TILE_K - 1) / TILE_K * TILE_K;
 }
 
-/* Sums of R blocks of rows, of one part each, `step` elements apart, times a panel: `(rows, PANEL)`
- * each. Where there are several chains, the last one is apart in `last`. */
+/* Sums over k from `start` to `end`, of R blocks of rows, of one part each, `step` elements apart,
+ * times a panel: `(rows, PANEL)` each. */
 INLINE void narrow_sums(
-    const int R, const char *panel, int k, const uint16_t *x, size_t step, float *sums, float *last
+    const int R, const char *panel, int start, int end, const uint16_t *x, size_t step, float *sums
 ) {
     const size_t pairs = PANEL * 4;
-    int chain = chain_of(k);
-    for (int start = 0; start < k; start += chain) {
-        int end = start + chain < k ? start + chain : k;
-        _tile_zero(0);
-        _tile_zero(1);
+    _tile_zero(0);
+    _tile_zero(1);
+    if (R == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int i = start; i < end; i += TILE_K) {
+        const uint16_t *own = x + i / TILE_K * PART;
+        const char *w = panel + i / 2 * pairs;
+        _tile_loadd(6, w, pairs);
+        _tile_loadd(7, w + 64, pairs);
+        _tile_loadd(4, own, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
         if (R == 2) {
-            _tile_zero(2);
-            _tile_zero(3);
+            _tile_loadd(5, own + step, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
         }
-        for (int i = start; i < end; i += TILE_K) {
-            const uint16_t *own = x + i / TILE_K * PART;
-            const char *w = panel + i / 2 * pairs;
-            _tile_loadd(6, w, pairs);
-            _tile_loadd(7, w + 64, pairs);
-            _tile_loadd(4, own, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (R == 2) {
-                _tile_loadd(5, own + step, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-        float *to = start ? last : sums;
-        _tile_stored(0, to, PANEL * 4);
-        _tile_stored(1, to + 16, PANEL * 4);
-        if (R == 2) {
-            _tile_stored(2, to + TILE_ROWS * PANEL, PANEL * 4);
-            _tile_stored(3, to + TILE_ROWS * PANEL + 16, PANEL * 4);
-        }
-        for (int j = 0; start && end < k && j < R * TILE_ROWS * PANEL; j += WIDTH)
-            v_store(sums + j, v_add(v_load(sums + j), v_load(last + j)));
+    }
+    _tile_stored(0, sums, PANEL * 4);
+    _tile_stored(1, sums + 16, PANEL * 4);
+    if (R == 2) {
+        _tile_stored(2, sums + TILE_ROWS * PANEL, PANEL * 4);
+        _tile_stored(3, sums + TILE_ROWS * PANEL + 16, PANEL * 4);
     }
 }
 
-/* As `put`, of what `narrow_sums` gives; nothing is added to. */
+/* As `put`, of sums, and those of the last chain if there are several; nothing is added to. */
 INLINE void narrow_put(
     const matrix *w, int p, float *sums, const float *last, int columns, float *y, const int rounds
 ) {
@@ -212,31 +205,37 @@ INLINE void narrow_put(
     if (columns < PANEL) put(w, p, sums, columns, y, rounds ? ROUNDS : 0);
 }
 
-/* As `product_of_tiles`, of rows that are bfloat16. */
+/* As `product_of_tiles`, of at most BLOCK_ROWS rows that are bfloat16. All of them meet a chain's
+ * part of a panel, which stays in the first cache, before the next part comes. */
 static void narrow_product(
-    const matrix *w, int first, int end,
+    const matrix *w, int first, int last,
     input from, int start, int rows, float *y, size_t ldy, int how
 ) {
+    float sums[BLOCK_ROWS * PANEL], more[2 * TILE_ROWS * PANEL];
     size_t bytes = panel_bytes(w->k, 1), step = (size_t)TILE_ROWS * w->k;
-    int shaped = 0, chains = chain_of(w->k) < w->k;
-    for (int p = first; p < end; p++) {
+    int shaped = 0, chain = chain_of(w->k);
+    for (int p = first; p < last; p++) {
         const char *panel = (const char *)w->panels + p * bytes;
         int columns = w->n - p * PANEL < PANEL ? w->n - p * PANEL : PANEL;
-        for (int row = start, count; row < start + rows; row += count) {
-            float sums[2 * TILE_ROWS * PANEL], last[2 * TILE_ROWS * PANEL];
-            int left = start + rows - row, two = left >= 2 * TILE_ROWS;
-            count = two ? 2 * TILE_ROWS : left < TILE_ROWS ? left : TILE_ROWS;
-            int shape = count < TILE_ROWS ? count : TILE_ROWS;
-            if (shaped != shape) tiles_shaped(shaped = shape, 6);
-            const uint16_t *x = from.splits + (size_t)row * w->k;
-            if (two) narrow_sums(2, panel, w->k, x, step, sums, last);
-            else narrow_sums(1, panel, w->k, x, step, sums, last);
-            for (int r = 0; r < count; r++) {
-                float *own = sums + r * PANEL, *more = chains ? last + r * PANEL : NULL;
-                if (how & ROUNDS) narrow_put(w, p, own, more, columns, y + (row + r) * ldy, 1);
-                else narrow_put(w, p, own, more, columns, y + (row + r) * ldy, 0);
+        for (int k = 0; k < w->k; k += chain)
+            for (int row = 0, count; row < rows; row += count) {
+                int left = rows - row, end = k + chain < w->k ? k + chain : w->k;
+                count = left >= 2 * TILE_ROWS ? 2 * TILE_ROWS : left < TILE_ROWS ? left : TILE_ROWS;
+                int shape = count < TILE_ROWS ? count : TILE_ROWS;
+                if (shaped != shape) tiles_shaped(shaped = shape, 6);
+                const uint16_t *x = from.splits + (size_t)(start + row) * w->k;
+                float *own = sums + row * PANEL, *to = k ? more : own;
+                if (count > TILE_ROWS) narrow_sums(2, panel, k, end, x, step, to);
+                else narrow_sums(1, panel, k, end, x, step, to);
+                for (int j = 0; k && end < w->k && j < count * PANEL; j += WIDTH)
+                    v_store(own + j, v_add(v_load(own + j), v_load(more + j)));
+                for (int r = 0; end == w->k && r < count; r++, own += PANEL) {
+                    float *out = y + (start + row + r) * ldy;
+                    const float *rest = k ? more + r * PANEL : NULL;
+                    if (how & ROUNDS) narrow_put(w, p, own, rest, columns, out, 1);
+                    else narrow_put(w, p, own, rest, columns, out, 0);
+                }
             }
-        }
     }
 }
 
