@@ -76,8 +76,7 @@ class NativeDecoder:
     def logits(self, hidden_N: Tensor, loras: LoraRows | None) -> Tensor:
         """Compute logits for scores, float32 `(N, vocab)`; see `Decoder.logits`.
 
-        The next call writes to the same memory: for new memory of this size the system takes
-        longer than a tenth of what the product does.
+        The next call writes to the same memory: the pages of new memory cost as well.
         """
         count, vocab = len(hidden_N), self._model.head.n
         if self._scores.numel() < count * vocab:
