@@ -26,9 +26,8 @@ def test_trainer_and_sampler_agree_in_bfloat16_on_real_weights(real_model: Path)
     """A trained adapter of rank 8 on SmolLM2 and its head: half of the logprobs to 3e-3 nats, the
     mean to 1e-2.
 
-    The Sampler's fused products add in another order than the trainer's, so here and there a sum
-    is rounded to the other of two bfloat16 numbers: rarely where AVX-512 multiplies (half agree to
-    2e-5), in most tokens where AMX does (half to 7e-4, the mean is 5e-3).
+    The Sampler's products may add in another order than the trainer's, so here and there a sum is
+    rounded to the other of two bfloat16 numbers.
     """
     sampler_base = load_base(str(real_model), dtype="bfloat16", on_progress=lambda _: None)
     sequences = [np.array(sampler_base.tokenizer.encode(text)) for text in TEXTS]

@@ -57,6 +57,24 @@ def test_products_of_narrow_weights_are_exact_float32(library: Library) -> None:
     assert ((found - exact).abs() / scale).max() <= 2**-22
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_are_bfloat16_lose_nothing_either(
+    library: Library, shape: tuple[int, int]
+) -> None:
+    """They are one part on processors that multiply bfloat16; bits are a row's own there too."""
+    weight, bias = random(*shape).bfloat16().float(), random(shape[0], seed=1)
+    panels = library.packed(weight, narrow=True)
+    matrix = Matrix(panels.data_ptr(), bias.data_ptr(), *shape, True)
+    rows = random(ROWS_MAX, shape[1], seed=2).bfloat16().float()
+    every = library.product(matrix, rows, narrow=True)
+    exact = rows.double() @ weight.double().T + bias
+    scale = rows.double().abs() @ weight.double().abs().T + bias.abs()
+    assert ((every - exact).abs() / scale).max() <= 2**-21
+    for count in range(1, ROWS_MAX + 1):
+        assert torch.equal(library.product(matrix, rows[:count], narrow=True), every[:count])
+        assert torch.equal(library.product(matrix, rows[-count:], narrow=True), every[-count:])
+
+
 def test_other_libraries_of_the_thread_find_what_they_left(library: Library) -> None:
     """Shapes of tiles are a thread's, and torch expects those that it has set itself."""
     weight, rows = random(64, 64).bfloat16().float(), random(20, 64, seed=1)

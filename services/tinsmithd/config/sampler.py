@@ -113,9 +113,9 @@ class SamplerConfig(ServerConfig):
     """CPU threads of engine `transformers`; 0 leaves it to torch."""
     native: NativeUse = "exact"
     """With engine `transformers`, on a CPU: compute with kernels that the machine's C compiler
-    makes at the first start, where they can be had and agree with torch: `exact` in float32 alone,
-    `always` also in bfloat16, which then holds for weights, keys and values, while hidden states
-    are float32: logprobs differ by some 1e-2 nats from a trainer's in bfloat16. `never`: not."""
+    makes at the first start, where they can be had and agree with torch: `exact` where they compute
+    what a trainer does, which is so in float32 and in bfloat16, where they round as torch rounds;
+    so `always` is the same. `never`: not."""
     native_folder: str = ""
     """Where those kernels are kept; nobody but this user and root may write there. Empty: in
     `tinsmith/native` of the user's cache folder."""

@@ -12,7 +12,6 @@ from tinsmithd.modeling.base import BaseModel
 from tinsmithd.sampler.engines.transformers.kv import KvCache, StepAttention
 from tinsmithd.sampler.engines.transformers.model.build import build
 from tinsmithd.sampler.engines.transformers.model.check import GAP_MAX, Expected
-from tinsmithd.sampler.engines.transformers.model.decoder import Decoder
 from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
 from tinsmithd.sampler.engines.transformers.model.lora_pool import LoraPool
@@ -94,37 +93,30 @@ def start(
         base: See `build`.
         rows_max: See `build`.
         keep_rows_apart: See `build`.
-        native: When to use the compiled part, where it can be had and computes what transformers
-            does: always, never, or for what is exact, which is float32. In bfloat16 a trainer
-            rounds hidden states, and the compiled part does not.
+        native: Whether to use the compiled part, where it can be had and computes what transformers
+            does: never, or else. It is exact in float32, and rounds as a trainer does in bfloat16,
+            so "exact" and "always" are the same.
         native_folder: Where it is kept; see `load_library`.
         on_progress: Takes a line for a person now and then.
 
     Raises:
         NotFound: See `build`.
     """
-    is_float32 = base.model.get_input_embeddings().weight.dtype == torch.float32
-    wanted = native == "always" or (native == "exact" and is_float32)
-    made = _native_of(base, native_folder, on_progress) if wanted else None
-    if made is not None and not _torch_reads_prompts(made):
+    made = None if native == "never" else _native_of(base, native_folder, on_progress)
+    if made is not None:
         layout = LoraLayout.of(base.model)
         _drop_weights(base.model)
-        pool = LoraPool(layout, made.shape, RowRule(), made.kernels.turn)
-        return _with_native(made, None, pool, True)
+        pool = LoraPool(layout, made.shape, RowRule(), made.kernels.turn, as_floats=True)
+        return _with_native(made, pool)
     built = build(base, rows_max=rows_max, keep_rows_apart=keep_rows_apart, on_progress=on_progress)
-    if made is not None:
-        return _with_native(made, built.decoder, built.pool, built.rows_apart)
     return Started(built.decoder, built.pool, built.rows_apart, Workspace, _nothing)
 
 
-def _with_native(
-    made: NativeModel, of_prompts: Decoder | None, pool: LoraPool, rows_apart: bool
-) -> Started:
+def _with_native(made: NativeModel, pool: LoraPool) -> Started:
     def workspace() -> Workspace:
         return NativeWorkspace(made.kernels)
 
-    decoder = NativeDecoder(made, of_prompts)
-    return Started(decoder, pool, rows_apart, workspace, made.kernels.close)
+    return Started(NativeDecoder(made), pool, True, workspace, made.kernels.close)
 
 
 def _native_of(base: BaseModel, folder: str, on_progress: OnProgress) -> NativeModel | None:
@@ -135,7 +127,7 @@ def _native_of(base: BaseModel, folder: str, on_progress: OnProgress) -> NativeM
     if library is None:
         return None
     made = NativeModel(library, base.model)
-    gap = gap_to(Expected(base.model), NativeDecoder(made, None))
+    gap = gap_to(Expected(base.model), NativeDecoder(made))
     if gap <= GAP_MAX[made.shape.dtype]:
         on_progress("computing with compiled kernels")
         return made
@@ -144,12 +136,6 @@ def _native_of(base: BaseModel, folder: str, on_progress: OnProgress) -> NativeM
         f"compiled kernels differ from transformers by {gap:.2g} nats in the mean: not used"
     )
     return None
-
-
-def _torch_reads_prompts(made: NativeModel) -> bool:
-    """Whether torch is faster at many rows: where the CPU multiplies bfloat16 itself."""
-    narrow = made.shape.dtype == torch.bfloat16
-    return narrow and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Sequence
 
+import torch
+
 from tinsmithd.domain import ModelState
 from tinsmithd.sampler.engines.transformers.model.linear import RowRule
 from tinsmithd.sampler.engines.transformers.model.lora_layout import LoraLayout
@@ -29,12 +31,21 @@ class LoraPool:
         shape: Of the decoder.
         rule: How many rows its products have.
         turn: Turns their matrices round.
+        as_floats: Keep them in float32, rounded to the shape's dtype.
     """
 
     def __init__(
-        self, layout: LoraLayout, shape: ModelShape, rule: RowRule, turn: Turn = turned
+        self,
+        layout: LoraLayout,
+        shape: ModelShape,
+        rule: RowRule,
+        turn: Turn = turned,
+        *,
+        as_floats: bool = False,
     ) -> None:
         self._layout, self._shape, self._rule = layout, shape, rule
+        self._dtype = torch.float32 if as_floats else shape.dtype
+        self._rounded = as_floats and shape.dtype == torch.bfloat16
         self._turn, self._spare = turn, SpareMemory()
         self._lock = threading.Lock()
         self._adapters: dict[str, LoraWeights] = {}
@@ -51,10 +62,11 @@ class LoraPool:
         """
         adapter = lora_weights(
             *(self._layout, state),
-            dtype=self._shape.dtype,
+            dtype=self._dtype,
             device=self._shape.device,
             memory=self._spare.take,
             turn=self._turn,
+            rounded=self._rounded,
         )
         with self._lock:
             self._adapters[key] = adapter

@@ -98,6 +98,7 @@ def lora_weights(
     device: torch.device,
     memory: Memory,
     turn: Turn = turned,
+    rounded: bool = False,
 ) -> LoraWeights:
     """Bring an adapter into a decoder's form.
 
@@ -108,6 +109,8 @@ def lora_weights(
         device: Where it goes.
         memory: Gives that of float32 sites.
         turn: Turns matrices round.
+        rounded: What is added below the head has the values of bfloat16, before s; dtype is
+            float32.
 
     Raises:
         FailedPrecondition: It does not fit the base model (INCOMPATIBLE_CHECKPOINT).
@@ -117,7 +120,7 @@ def lora_weights(
     maker = _Maker(places, state.tuning, state.weights, device)
     wide = [site for layer in layout.layers for site in layer.sites]
     wide = [*(wide if dtype == torch.float32 else ()), (layout.head,)]
-    made = maker.wide_sites(wide, memory, turn)
+    made = maker.wide_sites(wide, memory, turn, rounded=rounded)
     sites = [
         [made.get(parts) or maker.narrow_site(parts, dtype) for parts in layer.sites]
         for layer in layout.layers
@@ -152,7 +155,7 @@ class _Maker:
         self.rank = _padded(lora.rank, RANK_MIN)
 
     def wide_sites(
-        self, sites: Iterable[tuple[Part, ...]], memory: Memory, turn: Turn
+        self, sites: Iterable[tuple[Part, ...]], memory: Memory, turn: Turn, *, rounded: bool
     ) -> dict[tuple[Part, ...], SiteLora]:
         """In float32: those products of parts side by side that have an adapter."""
         wanted = [parts for parts in sites if any(map(self._places.has, parts))]
@@ -165,7 +168,8 @@ class _Maker:
             own, room = room[: count * (d_in + d_out)], room[count * (d_in + d_out) :]
             a, b = own[: d_in * count].reshape(d_in, count), own[d_in * count :]
             b = b.reshape(count, d_out)
-            self._turn_parts(parts, a, b, turnings)
+            own_rounded = rounded and parts != (self._places.layout.head,)
+            self._turn_parts(parts, a, b, turnings, rounded=own_rounded)
             turned_sites.append((a, b))
         turn(turnings)
         made = {}
@@ -176,7 +180,13 @@ class _Maker:
         return made
 
     def _turn_parts(
-        self, parts: Sequence[Part], a: np.ndarray, b: np.ndarray, turnings: list[Turning]
+        self,
+        parts: Sequence[Part],
+        a: np.ndarray,
+        b: np.ndarray,
+        turnings: list[Turning],
+        *,
+        rounded: bool,
     ) -> None:
         """Have the matrices of parts come to a site's `(d_in, count)` and `(count, d_out)`.
 
@@ -188,6 +198,8 @@ class _Maker:
             if self._places.has(part):
                 own = slice(number * self.rank, number * self.rank + self._own_rank)
                 given_a, given_b = (_floats(self._weights[name]) for name in names(part.name))
+                if rounded:
+                    given_a, given_b = _rounded(given_a), _rounded(given_b)
                 turnings.append(Turning(given_a, a[:, own], 1.0))
                 turnings.append(Turning(given_b, b[own, place : place + part.d_out], self.scaling))
             place += part.d_out
@@ -244,6 +256,13 @@ def _d_out(parts: Sequence[Part]) -> int:
 
 def _floats(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, np.float32)
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    """float32 of the nearest bfloat16, of equals the even one."""
+    own = array if array.flags.writeable else array.copy()
+    rounded: np.ndarray = torch.from_numpy(own).bfloat16().float().numpy()
+    return rounded
 
 
 def _padded(rank: int, least: int) -> int:

@@ -57,7 +57,7 @@ class ModelOf(Structure):
         ("head_dim", c_int32),
         ("hidden", c_int32),
         ("ffn", c_int32),
-        ("kv_narrow", c_int32),
+        ("narrow", c_int32),
         ("eps", c_float),
         ("qk_eps", c_float),
         ("scaling", c_float),
@@ -129,6 +129,8 @@ class StepOf(Structure):
         ("out", c_void_p),
         ("count", c_int32),
         ("groups_count", c_int32),
+        ("sequences", c_int32),
+        ("unused", c_int32),
     )
 
 
@@ -166,7 +168,7 @@ class Library:
         c.tin_close.argtypes, c.tin_close.restype = (c_void_p,), None
         c.tin_forward.argtypes = (c_void_p, POINTER(ModelOf), POINTER(StepOf))
         c.tin_product.argtypes = (
-            *(c_void_p, POINTER(Matrix), c_void_p, c_int, c_void_p),
+            *(c_void_p, POINTER(Matrix), c_void_p, c_int, c_int, c_void_p),
             *(POINTER(GroupOf), c_int),
         )
         c.tin_turn.argtypes, c.tin_turn.restype = (POINTER(TurnOf), c_int), None
@@ -209,18 +211,31 @@ class Library:
             raise MemoryError("no memory for the rows of a forward")
 
     def product(
-        self, matrix: Matrix, x: Tensor, groups: "ctypes.Array[GroupOf] | None" = None
+        self,
+        matrix: Matrix,
+        x: Tensor,
+        groups: "ctypes.Array[GroupOf] | None" = None,
+        *,
+        narrow: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
         """`x W^T + b` and what adapters add, float32 `(rows, n)`, of float32 `(rows, k)`.
+
+        Args:
+            matrix: W and b.
+            x: Rows; their values are bfloat16's if narrow, and nothing is rounded all the same.
+            groups: The adapters.
+            narrow: See x.
+            out: To write to; None: new memory.
 
         Raises:
             MemoryError: There is none, and nothing was done.
         """
         assert x.dtype == torch.float32
         x = x.contiguous()
-        made = torch.empty((len(x), matrix.n))
+        made = torch.empty((len(x), matrix.n)) if out is None else out
         count = 0 if groups is None else len(groups)
-        inputs = (byref(matrix), x.data_ptr(), len(x), made.data_ptr(), groups, count)
+        inputs = (byref(matrix), x.data_ptr(), len(x), narrow, made.data_ptr(), groups, count)
         if self._c.tin_product(self._context, *inputs):
             raise MemoryError("no memory for the rows of a product")
         return made

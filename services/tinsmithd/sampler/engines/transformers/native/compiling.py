@@ -151,17 +151,17 @@ def check_private(path: Path, *, sticky: bool = False) -> None:
 
 
 def multiplies(library: Library) -> bool:
-    """Whether its products are those of torch, of weights of both kinds."""
+    """Whether its products are those of torch, of weights and rows of both kinds."""
     dice = torch.Generator().manual_seed(0)
     for k, narrow in itertools.product((256, 259), (False, True)):
         weight = torch.randn(131, k, generator=dice).bfloat16().float()
         rows = torch.randn(19, k, generator=dice)
-        expected = rows @ weight.T
         panels = library.packed(weight, narrow=narrow)
         matrix = Matrix(panels.data_ptr(), None, *weight.shape, narrow)
-        found = library.product(matrix, rows)
-        if not (found - expected).abs().max() <= GAP_MAX:
-            return False
+        for own, is_narrow in ((rows, False), (rows.bfloat16().float(), narrow)):
+            found = library.product(matrix, own, narrow=is_narrow)
+            if not (found - own @ weight.T).abs().max() <= GAP_MAX:
+                return False
     return True
 
 

@@ -23,7 +23,8 @@ class NativeModel:
 
     Attributes:
         kernels: As given.
-        shape: Its sizes; the dtype is that of keys and values.
+        shape: Its sizes. Of its dtype are keys and values; where that is bfloat16, all that one
+            operation gives to the next is rounded to it.
         each: What the compiled part is given.
         head: Makes logits.
         embedding: `(vocab, hidden)`, in the model's dtype.
@@ -51,7 +52,7 @@ class NativeModel:
             head_dim=self.shape.head_dim,
             hidden=self.shape.hidden,
             ffn=first.mlp.gate_proj.out_features,
-            kv_narrow=self.shape.dtype == torch.bfloat16,
+            narrow=self.shape.dtype == torch.bfloat16,
             eps=norm.variance_epsilon,
             qk_eps=qk_norm.variance_epsilon,
             scaling=self.shape.scaling,
@@ -80,12 +81,15 @@ class NativeModel:
         return len(ffns) == 1
 
     def angles(self, positions_T: Tensor) -> Tensor:
-        """Cosines, then sines, of half a head at positions: float32 `(T, head_dim)`."""
+        """Cosines, then sines, of half a head at positions: float32 `(T, head_dim)`.
+
+        They are rounded to the shape's dtype.
+        """
         while (start := len(self._angles)) <= int(positions_T.max()):
             places = torch.arange(start, start + ANGLES_STEP)
-            cos, sin = self._rotary(torch.empty(0), places[None])
+            cos, sin = self._rotary(torch.empty(0, dtype=self.shape.dtype), places[None])
             half = self.shape.head_dim // 2
-            more = torch.cat((cos[0, :, :half], sin[0, :, :half]), 1)
+            more = torch.cat((cos[0, :, :half], sin[0, :, :half]), 1).float()
             self._angles = torch.cat((self._angles, more))
         return self._angles.index_select(0, positions_T)
 

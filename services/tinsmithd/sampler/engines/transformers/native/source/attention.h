@@ -9,11 +9,13 @@
 #include "vector.h"
 
 #define BLOCK_KEYS 64
+/* In bfloat16 as many as torch: it rounds their weights, beside the largest of the block. */
+#define NARROW_KEYS 512
 #define HEAD_DIM_MAX 256
 /* Query heads of a key head whose sums are on the stack. */
 #define GROUP_MAX 16
 /* Of a block of keys, and what fills its last vector. */
-#define ROOM (BLOCK_KEYS + 16)
+#define ROOM (NARROW_KEYS + 16)
 /* Rows that may meet the same keys together. */
 #define JOINED 8
 /* Queries at once. */
@@ -155,13 +157,15 @@ INLINE float scaled(float *scores, int count, float scaling, float most) {
     return v_highest(highest);
 }
 
-/* Weights e^(s - max) in place of scores, zeros behind the last; their sum. */
-INLINE float weights_of(float *scores, int count, float most) {
+/* Weights e^(s - max) in place of scores, zeros behind the last; their sum, before they are rounded
+ * where they are. */
+INLINE float weights_of(float *scores, int count, float most, const int rounds) {
     int whole = (count + WIDTH - 1) / WIDTH * WIDTH;
     vec sum = v_all(0), least = v_all(-most);
     for (int j = 0; j < whole; j += WIDTH) {
-        vec made = v_exp(v_add(v_load(scores + j), least));
-        v_store(scores + j, made);
+        vec less = v_add(v_load(scores + j), least);
+        vec made = rounds ? v_exp_fast(less) : v_exp(less);
+        v_store(scores + j, rounds ? v_rounded(made) : made);
         sum = v_add(sum, made);
     }
     return v_sum(sum);
@@ -198,7 +202,7 @@ INLINE void weighed_keys(
             for (int d = 0; d < dim; d++) acc[d] *= less;
             m->most[g] = highest;
         }
-        m->sums[g] += weights_of(p[g], count, highest);
+        m->sums[g] += weights_of(p[g], count, highest, narrow);
     }
 }
 
@@ -220,6 +224,7 @@ INLINE void attend_with(
     int64_t alike, float scaling, const int narrow
 ) {
     float p[JOINED][GROUP_MAX][ROOM];
+    const int block = narrow ? NARROW_KEYS : BLOCK_KEYS;
     int64_t start = first;
     for (int r = 0; r < rows; r++) {
         for (int g = 0; g < group; g++) {
@@ -228,22 +233,24 @@ INLINE void attend_with(
         }
         memset(all[r].to, 0, sizeof(float) * (size_t)(group * dim));
     }
-    for (; rows > 1 && start + BLOCK_KEYS <= alike; start += BLOCK_KEYS) {
+    for (; rows > 1 && start + block <= alike; start += block) {
         for (int r = 0; r < rows; r++)
-            weighed_keys(
-                &all[r], group, dim, shared, split, start, BLOCK_KEYS, scaling, narrow, p[r]);
+            weighed_keys(&all[r], group, dim, shared, split, start, block, scaling, narrow, p[r]);
         for (int r = 0; r < rows; r++)
-            added_values(&all[r], group, dim, shared, split, start, BLOCK_KEYS, narrow, p[r]);
+            added_values(&all[r], group, dim, shared, split, start, block, narrow, p[r]);
     }
     for (int r = 0; r < rows; r++) {
         meeting *m = &all[r];
-        for (int64_t at = start; at <= m->last; at += BLOCK_KEYS) {
-            int count = m->last + 1 - at < BLOCK_KEYS ? (int)(m->last + 1 - at) : BLOCK_KEYS;
+        for (int64_t at = start; at <= m->last; at += block) {
+            int count = m->last + 1 - at < block ? (int)(m->last + 1 - at) : block;
             weighed_keys(m, group, dim, shared, split, at, count, scaling, narrow, p[0]);
             added_values(m, group, dim, shared, split, at, count, narrow, p[0]);
         }
         for (int g = 0; g < group; g++)
-            for (int d = 0; d < dim; d++) m->to[g * dim + d] /= m->sums[g];
+            for (int d = 0; d < dim; d++) {
+                float *to = &m->to[g * dim + d];
+                *to = narrow ? rounded(*to * (1.0f / m->sums[g])) : *to / m->sums[g];
+            }
     }
 }
 

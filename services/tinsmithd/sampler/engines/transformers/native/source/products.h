@@ -16,6 +16,9 @@
 /* Bytes of rows that are multiplied with a panel before the next panel comes. */
 #define BLOCK_BYTES (128 * 1024)
 
+/* Rows of one piece of work, at most. */
+#define BLOCK_ROWS 64
+
 /* Longer chains round more: each addition by as much as the sum so far is large. */
 #define BLOCK_K 192
 
@@ -26,6 +29,10 @@ typedef struct {
     const float *bias; /* (n,), or NULL */
     int32_t n, k, narrow, unused;
 } matrix;
+
+/* What becomes of sums: they are added to what is there, or what comes of them is rounded to
+ * bfloat16. */
+enum { ADDS = 1, ROUNDS = 2 };
 
 INLINE size_t panel_bytes(int k, int narrow) {
     return (size_t)PANEL * 4 * (narrow ? (k + 1) / 2 : k);
@@ -127,21 +134,21 @@ static void summed(
     }
 }
 
-/* Sums of columns from panel p on, and the bias, in a row of y; where `adds`, added to it. */
-INLINE void put(const matrix *w, int p, const float *sums, int columns, float *y, int adds) {
+/* Sums of columns from panel p on, and the bias, in a row of y. */
+INLINE void put(const matrix *w, int p, const float *sums, int columns, float *y, int how) {
     float *to = y + p * PANEL;
     const float *bias = w->bias ? w->bias + p * PANEL : NULL;
     for (int c = 0; c < columns; c++) {
         float made = bias ? sums[c] + bias[c] : sums[c];
-        to[c] = adds ? to[c] + made : made;
+        to[c] = how & ADDS ? to[c] + made : made;
     }
+    if (how & ROUNDS) round_all(to, columns);
 }
 
-/* Panels [first, last) of `x W^T + b`; where `adds`, added to y. `ldx` and `ldy` are the elements
- * from a row to the next. */
+/* Panels [first, last) of `x W^T + b`. `ldx` and `ldy` are the elements from a row to the next. */
 static void product(
     const matrix *w, int first, int last,
-    const float *x, size_t ldx, int rows, float *y, size_t ldy, int adds
+    const float *x, size_t ldx, int rows, float *y, size_t ldy, int how
 ) {
     size_t bytes = panel_bytes(w->k, w->narrow);
     int block = BLOCK_BYTES / (4 * w->k) / TILE * TILE;
@@ -159,7 +166,7 @@ static void product(
                 tile_of some = w->narrow ? tile_narrow : tile_wide;
                 summed(some, count, panel, PANEL, w->narrow ? 2 : 1, w->k, own, sums, PANEL);
                 for (int r = 0; r < count; r++)
-                    put(w, p, sums[r], columns, y + (row + r) * ldy, adds);
+                    put(w, p, sums[r], columns, y + (row + r) * ldy, how);
             }
         }
     }
@@ -202,7 +209,7 @@ static int long_row(int columns, const float *w, size_t ldw, int k, const float 
 static void product_of_columns(
     const float *w, size_t ldw, int k, int start, int end,
     const float *x, size_t ldx, const int32_t *x_rows, int rows,
-    float *y, size_t ldy, const int32_t *y_rows, int adds
+    float *y, size_t ldy, const int32_t *y_rows, int how
 ) {
     for (int row = 0; row < rows; row += TILE) {
         int count = rows - row < TILE ? rows - row : TILE;
@@ -218,7 +225,8 @@ static void product_of_columns(
             float made[LONG * WIDTH];
             int columns = long_row(end - at, w + at, ldw, k, rows_of_x[0], made);
             for (int c = 0; c < columns; c++)
-                to[0][at + c] = adds ? to[0][at + c] + made[c] : made[c];
+                to[0][at + c] = how & ADDS ? to[0][at + c] + made[c] : made[c];
+            if (how & ROUNDS) round_all(to[0] + at, columns);
             at += columns;
         }
         while (at < end) {
@@ -238,9 +246,11 @@ static void product_of_columns(
                             sums[r][c] = start_k ? sums[r][c] + sum : sum;
                         }
                     }
-            for (int r = 0; r < count; r++)
+            for (int r = 0; r < count; r++) {
                 for (int c = 0; c < made; c++)
-                    to[r][at + c] = adds ? to[r][at + c] + sums[r][c] : sums[r][c];
+                    to[r][at + c] = how & ADDS ? to[r][at + c] + sums[r][c] : sums[r][c];
+                if (how & ROUNDS) round_all(to[r] + at, made);
+            }
             at += made;
         }
     }

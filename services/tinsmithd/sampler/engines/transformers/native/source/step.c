@@ -10,9 +10,9 @@
 
 #include "attention.h"
 #include "pool.h"
+#include "tiled_attention.h"
 #include "tiles.h"
 
-#define BLOCK_ROWS 64
 #define PHASES_OF_LAYER 24
 #define DRAW_BLOCK 128 /* as `sampling.BLOCK_TOKENS` */
 #define PIECE_COLUMNS (8 * PANEL)
@@ -30,6 +30,7 @@ typedef struct {
     context *in;
     int threads, phase;
     uint16_t *splits; /* room for those of an input */
+    int parts;        /* of them */
 } team;
 
 static int next_piece(team *us) { return atomic_fetch_add(&us->in->taken[us->phase], 1); }
@@ -47,14 +48,14 @@ static int smaller(int a, int b) { return a < b ? a : b; }
 
 /* Rows as a weight, and all of its shape, take them; in a phase of its own where they are split. */
 static input taken_by(team *us, const matrix *w, const float *x, size_t ldx, int rows) {
-    input made = {x, ldx, rows, NULL};
+    input made = {x, ldx, rows, us->parts, NULL};
     if (!tiled(w)) return made;
     made.splits = us->splits;
     for (int i; (i = next_piece(us)) < pieces(rows, TILE_ROWS);) {
         size_t first = (size_t)i * TILE_ROWS;
         split_rows(
-            x + first * ldx, ldx, smaller(TILE_ROWS, rows - (int)first), w->k,
-            us->splits + first * w->k * SPLITS
+            x + first * ldx, ldx, smaller(TILE_ROWS, rows - (int)first), us->parts, w->k,
+            us->splits + first * w->k * us->parts
         );
     }
     meet(us);
@@ -64,13 +65,13 @@ static input taken_by(team *us, const matrix *w, const float *x, size_t ldx, int
 /* Panels [first, last) of a product, of `rows` rows from `start` on; y is that of all rows. */
 static void panels_of(
     const matrix *w, int first, int last, input from, int start, int rows, float *y, size_t ldy,
-    int adds
+    int how
 ) {
     if (from.splits != NULL)
-        product_of_tiles(w, first, last, from, start, rows, y, ldy, adds);
+        product_of_tiles(w, first, last, from, start, rows, y, ldy, how);
     else
         product(
-            w, first, last, from.x + start * from.ldx, from.ldx, rows, y + start * ldy, ldy, adds);
+            w, first, last, from.x + start * from.ldx, from.ldx, rows, y + start * ldy, ldy, how);
 }
 
 /* --- products with what adapters add ---------------------------------------------------------- */
@@ -80,6 +81,7 @@ typedef struct {
     int groups_count, index; /* of the site */
     float *between;          /* (rows, ld_between): what A makes of each row */
     size_t ld_between;
+    int rounds; /* ROUNDS, or 0 */
 } adapters;
 
 static int any(adapters of) {
@@ -104,7 +106,8 @@ static void adapters_down(team *us, adapters of, int k, const float *x, size_t l
                 const int32_t *index = rows->rows + start;
                 product_of_columns(
                     s->a, columns, k, at, smaller(at + piece, columns), x, ldx, index,
-                    smaller(BLOCK_ROWS, (int)rows->count - start), of.between, of.ld_between, index, 0
+                    smaller(BLOCK_ROWS, (int)rows->count - start), of.between, of.ld_between, index,
+                    of.rounds
                 );
                 own = next_piece(us);
             }
@@ -129,7 +132,7 @@ static void adapters_up(team *us, adapters of, float *y, size_t ldy) {
                         s->b + (size_t)p * s->rank * n + offset, n, s->rank, at,
                         smaller(at + PIECE_COLUMNS, s->widths[p]), of.between + p * s->rank,
                         of.ld_between, index, smaller(BLOCK_ROWS, (int)rows->count - start),
-                        y + offset, ldy, index, 1
+                        y + offset, ldy, index, ADDS | of.rounds
                     );
                     own = next_piece(us);
                 }
@@ -137,7 +140,7 @@ static void adapters_up(team *us, adapters of, float *y, size_t ldy) {
 }
 
 static void multiplied(
-    team *us, const matrix *w, const float *x, size_t ldx, int rows, float *y, size_t ldy, int adds,
+    team *us, const matrix *w, const float *x, size_t ldx, int rows, float *y, size_t ldy, int how,
     adapters of
 ) {
     input from = taken_by(us, w, x, ldx, rows);
@@ -149,7 +152,7 @@ static void multiplied(
         int first = i / blocks * chunk, start = i % blocks * BLOCK_ROWS;
         panels_of(
             w, first, smaller(first + chunk, panels), from, start,
-            smaller(BLOCK_ROWS, rows - start), y, ldy, adds
+            smaller(BLOCK_ROWS, rows - start), y, ldy, how
         );
     }
     us->phase++; /* the adapters' pieces are counted apart, and nobody needs to wait */
@@ -163,8 +166,10 @@ static void multiplied(
 
 /* --- what is between products ------------------------------------------------------------------ */
 
-/* x / sqrt(mean(x^2) + eps) * weight; `to` may be x. */
-static void norm(const float *x, const float *weight, int size, float eps, float *to) {
+/* x / sqrt(mean(x^2) + eps) * weight; `to` may be x. Where it rounds, before the weight as well. */
+INLINE void norm_of(
+    const float *x, const float *weight, int size, float eps, float *to, const int rounds
+) {
     vec sum = v_all(0);
     float squares = 0;
     int d = 0;
@@ -175,30 +180,61 @@ static void norm(const float *x, const float *weight, int size, float eps, float
     for (int tail = d; tail < size; tail++) squares = fmaf(x[tail], x[tail], squares);
     squares += v_sum(sum);
     float scale = 1.0f / sqrtf(squares / (float)size + eps);
-    for (d = 0; d + WIDTH <= size; d += WIDTH)
-        v_store(to + d, v_mul(v_mul(v_load(x + d), v_all(scale)), v_load(weight + d)));
-    for (; d < size; d++) to[d] = x[d] * scale * weight[d];
+    for (d = 0; d + WIDTH <= size; d += WIDTH) {
+        vec made = v_mul(v_load(x + d), v_all(scale)), times = v_load(weight + d);
+        v_store(to + d, rounds ? v_rounded(v_mul(v_rounded(made), times)) : v_mul(made, times));
+    }
+    for (; d < size; d++)
+        to[d] = rounds ? rounded(rounded(x[d] * scale) * weight[d]) : x[d] * scale * weight[d];
 }
 
-static void norms(
-    team *us, const float *x, const float *weight, int rows, int size, float eps, float *to
+static void norm(
+    const float *x, const float *weight, int size, float eps, float *to, int rounds
 ) {
+    if (rounds) norm_of(x, weight, size, eps, to, 1);
+    else norm_of(x, weight, size, eps, to, 0);
+}
+
+/* What was made, added to hidden states, which are rounded. */
+static void added(float *h, const float *made, int size) {
+    int d = 0;
+    for (; d + WIDTH <= size; d += WIDTH)
+        v_store(h + d, v_rounded(v_add(v_load(h + d), v_load(made + d))));
+    for (; d < size; d++) h[d] = rounded(h[d] + made[d]);
+}
+
+/* Norms of hidden states; where there is `made`, first that is added to them. `to` may be that. */
+static void norms(
+    team *us, const model *m, int rows, float *h, const float *made, const float *weight, float *to
+) {
+    size_t size = m->hidden;
     for (int i; (i = next_piece(us)) < pieces(rows, TILE);)
-        for (int r = i * TILE; r < smaller(rows, (i + 1) * TILE); r++)
-            norm(x + (size_t)r * size, weight, size, eps, to + (size_t)r * size);
+        for (int r = i * TILE; r < smaller(rows, (i + 1) * TILE); r++) {
+            if (made != NULL) added(h + r * size, made + r * size, size);
+            norm(h + r * size, weight, size, m->eps, to + r * size, m->narrow);
+        }
     meet(us);
 }
 
-/* silu(gate) * up in place of gate: x / (1 + e^-x). */
-static void gated(float *gate, const float *up, int count) {
+/* silu(gate) * up in place of gate: x / (1 + e^-x). Where it rounds, before the product as well. */
+INLINE void gated_of(float *gate, const float *up, int count, const int rounds) {
     const vec one = v_all(1), minus = v_all(-1);
     int d = 0;
     for (; d + WIDTH <= count; d += WIDTH) {
         vec x = v_load(gate + d);
         vec silu = v_div(x, v_add(one, v_exp(v_mul(minus, x))));
-        v_store(gate + d, v_mul(silu, v_load(up + d)));
+        vec made = v_mul(rounds ? v_rounded(silu) : silu, v_load(up + d));
+        v_store(gate + d, rounds ? v_rounded(made) : made);
     }
-    for (; d < count; d++) gate[d] = gate[d] / (1 + exp_of(-gate[d])) * up[d];
+    for (; d < count; d++) {
+        float silu = gate[d] / (1 + exp_of(-gate[d]));
+        gate[d] = rounds ? rounded(rounded(silu) * up[d]) : silu * up[d];
+    }
+}
+
+static void gated(float *gate, const float *up, int count, int rounds) {
+    if (rounds) gated_of(gate, up, count, 1);
+    else gated_of(gate, up, count, 0);
 }
 
 /* silu(x gate^T) * (x up^T) in the first half of y, `(rows, 2 * ffn)`. */
@@ -215,11 +251,11 @@ static void gated_up(
         int first = i / blocks * chunk, last = smaller(first + chunk, panels);
         int start = i % blocks * BLOCK_ROWS, count = smaller(BLOCK_ROWS, rows - start);
         float *to = y + start * ldy;
-        panels_of(&own->gate, first, last, from, start, count, y, ldy, 0);
-        panels_of(&own->up, first, last, from, start, count, y + ffn, ldy, 0);
+        panels_of(&own->gate, first, last, from, start, count, y, ldy, of.rounds);
+        panels_of(&own->up, first, last, from, start, count, y + ffn, ldy, of.rounds);
         for (int r = 0; r < count && !later; r++) {
             float *part = to + r * ldy + first * PANEL;
-            gated(part, part + ffn, smaller(last * PANEL, ffn) - first * PANEL);
+            gated(part, part + ffn, smaller(last * PANEL, ffn) - first * PANEL, of.rounds);
         }
     }
     us->phase++;
@@ -228,7 +264,8 @@ static void gated_up(
         meet(us);
         adapters_up(us, of, y, ldy);
         meet(us);
-        for (int r; (r = next_piece(us)) < rows;) gated(y + r * ldy, y + r * ldy + ffn, ffn);
+        for (int r; (r = next_piece(us)) < rows;)
+            gated(y + r * ldy, y + r * ldy + ffn, ffn, of.rounds);
     }
     meet(us);
 }
@@ -236,15 +273,21 @@ static void gated_up(
 /* --- attention --------------------------------------------------------------------------------- */
 
 static run head_of(const model *m, const store *from, int64_t slot, int layer, int head) {
-    size_t bytes = m->kv_narrow ? 2 : 4;
+    size_t bytes = m->narrow ? 2 : 4;
     size_t run_bytes = (size_t)from->capacity * m->head_dim * bytes;
     const char *start = from->layers[layer];
     start += ((size_t)slot * 2 * m->kv_heads + head) * run_bytes;
     return (run){start, start + m->kv_heads * run_bytes};
 }
 
-static void turn(float *x, const float *angles, int half) {
-    for (int d = 0; d < half; d++) {
+/* Where it rounds, each product as well. */
+static void turn(float *x, const float *angles, int half, int rounds) {
+    for (int d = 0; rounds && d < half; d++) {
+        float a = x[d], b = x[d + half], cos = angles[d], sin = angles[d + half];
+        x[d] = rounded(rounded(a * cos) - rounded(b * sin));
+        x[d + half] = rounded(rounded(b * cos) + rounded(a * sin));
+    }
+    for (int d = 0; !rounds && d < half; d++) {
         float a = x[d], b = x[d + half], cos = angles[d], sin = angles[d + half];
         x[d] = fmaf(a, cos, -b * sin);
         x[d + half] = fmaf(b, cos, a * sin);
@@ -270,15 +313,16 @@ static void placed(team *us, const model *m, const step *s, int index, float *qk
         float *heads = qkv + r * ld;
         for (int h = 0; h < turned; h++) {
             const float *weight = h < m->heads ? own->norm_q : own->norm_k;
-            if (weight != NULL) norm(heads + h * dim, weight, dim, m->qk_eps, heads + h * dim);
-            turn(heads + h * dim, s->angles + (size_t)r * dim, dim / 2);
+            float *own = heads + h * dim;
+            if (weight != NULL) norm(own, weight, dim, m->qk_eps, own, m->narrow);
+            turn(own, s->angles + (size_t)r * dim, dim / 2, m->narrow);
         }
         for (int h = 0; h < m->kv_heads; h++) {
             run to = head_of(m, &s->stores[at->store], at->slot, index, h);
             const float *key = heads + (m->heads + h) * dim;
             const float *value = key + m->kv_heads * dim;
-            kv_written(key, to.keys, at->position - at->split, dim, m->kv_narrow);
-            kv_written(value, to.values, at->position - at->split, dim, m->kv_narrow);
+            kv_written(key, to.keys, at->position - at->split, dim, m->narrow);
+            kv_written(value, to.values, at->position - at->split, dim, m->narrow);
         }
     }
     meet(us);
@@ -298,24 +342,68 @@ static int64_t alike(const row *a, const row *b, int64_t window) {
     return a->split ? a->split : -1;
 }
 
+/* Whether rows of prompts meet their keys in tiles. */
+static int by_tiles(const model *m, int index) {
+    return m->narrow && !m->each[index].window && tiled_heads(m->head_dim);
+}
+
+/* How many rows from r on follow each other in one prompt, at most so many. */
+static int following(const step *s, int r, int most) {
+    const row *at = &s->rows[r];
+    int rows = 1;
+    while (rows < most && r + rows < s->count && at[rows].store == at->store &&
+           at[rows].position == at->position + rows)
+        rows++;
+    return rows;
+}
+
+/* What the queries of prompts find, in tiles. */
+static void attended_by_tiles(
+    team *us, const model *m, const step *s, int index, const float *qkv, float *to
+) {
+    int dim = m->head_dim, group_heads = m->heads / m->kv_heads;
+    size_t ld = (size_t)(m->heads + 2 * m->kv_heads) * dim, ldto = (size_t)m->heads * dim;
+    int few = (s->count - s->sequences) * m->kv_heads < 4 * us->threads * UNIT_ROWS;
+    int most = few ? TILE_ROWS : UNIT_ROWS;
+    int seen = 0, own = next_piece(us);
+    for (int r = s->sequences, rows; r < s->count; r += rows) {
+        const row *at = &s->rows[r];
+        rows = following(s, r, most);
+        for (int h = 0; h < m->heads; h += smaller(GROUP_MAX, group_heads - h % group_heads)) {
+            if (seen++ != own) continue;
+            run from = head_of(m, &s->stores[at->store], at->slot, index, h / group_heads);
+            int group = smaller(GROUP_MAX, group_heads - h % group_heads);
+            attend_tiles(&(tiled_unit){
+                qkv + r * ld + h * dim, to + r * ldto + h * dim, ld, ldto, rows, group, dim,
+                at->position, from, m->scaling});
+            own = next_piece(us);
+        }
+    }
+}
+
 /* What the queries find, `(count, heads * head_dim)`. Rows beside each other that see the same keys
  * meet them together. */
 static void attended(team *us, const model *m, const step *s, int index, const float *qkv, float *to) {
+    if (by_tiles(m, index)) {
+        attended_by_tiles(us, m, s, index, qkv, to);
+        us->phase++;
+    }
+    int all_rows = by_tiles(m, index) ? s->sequences : s->count;
     int dim = m->head_dim, group_heads = m->heads / m->kv_heads;
     size_t ld = (size_t)(m->heads + 2 * m->kv_heads) * dim;
     int64_t window = m->each[index].window;
     /* Few rows are shared out by the query head. */
-    int each = s->count * m->kv_heads < 4 * us->threads ? 1 : smaller(group_heads, GROUP_MAX);
+    int each = all_rows * m->kv_heads < 4 * us->threads ? 1 : smaller(group_heads, GROUP_MAX);
     int parts = pieces(group_heads, each);
-    int most = smaller(JOINED, s->count * m->kv_heads * parts / (4 * us->threads));
+    int most = smaller(JOINED, all_rows * m->kv_heads * parts / (4 * us->threads));
     if (most < 1) most = 1;
-    int joins = pieces(s->count, most);
+    int joins = pieces(all_rows, most);
     int all = m->kv_heads * parts * joins;
     for (int i; (i = next_piece(us)) < all;) {
         int part = i / joins % parts, h = i / joins / parts;
         int first_head = h * group_heads + part * each;
         int count = smaller(each, group_heads - part * each);
-        int end = smaller(s->count, (i % joins + 1) * most);
+        int end = smaller(all_rows, (i % joins + 1) * most);
         for (int r = i % joins * most, rows; r < end; r += rows) {
             const row *at = &s->rows[r];
             meeting met[JOINED];
@@ -331,7 +419,7 @@ static void attended(team *us, const model *m, const step *s, int index, const f
             }
             run shared = met[0].own;
             if (at->split) shared = head_of(m, &s->stores[at->shared], 0, index, h);
-            (m->kv_narrow ? attend_narrow : attend_wide)(
+            (m->narrow ? attend_narrow : attend_wide)(
                 met, rows, count, dim, shared, at->split, first_key(at, window), bound, m->scaling);
         }
     }
@@ -347,6 +435,7 @@ typedef struct {
     float *x, *qkv, *found, *both, *between;
     size_t ld_between;
     uint16_t *splits;
+    int parts;
 } forward;
 
 static void forward_part(void *given, int thread) {
@@ -354,27 +443,30 @@ static void forward_part(void *given, int thread) {
     forward *f = given;
     const model *m = f->m;
     const step *s = f->s;
-    team us = {f->in, pool_threads(f->in->all), 0, f->splits};
+    team us = {f->in, pool_threads(f->in->all), 0, f->splits, f->parts};
     tile_shapes before = tiles_begun();
     int count = s->count, hidden = m->hidden, dims = m->heads * m->head_dim;
     size_t ld = (size_t)dims + 2 * (size_t)m->kv_heads * m->head_dim;
+    /* Rounded sums wait in x until a norm adds them to h: an adapter adds to them first. */
+    float *y = m->narrow ? f->x : s->h, *made = m->narrow ? f->x : NULL;
+    int rounds = m->narrow ? ROUNDS : 0, adds = m->narrow ? ROUNDS : ADDS;
     for (int i = 0; i < m->layers; i++) {
         const layer *own = &m->each[i];
         adapters of[SITES];
         for (int site = 0; site < SITES; site++)
             of[site] = (adapters){
-                s->groups, s->groups_count, i * SITES + site, f->between, f->ld_between};
-        norms(&us, s->h, own->norm_1, count, hidden, m->eps, f->x);
-        multiplied(&us, &own->qkv, f->x, hidden, count, f->qkv, ld, 0, of[SITE_QKV]);
+                s->groups, s->groups_count, i * SITES + site, f->between, f->ld_between, rounds};
+        norms(&us, m, count, s->h, i ? made : NULL, own->norm_1, f->x);
+        multiplied(&us, &own->qkv, f->x, hidden, count, f->qkv, ld, rounds, of[SITE_QKV]);
         placed(&us, m, s, i, f->qkv);
         attended(&us, m, s, i, f->qkv, f->found);
-        multiplied(&us, &own->o, f->found, dims, count, s->h, hidden, 1, of[SITE_O]);
-        norms(&us, s->h, own->norm_2, count, hidden, m->eps, f->x);
+        multiplied(&us, &own->o, f->found, dims, count, y, hidden, adds, of[SITE_O]);
+        norms(&us, m, count, s->h, made, own->norm_2, f->x);
         gated_up(&us, own, f->x, hidden, count, f->both, of[SITE_GATE_UP]);
         multiplied(
-            &us, &own->down, f->both, 2 * (size_t)m->ffn, count, s->h, hidden, 1, of[SITE_DOWN]);
+            &us, &own->down, f->both, 2 * (size_t)m->ffn, count, y, hidden, adds, of[SITE_DOWN]);
     }
-    norms(&us, s->h, m->norm, count, hidden, m->eps, s->out);
+    norms(&us, m, count, s->h, made, m->norm, s->out);
     tiles_ended(before);
 }
 
@@ -413,11 +505,11 @@ static size_t between_of(const group *groups, int count, int sites) {
 int tin_forward(context *in, const model *m, const step *s) {
     size_t rows = s->count, dims = (size_t)m->heads * m->head_dim;
     size_t ld = dims + 2 * (size_t)m->kv_heads * m->head_dim;
-    forward f = {.in = in, .m = m, .s = s};
+    forward f = {.in = in, .m = m, .s = s, .parts = m->narrow ? 1 : SPLITS};
     f.ld_between = between_of(s->groups, s->groups_count, SITES * m->layers);
     size_t floats = rows * (m->hidden + ld + dims + 2 * (size_t)m->ffn + f.ld_between) + 64;
     size_t most = m->hidden > m->ffn ? m->hidden : m->ffn;
-    size_t splits = split_floats(rows, most > dims ? most : dims);
+    size_t splits = split_floats(rows, most > dims ? most : dims, f.parts);
     if (prepared(in, splits + floats, m->layers * PHASES_OF_LAYER + 2)) return -1;
     f.splits = (uint16_t *)in->memory;
     f.x = in->memory + splits;
@@ -437,25 +529,29 @@ typedef struct {
     int rows;
     adapters of;
     uint16_t *splits;
+    int parts;
 } one_product;
 
 static void product_part(void *given, int thread) {
     (void)thread;
     one_product *p = given;
-    team us = {p->in, pool_threads(p->in->all), 0, p->splits};
+    team us = {p->in, pool_threads(p->in->all), 0, p->splits, p->parts};
     tile_shapes before = tiles_begun();
     multiplied(&us, p->w, p->x, p->w->k, p->rows, p->y, p->w->n, 0, p->of);
     tiles_ended(before);
 }
 
-/* y = x W^T + b, with what adapters add; x is (rows, k), y (rows, n). Returns as `tin_forward`. */
+/* y = x W^T + b, with what adapters add; x is (rows, k), of bfloat16's values where `narrow`, y
+ * (rows, n). Returns as `tin_forward`. */
 int tin_product(
-    context *in, const matrix *w, const float *x, int rows, float *y, const group *groups, int count
+    context *in, const matrix *w, const float *x, int rows, int narrow, float *y,
+    const group *groups, int count
 ) {
-    size_t ld = between_of(groups, count, 1), splits = split_floats(rows, w->k);
+    int parts = narrow ? 1 : SPLITS;
+    size_t ld = between_of(groups, count, 1), splits = split_floats(rows, w->k, parts);
     if (prepared(in, splits + rows * ld + 64, 5)) return -1;
-    adapters of = {groups, count, 0, in->memory + splits, ld};
-    one_product p = {in, w, x, y, rows, of, (uint16_t *)in->memory};
+    adapters of = {groups, count, 0, in->memory + splits, ld, 0};
+    one_product p = {in, w, x, y, rows, of, (uint16_t *)in->memory, parts};
     pool_run(in->all, product_part, &p);
     return 0;
 }

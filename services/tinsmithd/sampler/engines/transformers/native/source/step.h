@@ -17,7 +17,8 @@ typedef struct {
 
 typedef struct {
     int32_t layers, heads, kv_heads, head_dim, hidden, ffn;
-    int32_t kv_narrow; /* keys and values are bfloat16, else float32 */
+    /* Keys and values are bfloat16, and all else is rounded to it where torch does. */
+    int32_t narrow;
     float eps, qk_eps, scaling;
     const layer *each;
     const float *norm;
@@ -59,6 +60,8 @@ typedef struct {
     float *h;            /* (count, hidden): embeddings; used up */
     float *out;          /* (count, hidden): after the last norm */
     int32_t count, groups_count;
+    int32_t sequences; /* rows, the first, that are next tokens; others are of prompts */
+    int32_t unused;
 } step;
 
 /* A matrix that is to be turned round: `to[c][r] = scale * given[r][c]`. */

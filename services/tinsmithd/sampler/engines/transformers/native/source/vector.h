@@ -25,6 +25,7 @@ INLINE vec v_fma(vec x, vec y, vec z) { return _mm512_fmadd_ps(x, y, z); }
 INLINE vec v_min(vec x, vec y) { return _mm512_min_ps(x, y); }
 INLINE vec v_max(vec x, vec y) { return _mm512_max_ps(x, y); }
 INLINE vec v_round(vec x) { return _mm512_roundscale_ps(x, 8); }
+INLINE vec v_floor(vec x) { return _mm512_roundscale_ps(x, 9); }
 /* 0 where x is below `least`, else y; NaN is not below. */
 INLINE vec v_unless_below(vec x, vec least, vec y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), y);
@@ -34,6 +35,8 @@ INLINE vec v_power(vec n) {
     __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
 }
+/* The float whose bits are a whole number, which is cut off. */
+INLINE vec v_bits(vec x) { return _mm512_castsi512_ps(_mm512_cvttps_epi32(x)); }
 /* The lower and the upper bfloat16 of each 32 bits. */
 INLINE vec v_low(const uint32_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512((const void *)p), 16));
@@ -64,6 +67,7 @@ INLINE vec v_fma(vec x, vec y, vec z) { return _mm256_fmadd_ps(x, y, z); }
 INLINE vec v_min(vec x, vec y) { return _mm256_min_ps(x, y); }
 INLINE vec v_max(vec x, vec y) { return _mm256_max_ps(x, y); }
 INLINE vec v_round(vec x) { return _mm256_round_ps(x, 8); }
+INLINE vec v_floor(vec x) { return _mm256_round_ps(x, 9); }
 INLINE vec v_unless_below(vec x, vec least, vec y) {
     return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), y);
 }
@@ -71,6 +75,7 @@ INLINE vec v_power(vec n) {
     __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
 }
+INLINE vec v_bits(vec x) { return _mm256_castsi256_ps(_mm256_cvttps_epi32(x)); }
 INLINE vec v_low(const uint32_t *p) {
     __m256i both = _mm256_loadu_si256((const __m256i *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
@@ -150,6 +155,40 @@ INLINE uint16_t narrowed(float x) {
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+INLINE float rounded(float x) { return widened(narrowed(x)); }
+
+/* The same of each element; the instruction takes numbers below 1e-38 for zero. */
+INLINE vec v_rounded(vec x) {
+#ifdef AMX
+    __m512i near = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(near, 16));
+#elif WIDTH == 16
+    const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(half, odd));
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    near = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(near, _mm512_set1_epi32((int)0xffff0000)));
+#else
+    const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(half, odd));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    near = _mm256_blendv_epi8(near, quiet, nan);
+    return _mm256_castsi256_ps(_mm256_and_si256(near, _mm256_set1_epi32((int)0xffff0000)));
+#endif
+}
+
+/* Some floats in place. */
+INLINE void round_all(float *x, int count) {
+    int i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) v_store(x + i, v_rounded(v_load(x + i)));
+    for (; i < count; i++) x[i] = rounded(x[i]);
+}
+
 /* e^x to about an ulp: 2^n times a polynomial over [-ln 2 / 2, ln 2 / 2], its coefficients those of
  * the Taylor series up to 1/7!. Below -87.3 it is that of -87.3, 1e-38; NaN stays NaN. */
 INLINE vec v_exp(vec x) {
@@ -166,6 +205,20 @@ INLINE vec v_exp(vec x) {
     p = v_fma(p, r, v_all(1.0f));
     p = v_fma(p, r, v_all(1.0f));
     return v_mul(p, v_power(n));
+}
+
+/* e^x to 1e-4, as torch makes the weights of attention that it rounds to bfloat16; 0 below -87.3.
+ * A float's bits are about 2^23 times its logarithm. */
+INLINE vec v_exp_fast(vec x) {
+    vec y = v_mul(x, v_all(1.44269504088896341f));
+    vec part = v_fma(v_floor(y), v_all(-1.0f), y);
+    vec p = v_fma(part, v_all(-0.079204240219773236f), v_all(-0.22433836478672356f));
+    p = v_fma(part, p, v_all(0.30354260500649682f));
+    p = v_fma(part, p, v_all(0.00010703434948458272f));
+    y = v_fma(p, v_all(-1.0f), y);
+    vec made = v_bits(v_fma(v_all(8388608.0f), y, v_all(8388608.0f * 127.0f)));
+    /* NaN stays NaN. */
+    return v_unless_below(x, v_all(-87.3365f), v_fma(x, v_all(0.0f), made));
 }
 
 /* The same of a number, by the same steps. */
