@@ -21,6 +21,7 @@ from tinsmithd.domain import CheckpointInfo, CheckpointKind, CheckpointPath, Lor
 from tinsmithd.errors import NotFound, Reason, Unavailable
 from tinsmithd.saves import NewCheckpoint, SaveOptions
 from tinsmithd.state.tensors import MOMENTS
+from tinsmithd.trainer import state_sender
 from tinsmithd.trainer.state_sender import StateSender, leave_state
 from tinsmithd.training.models.checkpoints import Checkpoints
 from tinsmithd.training.models.deposits import Deposit, Deposits
@@ -124,6 +125,46 @@ def test_what_is_urgent_passes_what_is_not(state: ModelState, tmp_path: Path, le
                 files[name] = files.get(name, b"") + message.piece.data
         assert files == to_files(state)
     assert not left or found_in(tmp_path) == to_files(state)
+
+
+def test_what_is_not_urgent_rests_after_what_was(
+    state: ModelState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More that is urgent ends the rest at once, and comes first, too; in all it rests so long as a
+    copy may, and no longer."""
+    monkeypatch.setattr(state_sender, "RESTS_S_MAX", 600.0)
+    sender, sent = StateSender(rest_s=600), queue.SimpleQueue[pb.AttachRequest]()
+    begun, taken = threading.Event(), threading.Event()
+
+    class Slow(dict[str, np.ndarray]):
+        """Arrays that are looked at only when the other copy is there."""
+
+        def __getitem__(self, name: str) -> np.ndarray:
+            begun.set()
+            assert taken.wait(60)
+            return super().__getitem__(name)
+
+    def later(message: pb.AttachRequest) -> bool:
+        sent.put(message)
+        return True
+
+    def ended() -> int:
+        while not (message := sent.get(timeout=60)).HasField("done"):
+            pass
+        return message.command_id
+
+    snapshot = dataclasses.replace(state, optimizer=Slow(state.optimizer))
+    sender.take(1, lambda: snapshot, lambda _: None, later)
+    assert begun.wait(60)
+    sender.take(2, lambda: state, lambda _: None, later, urgent=True)
+    taken.set()
+    assert ended() == 2
+    for command_id in (3, 4):
+        sender.take(command_id, lambda: state, lambda _: None, later, urgent=True)
+        assert ended() == command_id
+    sender._rests_s = 0.0  # the time is over
+    sender.take(5, lambda: state, lambda _: None, later, urgent=True)
+    assert [ended(), ended()] == [5, 1]
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 Where a copy has a deposit, its files are left there instead, for the Checkpoint server to take.
 Weights for a Sampler, for which somebody waits, do not wait for a snapshot, which is three times as
-large and for which nobody does.
+large and for which nobody does. Nor does it go on at once: to read the weights, load them and make
+a first token takes all processors of a small machine for a moment.
 """
 
 import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ PIECE_BYTES_MAX = 256 * 1024
 megabyte a state takes as long, and calls beside it take twice as long."""
 COPIES_MAX = 2
 """Maximum copies in memory, the one that is being sent included; a further one waits to be made."""
+REST_S = 0.2
+"""How long what is not urgent rests after what was."""
+RESTS_S_MAX = 1.0
+"""How long one copy rests in all, however much passes it."""
 
 Later = Callable[[pb.AttachRequest], bool]
 """Waits until nothing else is to be sent, then sends a message; False once the stream is over."""
@@ -44,14 +50,22 @@ class _Copy:
 
 class StateSender:
     """Writes and sends copies of states on a thread of its own, one after the other, but that what
-    is urgent passes what is not, between two pieces of that."""
+    is urgent passes what is not, between two pieces of that.
 
-    def __init__(self) -> None:
+    Args:
+        rest_s: See `REST_S`.
+    """
+
+    def __init__(self, rest_s: float = REST_S) -> None:
+        self._rest_s = rest_s
+        self._rests_s = 0.0
+        """How long the copy that is being sent has to rest at most, from now on."""
         self._room = threading.BoundedSemaphore(COPIES_MAX)
         self._urgent: deque[_Copy] = deque()
         self._others: deque[_Copy] = deque()
         self._there = threading.Semaphore(0)
         """Counts both."""
+        self._comes = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def take(
@@ -87,7 +101,9 @@ class StateSender:
             raise
         reply(pb.AttachRequest(command_id=command_id, copied=pb.Copied()))
         copies = self._urgent if urgent else self._others
-        copies.append(_Copy(command_id, state, later, deposit))
+        with self._comes:
+            copies.append(_Copy(command_id, state, later, deposit))
+            self._comes.notify()
         self._there.release()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="state-sender", daemon=True)
@@ -99,6 +115,7 @@ class StateSender:
             if self._urgent:
                 self._send_urgent()
             else:
+                self._rests_s = RESTS_S_MAX
                 self._send(self._others.popleft(), self._let_pass)
                 self._room.release()  # here nothing holds the copy any more
 
@@ -107,10 +124,18 @@ class StateSender:
         self._room.release()
 
     def _let_pass(self) -> None:
-        """Send one that is urgent, if there is any; only one, so that the other gets on."""
-        if self._urgent:
+        """Send what is urgent, if anything is, and rest; but the other gets on, if slowly."""
+        while self._urgent:
             self._there.acquire()
             self._send_urgent()
+            self._rest()
+
+    def _rest(self) -> None:
+        """Wait a moment, or until something is urgent."""
+        begun_s = time.monotonic()
+        with self._comes:
+            self._comes.wait_for(lambda: self._urgent, max(0.0, min(self._rest_s, self._rests_s)))
+        self._rests_s -= time.monotonic() - begun_s
 
     def _send(self, copy: _Copy, between: Callable[[], None]) -> None:
         try:
