@@ -114,8 +114,12 @@ def test_a_token_has_the_bits_of_a_prompts_token(dtype: torch.dtype) -> None:
     read.prompt_stream = made
     run(cache, shape, [read])
     found = torch.cat(read.prompt_found, dim=1)
-    assert torch.equal(found[:, :150], torch.cat(one.prompt_found, dim=1))
-    assert torch.equal(found[:, 150:], torch.stack(one.found[0], dim=1))
+    expected = torch.cat([*one.prompt_found, torch.stack(one.found[0], dim=1)], dim=1)
+    if cache._kernel.same:
+        assert torch.equal(found, expected)
+    else:  # BLAS sums each row of a product in another way: see the cache's own test of that
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03
+        assert (found - expected).abs().max() < tolerance
 
 
 def test_some_of_the_sequences_may_wait() -> None:

@@ -23,6 +23,7 @@ from tinsmithd.config import ConfigError
 from tinsmithd.errors import PermissionDenied, Reason, TinsmithError, Unauthenticated
 from tinsmithd.keys import Caller, Scope, acting_for, set_current
 from tinsmithd.owners import ANY_OWNER, OWNER_PATTERN
+from tinsmithd.processes.event_loop import take_turns
 from tinsmithd.rpc.refusals import Refusals
 from tinsmithd.rpc.ring import Ring
 from tinsmithd.rpc.status import to_status
@@ -138,6 +139,7 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyp
         method: str = details.method
         if method.startswith(_HEALTH):
             return await continuation(details)
+        take_turns()  # keys of an issuer may have to be fetched
         try:
             caller = await caller_of(self._ring, details.invocation_metadata or ())
             check_may(caller, method)
