@@ -88,31 +88,36 @@ def test_nothing_is_written_through_a_name_that_is_taken(state: ModelState, tmp_
     assert [path.name for path in deposit.iterdir()] == []
 
 
+class Slow(dict[str, np.ndarray]):
+    """Arrays that are looked at, once somebody has `begun` to, only when another copy is `taken`."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        super().__init__(arrays)
+        self.begun, self.taken = threading.Event(), threading.Event()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.begun.set()
+        assert self.taken.wait(60)
+        return super().__getitem__(name)
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_what_is_urgent_passes_what_is_not(state: ModelState, tmp_path: Path, left: bool) -> None:
     """Weights for a Sampler come while a snapshot is being sent, or left, and are there before it:
     the snapshot is as whole as without them."""
     sender, sent = StateSender(), queue.SimpleQueue[pb.AttachRequest]()
-    begun, taken = threading.Event(), threading.Event()
-
-    class Slow(dict[str, np.ndarray]):
-        """Arrays that are looked at only when the other copy is there."""
-
-        def __getitem__(self, name: str) -> np.ndarray:
-            begun.set()
-            assert taken.wait(60)
-            return super().__getitem__(name)
+    slow = Slow(state.optimizer)
 
     def later(message: pb.AttachRequest) -> bool:
         sent.put(message)
         return True
 
-    snapshot = dataclasses.replace(state, optimizer=Slow(state.optimizer))
+    snapshot = dataclasses.replace(state, optimizer=slow)
     deposit = str(tmp_path) if left else ""
     sender.take(1, lambda: snapshot, lambda _: None, later, deposit)
-    assert begun.wait(60)
+    assert slow.begun.wait(60)
     sender.take(2, lambda: state, lambda _: None, later, urgent=True)
-    taken.set()
+    slow.taken.set()
     messages: list[pb.AttachRequest] = []
     while len(ended := [m.command_id for m in messages if m.HasField("done")]) < 2:
         messages.append(sent.get(timeout=60))
@@ -134,15 +139,7 @@ def test_what_is_not_urgent_rests_after_what_was(
     copy may, and no longer."""
     monkeypatch.setattr(state_sender, "RESTS_S_MAX", 600.0)
     sender, sent = StateSender(rest_s=600), queue.SimpleQueue[pb.AttachRequest]()
-    begun, taken = threading.Event(), threading.Event()
-
-    class Slow(dict[str, np.ndarray]):
-        """Arrays that are looked at only when the other copy is there."""
-
-        def __getitem__(self, name: str) -> np.ndarray:
-            begun.set()
-            assert taken.wait(60)
-            return super().__getitem__(name)
+    slow = Slow(state.optimizer)
 
     def later(message: pb.AttachRequest) -> bool:
         sent.put(message)
@@ -153,11 +150,11 @@ def test_what_is_not_urgent_rests_after_what_was(
             pass
         return message.command_id
 
-    snapshot = dataclasses.replace(state, optimizer=Slow(state.optimizer))
+    snapshot = dataclasses.replace(state, optimizer=slow)
     sender.take(1, lambda: snapshot, lambda _: None, later)
-    assert begun.wait(60)
+    assert slow.begun.wait(60)
     sender.take(2, lambda: state, lambda _: None, later, urgent=True)
-    taken.set()
+    slow.taken.set()
     assert ended() == 2
     for command_id in (3, 4):
         sender.take(command_id, lambda: state, lambda _: None, later, urgent=True)
