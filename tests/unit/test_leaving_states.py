@@ -89,7 +89,7 @@ def test_nothing_is_written_through_a_name_that_is_taken(state: ModelState, tmp_
 
 
 class Slow(dict[str, np.ndarray]):
-    """Arrays that are looked at, once somebody has `begun` to, only when another copy is `taken`."""
+    """Arrays that are looked at, once that has `begun`, only when another copy is `taken`."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         super().__init__(arrays)
