@@ -1,8 +1,8 @@
 """Memory for what is large, made again and again, and as large each time: copies of states.
 
 To a process new memory costs a fault for each page, and the faults of one thread wait for those of
-another: copies of 59 MB and of 20 MB took 80 and 115 ms so, and take 10 and 4 in memory that is
-there.
+another: copies of 59 MB and of 20 MB took 80 and 115 ms so, and take 14 to 20 and 6 to 8 in memory
+that is there.
 """
 
 import contextlib

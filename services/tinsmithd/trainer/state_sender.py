@@ -63,9 +63,8 @@ class StateSender:
         self._room = threading.BoundedSemaphore(COPIES_MAX)
         self._urgent: deque[_Copy] = deque()
         self._others: deque[_Copy] = deque()
-        self._there = threading.Semaphore(0)
-        """Counts both."""
         self._comes = threading.Condition()
+        """Told of each that comes to either."""
         self._thread: threading.Thread | None = None
 
     def take(
@@ -104,14 +103,14 @@ class StateSender:
         with self._comes:
             copies.append(_Copy(command_id, state, later, deposit))
             self._comes.notify()
-        self._there.release()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="state-sender", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
         while True:
-            self._there.acquire()
+            with self._comes:
+                self._comes.wait_for(lambda: self._urgent or self._others)
             if self._urgent:
                 self._send_urgent()
             else:
@@ -126,7 +125,6 @@ class StateSender:
     def _let_pass(self) -> None:
         """Send what is urgent, if anything is, and rest; but the other gets on, if slowly."""
         while self._urgent:
-            self._there.acquire()
             self._send_urgent()
             self._rest()
 

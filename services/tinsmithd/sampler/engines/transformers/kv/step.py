@@ -43,13 +43,6 @@ class StepAttention:
         self._kernel = kernel
         self._parts: list[SequenceRows | PieceRows] | None = None
 
-    def apart(self) -> tuple[StepAttention, StepAttention]:
-        """Its sequences alone, and its pieces alone; neither is committed."""
-        return (
-            StepAttention(self._kernel, self.sequences, (), _nobody),
-            StepAttention(self._kernel, (), self.pieces, _nobody),
-        )
-
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """Attention of one layer.
 
@@ -86,10 +79,6 @@ class StepAttention:
         for prompt, _start, end in self.pieces:
             prompt.read = end
         self._committed(self)
-
-
-def _nobody(_step: StepAttention) -> None:
-    """Takes note of a commit that is never made."""
 
 
 def _runs(sequences: Sequence[SequenceKv]) -> list[list[SequenceKv]]:
